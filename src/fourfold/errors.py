@@ -1,0 +1,52 @@
+"""Every error a user can cause, as one tree.
+
+    FourfoldError                 exit code 1
+    ├── UsageError                exit code 2: an option or argument is wrong
+    │   └── RecipeError           a recipe: unknown name, key, role; a pattern without a match
+    ├── SourceError               the checkpoint that is read: folder, index, shard, header, config
+    │   └── NonFiniteError        a weight that holds NaN or Inf
+    ├── ModelError                an architecture that cannot be taken apart
+    ├── PlanError                 recipe × model cannot work: shapes, groups, disk, memory
+    └── OutputError               the folder that is written
+
+A message names the object, the cause and the remedy, in one or two lines. `assert` is for
+what cannot happen.
+"""
+
+from __future__ import annotations
+
+
+class FourfoldError(Exception):
+    """Base of every error that fourfold raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(FourfoldError):
+    """An option or an argument is wrong."""
+
+    exit_code = 2
+
+
+class RecipeError(UsageError):
+    """A recipe is unknown, malformed, or names something that this model lacks."""
+
+
+class SourceError(FourfoldError):
+    """The checkpoint that is read is missing, broken or unsafe."""
+
+
+class NonFiniteError(SourceError):
+    """A weight holds NaN or Inf."""
+
+
+class ModelError(FourfoldError):
+    """The architecture is unknown, or has a part that cannot be taken apart."""
+
+
+class PlanError(FourfoldError):
+    """The recipe cannot be carried out on this model or this machine."""
+
+
+class OutputError(FourfoldError):
+    """The output folder cannot be written, or holds something already."""
