@@ -1,0 +1,183 @@
+"""The safetensors container: read a header without trusting it, build one from a list.
+
+    8 bytes   N, little-endian, length of the header
+    N bytes   JSON: {"name": {"dtype": "BF16", "shape": [..], "data_offsets": [begin, end]}, ..}
+    rest      the tensors' bytes, offsets counted from here, without gaps or overlaps
+
+We read it ourselves, not through the `safetensors` package, because we want the byte ranges:
+tensors are read with `pread` into buffers that are used again, and written in any order to
+places that the plan has fixed beforehand. The format: https://github.com/huggingface/safetensors
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fourfold.errors import SourceError
+
+MAX_HEADER_BYTES = 100_000_000
+"""The limit of the reference implementation; a longer header is refused there, too."""
+
+BITS = {
+    "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32,
+    "BF16": 16, "F16": 16, "I16": 16, "U16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I8": 8, "U8": 8, "BOOL": 8,
+    "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu, "C64": torch.complex64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a checkpoint, known without reading its data.
+
+    `start` and `stop` are byte positions in `file`, the header included.
+    """
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        try:
+            return TORCH_DTYPES[self.dtype]
+        except KeyError:
+            raise SourceError(
+                f"{self.key} in {self.file.name}: PyTorch has no dtype for {self.dtype}"
+            ) from None
+
+
+def nbytes_of(dtype: str, shape: Iterable[int]) -> int:
+    """Bytes that a tensor of this dtype and shape takes in a file."""
+    return (math.prod(shape) * BITS[dtype] + 7) // 8
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """Every tensor of one safetensors file, in the file's order.
+
+    Raises `SourceError` where the file is missing, truncated, or its header contradicts itself.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as handle:
+            raw = handle.read(8)
+            if len(raw) < 8:
+                raise _broken(file, f"{size} bytes are too few for a header")
+            length: int = struct.unpack("<Q", raw)[0]
+            if length > MAX_HEADER_BYTES or 8 + length > size:
+                raise _broken(file, f"header of {length:,} bytes in a file of {size:,}")
+            header = _parse(file, handle.read(length))
+    except FileNotFoundError:
+        raise SourceError(f"{file}: shard is missing. Download the checkpoint again.") from None
+    except OSError as error:
+        raise SourceError(f"{file}: cannot be read: {error.strerror}") from error
+    base = 8 + length
+    infos = {key: _tensor(file, key, entry, base, size) for key, entry in header.items()}
+    _check_cover(file, infos.values(), base, size)
+    return infos
+
+
+def _broken(file: Path, what: str) -> SourceError:
+    return SourceError(f"{file}: truncated or not safetensors ({what}). Download the file again.")
+
+
+def _parse(file: Path, raw: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(raw, object_pairs_hook=unique_pairs)
+    except (ValueError, RecursionError) as error:
+        raise _broken(file, f"header: {error}") from None
+    if not isinstance(header, dict):
+        raise _broken(file, "header is not a JSON object")
+    header.pop("__metadata__", None)
+    return header
+
+
+def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """`object_pairs_hook` for JSON that refuses a name given twice."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} stands there twice")
+    return result
+
+
+def _is_index(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _tensor(file: Path, key: str, entry: Any, base: int, size: int) -> TensorInfo:
+    match entry:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end]} if (
+            all(map(_is_index, shape)) and _is_index(begin) and _is_index(end)
+        ):
+            pass
+        case _:
+            raise _broken(file, f"entry of {key!r} is malformed")
+    if dtype not in BITS:
+        raise _broken(file, f"{key!r} has unknown dtype {dtype!r}")
+    if end - begin != nbytes_of(dtype, shape):
+        raise _broken(file, f"{key!r} spans {end - begin} bytes, its shape {shape} needs others")
+    if base + end > size:
+        raise _broken(file, f"{key!r} ends at byte {base + end:,} of {size:,}")
+    return TensorInfo(key, dtype, tuple(shape), file, base + begin, base + end)
+
+
+def _check_cover(file: Path, infos: Iterable[TensorInfo], base: int, size: int) -> None:
+    position = base
+    for info in sorted(infos, key=lambda info: (info.start, info.stop)):
+        if info.start != position:
+            raise _broken(file, f"{info.key!r} overlaps another tensor or leaves a gap")
+        position = info.stop
+    if position != size:
+        raise _broken(file, f"tensors end at byte {position:,}, the file at {size:,}")
+
+
+def build_header(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """The first bytes of a file that holds `tensors` (name → dtype, shape), and where each lies.
+
+    Wider dtypes come first, so that each tensor is aligned to its element; then by name, so
+    that the bytes follow from the names alone. Returns the header, its length included, padded
+    to 8 bytes, and the absolute byte position of each tensor.
+    """
+    order = sorted(tensors, key=lambda name: (-BITS[tensors[name][0]], name))
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset, begins = 0, {}
+    for name in order:
+        dtype, shape = tensors[name]
+        end = offset + nbytes_of(dtype, shape)
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        begins[name], offset = offset, end
+    body = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    body += b" " * (-len(body) % 8)
+    base = 8 + len(body)
+    return struct.pack("<Q", len(body)) + body, {name: base + at for name, at in begins.items()}

@@ -1,0 +1,283 @@
+"""A checkpoint seen as Hugging Face names and lazy tensors: the `Source` protocol.
+
+Everything after it knows no other world. `SafetensorsFolder` is the first kind: a directory
+with `config.json` and one safetensors file, or several with an index. Other kinds (dequantized,
+converted, live in memory) present the same face.
+
+A tensor is read by **slabs**: a range of its first dimension, which is one run of bytes. That is
+all that a fold needs: one expert of a fused parameter, some rows of a matrix, the whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from fourfold.checkpoints.safetensors_header import TensorInfo, read_header, unique_pairs
+from fourfold.errors import SourceError
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+WEIGHT_SUFFIXES = frozenset(
+    {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".tflite"}
+)
+"""Files that hold weights. Those that are not shards of the checkpoint are other copies of it."""
+
+OWN_FILES = frozenset({CONFIG, INDEX, "hf_quant_config.json"})
+"""Files that describe a checkpoint's weights: the output has its own."""
+
+
+class Source(Protocol):
+    """A checkpoint: names, shapes, dtypes, lazy slabs, and the files beside the weights."""
+
+    @property
+    def folder(self) -> Path:
+        """Where config, tokenizer and custom code lie."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The source's config.json, as it is."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor by its raw key, in the order of the keys' files."""
+
+    def slab(
+        self, key: str, start: int, stop: int, out: np.ndarray[Any, Any] | None = None
+    ) -> torch.Tensor:
+        """Rows `start:stop` of the first dimension of `key`, into `out` (uint8) where given."""
+
+    def will_need(self, key: str, start: int, stop: int) -> None:
+        """A hint that this slab will be read soon."""
+
+    def side_files(self) -> tuple[list[Path], list[Path]]:
+        """Files to copy, and weight files that are no part of the checkpoint; relative paths."""
+
+    def close(self) -> None:
+        """Give back every file that is open."""
+
+
+class SafetensorsFolder:
+    """A directory of safetensors, one file or several with an index. Safe for many threads."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config: dict[str, Any] = read_config(folder)
+        self.tensors: dict[str, TensorInfo] = _read_tensors(folder)
+        self._descriptors: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def slab(
+        self, key: str, start: int, stop: int, out: np.ndarray[Any, Any] | None = None
+    ) -> torch.Tensor:
+        info = self.tensors[key]
+        first, last = _byte_range(info, start, stop)
+        buffer = np.empty(last - first, dtype=np.uint8) if out is None else out
+        self._read(info, first, memoryview(buffer).cast("B"))
+        shape = (stop - start, *info.shape[1:]) if info.shape else ()
+        return torch.from_numpy(buffer).view(info.torch_dtype).reshape(shape)
+
+    def read_bytes(self, key: str, start: int, stop: int) -> bytearray:
+        """Bytes `start:stop` of a tensor, whatever its dtype."""
+        info = self.tensors[key]
+        buffer = bytearray(stop - start)
+        self._read(info, info.start + start, memoryview(buffer))
+        return buffer
+
+    def will_need(self, key: str, start: int, stop: int) -> None:
+        if hasattr(os, "posix_fadvise"):
+            info = self.tensors[key]
+            first, last = _byte_range(info, start, stop)
+            os.posix_fadvise(
+                self._descriptor(info.file), first, last - first, os.POSIX_FADV_WILLNEED
+            )
+
+    def side_files(self) -> tuple[list[Path], list[Path]]:
+        shards = {info.file for info in self.tensors.values()}
+        copied, dropped = [], []
+        for path in _walk(self.folder):
+            relative = path.relative_to(self.folder)
+            if path in shards or (len(relative.parts) == 1 and relative.name in OWN_FILES):
+                continue
+            is_weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
+            (dropped if is_weights else copied).append(relative)
+        return copied, dropped
+
+    def close(self) -> None:
+        with self._lock:
+            for descriptor in self._descriptors.values():
+                os.close(descriptor)
+            self._descriptors.clear()
+
+    def _descriptor(self, file: Path) -> int:
+        with self._lock:
+            if file not in self._descriptors:
+                self._descriptors[file] = os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            return self._descriptors[file]
+
+    def _read(self, info: TensorInfo, position: int, view: memoryview) -> None:
+        done = 0
+        try:
+            descriptor = self._descriptor(info.file)
+            while done < len(view):
+                count = os.preadv(descriptor, [view[done:]], position + done)
+                if count == 0:
+                    raise SourceError(f"{info.file}: ended while {info.key} was read from it")
+                done += count
+        except OSError as error:
+            raise SourceError(f"{info.file}: {info.key}: {error.strerror}") from error
+
+
+def _byte_range(info: TensorInfo, start: int, stop: int) -> tuple[int, int]:
+    if not info.shape or not info.shape[0]:
+        return info.start, info.stop
+    row = info.nbytes // info.shape[0]
+    return info.start + start * row, info.start + stop * row
+
+
+def _walk(folder: Path) -> Iterable[Path]:
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _walk(path)
+        elif path.is_file():
+            yield path
+
+
+def open_source(model: str | Path) -> SafetensorsFolder:
+    """The checkpoint that `model` names: a local directory, or a name on the Hugging Face hub."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return SafetensorsFolder(folder)
+    if folder.exists():
+        raise SourceError(f"{folder}: is a file. Give the folder that holds config.json.")
+    name = str(model)
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return SafetensorsFolder(_download(name))
+    raise SourceError(f"{folder}: no such folder. Give a checkpoint's folder, or a hub name.")
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(
+            name,
+            ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx"],
+        )
+    except Exception as error:  # the hub client raises errors of many libraries
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SourceError(
+            f"{name}: no such folder, and the hub does not give it: {cause[:200]}"
+        ) from error
+    return Path(folder)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file; `SourceError` where it is missing or something else."""
+    try:
+        value = json.loads(file.read_bytes(), object_pairs_hook=unique_pairs)
+    except FileNotFoundError:
+        raise SourceError(f"{file}: missing") from None
+    except OSError as error:
+        raise SourceError(f"{file}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{file}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise SourceError(f"{file}: holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A checkpoint folder's config.json."""
+    if not (folder / CONFIG).is_file():
+        seen = sorted(path.name for path in folder.iterdir())[:5]
+        inside = f"it holds {', '.join(seen)}, …" if seen else "it is empty"
+        raise SourceError(f"{folder}: no config.json ({inside}). Give a checkpoint's folder.")
+    return read_json(folder / CONFIG)
+
+
+def _read_tensors(folder: Path) -> dict[str, TensorInfo]:
+    if (folder / INDEX).is_file():
+        return _read_indexed(folder)
+    tensors = read_header(_single_file(folder))
+    if not tensors:
+        raise SourceError(f"{folder}: its safetensors file holds no tensor")
+    return tensors
+
+
+def _single_file(folder: Path) -> Path:
+    if (folder / SINGLE).is_file():
+        return folder / SINGLE
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return files[0]
+    if files:
+        raise SourceError(
+            f"{folder}: {len(files)} safetensors files but no {INDEX} that says what they hold. "
+            "Download the index, too."
+        )
+    if any(path.suffix in {".bin", ".pt", ".pth"} for path in folder.iterdir()):
+        raise SourceError(
+            f"{folder}: only pickled weights, which can run code when they are read. "
+            "Save the model again as safetensors (save_pretrained does)."
+        )
+    raise SourceError(f"{folder}: no safetensors file. Give a folder that holds the weights.")
+
+
+def _read_indexed(folder: Path) -> dict[str, TensorInfo]:
+    index = read_json(folder / INDEX)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise SourceError(f"{folder / INDEX}: has no weight_map. Download the index again.")
+    for key, name in weight_map.items():
+        _check_inside(folder, key, name)
+    found: dict[str, TensorInfo] = {}
+    for name in sorted(set(weight_map.values())):
+        for key, info in read_header(folder / name).items():
+            if key in found:
+                raise SourceError(
+                    f"{key}: lies both in {found[key].file.name} and in {name}. "
+                    "One of the shards belongs to another checkpoint."
+                )
+            found[key] = info
+    _check_index(folder, weight_map, found)
+    return found
+
+
+def _check_inside(folder: Path, key: str, name: object) -> None:
+    if not isinstance(name, str) or not name:
+        raise SourceError(f"{folder / INDEX}: {key} has no shard name but {name!r}")
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
+        raise SourceError(
+            f"{folder / INDEX}: {key} points to {name!r}, outside the checkpoint's folder. "
+            "Do not use this checkpoint."
+        )
+
+
+def _check_index(
+    folder: Path, weight_map: Mapping[str, str], found: Mapping[str, TensorInfo]
+) -> None:
+    for key, name in weight_map.items():
+        if key not in found:
+            raise SourceError(f"{key}: {INDEX} puts it in {name}, but it is not there.")
+        if found[key].file != folder / name:
+            raise SourceError(f"{key}: {INDEX} puts it in {name}, it is in {found[key].file.name}.")
+    unlisted = found.keys() - weight_map.keys()
+    if unlisted:
+        key = min(unlisted)
+        raise SourceError(
+            f"{key}: lies in {found[key].file.name} but {INDEX} does not list it "
+            f"({len(unlisted)} such). The index belongs to another checkpoint."
+        )

@@ -1,0 +1,1 @@
+"""What to do, by role: recipes in YAML."""
