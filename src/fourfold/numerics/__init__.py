@@ -1,0 +1,36 @@
+"""Tensors in, tensors out: E2M1 codes, E4M3 block scales, NVFP4 tensors and their kernels.
+
+Nothing here knows of checkpoints, models or recipes, and nothing is imported but `errors`.
+"""
+
+from fourfold.numerics.nvfp4 import (
+    BLOCK_SIZE,
+    BlockScaleCensus,
+    NVFP4Tensor,
+    QuantizeStats,
+    ScaleAlgorithm,
+    amax,
+    block_scale_census,
+    dequantize,
+    error_energy,
+    global_scale,
+    quantize,
+    quantize_into,
+    warm_up,
+)
+
+__all__ = [
+    "BLOCK_SIZE",
+    "BlockScaleCensus",
+    "NVFP4Tensor",
+    "QuantizeStats",
+    "ScaleAlgorithm",
+    "amax",
+    "block_scale_census",
+    "dequantize",
+    "error_energy",
+    "global_scale",
+    "quantize",
+    "quantize_into",
+    "warm_up",
+]

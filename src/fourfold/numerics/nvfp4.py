@@ -1,0 +1,309 @@
+"""NVFP4 tensors: quantize, dequantize, and the passes over weights that go with them.
+
+    w ≈ q · s · S      q  E2M1 code, two to a byte          uint8          [..., in/2]
+                       s  block scale of 16 inputs, E4M3    float8_e4m3fn  [..., in/16]
+                       S  global scale                      float32        scalar
+
+The definition of codes and scales is the head of `reference.py`; every kernel gives its bytes.
+
+**Global scale.** S = fl32(amax / 2688), 2688 = 6·448, the largest code times the largest block
+scale. It is held to [2⁻¹¹⁷, fl32(FLT_MAX/2688)]: at the lower end the smallest product s·S is
+2⁻¹²⁶, the smallest normal float32, so that no scale is ever subnormal or zero and s·S keeps its
+24 bits; at the upper end 6·448·S is still finite. A tensor whose amax lies below 1.6e-32 gets
+S = 2⁻¹¹⁷, and an all-zero tensor S = 1.
+
+Shapes: O rows, I inputs, B = I/16 blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fourfold.errors import NonFiniteError, UsageError
+from fourfold.numerics import reference
+from fourfold.numerics.dispatch import Kernel
+
+BLOCK_SIZE = reference.BLOCK_SIZE
+GLOBAL_SCALE_MIN = 2.0**-117
+GLOBAL_SCALE_MAX = float(np.finfo(np.float32).max / np.float32(2688.0))
+
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class ScaleAlgorithm(StrEnum):
+    """How block scales are chosen."""
+
+    MAX = "max"
+    MSE = "mse"
+
+
+@dataclass(frozen=True)
+class QuantizeStats:
+    """Figures of one quantize pass, for reports: their last digits depend on the kernel."""
+
+    sum_sq_err: float
+    """Σ (w − q·s·S)² over the weights."""
+    sum_sq_w: float
+    """Σ w²."""
+
+
+@dataclass(frozen=True)
+class BlockScaleCensus:
+    """How many block scales of a tensor are not what an engine expects."""
+
+    zero: int
+    nan: int
+    negative: int
+    subnormal: int
+
+
+@dataclass(frozen=True)
+class NVFP4Tensor:
+    """A quantized weight [..., in]."""
+
+    codes: Tensor
+    """uint8 [..., in/2]; the low nibble is the even element."""
+    block_scale: Tensor
+    """float8_e4m3fn [..., in/16]."""
+    global_scale: Tensor
+    """float32 scalar."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the weight: [..., in]."""
+        return torch.Size((*self.codes.shape[:-1], self.codes.shape[-1] * 2))
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [..., in]: fl32(q · fl32(s·S)), rounded to `dtype`."""
+        return dequantize(self.codes, self.block_scale, self.global_scale, dtype)
+
+
+def amax(weight: Tensor, *, name: str = "weight", kernel: Kernel | str = "auto") -> float:
+    """The largest magnitude of a bf16, fp16 or fp32 tensor of any shape; 0.0 if it is empty.
+
+    Raises NonFiniteError, naming tensor and position, if the weight holds NaN or Inf.
+    """
+    _check_dtype(weight, name)
+    if weight.numel() == 0:
+        return 0.0
+    largest = float(weight.abs().amax())
+    if not math.isfinite(largest):
+        _raise_non_finite(weight, name)
+    return largest
+
+
+def global_scale(amax: float) -> float:
+    """fl32(amax/2688) as a Python float, held to its range (see the module's head).
+
+    Raises UsageError unless amax is finite and not negative.
+    """
+    if not (math.isfinite(amax) and amax >= 0.0):
+        raise UsageError(
+            f"an amax of {amax} has no global scale: it must be finite and not negative"
+        )
+    if amax == 0.0:
+        return 1.0
+    scale = float(np.float32(amax) / np.float32(2688.0))
+    return min(max(scale, GLOBAL_SCALE_MIN), GLOBAL_SCALE_MAX)
+
+
+def quantize(
+    weight: Tensor,
+    *,
+    scale: ScaleAlgorithm | str = ScaleAlgorithm.MAX,
+    global_scale: Tensor | float | None = None,
+    name: str = "weight",
+    kernel: Kernel | str = "auto",
+) -> NVFP4Tensor:
+    """Quantize a bf16, fp16 or fp32 weight [..., in], with `in` a multiple of 16.
+
+    global_scale: that of the weight's scale group; the weight's own amax / 2688 if None.
+
+    Raises NonFiniteError if the weight holds NaN or Inf; UsageError for a dtype, shape, global
+    scale or name of an algorithm that does not exist.
+    """
+    largest = amax(weight, name=name, kernel=kernel)
+    if global_scale is None:
+        global_scale = _own_global_scale(largest)
+    width = _check_width(weight, name)
+    lead = weight.shape[:-1]
+    codes = torch.empty(*lead, width // 2, dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(*lead, width // BLOCK_SIZE, dtype=torch.uint8, device=weight.device)
+    rows = math.prod(lead)
+    quantize_into(
+        weight.reshape(rows, width),
+        codes.view(rows, width // 2),
+        scales.view(rows, width // BLOCK_SIZE),
+        scale=scale,
+        global_scale=global_scale,
+        name=name,
+        kernel=kernel,
+    )
+    s_tensor = torch.tensor(float(global_scale), dtype=torch.float32, device=weight.device)
+    return NVFP4Tensor(codes, scales.view(torch.float8_e4m3fn), s_tensor)
+
+
+def quantize_into(
+    weight_OI: Tensor,
+    codes_out: Tensor | np.ndarray[Any, Any],
+    block_scale_out: Tensor | np.ndarray[Any, Any],
+    *,
+    scale: ScaleAlgorithm | str,
+    global_scale: Tensor | float,
+    name: str = "weight",
+    kernel: Kernel | str = "auto",
+) -> QuantizeStats:
+    """Quantize [O, I] into uint8 buffers [O, I/2] and [O, I/16].
+
+    The buffers may be views into larger ones (of any alignment), with contiguous rows. Nothing is
+    allocated but scratch, no thread is started, and the numba kernels release the GIL: call it
+    on ranges of rows from a thread pool.
+
+    Raises NonFiniteError if the weight holds NaN or Inf (what was written is then worthless).
+    """
+    algorithm = _parse_algorithm(scale)
+    s_value = _check_global_scale(global_scale, name)
+    _check_dtype(weight_OI, name)
+    width = _check_width(weight_OI, name)
+    codes, scales = _as_tensor(codes_out), _as_tensor(block_scale_out)
+    _check_buffer(codes, (weight_OI.shape[0], width // 2), "codes_out")
+    _check_buffer(scales, (weight_OI.shape[0], width // BLOCK_SIZE), "block_scale_out")
+    if weight_OI.numel() == 0:
+        return QuantizeStats(0.0, 0.0)
+    return _quantize_reference(weight_OI, codes, scales, s_value, algorithm, name)
+
+
+def dequantize(
+    codes: Tensor,
+    block_scale: Tensor,
+    global_scale: Tensor | float,
+    dtype: torch.dtype = torch.float32,
+    kernel: Kernel | str = "auto",
+) -> Tensor:
+    """The weight [..., in] of codes [..., in/2] and block scales [..., in/16]."""
+    s_value = float(global_scale)
+    scale = block_scale.view(torch.float8_e4m3fn)
+    return reference.dequantize(codes, scale, s_value).to(dtype)
+
+
+def error_energy(
+    weight_OI: Tensor,
+    codes: Tensor,
+    block_scale: Tensor,
+    global_scale: Tensor | float,
+    kernel: Kernel | str = "auto",
+) -> tuple[float, float]:
+    """(Σ(w − q·s·S)², Σw²) in one pass, summed up in float64: the figures of a verification."""
+    w_OI = weight_OI.double()
+    d_OI = w_OI - dequantize(codes, block_scale, global_scale).double()
+    return float((d_OI * d_OI).sum()), float((w_OI * w_OI).sum())
+
+
+def block_scale_census(block_scale: Tensor, kernel: Kernel | str = "auto") -> BlockScaleCensus:
+    """Counts the block scales (float8_e4m3fn or their bytes) that are zero (of either sign), NaN,
+    negative (sign bit set, not NaN), or subnormal (of either sign)."""
+    byte = block_scale.view(torch.uint8)
+    magnitude = byte & 0x7F
+    return BlockScaleCensus(
+        zero=int((magnitude == 0).sum()),
+        nan=int((magnitude == 0x7F).sum()),
+        negative=int(((byte >= 0x80) & (byte != 0xFF)).sum()),
+        subnormal=int(((magnitude > 0) & (magnitude < 8)).sum()),
+    )
+
+
+def warm_up(
+    dtype: torch.dtype = torch.bfloat16,
+    scale: ScaleAlgorithm | str = ScaleAlgorithm.MSE,
+    kernel: Kernel | str = "auto",
+) -> None:
+    """Compile what a job with weights of `dtype` will run, so that a thread can do so early."""
+    weight = torch.ones(1, BLOCK_SIZE, dtype=dtype)
+    made = quantize(weight, scale=scale, kernel=kernel)
+    error_energy(weight, made.codes, made.block_scale, made.global_scale, kernel)
+    block_scale_census(made.block_scale, kernel)
+
+
+_own_global_scale = global_scale
+
+
+def _quantize_reference(
+    weight_OI: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    global_scale: float,
+    algorithm: ScaleAlgorithm,
+    name: str,
+) -> QuantizeStats:
+    if not bool(torch.isfinite(weight_OI).all()):
+        _raise_non_finite(weight_OI, name)
+    made = reference.quantize(weight_OI, global_scale, mse=algorithm is ScaleAlgorithm.MSE)
+    codes.copy_(made[0])
+    scales.copy_(made[1])
+    return QuantizeStats(*error_energy(weight_OI, *made, global_scale, Kernel.REFERENCE))
+
+
+def _raise_non_finite(weight: Tensor, name: str) -> None:
+    flat = int((~torch.isfinite(weight)).flatten().to(torch.uint8).argmax())
+    position = [int(i) for i in np.unravel_index(flat, tuple(weight.shape))]
+    value = float(weight[tuple(position)])
+    raise NonFiniteError(
+        f"{name}: {value} at {position} (shape {list(weight.shape)}); a weight "
+        "must be finite: repair the source checkpoint"
+    )
+
+
+def _parse_algorithm(scale: ScaleAlgorithm | str) -> ScaleAlgorithm:
+    try:
+        return ScaleAlgorithm(scale)
+    except ValueError:
+        names = " | ".join(ScaleAlgorithm)
+        raise UsageError(f"unknown scale algorithm {scale!r}; choose {names}") from None
+
+
+def _check_global_scale(global_scale: Tensor | float, name: str) -> float:
+    value = float(np.float32(float(global_scale)))
+    if not GLOBAL_SCALE_MIN <= value <= GLOBAL_SCALE_MAX:
+        raise UsageError(
+            f"{name}: a global scale of {value} is outside "
+            f"[{GLOBAL_SCALE_MIN:.3g}, {GLOBAL_SCALE_MAX:.3g}]; "
+            "global_scale(amax) gives one that fits"
+        )
+    return value
+
+
+def _check_dtype(weight: Tensor, name: str) -> None:
+    if weight.dtype not in FLOAT_DTYPES:
+        raise UsageError(
+            f"{name}: {weight.dtype} is not a weight that can be quantized; "
+            "give bfloat16, float16 or float32"
+        )
+
+
+def _check_width(weight: Tensor, name: str) -> int:
+    if weight.ndim == 0 or weight.shape[-1] % BLOCK_SIZE:
+        raise UsageError(
+            f"{name}: shape {list(weight.shape)} cannot be quantized; the last "
+            f"dimension must be a multiple of {BLOCK_SIZE}"
+        )
+    return weight.shape[-1]
+
+
+def _as_tensor(buffer: Tensor | np.ndarray[Any, Any]) -> Tensor:
+    return buffer if isinstance(buffer, Tensor) else torch.from_numpy(buffer)
+
+
+def _check_buffer(buffer: Tensor, shape: tuple[int, int], argument: str) -> None:
+    fits = buffer.dtype == torch.uint8 and tuple(buffer.shape) == shape
+    if not fits or (buffer.shape[1] > 1 and buffer.stride(1) != 1):
+        raise UsageError(
+            f"{argument}: needs uint8 {list(shape)} with contiguous rows, got "
+            f"{buffer.dtype} {list(buffer.shape)} of strides {buffer.stride()}"
+        )
