@@ -1,0 +1,120 @@
+"""Experts modules: how routed experts lie in the parameters that transformers holds in memory.
+
+transformers keeps a layer's experts as fused parameters. Its decorated classes say how in
+`has_gate`, `is_transposed`, `is_concatenated`, `has_bias`; the few that are not decorated are in
+the table `UNDECORATED`. Both become `Part`s: one for each projection, which slice any tensor of
+the parameter's shape (`part_of`).
+
+Axes: e expert, o out, i in; `(eo)i` is a 2-D parameter with experts one below the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+
+
+class Projection(StrEnum):
+    """The matrices of an expert: down(act(gate x) · up x), or down(act(up x))."""
+
+    GATE = "gate"
+    UP = "up"
+    DOWN = "down"
+
+
+class Half(StrEnum):
+    """Which rows of a shared gate-and-up parameter a projection takes."""
+
+    FIRST = "first half"
+    SECOND = "second half"
+    EVEN = "every second, from 0"
+    ODD = "every second, from 1"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One projection as a part of an experts parameter in memory."""
+
+    projection: Projection
+    parameter: str
+    axes: str
+    half: Half | None = None
+
+    @property
+    def is_bias(self) -> bool:
+        return self.axes == "eo"
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsModule:
+    """One layer's routed experts: where the module stands, and its projections."""
+
+    path: str
+    class_name: str
+    num_experts: int
+    parts: tuple[Part, ...]
+
+
+def decorated_parts(
+    *, has_gate: bool, has_bias: bool, is_transposed: bool, is_concatenated: bool
+) -> tuple[Part, ...]:
+    """The parts of an experts class that carries transformers' experts flags."""
+    axes = "eio" if is_transposed else "eoi"
+    first: list[tuple[Projection, str, Half | None]]
+    if has_gate:
+        halves = (Half.FIRST, Half.SECOND) if is_concatenated else (Half.EVEN, Half.ODD)
+        first = [
+            (Projection.GATE, "gate_up_proj", halves[0]),
+            (Projection.UP, "gate_up_proj", halves[1]),
+        ]
+    else:
+        first = [(Projection.UP, "up_proj", None)]
+    places = [*first, (Projection.DOWN, "down_proj", None)]
+    weights = [Part(projection, name, axes, half) for projection, name, half in places]
+    biases = [Part(projection, f"{name}_bias", "eo", half) for projection, name, half in places]
+    return (*weights, *(biases if has_bias else ()))
+
+
+_GATE_UP = (
+    Part(Projection.GATE, "gate_up_proj", "eoi", Half.FIRST),
+    Part(Projection.UP, "gate_up_proj", "eoi", Half.SECOND),
+    Part(Projection.DOWN, "down_proj", "eoi"),
+)
+
+UNDECORATED: Mapping[str, tuple[Part, ...]] = {
+    "Llama4TextExperts": decorated_parts(
+        has_gate=True, has_bias=False, is_transposed=True, is_concatenated=True
+    ),
+    "DbrxExpertGLU": (
+        Part(Projection.GATE, "w1", "(eo)i"),
+        Part(Projection.UP, "v1", "(eo)i"),
+        Part(Projection.DOWN, "w2", "(ei)o"),
+    ),
+    "LongcatFlashExperts": _GATE_UP,
+    "Step3p7Experts": _GATE_UP,
+}
+"""Experts classes without transformers' experts flags, whose layout is known."""
+
+
+def part_of(parameter: torch.Tensor, part: Part, expert: int, num_experts: int) -> torch.Tensor:
+    """One expert's projection `[out, in]` (bias: `[out]`), a view of the whole parameter."""
+    if part.axes.startswith("("):
+        parameter = parameter.reshape(num_experts, -1, parameter.shape[-1])
+    matrix = parameter[expert]
+    if part.axes in {"eio", "(ei)o"}:
+        matrix = matrix.T
+    middle = matrix.shape[0] // 2
+    match part.half:
+        case None:
+            return matrix
+        case Half.FIRST:
+            return matrix[:middle]
+        case Half.SECOND:
+            return matrix[middle:]
+        case Half.EVEN:
+            return matrix[0::2]
+        case Half.ODD:
+            return matrix[1::2]

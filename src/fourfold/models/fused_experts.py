@@ -1,0 +1,211 @@
+"""Cut a layer's routed experts out of their raw tensors, whatever the family's layout on disk.
+
+Works on small stand-ins of the raw tensors (see `regions`): transformers' conversion makes the
+experts parameter of them, the module's parts are sliced out of that, and the positions tell
+where each part lies in the raw tensor. Two experts are tried; the others follow their pattern,
+and the count of elements proves that every byte of the raw tensors has its place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fourfold.checkpoints.safetensors_header import TensorInfo
+from fourfold.errors import ModelError, SourceError
+from fourfold.models.experts import ExpertsModule, Part, Projection, part_of
+from fourfold.models.families import expert_names
+from fourfold.models.module_tree import ModuleTree
+from fourfold.models.regions import Located, Region, Span, locate, number, reduction
+
+Sources = Mapping[str | None, Sequence[str]]
+"""Raw keys of one parameter, by the conversion's source pattern, in the order of experts."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertPart:
+    """One expert's projection (or its bias): its name in the output, and where it lies.
+
+    `name` is None for a bias that has a raw tensor of its own and needs no splitting.
+    """
+
+    name: str | None
+    expert: int
+    projection: Projection
+    region: Region
+    is_bias: bool
+
+
+def cut_experts(
+    module: ExpertsModule,
+    tree: ModuleTree,
+    sources: Mapping[str, Sources],
+    infos: Mapping[str, TensorInfo],
+) -> list[ExpertPart]:
+    """Every expert's projections of one experts module. Raises `ModelError`, `SourceError`."""
+    found: list[ExpertPart] = []
+    for parameter in dict.fromkeys(part.parameter for part in module.parts):
+        target = f"{module.path}.{parameter}"
+        parts = [part for part in module.parts if part.parameter == parameter]
+        try:
+            found += _Cut(module, tree, target, parts, sources[target], infos).run()
+        except ModelError as error:
+            raise ModelError(f"{target}: {error}") from error
+    return found
+
+
+class _Cut:
+    """The cutting of one experts parameter."""
+
+    def __init__(
+        self,
+        module: ExpertsModule,
+        tree: ModuleTree,
+        target: str,
+        parts: Sequence[Part],
+        sources: Sources,
+        infos: Mapping[str, TensorInfo],
+    ) -> None:
+        self.module, self.tree, self.target = module, tree, target
+        self.parts, self.sources, self.infos = parts, sources, infos
+        self.memory_shape = tree.parameters[target]
+        self.keys = [key for group in sources.values() for key in group]
+        self.is_fused = all(len(group) == 1 for group in sources.values()) and (
+            len(infos[self.keys[0]].shape) == len(self.memory_shape)
+        )
+
+    def run(self) -> list[ExpertPart]:
+        self._check_shapes()
+        if self.parts[0].axes.startswith("("):
+            found = [part for part in self._stacked()]
+        else:
+            found = [part for part in self._probed()]
+        self._check_cover(found)
+        return found
+
+    def _check_shapes(self) -> None:
+        for group in self.sources.values():
+            first = self.infos[group[0]]
+            for key in group:
+                if self.infos[key].shape != first.shape:
+                    raise SourceError(
+                        f"{key}: shape {list(self.infos[key].shape)}, but {first.key} has "
+                        f"{list(first.shape)}. Experts of one layer must be alike."
+                    )
+        counts = {len(group) for group in self.sources.values()}
+        if not self.is_fused and (len(counts) > 1 or max(counts) > self.module.num_experts):
+            raise SourceError(
+                f"{self.target}: {' and '.join(map(str, sorted(counts)))} experts on disk, "
+                f"{self.module.num_experts} in the config. Is a shard missing?"
+            )
+
+    def _stacked(self) -> list[ExpertPart]:
+        """Experts one below the other in a 2-D tensor."""
+        (part,), (key,) = self.parts, self.keys
+        rows, cols = self.infos[key].shape
+        if (rows, cols) != self.memory_shape:
+            raise ModelError(f"{key} has shape {[rows, cols]}, not {list(self.memory_shape)}")
+        each, transposed = rows // self.module.num_experts, part.axes == "(ei)o"
+        regions = [
+            Region(key, None, Span(e * each, (e + 1) * each), Span(0, cols), transposed)
+            for e in range(self.module.num_experts)
+        ]
+        return [self._expert_part(part, e, region) for e, region in enumerate(regions)]
+
+    def _probed(self) -> list[ExpertPart]:
+        """Ask the conversion, on stand-ins of two experts."""
+        tried = min(2, self.memory_shape[0], *(len(group) for group in self._groups_of_experts()))
+        skip = 1 if self.is_fused else 0
+        raw_dims = [self.infos[key].shape[skip:] for key in self.keys[:1]]
+        scale = reduction(self.memory_shape[1:], *raw_dims)
+        layout: list[tuple[str | None, int]] = []
+        shapes: list[tuple[int, ...]] = []
+        for pattern, group in self.sources.items():
+            dims = tuple(size // scale for size in self.infos[group[0]].shape[skip:])
+            for ordinal in range(1 if self.is_fused else tried):
+                layout.append((pattern, ordinal))
+                shapes.append((tried, *dims) if self.is_fused else dims)
+        memory_shape = (tried, *(size // scale for size in self.memory_shape[1:]))
+        memory = self._convert(layout, number(shapes), memory_shape)
+        found = []
+        for part in self.parts:
+            places = [locate(part_of(memory, part, e, tried), shapes, scale) for e in range(tried)]
+            found += self._all_experts(part, places, layout)
+        return found
+
+    def _groups_of_experts(self) -> list[Sequence[str]]:
+        return [] if self.is_fused else list(self.sources.values())
+
+    def _convert(
+        self,
+        layout: Sequence[tuple[str | None, int]],
+        numbers: Sequence[torch.Tensor],
+        memory_shape: tuple[int, ...],
+    ) -> torch.Tensor:
+        pattern = layout[0][0]
+        if pattern is None:
+            (memory,) = numbers
+        else:
+            tensors: dict[str, list[torch.Tensor]] = {}
+            for (name, _), tensor in zip(layout, numbers, strict=True):
+                tensors.setdefault(str(name), []).append(tensor)
+            made = self.tree.conversion.convert(
+                self.target, pattern, tensors, {self.target: memory_shape}
+            )
+            memory = made[self.target]
+        if tuple(memory.shape) != memory_shape:
+            raise ModelError(
+                f"{self.keys[0]} has shape {list(self.infos[self.keys[0]].shape)}, which does not "
+                f"become {list(self.memory_shape)}. Does config.json belong to this checkpoint?"
+            )
+        return memory
+
+    def _all_experts(
+        self, part: Part, places: Sequence[Located], layout: Sequence[tuple[str | None, int]]
+    ) -> list[ExpertPart]:
+        """Follow the pattern of the experts that were tried."""
+        first = places[0]
+        pattern, _ = layout[first.ordinal]
+        for expert, place in enumerate(places):
+            where = place.lead if self.is_fused else layout[place.ordinal][1]
+            same = (place.rows, place.cols, place.transposed) == (
+                first.rows, first.cols, first.transposed
+            )  # fmt: skip
+            if where != expert or not same or layout[place.ordinal][0] != pattern:
+                raise ModelError("its experts do not lie in order")
+        keys = self.sources[pattern]
+        count = self.infos[keys[0]].shape[0] if self.is_fused else len(keys)
+        return [
+            self._expert_part(
+                part,
+                expert,
+                Region(
+                    keys[0] if self.is_fused else keys[expert],
+                    expert if self.is_fused else None,
+                    first.rows,
+                    first.cols,
+                    first.transposed,
+                ),
+            )
+            for expert in range(count)
+        ]
+
+    def _expert_part(self, part: Part, expert: int, region: Region) -> ExpertPart:
+        name: str | None
+        if self.is_fused:
+            name = expert_names(self.tree.model_type, region.key).name(
+                region.key, expert, part.projection
+            )
+        else:
+            name = None if part.is_bias else region.key.removesuffix(".weight")
+        return ExpertPart(name, expert, part.projection, region, part.is_bias)
+
+    def _check_cover(self, found: Sequence[ExpertPart]) -> None:
+        """Every element of the raw tensors belongs to exactly one part."""
+        parts = sum(math.prod(part.region.shape) for part in found)
+        raw = sum(self.infos[key].numel for key in self.keys)
+        if parts != raw or len({part.region for part in found}) != len(found):
+            raise ModelError(f"its experts cover {parts:,} of {raw:,} elements")

@@ -1,0 +1,367 @@
+"""Every linear weight of a model: its name, shape, role, and where its bytes lie.
+
+    raw keys ──rules of transformers──▶ parameters of the module tree ──▶ linear weights
+
+The module tree says what is a linear layer and what is an experts module; transformers' rules
+tie each raw key to its place there; names in the output come from the raw keys alone. Raw keys
+that the tree does not know (MTP layers) are in the inventory too: those that stand beside a
+decoder layer's own (`mtp.layers.0.mlp.experts.gate_up_proj`) are cut like them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from fourfold.checkpoints.safetensors_header import TensorInfo
+from fourfold.checkpoints.source import Source
+from fourfold.errors import ModelError, SourceError
+from fourfold.models.experts import Projection
+from fourfold.models.families import fused_suffixes
+from fourfold.models.fused_experts import ExpertPart, cut_experts
+from fourfold.models.module_tree import ModuleTree, Place, build_tree
+from fourfold.models.regions import Region, whole
+from fourfold.models.roles import MTP_KEY, Role
+
+_NUMBERED = re.compile(r"\d+|\D+")
+_LAYER = re.compile(r"(?:^|.*?\.)(?:layers|h|blocks)\.(\d+)\.")
+_EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
+
+
+@dataclass(frozen=True, slots=True)
+class LinearWeight:
+    """One logical 2-D matrix `[out, in]`, wherever it lies on disk.
+
+    `name` is its name in the output, without `.weight`. `scale_group` and `input_site` are names
+    that the weights of one group, or of one site, share. `module` is the experts module (for
+    routed experts) or the linear module itself, in memory's names.
+    """
+
+    name: str
+    role: Role
+    region: Region
+    dtype: str
+    layer: int | None
+    module: str
+    scale_group: str
+    input_site: str
+    expert: int | None = None
+    projection: Projection | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, cols = self.region.shape
+        return rows, cols
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertBias:
+    """One expert's bias inside a fused bias parameter; split off where its weights are."""
+
+    name: str
+    region: Region
+    dtype: str
+    module: str
+    layer: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class RawTensor:
+    """One tensor of the source: what it is for, and the layer it belongs to."""
+
+    info: TensorInfo
+    role: Role
+    layer: int | None
+    is_matrix: bool
+    """Whether an engine may build it as a linear layer: it must be on the ignore lists then."""
+
+    @property
+    def stem(self) -> str:
+        return self.info.key.removesuffix(".weight")
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """What a checkpoint holds. `blocked`: raw key → why its weights cannot be cut out."""
+
+    model_type: str
+    architecture: str
+    linears: tuple[LinearWeight, ...]
+    biases: tuple[ExpertBias, ...]
+    tensors: Mapping[str, RawTensor]
+    blocked: Mapping[str, str]
+    num_layers: int
+
+    @cached_property
+    def linears_by_key(self) -> Mapping[str, tuple[LinearWeight, ...]]:
+        """Linear weights by the raw key that holds them."""
+        found: dict[str, list[LinearWeight]] = defaultdict(list)
+        for linear in self.linears:
+            found[linear.region.key].append(linear)
+        return {key: tuple(group) for key, group in found.items()}
+
+    @cached_property
+    def roles(self) -> Mapping[Role, int]:
+        """How many linear weights each role has."""
+        return Counter(linear.role for linear in self.linears)
+
+
+def take_inventory(source: Source, *, trust_remote_code: bool = False) -> Inventory:
+    """Find every linear weight of `source`; reads headers and configuration only.
+
+    Raises `ModelError` for an architecture that cannot be built or taken apart, `SourceError`
+    where the checkpoint lacks a parameter of its architecture.
+    """
+    tree = build_tree(source.folder, trust_remote_code=trust_remote_code)
+    return _Taking(source, tree).run()
+
+
+def natural(key: str) -> tuple[tuple[int, int | str], ...]:
+    """A sort key that counts numbers as numbers: layer 2 before layer 10."""
+    return tuple((0, int(run)) if run.isdigit() else (1, run) for run in _NUMBERED.findall(key))
+
+
+class _Taking:
+    """One taking of an inventory: the source, the tree, and what has been found so far."""
+
+    def __init__(self, source: Source, tree: ModuleTree) -> None:
+        self.infos = source.tensors
+        self.tree = tree
+        self.places = {key: tree.conversion.place(key) for key in sorted(self.infos, key=natural)}
+        self.layer_index = {path: index for index, path in enumerate(tree.layers)}
+        self.linears: list[LinearWeight] = []
+        self.biases: list[ExpertBias] = []
+        self.roles: dict[str, Role] = {}
+        self.blocked: dict[str, str] = {}
+
+    def run(self) -> Inventory:
+        self._check_complete()
+        self._cut_experts()
+        self._find_linears()
+        self._find_unknown()
+        tensors = {key: self._raw(key) for key in self.infos}
+        return Inventory(
+            model_type=self.tree.model_type,
+            architecture=self.tree.architecture,
+            linears=tuple(_with_groups(self.linears)),
+            biases=tuple(self.biases),
+            tensors=tensors,
+            blocked=self.blocked,
+            num_layers=len(self.tree.layers),
+        )
+
+    def _check_complete(self) -> None:
+        """Every parameter of the architecture has a tensor, or is tied to one that has."""
+        conversion = self.tree.conversion
+        covered: set[str] = set()
+        seen: set[tuple[str | None, str | None]] = set()
+        for place in self.places.values():
+            if (place.target, place.pattern) not in seen:
+                seen.add((place.target, place.pattern))
+                covered.update(conversion.targets(place))
+        missing = [
+            name for name in self.tree.parameters if name not in covered | self.tree.tied
+        ]  # fmt: skip
+        if missing:
+            raise SourceError(
+                f"{missing[0]}: the checkpoint has no tensor for it ({len(missing)} of "
+                f"{len(self.tree.parameters)} parameters of {self.tree.architecture} are missing). "
+                "Is a shard missing, or the config another model's?"
+            )
+
+    def _cut_experts(self) -> None:
+        sources: dict[str, dict[str | None, list[str]]] = defaultdict(lambda: defaultdict(list))
+        for key, place in self.places.items():
+            if place.target is not None:
+                sources[place.target][place.pattern].append(key)
+        for module in self.tree.experts.values():
+            parts = cut_experts(module, self.tree, sources, self.infos)
+            layer = self._layer_of(f"{module.path}.")
+            for part in parts:
+                self._add_expert(module.path, layer, part)
+        for path, class_name in self.tree.unknown_experts.items():
+            self._block_unknown(path, class_name)
+
+    def _add_expert(self, module: str, layer: int | None, part: ExpertPart) -> None:
+        dtype = self.infos[part.region.key].dtype
+        self.roles[part.region.key] = Role.EXPERTS
+        if part.is_bias:
+            if part.name is not None:
+                self.biases.append(ExpertBias(part.name, part.region, dtype, module, layer))
+            return
+        assert part.name is not None
+        half = "down" if part.projection is Projection.DOWN else "gate_up"
+        self.linears.append(
+            LinearWeight(
+                name=part.name,
+                role=Role.EXPERTS,
+                region=part.region,
+                dtype=dtype,
+                layer=layer,
+                module=module,
+                scale_group=f"{module}.{part.expert}.{half}",
+                input_site=f"{module}.{half}",
+                expert=part.expert,
+                projection=part.projection,
+            )
+        )
+
+    def _block_unknown(self, path: str, class_name: str) -> None:
+        for key, place in self.places.items():
+            if place.target is not None and place.target.startswith(f"{path}."):
+                self.roles[key] = Role.EXPERTS
+                self.blocked[key] = (
+                    f"{path} is a {class_name}, an experts module whose layout is not known"
+                )
+
+    def _find_linears(self) -> None:
+        for key, place in self.places.items():
+            if place.target is None or key in self.roles:
+                continue
+            targets = self.tree.conversion.targets(place)
+            layers = [self.tree.linears.get(name.removesuffix(".weight")) for name in targets]
+            if not all(name.endswith(".weight") for name in targets) or None in layers:
+                self.roles[key] = self._role_of_other(place)
+                if any(layers) or self._feeds_linear(targets):
+                    self.blocked[key] = "its layout on disk is not that of a linear layer"
+                continue
+            found = [layer for layer in layers if layer is not None]
+            self.roles[key] = role = found[0].role
+            info = self.infos[key]
+            outs, ins = sum(layer.out_features for layer in found), found[0].in_features
+            shape_fits = info.shape == (outs, ins) or (
+                place.pattern is not None and len(info.shape) == 2 and info.shape[1] == ins
+            )
+            if place.pattern is None and not shape_fits:
+                raise ModelError(
+                    f"{key} in {info.file.name}: shape {list(info.shape)}, the architecture says "
+                    f"{[outs, ins]}. Does config.json belong to this checkpoint?"
+                )
+            if not shape_fits or not key.endswith(".weight"):
+                self.blocked[key] = "its layout on disk is not that of a linear layer"
+                continue
+            self._add_linear(key, role, found[0].path, self._layer_of(place.target))
+
+    def _feeds_linear(self, targets: Iterable[str]) -> bool:
+        return any(
+            name.endswith(".weight") and name.removesuffix(".weight") in self.tree.linears
+            for name in targets
+        )
+
+    def _add_linear(self, key: str, role: Role, module: str, layer: int | None) -> None:
+        info, stem = self.infos[key], key.removesuffix(".weight")
+        region = whole(key, info.shape)
+        self.linears.append(
+            LinearWeight(stem, role, region, info.dtype, layer, module, stem, stem)
+        )  # fmt: skip
+
+    def _role_of_other(self, place: Place) -> Role:
+        target = place.target or ""
+        module = target.rpartition(".")[0]
+        if module in self.tree.embeddings:
+            return Role.EMBEDDING
+        if module in self.tree.routers:
+            return Role.ROUTER
+        if module in self.tree.linears:
+            return self.tree.linears[module].role
+        if module in self.tree.experts:
+            return Role.EXPERTS
+        return Role.OTHER
+
+    def _find_unknown(self) -> None:
+        """Keys that the tree does not know: MTP layers, cut like the decoder layers they copy."""
+        models = _first_by_suffix(self.linears)
+        for key, place in self.places.items():
+            if place.target is not None:
+                continue
+            self.roles[key] = role = self._role_of_unknown(key)
+            if role is Role.MTP:
+                for model in models.get(_suffix(key), ()):
+                    self._add_mtp(key, model)
+
+    def _role_of_unknown(self, key: str) -> Role:
+        layer = _LAYER.match(key)
+        past_end = layer is not None and int(layer.group(1)) >= self.tree.num_hidden_layers
+        return Role.MTP if MTP_KEY.search(key) or past_end else Role.OTHER
+
+    def _add_mtp(self, key: str, model: LinearWeight) -> None:
+        info, like = self.infos[key], self.infos[model.region.key]
+        if info.shape != like.shape:
+            return
+        prefix, old = _prefix(key), _prefix(model.region.key)
+        number = _EXPERT.search(key)
+        expert = model.expert if number is None else int(number.group())
+        name = prefix + model.name.removeprefix(old)
+        if number is not None:
+            name = _EXPERT.sub(number.group(), name)
+        module = prefix + model.module
+        half = model.input_site.rpartition(".")[2]
+        grouped = model.expert is not None
+        self.linears.append(
+            replace(
+                model,
+                name=name,
+                role=Role.MTP,
+                region=replace(model.region, key=key),
+                dtype=info.dtype,
+                layer=None,
+                module=module,
+                scale_group=f"{module}.{expert}.{half}" if grouped else name,
+                input_site=f"{module}.{half}" if grouped else name,
+                expert=expert,
+            )
+        )
+
+    def _layer_of(self, path: str) -> int | None:
+        for dot in re.finditer(r"\.\d+(?=\.)", path):
+            index = self.layer_index.get(path[: dot.end()])
+            if index is not None:
+                return index
+        return None
+
+    def _raw(self, key: str) -> RawTensor:
+        info, role, place = self.infos[key], self.roles[key], self.places[key]
+        is_matrix = (
+            role is not Role.EMBEDDING
+            and len(info.shape) >= 2
+            and (key.endswith(".weight") or role is Role.EXPERTS or key in self.blocked)
+        )
+        return RawTensor(info, role, self._layer_of(place.target or ""), is_matrix)
+
+
+def _prefix(key: str) -> str:
+    """`model.layers.3.` of `model.layers.3.mlp.gate.weight`; empty where there is no layer."""
+    layer = _LAYER.match(key)
+    return layer.group() if layer else ""
+
+
+def _suffix(key: str) -> str:
+    return _EXPERT.sub("#", key.removeprefix(_prefix(key)))
+
+
+def _first_by_suffix(linears: Sequence[LinearWeight]) -> dict[str, list[LinearWeight]]:
+    """For each key's name inside its layer, the weights of the first such key."""
+    first: dict[str, str] = {}
+    found: dict[str, list[LinearWeight]] = defaultdict(list)
+    for linear in linears:
+        key = linear.region.key
+        if linear.layer is not None and first.setdefault(_suffix(key), key) == key:
+            found[_suffix(key)].append(linear)
+    return found
+
+
+def _with_groups(linears: Sequence[LinearWeight]) -> Iterable[LinearWeight]:
+    """Put sibling layers that engines fuse into one scale group and one input site."""
+    names = {linear.name for linear in linears if linear.expert is None}
+    for linear in linears:
+        if linear.expert is not None:
+            yield linear
+            continue
+        parent, _, last = linear.name.rpartition(".")
+        group = next((suffixes for suffixes in fused_suffixes() if last in suffixes), (last,))
+        present = [suffix for suffix in group if f"{parent}.{suffix}" in names]
+        name = f"{parent}.{'+'.join(present)}"
+        yield replace(linear, scale_group=name, input_site=name)

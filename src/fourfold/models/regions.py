@@ -1,0 +1,165 @@
+"""Where a matrix lies inside a raw tensor: slices, strides and transpositions, not copies.
+
+A **region** is one logical matrix `[out, in]` (or one bias vector `[out]`) as a part of a tensor
+on disk: a whole 2-D tensor, one expert of a fused 3-D tensor, a half of its rows or columns,
+every second of them, possibly transposed.
+
+How a family's disk layout relates to the parameters in memory is known to transformers, as
+conversion operations. We do not interpret them, we ask: the operations run on small integer
+tensors whose entries are their own positions (`number`), and the region is read off the result
+(`locate`). Whatever operation is no plain slice, stride or transposition is found out that way,
+too, and refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fourfold.errors import ModelError
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """`range(start, stop, step)` of one dimension."""
+
+    start: int
+    stop: int
+    step: int = 1
+
+    def __len__(self) -> int:
+        return len(range(self.start, self.stop, self.step))
+
+    @property
+    def slice(self) -> slice:
+        return slice(self.start, self.stop, self.step)
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A matrix `[out, in]`, or a vector `[out]` where `cols` is None, inside the tensor `key`.
+
+    `expert` indexes the first dimension of a fused tensor and is None where there is none.
+    `rows` and `cols` are spans of the two last dimensions (of the last one for a vector), before
+    the transposition that `transposed` asks for.
+    """
+
+    key: str
+    expert: int | None
+    rows: Span
+    cols: Span | None
+    transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        if self.cols is None:
+            return (len(self.rows),)
+        shape = (len(self.rows), len(self.cols))
+        return shape[::-1] if self.transposed else shape
+
+    @property
+    def slab(self) -> tuple[int, int]:
+        """The range of the raw tensor's first dimension that holds this region."""
+        if self.expert is not None:
+            return self.expert, self.expert + 1
+        return self.rows.start, self.rows.stop
+
+    def view(self, slab: torch.Tensor) -> torch.Tensor:
+        """This region as a view of its slab."""
+        rows = slab[:: self.rows.step] if self.expert is None else slab[0][self.rows.slice]
+        if self.cols is None:
+            return rows
+        matrix = rows[:, self.cols.slice]
+        return matrix.T if self.transposed else matrix
+
+
+def whole(key: str, shape: Sequence[int]) -> Region:
+    """The region that is all of a 2-D tensor."""
+    rows, cols = shape
+    return Region(key, None, Span(0, rows), Span(0, cols))
+
+
+def number(shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Tensors of these shapes whose entries count 0, 1, 2, … through all of them."""
+    tensors, at = [], 0
+    for shape in shapes:
+        size = math.prod(shape)
+        tensors.append(torch.arange(at, at + size).reshape(tuple(shape)))
+        at += size
+    return tensors
+
+
+def reduction(*shapes: Sequence[int]) -> int:
+    """A number that divides every dimension of `shapes` and leaves at least 4 of each.
+
+    Layouts are told apart on small stand-ins: 4 is enough to tell the second half (start 2)
+    from every second element (start 1), and keeps the proportions of all dimensions.
+    """
+    common = math.gcd(*(size for shape in shapes for size in shape))
+    return max(common // 4, 1) if common % 4 == 0 else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """Which tensor (ordinal), which leading index, and which spans a matrix was found at."""
+
+    ordinal: int
+    lead: int | None
+    rows: Span
+    cols: Span | None
+    transposed: bool
+
+
+def locate(numbers: torch.Tensor, shapes: Sequence[Sequence[int]], scale: int) -> Located:
+    """Read off where `numbers`, a part of what became of `number(shapes)`, came from.
+
+    `numbers` is `[out, in]`, or `[out]` for a bias. Spans come back multiplied by `scale`, for
+    tensors whose dimensions (but a leading expert dimension) are that much larger.
+    Raises `ModelError` where it is not a plain strided part of one tensor.
+    """
+    bounds = torch.tensor([0, *(math.prod(shape) for shape in shapes)]).cumsum(0)
+    ordinals = torch.bucketize(numbers, bounds[1:], right=True)
+    ordinal = int(ordinals.reshape(-1)[0])
+    shape = tuple(shapes[ordinal])
+    axes = list(torch.unravel_index(numbers - bounds[ordinal], shape))
+    if not bool((ordinals == ordinal).all()):
+        raise _irregular()
+    lead = None
+    if len(axes) > numbers.ndim:
+        lead = int(axes[0].reshape(-1)[0])
+        if not bool((axes.pop(0) == lead).all()):
+            raise _irregular()
+        shape = shape[1:]
+    if numbers.ndim == 1:
+        return Located(ordinal, lead, _span(axes[0], shape[0], scale), None, False)
+    transposed = numbers.shape[0] > 1 and bool((axes[0][0] == axes[0][1]).all())
+    rows, cols = (axes[0].T, axes[1].T) if transposed else (axes[0], axes[1])
+    if not bool((rows == rows[:, :1]).all() and (cols == cols[:1]).all()):
+        raise _irregular()
+    return Located(
+        ordinal,
+        lead,
+        _span(rows[:, 0], shape[0], scale),
+        _span(cols[0], shape[1], scale),
+        transposed,
+    )
+
+
+def _span(positions: torch.Tensor, size: int, scale: int) -> Span:
+    """`positions` as a span of a dimension of `size`, both seen through `1 / scale`."""
+    first, count = int(positions[0]), len(positions)
+    step = int(positions[1]) - first if count > 1 else 1
+    if step < 1 or not bool((positions == first + step * torch.arange(count)).all()):
+        raise _irregular()
+    if step == 1:
+        return Span(first * scale, (first + count) * scale)
+    if first >= step or count * step != size:
+        raise _irregular()
+    return Span(first, size * scale, step)
+
+
+def _irregular() -> ModelError:
+    return ModelError("its layout on disk is not a plain slice, stride or transposition")

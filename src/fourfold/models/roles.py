@@ -1,0 +1,79 @@
+"""Roles: what a linear layer is for, read off its place in the module tree. All of it is data.
+
+A layer's role is decided by the first rule that matches, walking from the layer outwards: the
+names on its path first, then the classes of the modules around it. What no rule knows is
+`other`: it is kept as it is, and the plan shows it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from enum import StrEnum
+
+
+class Role(StrEnum):
+    """What a tensor is for; a recipe chooses by it."""
+
+    EXPERTS = "experts"
+    SHARED_EXPERTS = "shared_experts"
+    MLP = "mlp"
+    ATTENTION = "attention"
+    LINEAR_ATTENTION = "linear_attention"
+    ROUTER = "router"
+    LM_HEAD = "lm_head"
+    EMBEDDING = "embedding"
+    VISION = "vision"
+    MTP = "mtp"
+    OTHER = "other"
+
+
+PATH_RULES: Sequence[tuple[re.Pattern[str], Role]] = (
+    (
+        re.compile(
+            r"(^|\.)(vision|visual|audio|image|multi_modal|mm_|projector|perceiver?|talker|code2wav"
+            r"|speech|sound|embed_vision|embed_audio|vit\b|sam_model|qformer|resampler)"
+            r"|(^|\.)\w*(vision|audio)_?(tower|model|projection|proj|encoder|embed\w*)\b"
+        ),
+        Role.VISION,
+    ),
+    (re.compile(r"\.shared_expert_gate$"), Role.ROUTER),
+    (re.compile(r"\.experts\.(expert_)?\d+\."), Role.EXPERTS),
+    (re.compile(r"\.(shared_experts?|shared_mlp)(\.|$)"), Role.SHARED_EXPERTS),
+)
+"""Module path → role. Tried first, in this order."""
+
+CLASS_RULES: Sequence[tuple[re.Pattern[str], Role]] = (
+    (re.compile(r"Vision|Audio|MultiModal|PatchMerger|Projector|Resampler|Talker"), Role.VISION),
+    (re.compile(r"Indexer|GateMLP|GatedResidual|PLELayer|HyperConnection"), Role.OTHER),
+    (re.compile(r"Router|(?<!Forget)(?<!Linear)Gate$|Gating$"), Role.ROUTER),
+    (
+        re.compile(
+            r"Mamba|DeltaNet|DeltaAttention|LinearAttention|LightningAttention|ShortConv|ForgetGate"
+        ),
+        Role.LINEAR_ATTENTION,
+    ),
+    (re.compile(r"Attention|Attn|Compressor|CCAProjection"), Role.ATTENTION),
+    (re.compile(r"MLP|FeedForward|FFN"), Role.MLP),
+    (re.compile(r"MoE$|Moe$|SparseMoe|MoeBlock|MoEBlock|DecoderLayer"), Role.OTHER),
+)
+"""Class name of an enclosing module → role. The innermost class that matches decides."""
+
+EXPERTS_CLASS = re.compile(r"Expert")
+"""Classes whose own parameters are routed experts (unless they are routers or shared)."""
+
+
+def role_of_linear(path: str, enclosing_classes: Sequence[str]) -> Role:
+    """The role of the linear layer at `path`; `enclosing_classes` from the inside out."""
+    for pattern, role in PATH_RULES:
+        if pattern.search(path):
+            return role
+    for class_name in enclosing_classes:
+        for pattern, role in CLASS_RULES:
+            if pattern.search(class_name):
+                return role
+    return Role.OTHER
+
+
+MTP_KEY = re.compile(r"(^|\.)(mtp|mtp_layers|nextn\w*|eagle\w*)(\.|$)")
+"""Raw keys of multi-token-prediction layers, by name. Those past the last layer are too."""

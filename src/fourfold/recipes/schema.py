@@ -1,0 +1,172 @@
+"""Recipes: what to do, by role. Short YAML, checked when it is read.
+
+    description: NVFP4 W4A16 for routed experts, MSE-chosen block scales
+    weights:     {format: nvfp4, scale: mse}   # scale: max | mse
+    activations: none                          # W4A16
+    kv_cache:    none                          # or: {format: fp8, scale: cast}, configuration only
+    quantize:    [experts]                     # roles that the model must have
+    quantize_if_present: [shared_experts]      # roles that it may lack
+    keep:        ["*.layers.0.*"]              # name patterns that stay as they are
+
+Every role under `quantize` and every pattern must match something in the model, and one role at
+least must, or the run does not begin.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+
+from fourfold.errors import RecipeError
+
+QUANTIZABLE_ROLES = (
+    "experts", "shared_experts", "mlp", "attention", "linear_attention", "lm_head", "mtp",
+)  # fmt: skip
+"""Roles that a recipe may quantize. Routers, embeddings, vision towers and norms never are."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Weights(_Strict):
+    """How weights are stored, and how their block scales are chosen."""
+
+    format: Literal["nvfp4"] = "nvfp4"
+    scale: Literal["max", "mse"] = "mse"
+
+
+class KVCache(_Strict):
+    """How engines shall store keys and values. `cast` needs no calibration and no tensors."""
+
+    format: Literal["fp8"] = "fp8"
+    scale: Literal["cast"] = "cast"
+
+
+class Recipe(_Strict):
+    """What to do with a model, by role. `name` is that of the file or of the built-in recipe."""
+
+    name: str = "recipe"
+    description: str = ""
+    weights: Weights = Weights()
+    activations: Literal["none"] = "none"
+    kv_cache: Literal["none"] | KVCache = "none"
+    quantize: tuple[str, ...] = ()
+    quantize_if_present: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
+
+    @field_validator("quantize", "quantize_if_present", "keep", mode="before")
+    @classmethod
+    def _as_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("quantize", "quantize_if_present")
+    @classmethod
+    def _known_roles(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for role in value:
+            if role not in QUANTIZABLE_ROLES:
+                raise ValueError(
+                    f"role {role!r} cannot be quantized{_nearest(role, QUANTIZABLE_ROLES)}"
+                )
+        return value
+
+    @model_validator(mode="after")
+    def _some_role(self) -> Recipe:
+        if not self.roles:
+            raise ValueError("name at least one role under quantize")
+        return self
+
+    @property
+    def roles(self) -> frozenset[str]:
+        """Every role that is quantized where the model has it."""
+        return frozenset(self.quantize) | frozenset(self.quantize_if_present)
+
+    @classmethod
+    def load(cls, name: str | Path) -> Recipe:
+        """The built-in recipe of that name, or the one in a YAML file.
+
+        Raises `RecipeError` for an unknown name (with the nearest ones), a file that cannot be
+        read, and keys or values that no recipe has.
+        """
+        path = Path(name)
+        if path.suffix in {".yaml", ".yml"} or path.is_file():
+            return cls._parse(path.stem, _read(path), str(path))
+        known = builtin_names()
+        if str(name) not in known:
+            raise RecipeError(
+                f"{name}: no such recipe{_nearest(str(name), known)}. "
+                "`fourfold recipes` lists them."
+            )
+        text = resources.files("fourfold.recipes").joinpath(f"{name}.yaml").read_text("utf-8")
+        return cls._parse(str(name), text, str(name))
+
+    @classmethod
+    def _parse(cls, name: str, text: str, where: str) -> Recipe:
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            cause = " ".join(str(error).split())
+            raise RecipeError(f"{where}: not valid YAML: {cause[:200]}") from None
+        if not isinstance(data, dict):
+            raise RecipeError(f"{where}: a recipe is a YAML mapping; see `fourfold recipes NAME`.")
+        try:
+            return cls.model_validate({"name": name, **data})
+        except ValidationError as error:
+            raise RecipeError(f"{where}: {_explain(error)}") from None
+
+    def to_yaml(self) -> str:
+        """This recipe as YAML that `load` reads back."""
+        data = self.model_dump(mode="json", exclude={"name"})
+        return yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=100)
+
+
+def builtin_names() -> list[str]:
+    """The names of the recipes that come with fourfold."""
+    folder = resources.files("fourfold.recipes")
+    return sorted(
+        entry.name.removesuffix(".yaml")
+        for entry in folder.iterdir()
+        if entry.name.endswith(".yaml")
+    )
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read: {error}") from error
+
+
+def _explain(error: ValidationError) -> str:
+    """The first thing wrong, with the nearest name for a key that is not known."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part not in {"KVCache", "literal"})
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {where!r}{_nearest(str(first['loc'][-1]), _known_keys(first['loc']))}"
+    if first["type"] == "missing":
+        return f"the key {where!r} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    if not where:
+        return message
+    given = first.get("input")
+    shown = f", not {given!r}" if first["type"] == "literal_error" else ""
+    return f"{where}: {message}{shown}"
+
+
+def _known_keys(location: tuple[int | str, ...]) -> Iterable[str]:
+    parents: dict[str, type[BaseModel]] = {"weights": Weights, "kv_cache": KVCache}
+    model = parents.get(str(location[0]), Recipe) if len(location) > 1 else Recipe
+    return [name for name in model.model_fields if name != "name"]
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
+    return f"; did you mean {' or '.join(matches)}?" if matches else f"; known: {', '.join(known)}"
