@@ -23,7 +23,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from fourfold.checkpoints.source import SafetensorsFolder, open_source
@@ -94,8 +100,10 @@ def load_dequantized(out_dir: Path, dtype: torch.dtype = torch.float32) -> PreTr
     config = AutoConfig.from_pretrained(out_dir, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(f"{out_dir}: {config.model_type} is not a text model of transformers")
     with _quiet():
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
             None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
         )
     _check_loaded(out_dir, info)
