@@ -13,7 +13,7 @@ it was tried.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 
@@ -93,6 +93,12 @@ class FusedModule:
     """What the engines call the module, in place of a part's name."""
     optional: tuple[str, ...] = ()
     """Parts that some layers lack (Gemma 4's full attention has k_proj stand for v_proj)."""
+    elsewhere: Mapping[Engine, tuple[str, ...]] = field(default_factory=dict)
+    """Engines that have names of their own."""
+
+    def called(self, engine: Engine) -> tuple[str, ...]:
+        """What `engine` may call the module."""
+        return self.elsewhere.get(engine, self.names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +115,12 @@ FUSED_MODULES: tuple[FusedModule, ...] = (
     FusedModule(("wq_du", "wk_dv", "wv_dv", "wr_du"), ("qkvr",)),
     FusedModule(("q_proj", "k_proj", "v_proj"), ("qkv_proj",), optional=("v_proj",)),
     FusedModule(
-        ("q_a_proj", "kv_a_proj_with_mqa"), ("fused_qkv_a_proj", "fused_qkv_a_proj_with_mqa")
+        ("q_a_proj", "kv_a_proj_with_mqa"),
+        ("fused_qkv_a_proj",),
+        elsewhere={
+            Engine.SGLANG: ("fused_qkv_a_proj_with_mqa",),
+            Engine.TRTLLM: ("kv_a_proj_with_mqa",),
+        },
     ),
     FusedModule(("in_proj_qkv", "in_proj_z"), ("in_proj_qkvz",)),
     FusedModule(("in_proj_b", "in_proj_a"), ("in_proj_ba",)),
@@ -487,8 +498,13 @@ def family_of(*model_types: str | None) -> Family:
 
 
 def fused_module_name(name: str) -> tuple[str, ...]:
-    """What engines may call the module that the linear `name` is fused into; often empty."""
-    parent, _, last = name.rpartition(".")
-    prefix = f"{parent}." if parent else ""
-    found = [fused for module in FUSED_MODULES if last in module.parts for fused in module.names]
-    return tuple(dict.fromkeys(prefix + fused for fused in found))
+    """What the engines may call the module that the linear `name` is fused into; often empty."""
+    parent, dot, last = name.rpartition(".")
+    fused = (
+        called
+        for module in FUSED_MODULES
+        if last in module.parts
+        for engine in Engine
+        for called in module.called(engine)
+    )
+    return tuple(dict.fromkeys(parent + dot + called for called in fused))
