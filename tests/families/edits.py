@@ -112,14 +112,40 @@ MINIMAX_M3_VL = (
         (r"\.self_attn\.indexer\.([qk])_(proj|norm)\.", r".self_attn.index_\1_\2."),
     ),
 )
-STEP3P7 = rename(
-    (r"^model\.vision_model\.", "vision_model."),
-    (r"^model\.multi_modal_projector\.", "vit_large_projector."),
-    (r"^model\.language_model\.", "model."),
-    (r"\.mlp\.gate\.e_score_correction_bias", ".moe.router_bias"),
-    (r"\.mlp\.gate\.weight", ".moe.gate.weight"),
-    (r"\.mlp\.experts\.", ".moe."),
-    (r"\.mlp\.shared_experts\.", ".share_expert."),
+STEP3P7 = (
+    change(r"vision_model\..*\.[qk]_proj\.", interleave_rotary(heads=2)),
+    *(
+        join(
+            [f"self_attn.{p}_proj.{kind}" for p in "qkv"],
+            f"self_attn.in_proj_{kind}",
+            dim=0,
+            within="vision_model",
+        )
+        for kind in ("weight", "bias")
+    ),
+    rename(
+        (r"(vision_model\.layers\.\d+)\.self_attn\.", r"\1.attn."),
+        (r"(vision_model\.layers\.\d+)\.mlp\.fc1\.", r"\1.mlp.c_fc."),
+        (r"(vision_model\.layers\.\d+)\.mlp\.fc2\.", r"\1.mlp.c_proj."),
+        (r"(vision_model\.layers\.\d+)\.layernorm_before\.", r"\1.ln_1."),
+        (r"(vision_model\.layers\.\d+)\.layernorm_after\.", r"\1.ln_2."),
+        (r"(vision_model\.layers\.\d+)\.lambda_([12])", r"\1.ls_\2.gamma"),
+        (r"vision_model\.layers\.", "vision_model.transformer.resblocks."),
+        (r"vision_model\.embeddings\.patch_embedding\.", "vision_model.conv1."),
+        (
+            r"vision_model\.embeddings\.position_embedding\.weight",
+            "vision_model.positional_embedding",
+        ),
+        (r"vision_model\.pre_layernorm\.", "vision_model.ln_pre."),
+        (r"vision_model\.downsampler", "vision_model.vit_downsampler"),
+        (r"^model\.vision_model\.", "vision_model."),
+        (r"^model\.multi_modal_projector\.", "vit_large_projector."),
+        (r"^model\.language_model\.", "model."),
+        (r"\.mlp\.gate\.e_score_correction_bias", ".moe.router_bias"),
+        (r"\.mlp\.gate\.weight", ".moe.gate.weight"),
+        (r"\.mlp\.experts\.", ".moe."),
+        (r"\.mlp\.shared_experts\.", ".share_expert."),
+    ),
 )
 SAM = (
     (r"(?<=sam_model\.)layers\.(\d+)\.layer_norm([12])\.", r"blocks.\1.norm\2."),
