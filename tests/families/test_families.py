@@ -31,6 +31,7 @@ UNDECORATED = {
     "switch_transformers",
 }
 DENSE = {"llama", "qwen3"}
+NOT_BY_16 = {"inkling": {"model.vision_tower.encoder_layers.0.projection"}}  # its patches: 12
 LOADABLE = [f for f in FAMILIES.values() if f.why_not is None and f.load_error is None]
 
 
@@ -57,18 +58,19 @@ def test_every_family_can_be_built():
 
 
 @pytest.mark.parametrize("family", LOADABLE, ids=_id)
-def test_checkpoint_loads_back_bit_for_bit(family, tmp_path):
-    truth = write_checkpoint(family, tmp_path)
-    assert difference(family, tmp_path, truth, dtype=torch.bfloat16) == []
+def test_checkpoint_loads_back_bit_for_bit(family, written):
+    folder, truth = written(family.name)
+    assert difference(family, folder, truth, dtype=torch.bfloat16) == []
 
 
 @pytest.mark.parametrize("family", LOADABLE, ids=_id)
-def test_weights_differ_and_are_divisible(family, tmp_path):
-    truth = write_checkpoint(family, tmp_path)
+def test_weights_differ_and_are_divisible(family, written):
+    _, truth = written(family.name)
     fingerprints = {tuple(matrix.flatten()[:64].tolist()) for matrix in truth.experts.values()}
     assert len(fingerprints) == len(truth.experts)
     assert all(matrix.ndim == 2 for matrix in truth.weights.values())
-    assert all(matrix.shape[1] % 16 == 0 for matrix in truth.experts.values())
+    odd = {name for name, matrix in truth.weights.items() if matrix.shape[1] % 16}
+    assert odd == NOT_BY_16.get(family.name, set())
     assert all(tensor.isfinite().all() for tensor in truth.raw.values())
 
 
@@ -103,14 +105,14 @@ def test_seed_decides_the_bytes(tmp_path):
     assert not all(torch.equal(tensor, other.raw[key]) for key, tensor in one.raw.items())
 
 
-def test_mtp_tensors_are_extra(tmp_path):
-    truth = write_checkpoint(FAMILIES["qwen3_5_moe_vl"], tmp_path)
+def test_mtp_tensors_are_extra(written):
+    _, truth = written("qwen3_5_moe_vl")
     assert "mtp.layers.0.mlp.experts.gate_up_proj" in truth.extra
     assert all(key.startswith("mtp.") for key in truth.extra)
     assert any(key.startswith("model.visual.") for key in truth.raw)
 
 
-def test_tied_head_is_not_on_disk(tmp_path):
-    truth = write_checkpoint(FAMILIES["qwen3_moe_tied"], tmp_path)
+def test_tied_head_is_not_on_disk(written):
+    _, truth = written("qwen3_moe_tied")
     assert "lm_head.weight" not in truth.raw
     assert torch.equal(truth.linears["lm_head"], truth.raw["model.embed_tokens.weight"])

@@ -1,0 +1,25 @@
+"""One checkpoint of each family for all tests here: written once, read by many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from . import FAMILIES, Truth, write_checkpoint
+
+Written = Callable[[str], tuple[Path, Truth]]
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    """Family's name -> its folder and what it holds. Tests must not write into the folder."""
+
+    @cache
+    def write(name: str) -> tuple[Path, Truth]:
+        folder = tmp_path_factory.mktemp(name)
+        return folder, write_checkpoint(FAMILIES[name], folder)
+
+    return write
