@@ -9,6 +9,7 @@ and the count of elements proves that every byte of the raw tensors has its plac
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ import torch
 from fourfold.checkpoints.safetensors_header import TensorInfo
 from fourfold.errors import ModelError, SourceError
 from fourfold.models.experts import ExpertsModule, Part, Projection, part_of
-from fourfold.models.families import expert_names
+from fourfold.models.families import DEFAULT, family_of
 from fourfold.models.module_tree import ModuleTree
 from fourfold.models.regions import Located, Region, Span, locate, number, reduction
 
@@ -57,6 +58,23 @@ def cut_experts(
     return found
 
 
+def fused_name(model_types: Sequence[str], key: str, expert: int, projection: Projection) -> str:
+    """What one expert's projection of the fused tensor `key` is called in the output."""
+    family = family_of(*model_types)
+    for stack in (*family.stacks, *DEFAULT.stacks):
+        match = re.match(stack.key, key)
+        if match:
+            names = family.names
+            leaf = {Projection.GATE: names.gate, Projection.UP: names.up}.get(
+                projection, names.down
+            )
+            if leaf is None:
+                raise ModelError(f"{key}: the family's experts have no {projection}")
+            experts = stack.experts.format(stem=match.group("stem"))
+            return names.export.format(experts=experts, expert=expert, projection=leaf)
+    raise ModelError(f"{key}: no name is known for the single experts of this tensor")
+
+
 class _Cut:
     """The cutting of one experts parameter."""
 
@@ -76,17 +94,19 @@ class _Cut:
         self.is_fused = all(len(group) == 1 for group in sources.values()) and (
             len(infos[self.keys[0]].shape) == len(self.memory_shape)
         )
+        place = tree.conversion.place(self.keys[0])
+        self.targets = tree.conversion.targets(place)
+        self.is_mixed = len(self.targets) > 1
+        """One list of experts on disk, several experts modules in memory (ERNIE 4.5 VL)."""
 
     def run(self) -> list[ExpertPart]:
-        self._check_shapes()
-        if self.parts[0].axes.startswith("("):
-            found = [part for part in self._stacked()]
-        else:
-            found = [part for part in self._probed()]
+        if not self.is_mixed:
+            self._check_alike()
+        found = self._stacked() if self.parts[0].axes.startswith("(") else self._probed()
         self._check_cover(found)
         return found
 
-    def _check_shapes(self) -> None:
+    def _check_alike(self) -> None:
         for group in self.sources.values():
             first = self.infos[group[0]]
             for key in group:
@@ -116,35 +136,44 @@ class _Cut:
         return [self._expert_part(part, e, region) for e, region in enumerate(regions)]
 
     def _probed(self) -> list[ExpertPart]:
-        """Ask the conversion, on stand-ins of two experts."""
-        tried = min(2, self.memory_shape[0], *(len(group) for group in self._groups_of_experts()))
+        """Ask the conversion, on stand-ins of two experts (of all, where they are mixed)."""
+        tried = self._how_many_to_try()
         skip = 1 if self.is_fused else 0
-        raw_dims = [self.infos[key].shape[skip:] for key in self.keys[:1]]
-        scale = reduction(self.memory_shape[1:], *raw_dims)
+        memory_dims = [self.tree.parameters[target][1:] for target in self.targets]
+        raw_dims = [self.infos[key].shape[skip:] for key in self.keys]
+        scale = reduction(*memory_dims, *raw_dims)
         layout: list[tuple[str | None, int]] = []
         shapes: list[tuple[int, ...]] = []
         for pattern, group in self.sources.items():
-            dims = tuple(size // scale for size in self.infos[group[0]].shape[skip:])
-            for ordinal in range(1 if self.is_fused else tried):
+            for ordinal, key in enumerate(group if self.is_mixed else group[:tried]):
+                dims = tuple(size // scale for size in self.infos[key].shape[skip:])
                 layout.append((pattern, ordinal))
                 shapes.append((tried, *dims) if self.is_fused else dims)
-        memory_shape = (tried, *(size // scale for size in self.memory_shape[1:]))
-        memory = self._convert(layout, number(shapes), memory_shape)
+        memory = self._convert(layout, number(shapes), tried, scale)
         found = []
         for part in self.parts:
             places = [locate(part_of(memory, part, e, tried), shapes, scale) for e in range(tried)]
             found += self._all_experts(part, places, layout)
         return found
 
-    def _groups_of_experts(self) -> list[Sequence[str]]:
-        return [] if self.is_fused else list(self.sources.values())
+    def _how_many_to_try(self) -> int:
+        if self.is_mixed:
+            return self.memory_shape[0]
+        groups = [] if self.is_fused else [len(group) for group in self.sources.values()]
+        return min(2, self.memory_shape[0], *groups)
 
     def _convert(
         self,
         layout: Sequence[tuple[str | None, int]],
         numbers: Sequence[torch.Tensor],
-        memory_shape: tuple[int, ...],
+        tried: int,
+        scale: int,
     ) -> torch.Tensor:
+        """What the parameter in memory becomes, made of the stand-ins `numbers`."""
+        shapes = {
+            target: (tried, *(size // scale for size in self.tree.parameters[target][1:]))
+            for target in self.targets
+        }
         pattern = layout[0][0]
         if pattern is None:
             (memory,) = numbers
@@ -152,11 +181,9 @@ class _Cut:
             tensors: dict[str, list[torch.Tensor]] = {}
             for (name, _), tensor in zip(layout, numbers, strict=True):
                 tensors.setdefault(str(name), []).append(tensor)
-            made = self.tree.conversion.convert(
-                self.target, pattern, tensors, {self.target: memory_shape}
-            )
+            made = self.tree.conversion.convert(self.targets[0], pattern, tensors, shapes)
             memory = made[self.target]
-        if tuple(memory.shape) != memory_shape:
+        if tuple(memory.shape) != shapes[self.target]:
             raise ModelError(
                 f"{self.keys[0]} has shape {list(self.infos[self.keys[0]].shape)}, which does not "
                 f"become {list(self.memory_shape)}. Does config.json belong to this checkpoint?"
@@ -168,37 +195,35 @@ class _Cut:
     ) -> list[ExpertPart]:
         """Follow the pattern of the experts that were tried."""
         first = places[0]
-        pattern, _ = layout[first.ordinal]
+        pattern, start = layout[first.ordinal]
+        keys = self.sources[pattern]
         for expert, place in enumerate(places):
-            where = place.lead if self.is_fused else layout[place.ordinal][1]
+            where = place.lead if self.is_fused else layout[place.ordinal][1] - start
             same = (place.rows, place.cols, place.transposed) == (
                 first.rows, first.cols, first.transposed
             )  # fmt: skip
             if where != expert or not same or layout[place.ordinal][0] != pattern:
                 raise ModelError("its experts do not lie in order")
-        keys = self.sources[pattern]
-        count = self.infos[keys[0]].shape[0] if self.is_fused else len(keys)
-        return [
-            self._expert_part(
-                part,
-                expert,
-                Region(
-                    keys[0] if self.is_fused else keys[expert],
-                    expert if self.is_fused else None,
-                    first.rows,
-                    first.cols,
-                    first.transposed,
-                ),
+        if self.is_fused:
+            count = self.infos[keys[0]].shape[0]
+        else:
+            count = len(places) if self.is_mixed else len(keys)
+        regions = [
+            Region(
+                keys[0] if self.is_fused else keys[start + expert],
+                expert if self.is_fused else None,
+                first.rows,
+                first.cols,
+                first.transposed,
             )
             for expert in range(count)
         ]
+        return [self._expert_part(part, e, region) for e, region in enumerate(regions)]
 
     def _expert_part(self, part: Part, expert: int, region: Region) -> ExpertPart:
         name: str | None
         if self.is_fused:
-            name = expert_names(self.tree.model_type, region.key).name(
-                region.key, expert, part.projection
-            )
+            name = fused_name(self.tree.model_types, region.key, expert, part.projection)
         else:
             name = None if part.is_bias else region.key.removesuffix(".weight")
         return ExpertPart(name, expert, part.projection, region, part.is_bias)
@@ -206,6 +231,7 @@ class _Cut:
     def _check_cover(self, found: Sequence[ExpertPart]) -> None:
         """Every element of the raw tensors belongs to exactly one part."""
         parts = sum(math.prod(part.region.shape) for part in found)
-        raw = sum(self.infos[key].numel for key in self.keys)
+        keys = {part.region.key for part in found} if self.is_mixed else self.keys
+        raw = sum(self.infos[key].numel for key in keys)
         if parts != raw or len({part.region for part in found}) != len(found):
             raise ModelError(f"its experts cover {parts:,} of {raw:,} elements")

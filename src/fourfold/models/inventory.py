@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -20,11 +20,11 @@ from fourfold.checkpoints.safetensors_header import TensorInfo
 from fourfold.checkpoints.source import Source
 from fourfold.errors import ModelError, SourceError
 from fourfold.models.experts import Projection
-from fourfold.models.families import fused_suffixes
+from fourfold.models.families import FUSED_MODULES, KEEP_ALWAYS
 from fourfold.models.fused_experts import ExpertPart, cut_experts
 from fourfold.models.module_tree import ModuleTree, Place, build_tree
 from fourfold.models.regions import Region, whole
-from fourfold.models.roles import MTP_KEY, Role
+from fourfold.models.roles import MTP_KEY, TOWER, Role
 
 _NUMBERED = re.compile(r"\d+|\D+")
 _LAYER = re.compile(r"(?:^|.*?\.)(?:layers|h|blocks)\.(\d+)\.")
@@ -87,7 +87,7 @@ class RawTensor:
 class Inventory:
     """What a checkpoint holds. `blocked`: raw key → why its weights cannot be cut out."""
 
-    model_type: str
+    model_types: tuple[str, ...]
     architecture: str
     linears: tuple[LinearWeight, ...]
     biases: tuple[ExpertBias, ...]
@@ -144,7 +144,7 @@ class _Taking:
         self._find_unknown()
         tensors = {key: self._raw(key) for key in self.infos}
         return Inventory(
-            model_type=self.tree.model_type,
+            model_types=self.tree.model_types,
             architecture=self.tree.architecture,
             linears=tuple(_with_groups(self.linears)),
             biases=tuple(self.biases),
@@ -175,8 +175,8 @@ class _Taking:
     def _cut_experts(self) -> None:
         sources: dict[str, dict[str | None, list[str]]] = defaultdict(lambda: defaultdict(list))
         for key, place in self.places.items():
-            if place.target is not None:
-                sources[place.target][place.pattern].append(key)
+            for target in self.tree.conversion.targets(place):
+                sources[target][place.pattern].append(key)
         for module in self.tree.experts.values():
             parts = cut_experts(module, self.tree, sources, self.infos)
             layer = self._layer_of(f"{module.path}.")
@@ -187,7 +187,8 @@ class _Taking:
 
     def _add_expert(self, module: str, layer: int | None, part: ExpertPart) -> None:
         dtype = self.infos[part.region.key].dtype
-        self.roles[part.region.key] = Role.EXPERTS
+        role = Role.VISION if TOWER.search(module) else Role.EXPERTS
+        self.roles[part.region.key] = role
         if part.is_bias:
             if part.name is not None:
                 self.biases.append(ExpertBias(part.name, part.region, dtype, module, layer))
@@ -197,7 +198,7 @@ class _Taking:
         self.linears.append(
             LinearWeight(
                 name=part.name,
-                role=Role.EXPERTS,
+                role=role,
                 region=part.region,
                 dtype=dtype,
                 layer=layer,
@@ -229,7 +230,7 @@ class _Taking:
                     self.blocked[key] = "its layout on disk is not that of a linear layer"
                 continue
             found = [layer for layer in layers if layer is not None]
-            self.roles[key] = role = found[0].role
+            self.roles[key] = role = _role(key, found[0].role)
             info = self.infos[key]
             outs, ins = sum(layer.out_features for layer in found), found[0].in_features
             shape_fits = info.shape == (outs, ins) or (
@@ -332,6 +333,13 @@ class _Taking:
         return RawTensor(info, role, self._layer_of(place.target or ""), is_matrix)
 
 
+def _role(key: str, role: Role) -> Role:
+    """`role`, or `other` for a layer that engines build unquantized whatever it was."""
+    stem = key.removesuffix(".weight")
+    kept = any(re.search(entry.pattern, stem) for entry in KEEP_ALWAYS)
+    return Role.OTHER if kept and role not in {Role.ROUTER, Role.VISION} else role
+
+
 def _prefix(key: str) -> str:
     """`model.layers.3.` of `model.layers.3.mlp.gate.weight`; empty where there is no layer."""
     layer = _LAYER.match(key)
@@ -361,7 +369,14 @@ def _with_groups(linears: Sequence[LinearWeight]) -> Iterable[LinearWeight]:
             yield linear
             continue
         parent, _, last = linear.name.rpartition(".")
-        group = next((suffixes for suffixes in fused_suffixes() if last in suffixes), (last,))
-        present = [suffix for suffix in group if f"{parent}.{suffix}" in names]
-        name = f"{parent}.{'+'.join(present)}"
+        name = f"{parent}.{'+'.join(_siblings(parent, last, names))}"
         yield replace(linear, scale_group=name, input_site=name)
+
+
+def _siblings(parent: str, last: str, names: Set[str]) -> Sequence[str]:
+    """The layers under `parent` that engines fuse with `last`, itself included."""
+    for module in FUSED_MODULES:
+        present = [part for part in module.parts if f"{parent}.{part}" in names]
+        if last in module.parts and set(module.parts) - set(module.optional) <= set(present):
+            return present
+    return (last,)

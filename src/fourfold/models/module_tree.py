@@ -43,7 +43,8 @@ class LinearModule:
 class ModuleTree:
     """What the architecture is made of; every path is a module path in memory."""
 
-    model_type: str
+    model_types: tuple[str, ...]
+    """`model_type` of the whole, then of its text model."""
     architecture: str
     linears: Mapping[str, LinearModule]
     experts: Mapping[str, ExpertsModule]
@@ -57,6 +58,7 @@ class ModuleTree:
     """Parameters that share another one's storage and need no key of their own."""
     layers: tuple[str, ...]
     """Paths of the decoder layers, in order."""
+    num_hidden_layers: int
     conversion: Conversion
 
 
@@ -265,8 +267,9 @@ def _describe(model: Any) -> ModuleTree:
 
     modules = dict(model.named_modules())
     experts, unknown = _experts(modules)
+    text_config = model.config.get_text_config()
     return ModuleTree(
-        model_type=str(model.config.model_type),
+        model_types=tuple(dict.fromkeys((model.config.model_type, text_config.model_type))),
         architecture=type(model).__name__,
         linears=_linears(model, modules),
         experts=experts,
@@ -284,6 +287,7 @@ def _describe(model: Any) -> ModuleTree:
         parameters={name: tuple(value.shape) for name, value in model.named_parameters()},
         tied=_tied(model),
         layers=_layers(model, modules),
+        num_hidden_layers=int(getattr(text_config, "num_hidden_layers", 0)),
         conversion=Conversion(model, get_model_conversion_mapping(model)),
     )
 
@@ -294,7 +298,9 @@ def _linears(model: Any, modules: Mapping[str, Any]) -> dict[str, LinearModule]:
     for path, module in modules.items():
         if isinstance(module, nn.Linear):
             is_head = module is head or path.rpartition(".")[2] == "lm_head"
-            role = Role.LM_HEAD if is_head else role_of_linear(path, _enclosing(path, modules))
+            own = [] if type(module) is nn.Linear else [type(module).__name__]
+            classes = own + _enclosing(path, modules)
+            role = Role.LM_HEAD if is_head else role_of_linear(path, classes)
             found[path] = LinearModule(path, module.out_features, module.in_features, role)
     return found
 

@@ -121,7 +121,7 @@ def locate(numbers: torch.Tensor, shapes: Sequence[Sequence[int]], scale: int) -
     Raises `ModelError` where it is not a plain strided part of one tensor.
     """
     bounds = torch.tensor([0, *(math.prod(shape) for shape in shapes)]).cumsum(0)
-    ordinals = torch.bucketize(numbers, bounds[1:], right=True)
+    ordinals = torch.bucketize(numbers.contiguous(), bounds[1:], right=True)
     ordinal = int(ordinals.reshape(-1)[0])
     shape = tuple(shapes[ordinal])
     axes = list(torch.unravel_index(numbers - bounds[ordinal], shape))

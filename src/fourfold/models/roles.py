@@ -53,18 +53,27 @@ CLASS_RULES: Sequence[tuple[re.Pattern[str], Role]] = (
         ),
         Role.LINEAR_ATTENTION,
     ),
-    (re.compile(r"Attention|Attn|Compressor|CCAProjection"), Role.ATTENTION),
+    (re.compile(r"Attention|Attn|MLA$|Compressor|CCAProjection"), Role.ATTENTION),
     (re.compile(r"MLP|FeedForward|FFN"), Role.MLP),
     (re.compile(r"MoE$|Moe$|SparseMoe|MoeBlock|MoEBlock|DecoderLayer"), Role.OTHER),
 )
 """Class name of an enclosing module → role. The innermost class that matches decides."""
+
+TOWER = re.compile(
+    r"^(model\.)?(talker|code2wav|visual|(vision|audio)_(tower|model|encoder)|vision_embed\w*)\."
+)
+"""Module paths of whole towers beside the text model; their experts are not the model's."""
 
 EXPERTS_CLASS = re.compile(r"Expert")
 """Classes whose own parameters are routed experts (unless they are routers or shared)."""
 
 
 def role_of_linear(path: str, enclosing_classes: Sequence[str]) -> Role:
-    """The role of the linear layer at `path`; `enclosing_classes` from the inside out."""
+    """The role of the linear layer at `path`.
+
+    `enclosing_classes`: its own class where that is more than `nn.Linear`, then those of the
+    modules around it, from the inside out.
+    """
     for pattern, role in PATH_RULES:
         if pattern.search(path):
             return role
