@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -23,6 +24,7 @@ from fourfold.checkpoints.engines import (
     write_ignore,
 )
 from fourfold.errors import PlanError
+from fourfold.models.families import FAMILIES, Proof
 
 QUANTIZED, EXCLUDED, REFUSED = Verdict.QUANTIZED, Verdict.EXCLUDED, Verdict.REFUSED
 LAYER = "model.layers.0"
@@ -231,6 +233,29 @@ def test_large_checkpoints_are_checked_in_seconds() -> None:
     assert time.perf_counter() - start < 10  # twice a check; it takes about one second
 
 
+# ----------------------------------------------------------------------------- the families
+
+
+def test_every_stack_names_its_experts_module() -> None:
+    for name, family in FAMILIES.items():
+        for stack in family.stacks:
+            assert "stem" in re.compile(stack.key).groupindex, name
+            assert stack.experts.format(stem="a").startswith("a"), name
+
+
+def test_the_support_page_shows_the_whole_table() -> None:
+    page = Path(__file__).parents[1] / "docs" / "support.md"
+    rows = re.findall(r"^\| ([\w-]+) \|.*\| (.+?) \| (\w+): .*$", page.read_text(), re.MULTILINE)
+    proofs = {proof: proof.name.lower() for proof in Proof}
+    short = {"vLLM": "vLLM", "SGLang": "SGLang", "TensorRT-LLM": "TRT-LLM"}
+    assert rows
+    for name, engines, proof in rows:
+        family = FAMILIES[name]
+        assert proof == proofs[family.names.proof], name
+        assert engines == (", ".join(short[e] for e in family.readers) or "**none**"), name
+    assert {id(FAMILIES[name]) for name, *_ in rows} == {id(f) for f in FAMILIES.values()}
+
+
 # -------------------------------------------------------------------------------- properties
 
 PARENTS = st.sampled_from(
@@ -291,12 +316,15 @@ def mutilate(name: str, how: int, a: int, b: int) -> str:
 
 
 NUMBERS = st.integers(0, 1000)
-ENTRIES = st.lists(st.builds(mutilate, MODULES, NUMBERS, NUMBERS, NUMBERS), max_size=6)
+EDITS = st.lists(st.tuples(st.none() | MODULES, NUMBERS, NUMBERS, NUMBERS), max_size=6)
 
 
 @settings(max_examples=1000, deadline=None)
-@given(MODULES, ENTRIES)
-def test_the_index_agrees_with_the_plain_rules(module: str, ignore: list[str]) -> None:
+@given(MODULES, EDITS)
+def test_the_index_agrees_with_the_plain_rules(
+    module: str, edits: list[tuple[str | None, int, int, int]]
+) -> None:
+    ignore = [mutilate(name or module, how, a, b) for name, how, a, b in edits]
     assert vllm_excludes(module, ignore).verdict is plain_vllm(module, ignore)
     assert sglang_excludes(module, ignore).verdict is plain_sglang(module, ignore)
     assert trtllm_excludes(module, ignore).verdict is plain_trtllm(module, ignore)
