@@ -48,6 +48,7 @@ __all__ = [
     "Ruling",
     "Verdict",
     "check",
+    "experts_module",
     "modules_of",
     "sglang_excludes",
     "trtllm_excludes",
