@@ -1,5 +1,76 @@
-"""fourfold: quantize Mixture-of-Experts checkpoints to NVFP4, and prove it tensor by tensor."""
+"""fourfold: quantize Mixture-of-Experts checkpoints to NVFP4, and prove it tensor by tensor.
+
+    import fourfold
+
+    plan = fourfold.plan("path/to/model", recipe="w4a16_nvfp4_experts_only_mse")
+    result = fourfold.quantize("path/to/model", "out", recipe="w4a16_nvfp4_experts_only_mse")
+    report = fourfold.verify("out", source="path/to/model")
+
+Importing it is quick: PyTorch and transformers are imported when they are first needed.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from fourfold._version import __version__
+from fourfold.errors import (
+    FourfoldError,
+    ModelError,
+    NonFiniteError,
+    OutputError,
+    PlanError,
+    RecipeError,
+    SourceError,
+    UsageError,
+)
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from fourfold.pipeline import Result, plan, quantize
+    from fourfold.planning import Plan
+    from fourfold.recipes import Recipe
+    from fourfold.verify import Finding, Report, verify
+
+_LAZY = {
+    "plan": "fourfold.pipeline",
+    "quantize": "fourfold.pipeline",
+    "Result": "fourfold.pipeline",
+    "Plan": "fourfold.planning",
+    "Recipe": "fourfold.recipes",
+    "verify": "fourfold.verify",
+    "Report": "fourfold.verify",
+    "Finding": "fourfold.verify",
+}
+
+__all__ = [
+    "Finding",
+    "FourfoldError",
+    "ModelError",
+    "NonFiniteError",
+    "OutputError",
+    "Plan",
+    "PlanError",
+    "Recipe",
+    "RecipeError",
+    "Report",
+    "Result",
+    "SourceError",
+    "UsageError",
+    "__version__",
+    "plan",
+    "quantize",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'fourfold' has no attribute {name!r}")
+    value = getattr(import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

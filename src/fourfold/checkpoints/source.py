@@ -56,6 +56,9 @@ class Source(Protocol):
     ) -> torch.Tensor:
         """Rows `start:stop` of the first dimension of `key`, into `out` (uint8) where given."""
 
+    def read_bytes(self, key: str, start: int, out: np.ndarray[Any, Any]) -> None:
+        """Fill `out` (uint8) with bytes of `key`, from byte `start` on, whatever its dtype."""
+
     def will_need(self, key: str, start: int, stop: int) -> None:
         """A hint that this slab will be read soon."""
 
@@ -82,16 +85,13 @@ class SafetensorsFolder:
         info = self.tensors[key]
         first, last = _byte_range(info, start, stop)
         buffer = np.empty(last - first, dtype=np.uint8) if out is None else out
-        self._read(info, first, memoryview(buffer).cast("B"))
+        self._read(info, first, buffer.data.cast("B"))
         shape = (stop - start, *info.shape[1:]) if info.shape else ()
         return torch.from_numpy(buffer).view(info.torch_dtype).reshape(shape)
 
-    def read_bytes(self, key: str, start: int, stop: int) -> bytearray:
-        """Bytes `start:stop` of a tensor, whatever its dtype."""
+    def read_bytes(self, key: str, start: int, out: np.ndarray[Any, Any]) -> None:
         info = self.tensors[key]
-        buffer = bytearray(stop - start)
-        self._read(info, info.start + start, memoryview(buffer))
-        return buffer
+        self._read(info, info.start + start, out.data.cast("B"))
 
     def will_need(self, key: str, start: int, stop: int) -> None:
         if hasattr(os, "posix_fadvise"):
@@ -103,7 +103,8 @@ class SafetensorsFolder:
 
     def side_files(self) -> tuple[list[Path], list[Path]]:
         shards = {info.file for info in self.tensors.values()}
-        copied, dropped = [], []
+        copied: list[Path] = []
+        dropped: list[Path] = []
         for path in _walk(self.folder):
             relative = path.relative_to(self.folder)
             if path in shards or (len(relative.parts) == 1 and relative.name in OWN_FILES):

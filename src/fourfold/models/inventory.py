@@ -93,6 +93,8 @@ class Inventory:
     biases: tuple[ExpertBias, ...]
     tensors: Mapping[str, RawTensor]
     blocked: Mapping[str, str]
+    tied_linears: tuple[str, ...]
+    """Linear layers without a tensor of their own (a tied head), in memory's names."""
     num_layers: int
 
     @cached_property
@@ -150,6 +152,7 @@ class _Taking:
             biases=tuple(self.biases),
             tensors=tensors,
             blocked=self.blocked,
+            tied_linears=self._tied_linears(),
             num_layers=len(self.tree.layers),
         )
 
@@ -171,6 +174,11 @@ class _Taking:
                 f"{len(self.tree.parameters)} parameters of {self.tree.architecture} are missing). "
                 "Is a shard missing, or the config another model's?"
             )
+
+    def _tied_linears(self) -> tuple[str, ...]:
+        stored = {place.target for place in self.places.values()}
+        names = (name.removesuffix(".weight") for name in self.tree.tied - stored)
+        return tuple(sorted(name for name in names if name in self.tree.linears))
 
     def _cut_experts(self) -> None:
         sources: dict[str, dict[str | None, list[str]]] = defaultdict(lambda: defaultdict(list))

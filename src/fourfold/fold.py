@@ -1,0 +1,396 @@
+"""Carry out a plan: read, quantize, write, on as many threads as there are cores.
+
+A job is one scale group (a few MB: an expert's gate and up), one tensor to copy, or one bias.
+Workers take jobs in the order of the source's bytes; each reads its slabs into its own arena,
+computes there while they are in the cache, and writes the result to the place in the shard that
+the plan has fixed. So reading, computing and writing overlap, memory is a few groups whatever
+the model, and the bytes do not depend on the order of work. A full shard is synced and renamed
+by a thread of its own, while the next one is filled.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fourfold.checkpoints import modelopt
+from fourfold.checkpoints.source import Source
+from fourfold.checkpoints.writer import OutputFolder, ShardFile
+from fourfold.models.inventory import ExpertBias, LinearWeight, RawTensor
+from fourfold.models.regions import Region
+from fourfold.numerics import nvfp4
+from fourfold.planning import Job, Plan, ScaleGroup
+
+COPY_BYTES = 1 << 24
+GROUP_BYTES = 1 << 28
+"""A scale group larger than this is read twice, in pieces, instead of being held."""
+
+LOOKAHEAD = 16
+"""How many jobs ahead of the workers the disk is told what will be read."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinearResult:
+    """What quantizing one linear weight gave."""
+
+    name: str
+    role: str
+    shape: tuple[int, int]
+    global_scale: float
+    amax: float
+    sum_sq_err: float
+    """Σ(w − q·s·S)²."""
+    sum_sq_w: float
+    """Σw²."""
+
+    @property
+    def relative_error(self) -> float:
+        """Relative Frobenius error ‖w − ŵ‖/‖w‖; 0 for an all-zero weight."""
+        return math.sqrt(self.sum_sq_err / self.sum_sq_w) if self.sum_sq_w else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A shard was finished: its unit, and how far the whole is."""
+
+    unit: str
+    shards_done: int
+    shards: int
+    bytes_done: int
+    """Bytes of the source that were dealt with."""
+    bytes_total: int
+
+
+def threads_available() -> int:
+    """The cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def fold(
+    plan: Plan,
+    source: Source,
+    out: OutputFolder,
+    *,
+    threads: int | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> list[LinearResult]:
+    """Write every shard of `plan` into `out`; figures of each linear weight, sorted by name.
+
+    Raises what the first failing worker raised, after all of them have ended and the unfinished
+    shards are gone.
+    """
+    work = _Work(plan, source, out, progress)
+    count = threads or threads_available()
+    with ThreadPoolExecutor(count, thread_name_prefix="fold") as pool:
+        workers = [pool.submit(work.run) for _ in range(count)]
+        try:
+            for worker in workers:
+                worker.result()
+        finally:
+            work.stop()
+    work.close()
+    return sorted(work.results, key=lambda result: result.name)
+
+
+class _Work:
+    """The jobs of a plan, handed to workers, and the shards that they fill."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        source: Source,
+        out: OutputFolder,
+        progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self.plan, self.source, self.out, self.progress = plan, source, out, progress
+        self.results: list[LinearResult] = []
+        self._jobs = self._all_jobs()
+        self._ahead: deque[tuple[_OpenShard, Job]] = deque()
+        self._lock = threading.Lock()
+        self._stopped = False
+        self._syncer = ThreadPoolExecutor(1, thread_name_prefix="sync")
+        self._syncing: list[Future[None]] = []
+        self._open: list[_OpenShard] = []
+        self._done = [0, 0]
+
+    def _all_jobs(self) -> Iterator[tuple[_OpenShard, Job]]:
+        for name, shard in zip(self.plan.shard_names, self.plan.shards, strict=True):
+            file = self.out.shard(name, shard.tensors)
+            opened = _OpenShard(file, shard.unit, len(shard.jobs), sum(map(_job_bytes, shard.jobs)))
+            self._open.append(opened)
+            for job in shard.jobs:
+                yield opened, job
+
+    def _next(self) -> tuple[_OpenShard, Job] | None:
+        with self._lock:
+            while len(self._ahead) < LOOKAHEAD and not self._stopped:
+                item = next(self._jobs, None)
+                if item is None:
+                    break
+                for key, start, stop in _slabs_of(item[1]):
+                    self.source.will_need(key, start, stop)
+                self._ahead.append(item)
+            return None if self._stopped or not self._ahead else self._ahead.popleft()
+
+    def run(self) -> None:
+        """What a worker does: jobs, until there are none or something failed."""
+        arena = Arena()
+        try:
+            while (item := self._next()) is not None:
+                shard, job = item
+                results = run_job(self.plan, self.source, shard.file, job, arena)
+                with self._lock:
+                    self.results += results
+                    shard.jobs_left -= 1
+                    if not shard.jobs_left:
+                        self._syncing.append(self._syncer.submit(self._finish, shard))
+        except BaseException:
+            self._stopped = True
+            raise
+
+    def _finish(self, shard: _OpenShard) -> None:
+        try:
+            shard.file.finish()
+        except BaseException:
+            self._stopped = True
+            raise
+        self._open.remove(shard)
+        self._done[0] += 1
+        self._done[1] += shard.source_bytes
+        if self.progress is not None:
+            total = self.plan.nbytes
+            self.progress(
+                Progress(shard.unit, self._done[0], len(self.plan.shards), self._done[1], total)
+            )
+
+    def stop(self) -> None:
+        """Let no worker take another job."""
+        with self._lock:
+            self._stopped = True
+
+    def close(self) -> None:
+        """Wait for the shards that are being synced; remove those that will never be full."""
+        self._syncer.shutdown(wait=True)
+        try:
+            for future in self._syncing:
+                future.result()
+        finally:
+            for shard in self._open:
+                shard.file.abandon()
+
+
+@dataclass
+class _OpenShard:
+    file: ShardFile
+    unit: str
+    jobs_left: int
+    source_bytes: int
+
+
+class Arena:
+    """Memory for one job at a time, used again by the next: no page is touched first twice."""
+
+    def __init__(self) -> None:
+        self._buffer = np.empty(0, dtype=np.uint8)
+        self._used = 0
+        self._wanted = 0
+
+    def reset(self) -> None:
+        """Forget what was taken. Grows the buffer to what the last job wanted."""
+        if self._wanted > len(self._buffer):
+            self._buffer = np.empty(self._wanted, dtype=np.uint8)
+        self._used = self._wanted = 0
+
+    def take(self, nbytes: int) -> np.ndarray[Any, Any]:
+        """`nbytes` bytes, aligned to 64; not cleared."""
+        size = -(-nbytes // 64) * 64
+        self._wanted += size
+        if self._used + size > len(self._buffer):
+            return np.empty(nbytes, dtype=np.uint8)
+        begin, self._used = self._used, self._used + size
+        return self._buffer[begin : begin + nbytes]
+
+
+def run_job(
+    plan: Plan, source: Source, file: ShardFile, job: Job, arena: Arena
+) -> list[LinearResult]:
+    """Do one job, and give the figures of the linear weights that it quantized."""
+    arena.reset()
+    match job:
+        case ScaleGroup():
+            return _Group(plan, source, file, job, arena).run()
+        case ExpertBias():
+            slab = source.slab(job.region.key, *job.region.slab)
+            bias = job.region.view(slab).contiguous()
+            file.write(f"{job.name}.bias", bias.view(torch.uint8).numpy())
+        case RawTensor():
+            _copy(source, file, job.info.key, job.info.nbytes, arena)
+    return []
+
+
+def _copy(source: Source, file: ShardFile, key: str, nbytes: int, arena: Arena) -> None:
+    buffer = arena.take(min(nbytes, COPY_BYTES))
+    for begin in range(0, nbytes, COPY_BYTES):
+        piece = buffer[: min(COPY_BYTES, nbytes - begin)]
+        source.read_bytes(key, begin, piece)
+        file.write(key, piece, begin)
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Rows `start:stop` of a linear weight, read from rows `slab` of its raw tensor."""
+
+    linear: LinearWeight
+    start: int
+    stop: int
+    slab: tuple[int, int]
+
+
+class _Group:
+    """Quantizes one scale group: amax over all of it, then codes and scales of each weight."""
+
+    def __init__(
+        self, plan: Plan, source: Source, file: ShardFile, group: ScaleGroup, arena: Arena
+    ) -> None:
+        self.algorithm = plan.recipe.weights.scale
+        self.source, self.file, self.group, self.arena = source, file, group, arena
+        self.slabs: dict[tuple[str, int, int], torch.Tensor] = {}
+        self.is_held = _job_bytes(group) <= GROUP_BYTES
+
+    def run(self) -> list[LinearResult]:
+        pieces = [piece for linear in self.group.linears for piece in self._pieces(linear)]
+        amaxes = dict.fromkeys((linear.name for linear in self.group.linears), 0.0)
+        for piece in pieces:
+            amax = nvfp4.amax(self._load(piece), name=self._label(piece))
+            amaxes[piece.linear.name] = max(amaxes[piece.linear.name], amax)
+        global_scale = nvfp4.global_scale(max(amaxes.values()))
+        totals = {name: [0.0, 0.0] for name in amaxes}
+        for piece in pieces:
+            error, energy = self._quantize(piece, global_scale)
+            totals[piece.linear.name][0] += error
+            totals[piece.linear.name][1] += energy
+        return [
+            self._finish(linear, global_scale, amaxes[linear.name], *totals[linear.name])
+            for linear in self.group.linears
+        ]
+
+    def _pieces(self, linear: LinearWeight) -> Sequence[_Piece]:
+        region, rows = linear.region, linear.shape[0]
+        if self.is_held or not _is_plain(region):
+            return [_Piece(linear, 0, rows, region.slab)]
+        row_bytes = (
+            self.source.tensors[region.key].nbytes // self.source.tensors[region.key].shape[0]
+        )
+        step = max(1, GROUP_BYTES // 4 // row_bytes)
+        first = region.rows.start
+        return [
+            _Piece(linear, at, min(at + step, rows), (first + at, first + min(at + step, rows)))
+            for at in range(0, rows, step)
+        ]
+
+    def _load(self, piece: _Piece) -> torch.Tensor:
+        """The piece's rows `[out, in]`, contiguous along `in`."""
+        region = piece.linear.region
+        slab = self._slab(region.key, *piece.slab)
+        if piece.slab == region.slab:
+            matrix = region.view(slab)
+        else:
+            assert region.cols is not None
+            matrix = slab[:, region.cols.slice]
+        return matrix if matrix.stride(1) == 1 else _contiguous(matrix, self.arena)
+
+    def _slab(self, key: str, start: int, stop: int) -> torch.Tensor:
+        found = self.slabs.get((key, start, stop))
+        if found is not None:
+            return found
+        info = self.source.tensors[key]
+        nbytes = info.nbytes // info.shape[0] * (stop - start)
+        if self.is_held:
+            slab = self.source.slab(key, start, stop, self.arena.take(nbytes))
+            self.slabs[key, start, stop] = slab
+            return slab
+        return self.source.slab(key, start, stop)
+
+    def _label(self, piece: _Piece) -> str:
+        info = self.source.tensors[piece.linear.region.key]
+        rows = f", rows from {piece.start}" if piece.start else ""
+        return f"{piece.linear.name} ({info.key} in {info.file.name}{rows})"
+
+    def _quantize(self, piece: _Piece, global_scale: float) -> tuple[float, float]:
+        matrix, name = self._load(piece), piece.linear.name
+        rows, width = matrix.shape
+        codes = self.arena.take(rows * width // 2).reshape(rows, width // 2)
+        scales = self.arena.take(rows * width // 16).reshape(rows, width // 16)
+        stats = nvfp4.quantize_into(
+            matrix, codes, scales, scale=self.algorithm, global_scale=global_scale, name=name
+        )
+        self.file.write(f"{name}.{modelopt.CODES}", codes, piece.start * width // 2)
+        self.file.write(f"{name}.{modelopt.BLOCK_SCALE}", scales, piece.start * width // 16)
+        return stats.sum_sq_err, stats.sum_sq_w
+
+    def _finish(
+        self, linear: LinearWeight, global_scale: float, amax: float, error: float, energy: float
+    ) -> LinearResult:
+        self.file.write(
+            f"{linear.name}.{modelopt.GLOBAL_SCALE}", np.array([global_scale], dtype=np.float32)
+        )
+        return LinearResult(
+            linear.name, linear.role.value, linear.shape, global_scale, amax, error, energy
+        )
+
+
+def _contiguous(matrix: torch.Tensor, arena: Arena) -> torch.Tensor:
+    """A copy with contiguous rows, on this thread alone."""
+    size = matrix.element_size()
+    word = {2: np.uint16, 4: np.uint32}[size]
+    words = matrix.view({2: torch.uint16, 4: torch.uint32}[size]).numpy()
+    copy = arena.take(matrix.numel() * size).view(word).reshape(matrix.shape)
+    np.copyto(copy, words)
+    return torch.from_numpy(copy).view(matrix.dtype)
+
+
+def _is_plain(region: Region) -> bool:
+    """Whether consecutive rows of the matrix are consecutive rows of the raw tensor."""
+    return region.expert is None and not region.transposed and region.rows.step == 1
+
+
+def _slabs_of(job: Job) -> Iterator[tuple[str, int, int]]:
+    match job:
+        case ScaleGroup():
+            yield from dict.fromkeys((x.region.key, *x.region.slab) for x in job.linears)
+        case ExpertBias():
+            yield (job.region.key, *job.region.slab)
+        case RawTensor():
+            yield (job.info.key, 0, job.info.shape[0] if job.info.shape else 1)
+
+
+def _job_bytes(job: Job) -> int:
+    """Bytes of the source that a job reads."""
+    match job:
+        case ScaleGroup():
+            size = {"F32": 4}.get(job.linears[0].dtype, 2)
+            return sum(math.prod(linear.shape) for linear in job.linears) * size
+        case ExpertBias():
+            return math.prod(job.region.shape) * 2
+        case RawTensor():
+            return job.info.nbytes
+
+
+def peak_bytes(plan: Plan, threads: int) -> int:
+    """An estimate of the memory that `fold` takes beside the interpreter and its libraries."""
+    largest = 0
+    for group in plan.groups:
+        held = _job_bytes(group)
+        plain = all(_is_plain(linear.region) for linear in group.linears)
+        largest = max(largest, min(held, GROUP_BYTES) if plain else 2 * held)
+    return threads * (max(largest, COPY_BYTES) * 3 // 2)

@@ -1,0 +1,51 @@
+"""Which tensor-parallel sizes an engine can load a quantized model with, and why not others.
+
+A rank holds 1/TP of each linear layer: of the rows of most, of the columns (inputs) of those
+that close a block (`o_proj`, `down_proj`, …). Columns are cut in blocks of 16, and the kernels
+for gated experts want 64. See docs/checkpoint-layout.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from fourfold.models.experts import Projection
+from fourfold.models.inventory import LinearWeight
+
+SIZES = (1, 2, 4, 8, 16, 32)
+BLOCK = 16
+EXPERT_ALIGNMENT = 64
+ROW_PARALLEL = frozenset({"o_proj", "down_proj", "out_proj", "w2", "wo", "wo_b", "o_b_proj", "fc2"})
+"""Last names of layers whose inputs are cut among the ranks."""
+
+
+def tensor_parallel(quantized: Sequence[LinearWeight], config: Mapping[str, Any]) -> dict[int, str]:
+    """For each size: why it will not load, or an empty string."""
+    experts_in = {x.shape[1] for x in quantized if x.projection is Projection.DOWN}
+    inputs = {(x.name.rpartition(".")[2], x.shape[1]) for x in quantized if _is_row_parallel(x)}
+    heads = _heads(config)
+    return {size: next(_obstacles(size, experts_in, inputs, heads), "") for size in SIZES}
+
+
+def _is_row_parallel(linear: LinearWeight) -> bool:
+    return linear.expert is None and linear.name.rpartition(".")[2] in ROW_PARALLEL
+
+
+def _heads(config: Mapping[str, Any]) -> int | None:
+    text = config.get("text_config")
+    heads = (text if isinstance(text, Mapping) else config).get("num_attention_heads")
+    return heads if isinstance(heads, int) else None
+
+
+def _obstacles(
+    size: int, experts_in: Iterable[int], inputs: Iterable[tuple[str, int]], heads: int | None
+) -> Iterator[str]:
+    if heads is not None and heads % size:
+        yield f"{heads} attention heads"
+    for width in sorted(experts_in):
+        if width % (size * EXPERT_ALIGNMENT):
+            yield f"experts' intermediate size {width} / {size} is not a multiple of 64"
+    for name, width in sorted(inputs):
+        if width % (size * BLOCK):
+            yield f"{name}'s input {width} / {size} is not a multiple of 16"

@@ -1,0 +1,206 @@
+"""The whole job: resolve, plan, check, fold, write, verify."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from fourfold.checkpoints.modelopt import QUANT_CONFIG
+from fourfold.checkpoints.source import CONFIG, INDEX, Source, open_source
+from fourfold.checkpoints.writer import OutputFolder, free_bytes, index_of
+from fourfold.errors import FourfoldError, PlanError
+from fourfold.fold import LinearResult, Progress, fold, peak_bytes, threads_available
+from fourfold.numerics import nvfp4
+from fourfold.planning import Plan, make_plan
+from fourfold.recipes import Recipe
+from fourfold.summary import SUMMARY, summary_of
+from fourfold.verify import Report, verify
+
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished job did. Prints as the command's closing lines."""
+
+    out: Path
+    plan: Plan
+    linears: tuple[LinearResult, ...]
+    report: Report | None
+    """The verification; None where it was not asked for."""
+    seconds: float
+    peak_rss: int
+    """The process's peak resident memory in bytes."""
+
+    @property
+    def clean(self) -> bool:
+        """Whether the output was verified without an error."""
+        return self.report is not None and self.report.clean
+
+    def __str__(self) -> str:
+        planned, done = len(self.plan.linears), len(self.linears)
+        parts = [f"{done:,} / {planned:,} linear weights quantized"]
+        if self.report is not None:
+            counts = self.report.counts
+            parts.append(f"{counts.zero_block_scales:,} zero scales of {counts.block_scales:,}")
+        parts.append(f"{size(self.plan.nbytes_after)} from {size(self.plan.nbytes)}")
+        parts.append(_verdict(self.report))
+        return " · ".join(parts)
+
+
+def _verdict(report: Report | None) -> str:
+    if report is None:
+        return "not verified"
+    return "verified" if report.clean else "NOT CLEAN: see the findings"
+
+
+def plan(
+    model: str | Path | Source, recipe: str | Path | Recipe, *, trust_remote_code: bool = False
+) -> Plan:
+    """What `quantize` would do to every tensor of `model`; reads no weight.
+
+    model: a checkpoint's folder, a hub name, or an open `Source`.
+    recipe: the name of a built-in recipe, a YAML file, or a `Recipe`.
+
+    Raises `RecipeError`, `SourceError`, `ModelError` or `PlanError`.
+    """
+    chosen = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    source = open_source(model) if isinstance(model, str | Path) else model
+    return make_plan(source, chosen, trust_remote_code=trust_remote_code)
+
+
+def quantize(
+    model: str | Path | Source,
+    out: str | Path,
+    recipe: str | Path | Recipe,
+    *,
+    threads: int | None = None,
+    overwrite: bool = False,
+    verified: bool = True,
+    trust_remote_code: bool = False,
+    on_plan: Callable[[Plan], None] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    verify_progress: Callable[[int, int], None] | None = None,
+) -> Result:
+    """Quantize the checkpoint `model` into the folder `out`, and verify what was written.
+
+    model, recipe: as in `plan`.
+    threads: worker threads; one for each core by default. The output does not depend on it.
+    overwrite: replace a checkpoint that lies in `out`.
+    verified: read the output back and compare it with `model`, tensor by tensor.
+    on_plan, progress, verify_progress: called as the job goes on.
+
+    Raises `FourfoldError`; `out` is then as if the job had not begun, or has no config.json.
+    """
+    begun = time.perf_counter()
+    chosen = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    source = open_source(model) if isinstance(model, str | Path) else model
+    warming = _warm_up(chosen, source)
+    folder = OutputFolder(Path(out).expanduser())
+    folder.check(source.folder, overwrite=overwrite)
+    work = make_plan(source, chosen, trust_remote_code=trust_remote_code)
+    workers = threads or threads_available()
+    check_room(work, folder.folder, workers)
+    if on_plan is not None:
+        on_plan(work)
+    warming.join()
+    folder.prepare(source.folder, overwrite=overwrite)
+    try:
+        linears = fold(work, source, folder, threads=workers, progress=progress)
+        _write_rest(work, source, folder, linears)
+    except BaseException:
+        folder.discard()
+        raise
+    report = None
+    if verified:
+        report = verify(
+            folder.folder,
+            source=source,
+            threads=workers,
+            progress=verify_progress,
+            trust_remote_code=trust_remote_code,
+        )
+    return Result(
+        out=folder.folder,
+        plan=work,
+        linears=tuple(linears),
+        report=report,
+        seconds=time.perf_counter() - begun,
+        peak_rss=peak_rss(),
+    )
+
+
+def _warm_up(recipe: Recipe, source: Source) -> threading.Thread:
+    """Compile the kernels on a thread while the plan is made."""
+    dtypes = {info.dtype for info in source.tensors.values() if len(info.shape) > 1}
+
+    def run() -> None:
+        for dtype in sorted(dtypes & _DTYPES.keys()):
+            nvfp4.warm_up(_DTYPES[dtype], recipe.weights.scale)
+
+    thread = threading.Thread(target=run, name="warm-up", daemon=True)
+    thread.start()
+    return thread
+
+
+def check_room(work: Plan, out: Path, threads: int) -> None:
+    """Raise `PlanError` where the disk or the memory is too small for the plan."""
+    beside = sum((work.source / path).stat().st_size for path in work.side_files)
+    needed, free = work.nbytes_after + beside, free_bytes(out)
+    if needed > free:
+        raise PlanError(
+            f"{out}: {size(needed)} are needed, {size(free)} are free on that disk. "
+            "Free some room, or write to another one."
+        )
+    memory, available = peak_bytes(work, threads), psutil.virtual_memory().available
+    if memory > available:
+        raise PlanError(
+            f"{size(memory)} of memory are needed for {threads} threads, {size(available)} are "
+            "available. Use fewer --threads, or close other programs."
+        )
+
+
+def _write_rest(
+    work: Plan, source: Source, folder: OutputFolder, linears: list[LinearResult]
+) -> None:
+    """Everything that is not a shard; what makes it a checkpoint comes last."""
+    if len(linears) != len(work.linears):
+        raise FourfoldError(
+            f"{folder.folder}: {len(work.linears)} linear weights planned, {len(linears)} written. "
+            "This is a defect of fourfold; please report it."
+        )
+    for path in work.side_files:
+        folder.copy(source.folder, path)
+    folder.write_text(SUMMARY, summary_of(work, linears))
+    folder.write_json(QUANT_CONFIG, work.hf_quant_config)
+    folder.sync()
+    shards = [
+        (name, shard.tensors) for name, shard in zip(work.shard_names, work.shards, strict=True)
+    ]
+    folder.write_json(INDEX, index_of(shards, work.nbytes_after))
+    config = dict(source.config) | {"quantization_config": work.quantization_config}
+    folder.write_json(CONFIG, json.loads(json.dumps(config)))
+    folder.sync()
+
+
+def size(nbytes: int) -> str:
+    """Bytes for people: 11.2 GB."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:,.1f} {unit}"
+    return f"{nbytes} B"
+
+
+def peak_rss() -> int:
+    """The process's peak resident memory in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
