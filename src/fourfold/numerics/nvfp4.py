@@ -17,9 +17,11 @@ Shapes: O rows, I inputs, B = I/16 blocks.
 
 from __future__ import annotations
 
+import importlib
 import math
 from dataclasses import dataclass
 from enum import StrEnum
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,7 @@ import torch
 from torch import Tensor
 
 from fourfold.errors import NonFiniteError, UsageError
-from fourfold.numerics import reference
+from fourfold.numerics import dispatch, reference
 from fourfold.numerics.dispatch import Kernel
 
 BLOCK_SIZE = reference.BLOCK_SIZE
@@ -93,7 +95,10 @@ def amax(weight: Tensor, *, name: str = "weight", kernel: Kernel | str = "auto")
     _check_dtype(weight, name)
     if weight.numel() == 0:
         return 0.0
-    largest = float(weight.abs().amax())
+    if dispatch.choose(kernel, weight.device) is Kernel.NUMBA:
+        largest = float(_cpu().amax(weight))
+    else:
+        largest = float(weight.abs().amax())
     if not math.isfinite(largest):
         _raise_non_finite(weight, name)
     return largest
@@ -177,6 +182,11 @@ def quantize_into(
     _check_buffer(scales, (weight_OI.shape[0], width // BLOCK_SIZE), "block_scale_out")
     if weight_OI.numel() == 0:
         return QuantizeStats(0.0, 0.0)
+    if dispatch.choose(kernel, weight_OI.device) is Kernel.NUMBA:
+        number = _cpu().sweep_cpu.MSE if algorithm is ScaleAlgorithm.MSE else _cpu().sweep_cpu.MAX
+        error, energy, _ = _cpu().quantize(weight_OI, codes, scales, s_value, number)
+        if math.isfinite(error) and math.isfinite(energy):
+            return QuantizeStats(error, energy)
     return _quantize_reference(weight_OI, codes, scales, s_value, algorithm, name)
 
 
@@ -189,8 +199,14 @@ def dequantize(
 ) -> Tensor:
     """The weight [..., in] of codes [..., in/2] and block scales [..., in/16]."""
     s_value = float(global_scale)
-    scale = block_scale.view(torch.float8_e4m3fn)
-    return reference.dequantize(codes, scale, s_value).to(dtype)
+    _check_pair(codes, block_scale)
+    if dispatch.choose(kernel, codes.device) is Kernel.REFERENCE:
+        scale = block_scale.view(torch.float8_e4m3fn)
+        return reference.dequantize(codes, scale, s_value).to(dtype)
+    direct = dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32
+    out = torch.empty(*codes.shape[:-1], codes.shape[-1] * 2, dtype=direct)
+    _cpu().dequantize(codes, block_scale.view(torch.uint8), s_value, out)
+    return out.to(dtype)
 
 
 def error_energy(
@@ -201,8 +217,13 @@ def error_energy(
     kernel: Kernel | str = "auto",
 ) -> tuple[float, float]:
     """(Σ(w − q·s·S)², Σw²) in one pass, summed up in float64: the figures of a verification."""
+    _check_dtype(weight_OI, "weight")
+    if dispatch.choose(kernel, weight_OI.device) is Kernel.NUMBA:
+        scales = block_scale.view(torch.uint8)
+        error, energy = _cpu().error_energy(weight_OI, codes, scales, float(global_scale))
+        return float(error), float(energy)
     w_OI = weight_OI.double()
-    d_OI = w_OI - dequantize(codes, block_scale, global_scale).double()
+    d_OI = w_OI - dequantize(codes, block_scale, global_scale, kernel=kernel).double()
     return float((d_OI * d_OI).sum()), float((w_OI * w_OI).sum())
 
 
@@ -210,6 +231,8 @@ def block_scale_census(block_scale: Tensor, kernel: Kernel | str = "auto") -> Bl
     """Counts the block scales (float8_e4m3fn or their bytes) that are zero (of either sign), NaN,
     negative (sign bit set, not NaN), or subnormal (of either sign)."""
     byte = block_scale.view(torch.uint8)
+    if dispatch.choose(kernel, byte.device) is Kernel.NUMBA:
+        return BlockScaleCensus(*_cpu().census(byte))
     magnitude = byte & 0x7F
     return BlockScaleCensus(
         zero=int((magnitude == 0).sum()),
@@ -232,6 +255,11 @@ def warm_up(
 
 
 _own_global_scale = global_scale
+
+
+def _cpu() -> ModuleType:
+    """The numba kernels; imported at first use, since numba takes its time."""
+    return importlib.import_module("fourfold.numerics.cpu")
 
 
 def _quantize_reference(
@@ -294,6 +322,15 @@ def _check_width(weight: Tensor, name: str) -> int:
             f"dimension must be a multiple of {BLOCK_SIZE}"
         )
     return weight.shape[-1]
+
+
+def _check_pair(codes: Tensor, block_scale: Tensor) -> None:
+    expected = (*codes.shape[:-1], codes.shape[-1] * 2 // BLOCK_SIZE)
+    if tuple(block_scale.shape) != expected or codes.shape[-1] % (BLOCK_SIZE // 2):
+        raise UsageError(
+            f"codes {list(codes.shape)} and block scales {list(block_scale.shape)} do not belong "
+            f"together: one scale is for {BLOCK_SIZE // 2} bytes of codes"
+        )
 
 
 def _as_tensor(buffer: Tensor | np.ndarray[Any, Any]) -> Tensor:
