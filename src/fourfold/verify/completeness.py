@@ -1,0 +1,120 @@
+"""Rules on what is there at all, judged by likeness: experts by experts, layers by layers.
+
+No engine checks that every expert was loaded (vLLM counts per fused parameter), so a projection
+that is missing from the files is a part of the model made of whatever the memory held.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fourfold.verify.checkpoint import EXPERT, Checkpoint
+from fourfold.verify.rules import Finding, finding
+
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""What configurations call the number of routed experts."""
+
+_LAYER = re.compile(r"^(?P<stack>.*?(?:layers|blocks|h))\.(?P<number>\d+)\.(?P<rest>.+)$")
+_SCALES = re.compile(r"\.(weight_scale|weight_scale_2|input_scale|k_scale|v_scale)$")
+
+Module = dict[int, set[str]]
+"""Expert number → its projections."""
+
+
+def check_experts(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Experts count from 0 to n-1, and all have the same projections."""
+    modules = _experts(checkpoint)
+    if not modules:
+        return
+    stated = _expert_count(checkpoint.config)
+    largest = max(max(module) + 1 for module in modules.values())
+    for name, module in sorted(modules.items()):
+        wanted = set().union(*module.values())
+        count = stated if stated and stated >= largest else max(module) + 1
+        for number in range(count):
+            if number not in module:
+                text = f"missing: {len(module)} of {count} experts are there"
+                yield finding("expert-missing", f"{name}.{number}", text)
+                continue
+            for projection in sorted(wanted - module[number]):
+                text = f"missing, while expert {number} has {', '.join(sorted(module[number]))}"
+                yield finding("projection-missing", f"{name}.{number}.{projection}", text)
+
+
+def _experts(checkpoint: Checkpoint) -> Mapping[str, Module]:
+    modules: dict[str, Module] = defaultdict(lambda: defaultdict(set))
+    for name in [*checkpoint.linears, *checkpoint.fp8, *checkpoint.kept]:
+        if expert := EXPERT.match(name):
+            modules[expert["module"]][int(expert["number"])].add(expert["projection"])
+    return modules
+
+
+def _expert_count(config: Mapping[str, Any]) -> int | None:
+    stated = [part[name] for part in _configs(config) for name in EXPERT_COUNTS if name in part]
+    return next((number for number in stated if isinstance(number, int)), None)
+
+
+def _configs(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The text model's configuration, if it has one of its own, and the whole."""
+    text = config.get("text_config")
+    return [text, config] if isinstance(text, dict) else [config]
+
+
+def check_layers(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """No layer is missing between the first and the last, nor the last ones."""
+    stacks: dict[str, set[int]] = defaultdict(set)
+    for name in checkpoint.tensors:
+        if layer := _LAYER.match(name):
+            stacks[layer["stack"]].add(int(layer["number"]))
+    if not stacks:
+        return
+    stated = _configs(checkpoint.config)[0].get("num_hidden_layers")
+    main = max(sorted(stacks), key=lambda stack: len(stacks[stack]))
+    for stack, numbers in sorted(stacks.items()):
+        count = max(numbers) + 1
+        if stack == main and isinstance(stated, int):
+            count = max(count, stated)
+        for number in sorted(set(range(count)) - numbers):
+            text = f"missing: {len(numbers)} of {count} layers are there"
+            yield finding("layer-missing", f"{stack}.{number}", text)
+
+
+def check_siblings(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """A layer's modules hold what most modules of their kind hold.
+
+    A kind is a place in the layer (`self_attn`). A module is suspicious if the most frequent
+    content is what it holds and more; layers of another make (dense beside sparse) are not.
+    """
+    kinds: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for name in _layer_tensors(checkpoint):
+        layer = _LAYER.match(name)
+        if layer is None or EXPERT.match(name):
+            continue
+        module, _, leaf = layer["rest"].rpartition(".")
+        parent, _, last = module.rpartition(".")
+        prefix = f"{layer['stack']}.{layer['number']}."
+        kind = f"{layer['stack']}.#.{parent}"
+        kinds[kind][prefix + parent].add(f"{last}.{leaf}" if last else leaf)
+    for modules in kinds.values():
+        sets = Counter(frozenset(held) for held in modules.values())
+        usual, count = max(sets.items(), key=lambda item: (item[1], len(item[0])))
+        for module, held in sorted(modules.items()):
+            for leaf in sorted(usual - held) if held < usual else ():
+                text = f"missing, while {count} of {len(modules)} such modules have it"
+                yield finding("sibling-missing", f"{module.rstrip('.')}.{leaf}", text)
+
+
+def _layer_tensors(checkpoint: Checkpoint) -> Iterator[str]:
+    """Every tensor but scales; a quantized linear counts by its weight, missing or not."""
+    for name in checkpoint.tensors:
+        stem, _, leaf = name.rpartition(".")
+        of_linear = stem in checkpoint.linears and leaf != "bias"
+        if not of_linear and not _SCALES.search(name):
+            yield name
+    yield from (f"{name}.weight" for name in checkpoint.linears)
+
+
+CHECKS = (check_experts, check_layers, check_siblings)

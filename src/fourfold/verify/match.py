@@ -1,0 +1,165 @@
+"""Which tensor of the checkpoint stands for which part of the source: everything has its place.
+
+Every linear weight of the source is packed (a `Pair`), or copied: as a raw tensor, or as one
+expert split out of a fused one (a `Copy`). What has no counterpart is lost, or extra.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from fourfold.checkpoints.safetensors_header import TensorInfo
+from fourfold.models.inventory import Inventory, LinearWeight
+from fourfold.models.regions import Region, whole
+from fourfold.verify.checkpoint import KV_SCALES, PARTS, WEIGHT, Checkpoint, QuantizedLinear
+from fourfold.verify.rules import Finding, finding
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A packed weight, and the matrix [out, in] of the source that it stands for."""
+
+    linear: QuantizedLinear
+    region: Region
+    role: str
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A tensor of the checkpoint, and the source's: a whole tensor, or a region of one."""
+
+    name: str
+    key: str
+    region: Region | None = None
+
+
+@dataclass
+class Matching:
+    """What is to be compared, and what has no counterpart."""
+
+    pairs: list[Pair] = field(default_factory=list)
+    copies: list[Copy] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+
+
+def match(
+    checkpoint: Checkpoint, source: Mapping[str, TensorInfo], inventory: Inventory
+) -> Matching:
+    """Find the counterpart of every tensor, in the checkpoint and in the source."""
+    return _Match(checkpoint, source, inventory).run()
+
+
+class _Match:
+    """One matching: what is claimed so far."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, source: Mapping[str, TensorInfo], inventory: Inventory
+    ) -> None:
+        self.checkpoint, self.source, self.inventory = checkpoint, source, inventory
+        self.packed = checkpoint.linears.keys() | checkpoint.fp8
+        self.claimed: set[str] = set()
+        self.result = Matching()
+
+    def run(self) -> Matching:
+        for key in self.source:
+            linears = self.inventory.linears_by_key.get(key, ())
+            if linears:
+                self._weights(key, linears)
+            else:
+                self._other(key)
+        self.result.findings += self._extra()
+        return self.result
+
+    def _weights(self, key: str, linears: tuple[LinearWeight, ...]) -> None:
+        """A raw tensor that holds linear weights: packed, split, or copied as it is."""
+        there = self.checkpoint.tensors
+        is_packed_name = key.removesuffix(".weight") in self.packed
+        apart = {
+            linear.name
+            for linear in linears
+            if linear.name in self.packed
+            or (f"{linear.name}.weight" in there and f"{linear.name}.weight" != key)
+        }
+        if key in there and not is_packed_name and not apart:
+            self._copy(key, key)
+            return
+        lost = [linear for linear in linears if linear.name not in apart]
+        for linear in linears if apart else ():
+            if linear.name in apart:
+                self._apart(linear)
+        if not apart:
+            self._lose(key, f"{len(linears)} linear weights" if len(linears) > 1 else "a weight")
+        for linear in lost if apart else ():
+            self._lose(linear.name, f"part of {key}, whose other parts are there")
+
+    def _apart(self, linear: LinearWeight) -> None:
+        if linear.name not in self.packed:
+            self._copy(f"{linear.name}.weight", linear.region.key, linear.region)
+            return
+        self.claimed.update(f"{linear.name}.{part}" for part in PARTS)
+        packed = self.checkpoint.linears.get(linear.name)
+        if packed is not None:
+            self._pair(packed, linear.region, linear.role)
+
+    def _pair(self, packed: QuantizedLinear, region: Region, role: str) -> None:
+        if not packed.is_sound:
+            return  # what is wrong with its tensors has findings of its own
+        if packed.shape == region.shape:
+            self.result.pairs.append(Pair(packed, region, str(role)))
+        else:
+            text = f"[out, in] {list(packed.shape)}, the source has {list(region.shape)}"
+            self.result.findings.append(finding("quantized-shape-differs", packed.name, text))
+
+    def _other(self, key: str) -> None:
+        """A raw tensor without linear weights: copied, or biases that are split by expert."""
+        stem, _, leaf = key.rpartition(".")
+        if leaf == WEIGHT and stem in self.packed:
+            self.claimed.update(f"{stem}.{part}" for part in PARTS)
+            shape, packed = self.source[key].shape, self.checkpoint.linears.get(stem)
+            if packed is not None and len(shape) == 2:
+                self._pair(packed, whole(key, shape), str(self.inventory.tensors[key].role))
+            return
+        if key in self.checkpoint.tensors:
+            self._copy(key, key)
+            return
+        biases = [bias for bias in self.inventory.biases if bias.region.key == key]
+        for bias in biases:
+            names = [n for n in (bias.name, f"{bias.name}.bias") if n in self.checkpoint.tensors]
+            if names:
+                self._copy(names[0], key, bias.region)
+            else:
+                self._lose(bias.name, f"part of {key}")
+        if not biases:
+            info = self.source[key]
+            self._lose(key, f"{info.dtype} {list(info.shape)} in {info.file.name}")
+
+    def _copy(self, name: str, key: str, region: Region | None = None) -> None:
+        self.claimed.add(name)
+        ours, theirs = self.checkpoint.tensors[name], self.source[key]
+        shape = theirs.shape if region is None else region.shape
+        if ours.dtype != theirs.dtype:
+            text = f"{ours.dtype}, the source has {theirs.dtype}"
+            self.result.findings.append(finding("copied-dtype-differs", name, text))
+        elif ours.shape != shape:
+            text = f"{list(ours.shape)}, the source has {list(shape)}"
+            self.result.findings.append(finding("copied-shape-differs", name, text))
+        else:
+            self.result.copies.append(Copy(name, key, region))
+
+    def _lose(self, name: str, what: str) -> None:
+        text = f"in the source ({what}), neither quantized nor copied"
+        self.result.findings.append(finding("tensor-lost", name, text))
+
+    def _extra(self) -> Iterator[Finding]:
+        for name in sorted(self.checkpoint.tensors.keys() - self.claimed):
+            stem, _, leaf = name.rpartition(".")
+            if leaf in KV_SCALES:
+                continue
+            if leaf in PARTS and stem in self.packed:
+                if leaf == WEIGHT:
+                    yield finding("tensor-extra", stem, "a quantized linear, not in the source")
+                continue
+            info = self.checkpoint.tensors[name]
+            text = f"{info.dtype} {list(info.shape)}, not in the source"
+            yield finding("tensor-extra", name, text)

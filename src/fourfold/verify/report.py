@@ -1,0 +1,209 @@
+"""What a verification found: for people, and as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.text import Text
+
+from fourfold.verify.compare import LinearError
+from fourfold.verify.rules import Finding, Severity
+
+WORST = 10
+SHOWN_OF_A_RULE = 20
+"""How many findings of one rule are printed; `to_json` has them all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """How much was verified."""
+
+    tensors: int
+    quantized_linears: int
+    quantized_weights: int
+    """Numbers in the quantized linears."""
+    unquantized_linears: int
+    block_scales: int
+    zero_block_scales: int
+    nan_block_scales: int
+    negative_block_scales: int
+    subnormal_block_scales: int
+    input_scales: int
+    kv_scales: int
+    copied_tensors: int
+    """Compared with the source, bit for bit."""
+    compared_linears: int
+    """Dequantized and compared with the source."""
+    bytes_read: int
+    """Tensor bytes, of both sides."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoleError:
+    """The errors of all linears of a role."""
+
+    role: str
+    linears: int
+    relative_error: float
+    """Of all their weights together: √(ΣΣ(W − Ŵ)² / ΣΣW²)."""
+    sqnr_db: float
+    largest: float
+    """The largest relative error of one linear."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of `verify`. Prints as the command prints."""
+
+    folder: str
+    source: str | None
+    quant_algo: str | None
+    findings: tuple[Finding, ...]
+    counts: Counts
+    errors: tuple[LinearError, ...]
+    """One for each quantized linear, by name; empty without a source."""
+
+    @property
+    def clean(self) -> bool:
+        """Whether there is no error; warnings are allowed."""
+        return not any(finding.severity is Severity.ERROR for finding in self.findings)
+
+    @property
+    def worst(self) -> tuple[LinearError, ...]:
+        """The linears with the largest relative errors, at most ten."""
+        return tuple(sorted(self.errors, key=_by_error)[:WORST])
+
+    @property
+    def roles(self) -> tuple[RoleError, ...]:
+        """Errors by role."""
+        by_role: dict[str, list[LinearError]] = defaultdict(list)
+        for error in self.errors:
+            by_role[error.role].append(error)
+        return tuple(_role_error(role, by_role[role]) for role in sorted(by_role))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; numbers that are not finite become None."""
+        return {
+            "folder": self.folder,
+            "source": self.source,
+            "quant_algo": self.quant_algo,
+            "clean": self.clean,
+            "counts": asdict(self.counts),
+            "findings": [asdict(finding) for finding in self.findings],
+            "roles": [_finite(asdict(role)) for role in self.roles],
+            "worst": [error.name for error in self.worst],
+            "errors": [_error_dict(error) for error in self.errors],
+        }
+
+    def to_json(self) -> str:
+        """One JSON document."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+
+    def __str__(self) -> str:
+        return self.__rich__().plain
+
+    def __rich__(self) -> Text:
+        return Text("\n").join(_render(self))
+
+
+def _by_error(error: LinearError) -> tuple[bool, float, str]:
+    e = error.relative_error
+    return (not math.isnan(e), 0.0 if math.isnan(e) else -e, error.name)
+
+
+def _role_error(role: str, errors: Sequence[LinearError]) -> RoleError:
+    total = math.fsum(error.error_energy for error in errors)
+    energy = math.fsum(error.weight_energy for error in errors)
+    relative = math.sqrt(total / energy) if energy > 0 and total >= 0 else 0.0 * total
+    sqnr = -20 * math.log10(relative) if relative > 0 else math.inf
+    largest = max((error.relative_error for error in errors), key=lambda e: (math.isnan(e), e))
+    return RoleError(role, len(errors), relative, sqnr, largest)
+
+
+def _error_dict(error: LinearError) -> dict[str, Any]:
+    return _finite(
+        {
+            "name": error.name,
+            "role": error.role,
+            "relative_error": error.relative_error,
+            "sqnr_db": error.sqnr_db,
+        }
+    )
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in values.items()
+    }
+
+
+def _render(report: Report) -> Iterator[Text]:
+    counts = report.counts
+    yield Text(f"{report.folder}: {report.quant_algo}")
+    yield Text(
+        f"  {counts.tensors:,} tensors, {counts.quantized_linears:,} quantized linears "
+        f"({counts.quantized_weights:,} weights), {counts.unquantized_linears:,} left as they are"
+    )
+    yield Text(
+        f"  {counts.block_scales:,} block scales: {counts.zero_block_scales:,} zero, "
+        f"{counts.nan_block_scales:,} NaN, {counts.negative_block_scales:,} negative, "
+        f"{counts.subnormal_block_scales:,} subnormal"
+    )
+    yield Text(f"  {counts.input_scales:,} input scales, {counts.kv_scales:,} KV scales")
+    if report.source is not None:
+        yield Text(
+            f"  against {report.source}: {counts.copied_tensors:,} copied tensors bit for bit, "
+            f"{counts.compared_linears:,} quantized linears dequantized"
+        )
+    yield from _render_errors(report)
+    yield from _render_findings(report)
+    yield _verdict(report)
+
+
+def _render_errors(report: Report) -> Iterator[Text]:
+    if not report.errors:
+        return
+    yield Text("  relative error   SQNR dB    largest")
+    for role in report.roles:
+        yield Text(
+            f"  {role.relative_error:14.4f} {role.sqnr_db:9.2f} {role.largest:10.4f}  "
+            f"{role.role} ({role.linears:,})"
+        )
+    worst = report.worst
+    yield Text(f"  the {len(worst)} largest:" if len(worst) > 1 else "  the largest:")
+    for error in worst:
+        yield Text(f"  {error.relative_error:14.4f} {error.sqnr_db:9.2f}  {error.name}")
+
+
+_COLORS = {Severity.ERROR: "bold red", Severity.WARNING: "yellow"}
+
+
+def _render_findings(report: Report) -> Iterator[Text]:
+    by_rule: dict[str, list[Finding]] = defaultdict(list)
+    for finding in report.findings:
+        by_rule[finding.id].append(finding)
+    for rule_id, findings in by_rule.items():
+        first = findings[0]
+        yield Text.assemble((f"{first.severity} {rule_id}", _COLORS[first.severity]))
+        yield Text(f"    {first.effect}", style="dim")
+        for finding in findings[:SHOWN_OF_A_RULE]:
+            yield Text(f"  - {finding.tensor}: {finding.found}")
+        if len(findings) > SHOWN_OF_A_RULE:
+            yield Text(f"  - and {len(findings) - SHOWN_OF_A_RULE:,} more; --json lists them all")
+
+
+def _verdict(report: Report) -> Text:
+    errors = sum(finding.severity is Severity.ERROR for finding in report.findings)
+    warnings = len(report.findings) - errors
+    warned = f", {warnings:,} warning{'s' * (warnings != 1)}" if warnings else ""
+    if report.clean:
+        return Text.assemble(("clean", "bold green"), f": no errors{warned}")
+    return Text.assemble(
+        ("not clean", "bold red"), f": {errors:,} error{'s' * (errors != 1)}{warned}"
+    )

@@ -1,0 +1,218 @@
+"""Every rule that `verify` holds a checkpoint to: id, severity, what it says, what breaks.
+
+The ids are stable: scripts may depend on them. `docs/verify.md` lists the same table.
+
+**error**: some engine fails on it, or computes wrong numbers, with or without a word.
+**warning**: right by the letter, but some engine, kernel or tool will not like it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Severity(StrEnum):
+    """How bad a finding is."""
+
+    ERROR = "error"
+    WARNING = "warning"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One rule: what must hold, and what a breach would do in which engine."""
+
+    id: str
+    severity: Severity
+    says: str
+    effect: str
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Finding:
+    """One breach of a rule. `tensor` is a tensor, a linear, a module, or a file's name."""
+
+    severity: Severity
+    id: str
+    tensor: str
+    found: str
+    effect: str
+
+
+_E, _W = Severity.ERROR, Severity.WARNING
+
+_LOADERS = "vLLM, SGLang and TensorRT-LLM fail to load it"
+_NEVER_READ = "engines leave the parameter as it was allocated: random numbers, without a word"
+_GARBAGE = "every engine computes garbage, without a word"
+
+_FILES = (
+    Rule("index-missing", _E, "Several shards come with an index.",
+         "transformers refuses the folder; vLLM loads every *.safetensors file there is"),
+    Rule("index-entry-missing", _E, "The index lists every tensor of its shards.",
+         "transformers does not load the tensor; vLLM and SGLang take it from the shard anyway"),
+    Rule("index-entry-wrong", _E, "What the index lists lies where the index says.",
+         "transformers and TensorRT-LLM fail or skip the tensor"),
+    Rule("index-total-size", _W, "The index's total_size is the sum of the tensors' bytes.",
+         "tools that plan memory by it plan wrongly"),
+    Rule("shard-unlisted", _W, "No safetensors file lies beside those that the index names.",
+         "engines that load every *.safetensors file may read old weights over new ones"),
+    Rule("tensor-twice", _E, "A tensor lies in one shard only.",
+         "which copy wins depends on the engine and on the order of files"),
+)  # fmt: skip
+
+_CONFIG = (
+    Rule("config-only-nested", _W, "config.json has a quantization_config.",
+         "vLLM and SGLang fall back to hf_quant_config.json; other tools see a BF16 checkpoint"),
+    Rule("config-nested-w4a16", _E, "W4A16_NVFP4 stands in config.json, not only in the nested "
+         "form of hf_quant_config.json.", "vLLM refuses the checkpoint"),
+    Rule("hf-quant-config-missing", _W, "hf_quant_config.json lies beside config.json.",
+         "TensorRT-LLM reads this file first and may take the checkpoint for an unquantized one"),
+    Rule("config-disagrees", _E, "config.json and hf_quant_config.json say the same.",
+         "vLLM and SGLang follow config.json, TensorRT-LLM hf_quant_config.json: one is wrong"),
+    Rule("quant-method", _E, "quant_method is modelopt.",
+         "vLLM and SGLang choose another loader, which fails on the scales or reads them wrongly"),
+    Rule("quant-algo", _E, "quant_algo is NVFP4, W4A16_NVFP4 or MIXED_PRECISION.",
+         "vLLM, SGLang and TensorRT-LLM refuse the checkpoint or look for other tensors"),
+    Rule("group-size", _E, "group_size is 16, wherever it stands.",
+         "block scales are read with the wrong stride, or refused"),
+    Rule("config-groups", _E, "config_groups describe what quant_algo says: 4-bit float weights; "
+         "4-bit float activations under NVFP4, none under W4A16_NVFP4.",
+         "vLLM and compressed-tensors readers build other layers than the tensors need"),
+    Rule("quantized-layers", _E, "Under MIXED_PRECISION, quantized_layers names exactly the "
+         "quantized linears.", "the layer is built in another format than its tensors have"),
+)  # fmt: skip
+
+_STRUCTURE = (
+    Rule("weight-missing", _E, "A linear that has scales has a weight.", _NEVER_READ),
+    Rule("block-scale-missing", _E, "A packed weight has its weight_scale.", _NEVER_READ),
+    Rule("global-scale-missing", _E, "A packed weight has its weight_scale_2.", _NEVER_READ),
+    Rule("input-scale-missing", _E, "Under NVFP4 (W4A4) a quantized linear has an input_scale.",
+         "vLLM reads uninitialized memory for experts, SGLang takes 1.0, neither complains; "
+         "TensorRT-LLM fails"),
+    Rule("input-scale-unexpected", _E, "Under W4A16_NVFP4 no linear has an input_scale.",
+         "vLLM has no such parameter and fails to load"),
+    Rule("weight-dtype", _E, "A quantized weight is uint8.", _LOADERS),
+    Rule("block-scale-dtype", _E, "weight_scale is float8_e4m3fn.",
+         "copied into an E4M3 parameter, the values are rounded or the load fails"),
+    Rule("global-scale-dtype", _E, "weight_scale_2 is float32.",
+         "a global scale near 1e-4 loses its digits in 16 bits; TensorRT-LLM fails"),
+    Rule("input-scale-dtype", _E, "input_scale is float32.",
+         "an input scale loses its digits in 16 bits; TensorRT-LLM fails"),
+    Rule("weight-shape", _E, "A packed weight is [out, in/2].", _LOADERS),
+    Rule("block-scale-shape", _E, "weight_scale is [out, in/16] of its weight.", _LOADERS),
+    Rule("global-scale-shape", _E, "weight_scale_2 holds one number.", _LOADERS),
+    Rule("input-scale-shape", _E, "input_scale holds one number.", _LOADERS),
+    Rule("scale-not-scalar", _W, "weight_scale_2 and input_scale have shape [], not [1].",
+         "vLLM and SGLang reshape it; stricter loaders refuse it"),
+    Rule("input-alignment", _E, "The input dimension is a multiple of 16.",
+         "no engine has a kernel for it"),
+    Rule("cutlass-alignment", _W, "An expert's intermediate size is a multiple of 64.",
+         "CUTLASS and FlashInfer MoE kernels in vLLM and SGLang refuse it or need padding"),
+    Rule("marlin-alignment", _W, "A quantized linear's dimensions are multiples of 64.",
+         "vLLM's and SGLang's Marlin path (GPUs before Blackwell) refuses it"),
+    Rule("expert-missing", _E, "Experts count from 0 to n-1 in every layer.", _NEVER_READ),
+    Rule("projection-missing", _E, "Every expert of a layer has the same projections.",
+         "vLLM counts per fused parameter and does not notice: " + _NEVER_READ),
+    Rule("expert-shape", _E, "A projection has one shape in all experts of a layer.", _LOADERS),
+    Rule("layer-missing", _E, "Layers count from 0 without a gap, as many as the config says.",
+         _NEVER_READ),
+    Rule("sibling-missing", _W, "A layer has the tensors that most layers of its kind have.",
+         "if the architecture needs it: " + _NEVER_READ),
+    Rule("tensor-unexpected", _E, "A quantized linear has no other tensors than the layout's, "
+         "and no quantizer state is left over.", "vLLM, SGLang: KeyError while loading"),
+    Rule("kept-weight-dtype", _E, "A weight that is not quantized is BF16, FP16 or FP32.",
+         "engines copy the codes into a BF16 parameter as if they were numbers"),
+)  # fmt: skip
+
+_VALUES = (
+    Rule("block-scale-zero", _E, "No block scale is 0.",
+         "16 weights become 0 in every engine, without a word"),
+    Rule("block-scale-nan", _E, "No block scale is NaN.",
+         "the layer's output is NaN; in MoE layers no engine checks for it"),
+    Rule("block-scale-negative", _E, "No block scale is negative.",
+         "vLLM's Marlin path drops the sign bit, other kernels negate 16 weights"),
+    Rule("block-scale-subnormal", _W, "No block scale falls below 2⁻⁶ after scaling up by what "
+         "the layer's largest leaves.",
+         "vLLM's Marlin path (GPUs before Blackwell) flushes these scales to 0"),
+    Rule("global-scale-zero", _E, "weight_scale_2 is not 0.",
+         "the whole weight is 0, or its reciprocal infinite, in every engine"),
+    Rule("global-scale-nan", _E, "weight_scale_2 is finite.", "the layer's output is NaN or Inf"),
+    Rule("global-scale-negative", _E, "weight_scale_2 is positive.",
+         "every weight has the wrong sign, or the kernel's scale arithmetic breaks"),
+    Rule("scale-product-underflow", _E, "The smallest block scale × global scale is a normal "
+         "float32.", "GPU kernels flush it to 0, and 16 weights with it"),
+    Rule("scale-product-overflow", _E, "6 × largest block scale × global scale is finite and in "
+         "the range of bfloat16.", "weights become Inf, the output NaN"),
+    Rule("input-scale-zero", _E, "input_scale is not 0.",
+         "its reciprocal is infinite: the layer's output is NaN"),
+    Rule("input-scale-nan", _E, "input_scale is finite.", "the layer's output is NaN"),
+    Rule("input-scale-negative", _E, "input_scale is positive.",
+         "activation block scales saturate at 0: " + _GARBAGE),
+    Rule("kv-scale-dtype", _E, "k_scale and v_scale are float32.",
+         "vLLM rounds them while loading; TensorRT-LLM fails"),
+    Rule("kv-scale-shape", _E, "k_scale and v_scale hold one number.", _LOADERS),
+    Rule("kv-scale-value", _E, "k_scale and v_scale are positive and finite.",
+         "vLLM replaces a scale ≤ 0 by 1.0 or fails; a NaN spreads over the whole sequence"),
+    Rule("kv-scale-missing", _E, "k_scale and v_scale come in pairs, in all layers or in none.",
+         "engines take 1.0 for the missing one, without a word"),
+    Rule("kv-scale-unexpected", _W, "k_scale and v_scale come with an FP8 KV cache in the config.",
+         "vLLM and SGLang use them only if the KV cache's dtype is asked for by hand"),
+)  # fmt: skip
+
+_GROUPS = (
+    Rule("group-scale-differs", _E, "Linears that engines fuse share one weight_scale_2.",
+         "vLLM warns and takes the largest (or w1's) without rescaling, SGLang takes the largest: "
+         "wrong numbers; TensorRT-LLM fails an assertion"),
+    Rule("group-input-scale-differs", _E, "Linears that engines fuse share one input_scale.",
+         "vLLM and SGLang take the largest; TensorRT-LLM fails an assertion"),
+    Rule("group-partial", _E, "A module that an engine fuses is quantized wholly or not at all: "
+         "q/k/v, gate/up, all experts of a layer.",
+         "vLLM and SGLang refuse it, or read packed codes into BF16 parameters"),
+    Rule("site-input-scale-differs", _W, "All experts' gate and up of a layer share one "
+         "input_scale, and so do all experts' down.",
+         "FlashInfer MoE kernels in vLLM and SGLang take the largest for all experts"),
+    Rule("ignore-lacks-unquantized", _E, "The ignore list covers every linear that is not "
+         "quantized, under each engine's matching.",
+         "the engine builds a quantized layer for it, and fails on the BF16 weight or never "
+         "fills the parameter"),
+    Rule("ignore-excludes-quantized", _E, "The ignore list covers no quantized linear, under any "
+         "engine's matching.",
+         "the engine builds a BF16 layer for it, and fails on the scales or reads codes as such"),
+    Rule("ignore-refused", _E, "Each engine can apply the ignore list: all parts of a fused "
+         "module or none, and valid patterns.", "the engine raises an error while loading"),
+)  # fmt: skip
+
+_SOURCE = (
+    Rule("config-changed", _W, "config.json is the source's, but for quantization_config.",
+         "engines read other hyperparameters, or field names that they do not know"),
+    Rule("tensor-lost", _E, "Every tensor of the source is quantized or copied.", _NEVER_READ),
+    Rule("tensor-extra", _E, "Every tensor comes from the source.",
+         "vLLM and SGLang: KeyError while loading, or a weight that the model does not have"),
+    Rule("copied-dtype-differs", _E, "A copied tensor has the source's dtype.",
+         "numbers are rounded, in every engine"),
+    Rule("copied-shape-differs", _E, "A copied tensor has the source's shape.", _LOADERS),
+    Rule("copied-bits-differ", _E, "A copied tensor is the source's, bit for bit.",
+         "every engine computes with other numbers than the source, without a word"),
+    Rule("quantized-shape-differs", _E, "A quantized linear has the source's [out, in].",
+         _LOADERS),
+    Rule("weight-error", _E, "A dequantized weight is the source's, up to what NVFP4 must lose.",
+         "swapped or shuffled rows, nibbles, experts or scales: " + _GARBAGE),
+    Rule("weight-error-outlier", _W, "A weight's error is like its siblings', or explained by its "
+         "values.", "nearly equal experts may have been swapped, or the scales chosen badly"),
+    Rule("source-not-finite", _E, "The source's weights are finite.",
+         "the source itself gives NaN; nothing can be said of the quantized weight"),
+)  # fmt: skip
+
+RULES: Mapping[str, Rule] = {
+    rule.id: rule
+    for rule in (*_FILES, *_CONFIG, *_STRUCTURE, *_VALUES, *_GROUPS, *_SOURCE)
+}  # fmt: skip
+"""By id, in the order of the documentation."""
+
+
+def finding(rule_id: str, tensor: str, found: str) -> Finding:
+    """A breach of the rule `rule_id`."""
+    rule = RULES[rule_id]
+    return Finding(rule.severity, rule.id, tensor, found, rule.effect)

@@ -1,0 +1,74 @@
+"""Worker threads with buffers of their own: memory is bounded by threads, not by the model.
+
+The kernels and `pread` release the GIL. Results come back in the order of the work, so a report
+does not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+
+from fourfold.verify.checkpoint import Checkpoint
+
+Work = TypeVar("Work")
+Result = TypeVar("Result")
+Progress = Callable[[int, int], None]
+"""Called with the bytes done and the bytes of the whole job."""
+
+CHUNK_BYTES = 1 << 23
+"""What a worker reads at once where it has the choice."""
+
+
+class Buffers(threading.local):
+    """Reusable memory of one thread, by purpose."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, np.ndarray[Any, Any]] = {}
+
+    def take(self, purpose: str, nbytes: int) -> np.ndarray[Any, Any]:
+        """`nbytes` of uint8; valid until the thread asks again for the same purpose."""
+        held = self._held.get(purpose)
+        if held is None or len(held) < nbytes:
+            held = self._held[purpose] = np.empty(nbytes, dtype=np.uint8)
+        return held[:nbytes]
+
+    def read(
+        self, purpose: str, checkpoint: Checkpoint, name: str, start: int, stop: int
+    ) -> np.ndarray[Any, Any]:
+        """Bytes `start:stop` of a tensor of the checkpoint."""
+        buffer = self.take(purpose, stop - start)
+        checkpoint.read(name, start, stop, buffer)
+        return buffer
+
+
+class Workers:
+    """A pool of threads that reports progress in bytes."""
+
+    def __init__(self, threads: int | None, progress: Progress | None) -> None:
+        self.threads = threads or os.cpu_count() or 1
+        self.buffers = Buffers()
+        self.done = self.total = 0
+        self._progress = progress
+
+    def run(
+        self,
+        function: Callable[[Work], Result],
+        work: Sequence[Work],
+        nbytes: Callable[[Work], int],
+    ) -> Iterator[tuple[Work, Result]]:
+        """`function` of each piece, in order; `nbytes` is what a piece reads."""
+        pool = ThreadPoolExecutor(self.threads)
+        try:
+            for piece, result in zip(work, pool.map(function, work), strict=True):
+                yield piece, result
+                self.done += nbytes(piece)
+                if self._progress is not None:
+                    self._progress(self.done, max(self.done, self.total))
+        finally:
+            pool.shutdown(cancel_futures=True)

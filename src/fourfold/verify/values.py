@@ -1,0 +1,213 @@
+"""Rules on the values of scales: read in full, counted by byte.
+
+A block scale is one E4M3 byte, so a histogram of 256 bins says everything about a tensor of
+them: zeros (0x00, 0x80), NaN (0x7F, 0xFF), signs, subnormals, the smallest and the largest.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fourfold.numerics.e4m3 import E4M3_MAX, E4M3_POSITIVE
+from fourfold.verify.checkpoint import (
+    BLOCK_SCALE,
+    GLOBAL_SCALE,
+    INPUT_SCALE,
+    KV_SCALES,
+    Checkpoint,
+    QuantizedLinear,
+)
+from fourfold.verify.groups import fused_groups, input_site
+from fourfold.verify.rules import Finding, finding
+from fourfold.verify.streaming import CHUNK_BYTES, Workers
+
+Histogram = npt.NDArray[np.int64]
+
+_VALUES = np.array([0.0, *E4M3_POSITIVE.tolist()])
+"""The value of bytes 0x00 to 0x7E."""
+_NAN, _SIGN, _FIRST_NORMAL = 0x7F, 0x80, 8
+_SMALLEST_NORMAL_E4M3 = 2.0**-6
+_SMALLEST_NORMAL_FP32 = 2.0**-126
+_BF16_MAX = float.fromhex("0x1.fep127")
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleCounts:
+    """Block scales of a checkpoint, by what they are."""
+
+    total: int = 0
+    zero: int = 0
+    nan: int = 0
+    negative: int = 0
+    subnormal: int = 0
+
+
+def count(histogram: Histogram) -> ScaleCounts:
+    """A histogram of bytes as counts; a NaN is neither negative nor subnormal, nor is a zero."""
+    folded = histogram[:_SIGN] + histogram[_SIGN:]
+    return ScaleCounts(
+        total=int(histogram.sum()),
+        zero=int(folded[0]),
+        nan=int(folded[_NAN]),
+        negative=int(histogram[_SIGN + 1 : _SIGN + _NAN].sum()),
+        subnormal=int(folded[1:_FIRST_NORMAL].sum()),
+    )
+
+
+def check_block_scales(
+    checkpoint: Checkpoint, workers: Workers
+) -> tuple[ScaleCounts, list[Finding]]:
+    """Read every block scale of the sound linears."""
+    total = np.zeros(256, dtype=np.int64)
+    groups: dict[str, Histogram] = defaultdict(lambda: np.zeros(256, dtype=np.int64))
+    group_of = _groups(checkpoint)
+    findings: list[Finding] = []
+
+    def histogram(linear: QuantizedLinear) -> Histogram:
+        return _histogram(checkpoint, workers, linear)
+
+    for linear, bins in workers.run(histogram, checkpoint.sound, _scale_bytes):
+        total += bins
+        groups[group_of.get(linear.name, linear.name)] += bins
+        findings += _bad_bytes(checkpoint, linear, bins)
+        findings += _products(checkpoint, linear, bins)
+    for name, bins in groups.items():
+        findings += _flushed(name, bins)
+    return count(total), findings
+
+
+def _groups(checkpoint: Checkpoint) -> dict[str, str]:
+    """Linear → the parameter that vLLM's Marlin path scales as a whole."""
+    names = [linear.name for linear in checkpoint.sound]
+    found = {name: group[0] for group in fused_groups(names) for name in group}
+    sites = ((name, input_site(name)) for name in names)
+    return found | {name: site for name, site in sites if site is not None}
+
+
+def _scale_bytes(linear: QuantizedLinear) -> int:
+    return linear.parts[BLOCK_SCALE].nbytes
+
+
+def _histogram(checkpoint: Checkpoint, workers: Workers, linear: QuantizedLinear) -> Histogram:
+    bins = np.zeros(256, dtype=np.int64)
+    nbytes = _scale_bytes(linear)
+    for start in range(0, nbytes, CHUNK_BYTES):
+        stop = min(start + CHUNK_BYTES, nbytes)
+        name = f"{linear.name}.{BLOCK_SCALE}"
+        data = workers.buffers.read("scales", checkpoint, name, start, stop)
+        bins += np.bincount(data, minlength=256)
+    return bins
+
+
+def _bad_bytes(
+    checkpoint: Checkpoint, linear: QuantizedLinear, bins: Histogram
+) -> Iterator[Finding]:
+    counts, name = count(bins), f"{linear.name}.{BLOCK_SCALE}"
+    for rule, bad in (
+        ("block-scale-zero", counts.zero),
+        ("block-scale-nan", counts.nan),
+        ("block-scale-negative", counts.negative),
+    ):
+        if bad:
+            yield finding(rule, name, f"{bad:,} of {counts.total:,} block scales")
+
+
+def _products(
+    checkpoint: Checkpoint, linear: QuantizedLinear, bins: Histogram
+) -> Iterator[Finding]:
+    """Whether block scale × global scale stays in the range of floats."""
+    scale = checkpoint.scalar(f"{linear.name}.{GLOBAL_SCALE}")
+    present = np.flatnonzero(bins[1:_NAN]) + 1
+    if not 0 < scale < math.inf or not len(present):
+        return
+    smallest, largest = (float(_VALUES[byte]) for byte in (present[0], present[-1]))
+    name = f"{linear.name}.{GLOBAL_SCALE}"
+    if smallest * scale < _SMALLEST_NORMAL_FP32:
+        yield finding("scale-product-underflow", name, f"{smallest:.3g} × {scale:.3g}")
+    if 6 * largest * scale > _BF16_MAX:
+        yield finding("scale-product-overflow", name, f"6 × {largest:.3g} × {scale:.3g}")
+
+
+def _flushed(name: str, bins: Histogram) -> Iterator[Finding]:
+    """Scales below 2⁻⁶ after the power of two that the largest one leaves room for.
+
+    vLLM's Marlin path multiplies a parameter's block scales by that power before it converts
+    them to a format without subnormals.
+    """
+    present = np.flatnonzero(bins[1:_NAN]) + 1
+    if not len(present):
+        return
+    largest = float(_VALUES[present[-1]])
+    headroom = 2.0 ** math.floor(math.log2(E4M3_MAX / largest))
+    flushed = int(bins[1:_NAN][_VALUES[1:_NAN] * headroom < _SMALLEST_NORMAL_E4M3].sum())
+    if flushed:
+        text = f"{flushed:,} of {int(bins.sum()):,} block scales, the largest is {largest:g}"
+        yield finding("block-scale-subnormal", name, text)
+
+
+def check_scalars(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Global and input scales are positive and finite."""
+    for name, linear in checkpoint.linears.items():
+        for part, rule in ((GLOBAL_SCALE, "global-scale"), (INPUT_SCALE, "input-scale")):
+            info = linear.parts.get(part)
+            if info is None or info.numel != 1 or info.dtype != "F32":
+                continue
+            value = checkpoint.scalar(f"{name}.{part}")
+            fault = _fault(value)
+            if fault is not None:
+                yield finding(f"{rule}-{fault}", f"{name}.{part}", f"{value:g}")
+
+
+def _fault(value: float) -> str | None:
+    if not math.isfinite(value):
+        return "nan"
+    if value == 0:
+        return "zero"
+    return "negative" if value < 0 else None
+
+
+_K_OR_V = re.compile(r"\.(k_proj|v_proj)$")
+
+
+def check_kv_scales(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """k_scale and v_scale: one positive float32 each, in pairs, in all layers alike."""
+    places: dict[str, set[str]] = defaultdict(set)
+    for name, info in checkpoint.tensors.items():
+        stem, _, leaf = name.rpartition(".")
+        if leaf not in KV_SCALES:
+            continue
+        places[_K_OR_V.sub("", stem)].add(leaf)
+        if info.dtype != "F32":
+            yield finding("kv-scale-dtype", name, f"{info.dtype}, should be F32")
+        if info.numel != 1:
+            yield finding("kv-scale-shape", name, f"shape {list(info.shape)}, should be []")
+        elif not 0 < checkpoint.scalar(name) < math.inf:
+            yield finding("kv-scale-value", name, f"{checkpoint.scalar(name):g}")
+    if not places:
+        return
+    if checkpoint.quant.kv_cache is None:
+        text = f"{len(places)} layers have them, the config names no KV cache format"
+        yield finding("kv-scale-unexpected", min(places), text)
+    yield from _missing_kv(checkpoint, places)
+
+
+def _missing_kv(checkpoint: Checkpoint, places: dict[str, set[str]]) -> Iterator[Finding]:
+    kinds = {re.sub(r"\d+", "#", place) for place in places}
+    linears = checkpoint.linears.keys() | checkpoint.kept
+    attentions = {name.removesuffix(".k_proj") for name in linears if name.endswith(".k_proj")}
+    alike = {place for place in attentions if re.sub(r"\d+", "#", place) in kinds}
+    for place in sorted(alike | places.keys()):
+        for leaf in KV_SCALES:
+            if leaf not in places.get(place, ()):
+                text = f"missing, while {len(places)} layers have KV scales"
+                yield finding("kv-scale-missing", f"{place}.{leaf}", text)
+
+
+CHECKS = (check_scalars, check_kv_scales)
