@@ -24,7 +24,7 @@ from fourfold.models.families import FUSED_MODULES, KEEP_ALWAYS
 from fourfold.models.fused_experts import ExpertPart, cut_experts
 from fourfold.models.module_tree import ModuleTree, Place, build_tree
 from fourfold.models.regions import Region, whole
-from fourfold.models.roles import MTP_KEY, TOWER, Role
+from fourfold.models.roles import MTP_KEY, TOWER, Role, role_of_linear
 
 _NUMBERED = re.compile(r"\d+|\D+")
 _LAYER = re.compile(r"(?:^|.*?\.)(?:layers|h|blocks)\.(\d+)\.")
@@ -221,7 +221,8 @@ class _Taking:
     def _block_unknown(self, path: str, class_name: str) -> None:
         for key, place in self.places.items():
             if place.target is not None and place.target.startswith(f"{path}."):
-                self.roles[key] = Role.EXPERTS
+                inside = role_of_linear(f"{path}.x", [])
+                self.roles[key] = _role(key, Role.EXPERTS if inside is Role.OTHER else inside)
                 self.blocked[key] = (
                     f"{path} is a {class_name}, an experts module whose layout is not known"
                 )
@@ -336,7 +337,7 @@ class _Taking:
         is_matrix = (
             role is not Role.EMBEDDING
             and len(info.shape) >= 2
-            and (key.endswith(".weight") or role is Role.EXPERTS or key in self.blocked)
+            and (key.endswith(".weight") or role in {Role.EXPERTS, Role.MTP} or key in self.blocked)
         )
         return RawTensor(info, role, self._layer_of(place.target or ""), is_matrix)
 

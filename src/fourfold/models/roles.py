@@ -45,7 +45,10 @@ PATH_RULES: Sequence[tuple[re.Pattern[str], Role]] = (
 
 CLASS_RULES: Sequence[tuple[re.Pattern[str], Role]] = (
     (re.compile(r"Vision|Audio|MultiModal|PatchMerger|Projector|Resampler|Talker"), Role.VISION),
-    (re.compile(r"Indexer|GateMLP|GatedResidual|PLELayer|HyperConnection"), Role.OTHER),
+    (
+        re.compile(r"Indexer|GateMLP|GatedResidual|PLELayer|HyperConnection|DynamicShort"),
+        Role.OTHER,
+    ),
     (re.compile(r"Router|(?<!Forget)(?<!Linear)Gate$|Gating$"), Role.ROUTER),
     (
         re.compile(

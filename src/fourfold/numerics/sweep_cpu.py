@@ -198,12 +198,15 @@ def best_by_definition(f: Any, lane: int, global_scale: Any, lowest: int, highes
 
 
 @exact
-def _search(f: Any, global_scale: Any) -> Any:
+def _search(f: Any, global_scale: Any, full: bool) -> Any:
+    """BYTE, BEST: the block scale of the smallest loss. Returns how many lanes were settled."""
     steps = _first_candidates(f, global_scale)
+    if full:
+        steps = _all_candidates(f)
     for step in range(steps):
         _try_above(f, global_scale, u32(step))
     below = u32(1)
-    while _below_can_win(f, global_scale, below):
+    while below < u32(127) and (full or _below_can_win(f, global_scale, below)):
         _try_below(f, global_scale, below)
         below = u32(below + u32(1))
     close = _count_close(f)
@@ -213,17 +216,12 @@ def _search(f: Any, global_scale: Any) -> Any:
 
 
 @exact
-def _search_all(f: Any, global_scale: Any) -> Any:
-    _first_candidates(f, global_scale)
+def _all_candidates(f: Any) -> Any:
+    """The full search: all 126 candidates are tried as if they clipped."""
     for lane in range(LANES):
         put(f, FIRST + lane, as_float(u32(127)))
         put(f, LAST + lane, as_float(u32(126)))
-    for step in range(1, 127):
-        _try_below(f, global_scale, u32(step))
-    close = _count_close(f)
-    if close:
-        _settle(f, global_scale, 126)
-    return close
+    return u32(0)
 
 
 @exact
@@ -293,22 +291,18 @@ def quantize_kernel(
     sums = np.zeros(2 * LANES, np.float64)
     block_bytes = 64 if kind == FLOAT32 else 32
     settled = 0
+    unit = _ONE if algorithm == MAX else factor  # max compares the weights as they are
     for row in range(rows):
         for start in range(0, blocks, LANES):
             n = min(LANES, blocks - start)
             source = weight + row * weight_stride + start * block_bytes
+            load_lanes(f, raw, source, n, kind, unit)
             if algorithm == MAX:
-                load_lanes(f, raw, source, n, kind, _ONE)
                 _max_scales(f, global_scale, factor)
                 _losses(f, global_scale, factor)
-                pack_lanes(f, global_scale)
             else:
-                load_lanes(f, raw, source, n, kind, factor)
-                if algorithm == MSE:
-                    settled += _search(f, global_scale * factor)
-                else:
-                    settled += _search_all(f, global_scale * factor)
-                pack_lanes(f, global_scale * factor)
+                settled += _search(f, unit * global_scale, algorithm == MSE_FULL)
+            pack_lanes(f, unit * global_scale)
             _add_up(f, sums)
             to = row * codes_stride + 8 * start
             store_lanes(f, codes + to, scales + row * scales_stride + start, n)
