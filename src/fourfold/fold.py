@@ -11,7 +11,6 @@ by a thread of its own, while the next one is filled.
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -25,14 +24,18 @@ import torch
 from fourfold.checkpoints import modelopt
 from fourfold.checkpoints.source import Source
 from fourfold.checkpoints.writer import OutputFolder, ShardFile
+from fourfold.machine import threads_available
 from fourfold.models.inventory import ExpertBias, LinearWeight, RawTensor
-from fourfold.models.regions import Region
 from fourfold.numerics import nvfp4
-from fourfold.planning import Job, Plan, ScaleGroup
-
-COPY_BYTES = 1 << 24
-GROUP_BYTES = 1 << 28
-"""A scale group larger than this is read twice, in pieces, instead of being held."""
+from fourfold.planning import (
+    COPY_BYTES,
+    GROUP_BYTES,
+    Job,
+    Plan,
+    ScaleGroup,
+    is_plain,
+    job_bytes,
+)
 
 LOOKAHEAD = 16
 """How many jobs ahead of the workers the disk is told what will be read."""
@@ -68,12 +71,6 @@ class Progress:
     bytes_done: int
     """Bytes of the source that were dealt with."""
     bytes_total: int
-
-
-def threads_available() -> int:
-    """The cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def fold(
@@ -126,7 +123,7 @@ class _Work:
     def _all_jobs(self) -> Iterator[tuple[_OpenShard, Job]]:
         for name, shard in zip(self.plan.shard_names, self.plan.shards, strict=True):
             file = self.out.shard(name, shard.tensors)
-            opened = _OpenShard(file, shard.unit, len(shard.jobs), sum(map(_job_bytes, shard.jobs)))
+            opened = _OpenShard(file, shard.unit, len(shard.jobs), sum(map(job_bytes, shard.jobs)))
             self._open.append(opened)
             for job in shard.jobs:
                 yield opened, job
@@ -265,7 +262,7 @@ class _Group:
         self.algorithm = plan.recipe.weights.scale
         self.source, self.file, self.group, self.arena = source, file, group, arena
         self.slabs: dict[tuple[str, int, int], torch.Tensor] = {}
-        self.is_held = _job_bytes(group) <= GROUP_BYTES
+        self.is_held = job_bytes(group) <= GROUP_BYTES
 
     def run(self) -> list[LinearResult]:
         pieces = [piece for linear in self.group.linears for piece in self._pieces(linear)]
@@ -286,7 +283,7 @@ class _Group:
 
     def _pieces(self, linear: LinearWeight) -> Sequence[_Piece]:
         region, rows = linear.region, linear.shape[0]
-        if self.is_held or not _is_plain(region):
+        if self.is_held or not is_plain(region):
             return [_Piece(linear, 0, rows, region.slab)]
         row_bytes = (
             self.source.tensors[region.key].nbytes // self.source.tensors[region.key].shape[0]
@@ -359,11 +356,6 @@ def _contiguous(matrix: torch.Tensor, arena: Arena) -> torch.Tensor:
     return torch.from_numpy(copy).view(matrix.dtype)
 
 
-def _is_plain(region: Region) -> bool:
-    """Whether consecutive rows of the matrix are consecutive rows of the raw tensor."""
-    return region.expert is None and not region.transposed and region.rows.step == 1
-
-
 def _slabs_of(job: Job) -> Iterator[tuple[str, int, int]]:
     match job:
         case ScaleGroup():
@@ -372,25 +364,3 @@ def _slabs_of(job: Job) -> Iterator[tuple[str, int, int]]:
             yield (job.region.key, *job.region.slab)
         case RawTensor():
             yield (job.info.key, 0, job.info.shape[0] if job.info.shape else 1)
-
-
-def _job_bytes(job: Job) -> int:
-    """Bytes of the source that a job reads."""
-    match job:
-        case ScaleGroup():
-            size = {"F32": 4}.get(job.linears[0].dtype, 2)
-            return sum(math.prod(linear.shape) for linear in job.linears) * size
-        case ExpertBias():
-            return math.prod(job.region.shape) * 2
-        case RawTensor():
-            return job.info.nbytes
-
-
-def peak_bytes(plan: Plan, threads: int) -> int:
-    """An estimate of the memory that `fold` takes beside the interpreter and its libraries."""
-    largest = 0
-    for group in plan.groups:
-        held = _job_bytes(group)
-        plain = all(_is_plain(linear.region) for linear in group.linears)
-        largest = max(largest, min(held, GROUP_BYTES) if plain else 2 * held)
-    return threads * (max(largest, COPY_BYTES) * 3 // 2)

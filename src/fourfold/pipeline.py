@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import json
-import resource
-import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import psutil
 import torch
 
 from fourfold.checkpoints.modelopt import QUANT_CONFIG
 from fourfold.checkpoints.source import CONFIG, INDEX, Source, open_source
 from fourfold.checkpoints.writer import OutputFolder, free_bytes, index_of
 from fourfold.errors import FourfoldError, PlanError
-from fourfold.fold import LinearResult, Progress, fold, peak_bytes, threads_available
+from fourfold.fold import LinearResult, Progress, fold
+from fourfold.machine import memory_available, peak_resident, threads_available
 from fourfold.numerics import nvfp4
 from fourfold.planning import Plan, make_plan
 from fourfold.recipes import Recipe
+from fourfold.rendering import size
 from fourfold.summary import SUMMARY, summary_of
 from fourfold.verify import Report, verify
 
@@ -38,13 +38,27 @@ class Result:
     report: Report | None
     """The verification; None where it was not asked for."""
     seconds: float
-    peak_rss: int
+    peak_resident: int
     """The process's peak resident memory in bytes."""
 
     @property
     def clean(self) -> bool:
         """Whether the output was verified without an error."""
         return self.report is not None and self.report.clean
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "out": str(self.out),
+            "recipe": self.plan.recipe.name,
+            "linear_weights_planned": len(self.plan.linears),
+            "linear_weights_quantized": len(self.linears),
+            "bytes_before": self.plan.nbytes,
+            "bytes_after": self.plan.nbytes_after,
+            "seconds": round(self.seconds, 3),
+            "peak_resident_bytes": self.peak_resident,
+            "verification": None if self.report is None else self.report.to_dict(),
+        }
 
     def __str__(self) -> str:
         planned, done = len(self.plan.linears), len(self.linears)
@@ -135,7 +149,7 @@ def quantize(
         linears=tuple(linears),
         report=report,
         seconds=time.perf_counter() - begun,
-        peak_rss=peak_rss(),
+        peak_resident=peak_resident(),
     )
 
 
@@ -161,7 +175,7 @@ def check_room(work: Plan, out: Path, threads: int) -> None:
             f"{out}: {size(needed)} are needed, {size(free)} are free on that disk. "
             "Free some room, or write to another one."
         )
-    memory, available = peak_bytes(work, threads), psutil.virtual_memory().available
+    memory, available = work.memory(threads), memory_available()
     if memory > available:
         raise PlanError(
             f"{size(memory)} of memory are needed for {threads} threads, {size(available)} are "
@@ -190,17 +204,3 @@ def _write_rest(
     config = dict(source.config) | {"quantization_config": work.quantization_config}
     folder.write_json(CONFIG, json.loads(json.dumps(config)))
     folder.sync()
-
-
-def size(nbytes: int) -> str:
-    """Bytes for people: 11.2 GB."""
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= scale:
-            return f"{nbytes / scale:,.1f} {unit}"
-    return f"{nbytes} B"
-
-
-def peak_rss() -> int:
-    """The process's peak resident memory in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

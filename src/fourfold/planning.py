@@ -8,6 +8,7 @@ quantized, a module whose layout is not known, an ignore list that no engine wou
 from __future__ import annotations
 
 import difflib
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import Any
 
 from fourfold.checkpoints import modelopt
 from fourfold.checkpoints.engines import write_ignore
-from fourfold.checkpoints.safetensors_header import nbytes_of
+from fourfold.checkpoints.safetensors_header import BITS, nbytes_of
 from fourfold.checkpoints.source import Source
 from fourfold.errors import PlanError, RecipeError, SourceError
 from fourfold.models.families import family_of
@@ -30,11 +31,18 @@ from fourfold.models.inventory import (
     RawTensor,
     take_inventory,
 )
+from fourfold.models.regions import Region
 from fourfold.models.roles import Role
 from fourfold.parallel import tensor_parallel
 from fourfold.recipes import Recipe
 
 SHARD_BYTES = 5_000_000_000
+COPY_BYTES = 1 << 24
+"""Tensors are copied in pieces of this size."""
+
+GROUP_BYTES = 1 << 28
+"""A scale group larger than this is read twice, in pieces, instead of being held."""
+
 QUANTIZABLE_DTYPES = ("BF16", "F16", "F32")
 
 
@@ -55,6 +63,7 @@ class Row:
     action: Action
     role: Role
     reason: str
+    numel: int
     nbytes: int
     nbytes_after: int
     linears: int
@@ -122,6 +131,15 @@ class Plan:
     def nbytes_after(self) -> int:
         return sum(shard.nbytes for shard in self.shards)
 
+    def memory(self, threads: int) -> int:
+        """An estimate in bytes of what the job takes beside the interpreter and its libraries."""
+        largest = COPY_BYTES
+        for group in self.groups:
+            held = job_bytes(group)
+            plain = all(is_plain(linear.region) for linear in group.linears)
+            largest = max(largest, min(held, GROUP_BYTES) if plain else 2 * held)
+        return threads * largest * 3 // 2
+
     @cached_property
     def quantization_config(self) -> dict[str, Any]:
         return modelopt.quantization_config(
@@ -140,6 +158,39 @@ class Plan:
         return tuple(
             f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as plain data for JSON: one entry for each source tensor."""
+        from fourfold.rendering import plan_json
+
+        return plan_json(self)
+
+    def __rich__(self) -> Any:
+        from fourfold.rendering import render_plan
+
+        return render_plan(self)
+
+    def __str__(self) -> str:
+        from fourfold.rendering import plain
+
+        return plain(self)
+
+
+def job_bytes(job: Job) -> int:
+    """Bytes of the source that a job reads."""
+    match job:
+        case ScaleGroup():
+            size = BITS[job.linears[0].dtype] // 8
+            return sum(math.prod(linear.shape) for linear in job.linears) * size
+        case ExpertBias():
+            return math.prod(job.region.shape) * BITS[job.dtype] // 8
+        case RawTensor():
+            return job.info.nbytes
+
+
+def is_plain(region: Region) -> bool:
+    """Whether consecutive rows of the matrix are consecutive rows of the raw tensor."""
+    return region.expert is None and not region.transposed and region.rows.step == 1
 
 
 def make_plan(source: Source, recipe: Recipe, *, trust_remote_code: bool = False) -> Plan:
@@ -281,7 +332,7 @@ class _Selection:
         return [bias for bias in self.inventory.biases if bias.module in self.modules]
 
     def row(self, raw: RawTensor) -> Row:
-        key, nbytes = raw.info.key, raw.info.nbytes
+        key, numel, nbytes = raw.info.key, raw.info.numel, raw.info.nbytes
         linears = self.inventory.linears_by_key.get(key, ())
         chosen = [linear for linear in linears if linear.name in self.chosen]
         if chosen:
@@ -291,11 +342,12 @@ class _Selection:
                 for spec in modelopt.tensors_of(linear.name, linear.shape).values()
             )
             reason = f"role {raw.role}"
-            return Row(key, Action.QUANTIZE, raw.role, reason, nbytes, after, len(chosen))
+            return Row(key, Action.QUANTIZE, raw.role, reason, numel, nbytes, after, len(chosen))
         if key in self._split_keys:
             reason = "its experts are written one by one"
-            return Row(key, Action.SPLIT, raw.role, reason, nbytes, nbytes, 0)
-        return Row(key, Action.COPY, raw.role, self._why_kept(raw, linears), nbytes, nbytes, 0)
+            return Row(key, Action.SPLIT, raw.role, reason, numel, nbytes, nbytes, 0)
+        reason = self._why_kept(raw, linears)
+        return Row(key, Action.COPY, raw.role, reason, numel, nbytes, nbytes, 0)
 
     @cached_property
     def _split_keys(self) -> frozenset[str]:

@@ -26,6 +26,11 @@ from fourfold.models.module_tree import ModuleTree, Place, build_tree
 from fourfold.models.regions import Region, whole
 from fourfold.models.roles import MTP_KEY, TOWER, Role, role_of_linear
 
+_FOLDABLE = {
+    Role.EXPERTS, Role.SHARED_EXPERTS, Role.MLP, Role.ATTENTION, Role.LINEAR_ATTENTION,
+}  # fmt: skip
+"""Roles of a decoder layer that an MTP layer's weights may be cut like."""
+
 _NUMBERED = re.compile(r"\d+|\D+")
 _LAYER = re.compile(r"(?:^|.*?\.)(?:layers|h|blocks)\.(\d+)\.")
 _EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
@@ -279,7 +284,7 @@ class _Taking:
             return self.tree.linears[module].role
         if module in self.tree.experts:
             return Role.EXPERTS
-        return Role.OTHER
+        return Role.VISION if role_of_linear(target, []) is Role.VISION else Role.OTHER
 
     def _find_unknown(self) -> None:
         """Keys that the tree does not know: MTP layers, cut like the decoder layers they copy."""
@@ -290,7 +295,8 @@ class _Taking:
             self.roles[key] = role = self._role_of_unknown(key)
             if role is Role.MTP:
                 for model in models.get(_suffix(key), ()):
-                    self._add_mtp(key, model)
+                    if model.role in _FOLDABLE:
+                        self._add_mtp(key, model)
 
     def _role_of_unknown(self, key: str) -> Role:
         layer = _LAYER.match(key)

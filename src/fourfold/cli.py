@@ -1,0 +1,313 @@
+"""The command line: parses, calls the API, prints. Nothing else.
+
+PyTorch and transformers are imported inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fourfold._version import __version__
+from fourfold.errors import FourfoldError
+
+if TYPE_CHECKING:
+    from fourfold import fold
+    from fourfold.pipeline import Result
+
+DEFAULT_RECIPE = "w4a16_nvfp4_experts_only_mse"
+
+app = typer.Typer(
+    name="fourfold",
+    help="Quantize Mixture-of-Experts checkpoints to NVFP4, and prove it tensor by tensor.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[str, typer.Argument(help="A checkpoint's folder, or its name on the hub.")]
+RecipeName = Annotated[
+    str, typer.Option("--recipe", "-r", help="A built-in recipe's name, or a YAML file.")
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Worker threads; by default one for each core.")
+]
+Trust = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run the Python code that the checkpoint brings."),
+]
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Errors with a traceback.")] = False,
+) -> None:
+    if version:
+        print(f"fourfold {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    recipe: RecipeName = DEFAULT_RECIPE,
+    threads: Threads = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the checkpoint that lies in OUT.")
+    ] = False,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Do not read OUT back to compare it with MODEL.")
+    ] = False,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize MODEL into OUT, and verify what was written."""
+    from fourfold.pipeline import quantize as run
+
+    with _Display(quiet=as_json) as display:
+        result = run(
+            model,
+            out,
+            recipe,
+            threads=threads,
+            overwrite=overwrite,
+            verified=not no_verify,
+            trust_remote_code=trust_remote_code,
+            on_plan=display.show,
+            progress=display.folding,
+            verify_progress=display.verifying,
+        )
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        _print_result(result)
+    if result.report is not None and not result.report.clean:
+        raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    model: Model,
+    recipe: RecipeName = DEFAULT_RECIPE,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Show what would be done, to what, and what it takes. Reads no weight."""
+    from fourfold.pipeline import plan as make_plan
+
+    made = make_plan(model, recipe, trust_remote_code=trust_remote_code)
+    if as_json:
+        _print_json(made.to_dict())
+    else:
+        _console().print(made)
+
+
+@app.command()
+def verify(
+    out: Annotated[Path, typer.Argument(help="The NVFP4 checkpoint, whoever wrote it.")],
+    source: Annotated[
+        str | None, typer.Option("--source", "-s", help="The checkpoint that it was made from.")
+    ] = None,
+    threads: Threads = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Check OUT tensor by tensor. Exit 0: clean, 1: a finding, 2: not readable."""
+    from fourfold.verify import verify as run
+
+    with _Display(quiet=as_json) as display:
+        report = run(
+            out,
+            source=source,
+            threads=threads,
+            progress=display.verifying,
+            trust_remote_code=trust_remote_code,
+        )
+    if as_json:
+        print(report.to_json())
+    else:
+        _console().print(report)
+    if not report.clean:
+        raise typer.Exit(1)
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="Any safetensors checkpoint.")],
+    as_json: Json = False,
+) -> None:
+    """Show tensors, formats, sizes and scales at a glance."""
+    from fourfold.inspection import inspect as run
+
+    found = run(folder)
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        _console().print(found)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this one.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the built-in recipes, or print one."""
+    from fourfold.recipes import Recipe, builtin_names
+
+    if name is None:
+        known = [Recipe.load(each) for each in builtin_names()]
+        if as_json:
+            _print_json({each.name: each.model_dump(mode="json") for each in known})
+        else:
+            for each in known:
+                _console().print(f"[bold]{each.name}[/]\n    {each.description}", highlight=False)
+        return
+    chosen = Recipe.load(name)
+    if as_json:
+        _print_json(chosen.model_dump(mode="json"))
+    else:
+        print(chosen.to_yaml(), end="")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Argument(help="The folder to write.")] = Path("demo-out"),
+    recipe: RecipeName = DEFAULT_RECIPE,
+    as_json: Json = False,
+) -> None:
+    """Do the whole job on the embedded model, offline, and show what it did to the model."""
+    from fourfold.demo import demonstrate
+    from fourfold.embedded import model_dir
+    from fourfold.pipeline import quantize as run
+
+    with _Display(quiet=as_json) as display:
+        result = run(model_dir(), out, recipe, overwrite=True, on_plan=display.show)
+    shown = demonstrate(model_dir(), out)
+    if as_json:
+        _print_json(result.to_dict() | {"demo": asdict(shown)})
+        return
+    _print_result(result)
+    _console().print(shown)
+
+
+class _Display:
+    """Progress on stderr where that is a terminal, silent elsewhere."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self.console = Console(stderr=True, quiet=quiet or not sys.stderr.isatty())
+        self.quiet = quiet
+        self.progress = Progress(
+            TextColumn("{task.description:<12}"),
+            BarColumn(),
+            TextColumn("{task.fields[rate]:>9} · {task.fields[rss]} resident"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        )
+        self.tasks: dict[str, Any] = {}
+        self.begun: dict[str, float] = {}
+
+    def __enter__(self) -> _Display:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def show(self, value: object) -> None:
+        """Print something above the progress bars."""
+        if not self.quiet:
+            _console().print(value)
+
+    def folding(self, event: fold.Progress) -> None:
+        """A shard is finished."""
+        self._update("quantizing", event.bytes_done, event.bytes_total)
+        rate, rss = self._rate("quantizing", event.bytes_done), _resident()
+        self.console.print(
+            f"  {event.unit}: shard {event.shards_done}/{event.shards} · {rate} · {rss} resident",
+            style="dim",
+            highlight=False,
+        )
+
+    def verifying(self, done: int, total: int) -> None:
+        """Some bytes were verified."""
+        self._update("verifying", done, total)
+
+    def _update(self, name: str, done: int, total: int) -> None:
+        if name not in self.tasks:
+            self.begun[name] = time.perf_counter()
+            self.tasks[name] = self.progress.add_task(name, total=total, rate="", rss="")
+        self.progress.update(
+            self.tasks[name],
+            completed=done,
+            total=total,
+            rate=self._rate(name, done),
+            rss=_resident(),
+        )
+
+    def _rate(self, name: str, done: int) -> str:
+        from fourfold.rendering import size
+
+        seconds = time.perf_counter() - self.begun[name]
+        return f"{size(int(done / seconds))}/s" if seconds > 0.2 else ""
+
+
+def _resident() -> str:
+    from fourfold.machine import resident
+    from fourfold.rendering import size
+
+    return size(resident())
+
+
+def _print_result(result: Result) -> None:
+    console = _console()
+    if result.report is not None:
+        console.print(result.report)
+    console.print(str(result), style="bold", soft_wrap=True)
+
+
+def _console() -> Console:
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
+    return Console(width=width, highlight=False)
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def main() -> None:
+    """The console script: exit codes and errors as documented, tracebacks only with --debug."""
+    debug = "--debug" in sys.argv[1:]
+    sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        app()
+    except FourfoldError as error:
+        _fail(str(error), error.exit_code, debug)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing is left in OUT.", 130, debug)
+    except Exception as error:
+        text = str(error) or type(error).__name__
+        _fail(f"{text} (a defect of fourfold: run again with --debug and report it)", 1, debug)
+
+
+def _fail(message: str, code: int, debug: bool) -> None:
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
