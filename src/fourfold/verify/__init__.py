@@ -9,8 +9,10 @@ Memory: a few buffers for each thread, whatever the model's size.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from fourfold.checkpoints.source import Source, open_source
@@ -172,3 +174,17 @@ def _config_changes(checkpoint: Checkpoint, source: Source) -> Iterator[Finding]
 
 def _unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "quantization_config"}
+
+
+class _Callable(ModuleType):
+    """This package, callable: `fourfold.verify` is the function's name as well as the package's.
+
+    Python binds a package to its parent when it is first imported, by whomever; with that,
+    `fourfold.verify("out")` works in whatever order things were imported.
+    """
+
+    def __call__(self, *args: Any, **options: Any) -> Report:
+        return verify(*args, **options)
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -31,6 +31,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median_low
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -57,6 +59,7 @@ OUTLIER, OUTLIER_OF_MEDIAN, OUTLIER_OF_REFERENCE = 0.15, 1.8, 2.0
 
 _NUMBERS = re.compile(r"\d+")
 
+Bytes = npt.NDArray[np.uint8]
 RowFunction = Callable[[Pair, int, Tensor], tuple[float, float]]
 """Of a pair, the first row of a chunk, and the chunk of the source's weight [rows, in]."""
 
@@ -135,6 +138,8 @@ class Comparison:
             return
         shape = self.source.tensors[copy.key].shape
         rows = shape[0] if shape else 1
+        if not self.source.tensors[copy.key].nbytes:
+            return
         each = max(1, CHUNK_BYTES // max(1, self._row_bytes(copy.key)))
         for start in range(0, rows, each):
             yield _Piece(copy, start, min(start + each, rows))
@@ -157,14 +162,12 @@ class Comparison:
         copy, region = piece.copy, piece.copy.region
         slab = self._read_slab(copy.key, piece.start, piece.stop)
         theirs = slab if region is None else region.view(slab).contiguous()
-        theirs = theirs.reshape(-1).view(torch.uint8)
+        bits = theirs.reshape(-1).view(torch.uint8).numpy()
         first = 0 if region is not None else piece.start * self._row_bytes(copy.key)
-        ours = torch.from_numpy(
-            self.workers.buffers.read(
-                "copied", self.checkpoint, copy.name, first, first + theirs.numel()
-            )
+        ours = self.workers.buffers.read(
+            "copied", self.checkpoint, copy.name, first, first + len(bits)
         )
-        return 0 if torch.equal(ours, theirs) else int((ours != theirs).sum())
+        return _count_different(ours, bits)
 
     def _read_slab(self, key: str, start: int, stop: int) -> Tensor:
         buffer = self.workers.buffers.take("slab", self._row_bytes(key) * (stop - start))
@@ -292,6 +295,14 @@ class Comparison:
             raw = self._read_slab(slab.key, slab.start, slab.stop)
             total += self._sum(slab, raw, pair, function)[0]
         return total
+
+
+def _count_different(first: Bytes, second: Bytes) -> int:
+    """How many bytes of two arrays differ. By words of eight bytes, unless there is one."""
+    words = len(first) // 8 * 8
+    same = np.array_equal(first[:words].view(np.uint64), second[:words].view(np.uint64))
+    rest = first[words:] != second[words:]
+    return int(rest.sum()) if same else int((first != second).sum())
 
 
 def _is_plain(region: Region) -> bool:
