@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+
 from families.checkpoint import write_checkpoint
 from families.table import FAMILIES
 from families.truth import Truth
-from torch import Tensor
-
 from fourfold.verify import Report, verify
 
 from .build import flat_config, nested_config, pack, write_tensors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -258,9 +259,8 @@ def test_the_report_prints_for_people(tmp_path: Path) -> None:
     assert "model.layers.0.mlp.experts.1.up_proj.input_scale: missing" in text
     assert "the 10 largest" in text
     assert text.endswith("not clean: 1 error")
-    console = Console(width=200, record=True, file=open(os.devnull, "w", encoding="utf-8"))
-    with console.file:
-        console.print(report)
+    console = Console(width=200, record=True, file=StringIO())
+    console.print(report)
     assert "not clean" in console.export_text()
 
 

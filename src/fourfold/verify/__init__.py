@@ -49,7 +49,6 @@ __all__ = [
 CHECKS = (
     *files.CHECKS,
     *structure.CHECKS,
-    *completeness.CHECKS,
     *values.CHECKS,
     *groups.CHECKS,
 )
@@ -92,7 +91,8 @@ def verify(
 def _verify(
     checkpoint: Checkpoint, source: Source | None, inventory: Inventory | None, workers: Workers
 ) -> Report:
-    findings = [found for check in CHECKS for found in check(checkpoint)]
+    checks = CHECKS if source is not None else (*CHECKS, *completeness.CHECKS)
+    findings = [found for check in checks for found in check(checkpoint)]
     findings += groups.check_ignore(checkpoint, _embeddings(inventory))
     scales = sum(linear.parts["weight_scale"].nbytes for linear in checkpoint.sound)
     workers.total = scales

@@ -39,6 +39,8 @@ FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
 
 EXPERT = re.compile(r"^(?P<module>.*experts)\.(?:expert_)?(?P<number>\d+)\.(?P<projection>.+)$")
 """The name of one expert's linear."""
+DOWN = frozenset({"down_proj", "w2", "fc2", "wo"})
+"""What families call an expert's down projection; the others read the layer's input."""
 
 _EMBEDDING = re.compile(
     r"(^|\.)(wte|wpe|tok_embeddings|(\w+_)?embed(ding)?s?(_(tokens|in|positions|per_layer|table))*)"

@@ -2,6 +2,8 @@
 
 No engine checks that every expert was loaded (vLLM counts per fused parameter), so a projection
 that is missing from the files is a part of the model made of whatever the memory held.
+
+With a source, none of this is asked: then it is known what must be there (`match`).
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any
 
 from fourfold.verify.checkpoint import EXPERT, Checkpoint
 from fourfold.verify.rules import Finding, finding
+from fourfold.verify.structure import LEFTOVER
 
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """What configurations call the number of routed experts."""
@@ -83,28 +86,25 @@ def check_layers(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 
 def check_siblings(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """A layer's modules hold what most modules of their kind hold.
+    """No layer stands alone in lacking what a layer otherwise like it has.
 
-    A kind is a place in the layer (`self_attn`). A module is suspicious if the most frequent
-    content is what it holds and more; layers of another make (dense beside sparse) are not.
+    Layers of several makes (dense and sparse, attention of two kinds) are common, so a layer is
+    suspicious only if no other holds just what it holds, and one holds all of that and more.
     """
-    kinds: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    stacks: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
     for name in _layer_tensors(checkpoint):
-        layer = _LAYER.match(name)
-        if layer is None or EXPERT.match(name):
-            continue
-        module, _, leaf = layer["rest"].rpartition(".")
-        parent, _, last = module.rpartition(".")
-        prefix = f"{layer['stack']}.{layer['number']}."
-        kind = f"{layer['stack']}.#.{parent}"
-        kinds[kind][prefix + parent].add(f"{last}.{leaf}" if last else leaf)
-    for modules in kinds.values():
-        sets = Counter(frozenset(held) for held in modules.values())
-        usual, count = max(sets.items(), key=lambda item: (item[1], len(item[0])))
-        for module, held in sorted(modules.items()):
-            for leaf in sorted(usual - held) if held < usual else ():
-                text = f"missing, while {count} of {len(modules)} such modules have it"
-                yield finding("sibling-missing", f"{module.rstrip('.')}.{leaf}", text)
+        if layer := _LAYER.match(name):
+            rest = EXPERT.sub(r"\g<module>", layer["rest"])
+            stacks[layer["stack"]][int(layer["number"])].add(rest)
+    for stack, layers in sorted(stacks.items()):
+        makes = Counter(map(frozenset, layers.values()))
+        for number, own in sorted(layers.items()):
+            held = frozenset(own)
+            larger = [make for make in makes if held < make] if makes[held] == 1 else []
+            usual = min(larger, key=lambda make: (len(make), sorted(make)), default=frozenset())
+            for rest in sorted(usual - held):
+                text = f"missing; layers otherwise like this one that have it: {makes[usual]}"
+                yield finding("sibling-missing", f"{stack}.{number}.{rest}", text)
 
 
 def _layer_tensors(checkpoint: Checkpoint) -> Iterator[str]:
@@ -112,7 +112,7 @@ def _layer_tensors(checkpoint: Checkpoint) -> Iterator[str]:
     for name in checkpoint.tensors:
         stem, _, leaf = name.rpartition(".")
         of_linear = stem in checkpoint.linears and leaf != "bias"
-        if not of_linear and not _SCALES.search(name):
+        if not of_linear and not _SCALES.search(name) and not LEFTOVER.search(name):
             yield name
     yield from (f"{name}.weight" for name in checkpoint.linears)
 

@@ -8,11 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from fourfold.checkpoints.engines import Mismatch, Module, Verdict, check, modules_of
 from fourfold.models.families import FUSED_MODULES, KEEP_ALWAYS
-from fourfold.verify.checkpoint import EXPERT, GLOBAL_SCALE, INPUT_SCALE, Checkpoint
+from fourfold.verify.checkpoint import DOWN, EXPERT, GLOBAL_SCALE, INPUT_SCALE, Checkpoint
 from fourfold.verify.quant_config import MIXED
 from fourfold.verify.rules import Finding, finding
-
-_DOWN = frozenset({"down_proj", "w2", "fc2", "wo"})
 
 Group = tuple[str, ...]
 
@@ -48,7 +46,7 @@ def input_site(linear: str) -> str | None:
     expert = EXPERT.match(linear)
     if expert is None:
         return None
-    half = expert["projection"] if expert["projection"] in _DOWN else "gate and up"
+    half = expert["projection"] if expert["projection"] in DOWN else "gate and up"
     return f"{expert['module']}.*.{half}"
 
 

@@ -115,10 +115,11 @@ _STRUCTURE = (
     Rule("expert-missing", _E, "Experts count from 0 to n-1 in every layer.", _NEVER_READ),
     Rule("projection-missing", _E, "Every expert of a layer has the same projections.",
          "vLLM counts per fused parameter and does not notice: " + _NEVER_READ),
-    Rule("expert-shape", _E, "A projection has one shape in all experts of a layer.", _LOADERS),
+    Rule("expert-shape", _E, "An expert's projections fit: gate and up [n, hidden], down "
+         "[hidden, n].", _LOADERS),
     Rule("layer-missing", _E, "Layers count from 0 without a gap, as many as the config says.",
          _NEVER_READ),
-    Rule("sibling-missing", _W, "A layer has the tensors that most layers of its kind have.",
+    Rule("sibling-missing", _W, "No layer alone lacks what a layer otherwise like it has.",
          "if the architecture needs it: " + _NEVER_READ),
     Rule("tensor-unexpected", _E, "A quantized linear has no other tensors than the layout's, "
          "and no quantizer state is left over.", "vLLM, SGLang: KeyError while loading"),

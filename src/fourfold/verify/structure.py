@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from fourfold.checkpoints.safetensors_header import TensorInfo
 from fourfold.verify.checkpoint import (
     BLOCK_SCALE,
+    DOWN,
     EXPERT,
     FLOATS,
     GLOBAL_SCALE,
@@ -17,7 +18,6 @@ from fourfold.verify.checkpoint import (
     PARTS,
     WEIGHT,
     Checkpoint,
-    QuantizedLinear,
 )
 from fourfold.verify.quant_config import W4A4, W4A16
 from fourfold.verify.rules import Finding, finding
@@ -109,7 +109,7 @@ def check_alignment(checkpoint: Checkpoint) -> Iterator[Finding]:
         if outs % 64 or ins % 64:
             marlin[f"[{outs}, {ins}]"].append(linear.name)
         expert = EXPERT.match(linear.name)
-        if expert and expert["projection"] in ("down_proj", "w2") and ins % 64:
+        if expert and expert["projection"] in DOWN and ins % 64:
             cutlass[f"intermediate size {ins}"].append(linear.name)
     for rule, found in (("cutlass-alignment", cutlass), ("marlin-alignment", marlin)):
         for text, names in sorted(found.items()):
@@ -135,18 +135,17 @@ def check_kept(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 
 def check_expert_shapes(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """A projection has one shape in all experts of a layer."""
-    shapes: dict[tuple[str, str], dict[tuple[int, int], list[QuantizedLinear]]]
-    shapes = defaultdict(lambda: defaultdict(list))
+    """The projections of one expert fit together. Experts of other widths are allowed."""
+    experts: dict[str, dict[str, tuple[int, int]]] = defaultdict(dict)
     for linear in checkpoint.sound:
-        if expert := EXPERT.match(linear.name):
-            shapes[expert["module"], expert["projection"]][linear.shape].append(linear)
-    for by_shape in shapes.values():
-        usual = max(by_shape, key=lambda shape: (len(by_shape[shape]), shape))
-        for shape, group in by_shape.items():
-            for linear in group if shape != usual else ():
-                text = f"[out, in] {list(shape)}, its siblings have {list(usual)}"
-                yield finding("expert-shape", linear.name, text)
+        if EXPERT.match(linear.name):
+            expert, _, projection = linear.name.rpartition(".")
+            experts[expert][projection] = linear.shape
+    for expert, shapes in experts.items():
+        hidden_last = {shape[::-1] if name in DOWN else shape for name, shape in shapes.items()}
+        if len(hidden_last) > 1:
+            text = ", ".join(f"{name} {list(shape)}" for name, shape in sorted(shapes.items()))
+            yield finding("expert-shape", expert, text)
 
 
 CHECKS = (
