@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -72,20 +73,17 @@ def verify(
     Raises UnreadableError (exit code 2) where `out` or `source` cannot be read, or `out` is no
     NVFP4 checkpoint in the ModelOpt layout. Everything else is a finding of the report.
     """
-    checkpoint = open_checkpoint(Path(out).expanduser())
-    try:
+    workers = Workers(threads, progress)
+    with unreadable(), closing(open_checkpoint(Path(out).expanduser())) as checkpoint:
         if source is None:
-            return _verify(checkpoint, None, None, Workers(threads, progress))
-        with unreadable():
-            opened = open_source(source) if isinstance(source, Path | str) else source
-            try:
-                inventory = take_inventory(opened, trust_remote_code=trust_remote_code)
-                return _verify(checkpoint, opened, inventory, Workers(threads, progress))
-            finally:
-                if opened is not source:
-                    opened.close()
-    finally:
-        checkpoint.close()
+            return _verify(checkpoint, None, None, workers)
+        opened = open_source(source) if isinstance(source, Path | str) else source
+        try:
+            inventory = take_inventory(opened, trust_remote_code=trust_remote_code)
+            return _verify(checkpoint, opened, inventory, workers)
+        finally:
+            if opened is not source:
+                opened.close()
 
 
 def _verify(

@@ -228,6 +228,7 @@ def _find_files(folder: Path) -> Files:
         raise UnreadableError(f"{folder / INDEX}: has no weight_map")
     names = {_inside(folder, name) for name in weight_map.values()}
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    total = int(total) if isinstance(total, int | float) else None
     unlisted = [name for name in present if name not in names]
     return Files([folder / name for name in sorted(names)], weight_map, total, unlisted)
 

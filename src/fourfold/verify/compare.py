@@ -105,6 +105,16 @@ class _Piece:
     stop: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Suspect:
+    """A weight whose error needs an explanation. `usual` is the median of its siblings."""
+
+    pair: Pair
+    group: tuple[Pair, ...]
+    error: LinearError
+    usual: float
+
+
 class Comparison:
     """One checkpoint beside its source."""
 
@@ -249,20 +259,23 @@ class Comparison:
         by_name = {pair.linear.name: pair for pair in pairs}
         groups = {name: group for group in fused_groups(by_name) for name in group}
         medians = _medians(errors)
+        suspects: list[_Suspect] = []
         for error in errors:
-            e = error.relative_error
-            usual = medians[_kind(error.name)]
+            e, usual = error.relative_error, medians[_kind(error.name)]
             if not math.isfinite(error.weight_energy):
                 yield finding("source-not-finite", error.name, f"ΣW² = {error.weight_energy}")
             elif e > WORST_LEGAL:
                 yield finding("weight-error", error.name, _figures(error, WORST_LEGAL))
             elif e > BOUND or e > max(OUTLIER, OUTLIER_OF_MEDIAN * usual):
-                group = [by_name[name] for name in groups.get(error.name, (error.name,))]
-                reference = self._reference_error(by_name[error.name], group, error)
-                yield from _judge(error, reference, usual)
+                group = groups.get(error.name, (error.name,))
+                members = tuple(by_name[name] for name in group)
+                suspects.append(_Suspect(by_name[error.name], members, error, usual))
+        for suspect, reference in self.workers.run(self._reference_error, suspects, lambda _: 0):
+            yield from _judge(suspect.error, reference, suspect.usual)
 
-    def _reference_error(self, pair: Pair, group: Sequence[Pair], error: LinearError) -> float:
+    def _reference_error(self, suspect: _Suspect) -> float:
         """e' of the module's head."""
+        pair, group, error = suspect.pair, suspect.group, suspect.error
         amax = self._amax(pair)
         highest = max(self._amax(member) for member in group)
         given = self._global_scale(pair)

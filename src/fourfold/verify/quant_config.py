@@ -81,7 +81,7 @@ def parse(document: Mapping[str, Any], file: str) -> QuantConfig:
         layer_group_sizes={
             name: entry["group_size"] for name, entry in layers.items() if "group_size" in entry
         },
-        groups=_table(body.get("config_groups")),
+        groups={name: _table(entry) for name, entry in _table(body.get("config_groups")).items()},
     )
 
 
@@ -90,7 +90,8 @@ def _text(value: object) -> str | None:
 
 
 def _number(value: object) -> int | None:
-    return value if isinstance(value, int) else None
+    """A number, None where there is nothing, and -1 for what is no number."""
+    return value if isinstance(value, int) else None if value is None else -1
 
 
 def _table(value: object) -> Mapping[str, Any]:
@@ -102,4 +103,4 @@ def _kv_cache(body: Mapping[str, Any]) -> str | None:
     if named:
         return str(named)
     scheme = _table(body.get("kv_cache_scheme"))
-    return {8: "FP8", 4: "NVFP4"}.get(scheme.get("num_bits", 0))
+    return {"8": "FP8", "4": "NVFP4"}.get(str(scheme.get("num_bits")))
