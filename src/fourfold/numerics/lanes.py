@@ -47,8 +47,8 @@ STAGE_SIZE = 8 * LANES  # uint64: the raw words of 64 blocks of the widest dtype
 
 f32, u32, u64 = np.float32, np.uint32, np.uint64
 
-_TWO_112, _TWO_120 = f32(2.0**112), f32(2.0**120)
-_ONE, _SIX, _INF, _F16_LIMIT = f32(1), f32(6), f32(np.inf), f32(65536)
+_TWO_M9, _TWO_M24 = f32(2.0**-9), f32(2.0**-24)
+_SIX, _INF = f32(6), f32(np.inf)
 _EXPONENT, _ONE_BITS, _ROUNDER = u32(0x7F800000), u32(0x3F800000), u32(22 << 23 | 0x400000)
 _E4M3_NORMAL, _E4M3_ROUNDER = u32(121 << 23), u32(20 << 23 | 0x400000)
 
@@ -155,8 +155,14 @@ store_u32, store_u64 = _storer(types.uint32, 32), _storer(types.uint64, 64)
 
 @exact
 def scale_of(byte: Any) -> Any:
-    """The float32 value of an E4M3 byte 1..126 (uint32), subnormal bytes included."""
-    return as_float(u32(byte << u32(20))) * _TWO_120
+    """The float32 value of an E4M3 byte 1..126 (uint32).
+
+    No subnormal float32 is used on the way: they are slow on some CPUs, and zero in processes in
+    which a library has switched them off.
+    """
+    subnormal = f32(np.int32(byte)) * _TWO_M9
+    normal = as_float(u32(u32(byte << u32(20)) + u32(120 << 23)))
+    return normal if byte > u32(7) else subnormal
 
 
 @exact
@@ -215,21 +221,22 @@ def _expand_bf16(f: Any, raw: Any, factor: Any) -> None:
 
 @exact
 def _half(bits: Any, factor: Any) -> Any:
-    x = as_float(u32(bits)) * _TWO_112
-    return (x if x < _F16_LIMIT else _INF) * factor  # Inf and NaN must not pass for numbers
+    normal = as_float(u32(u32(bits << u32(13)) + u32(112 << 23)))
+    x = normal if bits > u32(0x3FF) else f32(np.int32(bits)) * _TWO_M24
+    return (x if bits < u32(0x7C00) else _INF) * factor  # Inf and NaN must not pass for numbers
 
 
 @exact
 def _expand_f16(f: Any, raw: Any, factor: Any) -> None:
-    mask = u64(0x0FFFE000)
+    mask = u64(0x7FFF)
     for lane in range(LANES):
         for j in range(4):
             v = get(raw, j * LANES + lane)
             row = 4 * j * LANES + lane
-            put(f, row, _half((v << u64(13)) & mask, factor))
-            put(f, row + LANES, _half((v >> u64(3)) & mask, factor))
-            put(f, row + 2 * LANES, _half((v >> u64(19)) & mask, factor))
-            put(f, row + 3 * LANES, _half((v >> u64(35)) & mask, factor))
+            put(f, row, _half(u32(v & mask), factor))
+            put(f, row + LANES, _half(u32((v >> u64(16)) & mask), factor))
+            put(f, row + 2 * LANES, _half(u32((v >> u64(32)) & mask), factor))
+            put(f, row + 3 * LANES, _half(u32((v >> u64(48)) & mask), factor))
 
 
 @exact
