@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from fourfold.verify.checkpoint import EXPERT, Checkpoint
@@ -22,6 +23,9 @@ EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_nu
 
 _LAYER = re.compile(r"^(?P<stack>.*?(?:layers|blocks|h))\.(?P<number>\d+)\.(?P<rest>.+)$")
 _SCALES = re.compile(r"\.(weight_scale|weight_scale_2|input_scale|k_scale|v_scale)$")
+
+MOST_GAPS = 1000
+"""How many missing layers, or experts of a layer, are listed."""
 
 Module = dict[int, set[str]]
 """Expert number → its projections."""
@@ -37,14 +41,19 @@ def check_experts(checkpoint: Checkpoint) -> Iterator[Finding]:
     for name, module in sorted(modules.items()):
         wanted = set().union(*module.values())
         count = stated if stated and stated >= largest else max(module) + 1
-        for number in range(count):
-            if number not in module:
-                text = f"missing: {len(module)} of {count} experts are there"
-                yield finding("expert-missing", f"{name}.{number}", text)
-                continue
+        for number in _gaps(module, count):
+            text = f"missing: {len(module)} of {count} experts are there"
+            yield finding("expert-missing", f"{name}.{number}", text)
+        for number in sorted(module):
             for projection in sorted(wanted - module[number]):
                 text = f"missing, while expert {number} has {', '.join(sorted(module[number]))}"
                 yield finding("projection-missing", f"{name}.{number}.{projection}", text)
+
+
+def _gaps(numbers: Container[int], count: int) -> Iterator[int]:
+    """What `numbers` lacks of 0 … count-1; the first `MOST_GAPS`, for `count` may be any number."""
+    missing = (number for number in range(count) if number not in numbers)
+    return islice(missing, MOST_GAPS)
 
 
 def _experts(checkpoint: Checkpoint) -> Mapping[str, Module]:
@@ -80,7 +89,7 @@ def check_layers(checkpoint: Checkpoint) -> Iterator[Finding]:
         count = max(numbers) + 1
         if stack == main and isinstance(stated, int):
             count = max(count, stated)
-        for number in sorted(set(range(count)) - numbers):
+        for number in _gaps(numbers, count):
             text = f"missing: {len(numbers)} of {count} layers are there"
             yield finding("layer-missing", f"{stack}.{number}", text)
 
