@@ -166,8 +166,7 @@ def measure(folder: Path, layers: int, threads: int, runs: int) -> dict[str, flo
     from fourfold.checkpoints.source import open_source
     from fourfold.checkpoints.writer import OutputFolder
     from fourfold.fold import fold
-    from fourfold.pipeline import plan
-    from fourfold.pipeline import quantize
+    from fourfold.pipeline import plan, quantize
     from fourfold.verify import verify
 
     model, out = folder / "model", folder / "out"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
+from pathlib import Path
 
 import psutil
 
@@ -26,6 +27,15 @@ def resident() -> int:
 
 
 def peak_resident() -> int:
-    """This process's peak resident memory in bytes."""
+    """This process's peak resident memory in bytes.
+
+    Linux's own high-water mark where there is one: `getrusage` counts the parent's memory at the
+    time of the fork, too.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -1,4 +1,4 @@
-"""One checkpoint of each family for all tests here: written once, read by many."""
+"""One checkpoint of each family for all tests: written once, read by many."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from . import FAMILIES, Truth, write_checkpoint
+from families import FAMILIES, Truth, write_checkpoint
 
 Written = Callable[[str], tuple[Path, Truth]]
 
