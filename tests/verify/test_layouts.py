@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from families.checkpoint import write_checkpoint
@@ -135,3 +136,13 @@ def test_a_lost_expert_is_told_by_its_own_name(made, tmp_path: Path) -> None:
     report = report_on(tensors, source, tmp_path / "out")
     lost = {f.tensor.removesuffix(".weight") for f in report.findings if f.id == "tensor-lost"}
     assert lost == {name.removesuffix(".weight")}
+
+
+def test_a_fused_tensor_beside_its_experts_is_extra(made, tmp_path: Path) -> None:
+    source, tensors = made
+    with safe_open(source / "model.safetensors", "pt") as file:
+        fused = [key for key in file.keys() if file.get_tensor(key).ndim == 3]  # noqa: SIM118
+        fused = [key for key in fused if key not in tensors][:1]
+        added = {key: file.get_tensor(key) for key in fused}
+    report = report_on(tensors | added, source, tmp_path / "out")
+    assert [f.tensor for f in report.findings if f.id == "tensor-extra"] == fused

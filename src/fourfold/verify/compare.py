@@ -80,9 +80,12 @@ class LinearError:
     @property
     def sqnr_db(self) -> float:
         """Signal to quantization noise, in dB; infinite where there is no error."""
-        if self.relative_error == 0:
-            return math.inf
-        return -20 * math.log10(self.relative_error)
+        return sqnr_db(self.relative_error)
+
+
+def sqnr_db(relative_error: float) -> float:
+    """−20·log₁₀ of a relative error; infinite where there is none."""
+    return math.inf if relative_error == 0 else -20 * math.log10(relative_error)
 
 
 @dataclass(frozen=True, slots=True)

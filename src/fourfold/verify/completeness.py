@@ -21,7 +21,9 @@ from fourfold.verify.structure import LEFTOVER
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """What configurations call the number of routed experts."""
 
-_LAYER = re.compile(r"^(?P<stack>.*?(?:layers|blocks|h))\.(?P<number>\d+)\.(?P<rest>.+)$")
+_LAYER = re.compile(
+    r"^(?P<stack>(?:.*?\.)?(?:\w*layers|\w*blocks|h))\.(?P<number>\d+)\.(?P<rest>.+)$"
+)
 _SCALES = re.compile(r"\.(weight_scale|weight_scale_2|input_scale|k_scale|v_scale)$")
 
 MOST_GAPS = 1000

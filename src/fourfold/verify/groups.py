@@ -64,7 +64,7 @@ def check_scale_groups(checkpoint: Checkpoint) -> Iterator[Finding]:
 def _differences(checkpoint: Checkpoint, group: Group, part: str, rule: str) -> Iterator[Finding]:
     values = dict(_values(checkpoint, group, part))
     if len(set(values.values())) > 1:
-        text = ", ".join(f"{name.rpartition('.')[2]} {value:.6g}" for name, value in values.items())
+        text = ", ".join(f"{name.rpartition('.')[2]} {value:.9g}" for name, value in values.items())
         yield finding(rule, f"{next(iter(values))}.{part}", text)
 
 

@@ -73,25 +73,23 @@ class _Match:
 
     def _weights(self, key: str, linears: tuple[LinearWeight, ...]) -> None:
         """A raw tensor that holds linear weights: packed, split, or copied as it is."""
-        there = self.checkpoint.tensors
-        is_packed_name = key.removesuffix(".weight") in self.packed
-        apart = {
-            linear.name
-            for linear in linears
-            if linear.name in self.packed
-            or (f"{linear.name}.weight" in there and f"{linear.name}.weight" != key)
-        }
-        if key in there and not is_packed_name and not apart:
+        apart = [linear for linear in linears if self._is_apart(linear)]
+        for linear in apart:
+            self._apart(linear)
+        if apart:
+            for linear in linears:
+                if not self._is_apart(linear):
+                    self._lose(linear.name, f"part of {key}, whose other parts are there")
+        elif key in self.checkpoint.tensors:
             self._copy(key, key)
-            return
-        lost = [linear for linear in linears if linear.name not in apart]
-        for linear in linears if apart else ():
-            if linear.name in apart:
-                self._apart(linear)
-        if not apart:
+        else:
             self._lose(key, f"{len(linears)} linear weights" if len(linears) > 1 else "a weight")
-        for linear in lost if apart else ():
-            self._lose(linear.name, f"part of {key}, whose other parts are there")
+
+    def _is_apart(self, linear: LinearWeight) -> bool:
+        """Whether the checkpoint holds this linear weight packed, or split out of its tensor."""
+        name = f"{linear.name}.weight"
+        is_split = name != linear.region.key and name in self.checkpoint.tensors
+        return linear.name in self.packed or is_split
 
     def _apart(self, linear: LinearWeight) -> None:
         if linear.name not in self.packed:
@@ -161,5 +159,5 @@ class _Match:
                     yield finding("tensor-extra", stem, "a quantized linear, not in the source")
                 continue
             info = self.checkpoint.tensors[name]
-            text = f"{info.dtype} {list(info.shape)}, not in the source"
-            yield finding("tensor-extra", name, text)
+            why = "its parts are there, too" if name in self.source else "not in the source"
+            yield finding("tensor-extra", name, f"{info.dtype} {list(info.shape)}, {why}")

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.text import Text
 
-from fourfold.verify.compare import LinearError
+from fourfold.verify.compare import LinearError, sqnr_db
 from fourfold.verify.rules import Finding, Severity
 
 WORST = 10
@@ -120,9 +120,8 @@ def _role_error(role: str, errors: Sequence[LinearError]) -> RoleError:
     total = math.fsum(error.error_energy for error in errors)
     energy = math.fsum(error.weight_energy for error in errors)
     relative = math.sqrt(total / energy) if energy > 0 and total >= 0 else 0.0 * total
-    sqnr = -20 * math.log10(relative) if relative > 0 else math.inf
     largest = max((error.relative_error for error in errors), key=lambda e: (math.isnan(e), e))
-    return RoleError(role, len(errors), relative, sqnr, largest)
+    return RoleError(role, len(errors), relative, sqnr_db(relative), largest)
 
 
 def _error_dict(error: LinearError) -> dict[str, Any]:
