@@ -1,0 +1,211 @@
+"""Broken checkpoints are refused with a message that names the object, the cause and the remedy."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from fourfold.checkpoints.safetensors_header import build_header, read_header
+from fourfold.checkpoints.source import INDEX, open_source
+from fourfold.errors import SourceError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two shards with an index."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    save_file(
+        {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4)}, tmp_path / "1.safetensors"
+    )
+    save_file({"c": torch.arange(8, dtype=torch.bfloat16)}, tmp_path / "2.safetensors")
+    write_index(tmp_path, {"a": "1.safetensors", "b": "1.safetensors", "c": "2.safetensors"})
+    return tmp_path
+
+
+def write_index(folder: Path, weight_map: dict[str, object]) -> None:
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def refused(folder: Path, *words: str) -> None:
+    with pytest.raises(SourceError) as caught:
+        open_source(folder)
+    for word in words:
+        assert word in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 2
+
+
+def test_slabs_are_what_safetensors_reads(folder: Path) -> None:
+    source = open_source(folder)
+    assert list(source.tensors) == ["a", "b", "c"] or set(source.tensors) == {"a", "b", "c"}
+    whole = load_file(folder / "1.safetensors") | load_file(folder / "2.safetensors")
+    for key, value in whole.items():
+        assert torch.equal(source.slab(key, 0, value.shape[0]), value)
+    assert torch.equal(source.slab("a", 1, 2), whole["a"][1:2])
+    buffer = np.zeros(6, dtype=np.uint8)
+    source.read_bytes("c", 2, buffer)
+    assert bytes(buffer) == whole["c"][1:4].view(torch.uint8).numpy().tobytes()
+    source.close()
+
+
+def test_folder_without_anything(tmp_path: Path) -> None:
+    refused(tmp_path, "no config.json", "it is empty")
+
+
+def test_no_such_folder(tmp_path: Path) -> None:
+    refused(tmp_path / "nothing", "no such folder")
+
+
+def test_a_file_is_no_folder(folder: Path) -> None:
+    refused(folder / "config.json", "is a file")
+
+
+def test_no_weights(folder: Path) -> None:
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    refused(folder, "no safetensors file")
+
+
+def test_pickled_weights_are_not_read(folder: Path) -> None:
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n")
+    refused(folder, "pickled", "safetensors")
+
+
+def test_missing_shard(folder: Path) -> None:
+    (folder / "2.safetensors").unlink()
+    refused(folder, "2.safetensors", "missing")
+
+
+def test_truncated_shard(folder: Path) -> None:
+    data = (folder / "1.safetensors").read_bytes()
+    (folder / "1.safetensors").write_bytes(data[:-4])
+    refused(folder, "1.safetensors", "truncated", "Download")
+
+
+def test_key_that_its_shard_lacks(folder: Path) -> None:
+    write_index(
+        folder,
+        {"a": "1.safetensors", "b": "1.safetensors", "c": "2.safetensors", "d": "2.safetensors"},
+    )
+    refused(folder, "d", "2.safetensors", "not there")
+
+
+def test_key_in_another_shard(folder: Path) -> None:
+    write_index(folder, {"a": "1.safetensors", "b": "2.safetensors", "c": "2.safetensors"})
+    refused(folder, "b", "1.safetensors", "2.safetensors")
+
+
+def test_key_that_the_index_lacks(folder: Path) -> None:
+    write_index(folder, {"a": "1.safetensors", "c": "2.safetensors"})
+    refused(folder, "b", "1.safetensors", "does not list")
+
+
+def test_key_in_two_shards(folder: Path) -> None:
+    save_file({"c": torch.zeros(8), "a": torch.zeros(1)}, folder / "2.safetensors")
+    refused(folder, "a:", "1.safetensors", "2.safetensors")
+
+
+def test_name_twice_in_the_index(folder: Path) -> None:
+    (folder / INDEX).write_text('{"weight_map": {"a": "1.safetensors", "a": "2.safetensors"}}')
+    refused(folder, INDEX, "'a'", "twice")
+
+
+@pytest.mark.parametrize(
+    "name", ["../1.safetensors", "/etc/passwd", "x/../../1.safetensors", "..\\1"]
+)
+def test_index_that_leaves_the_folder(folder: Path, name: str) -> None:
+    write_index(folder, {"a": name})
+    refused(folder, "a points to", "outside")
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{", '{"weight_map": 3}', '{"weight_map": {"a": 1}}', "null"]
+)
+def test_index_of_the_wrong_kind(folder: Path, content: str) -> None:
+    (folder / INDEX).write_text(content)
+    refused(folder, INDEX)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"a": 1', "\xff"])
+def test_config_of_the_wrong_kind(folder: Path, content: str) -> None:
+    (folder / "config.json").write_text(content, encoding="latin-1")
+    refused(folder, "config.json")
+
+
+def header_file(path: Path, header: object, data: bytes = b"") -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"\xff\xfe",
+        [],
+        {"a": 3},
+        {"a": {"dtype": "F32", "shape": [2]}},
+        ENTRY | {"a": ENTRY},
+        {"a": ENTRY | {"dtype": "F99"}},
+        {"a": ENTRY | {"shape": [3]}},
+        {"a": ENTRY | {"shape": [-2]}},
+        {"a": ENTRY | {"shape": [2.0]}},
+        {"a": ENTRY | {"data_offsets": [0, 80]}},
+        {"a": ENTRY | {"data_offsets": [8, 0]}},
+        {"a": ENTRY, "b": ENTRY},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}},
+    ],
+)
+def test_header_that_lies(tmp_path: Path, header: object) -> None:
+    with pytest.raises(SourceError, match="truncated or not safetensors"):
+        read_header(header_file(tmp_path / "x.safetensors", header, b"\0" * 8))
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\1\2", struct.pack("<Q", 10**15), struct.pack("<Q", 200_000_000)]
+)
+def test_file_that_is_no_safetensors(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "x").write_bytes(data)
+    with pytest.raises(SourceError, match="truncated or not safetensors"):
+        read_header(tmp_path / "x")
+
+
+DTYPES = st.sampled_from(["F32", "BF16", "U8", "F8_E4M3", "I64"])
+SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.dictionaries(
+        st.text(min_size=1).filter(lambda name: name != "__metadata__"), st.tuples(DTYPES, SHAPES)
+    )
+)
+def test_headers_come_back(tmp_path_factory: pytest.TempPathFactory, tensors) -> None:
+    file = tmp_path_factory.mktemp("header") / "x.safetensors"
+    header, begins = build_header(tensors, {"format": "pt"})
+    assert len(header) % 8 == 0
+    sizes = dict.fromkeys(tensors, 0)
+    file.write_bytes(header)
+    from fourfold.checkpoints.safetensors_header import nbytes_of
+
+    sizes = {name: nbytes_of(*spec) for name, spec in tensors.items()}
+    with file.open("ab") as handle:
+        handle.write(b"\0" * sum(sizes.values()))
+    infos = read_header(file)
+    assert {n: (i.dtype, i.shape) for n, i in infos.items()} == tensors
+    assert {n: i.start for n, i in infos.items()} == begins
+    if tensors:
+        load_file(file)  # the reference implementation agrees
