@@ -5,9 +5,9 @@ the PyTorch reference; then every pass is timed on bf16 weights, Gaussian and he
 (Student-t, 3 degrees of freedom), on one thread and on two. All passes write codes and scales.
 
 Passes take turns, round after round, so that a noisy machine is noisy for all of them. Reported
-are medians: million weights a second by wall clock, and by the CPU time of the threads (what a machine
-with nothing else to do would give), which other programs disturb less. JSON goes to stdout with --json, or to a file
-with --out.
+are medians: million weights a second by wall clock, and by the CPU time of the threads (what a
+machine with nothing else to do would give), which other programs disturb less. JSON goes to stdout
+with --json, or to a file with --out.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ def main() -> None:
     if options.json:
         print(text)
     else:
-        print(f"\n{document['machine']}\n\n{table(results)}")
+        print(f"\n{table(results)}\n\n{json.dumps(document)}")
 
 
 if __name__ == "__main__":

@@ -167,7 +167,7 @@ def measure(folder: Path, layers: int, threads: int, runs: int) -> dict[str, flo
     from fourfold.checkpoints.writer import OutputFolder
     from fourfold.fold import fold
     from fourfold.pipeline import plan, quantize
-    from fourfold.verify import verify
+    from fourfold.verification import verify
 
     model, out = folder / "model", folder / "out"
     work = plan(model, RECIPE)
