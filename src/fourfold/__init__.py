@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fourfold.pipeline import Result, plan, quantize
     from fourfold.planning import Plan
     from fourfold.recipes import Recipe
-    from fourfold.verify import Finding, Report, verify
+    from fourfold.verification import Finding, Report, verify
 
 _LAZY = {
     "plan": "fourfold.pipeline",
@@ -38,9 +38,9 @@ _LAZY = {
     "Result": "fourfold.pipeline",
     "Plan": "fourfold.planning",
     "Recipe": "fourfold.recipes",
-    "verify": "fourfold.verify",
-    "Report": "fourfold.verify",
-    "Finding": "fourfold.verify",
+    "verify": "fourfold.verification",
+    "Report": "fourfold.verification",
+    "Finding": "fourfold.verification",
 }
 
 __all__ = [

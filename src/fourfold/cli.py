@@ -126,7 +126,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check OUT tensor by tensor. Exit 0: clean, 1: a finding, 2: not readable."""
-    from fourfold.verify import verify as run
+    from fourfold.verification import verify as run
 
     with _Display(quiet=as_json) as display:
         report = run(

@@ -23,7 +23,7 @@ from fourfold.planning import Plan, make_plan
 from fourfold.recipes import Recipe
 from fourfold.rendering import size
 from fourfold.summary import SUMMARY, summary_of
-from fourfold.verify import Report, verify
+from fourfold.verification import Report, verify
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 

@@ -10,6 +10,7 @@ where each part lies (`Conversion.convert`). Internals used: `PreTrainedModel._f
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from fourfold.errors import ModelError
 from fourfold.models.experts import UNDECORATED, ExpertsModule, decorated_parts
@@ -201,6 +203,32 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
 
 
+class _LargeOnMeta(TorchFunctionMode):
+    """Tensors too large for a buffer are never allocated, not even for a moment.
+
+    `init_empty_weights` moves a parameter to meta after it was made, and one layer's experts can
+    be larger than the memory.
+    """
+
+    FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.full)
+    LARGE = 1 << 24
+    """Elements; what is smaller may be a buffer, whose values a model computes with."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        options = dict(kwargs or {})
+        if func in self.FACTORIES and options.get("device") is None:
+            size = options.get("size", args[0] if args and _is_shape(args[0]) else args)
+            if _is_shape(size) and math.prod(size) > self.LARGE:
+                options["device"] = "meta"
+        return func(*args, **options)
+
+
+def _is_shape(value: object) -> bool:
+    return isinstance(value, tuple | list) and all(isinstance(size, int) for size in value)
+
+
 def _load_config(folder: Path, trust_remote_code: bool) -> Any:
     import transformers
 
@@ -227,7 +255,7 @@ def _build(folder: Path, config: Any, trust_remote_code: bool) -> Any:
 
     name, factory = _factory(config, trust_remote_code)
     try:
-        with init_empty_weights(include_buffers=False):
+        with _LargeOnMeta(), init_empty_weights(include_buffers=False):
             return factory(config)
     except Exception as error:
         raise ModelError(

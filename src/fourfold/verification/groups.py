@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from fourfold.checkpoints.engines import Mismatch, Module, Verdict, check, modules_of
 from fourfold.models.families import FUSED_MODULES, KEEP_ALWAYS
-from fourfold.verify.checkpoint import DOWN, EXPERT, GLOBAL_SCALE, INPUT_SCALE, Checkpoint
-from fourfold.verify.quant_config import MIXED
-from fourfold.verify.rules import Finding, finding
+from fourfold.verification.checkpoint import DOWN, EXPERT, GLOBAL_SCALE, INPUT_SCALE, Checkpoint
+from fourfold.verification.quant_config import MIXED
+from fourfold.verification.rules import Finding, finding
 
 Group = tuple[str, ...]
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fourfold.numerics.e4m3 import E4M3_MAX, E4M3_POSITIVE
-from fourfold.verify.checkpoint import (
+from fourfold.verification.checkpoint import (
     BLOCK_SCALE,
     GLOBAL_SCALE,
     INPUT_SCALE,
@@ -24,9 +24,9 @@ from fourfold.verify.checkpoint import (
     Checkpoint,
     QuantizedLinear,
 )
-from fourfold.verify.groups import fused_groups, input_site
-from fourfold.verify.rules import Finding, finding
-from fourfold.verify.streaming import CHUNK_BYTES, Workers
+from fourfold.verification.groups import fused_groups, input_site
+from fourfold.verification.rules import Finding, finding
+from fourfold.verification.streaming import CHUNK_BYTES, Workers
 
 Histogram = npt.NDArray[np.int64]
 

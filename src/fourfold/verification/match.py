@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from fourfold.checkpoints.safetensors_header import TensorInfo
 from fourfold.models.inventory import Inventory, LinearWeight
 from fourfold.models.regions import Region, whole
-from fourfold.verify.checkpoint import KV_SCALES, PARTS, WEIGHT, Checkpoint, QuantizedLinear
-from fourfold.verify.rules import Finding, finding
+from fourfold.verification.checkpoint import KV_SCALES, PARTS, WEIGHT, Checkpoint, QuantizedLinear
+from fourfold.verification.rules import Finding, finding
 
 
 @dataclass(frozen=True, slots=True)

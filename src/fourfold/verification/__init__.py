@@ -9,30 +9,28 @@ Memory: a few buffers for each thread, whatever the model's size.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from fourfold.checkpoints.source import Source, open_source
 from fourfold.models.inventory import Inventory, take_inventory
 from fourfold.models.roles import Role
-from fourfold.verify import completeness, files, groups, structure, values
-from fourfold.verify.checkpoint import (
+from fourfold.verification import completeness, files, groups, structure, values
+from fourfold.verification.checkpoint import (
     INPUT_SCALE,
     KV_SCALES,
     Checkpoint,
     open_checkpoint,
     unreadable,
 )
-from fourfold.verify.compare import Comparison, LinearError
-from fourfold.verify.match import match
-from fourfold.verify.quant_config import CONFIG, UnreadableError
-from fourfold.verify.report import Counts, Report, RoleError
-from fourfold.verify.rules import RULES, Finding, Rule, Severity, finding
-from fourfold.verify.streaming import Progress, Workers
+from fourfold.verification.compare import Comparison, LinearError
+from fourfold.verification.match import match
+from fourfold.verification.quant_config import CONFIG, UnreadableError
+from fourfold.verification.report import Counts, Report, RoleError
+from fourfold.verification.rules import RULES, Finding, Rule, Severity, finding
+from fourfold.verification.streaming import Progress, Workers
 
 __all__ = [
     "RULES",
@@ -172,17 +170,3 @@ def _config_changes(checkpoint: Checkpoint, source: Source) -> Iterator[Finding]
 
 def _unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "quantization_config"}
-
-
-class _Callable(ModuleType):
-    """This package, callable: `fourfold.verify` is the function's name as well as the package's.
-
-    Python binds a package to its parent when it is first imported, by whomever; with that,
-    `fourfold.verify("out")` works in whatever order things were imported.
-    """
-
-    def __call__(self, *args: Any, **options: Any) -> Report:
-        return verify(*args, **options)
-
-
-sys.modules[__name__].__class__ = _Callable

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fourfold.verify import RULES, verify
+from fourfold.verification import RULES, verify
 
 from .build import EXPERTS, HIDDEN, ROUTERS, Draft, draft, pack, write_source
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from families.checkpoint import write_checkpoint
 from families.table import FAMILIES
 from families.truth import Truth
-from fourfold.verify import Report, verify
+from fourfold.verification import Report, verify
 
 from .build import flat_config, nested_config, pack, write_tensors
 

@@ -46,11 +46,11 @@ from fourfold.numerics.nvfp4 import (
     error_energy,
     quantize_into,
 )
-from fourfold.verify.checkpoint import BLOCK_SCALE, GLOBAL_SCALE, WEIGHT, Checkpoint
-from fourfold.verify.groups import fused_groups
-from fourfold.verify.match import Copy, Matching, Pair
-from fourfold.verify.rules import Finding, finding
-from fourfold.verify.streaming import CHUNK_BYTES, Workers
+from fourfold.verification.checkpoint import BLOCK_SCALE, GLOBAL_SCALE, WEIGHT, Checkpoint
+from fourfold.verification.groups import fused_groups
+from fourfold.verification.match import Copy, Matching, Pair
+from fourfold.verification.rules import Finding, finding
+from fourfold.verification.streaming import CHUNK_BYTES, Workers
 
 BOUND = 0.35
 REFERENCE_FACTOR = 3.0

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fourfold.checkpoints.source import INDEX
-from fourfold.verify.checkpoint import Checkpoint
-from fourfold.verify.quant_config import (
+from fourfold.verification.checkpoint import Checkpoint
+from fourfold.verification.quant_config import (
     CONFIG,
     HF_CONFIG,
     KNOWN_ALGOS,
@@ -16,7 +16,7 @@ from fourfold.verify.quant_config import (
     W4A16,
     QuantConfig,
 )
-from fourfold.verify.rules import Finding, finding
+from fourfold.verification.rules import Finding, finding
 
 BLOCK_SIZE = 16
 

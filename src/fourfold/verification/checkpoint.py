@@ -26,7 +26,13 @@ from fourfold.checkpoints.engines import experts_module
 from fourfold.checkpoints.safetensors_header import TensorInfo, read_header
 from fourfold.checkpoints.source import INDEX, read_config, read_json
 from fourfold.errors import FourfoldError
-from fourfold.verify.quant_config import CONFIG, HF_CONFIG, QuantConfig, UnreadableError, parse
+from fourfold.verification.quant_config import (
+    CONFIG,
+    HF_CONFIG,
+    QuantConfig,
+    UnreadableError,
+    parse,
+)
 
 WEIGHT, BLOCK_SCALE, GLOBAL_SCALE, INPUT_SCALE = PARTS = (
     "weight",

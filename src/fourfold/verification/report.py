@@ -11,8 +11,8 @@ from typing import Any
 
 from rich.text import Text
 
-from fourfold.verify.compare import LinearError, sqnr_db
-from fourfold.verify.rules import Finding, Severity
+from fourfold.verification.compare import LinearError, sqnr_db
+from fourfold.verification.rules import Finding, Severity
 
 WORST = 10
 SHOWN_OF_A_RULE = 20

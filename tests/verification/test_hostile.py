@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fourfold.verify import UnreadableError, verify
+from fourfold.verification import UnreadableError, verify
 
 from .build import draft
 
@@ -70,7 +70,7 @@ def test_an_absurd_count_is_listed_up_to_a_limit(field: str, tmp_path: Path) -> 
 
 def test_the_name_verify_is_the_function_however_it_was_imported() -> None:
     code = (
-        "import fourfold, fourfold.verify, fourfold.verify.rules\n"
+        "import fourfold, fourfold.pipeline, fourfold.verification.rules\n"
         "for _ in range(2):\n"
         "    try: fourfold.verify('nowhere')\n"
         "    except fourfold.SourceError as error: assert error.exit_code == 2\n"

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from fourfold.checkpoints.source import open_source
 from fourfold.errors import SourceError
-from fourfold.verify import Report, UnreadableError, verify
+from fourfold.verification import Report, UnreadableError, verify
 
 from .build import LAYERS, ROUTERS, draft, pack, source_tensors, write_source
 

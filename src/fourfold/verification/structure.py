@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
 from fourfold.checkpoints.safetensors_header import TensorInfo
-from fourfold.verify.checkpoint import (
+from fourfold.verification.checkpoint import (
     BLOCK_SCALE,
     DOWN,
     EXPERT,
@@ -19,8 +19,8 @@ from fourfold.verify.checkpoint import (
     WEIGHT,
     Checkpoint,
 )
-from fourfold.verify.quant_config import W4A4, W4A16
-from fourfold.verify.rules import Finding, finding
+from fourfold.verification.quant_config import W4A4, W4A16
+from fourfold.verification.rules import Finding, finding
 
 RULE_NAMES: Mapping[str, str] = {
     WEIGHT: "weight",

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fourfold.verify.checkpoint import Checkpoint
+from fourfold.verification.checkpoint import Checkpoint
 
 Work = TypeVar("Work")
 Result = TypeVar("Result")

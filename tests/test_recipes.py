@@ -1,0 +1,75 @@
+"""Recipes: what they may say, and that what they may not is answered with the nearest names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import fourfold
+from fourfold.recipes import Recipe, builtin_names
+
+BUILTIN = [
+    "w4a16_nvfp4_default",
+    "w4a16_nvfp4_default_mse",
+    "w4a16_nvfp4_experts_only",
+    "w4a16_nvfp4_experts_only_mse",
+    "w4a16_nvfp4_mlp_only_mse",
+]
+
+
+def test_builtin_recipes() -> None:
+    assert builtin_names() == BUILTIN
+    for name in BUILTIN:
+        recipe = fourfold.Recipe.load(name)
+        assert recipe.name == name
+        assert recipe.weights.scale == ("mse" if name.endswith("_mse") else "max")
+        assert recipe.activations == "none"
+        assert recipe.description
+
+
+@pytest.mark.parametrize("name", BUILTIN)
+def test_yaml_comes_back(name: str, tmp_path: Path) -> None:
+    recipe = Recipe.load(name)
+    (tmp_path / f"{name}.yaml").write_text(recipe.to_yaml())
+    assert Recipe.load(tmp_path / f"{name}.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("quantise: [experts]", ["'quantise'", "did you mean quantize"]),
+        ("weights: {scal: mse}\nquantize: [experts]", ["weights.scal", "scale"]),
+        (
+            "weights: {scale: mean}\nquantize: [experts]",
+            ["weights.scale", "mean", "'max' or 'mse'"],
+        ),
+        ("quantize: [expert]", ["'expert'", "did you mean experts"]),
+        ("quantize: [router]", ["'router'", "cannot be quantized"]),
+        ("quantize: experts", ["quantize"]),
+        ("quantize: []", ["at least one role"]),
+        ("{}", ["at least one role"]),
+        ("", ["mapping"]),
+        ("[1]", ["mapping"]),
+        ("a: [", ["not valid YAML"]),
+        ("kv_cache: {format: fp9}\nquantize: [mlp]", ["kv_cache"]),
+        ("activations: {format: nvfp4}\nquantize: [mlp]", ["activations"]),
+        ("keep: 3\nquantize: [mlp]", ["keep"]),
+    ],
+)
+def test_what_is_wrong_is_named(text: str, words: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(fourfold.RecipeError) as caught:
+        Recipe.load(file)
+    for word in ["mine.yaml", *words]:
+        assert word in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert caught.value.exit_code == 2
+
+
+def test_unknown_name_is_answered_with_the_nearest() -> None:
+    with pytest.raises(fourfold.RecipeError, match="did you mean w4a16_nvfp4_experts_only"):
+        Recipe.load("w4a16_nvfp4_expert_only")
+    with pytest.raises(fourfold.RecipeError, match=r"nothing\.yaml: no such recipe file"):
+        Recipe.load("nothing.yaml")
