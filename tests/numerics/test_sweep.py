@@ -3,6 +3,12 @@ codes of the full search by definition; and that the full search used as judge i
 
 from __future__ import annotations
 
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -93,3 +99,23 @@ def test_few_blocks_need_the_definition():
     scale = 3.3e-4
     _, _, settled = by_kernel(made("gaussian", 100_000, scale, torch.bfloat16, 3), scale)
     assert settled < 100_000 / 2000
+
+
+def digest_of_all_families():
+    digest = hashlib.sha256()
+    for family in FAMILIES:
+        for dtype in (torch.bfloat16, torch.float32):
+            codes, scales, _ = by_kernel(made(family, 3_000, 3.3e-4, dtype, 11), 3.3e-4)
+            digest.update(codes.numpy().tobytes() + scales.numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="compiles for a plain x86-64")
+def test_the_same_bytes_without_fma_and_wide_vectors():
+    code = f"from {__name__} import digest_of_all_families as d; print(d())"
+    environment = {**os.environ, "NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": ""}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == digest_of_all_families()
