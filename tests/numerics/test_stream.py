@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from fourfold.numerics import block_scale_census, dequantize, error_energy, quantize
+from fourfold.errors import UsageError
+from fourfold.numerics import (
+    block_scale_census,
+    dequantize,
+    dequantize_into,
+    error_energy,
+    quantize,
+)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SCALES = (1.0, 3.3e-4, 0.0, float("nan"), 1e-45, 3e35)
@@ -62,3 +69,26 @@ def test_the_census_counts_every_kind():
     for kernel in ("reference", "numba"):
         census = block_scale_census(every.view(torch.float8_e4m3fn), kernel)
         assert (census.zero, census.nan, census.negative, census.subnormal) == (2, 2, 127, 14)
+
+
+@pytest.mark.parametrize("kernel", ["reference", "numba"])
+def test_shapes_that_do_not_belong_together_are_refused(kernel):
+    codes, scales = any_bytes(4, 3)
+    with pytest.raises(UsageError, match="belong together"):
+        dequantize(codes, scales[:, :2], 1.0, kernel=kernel)
+    with pytest.raises(UsageError, match="belong together"):
+        error_energy(torch.ones(5, 48), codes, scales, 1.0, kernel)
+    with pytest.raises(UsageError, match="belong together"):
+        error_energy(torch.ones(4, 48), codes, scales.float(), 1.0, kernel)
+    with pytest.raises(UsageError, match="out: "):
+        dequantize_into(codes, scales, 1.0, torch.empty(4, 32), kernel)
+    with pytest.raises(UsageError, match="out: "):
+        dequantize_into(codes, scales, 1.0, torch.empty(4, 48, dtype=torch.float16), kernel)
+
+
+@pytest.mark.parametrize("kernel", ["reference", "numba"])
+def test_parameters_are_weights_too(kernel):
+    weight = torch.nn.Parameter(torch.randn(4, 32))
+    made = quantize(weight, scale="mse", kernel=kernel)
+    error_energy(weight, made.codes, made.block_scale, made.global_scale, kernel)
+    assert not made.dequantize().requires_grad

@@ -33,6 +33,7 @@ from fourfold.numerics import dispatch, reference
 from fourfold.numerics.dispatch import Kernel
 
 BLOCK_SIZE = reference.BLOCK_SIZE
+_BLOCK_BYTES = BLOCK_SIZE // 2
 GLOBAL_SCALE_MIN = 2.0**-117
 GLOBAL_SCALE_MAX = float(np.finfo(np.float32).max / np.float32(2688.0))
 
@@ -93,6 +94,7 @@ def amax(weight: Tensor, *, name: str = "weight", kernel: Kernel | str = "auto")
     Raises NonFiniteError, naming tensor and position, if the weight holds NaN or Inf.
     """
     _check_dtype(weight, name)
+    weight = weight.detach()
     if weight.numel() == 0:
         return 0.0
     if dispatch.choose(kernel, weight.device) is Kernel.NUMBA:
@@ -134,6 +136,7 @@ def quantize(
     Raises NonFiniteError if the weight holds NaN or Inf; UsageError for a dtype, shape, global
     scale or name of an algorithm that does not exist.
     """
+    weight = weight.detach()
     largest = amax(weight, name=name, kernel=kernel)
     if global_scale is None:
         global_scale = _own_global_scale(largest)
@@ -176,10 +179,11 @@ def quantize_into(
     algorithm = _parse_algorithm(scale)
     s_value = _check_global_scale(global_scale, name)
     _check_dtype(weight_OI, name)
-    width = _check_width(weight_OI, name)
+    _check_width(weight_OI, name)
+    weight_OI = weight_OI.detach()
     codes, scales = _as_tensor(codes_out), _as_tensor(block_scale_out)
-    _check_buffer(codes, (weight_OI.shape[0], width // 2), "codes_out")
-    _check_buffer(scales, (weight_OI.shape[0], width // BLOCK_SIZE), "block_scale_out")
+    _check_buffer(codes, weight_OI, 2, "codes_out")
+    _check_buffer(scales, weight_OI, BLOCK_SIZE, "block_scale_out")
     if weight_OI.numel() == 0:
         return QuantizeStats(0.0, 0.0)
     if dispatch.choose(kernel, weight_OI.device) is Kernel.NUMBA:
@@ -197,16 +201,37 @@ def dequantize(
     dtype: torch.dtype = torch.float32,
     kernel: Kernel | str = "auto",
 ) -> Tensor:
-    """The weight [..., in] of codes [..., in/2] and block scales [..., in/16]."""
-    s_value = float(global_scale)
+    """The weight [..., in] of codes [..., in/2] and block scales [..., in/16]: fl32(q · fl32(s·S)),
+    rounded to `dtype`. Any bytes and any global scale are taken as they are, NaN included."""
     _check_pair(codes, block_scale)
-    if dispatch.choose(kernel, codes.device) is Kernel.REFERENCE:
-        scale = block_scale.view(torch.float8_e4m3fn)
-        return reference.dequantize(codes, scale, s_value).to(dtype)
-    direct = dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32
-    out = torch.empty(*codes.shape[:-1], codes.shape[-1] * 2, dtype=direct)
-    _cpu().dequantize(codes, block_scale.view(torch.uint8), s_value, out)
+    direct = dtype if dtype == torch.bfloat16 else torch.float32
+    shape = (*codes.shape[:-1], codes.shape[-1] * 2)
+    out = torch.empty(shape, dtype=direct, device=codes.device)
+    dequantize_into(codes, block_scale, global_scale, out, kernel)
     return out.to(dtype)
+
+
+def dequantize_into(
+    codes: Tensor,
+    block_scale: Tensor,
+    global_scale: Tensor | float,
+    out: Tensor,
+    kernel: Kernel | str = "auto",
+) -> None:
+    """`dequantize` into a contiguous float32 or bf16 tensor [..., in]. Releases the GIL."""
+    _check_pair(codes, block_scale)
+    if out.shape != (*codes.shape[:-1], codes.shape[-1] * 2) or not out.is_contiguous():
+        raise UsageError(f"out: {list(out.shape)} does not fit codes {list(codes.shape)}")
+    if out.dtype not in (torch.float32, torch.bfloat16) or out.device != codes.device:
+        raise UsageError(
+            f"out: {out.dtype} on {out.device}; give float32 or bfloat16 on {codes.device}"
+        )
+    scale_bytes = block_scale.view(torch.uint8)
+    if dispatch.choose(kernel, codes.device) is Kernel.NUMBA:
+        _cpu().dequantize(codes, scale_bytes, float(global_scale), out)
+    else:
+        scale = scale_bytes.view(torch.float8_e4m3fn)
+        out.copy_(reference.dequantize(codes, scale, float(global_scale)))
 
 
 def error_energy(
@@ -218,6 +243,12 @@ def error_energy(
 ) -> tuple[float, float]:
     """(Σ(w − q·s·S)², Σw²) in one pass, summed up in float64: the figures of a verification."""
     _check_dtype(weight_OI, "weight")
+    _check_pair(codes, block_scale)
+    if weight_OI.ndim != 2 or weight_OI.shape != (codes.shape[0], codes.shape[-1] * 2):
+        raise UsageError(
+            f"a weight {list(weight_OI.shape)} and codes {list(codes.shape)} do not belong together"
+        )
+    weight_OI = weight_OI.detach()
     if dispatch.choose(kernel, weight_OI.device) is Kernel.NUMBA:
         scales = block_scale.view(torch.uint8)
         error, energy = _cpu().error_energy(weight_OI, codes, scales, float(global_scale))
@@ -325,11 +356,13 @@ def _check_width(weight: Tensor, name: str) -> int:
 
 
 def _check_pair(codes: Tensor, block_scale: Tensor) -> None:
-    expected = (*codes.shape[:-1], codes.shape[-1] * 2 // BLOCK_SIZE)
-    if tuple(block_scale.shape) != expected or codes.shape[-1] % (BLOCK_SIZE // 2):
+    fits = codes.ndim > 0 and codes.shape[-1] % _BLOCK_BYTES == 0 and codes.itemsize == 1
+    fits &= block_scale.itemsize == 1 and codes.device == block_scale.device
+    if not fits or block_scale.shape != (*codes.shape[:-1], codes.shape[-1] // _BLOCK_BYTES):
         raise UsageError(
-            f"codes {list(codes.shape)} and block scales {list(block_scale.shape)} do not belong "
-            f"together: one scale is for {BLOCK_SIZE // 2} bytes of codes"
+            f"codes {codes.dtype} {list(codes.shape)} and block scales {block_scale.dtype} "
+            f"{list(block_scale.shape)} do not belong together: bytes are needed, and one scale "
+            f"for {_BLOCK_BYTES} bytes of codes"
         )
 
 
@@ -337,10 +370,14 @@ def _as_tensor(buffer: Tensor | np.ndarray[Any, Any]) -> Tensor:
     return buffer if isinstance(buffer, Tensor) else torch.from_numpy(buffer)
 
 
-def _check_buffer(buffer: Tensor, shape: tuple[int, int], argument: str) -> None:
-    fits = buffer.dtype == torch.uint8 and tuple(buffer.shape) == shape
+def _check_buffer(buffer: Tensor, weight_OI: Tensor, per_byte: int, argument: str) -> None:
+    shape = [weight_OI.shape[0], weight_OI.shape[1] // per_byte] if weight_OI.ndim == 2 else None
+    fits = buffer.dtype == torch.uint8 and list(buffer.shape) == shape
     if not fits or (buffer.shape[1] > 1 and buffer.stride(1) != 1):
         raise UsageError(
-            f"{argument}: needs uint8 {list(shape)} with contiguous rows, got "
-            f"{buffer.dtype} {list(buffer.shape)} of strides {buffer.stride()}"
+            f"{argument}: needs uint8 {shape} with contiguous rows for a 2-D weight "
+            f"{list(weight_OI.shape)}, got {buffer.dtype} {list(buffer.shape)} of strides "
+            f"{buffer.stride()}"
         )
+    if buffer.device != weight_OI.device:
+        raise UsageError(f"{argument} is on {buffer.device}, the weight on {weight_OI.device}")
