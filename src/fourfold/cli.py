@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from dataclasses import asdict
@@ -289,16 +290,31 @@ def _print_json(value: object) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
+class _StoppedError(BaseException):
+    """A signal asked the process to end. Not a `KeyboardInterrupt`, which typer would keep."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def _stop(number: int, _: object) -> None:
+    raise _StoppedError(number)
+
+
 def main() -> None:
     """The console script: exit codes and errors as documented, tracebacks only with --debug."""
     debug = "--debug" in sys.argv[1:]
     sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     try:
         app()
     except FourfoldError as error:
         _fail(str(error), error.exit_code, debug)
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing is left in OUT.", 130, debug)
+    except _StoppedError as stopped:
+        name = signal.Signals(stopped.number).name
+        _fail(f"stopped by {name}; no checkpoint was written.", 128 + stopped.number, debug)
     except Exception as error:
         text = str(error) or type(error).__name__
         _fail(f"{text} (a defect of fourfold: run again with --debug and report it)", 1, debug)

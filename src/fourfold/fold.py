@@ -88,15 +88,17 @@ def fold(
     """
     work = _Work(plan, source, out, progress)
     count = threads or threads_available()
-    with ThreadPoolExecutor(count, thread_name_prefix="fold") as pool:
-        workers = [pool.submit(work.run) for _ in range(count)]
-        try:
-            for worker in workers:
-                worker.result()
-        finally:
-            work.stop()
-    work.close()
-    return sorted(work.results, key=lambda result: result.name)
+    try:
+        with ThreadPoolExecutor(count, thread_name_prefix="fold") as pool:
+            workers = [pool.submit(work.run) for _ in range(count)]
+            try:
+                for worker in workers:
+                    worker.result()
+            finally:
+                work.stop()
+    finally:
+        work.close()
+    return work.finished()
 
 
 class _Work:
@@ -178,12 +180,14 @@ class _Work:
     def close(self) -> None:
         """Wait for the shards that are being synced; remove those that will never be full."""
         self._syncer.shutdown(wait=True)
-        try:
-            for future in self._syncing:
-                future.result()
-        finally:
-            for shard in self._open:
-                shard.file.abandon()
+        for shard in self._open:
+            shard.file.abandon()
+
+    def finished(self) -> list[LinearResult]:
+        """The figures, by name. Raises what went wrong while a shard was synced."""
+        for future in self._syncing:
+            future.result()
+        return sorted(self.results, key=lambda result: result.name)
 
 
 @dataclass
