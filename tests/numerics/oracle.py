@@ -7,7 +7,7 @@ itself tested against the PyTorch reference. It shares no code with the kernels 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
 LANES = 64
 SCALES = np.array(
@@ -49,12 +49,12 @@ def _search(w_KL, global_scale, best_L, byte_L, loss_L):
             best_L[lane] = loss_L[lane] if wins else best_L[lane]
 
 
-@njit(error_model="numpy", parallel=True)
+@njit(error_model="numpy", cache=True)
 def full_search(blocks_NK, global_scale):
     """The winning byte of each block of |w|, [n, 16] float32."""
     n = blocks_NK.shape[0]
     found = np.zeros(n, np.uint8)
-    for group in prange((n + LANES - 1) // LANES):
+    for group in range((n + LANES - 1) // LANES):
         start = group * LANES
         w_KL = np.zeros((16, LANES), np.float32)
         best_L, loss_L = np.empty(LANES), np.empty(LANES)
