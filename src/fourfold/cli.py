@@ -201,7 +201,7 @@ def demo(
         _print_json(result.to_dict() | {"demo": asdict(shown)})
         return
     _print_result(result)
-    _console().print(shown)
+    print(shown)
 
 
 class _Display:

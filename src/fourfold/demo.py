@@ -37,8 +37,9 @@ from fourfold.embedded import heldout_text
 from fourfold.errors import ModelError, UsageError
 from fourfold.numerics.nvfp4 import NVFP4Tensor
 
-PROMPT = "class Queue:\n    def __init__(self"
+PROMPT = "import os\nimport sys\n\ndef main():\n    "
 NEW_TOKENS = 200
+SEED, TEMPERATURE = 1, 0.7
 WINDOW = 512
 
 LINEAR_SCALES = {"weight_scale", "weight_scale_2", "input_scale"}
@@ -70,6 +71,16 @@ class DemoResult:
     quantized_text: str
     comparison: Comparison
 
+    def __str__(self) -> str:
+        found = self.comparison
+        return (
+            f"--- before, drawn at temperature {TEMPERATURE}:\n{self.reference_text}\n"
+            f"--- after, from the dequantized weights and the same seed:\n{self.quantized_text}\n"
+            f"--- on {found.positions:,} bytes of held-out text: KL {found.kl:.2e} nats a byte, "
+            f"top-1 agreement {found.top1_agreement:.1%}, "
+            f"{found.reference_bits:.4f} -> {found.quantized_bits:.4f} bits a byte"
+        )
+
 
 def demonstrate(source_dir: Path, out_dir: Path) -> DemoResult:
     """Compare a checkpoint with its NVFP4 output: on held-out text, and by what they write."""
@@ -80,8 +91,8 @@ def demonstrate(source_dir: Path, out_dir: Path) -> DemoResult:
     tokens_T = torch.tensor(tokenizer(heldout_text())["input_ids"])
     return DemoResult(
         prompt=PROMPT,
-        reference_text=generate(reference, tokenizer, PROMPT, NEW_TOKENS),
-        quantized_text=generate(quantized, tokenizer, PROMPT, NEW_TOKENS),
+        reference_text=generate(reference, tokenizer, PROMPT, NEW_TOKENS, SEED, TEMPERATURE),
+        quantized_text=generate(quantized, tokenizer, PROMPT, NEW_TOKENS, SEED, TEMPERATURE),
         comparison=compare(reference, quantized, tokens_T, WINDOW),
     )
 
