@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fourfold.checkpoints.engines import (
+from fourfold.errors import PlanError
+from fourfold.models.engines import (
     Engine,
     Mismatch,
     Verdict,
@@ -23,7 +24,6 @@ from fourfold.checkpoints.engines import (
     vllm_excludes,
     write_ignore,
 )
-from fourfold.errors import PlanError
 from fourfold.models.families import FAMILIES, Proof
 
 QUANTIZED, EXCLUDED, REFUSED = Verdict.QUANTIZED, Verdict.EXCLUDED, Verdict.REFUSED

@@ -299,7 +299,7 @@ def test_fp8_cast_kv_cache_is_configuration_only(written: Written, tmp_path: Pat
 def test_shards_are_split_at_their_limit(
     written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fourfold.planning.SHARD_BYTES", 10_000)
+    monkeypatch.setattr("fourfold.planning.shards.SHARD_BYTES", 10_000)
     result = fourfold.quantize(written("qwen3_moe")[0], tmp_path / "out", EXPERTS)
     assert result.clean, result.report
     assert len(result.plan.shards) > 10
@@ -312,7 +312,7 @@ def test_large_groups_are_read_in_pieces(
     folder, _ = written("deepseek_v3")
     fourfold.quantize(folder, tmp_path / "whole", "w4a16_nvfp4_default_mse")
     monkeypatch.setattr("fourfold.fold.GROUP_BYTES", 2048)
-    monkeypatch.setattr("fourfold.planning.GROUP_BYTES", 2048)
+    monkeypatch.setattr("fourfold.planning.plan.GROUP_BYTES", 2048)
     fourfold.quantize(folder, tmp_path / "pieces", "w4a16_nvfp4_default_mse")
     for file in (tmp_path / "whole").glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "pieces" / file.name).read_bytes()

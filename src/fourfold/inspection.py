@@ -13,9 +13,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
 from fourfold.checkpoints import modelopt
 from fourfold.checkpoints.safetensors_header import TensorInfo
 from fourfold.checkpoints.source import SafetensorsFolder, open_source
+from fourfold.rendering import plain, size
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
@@ -51,14 +56,27 @@ class Inspection:
         """Plain data for JSON."""
         return asdict(self)
 
-    def __rich__(self) -> Any:
-        from fourfold.rendering import render_inspection
-
-        return render_inspection(self)
+    def __rich__(self) -> Group:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name in ("tensors", "dtype", "shape"):
+            table.add_column(name, overflow="fold")
+        for name in ("count", "bytes", "scales"):
+            table.add_column(name, justify="right")
+        for kind in self.kinds:
+            shape = "×".join(map(str, kind.shape)) or "scalar"
+            scales = "" if kind.scales is None else f"{kind.scales[0]:.3g} … {kind.scales[1]:.3g}"
+            table.add_row(
+                kind.pattern, kind.dtype, shape, f"{kind.count:,}", size(kind.nbytes), scales
+            )
+        how = self.quantization or "not quantized"
+        ignored = f", {self.ignored:,} ignore entries" if self.ignored else ""
+        return Group(
+            Text.assemble((self.folder, "bold"), f": {self.model_type}, {how}{ignored}"),
+            table,
+            Text(f"{self.tensors:,} tensors in {self.files} files, {size(self.nbytes)}"),
+        )
 
     def __str__(self) -> str:
-        from fourfold.rendering import plain
-
         return plain(self)
 
 

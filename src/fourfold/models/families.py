@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from fourfold.models.experts import Projection
+
 
 class Proof(StrEnum):
     """How we know that an engine reads a family's exported names."""
@@ -23,14 +25,6 @@ class Proof(StrEnum):
     RAN = "ran against a loader"
     READ = "read in a loader's code"
     ASSUMED = "assumed"
-
-
-class Part(StrEnum):
-    """A projection of one expert."""
-
-    GATE = "gate"
-    UP = "up"
-    DOWN = "down"
 
 
 class Engine(StrEnum):
@@ -47,7 +41,7 @@ class Stack:
 
     key: str
     """Regex over the raw key, with a group `stem`."""
-    holds: tuple[Part, ...]
+    holds: tuple[Projection, ...]
     experts: str = "{stem}"
     """Template of the experts module's name in the output."""
     suffix: str = "weight"
@@ -165,52 +159,56 @@ KEEP_ALWAYS: tuple[KeepAlways, ...] = (
     ),
 )
 
-_BOTH = (Part.GATE, Part.UP)
+_BOTH = (Projection.GATE, Projection.UP)
 _ALL_ENGINES = (Engine.VLLM, Engine.SGLANG, Engine.TRTLLM)
 _VLLM_SGLANG = (Engine.VLLM, Engine.SGLANG)
 _VLLM = (Engine.VLLM,)
 
 _IN_MEMORY = (
     Stack(r"^(?P<stem>(?:.*\.)?experts)\.gate_up_proj$", _BOTH),
-    Stack(r"^(?P<stem>(?:.*\.)?experts)\.down_proj$", (Part.DOWN,)),
+    Stack(r"^(?P<stem>(?:.*\.)?experts)\.down_proj$", (Projection.DOWN,)),
 )
 _BIASED = (
     *_IN_MEMORY,
     Stack(r"^(?P<stem>(?:.*\.)?experts)\.gate_up_proj_bias$", _BOTH, suffix="bias"),
-    Stack(r"^(?P<stem>(?:.*\.)?experts)\.down_proj_bias$", (Part.DOWN,), suffix="bias"),
+    Stack(r"^(?P<stem>(?:.*\.)?experts)\.down_proj_bias$", (Projection.DOWN,), suffix="bias"),
 )
 _GRANITE = (
     Stack(r"^(?P<stem>.*block_sparse_moe)\.input_linear\.weight$", _BOTH, "{stem}.experts"),
-    Stack(r"^(?P<stem>.*block_sparse_moe)\.output_linear\.weight$", (Part.DOWN,), "{stem}.experts"),
+    Stack(
+        r"^(?P<stem>.*block_sparse_moe)\.output_linear\.weight$",
+        (Projection.DOWN,),
+        "{stem}.experts",
+    ),
     *_IN_MEMORY,
 )
 _INKLING = (
     Stack(r"^(?P<stem>(?:.*\.)?experts)\.w13_weight$", _BOTH),
-    Stack(r"^(?P<stem>(?:.*\.)?experts)\.w2_weight$", (Part.DOWN,)),
+    Stack(r"^(?P<stem>(?:.*\.)?experts)\.w2_weight$", (Projection.DOWN,)),
     *_IN_MEMORY,
 )
 _ARIA = (
     Stack(r"^(?P<stem>(?:.*\.)?experts)\.fc1\.weight$", _BOTH),
-    Stack(r"^(?P<stem>(?:.*\.)?experts)\.fc2\.weight$", (Part.DOWN,)),
+    Stack(r"^(?P<stem>(?:.*\.)?experts)\.fc2\.weight$", (Projection.DOWN,)),
     *_IN_MEMORY,
 )
 _DBRX = (
-    Stack(r"^(?P<stem>.*\.experts)\.mlp\.w1$", (Part.GATE,)),
-    Stack(r"^(?P<stem>.*\.experts)\.mlp\.v1$", (Part.UP,)),
-    Stack(r"^(?P<stem>.*\.experts)\.mlp\.w2$", (Part.DOWN,)),
+    Stack(r"^(?P<stem>.*\.experts)\.mlp\.w1$", (Projection.GATE,)),
+    Stack(r"^(?P<stem>.*\.experts)\.mlp\.v1$", (Projection.UP,)),
+    Stack(r"^(?P<stem>.*\.experts)\.mlp\.w2$", (Projection.DOWN,)),
 )
 _JETMOE = (
     Stack(r"^(?P<stem>.*\.mlp)\.input_linear\.weight$", _BOTH, "{stem}.experts"),
-    Stack(r"^(?P<stem>.*\.mlp)\.output_linear\.weight$", (Part.DOWN,), "{stem}.experts"),
+    Stack(r"^(?P<stem>.*\.mlp)\.output_linear\.weight$", (Projection.DOWN,), "{stem}.experts"),
 )
 _STEP = (
-    Stack(r"^(?P<stem>.*\.moe)\.gate_proj\.weight$", (Part.GATE,), "{stem}.experts"),
-    Stack(r"^(?P<stem>.*\.moe)\.up_proj\.weight$", (Part.UP,), "{stem}.experts"),
-    Stack(r"^(?P<stem>.*\.moe)\.down_proj\.weight$", (Part.DOWN,), "{stem}.experts"),
+    Stack(r"^(?P<stem>.*\.moe)\.gate_proj\.weight$", (Projection.GATE,), "{stem}.experts"),
+    Stack(r"^(?P<stem>.*\.moe)\.up_proj\.weight$", (Projection.UP,), "{stem}.experts"),
+    Stack(r"^(?P<stem>.*\.moe)\.down_proj\.weight$", (Projection.DOWN,), "{stem}.experts"),
 )
 _NEMO = (
-    Stack(r"^(?P<stem>.*\.experts)\.gate_and_up_projs$", (Part.UP,)),
-    Stack(r"^(?P<stem>.*\.experts)\.down_projs$", (Part.DOWN,)),
+    Stack(r"^(?P<stem>.*\.experts)\.gate_and_up_projs$", (Projection.UP,)),
+    Stack(r"^(?P<stem>.*\.experts)\.down_projs$", (Projection.DOWN,)),
 )
 
 

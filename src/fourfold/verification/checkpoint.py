@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from fourfold.checkpoints.engines import experts_module
 from fourfold.checkpoints.safetensors_header import TensorInfo, read_header
 from fourfold.checkpoints.source import INDEX, read_config, read_json
 from fourfold.errors import FourfoldError
+from fourfold.models.engines import experts_module
 from fourfold.verification.quant_config import (
     CONFIG,
     HF_CONFIG,

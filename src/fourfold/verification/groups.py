@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
-from fourfold.checkpoints.engines import Mismatch, Module, Verdict, check, modules_of
+from fourfold.models.engines import Mismatch, Module, Verdict, check, modules_of
 from fourfold.models.families import FUSED_MODULES, KEEP_ALWAYS
 from fourfold.verification.checkpoint import DOWN, EXPERT, GLOBAL_SCALE, INPUT_SCALE, Checkpoint
 from fourfold.verification.quant_config import MIXED

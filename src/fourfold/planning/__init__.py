@@ -1,0 +1,28 @@
+"""Recipe × inventory: one explicit row for each tensor of the source."""
+
+from fourfold.planning.plan import Plan, make_plan
+from fourfold.planning.rows import (
+    COPY_BYTES,
+    GROUP_BYTES,
+    Action,
+    Job,
+    Row,
+    ScaleGroup,
+    Shard,
+    is_plain,
+    job_bytes,
+)
+
+__all__ = [
+    "COPY_BYTES",
+    "GROUP_BYTES",
+    "Action",
+    "Job",
+    "Plan",
+    "Row",
+    "ScaleGroup",
+    "Shard",
+    "is_plain",
+    "job_bytes",
+    "make_plan",
+]

@@ -1,0 +1,227 @@
+"""Recipe × inventory: one explicit row for each tensor of the source. Pure data.
+
+Everything that can fail is found here, before the first weight is read: a role or a pattern that
+matches nothing, an input dimension that 16 does not divide, a scale group that would be half
+quantized, a module whose layout is not known, an ignore list that no engine would read right.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.text import Text
+
+from fourfold.checkpoints import modelopt
+from fourfold.checkpoints.source import Source
+from fourfold.errors import SourceError
+from fourfold.machine import threads_available
+from fourfold.models.engines import write_ignore
+from fourfold.models.families import family_of
+from fourfold.models.inventory import Inventory, LinearWeight, take_inventory
+from fourfold.parallel import tensor_parallel
+from fourfold.planning.rows import (
+    COPY_BYTES,
+    GROUP_BYTES,
+    Action,
+    Row,
+    ScaleGroup,
+    Shard,
+    is_plain,
+    job_bytes,
+)
+from fourfold.planning.selection import Selection
+from fourfold.planning.shards import check_names, lay_out
+from fourfold.planning.tables import role_table, tensor_parallel_lines
+from fourfold.recipes import Recipe
+from fourfold.rendering import plain, size
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done to what; nothing is left over."""
+
+    source: Path
+    recipe: Recipe
+    inventory: Inventory
+    rows: tuple[Row, ...]
+    shards: tuple[Shard, ...]
+    ignore: tuple[str, ...]
+    side_files: tuple[Path, ...]
+    dropped_files: tuple[Path, ...]
+    notes: tuple[str, ...]
+    """What a user should know: engines without a loader, files that are left behind."""
+    tensor_parallel: Mapping[int, str]
+    """Tensor-parallel size → why it will not load; empty where it will."""
+
+    @cached_property
+    def groups(self) -> tuple[ScaleGroup, ...]:
+        return tuple(
+            job for shard in self.shards for job in shard.jobs if isinstance(job, ScaleGroup)
+        )
+
+    @cached_property
+    def linears(self) -> tuple[LinearWeight, ...]:
+        """Every linear weight that is quantized."""
+        return tuple(linear for group in self.groups for linear in group.linears)
+
+    @cached_property
+    def nbytes(self) -> int:
+        return sum(row.nbytes for row in self.rows)
+
+    @cached_property
+    def nbytes_after(self) -> int:
+        return sum(shard.nbytes for shard in self.shards)
+
+    def memory(self, threads: int) -> int:
+        """An estimate in bytes of what the job takes beside the interpreter and its libraries."""
+        largest = COPY_BYTES
+        for group in self.groups:
+            held = job_bytes(group)
+            plain = all(is_plain(linear.region) for linear in group.linears)
+            largest = max(largest, min(held, GROUP_BYTES) if plain else 2 * held)
+        return threads * largest * 3 // 2
+
+    @cached_property
+    def quantization_config(self) -> dict[str, Any]:
+        return modelopt.quantization_config(
+            self.ignore, activations=False, kv_cache=self.recipe.kv_cache != "none"
+        )
+
+    @cached_property
+    def hf_quant_config(self) -> dict[str, Any]:
+        return modelopt.hf_quant_config(
+            self.ignore, activations=False, kv_cache=self.recipe.kv_cache != "none"
+        )
+
+    @cached_property
+    def shard_names(self) -> tuple[str, ...]:
+        count = len(self.shards)
+        return tuple(
+            f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as plain data for JSON: one entry for each source tensor."""
+        return {
+            "source": str(self.source),
+            "architecture": self.inventory.architecture,
+            "model_types": list(self.inventory.model_types),
+            "recipe": self.recipe.model_dump(mode="json"),
+            "bytes_before": self.nbytes,
+            "bytes_after": self.nbytes_after,
+            "memory_bytes": self.memory(threads_available()),
+            "linear_weights": len(self.linears),
+            "tensor_parallel": {str(n): why or "loads" for n, why in self.tensor_parallel.items()},
+            "notes": list(self.notes),
+            "side_files": [str(path) for path in self.side_files],
+            "dropped_files": [str(path) for path in self.dropped_files],
+            "quantization_config": self.quantization_config,
+            "tensors": [
+                {
+                    "name": row.key,
+                    "role": row.role.value,
+                    "action": row.action.value,
+                    "reason": row.reason,
+                    "bytes_before": row.nbytes,
+                    "bytes_after": row.nbytes_after,
+                    "linear_weights": row.linears,
+                }
+                for row in self.rows
+            ],
+            "shards": [
+                {
+                    "file": name,
+                    "unit": shard.unit,
+                    "tensors": len(shard.tensors),
+                    "bytes": shard.nbytes,
+                }
+                for name, shard in zip(self.shard_names, self.shards, strict=True)
+            ],
+        }
+
+    def __rich__(self) -> Group:
+        memory = size(self.memory(threads_available()))
+        made = sum(len(shard.tensors) for shard in self.shards)
+        return Group(
+            Text.assemble(
+                (str(self.source), "bold"),
+                f": {self.inventory.architecture} → recipe {self.recipe.name}",
+            ),
+            role_table(self.rows),
+            *tensor_parallel_lines(self.tensor_parallel),
+            Text(
+                f"{len(self.rows):,} tensors in, {made:,} out in {len(self.shards)} shards · "
+                f"{len(self.linears):,} linear weights to quantize · "
+                f"{len(self.ignore):,} ignore entries"
+            ),
+            Text(f"disk {size(self.nbytes_after)} · memory about {memory} and the interpreter"),
+            *(Text(f"note: {note}", style="yellow") for note in self.notes),
+        )
+
+    def __str__(self) -> str:
+        return plain(self)
+
+
+def make_plan(source: Source, recipe: Recipe, *, trust_remote_code: bool = False) -> Plan:
+    """Decide what becomes of every tensor of `source`; no weight is read.
+
+    Raises `RecipeError`, `PlanError`, `ModelError` or `SourceError`: see the module's head.
+    """
+    _check_not_quantized(source)
+    inventory = take_inventory(source, trust_remote_code=trust_remote_code)
+    selection = Selection(recipe, inventory)
+    groups = selection.groups()
+    rows = tuple(selection.row(raw) for raw in inventory.tensors.values())
+    quantized = [linear for group in groups for linear in group.linears]
+    kept = [inventory.tensors[row.key] for row in rows if row.action is Action.COPY]
+    ignore = write_ignore(
+        [linear.name for linear in quantized],
+        [raw.stem for raw in kept if raw.is_matrix] + list(inventory.tied_linears),
+    )
+    shards = tuple(lay_out(groups, selection.biases(), kept, inventory))
+    check_names(shards)
+    copied, dropped = source.side_files()
+    return Plan(
+        source=source.folder,
+        recipe=recipe,
+        inventory=inventory,
+        rows=rows,
+        shards=shards,
+        ignore=tuple(ignore),
+        side_files=tuple(copied),
+        dropped_files=tuple(dropped),
+        notes=tuple(_notes(inventory, quantized, dropped)),
+        tensor_parallel=tensor_parallel(quantized, source.config),
+    )
+
+
+def _check_not_quantized(source: Source) -> None:
+    algorithm = modelopt.is_quantized(source.config)
+    if algorithm is not None:
+        raise SourceError(
+            f"{source.folder}: quantized already ({algorithm}). "
+            "Start from the BF16, FP16 or FP32 checkpoint."
+        )
+
+
+def _notes(
+    inventory: Inventory, quantized: Sequence[LinearWeight], dropped: Sequence[Path]
+) -> Iterable[str]:
+    family = family_of(*inventory.model_types)
+    if any(linear.expert is not None for linear in quantized) and not family.readers:
+        yield (
+            f"no engine is known to read NVFP4 experts of {inventory.model_types[0]}"
+            + (f": {family.remark}" if family.remark else "")
+        )
+    dtypes = Counter(linear.dtype for linear in quantized)
+    if len(dtypes) > 1:
+        yield f"weights of several dtypes are quantized: {dict(dtypes)}"
+    if dropped:
+        names = ", ".join(str(path) for path in dropped[:3])
+        yield f"{len(dropped)} other weight files are not copied: {names}"

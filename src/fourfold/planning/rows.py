@@ -1,0 +1,86 @@
+"""The parts of a plan: rows, scale groups, jobs, shards. Pure data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+
+from fourfold.checkpoints.safetensors_header import BITS, nbytes_of
+from fourfold.models.inventory import ExpertBias, LinearWeight, RawTensor
+from fourfold.models.regions import Region
+from fourfold.models.roles import Role
+
+COPY_BYTES = 1 << 24
+"""Tensors are copied in pieces of this size."""
+
+GROUP_BYTES = 1 << 28
+"""A scale group larger than this is read twice, in pieces, instead of being held."""
+
+
+class Action(StrEnum):
+    """What becomes of a source tensor."""
+
+    QUANTIZE = "quantize"
+    COPY = "copy"
+    SPLIT = "split"
+    """Copied value for value, one part for each expert: biases of fused experts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What becomes of one source tensor, and why."""
+
+    key: str
+    action: Action
+    role: Role
+    reason: str
+    numel: int
+    nbytes: int
+    nbytes_after: int
+    linears: int
+    """How many linear weights it holds that are quantized."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleGroup:
+    """Linear weights that share one global scale; what is quantized in one go."""
+
+    name: str
+    linears: tuple[LinearWeight, ...]
+
+
+Job = ScaleGroup | ExpertBias | RawTensor
+"""One piece of work: a group to quantize, a bias to split off, a tensor to copy."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of the output: its tensors (name → dtype, shape), and the work that fills it."""
+
+    unit: str
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+    jobs: tuple[Job, ...]
+
+    @cached_property
+    def nbytes(self) -> int:
+        return sum(nbytes_of(*spec) for spec in self.tensors.values())
+
+
+def job_bytes(job: Job) -> int:
+    """Bytes of the source that a job reads."""
+    match job:
+        case ScaleGroup():
+            size = BITS[job.linears[0].dtype] // 8
+            return sum(math.prod(linear.shape) for linear in job.linears) * size
+        case ExpertBias():
+            return math.prod(job.region.shape) * BITS[job.dtype] // 8
+        case RawTensor():
+            return job.info.nbytes
+
+
+def is_plain(region: Region) -> bool:
+    """Whether consecutive rows of the matrix are consecutive rows of the raw tensor."""
+    return region.expert is None and not region.transposed and region.rows.step == 1
