@@ -19,20 +19,25 @@ _KINDS = {
     torch.float32: lanes.FLOAT32,
 }
 _INF_BITS = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}
+_INTEGERS = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32)}
 _E4M3_VALUES = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float().numpy()
 
 
 def amax(weight: Tensor) -> float:
-    """The largest magnitude of a tensor that is not empty; Inf if it holds Inf or NaN."""
-    w_OI = _rows(weight if weight.ndim == 2 else weight.contiguous().view(1, -1))
-    rows, width, stride = _merged(w_OI, w_OI.shape[0], w_OI.shape[1])
-    bits = stream_cpu.largest_bits(
-        w_OI.data_ptr(), stride * w_OI.element_size(), rows, width, _KINDS[weight.dtype]
-    )
-    if bits >= _INF_BITS[weight.dtype]:
+    """The largest magnitude of a tensor that is not empty; Inf if it holds Inf or NaN.
+
+    The bits of floats order like their magnitudes, NaN and Inf above: of those without a sign the
+    largest signed integer tells, of those with one the largest unsigned. NumPy's integer maxima run
+    at the speed of the cache (40 GB/s; a compiled loop over both at once reached 6.6).
+    """
+    signed, unsigned = _INTEGERS[weight.element_size()]
+    bits = weight.detach().view(signed).numpy()
+    sign = 1 << (8 * weight.element_size() - 1)
+    with_sign = int(bits.view(unsigned).max()) - sign
+    largest = max(int(bits.max()), with_sign, 0)
+    if largest >= _INF_BITS[weight.dtype]:
         return math.inf
-    narrow = torch.int32 if weight.dtype == torch.float32 else torch.int16
-    return float(torch.tensor(int(bits), dtype=narrow).view(weight.dtype))
+    return float(torch.from_numpy(np.array([largest], unsigned)).view(weight.dtype))
 
 
 def quantize(
@@ -117,8 +122,3 @@ def _rows(tensor: Tensor) -> Tensor:
 def _stride(tensor: Tensor) -> int:
     """Elements from row to row; of a single row, its width."""
     return tensor.shape[1] if tensor.shape[0] <= 1 else tensor.stride(0)
-
-
-def _merged(tensor: Tensor, rows: int, width: int) -> tuple[int, int, int]:
-    stride = _stride(tensor)
-    return (1, rows * width, stride) if stride == width else (rows, width, stride)

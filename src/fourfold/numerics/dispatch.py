@@ -10,6 +10,7 @@ choice. Numba is imported at first use: it costs a second that most commands nee
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from enum import StrEnum
@@ -53,6 +54,7 @@ def choose(kernel: Kernel | str, device: torch.device) -> Kernel:
     return wanted
 
 
+@functools.cache
 def has_numba() -> bool:
     """Whether numba is installed (it is not imported to find out)."""
     return importlib.util.find_spec("numba") is not None

@@ -1,4 +1,4 @@
-"""The passes over tensors that only read, or only dequantize, at the speed of memory: amax,
+"""The passes over tensors that only read, or only dequantize, at the speed of memory:
 dequantize, the error of a quantized tensor, and the census of its block scales.
 
 They decode any byte an NVFP4 checkpoint may hold, good or bad: block scales go through a table of
@@ -25,8 +25,6 @@ from fourfold.numerics.lanes import (
     get,
     load_lanes,
     load_u8,
-    load_u16,
-    load_u32,
     load_u64,
     put,
     store_u64,
@@ -39,36 +37,6 @@ _TWICE_E2M1 = u32(0xC8643210)  # nibble c is 2·q of code c
 _CODES_LOW = SIGN_LOW - 2 * LANES  # rows of the search that these passes use for the packed codes
 _CODES_HIGH = SIGN_LOW - LANES
 _SCALE = SIGN_LOW - 3 * LANES
-
-
-@entry_point
-def largest_bits(weight: int, weight_stride: int, rows: int, width: int, kind: int) -> Any:
-    """The largest magnitude, as the bits of its dtype (for finite floats they order alike; NaN and
-    Inf order above)."""
-    largest = u32(0)
-    for row in range(rows):
-        address = weight + row * weight_stride
-        found = _largest_32(address, width) if kind == FLOAT32 else _largest_16(address, width)
-        largest = u32(found if found > largest else largest)
-    return largest
-
-
-@exact
-def _largest_16(address: int, n: int) -> Any:
-    largest = u16(0)
-    for i in range(n):
-        bits = u16(load_u16(address + 2 * i) & u16(0x7FFF))
-        largest = u16(bits if bits > largest else largest)
-    return u32(largest)
-
-
-@exact
-def _largest_32(address: int, n: int) -> Any:
-    largest = u32(0)
-    for i in range(n):
-        bits = u32(load_u32(address + 4 * i) & u32(0x7FFFFFFF))
-        largest = u32(bits if bits > largest else largest)
-    return largest
 
 
 @exact
