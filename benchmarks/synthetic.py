@@ -187,11 +187,10 @@ def measure(folder: Path, layers: int, threads: int, runs: int) -> dict[str, flo
     figures["verify"] = median(lambda: verify(out, source=source, threads=threads), 3)
     for state in ("warm", "cold"):
         before = (lambda: drop_cache(model)) if state == "cold" else (lambda: None)
-        copied = [median(copy, 1, before) for _ in range(runs)]
-        folded = []
-        for index in range(runs):  # in turn with the copies, so that a drift meets both
+        copied, folded = [], []
+        for _ in range(runs):  # in turn, so that a drift of the machine meets both
+            copied.append(median(copy, 1, before))
             folded.append(median(run_fold, 1, before))
-            copied[index] = median(copy, 1, before)
         figures[f"copy_{state}"] = statistics.median(copied)
         figures[f"fold_{state}"] = statistics.median(folded)
         bound = max(figures[f"copy_{state}"], kernel)
