@@ -7,8 +7,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 from families import FAMILIES, Truth, write_checkpoint
+
+torch.set_num_threads(1)  # tiny models gain nothing, and lose much where cores are shared
 
 Written = Callable[[str], tuple[Path, Truth]]
 

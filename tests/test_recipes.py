@@ -42,19 +42,19 @@ def test_yaml_comes_back(name: str, tmp_path: Path) -> None:
         ("weights: {scal: mse}\nquantize: [experts]", ["weights.scal", "scale"]),
         (
             "weights: {scale: mean}\nquantize: [experts]",
-            ["weights.scale", "mean", "'max' or 'mse'"],
+            ["weights.scale", "'mean'", "not known"],
         ),
         ("quantize: [expert]", ["'expert'", "did you mean experts"]),
         ("quantize: [router]", ["'router'", "cannot be quantized"]),
-        ("quantize: experts", ["quantize"]),
+        ("quantize: experts", ["quantize", "a list is expected, not 'experts'"]),
         ("quantize: []", ["at least one role"]),
         ("{}", ["at least one role"]),
         ("", ["mapping"]),
         ("[1]", ["mapping"]),
         ("a: [", ["not valid YAML"]),
-        ("kv_cache: {format: fp9}\nquantize: [mlp]", ["kv_cache"]),
+        ("kv_cache: {format: fp9}\nquantize: [mlp]", ["kv_cache", "fp9"]),
         ("activations: {format: nvfp4}\nquantize: [mlp]", ["activations"]),
-        ("keep: 3\nquantize: [mlp]", ["keep"]),
+        ("keep: 3\nquantize: [mlp]", ["keep: a list is expected, not 3"]),
     ],
 )
 def test_what_is_wrong_is_named(text: str, words: list[str], tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from fourfold.errors import FourfoldError, PlanError
 from fourfold.fold import LinearResult, Progress, fold
 from fourfold.machine import memory_available, peak_resident, threads_available
 from fourfold.numerics import nvfp4
-from fourfold.planning import Plan, make_plan
+from fourfold.planning import Action, Plan, make_plan
 from fourfold.recipes import Recipe
 from fourfold.rendering import size
 from fourfold.summary import SUMMARY, summary_of
@@ -143,6 +143,7 @@ def quantize(
             progress=verify_progress,
             trust_remote_code=trust_remote_code,
         )
+        _check_ledger(work, linears, report)
     return Result(
         out=folder.folder,
         plan=work,
@@ -180,6 +181,18 @@ def check_room(work: Plan, out: Path, threads: int) -> None:
         raise PlanError(
             f"{size(memory)} of memory are needed for {threads} threads, {size(available)} are "
             "available. Use fewer --threads, or close other programs."
+        )
+
+
+def _check_ledger(work: Plan, linears: list[LinearResult], report: Report) -> None:
+    """Planned = written = verified, or something is wrong that no other check has seen."""
+    copies = sum(row.action is Action.COPY for row in work.rows)
+    verified = report.counts.compared_linears, report.counts.copied_tensors
+    if report.clean and verified != (len(work.linears), copies):
+        raise FourfoldError(
+            f"{report.folder}: {len(work.linears)} linear weights and {copies} copied tensors "
+            f"planned, {len(linears)} weights written, {verified[0]} and {verified[1]} verified. "
+            "Do not use this checkpoint; this is a defect of fourfold, please report it."
         )
 
 

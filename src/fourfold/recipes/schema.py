@@ -100,8 +100,8 @@ class Recipe(_Strict):
         known = builtin_names()
         if str(name) not in known:
             raise RecipeError(
-                f"{name}: no such recipe{_nearest(str(name), known)}. "
-                "`fourfold recipes` lists them."
+                f"{name}: no such recipe{_nearest(str(name), known)} "
+                "(`fourfold recipes` lists them)"
             )
         text = resources.files("fourfold.recipes").joinpath(f"{name}.yaml").read_text("utf-8")
         return cls._parse(str(name), text, str(name))
@@ -148,22 +148,27 @@ def _read(path: Path) -> str:
 def _explain(error: ValidationError) -> str:
     """The first thing wrong, with the nearest name for a key that is not known."""
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part not in {"KVCache", "literal"})
-    if first["type"] == "extra_forbidden":
-        return f"unknown key {where!r}{_nearest(str(first['loc'][-1]), _known_keys(first['loc']))}"
-    if first["type"] == "missing":
-        return f"the key {where!r} is missing"
+    parts = [str(part) for part in first["loc"] if not _is_branch(part)]
+    where, given = ".".join(parts), first.get("input")
+    match first["type"]:
+        case "extra_forbidden":
+            return f"unknown key {where!r}{_nearest(parts[-1], _known_keys(parts))}"
+        case "tuple_type":
+            return f"{where}: a list is expected, not {given!r}"
+        case "literal_error" | "model_type":
+            return f"{where}: {given!r} is not known here; see docs/recipes.md for what is"
     message = first["msg"].removeprefix("Value error, ")
-    if not where:
-        return message
-    given = first.get("input")
-    shown = f", not {given!r}" if first["type"] == "literal_error" else ""
-    return f"{where}: {message}{shown}"
+    return f"{where}: {message}" if where else message
 
 
-def _known_keys(location: tuple[int | str, ...]) -> Iterable[str]:
+def _is_branch(part: int | str) -> bool:
+    """Whether a part of an error's location names a branch of a union, not a key."""
+    return part == "KVCache" or str(part).startswith("literal[")
+
+
+def _known_keys(location: list[str]) -> Iterable[str]:
     parents: dict[str, type[BaseModel]] = {"weights": Weights, "kv_cache": KVCache}
-    model = parents.get(str(location[0]), Recipe) if len(location) > 1 else Recipe
+    model = parents.get(location[0], Recipe) if len(location) > 1 else Recipe
     return [name for name in model.model_fields if name != "name"]
 
 
