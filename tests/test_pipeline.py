@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import fourfold
 from families import Truth
@@ -87,7 +89,7 @@ def test_a_ledger_that_does_not_close(
         return replace(report, counts=short)
 
     monkeypatch.setattr(pipeline, "verify", forgetful)
-    with pytest.raises(fourfold.FourfoldError, match="36 linear weights and .* planned"):
+    with pytest.raises(fourfold.FourfoldError, match=r"36 linear weights and .* planned"):
         fourfold.quantize(written("mixtral")[0], tmp_path / "out", EXPERTS)
 
 
@@ -101,27 +103,29 @@ def test_a_weight_that_is_not_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_all_zero_experts(written: Written, tmp_path: Path) -> None:
-    """Positive scales, codes 0, and a clean report."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    folder, _ = written("mixtral")
-    model = tmp_path / "model"
+def edited(folder: Path, model: Path, change: Callable[[str, torch.Tensor], object]) -> Path:
     model.mkdir()
     (model / "config.json").write_bytes((folder / "config.json").read_bytes())
     tensors = load_file(folder / "model.safetensors")
     for name, value in tensors.items():
+        change(name, value)
+    save_file(tensors, model / "model.safetensors")
+    return model
+
+
+def test_all_zero_and_tiny_experts(written: Written, tmp_path: Path) -> None:
+    """Positive scales, codes 0 where all is 0, and a clean report."""
+
+    def change(name: str, value: torch.Tensor) -> None:
         if ".experts.2." in name or name.endswith("experts.1.w1.weight"):
             value.zero_()
         if name.endswith("experts.0.w2.weight"):
             value.mul_(2.0**-100)
-        if name.endswith("experts.0.w3.weight"):
-            value[0, 0] = 3e38
-    save_file(tensors, model / "model.safetensors")
+
+    model = edited(written("mixtral")[0], tmp_path / "model", change)
     for recipe in ("w4a16_nvfp4_experts_only", EXPERTS):
         result = fourfold.quantize(model, tmp_path / recipe, recipe)
-        assert result.clean, result.report
+        assert result.clean, str(result.report)
         made: dict[str, torch.Tensor] = {}
         for file in (tmp_path / recipe).glob("*.safetensors"):
             made |= load_file(file)
@@ -130,3 +134,19 @@ def test_all_zero_experts(written: Written, tmp_path: Path) -> None:
                 assert 0 < value.item() < float("inf")
             if ".experts.2." in name and name.endswith(".weight"):
                 assert not value.any()
+
+
+def test_an_outlier_that_ruins_its_neighbour_is_reported(written: Written, tmp_path: Path) -> None:
+    """Gate and up share a global scale: a value of 3e38 in one leaves nothing of the other."""
+
+    def change(name: str, value: torch.Tensor) -> None:
+        if name.endswith("layers.1.block_sparse_moe.experts.0.w3.weight"):
+            value[0, 0] = 3e38
+
+    model = edited(written("mixtral")[0], tmp_path / "model", change)
+    result = fourfold.quantize(model, tmp_path / "out", EXPERTS)
+    assert not result.clean
+    assert result.report is not None
+    errors = {finding.tensor for finding in result.report.findings if finding.severity == "error"}
+    assert errors == {"model.layers.1.block_sparse_moe.experts.0.w1"}
+    assert "NOT CLEAN" in str(result)
