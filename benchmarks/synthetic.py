@@ -175,7 +175,7 @@ def measure(folder: Path, layers: int, threads: int, runs: int) -> dict[str, flo
 
     def run_fold() -> None:
         target = OutputFolder(out)
-        target.prepare(model, overwrite=True)
+        target.prepare(model, work.files, overwrite=True)
         fold(work, source, target, threads=threads)
 
     def copy() -> None:

@@ -85,7 +85,7 @@ def options_of(command: str) -> set[str]:
         ("verify", "out --source -s --threads --trust-remote-code --json"),
         ("inspect", "folder --json"),
         ("recipes", "name --json"),
-        ("demo", "out --recipe -r --json"),
+        ("demo", "out --recipe -r --overwrite --json"),
     ],
 )
 def test_options(command: str, options: str) -> None:
@@ -228,11 +228,64 @@ def test_out_not_empty(run, written: Written, tmp_path: Path) -> None:
     out.mkdir()
     (out / "precious").write_text("x")
     check_error(run("quantize", model, out), 1, "not empty (precious", "--overwrite")
-    assert [path.name for path in out.iterdir()] == ["precious"]
     check_error(run("quantize", model, out / "precious"), 1, "is a file")
-    assert run("quantize", model, out, "--overwrite")[0] == 0
-    assert (out / "precious").exists()
-    assert run("quantize", model, out, "-r", "w4a16_nvfp4_default", "--overwrite")[0] == 0
+    check_error(run("quantize", model, out, "--overwrite"), 1, "no checkpoint that fourfold wrote")
+    check_error(run("demo", out), 1, "not empty (precious")
+    assert [path.name for path in out.iterdir()] == ["precious"]
+
+
+def test_overwrite_replaces_what_we_wrote_and_nothing_else(
+    run, written: Written, tmp_path: Path
+) -> None:
+    first = Path(shutil.copytree(written("qwen3_moe")[0], tmp_path / "first"))
+    (first / "chat_template.jinja").write_text("old")
+    out = tmp_path / "out"
+    assert run("quantize", first, out)[0] == 0
+    (out / "adapter_model.safetensors").write_bytes(b"mine")
+    (out / "sub").mkdir()
+    (out / "sub" / "notes").write_text("mine")
+    code, _, err = run("quantize", written("mixtral")[0], out, "--overwrite")
+    assert code == 0, err
+    assert not (out / "chat_template.jinja").exists()
+    assert (out / "adapter_model.safetensors").read_bytes() == b"mine"
+    assert (out / "sub" / "notes").read_text() == "mine"
+    assert len(list(out.glob("model-*.safetensors"))) == 4
+    (tmp_path / "elsewhere").write_text("mine")
+    (out / "LICENSE").symlink_to(tmp_path / "elsewhere")
+    (first / "LICENSE").write_text("theirs")
+    check_error(run("quantize", first, out, "--overwrite"), 1, "LICENSE: is in the way")
+    assert (tmp_path / "elsewhere").read_text() == "mine"
+
+
+def test_links_do_not_lead_out_of_the_model(run, written: Written, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(written("qwen3_moe")[0], tmp_path / "model"))
+    (tmp_path / "secret").write_text("x")
+    (model / "secret.txt").symlink_to(tmp_path / "secret")
+    (model / "loop").symlink_to(model)
+    (model / "dangling.json").symlink_to(model / "nothing")
+    (model / "inside.json").symlink_to("config.json")
+    os.mkfifo(model / "pipe")
+    code, text, err = run("quantize", model, tmp_path / "out")
+    assert code == 0, err
+    assert "4 files are not copied" in text
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "inside.json" in names
+    assert not names & {"secret.txt", "loop", "dangling.json", "pipe"}
+
+
+def test_a_hub_cache_is_a_folder_like_any_other(run, written: Written, tmp_path: Path) -> None:
+    """snapshots/<commit>/ holds links into blobs/."""
+    snapshot, blobs = tmp_path / "snapshots" / "abc", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (snapshot / "tokenizer.json").symlink_to("../../blobs/t")
+    (blobs / "t").write_text("{}")
+    for path in written("qwen3_moe")[0].iterdir():
+        shutil.copy(path, blobs / path.name)
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    assert run("quantize", snapshot, tmp_path / "out")[0] == 0
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    assert not (tmp_path / "out" / "tokenizer.json").is_symlink()
 
 
 def test_failed_overwrite_leaves_no_checkpoint(run, written: Written, tmp_path: Path) -> None:
@@ -252,7 +305,7 @@ def test_read_only_out(run, written: Written, tmp_path: Path, monkeypatch) -> No
     def refuse(*_: object, **__: object) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(Path, "touch", refuse)
+    monkeypatch.setattr(Path, "write_text", refuse)
     result = run("quantize", written("qwen3_moe")[0], tmp_path / "out")
     check_error(result, 1, "out", "cannot be written", "choose another")
 

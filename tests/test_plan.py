@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -188,11 +190,65 @@ def test_missing_parameter(copy: Callable[[str], Path]) -> None:
         fourfold.plan(folder, EXPERTS)
 
 
-def test_missing_expert(copy: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("expert", [0, 1, 3])
+@pytest.mark.parametrize("projections", [("up",), ("gate", "up", "down")])
+def test_missing_expert(
+    expert: int, projections: tuple[str, ...], copy: Callable[[str], Path]
+) -> None:
     folder = copy("qwen3_moe")
-    edit(folder, lambda tensors: tensors.pop("model.layers.2.mlp.experts.3.up_proj.weight"))
-    with pytest.raises(fourfold.FourfoldError, match=r"layers\.2\.mlp\.experts"):
+
+    def drop(tensors: dict[str, torch.Tensor]) -> None:
+        for projection in projections:
+            del tensors[f"model.layers.2.mlp.experts.{expert}.{projection}_proj.weight"]
+
+    edit(folder, drop)
+    with pytest.raises(fourfold.SourceError, match=r"layers\.2\.mlp.* 3 experts on disk, 4 in"):
         fourfold.plan(folder, EXPERTS)
+
+
+@pytest.mark.parametrize("names", [("gate_up_proj", "down_proj"), ("down_proj",)])
+def test_missing_fused_expert(names: tuple[str, ...], copy: Callable[[str], Path]) -> None:
+    folder = copy("qwen3_5_moe")
+
+    def shorten(tensors: dict[str, torch.Tensor]) -> None:
+        for name in names:
+            key = f"model.language_model.layers.1.mlp.experts.{name}"
+            key = key if key in tensors else key.replace("language_model.", "")
+            tensors[key] = tensors[key][:2].clone()
+
+    edit(folder, shorten)
+    with pytest.raises(fourfold.SourceError, match=r"2 experts on disk, 4 in the architecture"):
+        fourfold.plan(folder, EXPERTS)
+
+
+def test_missing_buffer(copy: Callable[[str], Path]) -> None:
+    folder = copy("deepseek_v3")
+    key = "model.layers.1.mlp.gate.e_score_correction_bias"
+    edit(folder, lambda tensors: tensors.pop(key))
+    with pytest.raises(fourfold.SourceError, match=key):
+        fourfold.plan(folder, EXPERTS)
+
+
+def test_layouts_that_cannot_be_told_apart(tmp_path: Path) -> None:
+    """transformers tells Qwen3-VL-MoE's transposed experts by their shape alone."""
+    family = FAMILIES["qwen3_vl_moe"]
+
+    def square() -> object:
+        config = family.build_config()
+        config.text_config.moe_intermediate_size = config.text_config.hidden_size // 2
+        return config
+
+    write_checkpoint(replace(family, build_config=square), tmp_path)
+    with pytest.raises(fourfold.ModelError, match="whether it is transposed cannot be told"):
+        fourfold.plan(tmp_path, EXPERTS)
+
+
+@pytest.mark.parametrize("names", [["pipeline"], ["Trainer"], "LlamaForCausalLM", [3], []])
+def test_architectures_that_name_no_model(names: object, copy: Callable[[str], Path]) -> None:
+    folder = copy("qwen3_moe")
+    edit_config(folder, architectures=names)
+    with suppress(fourfold.ModelError):  # or the model type alone is enough
+        assert len(fourfold.plan(folder, EXPERTS).linears) == 24
 
 
 def test_scale_groups(written: Written) -> None:

@@ -44,6 +44,9 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout,
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Worker threads; by default one for each core.")
 ]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what fourfold wrote into OUT earlier.")
+]
 Trust = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run the Python code that the checkpoint brings."),
@@ -66,9 +69,7 @@ def quantize(
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     recipe: RecipeName = DEFAULT_RECIPE,
     threads: Threads = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the checkpoint that lies in OUT.")
-    ] = False,
+    overwrite: Overwrite = False,
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Do not read OUT back to compare it with MODEL.")
     ] = False,
@@ -89,6 +90,7 @@ def quantize(
             trust_remote_code=trust_remote_code,
             on_plan=display.show,
             progress=display.folding,
+            on_written=display.written,
             verify_progress=display.verifying,
         )
     if as_json:
@@ -187,15 +189,17 @@ def recipes(
 def demo(
     out: Annotated[Path, typer.Argument(help="The folder to write.")] = Path("demo-out"),
     recipe: RecipeName = DEFAULT_RECIPE,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Do the whole job on the embedded model, offline, and show what it did to the model."""
-    from fourfold.demo import demonstrate
+    from fourfold.demo import demonstrate, is_demo_output
     from fourfold.embedded import model_dir
     from fourfold.pipeline import quantize as run
 
     with _Display(quiet=as_json) as display:
-        result = run(model_dir(), out, recipe, overwrite=True, on_plan=display.show)
+        again = overwrite or is_demo_output(out)
+        result = run(model_dir(), out, recipe, overwrite=again, on_plan=display.show)
     shown = demonstrate(model_dir(), out)
     if as_json:
         _print_json(result.to_dict() | {"demo": asdict(shown)})
@@ -229,8 +233,14 @@ class _Display:
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
 
+    def written(self) -> None:
+        """OUT is whole; what follows only reads it."""
+        global _outcome
+        _outcome = "OUT is written, but not verified"
+
     def show(self, value: object) -> None:
-        """Print something above the progress bars."""
+        """Print the plan above the progress bars; the clock starts."""
+        self.begun["quantizing"] = time.perf_counter()
         if not self.quiet:
             _console().print(value)
 
@@ -250,7 +260,7 @@ class _Display:
 
     def _update(self, name: str, done: int, total: int) -> None:
         if name not in self.tasks:
-            self.begun[name] = time.perf_counter()
+            self.begun.setdefault(name, time.perf_counter())
             self.tasks[name] = self.progress.add_task(name, total=total, rate="", rss="")
         self.progress.update(
             self.tasks[name],
@@ -290,6 +300,10 @@ def _print_json(value: object) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
+_outcome = "nothing was written"
+"""What a signal leaves behind, for its message."""
+
+
 class _StoppedError(BaseException):
     """A signal asked the process to end. Not a `KeyboardInterrupt`, which typer would keep."""
 
@@ -314,7 +328,7 @@ def main() -> None:
         _fail(str(error), error.exit_code, debug)
     except _StoppedError as stopped:
         name = signal.Signals(stopped.number).name
-        _fail(f"stopped by {name}; no checkpoint was written.", 128 + stopped.number, debug)
+        _fail(f"stopped by {name}; {_outcome}.", 128 + stopped.number, debug)
     except Exception as error:
         text = str(error) or type(error).__name__
         _fail(f"{text} (a defect of fourfold: run again with --debug and report it)", 1, debug)

@@ -13,6 +13,7 @@ Shapes: T tokens, N windows, W window, V vocabulary.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +34,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from fourfold.checkpoints.source import SafetensorsFolder, open_source
-from fourfold.embedded import heldout_text
+from fourfold.checkpoints.writer import SUMMARY
+from fourfold.embedded import heldout_text, model_dir
 from fourfold.errors import ModelError, UsageError
 from fourfold.numerics.nvfp4 import NVFP4Tensor
 
@@ -80,6 +82,17 @@ class DemoResult:
             f"top-1 agreement {found.top1_agreement:.1%}, "
             f"{found.reference_bits:.4f} -> {found.quantized_bits:.4f} bits a byte"
         )
+
+
+def is_demo_output(out_dir: Path) -> bool:
+    """Whether `out_dir` holds the embedded model, quantized, and nothing else of value."""
+    try:
+        ledger = json.loads((out_dir / SUMMARY).read_bytes())["ledger"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    tensors = open_source(model_dir()).tensors
+    nbytes = sum(info.nbytes for info in tensors.values())
+    return (ledger.get("source_tensors"), ledger.get("bytes_before")) == (len(tensors), nbytes)
 
 
 def demonstrate(source_dir: Path, out_dir: Path) -> DemoResult:

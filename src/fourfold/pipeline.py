@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,15 @@ import torch
 
 from fourfold.checkpoints.modelopt import QUANT_CONFIG
 from fourfold.checkpoints.source import CONFIG, INDEX, Source, open_source
-from fourfold.checkpoints.writer import OutputFolder, free_bytes, index_of
+from fourfold.checkpoints.writer import SUMMARY, OutputFolder, free_bytes, index_of
 from fourfold.errors import FourfoldError, PlanError
 from fourfold.fold import LinearResult, Progress, fold
 from fourfold.machine import memory_available, peak_resident, threads_available
 from fourfold.numerics import nvfp4
-from fourfold.planning import Action, Plan, make_plan
+from fourfold.planning import Plan, ScaleGroup, make_plan
 from fourfold.recipes import Recipe
 from fourfold.rendering import size
-from fourfold.summary import SUMMARY, summary_of
+from fourfold.summary import summary_of
 from fourfold.verification import Report, verify
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -88,8 +88,8 @@ def plan(
     Raises `RecipeError`, `SourceError`, `ModelError` or `PlanError`.
     """
     chosen = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    source = open_source(model) if isinstance(model, str | Path) else model
-    return make_plan(source, chosen, trust_remote_code=trust_remote_code)
+    with _opened(model) as source:
+        return make_plan(source, chosen, trust_remote_code=trust_remote_code)
 
 
 def quantize(
@@ -103,47 +103,44 @@ def quantize(
     trust_remote_code: bool = False,
     on_plan: Callable[[Plan], None] | None = None,
     progress: Callable[[Progress], None] | None = None,
+    on_written: Callable[[], None] | None = None,
     verify_progress: Callable[[int, int], None] | None = None,
 ) -> Result:
     """Quantize the checkpoint `model` into the folder `out`, and verify what was written.
 
     model, recipe: as in `plan`.
     threads: worker threads; one for each core by default. The output does not depend on it.
-    overwrite: replace a checkpoint that lies in `out`.
+    overwrite: replace a checkpoint that fourfold wrote into `out`, or an unfinished run.
     verified: read the output back and compare it with `model`, tensor by tensor.
-    on_plan, progress, verify_progress: called as the job goes on.
+    on_plan, progress, on_written, verify_progress: called as the job goes on.
 
     Raises `FourfoldError`; `out` is then as if the job had not begun, or has no config.json.
     """
     begun = time.perf_counter()
     chosen = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    source = open_source(model) if isinstance(model, str | Path) else model
-    warming = _warm_up(chosen, source)
-    folder = OutputFolder(Path(out).expanduser())
-    folder.check(source.folder, overwrite=overwrite)
-    work = make_plan(source, chosen, trust_remote_code=trust_remote_code)
     workers = threads or threads_available()
-    check_room(work, folder.folder, workers)
-    if on_plan is not None:
-        on_plan(work)
-    warming.join()
-    folder.prepare(source.folder, overwrite=overwrite)
-    try:
-        linears = fold(work, source, folder, threads=workers, progress=progress)
-        _write_rest(work, source, folder, linears)
-    except BaseException:
-        folder.discard()
-        raise
-    report = None
-    if verified:
-        report = verify(
-            folder.folder,
-            source=source,
-            threads=workers,
-            progress=verify_progress,
-            trust_remote_code=trust_remote_code,
-        )
-        _check_ledger(work, linears, report)
+    with _opened(model) as source:
+        warming = _warm_up(chosen, source)
+        folder = OutputFolder(Path(out).expanduser())
+        folder.check(source.folder, overwrite=overwrite)
+        work = make_plan(source, chosen, trust_remote_code=trust_remote_code)
+        check_room(work, folder.folder, workers)
+        if on_plan is not None:
+            on_plan(work)
+        warming.join()
+        linears = _write(work, source, folder, workers, overwrite, progress)
+        if on_written is not None:
+            on_written()
+        report = None
+        if verified:
+            report = verify(
+                folder.folder,
+                source=source,
+                threads=workers,
+                progress=verify_progress,
+                trust_remote_code=trust_remote_code,
+            )
+            _check_ledger(work, linears, report, folder)
     return Result(
         out=folder.folder,
         plan=work,
@@ -152,6 +149,36 @@ def quantize(
         seconds=time.perf_counter() - begun,
         peak_resident=peak_resident(),
     )
+
+
+@contextmanager
+def _opened(model: str | Path | Source) -> Iterator[Source]:
+    """The source that `model` names; closed afterwards, unless it was given open."""
+    source = open_source(model) if isinstance(model, str | Path) else model
+    try:
+        yield source
+    finally:
+        if source is not model:
+            source.close()
+
+
+def _write(
+    work: Plan,
+    source: Source,
+    folder: OutputFolder,
+    threads: int,
+    overwrite: bool,
+    progress: Callable[[Progress], None] | None,
+) -> list[LinearResult]:
+    """Fold and write; after an error or a signal nothing of it is left."""
+    folder.prepare(source.folder, work.files, overwrite=overwrite)
+    try:
+        linears = fold(work, source, folder, threads=threads, progress=progress)
+        _write_rest(work, source, folder, linears)
+    except BaseException:
+        folder.discard()
+        raise
+    return linears
 
 
 def _warm_up(recipe: Recipe, source: Source) -> threading.Thread:
@@ -184,15 +211,18 @@ def check_room(work: Plan, out: Path, threads: int) -> None:
         )
 
 
-def _check_ledger(work: Plan, linears: list[LinearResult], report: Report) -> None:
+def _check_ledger(
+    work: Plan, linears: list[LinearResult], report: Report, folder: OutputFolder
+) -> None:
     """Planned = written = verified, or something is wrong that no other check has seen."""
-    copies = sum(row.action is Action.COPY for row in work.rows)
+    copies = sum(not isinstance(job, ScaleGroup) for shard in work.shards for job in shard.jobs)
     verified = report.counts.compared_linears, report.counts.copied_tensors
     if report.clean and verified != (len(work.linears), copies):
+        folder.discard()
         raise FourfoldError(
             f"{report.folder}: {len(work.linears)} linear weights and {copies} copied tensors "
             f"planned, {len(linears)} weights written, {verified[0]} and {verified[1]} verified. "
-            "Do not use this checkpoint; this is a defect of fourfold, please report it."
+            "The checkpoint was removed. This is a defect of fourfold; please report it."
         )
 
 
@@ -209,11 +239,10 @@ def _write_rest(
         folder.copy(source.folder, path)
     folder.write_text(SUMMARY, summary_of(work, linears))
     folder.write_json(QUANT_CONFIG, work.hf_quant_config)
-    folder.sync()
     shards = [
         (name, shard.tensors) for name, shard in zip(work.shard_names, work.shards, strict=True)
     ]
     folder.write_json(INDEX, index_of(shards, work.nbytes_after))
     config = dict(source.config) | {"quantization_config": work.quantization_config}
-    folder.write_json(CONFIG, json.loads(json.dumps(config)))
-    folder.sync()
+    folder.write_json(CONFIG, config)
+    folder.done()

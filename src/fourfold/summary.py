@@ -10,8 +10,6 @@ from fourfold._version import __version__
 from fourfold.fold import LinearResult
 from fourfold.planning import Plan
 
-SUMMARY = "quant_summary.json"
-
 
 def summary_of(plan: Plan, linears: Sequence[LinearResult]) -> str:
     """The file's text: one line for each linear weight, sorted by name.
@@ -32,6 +30,7 @@ def summary_of(plan: Plan, linears: Sequence[LinearResult]) -> str:
             "bytes_after": plan.nbytes_after,
         },
     }
+    head["files"] = plan.files
     lines = ",\n".join(json.dumps(_entry(result)) for result in linears)
     text = json.dumps(head, indent=2, ensure_ascii=False)
     return text.removesuffix("\n}") + f',\n  "linears": [\n{lines}\n]}}\n'

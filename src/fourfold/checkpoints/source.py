@@ -27,9 +27,8 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-WEIGHT_SUFFIXES = frozenset(
-    {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".tflite"}
-)
+OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".tflite")
+WEIGHT_SUFFIXES = frozenset({".safetensors", *OTHER_WEIGHTS})
 """Files that hold weights. Those that are not shards of the checkpoint are other copies of it."""
 
 READ_AHEAD = 1 << 26
@@ -66,7 +65,8 @@ class Source(Protocol):
         """A hint that this slab will be read soon."""
 
     def side_files(self) -> tuple[list[Path], list[Path]]:
-        """Files to copy, and weight files that are no part of the checkpoint; relative paths."""
+        """Files to copy, and those that are not: other weights, links that leave the folder, what
+        is no file (a socket, a dangling link). Relative paths."""
 
     def close(self) -> None:
         """Give back every file that is open."""
@@ -119,7 +119,8 @@ class SafetensorsFolder:
             if path in shards or (len(relative.parts) == 1 and relative.name in OWN_FILES):
                 continue
             is_weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
-            (dropped if is_weights else copied).append(relative)
+            fits = not is_weights and path.is_file() and _stays_inside(self.folder, path)
+            (copied if fits else dropped).append(relative)
         return copied, dropped
 
     def close(self) -> None:
@@ -155,13 +156,23 @@ def _byte_range(info: TensorInfo, start: int, stop: int) -> tuple[int, int]:
 
 
 def _walk(folder: Path) -> Iterable[Path]:
+    """Everything in a folder that is not a folder; links to folders are not followed."""
     for path in sorted(folder.iterdir()):
         if path.name.startswith("."):
             continue
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             yield from _walk(path)
-        elif path.is_file():
+        else:
             yield path
+
+
+def _stays_inside(folder: Path, path: Path) -> bool:
+    """Whether a file is the folder's own: no link, or one into it or into its hub cache's blobs."""
+    target, root = path.resolve(), folder.resolve()
+    blobs = root.parent.parent / "blobs"
+    return target.is_relative_to(root) or (
+        root.parent.name == "snapshots" and target.parent == blobs
+    )
 
 
 def open_source(model: str | Path) -> SafetensorsFolder:
@@ -182,8 +193,7 @@ def _download(name: str) -> Path:
 
     try:
         folder = snapshot_download(
-            name,
-            ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx"],
+            name, ignore_patterns=["original/*", *(f"*{x}" for x in OTHER_WEIGHTS)]
         )
     except Exception as error:  # the hub client raises errors of many libraries
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -12,8 +12,8 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fourfold._version import __version__
@@ -24,6 +24,12 @@ from fourfold.errors import OutputError
 
 PARTIAL = ".partial"
 """The ending of files that are not finished."""
+
+MARKER = f".fourfold{PARTIAL}"
+"""Stands in the folder while a run is unfinished, and lists what it writes."""
+
+SUMMARY = "quant_summary.json"
+"""Stands in the folder of a finished run, and lists what it wrote under `files`."""
 
 METADATA = {"format": "pt", "producer": f"fourfold {__version__}"}
 
@@ -37,7 +43,7 @@ class OutputFolder:
         self._written: list[Path] = []
 
     def check(self, source: Path, *, overwrite: bool) -> None:
-        """Refuse a folder that holds something, or that lies in the source. Changes nothing."""
+        """Refuse a folder that lies in the source, or holds what is not ours. Changes nothing."""
         out, model = self.folder.resolve(), source.resolve()
         if out == model or model in out.parents:
             raise OutputError(f"{self.folder}: lies inside the model's folder. Choose another.")
@@ -51,37 +57,70 @@ class OutputFolder:
             return
         except OSError as error:
             raise output_error(self.folder, error) from error
-        if present and not overwrite:
-            raise OutputError(self._refusal(present))
+        if present:
+            self._check_present(present, overwrite)
 
-    def prepare(self, source: Path, *, overwrite: bool) -> None:
-        """`check`, then make the folder, empty it of an earlier checkpoint, and try to write."""
+    def _check_present(self, present: list[str], overwrite: bool) -> None:
+        if not overwrite:
+            if MARKER in present:
+                text = "holds an unfinished run. --overwrite starts anew in its place."
+            else:
+                text = f"not empty ({present[0]}, …). Choose another folder, or --overwrite."
+            raise OutputError(f"{self.folder}: {text}")
+        if MARKER not in present and not self._earlier_files():
+            raise OutputError(
+                f"{self.folder}: holds {present[0]}, … but no checkpoint that fourfold wrote. "
+                "Choose another folder, or empty this one yourself."
+            )
+
+    def prepare(self, source: Path, files: Sequence[str], *, overwrite: bool) -> None:
+        """`check`, make the folder, remove an earlier checkpoint, and mark the run as unfinished.
+
+        files: every file that this run will write. One that is there already and is not of an
+        earlier checkpoint is refused, not overwritten.
+        """
         self.check(source, overwrite=overwrite)
         try:
             self._made_folder = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
             self._clear()
-            self._probe()
+            for name in files:
+                if os.path.lexists(self.folder / name):
+                    raise OutputError(
+                        f"{self.folder / name}: is in the way, and no part of an earlier "
+                        "checkpoint. Move it, or choose another folder."
+                    )
+            self._written.append(self.folder / MARKER)
+            (self.folder / MARKER).write_text(json.dumps({"files": list(files)}))
         except OSError as error:
             raise output_error(self.folder, error) from error
 
-    def _refusal(self, present: list[str]) -> str:
-        if any(name.endswith(PARTIAL) for name in present):
-            return f"{self.folder}: holds an unfinished run. --overwrite starts anew in its place."
-        return f"{self.folder}: not empty ({present[0]}, …). Choose another folder, or --overwrite."
+    def _earlier_files(self) -> list[str]:
+        """What an earlier run wrote here, by its own word: finished or not."""
+        names: list[str] = []
+        for record in (MARKER, SUMMARY):
+            try:
+                found = json.loads((self.folder / record).read_bytes())["files"]
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+            names += [name for name in found if _is_inside(name)]
+        return names
 
     def _clear(self) -> None:
-        """Remove an earlier checkpoint: first what makes it one, then its weights."""
-        names = [CONFIG, INDEX, QUANT_CONFIG]
-        paths = [self.folder / name for name in names]
-        paths += [*self.folder.glob("*.safetensors"), *self.folder.glob(f".*{PARTIAL}")]
-        for path in paths:
-            path.unlink(missing_ok=True)
+        """Remove an earlier checkpoint: first what makes it one, then the rest."""
+        names = self._earlier_files()
+        first = [name for name in (CONFIG, INDEX, QUANT_CONFIG) if name in names]
+        partial = [path.name for path in self.folder.glob(f".*{PARTIAL}")]
+        for name in [*first, *names, *partial]:
+            (self.folder / name).unlink(missing_ok=True)
 
-    def _probe(self) -> None:
-        probe = self.folder / f".probe{PARTIAL}"
-        probe.touch()
-        probe.unlink()
+    def done(self) -> None:
+        """The checkpoint is whole: take the mark away."""
+        try:
+            (self.folder / MARKER).unlink(missing_ok=True)
+            _sync_folder(self.folder)
+        except OSError as error:
+            raise output_error(self.folder, error) from error
 
     def shard(self, name: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> ShardFile:
         """Begin a shard; the file has its full size and its header at once."""
@@ -90,12 +129,17 @@ class OutputFolder:
         return ShardFile(path, self.folder / name, tensors)
 
     def copy(self, source: Path, relative: Path) -> None:
-        """Copy one file of the source's folder, contents only."""
+        """Copy one file of the source's folder, contents only: temporary name, sync, rename."""
         target = self.folder / relative
+        partial = target.with_name(f".{target.name}{PARTIAL}")
+        self._written += [partial, target]
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            self._written.append(target)
-            shutil.copyfile(source / relative, target)
+            with (source / relative).open("rb") as before, partial.open("wb") as after:
+                shutil.copyfileobj(before, after)
+                after.flush()
+                os.fsync(after.fileno())
+            partial.replace(target)
         except OSError as error:
             raise output_error(target, error) from error
 
@@ -117,10 +161,6 @@ class OutputFolder:
         except OSError as error:
             raise output_error(path, error) from error
 
-    def sync(self) -> None:
-        """Make renames durable."""
-        _sync_folder(self.folder)
-
     def discard(self) -> None:
         """Remove what this run wrote, what makes it a checkpoint first."""
         for path in reversed(self._written):
@@ -141,8 +181,7 @@ class ShardFile:
     ) -> None:
         self.partial, self.path = partial, path
         header, self._begins = build_header(tensors, METADATA)
-        sizes = build_sizes(tensors)
-        self.nbytes = len(header) + sum(sizes.values())
+        self.nbytes = len(header) + sum(nbytes_of(*spec) for spec in tensors.values())
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0)
         try:
             self._descriptor = os.open(partial, flags, 0o644)
@@ -168,23 +207,20 @@ class ShardFile:
         """Sync the file and give it its name."""
         try:
             os.fsync(self._descriptor)
-            os.close(self._descriptor)
+            self._close()
             self.partial.replace(self.path)
         except OSError as error:
             raise output_error(self.path, error) from error
 
     def abandon(self) -> None:
         """Close and remove the unfinished file."""
-        try:
-            os.close(self._descriptor)
-        except OSError:
-            return  # finished already
+        self._close()
         self.partial.unlink(missing_ok=True)
 
-
-def build_sizes(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, int]:
-    """Bytes of each tensor."""
-    return {name: nbytes_of(*spec) for name, spec in tensors.items()}
+    def _close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 def index_of(shards: Iterable[tuple[str, Mapping[str, Any]]], total_size: int) -> dict[str, Any]:
@@ -214,6 +250,14 @@ def output_error(path: Path, error: OSError) -> OutputError:
         case _:
             remedy = f"{error.strerror or error}."
     return OutputError(f"{path}: {remedy}")
+
+
+def _is_inside(name: object) -> bool:
+    """Whether a file name from a record stays in the folder."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        return False
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
 
 
 def _sync_folder(folder: Path) -> None:

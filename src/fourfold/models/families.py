@@ -12,6 +12,7 @@ it was tried. docs/support.md shows this table.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -154,10 +155,20 @@ KEEP_ALWAYS: tuple[KeepAlways, ...] = (
         "a depthwise convolution, which engines load as a narrow linear",
     ),
     KeepAlways(
+        r"\.kv_b_proj$",
+        "MLA absorbs it into queries and outputs: vLLM needs its values, not NVFP4",
+    ),
+    KeepAlways(
         r"\.shared_expert_gate$",
         "a router with one output: vLLM and SGLang build it unquantized",
     ),
 )
+
+
+def kept_because(name: str) -> str | None:
+    """Why the linear layer `name` is never quantized; None where nothing speaks against it."""
+    return next((entry.reason for entry in KEEP_ALWAYS if re.search(entry.pattern, name)), None)
+
 
 _BOTH = (Projection.GATE, Projection.UP)
 _ALL_ENGINES = (Engine.VLLM, Engine.SGLANG, Engine.TRTLLM)

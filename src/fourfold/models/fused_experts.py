@@ -19,7 +19,7 @@ from fourfold.checkpoints.safetensors_header import TensorInfo
 from fourfold.errors import ModelError, SourceError
 from fourfold.models.experts import ExpertsModule, Part, Projection, part_of
 from fourfold.models.families import DEFAULT, family_of
-from fourfold.models.module_tree import ModuleTree
+from fourfold.models.module_tree import EXPERT_NUMBER, ModuleTree
 from fourfold.models.regions import Located, Region, Span, locate, number, reduction
 
 Sources = Mapping[str | None, Sequence[str]]
@@ -115,11 +115,23 @@ class _Cut:
                         f"{key}: shape {list(self.infos[key].shape)}, but {first.key} has "
                         f"{list(first.shape)}. Experts of one layer must be alike."
                     )
-        counts = {len(group) for group in self.sources.values()}
-        if not self.is_fused and (len(counts) > 1 or max(counts) > self.module.num_experts):
+        for group in self.sources.values():
+            self._check_count(group)
+
+    def _check_count(self, group: Sequence[str]) -> None:
+        """As many experts on disk as in the architecture, numbered without a gap."""
+        wanted = self.module.num_experts
+        if self.parts[0].axes.startswith("("):
+            return
+        if self.is_fused:
+            found, complete = self.infos[group[0]].shape[0], True
+        else:
+            numbers = [int(number) for key in group for number in EXPERT_NUMBER.findall(key)]
+            found, complete = len(group), numbers == list(range(wanted))
+        if found != wanted or not complete:
             raise SourceError(
-                f"{self.target}: {' and '.join(map(str, sorted(counts)))} experts on disk, "
-                f"{self.module.num_experts} in the config. Is a shard missing?"
+                f"{group[0]}: {found} experts on disk, {wanted} in the architecture "
+                f"({self.module.path}). Is a shard missing, or the config another model's?"
             )
 
     def _stacked(self) -> list[ExpertPart]:
@@ -175,6 +187,13 @@ class _Cut:
             for target in self.targets
         }
         pattern = layout[0][0]
+        if pattern is not None and self.tree.conversion.is_ambiguous(
+            pattern, self.infos[self.keys[0]].shape
+        ):
+            raise ModelError(
+                f"{self.keys[0]} has shape {list(self.infos[self.keys[0]].shape)}: whether it is "
+                "transposed cannot be told, as transformers tells by the shape"
+            )
         if pattern is None:
             (memory,) = numbers
         else:

@@ -20,11 +20,11 @@ from fourfold.checkpoints.safetensors_header import TensorInfo
 from fourfold.checkpoints.source import Source
 from fourfold.errors import ModelError, SourceError
 from fourfold.models.experts import Projection
-from fourfold.models.families import FUSED_MODULES, KEEP_ALWAYS
+from fourfold.models.families import FUSED_MODULES, kept_because
 from fourfold.models.fused_experts import ExpertPart, cut_experts
 from fourfold.models.module_tree import ModuleTree, Place, build_tree
 from fourfold.models.regions import Region, whole
-from fourfold.models.roles import MTP_KEY, TOWER, Role, role_of_linear
+from fourfold.models.roles import MAY_LACK, MTP_KEY, TOWER, Role, role_of_linear
 
 _FOLDABLE = {
     Role.EXPERTS, Role.SHARED_EXPERTS, Role.MLP, Role.ATTENTION, Role.LINEAR_ATTENTION,
@@ -100,6 +100,8 @@ class Inventory:
     blocked: Mapping[str, str]
     tied_linears: tuple[str, ...]
     """Linear layers without a tensor of their own (a tied head), in memory's names."""
+    unknown: tuple[str, ...]
+    """Raw keys that the module tree has no place for."""
     num_layers: int
 
     @cached_property
@@ -158,11 +160,12 @@ class _Taking:
             tensors=tensors,
             blocked=self.blocked,
             tied_linears=self._tied_linears(),
+            unknown=tuple(key for key, place in self.places.items() if place.target is None),
             num_layers=len(self.tree.layers),
         )
 
     def _check_complete(self) -> None:
-        """Every parameter of the architecture has a tensor, or is tied to one that has."""
+        """Every parameter and buffer has a tensor, or is tied to one that has."""
         conversion = self.tree.conversion
         covered: set[str] = set()
         seen: set[tuple[str | None, str | None]] = set()
@@ -170,13 +173,13 @@ class _Taking:
             if (place.target, place.pattern) not in seen:
                 seen.add((place.target, place.pattern))
                 covered.update(conversion.targets(place))
-        missing = [
-            name for name in self.tree.parameters if name not in covered | self.tree.tied
-        ]  # fmt: skip
+        covered |= self.tree.tied
+        buffers = (name for name in sorted(self.tree.buffers) if not MAY_LACK.search(name))
+        missing = [name for name in (*self.tree.parameters, *buffers) if name not in covered]
         if missing:
             raise SourceError(
                 f"{missing[0]}: the checkpoint has no tensor for it ({len(missing)} of "
-                f"{len(self.tree.parameters)} parameters of {self.tree.architecture} are missing). "
+                f"{self.tree.architecture}'s are missing). "
                 "Is a shard missing, or the config another model's?"
             )
 
@@ -350,8 +353,7 @@ class _Taking:
 
 def _role(key: str, role: Role) -> Role:
     """`role`, or `other` for a layer that engines build unquantized whatever it was."""
-    stem = key.removesuffix(".weight")
-    kept = any(re.search(entry.pattern, stem) for entry in KEEP_ALWAYS)
+    kept = kept_because(key.removesuffix(".weight")) is not None
     return Role.OTHER if kept and role not in {Role.ROUTER, Role.VISION} else role
 
 

@@ -25,10 +25,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from fourfold.errors import ModelError
-from fourfold.models.experts import UNDECORATED, ExpertsModule, decorated_parts
+from fourfold.models.experts import UNDECORATED, ExpertsModule, Part, decorated_parts
 from fourfold.models.roles import EXPERTS_CLASS, Role, role_of_linear
 
-_EXPERT_NUMBER = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
+EXPERT_NUMBER = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,8 @@ class ModuleTree:
     routers: frozenset[str]
     """Modules with a bare weight that choose experts (not `nn.Linear` in transformers)."""
     parameters: Mapping[str, tuple[int, ...]]
+    buffers: frozenset[str]
+    """Persistent buffers: a checkpoint holds them (a router's correction bias)."""
     tied: frozenset[str]
     """Parameters that share another one's storage and need no key of their own."""
     layers: tuple[str, ...]
@@ -104,7 +106,7 @@ class Conversion:
 
     def place(self, key: str) -> Place:
         """Where `key` goes. Experts' numbers do not matter for that, so one expert decides."""
-        probe = _EXPERT_NUMBER.sub("0", key)
+        probe = EXPERT_NUMBER.sub("0", key)
         if probe not in self._cache:
             self._cache[probe] = self._place(probe)
         target, pattern = self._cache[probe]
@@ -133,9 +135,14 @@ class Conversion:
         names = [place.target.replace(patterns[0], pattern) for pattern in patterns]
         return [name for name in names if name in self._state] or [place.target]
 
-    def sources(self, pattern: str) -> list[str]:
-        """Every source pattern of the conversion that `pattern` belongs to, in its order."""
-        return list(self._by_pattern[pattern].source_patterns)
+    def is_ambiguous(self, pattern: str, shape: Sequence[int]) -> bool:
+        """Whether an operation tells two layouts apart by a shape that is the same in both."""
+        operations = self._by_pattern[pattern].operations
+        return any(
+            getattr(operation, "check_dims", False)
+            and shape[operation.dim0] == shape[operation.dim1]
+            for operation in operations
+        )
 
     def convert(
         self,
@@ -172,8 +179,8 @@ class _StandIn:
 
 
 def _with_numbers_of(target: str, key: str) -> str:
-    numbers = iter(_EXPERT_NUMBER.findall(key))
-    return _EXPERT_NUMBER.sub(lambda found: next(numbers, found.group()), target)
+    numbers = iter(EXPERT_NUMBER.findall(key))
+    return EXPERT_NUMBER.sub(lambda found: next(numbers, found.group()), target)
 
 
 def build_tree(folder: Path, *, trust_remote_code: bool = False) -> ModuleTree:
@@ -269,9 +276,10 @@ def _factory(config: Any, trust_remote_code: bool) -> tuple[str, Any]:
     import transformers
     from transformers.models.auto import modeling_auto as auto
 
-    for name in config.architectures or ():
-        model_class = getattr(transformers, name, None)
-        if model_class is not None:
+    names = [name for name in _as_list(config.architectures) if isinstance(name, str)]
+    for name in names:
+        model_class: Any = getattr(transformers, name, None)
+        if _is_model_class(model_class):
             return name, model_class._from_config
     candidates = (
         (auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, auto.AutoModelForImageTextToText),
@@ -281,13 +289,23 @@ def _factory(config: Any, trust_remote_code: bool) -> tuple[str, Any]:
     for mapping, auto_class in candidates:
         if type(config) in mapping:
             return auto_class.__name__, auto_class.from_config
-    name = ", ".join(config.architectures or ()) or config.model_type
+    name = ", ".join(names) or str(config.model_type)
     if trust_remote_code:
         return name, partial(auto.AutoModelForCausalLM.from_config, trust_remote_code=True)
     raise ModelError(
         f"{name}: transformers {transformers.__version__} has no such model. If the checkpoint "
         "brings its own code and you trust it, pass --trust-remote-code."
     )
+
+
+def _is_model_class(value: object) -> bool:
+    from transformers import PreTrainedModel
+
+    return isinstance(value, type) and issubclass(value, PreTrainedModel)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else []
 
 
 def _describe(model: Any) -> ModuleTree:
@@ -313,6 +331,7 @@ def _describe(model: Any) -> ModuleTree:
             and role_of_linear(path, [type(module).__name__]) is Role.ROUTER
         ),
         parameters={name: tuple(value.shape) for name, value in model.named_parameters()},
+        buffers=frozenset(model.state_dict()) - {name for name, _ in model.named_parameters()},
         tied=_tied(model),
         layers=_layers(model, modules),
         num_hidden_layers=int(getattr(text_config, "num_hidden_layers", 0)),
@@ -363,15 +382,17 @@ def _experts(modules: Mapping[str, Any]) -> tuple[dict[str, ExpertsModule], dict
             unknown[path] = name
             continue
         if all(isinstance(getattr(module, part.parameter, None), nn.Parameter) for part in parts):
-            known[path] = ExpertsModule(path, name, _num_experts(module, parts[0].parameter), parts)
+            known[path] = ExpertsModule(path, name, _num_experts(module, parts), parts)
         else:
             unknown[path] = name
     return known, unknown
 
 
-def _num_experts(module: Any, parameter: str) -> int:
-    value = getattr(module, parameter)
-    return int(value.shape[0]) if value.ndim == 3 else int(module.moe_num_experts)
+def _num_experts(module: Any, parts: Sequence[Part]) -> int:
+    """How many experts have weights (LongCat's zero experts have none, but rows in one tensor)."""
+    values = [getattr(module, part.parameter) for part in parts if not part.is_bias]
+    counts = [value.shape[0] for value in values if value.ndim == 3]
+    return int(min(counts)) if counts else int(module.moe_num_experts)
 
 
 def _tied(model: Any) -> frozenset[str]:

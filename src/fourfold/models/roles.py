@@ -50,6 +50,7 @@ CLASS_RULES: Sequence[tuple[re.Pattern[str], Role]] = (
         Role.OTHER,
     ),
     (re.compile(r"Router|(?<!Forget)(?<!Linear)Gate$|Gating$"), Role.ROUTER),
+    (re.compile(r"^KimiLinearAttention$"), Role.ATTENTION),  # MLA; the Linear is Kimi Linear's
     (
         re.compile(
             r"Mamba|DeltaNet|DeltaAttention|LinearAttention|LightningAttention|ShortConv|ForgetGate"
@@ -87,5 +88,10 @@ def role_of_linear(path: str, enclosing_classes: Sequence[str]) -> Role:
     return Role.OTHER
 
 
-MTP_KEY = re.compile(r"(^|\.)(mtp|mtp_layers|nextn\w*|eagle\w*)(\.|$)")
+MAY_LACK = re.compile(
+    r"(inv_freq|freqs_cis|position_ids|num_batches_tracked|masked_bias|rotary_emb\.\w+)$"
+)
+"""Persistent buffers that older checkpoints do not hold; they follow from the config."""
+
+MTP_KEY = re.compile(r"(^|\.)(mtp|mtp_\w+|nextn\w*|eagle\w*)(\.|$)")
 """Raw keys of multi-token-prediction layers, by name. Those past the last layer are too."""

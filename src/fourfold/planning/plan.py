@@ -18,7 +18,8 @@ from rich.console import Group
 from rich.text import Text
 
 from fourfold.checkpoints import modelopt
-from fourfold.checkpoints.source import Source
+from fourfold.checkpoints.source import CONFIG, INDEX, Source
+from fourfold.checkpoints.writer import SUMMARY
 from fourfold.errors import SourceError
 from fourfold.machine import threads_available
 from fourfold.models.engines import write_ignore
@@ -98,6 +99,12 @@ class Plan:
         return modelopt.hf_quant_config(
             self.ignore, activations=False, kv_cache=self.recipe.kv_cache != "none"
         )
+
+    @cached_property
+    def files(self) -> list[str]:
+        """Every file of the output, relative to its folder."""
+        beside = [path.as_posix() for path in self.side_files]
+        return [*self.shard_names, *beside, SUMMARY, modelopt.QUANT_CONFIG, INDEX, CONFIG]
 
     @cached_property
     def shard_names(self) -> tuple[str, ...]:
@@ -222,6 +229,14 @@ def _notes(
     dtypes = Counter(linear.dtype for linear in quantized)
     if len(dtypes) > 1:
         yield f"weights of several dtypes are quantized: {dict(dtypes)}"
+    if inventory.unknown:
+        yield (
+            f"{len(inventory.unknown)} tensors that transformers does not build (MTP layers?) are "
+            f"kept unless the recipe names mtp: {inventory.unknown[0]}, …"
+        )
     if dropped:
         names = ", ".join(str(path) for path in dropped[:3])
-        yield f"{len(dropped)} other weight files are not copied: {names}"
+        yield (
+            f"{len(dropped)} files are not copied (other weights, links that leave the folder, "
+            f"what is no file): {names}"
+        )

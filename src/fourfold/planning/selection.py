@@ -11,6 +11,7 @@ from functools import cached_property
 from fourfold.checkpoints import modelopt
 from fourfold.checkpoints.safetensors_header import nbytes_of
 from fourfold.errors import PlanError, RecipeError
+from fourfold.models.families import kept_because
 from fourfold.models.inventory import ExpertBias, Inventory, LinearWeight, RawTensor
 from fourfold.models.roles import Role
 from fourfold.planning.rows import Action, Row, ScaleGroup
@@ -143,4 +144,4 @@ class Selection:
             return f"keep pattern {pattern!r}"
         if not linears:
             return "not a linear weight" if raw.role is not Role.MTP else "MTP"
-        return f"role {raw.role} is not in the recipe"
+        return kept_because(raw.stem) or f"role {raw.role} is not in the recipe"

@@ -6,7 +6,6 @@ does not depend on the number of threads.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from fourfold.machine import threads_available
 from fourfold.verification.checkpoint import Checkpoint
 
 Work = TypeVar("Work")
@@ -51,7 +51,7 @@ class Workers:
     """A pool of threads that reports progress in bytes."""
 
     def __init__(self, threads: int | None, progress: Progress | None) -> None:
-        self.threads = threads or os.cpu_count() or 1
+        self.threads = threads or threads_available()
         self.buffers = Buffers()
         self.done = self.total = 0
         self._progress = progress
