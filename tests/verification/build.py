@@ -123,6 +123,7 @@ class Draft:
     shards: int = 2
     weight_map: dict[str, str] = field(default_factory=dict)
     total_size: int | None = None
+    tokenizer: bool = True
 
     def copy(self) -> Draft:
         return Draft(
@@ -145,6 +146,8 @@ class Draft:
         (folder / "config.json").write_text(json.dumps(self.config))
         if self.hf_config is not None:
             (folder / "hf_quant_config.json").write_text(json.dumps(self.hf_config))
+        if self.tokenizer:
+            (folder / "tokenizer.json").write_text("{}")
         write_tensors(folder, self.tensors, self.shards)
 
     def edit_index(self, folder: Path, change) -> None:
@@ -170,6 +173,7 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], shards: int) -> None
 def write_source(folder: Path, tensors: dict[str, Tensor] | None = None) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(source_config()))
+    (folder / "tokenizer.json").write_text("{}")
     write_tensors(folder, source_tensors() if tensors is None else tensors, 1)
     return folder
 

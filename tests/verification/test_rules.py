@@ -333,6 +333,7 @@ GROUPS = [
 
 SOURCE = [
     Case("config-changed", lambda d: d.config.update(rope_theta=1.0), with_source=True),
+    Case("side-file-missing", lambda d: setattr(d, "tokenizer", False), with_source=True),
     Case("tensor-lost", drop("model.norm.weight"), with_source=True),
     Case("tensor-extra", scalar("model.rotary.scaling", 1.0), with_source=True),
     Case("copied-dtype-differs", put("model.norm.weight", lambda t: t.float()), with_source=True),

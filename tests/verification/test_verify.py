@@ -285,7 +285,7 @@ def test_json_is_plain(tmp_path: Path) -> None:
 
 
 def test_pack_is_what_the_tests_think(tmp_path: Path) -> None:
-    """The helper's own layout: low nibble first, sign in bit 3."""
+    """The layout of the test's own writer: low nibble first, sign in bit 3."""
     weight = torch.tensor([[6.0, -3.0] + [0.0] * 14])
     tensors = pack("x.o_proj", {"x.o_proj.weight": weight})
     assert tensors["x.o_proj.weight"][0, 0] == 0x7 | (0x8 | 0x5) << 4

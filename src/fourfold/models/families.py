@@ -155,7 +155,7 @@ KEEP_ALWAYS: tuple[KeepAlways, ...] = (
         "a depthwise convolution, which engines load as a narrow linear",
     ),
     KeepAlways(
-        r"\.kv_b_proj$",
+        r"\.(kv_b_proj|wkv_b)$",
         "MLA absorbs it into queries and outputs: vLLM needs its values, not NVFP4",
     ),
     KeepAlways(

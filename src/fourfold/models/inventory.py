@@ -24,7 +24,14 @@ from fourfold.models.families import FUSED_MODULES, kept_because
 from fourfold.models.fused_experts import ExpertPart, cut_experts
 from fourfold.models.module_tree import ModuleTree, Place, build_tree
 from fourfold.models.regions import Region, whole
-from fourfold.models.roles import MAY_LACK, MTP_KEY, TOWER, Role, role_of_linear
+from fourfold.models.roles import (
+    EMBEDDING_NAME,
+    MAY_LACK,
+    MTP_KEY,
+    TOWER,
+    Role,
+    role_of_linear,
+)
 
 _FOLDABLE = {
     Role.EXPERTS, Role.SHARED_EXPERTS, Role.MLP, Role.ATTENTION, Role.LINEAR_ATTENTION,
@@ -344,7 +351,7 @@ class _Taking:
     def _raw(self, key: str) -> RawTensor:
         info, role, place = self.infos[key], self.roles[key], self.places[key]
         is_matrix = (
-            role is not Role.EMBEDDING
+            not (role is Role.EMBEDDING and EMBEDDING_NAME.search(key.removesuffix(".weight")))
             and len(info.shape) >= 2
             and (key.endswith(".weight") or role in {Role.EXPERTS, Role.MTP} or key in self.blocked)
         )

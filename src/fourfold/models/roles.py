@@ -93,5 +93,11 @@ MAY_LACK = re.compile(
 )
 """Persistent buffers that older checkpoints do not hold; they follow from the config."""
 
+EMBEDDING_NAME = re.compile(
+    r"(^|\.)(wte|wpe|tok_embeddings|(\w+_)?embed(ding)?s?(_(tokens|in|positions|per_layer|table))*)"
+    r"(\.\d+)?$"
+)
+"""Names by which anybody knows an embedding: an engine never builds it as a linear layer."""
+
 MTP_KEY = re.compile(r"(^|\.)(mtp|mtp_\w+|nextn\w*|eagle\w*)(\.|$)")
 """Raw keys of multi-token-prediction layers, by name. Those past the last layer are too."""

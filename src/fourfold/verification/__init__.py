@@ -105,7 +105,7 @@ def _verify(
         copied = len(matching.copies)
         findings += [*found, *matching.findings, *comparison.copies(matching.copies)]
         findings += comparison.judge(matching.pairs, errors)
-        findings += _config_changes(checkpoint, source)
+        findings += [*_config_changes(checkpoint, source), *_missing_files(checkpoint, source)]
     return Report(
         folder=str(checkpoint.folder),
         source=None if source is None else str(source.folder),
@@ -166,6 +166,13 @@ def _config_changes(checkpoint: Checkpoint, source: Source) -> Iterator[Finding]
     changed = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
     if changed:
         yield finding("config-changed", CONFIG, f"differs in {', '.join(changed[:8])}")
+
+
+def _missing_files(checkpoint: Checkpoint, source: Source) -> Iterator[Finding]:
+    """Tokenizer, chat template and the like; what they say is not compared."""
+    for path in source.side_files()[0]:
+        if not (checkpoint.folder / path).is_file():
+            yield finding("side-file-missing", path.as_posix(), "lies in the source's folder only")
 
 
 def _unquantized(config: Mapping[str, Any]) -> dict[str, Any]:

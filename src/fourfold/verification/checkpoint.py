@@ -26,6 +26,7 @@ from fourfold.checkpoints.safetensors_header import TensorInfo, read_header
 from fourfold.checkpoints.source import INDEX, read_config, read_json
 from fourfold.errors import FourfoldError
 from fourfold.models.engines import experts_module
+from fourfold.models.roles import EMBEDDING_NAME
 from fourfold.verification.quant_config import (
     CONFIG,
     HF_CONFIG,
@@ -47,11 +48,6 @@ EXPERT = re.compile(r"^(?P<module>.*experts)\.(?:expert_)?(?P<number>\d+)\.(?P<p
 """The name of one expert's linear."""
 DOWN = frozenset({"down_proj", "w2", "fc2", "wo"})
 """What families call an expert's down projection; the others read the layer's input."""
-
-_EMBEDDING = re.compile(
-    r"(^|\.)(wte|wpe|tok_embeddings|(\w+_)?embed(ding)?s?(_(tokens|in|positions|per_layer|table))*)"
-    r"(\.\d+)?$"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +277,7 @@ def _find_kept(tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
     """What an engine may build as a linear layer, and holds floats here."""
     for name, info in tensors.items():
         stem = name.removesuffix(".weight")
-        is_matrix = stem != name and len(info.shape) == 2 and not _EMBEDDING.search(stem)
+        is_matrix = stem != name and len(info.shape) == 2 and not EMBEDDING_NAME.search(stem)
         if is_matrix or (len(info.shape) >= 2 and _is_stack(stem)):
             yield stem
 

@@ -188,6 +188,8 @@ _GROUPS = (
 _SOURCE = (
     Rule("config-changed", _W, "config.json is the source's, but for quantization_config.",
          "engines read other hyperparameters, or field names that they do not know"),
+    Rule("side-file-missing", _W, "The files beside the source's weights lie beside the output's.",
+         "without its tokenizer or chat template an engine refuses it, or prompts it badly"),
     Rule("tensor-lost", _E, "Every tensor of the source is quantized or copied.", _NEVER_READ),
     Rule("tensor-extra", _E, "Every tensor comes from the source.",
          "vLLM and SGLang: KeyError while loading, or a weight that the model does not have"),
