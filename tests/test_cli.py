@@ -381,6 +381,34 @@ def test_a_defect_shows_no_traceback(run, written: Written, monkeypatch) -> None
     assert "ZeroDivisionError" in err
 
 
+def test_early_errors_end_in_order(written: Written, tmp_path: Path) -> None:
+    """No thread may be compiling while the interpreter ends."""
+    model = Path(shutil.copytree(written("qwen3_moe")[0], tmp_path / "model"))
+    (model / "config.json").write_text('{"model_type": "nonsense"}')
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    for arguments in ([model, model / "x"], [model, tmp_path / "out"]):
+        done = fourfold("quantize", *arguments, env=environment)
+        check_error((done.returncode, done.stdout, done.stderr), 1, "model")
+
+
+def test_terminals_that_know_ascii_alone(written: Written, tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = fourfold("quantize", written("qwen3_moe")[0], tmp_path / "out", env=environment)
+    assert done.returncode == 0, done.stderr
+    done = fourfold("plan", tmp_path / "nö", env=environment)
+    check_error((done.returncode, done.stdout, done.stderr), 1, "no such folder")
+
+
+def test_closed_stdout(written: Written, tmp_path: Path) -> None:
+    command = f"{sys.executable} -m fourfold quantize {written('qwen3_moe')[0]} {tmp_path / 'out'}"
+    done = subprocess.run(f"{command} >&-", shell=True, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_empty_out(run, written: Written) -> None:
+    check_error(run("quantize", written("qwen3_moe")[0], ""), 2, "OUT is empty")
+
+
 SLOW_WRITE = (
     "import os, sys, time\n"
     "pwrite = os.pwrite\n"

@@ -17,6 +17,7 @@ import fourfold
 import large
 from families import FAMILIES, Truth, write_checkpoint
 from fourfold.checkpoints.source import SafetensorsFolder
+from fourfold.inspection import inspect
 from fourfold.machine import peak_resident
 from fourfold.planning import Action
 
@@ -249,6 +250,61 @@ def test_architectures_that_name_no_model(names: object, copy: Callable[[str], P
     edit_config(folder, architectures=names)
     with suppress(fourfold.ModelError):  # or the model type alone is enough
         assert len(fourfold.plan(folder, EXPERTS).linears) == 24
+
+
+@pytest.mark.parametrize("leaf", ["input_scale", "weight_scale", "k_scale"])
+def test_tensors_that_engines_would_take_for_scales(leaf: str, copy: Callable[[str], Path]) -> None:
+    folder = copy("qwen3_moe")
+    key = f"model.layers.0.self_attn.q_proj.{leaf}"
+    edit(folder, lambda tensors: tensors.update({key: torch.ones(())}))
+    with pytest.raises(fourfold.PlanError, match=rf"{key} in model.safetensors: engines would"):
+        fourfold.plan(folder, EXPERTS)
+
+
+def test_a_kept_weight_that_is_no_float(copy: Callable[[str], Path]) -> None:
+    folder = copy("qwen3_moe")
+    key = "model.layers.0.self_attn.o_proj.weight"
+    edit(folder, lambda tensors: tensors.update({key: tensors[key].to(torch.int8)}))
+    with pytest.raises(fourfold.PlanError, match=f"{key} in model.safetensors: a weight of I8"):
+        fourfold.plan(folder, EXPERTS)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_hidden_layers": 10**9}, {"num_local_experts": 10**9}, {"head_dim": 2**30}]
+)
+def test_absurd_configurations_end_at_once(
+    changes: dict[str, int], copy: Callable[[str], Path]
+) -> None:
+    folder = copy("qwen3_moe")
+    edit_config(folder, **changes)
+    with pytest.raises(fourfold.FourfoldError):
+        fourfold.plan(folder, EXPERTS)
+    assert peak_resident() < 4e9
+
+
+def test_odd_names_are_copied(copy: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = copy("qwen3_moe")
+    names = ["²", "[/bold]", "layers." + "9" * 5000 + ".x", "a/../b", "x\x1b[31m", "é.weight"]
+    edit(folder, lambda tensors: tensors.update({name: torch.ones(3) for name in names}))
+    result = fourfold.quantize(folder, tmp_path / "out", EXPERTS)
+    assert result.clean, str(result.report)
+    assert "[/bold]" in str(inspect(tmp_path / "out"))
+
+
+def test_kept_tensors_of_dtypes_that_pytorch_lacks(
+    copy: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = copy("qwen3_moe")
+    edit(folder, lambda tensors: tensors.update({"extra": torch.ones(8, dtype=torch.uint8)}))
+    raw = (folder / "model.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    header["extra"]["dtype"] = "F8_E5M2FNUZ"
+    text = json.dumps(header, separators=(",", ":")).encode()
+    changed = len(text).to_bytes(8, "little") + text + raw[8 + length :]
+    (folder / "model.safetensors").write_bytes(changed)
+    result = fourfold.quantize(folder, tmp_path / "out", EXPERTS)
+    assert result.clean, str(result.report)
 
 
 def test_scale_groups(written: Written) -> None:

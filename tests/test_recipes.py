@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,38 @@ def test_what_is_wrong_is_named(text: str, words: list[str], tmp_path: Path) -> 
         assert word in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
     assert caught.value.exit_code == 2
+
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9)
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{BOMB}quantize: *a8",
+        f"{BOMB}quantize: [experts]\nactivations: *a8",
+        f"{BOMB}quantize: [experts]\nweights: {{format: *a8}}",
+        "[" * 5000,
+        "quantize: [experts]\ndescription: 2001-13-45",
+        "quantize: [experts]\ndescription: !!int abc",
+        'quantize: [experts]\ndescription: "\\ud800"',
+        "quantize: [experts]\ndescription: !!python/object/apply:os.getcwd []",
+    ],
+)
+def test_hostile_recipes_end_at_once(text: str, tmp_path: Path) -> None:
+    (tmp_path / "evil.yaml").write_text(text)
+    with pytest.raises(fourfold.RecipeError, match=r"evil\.yaml") as caught:
+        Recipe.load(tmp_path / "evil.yaml")
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_folder_or_pipe_is_no_recipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for path in (tmp_path, tmp_path / "pipe.yaml"):
+        with pytest.raises(fourfold.RecipeError, match="is no file"):
+            Recipe.load(path)
 
 
 def test_unknown_name_is_answered_with_the_nearest() -> None:

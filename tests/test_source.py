@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -231,3 +232,27 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     refused(Path("somebody/model"), "somebody/model: no such folder", "hub", "no route")
+
+
+def test_a_pipe_is_no_shard(folder: Path) -> None:
+    (folder / "2.safetensors").unlink()
+    os.mkfifo(folder / "2.safetensors")
+    refused(folder, "2.safetensors", "is no regular file")
+
+
+@pytest.mark.parametrize("name", ["\\ud800", "a\\udfff"])
+def test_names_that_no_file_can_hold(folder: Path, name: str) -> None:
+    (folder / INDEX).write_text(f'{{"weight_map": {{"{name}": "1.safetensors"}}}}')
+    refused(folder, INDEX)
+    (folder / INDEX).unlink()
+    (folder / "2.safetensors").unlink()
+    header_file(folder / "1.safetensors", f'{{"{name}": {json.dumps(ENTRY)}}}'.encode(), b"\0" * 8)
+    refused(folder, "1.safetensors")
+
+
+def test_a_long_header_with_a_name_twice(tmp_path: Path) -> None:
+    names = [f"tensor.{number}" for number in range(100_000)]
+    body = ",".join(f'"{name}": {{}}' for name in [*names, names[500]])
+    header_file(tmp_path / "x.safetensors", f"{{{body}}}".encode())
+    with pytest.raises(SourceError, match=r"tensor\.500"):
+        read_header(tmp_path / "x.safetensors")

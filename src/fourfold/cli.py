@@ -5,6 +5,7 @@ PyTorch and transformers are imported inside the commands, so that `--help` answ
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from fourfold import fold
     from fourfold.pipeline import Result
 
+LONGEST_MESSAGE = 2000
 DEFAULT_RECIPE = "w4a16_nvfp4_experts_only_mse"
 
 app = typer.Typer(
@@ -66,7 +68,7 @@ def _options(
 @app.command()
 def quantize(
     model: Model,
-    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    out: Annotated[str, typer.Argument(help="The folder to write.")],
     recipe: RecipeName = DEFAULT_RECIPE,
     threads: Threads = None,
     overwrite: Overwrite = False,
@@ -313,11 +315,14 @@ class _StoppedError(BaseException):
 
 
 def _stop(number: int, _: object) -> None:
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)  # one is enough: what was begun is cleaned up
     raise _StoppedError(number)
 
 
 def main() -> None:
     """The console script: exit codes and errors as documented, tracebacks only with --debug."""
+    _mend_streams()
     debug = "--debug" in sys.argv[1:]
     sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != "--debug"]
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -334,7 +339,19 @@ def main() -> None:
         _fail(f"{text} (a defect of fourfold: run again with --debug and report it)", 1, debug)
 
 
+def _mend_streams() -> None:
+    """Print whatever the terminal's encoding; print nowhere where a stream is closed."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _fail(message: str, code: int, debug: bool) -> None:
+    message = "".join(x if x.isprintable() or x in "\n×→·…" else repr(x)[1:-1] for x in message)
+    if len(message) > LONGEST_MESSAGE:
+        message = f"{message[: LONGEST_MESSAGE // 2]} […] {message[-LONGEST_MESSAGE // 2 :]}"
     if debug:
         import traceback
 

@@ -66,7 +66,7 @@ class Inspection:
             shape = "×".join(map(str, kind.shape)) or "scalar"
             scales = "" if kind.scales is None else f"{kind.scales[0]:.3g} … {kind.scales[1]:.3g}"
             table.add_row(
-                kind.pattern, kind.dtype, shape, f"{kind.count:,}", size(kind.nbytes), scales
+                Text(kind.pattern), kind.dtype, shape, f"{kind.count:,}", size(kind.nbytes), scales
             )
         how = self.quantization or "not quantized"
         ignored = f", {self.ignored:,} ignore entries" if self.ignored else ""

@@ -15,7 +15,7 @@ import torch
 from fourfold.checkpoints.modelopt import QUANT_CONFIG
 from fourfold.checkpoints.source import CONFIG, INDEX, Source, open_source
 from fourfold.checkpoints.writer import SUMMARY, OutputFolder, free_bytes, index_of
-from fourfold.errors import FourfoldError, PlanError
+from fourfold.errors import FourfoldError, PlanError, UsageError
 from fourfold.fold import LinearResult, Progress, fold
 from fourfold.machine import memory_available, peak_resident, threads_available
 from fourfold.numerics import nvfp4
@@ -117,17 +117,18 @@ def quantize(
     Raises `FourfoldError`; `out` is then as if the job had not begun, or has no config.json.
     """
     begun = time.perf_counter()
+    if not str(out):
+        raise UsageError("OUT is empty: give the folder to write.")
     chosen = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     workers = threads or threads_available()
     with _opened(model) as source:
-        warming = _warm_up(chosen, source)
         folder = OutputFolder(Path(out).expanduser())
         folder.check(source.folder, overwrite=overwrite)
-        work = make_plan(source, chosen, trust_remote_code=trust_remote_code)
-        check_room(work, folder.folder, workers)
+        with _warming_up(chosen, source):
+            work = make_plan(source, chosen, trust_remote_code=trust_remote_code)
+            check_room(work, folder.folder, workers)
         if on_plan is not None:
             on_plan(work)
-        warming.join()
         linears = _write(work, source, folder, workers, overwrite, progress)
         if on_written is not None:
             on_written()
@@ -181,17 +182,21 @@ def _write(
     return linears
 
 
-def _warm_up(recipe: Recipe, source: Source) -> threading.Thread:
-    """Compile the kernels on a thread while the plan is made."""
+@contextmanager
+def _warming_up(recipe: Recipe, source: Source) -> Iterator[None]:
+    """Compile the kernels on a thread meanwhile. An interpreter must not end while that runs."""
     dtypes = {info.dtype for info in source.tensors.values() if len(info.shape) > 1}
 
     def run() -> None:
         for dtype in sorted(dtypes & _DTYPES.keys()):
             nvfp4.warm_up(_DTYPES[dtype], recipe.weights.scale)
 
-    thread = threading.Thread(target=run, name="warm-up", daemon=True)
+    thread = threading.Thread(target=run, name="warm-up")
     thread.start()
-    return thread
+    try:
+        yield
+    finally:
+        thread.join()
 
 
 def check_room(work: Plan, out: Path, threads: int) -> None:

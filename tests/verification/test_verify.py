@@ -124,7 +124,10 @@ def test_an_expert_far_below_its_group_is_legal(tmp_path: Path) -> None:
     name = "model.layers.0.mlp.experts.1.up_proj"
     source[f"{name}.weight"] = source[f"{name}.weight"] * 2.0**-20
     report = checked(tmp_path, draft(source=source))
-    assert {finding.id for finding in report.findings} == {"block-scale-subnormal"}
+    assert report.clean
+    ruined = [found.tensor for found in report.findings if found.id == "weight-ruined"]
+    assert ruined == [name]
+    assert {found.id for found in report.findings} == {"block-scale-subnormal", "weight-ruined"}
     worst = report.worst[0]
     assert worst.name == name
     assert worst.relative_error > 0.35

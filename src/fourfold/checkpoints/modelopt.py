@@ -20,6 +20,9 @@ CODES = "weight"
 BLOCK_SCALE = "weight_scale"
 GLOBAL_SCALE = "weight_scale_2"
 
+PARTS = frozenset({BLOCK_SCALE, GLOBAL_SCALE, "input_scale", "k_scale", "v_scale"})
+"""Last names of tensors that belong to a quantized layer or to its KV cache."""
+
 QUANT_CONFIG = "hf_quant_config.json"
 
 

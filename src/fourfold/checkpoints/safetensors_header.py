@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 import struct
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +87,10 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     Raises `SourceError` where the file is missing, truncated, or its header contradicts itself.
     """
     try:
-        size = file.stat().st_size
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise SourceError(f"{file}: is no regular file. Download the checkpoint again.")
+        size = status.st_size
         with file.open("rb") as handle:
             raw = handle.read(8)
             if len(raw) < 8:
@@ -110,7 +115,7 @@ def _broken(file: Path, what: str) -> SourceError:
 
 def _parse(file: Path, raw: bytes) -> dict[str, Any]:
     try:
-        header = json.loads(raw, object_pairs_hook=unique_pairs)
+        header = load_json(raw)
     except (ValueError, RecursionError) as error:
         raise _broken(file, f"header: {error}") from None
     if not isinstance(header, dict):
@@ -123,10 +128,18 @@ def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """`object_pairs_hook` for JSON that refuses a name given twice."""
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        count = Counter(name for name, _ in pairs)
+        twice = next(name for name, times in count.items() if times > 1)
         raise ValueError(f"{twice!r} stands there twice")
     return result
+
+
+def load_json(raw: bytes) -> Any:
+    """JSON whose names are unique and whose text can be written again; `ValueError` otherwise."""
+    value = json.loads(raw, object_pairs_hook=unique_pairs)
+    if b"\\u" in raw:
+        json.dumps(value, ensure_ascii=False).encode()  # refuses half of a surrogate pair
+    return value
 
 
 def _is_index(value: object) -> bool:

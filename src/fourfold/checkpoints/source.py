@@ -10,7 +10,6 @@ all that a fold needs: one expert of a fused parameter, some rows of a matrix, t
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections.abc import Iterable, Mapping
@@ -20,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from fourfold.checkpoints.safetensors_header import TensorInfo, read_header, unique_pairs
+from fourfold.checkpoints.safetensors_header import TensorInfo, load_json, read_header
 from fourfold.errors import SourceError
 
 CONFIG = "config.json"
@@ -157,7 +156,11 @@ def _byte_range(info: TensorInfo, start: int, stop: int) -> tuple[int, int]:
 
 def _walk(folder: Path) -> Iterable[Path]:
     """Everything in a folder that is not a folder; links to folders are not followed."""
-    for path in sorted(folder.iterdir()):
+    try:
+        present = sorted(folder.iterdir())
+    except OSError as error:
+        raise SourceError(f"{folder}: cannot be read: {error.strerror}") from error
+    for path in present:
         if path.name.startswith("."):
             continue
         if path.is_dir() and not path.is_symlink():
@@ -206,7 +209,7 @@ def _download(name: str) -> Path:
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file; `SourceError` where it is missing or something else."""
     try:
-        value = json.loads(file.read_bytes(), object_pairs_hook=unique_pairs)
+        value = load_json(file.read_bytes())
     except FileNotFoundError:
         raise SourceError(f"{file}: missing") from None
     except OSError as error:

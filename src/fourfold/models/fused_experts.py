@@ -127,7 +127,8 @@ class _Cut:
             found, complete = self.infos[group[0]].shape[0], True
         else:
             numbers = [int(number) for key in group for number in EXPERT_NUMBER.findall(key)]
-            found, complete = len(group), numbers == list(range(wanted))
+            found = len(group)
+            complete = found == wanted and numbers == list(range(wanted))
         if found != wanted or not complete:
             raise SourceError(
                 f"{group[0]}: {found} experts on disk, {wanted} in the architecture "

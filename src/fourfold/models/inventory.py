@@ -38,9 +38,9 @@ _FOLDABLE = {
 }  # fmt: skip
 """Roles of a decoder layer that an MTP layer's weights may be cut like."""
 
-_NUMBERED = re.compile(r"\d+|\D+")
-_LAYER = re.compile(r"(?:^|.*?\.)(?:layers|h|blocks)\.(\d+)\.")
-_EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
+_NUMBERED = re.compile(r"[0-9]+|[^0-9]+")
+_LAYER = re.compile(r"(?:^|.*?\.)(?:layers|h|blocks)\.([0-9]{1,9})\.")
+_EXPERT = re.compile(r"(?<=\.experts\.)[0-9]{1,9}(?=\.)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,13 +131,30 @@ def take_inventory(source: Source, *, trust_remote_code: bool = False) -> Invent
     Raises `ModelError` for an architecture that cannot be built or taken apart, `SourceError`
     where the checkpoint lacks a parameter of its architecture.
     """
+    _check_counts(source)
     tree = build_tree(source.folder, trust_remote_code=trust_remote_code)
     return _Taking(source, tree).run()
 
 
-def natural(key: str) -> tuple[tuple[int, int | str], ...]:
+def _check_counts(source: Source) -> None:
+    """Refuse a configuration that speaks of more layers than there are tensors, before building."""
+    parts = [source.config, *(x for x in source.config.values() if isinstance(x, Mapping))]
+    for part in parts:
+        for name in ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth"):
+            count = part.get(name)
+            if isinstance(count, int) and count > len(source.tensors):
+                raise ModelError(
+                    f"{source.folder / 'config.json'}: {name} is {count:,}, but the checkpoint has "
+                    f"{len(source.tensors):,} tensors. Does config.json belong to it?"
+                )
+
+
+def natural(key: str) -> tuple[tuple[int, int, str], ...]:
     """A sort key that counts numbers as numbers: layer 2 before layer 10."""
-    return tuple((0, int(run)) if run.isdigit() else (1, run) for run in _NUMBERED.findall(key))
+    runs = _NUMBERED.findall(key)
+    return tuple(
+        (0, len(x.lstrip("0")), x.lstrip("0")) if x.isdecimal() else (1, 0, x) for x in runs
+    )
 
 
 class _Taking:

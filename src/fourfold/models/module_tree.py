@@ -28,7 +28,7 @@ from fourfold.errors import ModelError
 from fourfold.models.experts import UNDECORATED, ExpertsModule, Part, decorated_parts
 from fourfold.models.roles import EXPERTS_CLASS, Role, role_of_linear
 
-EXPERT_NUMBER = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
+EXPERT_NUMBER = re.compile(r"(?<=\.experts\.)[0-9]{1,9}(?=\.)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +229,8 @@ class _LargeOnMeta(TorchFunctionMode):
             size = options.get("size", args[0] if args and _is_shape(args[0]) else args)
             if _is_shape(size) and math.prod(size) > self.LARGE:
                 options["device"] = "meta"
+        if func is torch.arange and _is_shape(args) and max(args, default=0) > self.LARGE:
+            options["device"] = "meta"
         return func(*args, **options)
 
 

@@ -37,7 +37,7 @@ from fourfold.planning.rows import (
     job_bytes,
 )
 from fourfold.planning.selection import Selection
-from fourfold.planning.shards import check_names, lay_out
+from fourfold.planning.shards import check_kept, check_names, lay_out
 from fourfold.planning.tables import role_table, tensor_parallel_lines
 from fourfold.recipes import Recipe
 from fourfold.rendering import plain, size
@@ -193,6 +193,7 @@ def make_plan(source: Source, recipe: Recipe, *, trust_remote_code: bool = False
     )
     shards = tuple(lay_out(groups, selection.biases(), kept, inventory))
     check_names(shards)
+    check_kept(kept)
     copied, dropped = source.side_files()
     return Plan(
         source=source.folder,

@@ -12,6 +12,7 @@ from fourfold.models.inventory import ExpertBias, Inventory, RawTensor
 from fourfold.planning.rows import Job, ScaleGroup, Shard
 
 SHARD_BYTES = 5_000_000_000
+FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
 
 
 def lay_out(
@@ -65,6 +66,22 @@ def check_names(shards: Iterable[Shard]) -> None:
             f"{twice[0]}: two source tensors would be written under this name. "
             "Is a part of the checkpoint quantized already?"
         )
+
+
+def check_kept(kept: Iterable[RawTensor]) -> None:
+    """No tensor that is copied may look like a part of a quantized linear layer."""
+    for raw in kept:
+        leaf = raw.info.key.rpartition(".")[2]
+        if leaf in modelopt.PARTS:
+            raise PlanError(
+                f"{raw.info.key} in {raw.info.file.name}: engines would take it for a part of a "
+                "quantized layer. Is the checkpoint quantized already?"
+            )
+        if raw.is_matrix and raw.info.dtype not in FLOAT_DTYPES:
+            raise PlanError(
+                f"{raw.info.key} in {raw.info.file.name}: a weight of {raw.info.dtype}, which "
+                "no engine reads beside NVFP4. Is the checkpoint quantized already?"
+            )
 
 
 def _outputs(job: Job) -> dict[str, tuple[str, tuple[int, ...]]]:

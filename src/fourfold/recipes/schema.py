@@ -15,6 +15,7 @@ least must, or the run does not begin.
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
@@ -95,7 +96,7 @@ class Recipe(_Strict):
         read, and keys or values that no recipe has.
         """
         path = Path(name)
-        if path.suffix in {".yaml", ".yml"} or path.is_file():
+        if path.suffix in {".yaml", ".yml"} or path.exists():
             return cls._parse(path.stem, _read(path), str(path))
         known = builtin_names()
         if str(name) not in known:
@@ -110,15 +111,19 @@ class Recipe(_Strict):
     def _parse(cls, name: str, text: str, where: str) -> Recipe:
         try:
             data = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
             cause = " ".join(str(error).split())
             raise RecipeError(f"{where}: not valid YAML: {cause[:200]}") from None
         if not isinstance(data, dict):
             raise RecipeError(f"{where}: a recipe is a YAML mapping; see `fourfold recipes NAME`.")
         try:
-            return cls.model_validate({"name": name, **data})
+            recipe = cls.model_validate({"name": name, **data})
+            "".join((recipe.description, *recipe.keep)).encode()
         except ValidationError as error:
             raise RecipeError(f"{where}: {_explain(error)}") from None
+        except UnicodeEncodeError as error:
+            raise RecipeError(f"{where}: text that is not Unicode: {error.reason}") from None
+        return recipe
 
     def to_yaml(self) -> str:
         """This recipe as YAML that `load` reads back."""
@@ -137,6 +142,8 @@ def builtin_names() -> list[str]:
 
 
 def _read(path: Path) -> str:
+    if path.exists() and not path.is_file():
+        raise RecipeError(f"{path}: is no file.")
     try:
         return path.read_text("utf-8")
     except FileNotFoundError:
@@ -147,18 +154,25 @@ def _read(path: Path) -> str:
 
 def _explain(error: ValidationError) -> str:
     """The first thing wrong, with the nearest name for a key that is not known."""
-    first = error.errors()[0]
+    first = error.errors(include_url=False)[0]
     parts = [str(part) for part in first["loc"] if not _is_branch(part)]
     where, given = ".".join(parts), first.get("input")
     match first["type"]:
         case "extra_forbidden":
             return f"unknown key {where!r}{_nearest(parts[-1], _known_keys(parts))}"
         case "tuple_type":
-            return f"{where}: a list is expected, not {given!r}"
+            return f"{where}: a list is expected, not {_shown(given)}"
         case "literal_error" | "model_type":
-            return f"{where}: {given!r} is not known here; see docs/recipes.md for what is"
+            return f"{where}: {_shown(given)} is not known here; see docs/recipes.md"
     message = first["msg"].removeprefix("Value error, ")
     return f"{where}: {message}" if where else message
+
+
+def _shown(value: object) -> str:
+    """What was given, short: a nested value may be endless."""
+    if isinstance(value, list | dict | tuple):
+        return "a nested value"
+    return reprlib.repr(value)
 
 
 def _is_branch(part: int | str) -> bool:

@@ -9,6 +9,7 @@ Memory: a few buffers for each thread, whatever the model's size.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -163,9 +164,28 @@ def _embeddings(inventory: Inventory | None) -> frozenset[str]:
 def _config_changes(checkpoint: Checkpoint, source: Source) -> Iterator[Finding]:
     """config.json is the source's, but for what it says of quantization."""
     ours, theirs = (_unquantized(config) for config in (checkpoint.config, source.config))
-    changed = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    wrong = sorted(_contradictions(ours, theirs))
+    if wrong:
+        yield finding("config-contradicts", CONFIG, f"differs in {', '.join(wrong[:8])}")
+    changed = sorted(
+        key
+        for key in ours.keys() | theirs.keys()
+        if ours.get(key) != theirs.get(key) and not any(x.split(".")[0] == key for x in wrong)
+    )
     if changed:
         yield finding("config-changed", CONFIG, f"differs in {', '.join(changed[:8])}")
+
+
+_SIZES = re.compile(r"^(num_|n_)\w+$|_(size|dim|layers|rank|heads)$|^(architectures|model_type)$")
+
+
+def _contradictions(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[str]:
+    """Sizes, counts and names of the model that both sides state, and state differently."""
+    for key in ours.keys() & theirs.keys():
+        if isinstance(ours[key], Mapping) and isinstance(theirs[key], Mapping):
+            yield from (f"{key}.{inner}" for inner in _contradictions(ours[key], theirs[key]))
+        elif _SIZES.search(key) and ours[key] != theirs[key]:
+            yield key
 
 
 def _missing_files(checkpoint: Checkpoint, source: Source) -> Iterator[Finding]:

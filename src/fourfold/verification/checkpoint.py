@@ -7,6 +7,7 @@ disagreement is noted (`Files`) and the tensors are read all the same. What cann
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import struct
@@ -44,7 +45,7 @@ WEIGHT, BLOCK_SCALE, GLOBAL_SCALE, INPUT_SCALE = PARTS = (
 KV_SCALES = ("k_scale", "v_scale")
 FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
 
-EXPERT = re.compile(r"^(?P<module>.*experts)\.(?:expert_)?(?P<number>\d+)\.(?P<projection>.+)$")
+EXPERT = re.compile(r"^(?P<module>.*experts)\.(?:expert_)?(?P<number>\d{1,9})\.(?P<projection>.+)$")
 """The name of one expert's linear."""
 DOWN = frozenset({"down_proj", "w2", "fc2", "wo"})
 """What families call an expert's down projection; the others read the layer's input."""
@@ -230,14 +231,15 @@ def _find_files(folder: Path) -> Files:
         raise UnreadableError(f"{folder / INDEX}: has no weight_map")
     names = {_inside(folder, name) for name in weight_map.values()}
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
-    total = int(total) if isinstance(total, int | float) else None
+    total = int(total) if isinstance(total, int | float) and math.isfinite(total) else None
     unlisted = [name for name in present if name not in names]
     return Files([folder / name for name in sorted(names)], weight_map, total, unlisted)
 
 
 def _inside(folder: Path, name: object) -> str:
     path = PurePosixPath(str(name))
-    if not isinstance(name, str) or path.is_absolute() or ".." in path.parts or "\\" in name:
+    odd = path.is_absolute() or ".." in path.parts or bool(set("\\\0") & set(str(name)))
+    if odd or not isinstance(name, str):
         raise UnreadableError(f"{folder / INDEX}: points to {name!r}, outside the folder")
     return name
 

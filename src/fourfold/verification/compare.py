@@ -173,10 +173,14 @@ class Comparison:
     def _compare_bits(self, piece: _Piece) -> int:
         """How many bytes differ."""
         copy, region = piece.copy, piece.copy.region
-        slab = self._read_slab(copy.key, piece.start, piece.stop)
-        theirs = slab if region is None else region.view(slab).contiguous()
-        bits = theirs.reshape(-1).view(torch.uint8).numpy()
-        first = 0 if region is not None else piece.start * self._row_bytes(copy.key)
+        row = self._row_bytes(copy.key)
+        if region is None:
+            first = piece.start * row
+            bits = self.workers.buffers.take("slab", row * (piece.stop - piece.start))
+            self.source.read_bytes(copy.key, first, bits)
+        else:
+            first, slab = 0, self._read_slab(copy.key, piece.start, piece.stop)
+            bits = region.view(slab).contiguous().reshape(-1).view(torch.uint8).numpy()
         ours = self.workers.buffers.read(
             "copied", self.checkpoint, copy.name, first, first + len(bits)
         )
@@ -356,6 +360,8 @@ def _judge(error: LinearError, reference: float, usual: float) -> Iterator[Findi
     bound = max(BOUND, min(REFERENCE_FACTOR * reference, WORST_LEGAL))
     if e > bound:
         yield finding("weight-error", error.name, _figures(error, bound))
+    elif e > BOUND:
+        yield finding("weight-ruined", error.name, _figures(error, BOUND))
     elif e > max(OUTLIER, OUTLIER_OF_MEDIAN * usual, OUTLIER_OF_REFERENCE * reference):
         text = f"relative error {e:.3f}, its siblings have {usual:.3f}"
         yield finding("weight-error-outlier", error.name, text)

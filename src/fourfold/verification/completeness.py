@@ -22,7 +22,7 @@ EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_nu
 """What configurations call the number of routed experts."""
 
 _LAYER = re.compile(
-    r"^(?P<stack>(?:.*?\.)?(?:\w*layers|\w*blocks|h))\.(?P<number>\d+)\.(?P<rest>.+)$"
+    r"^(?P<stack>(?:.*?\.)?(?:\w*layers|\w*blocks|h))\.(?P<number>\d{1,9})\.(?P<rest>.+)$"
 )
 _SCALES = re.compile(r"\.(weight_scale|weight_scale_2|input_scale|k_scale|v_scale)$")
 

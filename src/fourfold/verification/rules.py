@@ -186,6 +186,8 @@ _GROUPS = (
 )  # fmt: skip
 
 _SOURCE = (
+    Rule("config-contradicts", _E, "config.json has the source's sizes, counts and architecture.",
+         "engines build another model than the tensors are of"),
     Rule("config-changed", _W, "config.json is the source's, but for quantization_config.",
          "engines read other hyperparameters, or field names that they do not know"),
     Rule("side-file-missing", _W, "The files beside the source's weights lie beside the output's.",
@@ -202,6 +204,9 @@ _SOURCE = (
          _LOADERS),
     Rule("weight-error", _E, "A dequantized weight is the source's, up to what NVFP4 must lose.",
          "swapped or shuffled rows, nibbles, experts or scales: " + _GARBAGE),
+    Rule("weight-ruined", _W, "A weight's scales can hold it.",
+         "nothing is in the wrong place, but little of the weight is left: too small beside an "
+         "outlier of its scale group, or below what NVFP4 can express"),
     Rule("weight-error-outlier", _W, "A weight's error is like its siblings', or explained by its "
          "values.", "nearly equal experts may have been swapped, or the scales chosen badly"),
     Rule("source-not-finite", _E, "The source's weights are finite.",
