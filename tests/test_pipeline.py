@@ -25,7 +25,8 @@ EXPERTS = "w4a16_nvfp4_experts_only_mse"
 def test_public_names() -> None:
     assert set(fourfold.__all__) == {
         "Finding", "FourfoldError", "ModelError", "NonFiniteError", "OutputError", "Plan",
-        "PlanError", "Recipe", "RecipeError", "Report", "Result", "SourceError", "UsageError",
+        "PlanError", "Recipe", "RecipeError", "Report", "Result", "SourceError", "UnreadableError",
+        "UsageError",
         "__version__", "plan", "quantize", "verify",
     }  # fmt: skip
     for name in fourfold.__all__:
@@ -50,7 +51,8 @@ def test_results_are_typed_and_print(written: Written, tmp_path: Path) -> None:
     assert isinstance(report, fourfold.Report)
     assert result.clean
     assert str(result).startswith("36 / 36 linear weights quantized · 0 zero scales of 6,912 · ")
-    assert str(result).endswith(" · verified")
+    assert str(result).splitlines()[0].endswith(" · verified")
+    assert str(result).endswith("of memory at the peak")
     assert "bits/weight" in str(plan)
     assert "clean: no errors" in str(report)
     assert json.loads(json.dumps(result.to_dict()))["linear_weights_quantized"] == 36

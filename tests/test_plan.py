@@ -336,7 +336,10 @@ def test_input_sites(written: Written) -> None:
 def test_tensor_parallel_sizes(written: Written) -> None:
     plan = fourfold.plan(written("qwen3_moe")[0], EXPERTS)
     assert list(plan.tensor_parallel) == [1, 2, 4, 8, 16, 32]
-    assert "48" in plan.tensor_parallel[1]
+    assert "intermediate size 48" in plan.tensor_parallel[1]
+    assert any(
+        ("Marlin" in note and "[64, 48]" in note) or "[48, 64]" in note for note in plan.notes
+    )
 
 
 def test_plan_of_671_billion_parameters(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from fourfold.errors import (
     PlanError,
     RecipeError,
     SourceError,
+    UnreadableError,
     UsageError,
 )
 
@@ -56,6 +57,7 @@ __all__ = [
     "Report",
     "Result",
     "SourceError",
+    "UnreadableError",
     "UsageError",
     "__version__",
     "plan",

@@ -13,7 +13,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -201,7 +201,14 @@ def demo(
 
     with _Display(quiet=as_json) as display:
         again = overwrite or is_demo_output(out)
-        result = run(model_dir(), out, recipe, overwrite=again, on_plan=display.show)
+        result = run(
+            model_dir(),
+            out,
+            recipe,
+            overwrite=again,
+            on_plan=display.show,
+            on_written=display.written,
+        )
     shown = demonstrate(model_dir(), out)
     if as_json:
         _print_json(result.to_dict() | {"demo": asdict(shown)})
@@ -237,11 +244,13 @@ class _Display:
 
     def written(self) -> None:
         """OUT is whole; what follows only reads it."""
-        global _outcome
-        _outcome = "OUT is written, but not verified"
+        global _outcome, _is_writing
+        _outcome, _is_writing = "OUT is written, but not verified", False
 
     def show(self, value: object) -> None:
         """Print the plan above the progress bars; the clock starts."""
+        global _is_writing
+        _is_writing = True
         self.begun["quantizing"] = time.perf_counter()
         if not self.quiet:
             _console().print(value)
@@ -305,6 +314,10 @@ def _print_json(value: object) -> None:
 _outcome = "nothing was written"
 """What a signal leaves behind, for its message."""
 
+_is_writing = False
+"""Whether a signal must clean up. Where not, the process ends at once: an exception raised in the
+middle of an import would leave a lock behind that another thread waits for."""
+
 
 class _StoppedError(BaseException):
     """A signal asked the process to end. Not a `KeyboardInterrupt`, which typer would keep."""
@@ -317,7 +330,16 @@ class _StoppedError(BaseException):
 def _stop(number: int, _: object) -> None:
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)  # one is enough: what was begun is cleaned up
+    if not _is_writing:
+        _end(number)
     raise _StoppedError(number)
+
+
+def _end(number: int) -> NoReturn:
+    show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
+    text = f"{show_cursor}error: stopped by {signal.Signals(number).name}; {_outcome}.\n"
+    os.write(2, text.encode())
+    os._exit(128 + number)
 
 
 def main() -> None:
@@ -332,8 +354,7 @@ def main() -> None:
     except FourfoldError as error:
         _fail(str(error), error.exit_code, debug)
     except _StoppedError as stopped:
-        name = signal.Signals(stopped.number).name
-        _fail(f"stopped by {name}; {_outcome}.", 128 + stopped.number, debug)
+        _end(stopped.number)
     except Exception as error:
         text = str(error) or type(error).__name__
         _fail(f"{text} (a defect of fourfold: run again with --debug and report it)", 1, debug)

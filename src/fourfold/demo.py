@@ -98,16 +98,27 @@ def is_demo_output(out_dir: Path) -> bool:
 def demonstrate(source_dir: Path, out_dir: Path) -> DemoResult:
     """Compare a checkpoint with its NVFP4 output: on held-out text, and by what they write."""
     tokenizer = AutoTokenizer.from_pretrained(source_dir)
-    with _quiet():
+    with _quiet(), _one_thread():
         reference = AutoModelForCausalLM.from_pretrained(source_dir, dtype=torch.float32)
-    quantized = load_dequantized(out_dir)
-    tokens_T = torch.tensor(tokenizer(heldout_text())["input_ids"])
-    return DemoResult(
-        prompt=PROMPT,
-        reference_text=generate(reference, tokenizer, PROMPT, NEW_TOKENS, SEED, TEMPERATURE),
-        quantized_text=generate(quantized, tokenizer, PROMPT, NEW_TOKENS, SEED, TEMPERATURE),
-        comparison=compare(reference, quantized, tokens_T, WINDOW),
-    )
+        quantized = load_dequantized(out_dir)
+        tokens_T = torch.tensor(tokenizer(heldout_text())["input_ids"])
+        return DemoResult(
+            prompt=PROMPT,
+            reference_text=generate(reference, tokenizer, PROMPT, NEW_TOKENS, SEED, TEMPERATURE),
+            quantized_text=generate(quantized, tokenizer, PROMPT, NEW_TOKENS, SEED, TEMPERATURE),
+            comparison=compare(reference, quantized, tokens_T, WINDOW),
+        )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """A model this small gains nothing from threads, and loses tenfold where cores are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def load_dequantized(out_dir: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -4,7 +4,8 @@
     ├── UsageError                exit code 2: an option or argument is wrong
     │   └── RecipeError           a recipe: unknown name, key, role; a pattern without a match
     ├── SourceError               the checkpoint that is read: folder, index, shard, header, config
-    │   └── NonFiniteError        a weight that holds NaN or Inf
+    │   ├── NonFiniteError        a weight that holds NaN or Inf
+    │   └── UnreadableError       exit code 2: what should be verified is no NVFP4 checkpoint
     ├── ModelError                an architecture that cannot be taken apart
     ├── PlanError                 recipe × model cannot work: shapes, groups, disk, memory
     └── OutputError               the folder that is written
@@ -38,6 +39,12 @@ class SourceError(FourfoldError):
 
 class NonFiniteError(SourceError):
     """A weight holds NaN or Inf."""
+
+
+class UnreadableError(SourceError):
+    """What should be verified, or compared with, cannot be read; or is no NVFP4 checkpoint."""
+
+    exit_code = 2
 
 
 class ModelError(FourfoldError):

@@ -42,10 +42,21 @@ def _obstacles(
     size: int, experts_in: Iterable[int], inputs: Iterable[tuple[str, int]], heads: int | None
 ) -> Iterator[str]:
     if heads is not None and heads % size:
-        yield f"{heads} attention heads"
+        yield f"{heads} attention heads cannot be dealt out"
     for width in sorted(experts_in):
         if width % (size * EXPERT_ALIGNMENT):
-            yield f"experts' intermediate size {width} / {size} is not a multiple of 64"
+            yield f"experts' intermediate size {width} leaves a rank no multiple of 64"
     for name, width in sorted(inputs):
         if width % (size * BLOCK):
-            yield f"{name}'s input {width} / {size} is not a multiple of 16"
+            yield f"{name}'s input {width} leaves a rank no multiple of 16"
+
+
+def marlin_note(quantized: Sequence[LinearWeight]) -> str | None:
+    """What vLLM's and SGLang's path for GPUs before Blackwell would refuse."""
+    odd = [x for x in quantized if any(size % EXPERT_ALIGNMENT for size in x.shape)]
+    if not odd:
+        return None
+    return (
+        f"{len(odd)} weights have a dimension that {EXPERT_ALIGNMENT} does not divide, which the "
+        f"Marlin kernels (GPUs before Blackwell) refuse: {odd[0].name} {list(odd[0].shape)}, …"
+    )

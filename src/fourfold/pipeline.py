@@ -20,7 +20,7 @@ from fourfold.fold import LinearResult, Progress, fold
 from fourfold.machine import memory_available, peak_resident, threads_available
 from fourfold.numerics import nvfp4
 from fourfold.planning import Plan, ScaleGroup, make_plan
-from fourfold.recipes import Recipe
+from fourfold.recipes import DEFAULT_RECIPE, Recipe
 from fourfold.rendering import size
 from fourfold.summary import summary_of
 from fourfold.verification import Report, verify
@@ -68,7 +68,8 @@ class Result:
             parts.append(f"{counts.zero_block_scales:,} zero scales of {counts.block_scales:,}")
         parts.append(f"{size(self.plan.nbytes_after)} from {size(self.plan.nbytes)}")
         parts.append(_verdict(self.report))
-        return " · ".join(parts)
+        took = f"{self.seconds:,.1f} s, {size(self.peak_resident)} of memory at the peak"
+        return " · ".join(parts) + f"\n{took}"
 
 
 def _verdict(report: Report | None) -> str:
@@ -78,7 +79,10 @@ def _verdict(report: Report | None) -> str:
 
 
 def plan(
-    model: str | Path | Source, recipe: str | Path | Recipe, *, trust_remote_code: bool = False
+    model: str | Path | Source,
+    recipe: str | Path | Recipe = DEFAULT_RECIPE,
+    *,
+    trust_remote_code: bool = False,
 ) -> Plan:
     """What `quantize` would do to every tensor of `model`; reads no weight.
 
@@ -95,7 +99,7 @@ def plan(
 def quantize(
     model: str | Path | Source,
     out: str | Path,
-    recipe: str | Path | Recipe,
+    recipe: str | Path | Recipe = DEFAULT_RECIPE,
     *,
     threads: int | None = None,
     overwrite: bool = False,

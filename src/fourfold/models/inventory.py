@@ -263,6 +263,7 @@ class _Taking:
         for key, place in self.places.items():
             if place.target is None or key in self.roles:
                 continue
+            self._check_shape(key, place)
             targets = self.tree.conversion.targets(place)
             layers = [self.tree.linears.get(name.removesuffix(".weight")) for name in targets]
             if not all(name.endswith(".weight") for name in targets) or None in layers:
@@ -277,15 +278,20 @@ class _Taking:
             shape_fits = info.shape == (outs, ins) or (
                 place.pattern is not None and len(info.shape) == 2 and info.shape[1] == ins
             )
-            if place.pattern is None and not shape_fits:
-                raise ModelError(
-                    f"{key} in {info.file.name}: shape {list(info.shape)}, the architecture says "
-                    f"{[outs, ins]}. Does config.json belong to this checkpoint?"
-                )
             if not shape_fits or not key.endswith(".weight"):
                 self.blocked[key] = "its layout on disk is not that of a linear layer"
                 continue
             self._add_linear(key, role, found[0].path, self._layer_of(place.target))
+
+    def _check_shape(self, key: str, place: Place) -> None:
+        """A tensor that is only renamed has the shape of its parameter."""
+        wanted = self.tree.parameters.get(place.target or "")
+        info = self.infos[key]
+        if place.pattern is None and wanted is not None and info.shape != wanted:
+            raise ModelError(
+                f"{key} in {info.file.name}: shape {list(info.shape)}, the architecture says "
+                f"{list(wanted)}. Does config.json belong to this checkpoint?"
+            )
 
     def _feeds_linear(self, targets: Iterable[str]) -> bool:
         return any(

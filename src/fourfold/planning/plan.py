@@ -25,7 +25,7 @@ from fourfold.machine import threads_available
 from fourfold.models.engines import write_ignore
 from fourfold.models.families import family_of
 from fourfold.models.inventory import Inventory, LinearWeight, take_inventory
-from fourfold.parallel import tensor_parallel
+from fourfold.parallel import marlin_note, tensor_parallel
 from fourfold.planning.rows import (
     COPY_BYTES,
     GROUP_BYTES,
@@ -167,7 +167,10 @@ class Plan:
                 f"{len(self.linears):,} linear weights to quantize · "
                 f"{len(self.ignore):,} ignore entries"
             ),
-            Text(f"disk {size(self.nbytes_after)} · memory about {memory} and the interpreter"),
+            Text(
+                f"disk {size(self.nbytes_after)} · memory about {memory}, plus half a GB for "
+                "Python and PyTorch"
+            ),
             *(Text(f"note: {note}", style="yellow") for note in self.notes),
         )
 
@@ -227,6 +230,9 @@ def _notes(
             f"no engine is known to read NVFP4 experts of {inventory.model_types[0]}"
             + (f": {family.remark}" if family.remark else "")
         )
+    marlin = marlin_note(quantized)
+    if marlin is not None:
+        yield marlin
     dtypes = Counter(linear.dtype for linear in quantized)
     if len(dtypes) > 1:
         yield f"weights of several dtypes are quantized: {dict(dtypes)}"

@@ -43,9 +43,12 @@ def _figures(rows: Iterable[Row]) -> list[str]:
 
 
 def tensor_parallel_lines(sizes: Mapping[int, str]) -> Iterable[Text]:
-    """Which tensor-parallel sizes load, and why not the others."""
+    """Which tensor-parallel sizes fit the weights, and why not the others."""
     fine = [str(count) for count, obstacle in sizes.items() if not obstacle]
-    yield Text(f"tensor-parallel sizes that load everywhere: {', '.join(fine) or 'none'}")
-    obstacles = [(count, why) for count, why in sizes.items() if why]
-    if obstacles:
-        yield Text("  not " + "; not ".join(f"{n}: {why}" for n, why in obstacles), style="dim")
+    yield Text(f"tensor-parallel sizes that fit: {', '.join(fine) or 'none'}")
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for count, why in sizes.items():
+        if why:
+            reasons[why].append(str(count))
+    for why, counts in reasons.items():
+        yield Text(f"  not {', '.join(counts)}: {why}", style="dim")

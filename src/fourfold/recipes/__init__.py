@@ -1,5 +1,5 @@
 """What to do, by role: recipes in YAML."""
 
-from fourfold.recipes.schema import KVCache, Recipe, Weights, builtin_names
+from fourfold.recipes.schema import DEFAULT_RECIPE, KVCache, Recipe, Weights, builtin_names
 
-__all__ = ["KVCache", "Recipe", "Weights", "builtin_names"]
+__all__ = ["DEFAULT_RECIPE", "KVCache", "Recipe", "Weights", "builtin_names"]

@@ -26,6 +26,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, mo
 
 from fourfold.errors import RecipeError
 
+DEFAULT_RECIPE = "w4a16_nvfp4_experts_only_mse"
+
 QUANTIZABLE_ROLES = (
     "experts", "shared_experts", "mlp", "attention", "linear_attention", "lm_head", "mtp",
 )  # fmt: skip

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fourfold.checkpoints.source import Source, open_source
+from fourfold.errors import UnreadableError
 from fourfold.models.inventory import Inventory, take_inventory
 from fourfold.models.roles import Role
 from fourfold.verification import completeness, files, groups, structure, values
@@ -28,7 +29,7 @@ from fourfold.verification.checkpoint import (
 )
 from fourfold.verification.compare import Comparison, LinearError
 from fourfold.verification.match import match
-from fourfold.verification.quant_config import CONFIG, UnreadableError
+from fourfold.verification.quant_config import CONFIG
 from fourfold.verification.report import Counts, Report, RoleError
 from fourfold.verification.rules import RULES, Finding, Rule, Severity, finding
 from fourfold.verification.streaming import Progress, Workers

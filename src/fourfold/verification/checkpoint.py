@@ -25,14 +25,13 @@ import torch
 
 from fourfold.checkpoints.safetensors_header import TensorInfo, read_header
 from fourfold.checkpoints.source import INDEX, read_config, read_json
-from fourfold.errors import FourfoldError
+from fourfold.errors import FourfoldError, UnreadableError
 from fourfold.models.engines import experts_module
 from fourfold.models.roles import EMBEDDING_NAME
 from fourfold.verification.quant_config import (
     CONFIG,
     HF_CONFIG,
     QuantConfig,
-    UnreadableError,
     parse,
 )
 

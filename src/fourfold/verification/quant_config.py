@@ -12,19 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fourfold.errors import SourceError
+from fourfold.errors import UnreadableError
 
 CONFIG = "config.json"
 HF_CONFIG = "hf_quant_config.json"
 
 W4A4, W4A16, MIXED = "NVFP4", "W4A16_NVFP4", "MIXED_PRECISION"
 KNOWN_ALGOS = (W4A4, W4A16, MIXED)
-
-
-class UnreadableError(SourceError):
-    """What should be verified, or compared with, cannot be read; or is no NVFP4 checkpoint."""
-
-    exit_code = 2
 
 
 @dataclass(frozen=True)
