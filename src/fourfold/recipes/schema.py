@@ -156,7 +156,9 @@ def _read(path: Path) -> str:
 
 def _explain(error: ValidationError) -> str:
     """The first thing wrong, with the nearest name for a key that is not known."""
-    first = error.errors(include_url=False)[0]
+    errors = error.errors(include_url=False)
+    same = [each for each in errors if each["loc"][:1] == errors[0]["loc"][:1]]
+    first = max(same, key=lambda each: len(each["loc"]))  # of a union, the branch that got furthest
     parts = [str(part) for part in first["loc"] if not _is_branch(part)]
     where, given = ".".join(parts), first.get("input")
     match first["type"]:
