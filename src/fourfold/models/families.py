@@ -443,7 +443,11 @@ _TABLE: dict[str, Family] = {
     ),
     "inkling2": Family(_llama(_ASSUMED, "no engine"), (), _INKLING),
     "jetmoe": Family(
-        _llama(_ASSUMED, "no engine"), (), _JETMOE, "router.layer", remark="attention has experts"
+        _llama(_ASSUMED, "no engine"),
+        (),
+        _JETMOE,
+        "router.layer",
+        remark="attention has experts; `plan` refuses it",
     ),
     "muse_spark": Family(
         _llama(_ASSUMED, "vLLM muse_spark/common/moe.py takes stacked tensors only"),
