@@ -39,7 +39,7 @@ from itertools import combinations
 from typing import NamedTuple
 
 from fourfold.errors import PlanError
-from fourfold.models.families import FAMILIES, FUSED_MODULES, Engine, FusedModule, Stack
+from fourfold.models.families import FAMILIES, FUSED_MODULES, Engine, FusedModule, Stack, fuse
 
 __all__ = [
     "Engine",
@@ -159,10 +159,9 @@ def modules_of(names: Iterable[str]) -> list[Module]:
 def _fuse(group: Mapping[str, str]) -> Iterator[Module]:
     """Modules made of the linears of one parent, given as last name → full name."""
     left = dict(group)
-    for fused in FUSED_MODULES:
-        if all(part in left for part in fused.parts if part not in fused.optional):
-            members = tuple(left.pop(part) for part in fused.parts if part in left)
-            yield Module(_sibling(members[0], fused.names[0]), members, fused)
+    for fused, parts in fuse(group):
+        members = tuple(left.pop(part) for part in parts)
+        yield Module(_sibling(members[0], fused.names[0]), members, fused)
     yield from (Module(name, (name,)) for name in left.values())
 
 

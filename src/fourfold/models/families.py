@@ -13,7 +13,7 @@ it was tried. docs/support.md shows this table.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -163,6 +163,17 @@ KEEP_ALWAYS: tuple[KeepAlways, ...] = (
         "a router with one output: vLLM and SGLang build it unquantized",
     ),
 )
+
+
+def fuse(lasts: Iterable[str]) -> list[tuple[FusedModule, tuple[str, ...]]]:
+    """Which of sibling linears, given by their last names, engines load into one module."""
+    left, found = set(lasts), []
+    for module in FUSED_MODULES:
+        if left.issuperset(set(module.parts) - set(module.optional)):
+            parts = tuple(part for part in module.parts if part in left)
+            left.difference_update(parts)
+            found.append((module, parts))
+    return found
 
 
 def kept_because(name: str) -> str | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -20,7 +20,7 @@ from fourfold.checkpoints.safetensors_header import TensorInfo
 from fourfold.checkpoints.source import Source
 from fourfold.errors import ModelError, SourceError
 from fourfold.models.experts import Projection
-from fourfold.models.families import FUSED_MODULES, kept_because
+from fourfold.models.families import fuse, kept_because
 from fourfold.models.fused_experts import ExpertPart, cut_experts
 from fourfold.models.module_tree import ModuleTree, Place, build_tree
 from fourfold.models.regions import Region, whole
@@ -410,20 +410,18 @@ def _first_by_suffix(linears: Sequence[LinearWeight]) -> dict[str, list[LinearWe
 
 def _with_groups(linears: Sequence[LinearWeight]) -> Iterable[LinearWeight]:
     """Put sibling layers that engines fuse into one scale group and one input site."""
-    names = {linear.name for linear in linears if linear.expert is None}
+    siblings: dict[str, set[str]] = defaultdict(set)
     for linear in linears:
-        if linear.expert is not None:
-            yield linear
-            continue
-        parent, _, last = linear.name.rpartition(".")
-        name = f"{parent}.{'+'.join(_siblings(parent, last, names))}"
-        yield replace(linear, scale_group=name, input_site=name)
-
-
-def _siblings(parent: str, last: str, names: Set[str]) -> Sequence[str]:
-    """The layers under `parent` that engines fuse with `last`, itself included."""
-    for module in FUSED_MODULES:
-        present = [part for part in module.parts if f"{parent}.{part}" in names]
-        if last in module.parts and set(module.parts) - set(module.optional) <= set(present):
-            return present
-    return (last,)
+        if linear.expert is None:
+            parent, _, last = linear.name.rpartition(".")
+            siblings[parent].add(last)
+    groups = {
+        f"{parent}.{part}": f"{parent}.{'+'.join(parts)}"
+        for parent, lasts in siblings.items()
+        for _, parts in fuse(lasts)
+        for part in parts
+    }
+    for linear in linears:
+        name = groups.get(linear.name)
+        alone = linear.expert is not None or name is None
+        yield linear if alone else replace(linear, scale_group=str(name), input_site=str(name))

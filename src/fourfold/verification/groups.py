@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 from fourfold.models.engines import Mismatch, Module, Verdict, check, modules_of
-from fourfold.models.families import FUSED_MODULES, KEEP_ALWAYS
+from fourfold.models.families import KEEP_ALWAYS, fuse
 from fourfold.verification.checkpoint import DOWN, EXPERT, GLOBAL_SCALE, INPUT_SCALE, Checkpoint
 from fourfold.verification.quant_config import MIXED
 from fourfold.verification.rules import Finding, finding
@@ -27,18 +27,9 @@ def fused_groups(names: Iterable[str]) -> list[Group]:
     return [
         tuple(f"{parent}.{last}" for last in group)
         for parent, lasts in sorted(siblings.items())
-        for group in _fuse(lasts)
+        for _, group in fuse(lasts)
+        if len(group) > 1
     ]
-
-
-def _fuse(lasts: set[str]) -> Iterator[list[str]]:
-    left = set(lasts)
-    for fused in FUSED_MODULES:
-        if left.issuperset(set(fused.parts) - set(fused.optional)):
-            group = [part for part in fused.parts if part in left]
-            left.difference_update(group)
-            if len(group) > 1:
-                yield group
 
 
 def input_site(linear: str) -> str | None:
