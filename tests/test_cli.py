@@ -254,6 +254,11 @@ def test_overwrite_replaces_what_we_wrote_and_nothing_else(
     (out / "LICENSE").symlink_to(tmp_path / "elsewhere")
     (first / "LICENSE").write_text("theirs")
     check_error(run("quantize", first, out, "--overwrite"), 1, "LICENSE: is in the way")
+    assert run("verify", out)[0] == 0  # refused before anything was removed
+    (out / "LICENSE").unlink()
+    (out / "LICENSE").mkdir()
+    check_error(run("quantize", first, out, "--overwrite"), 1, "LICENSE: is in the way")
+    assert run("verify", out)[0] == 0
     assert (tmp_path / "elsewhere").read_text() == "mine"
 
 

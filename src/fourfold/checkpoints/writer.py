@@ -83,17 +83,23 @@ class OutputFolder:
         try:
             self._made_folder = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._check_free(files)
             self._clear()
-            for name in files:
-                if os.path.lexists(self.folder / name):
-                    raise OutputError(
-                        f"{self.folder / name}: is in the way, and no part of an earlier "
-                        "checkpoint. Move it, or choose another folder."
-                    )
             self._written.append(self.folder / MARKER)
             (self.folder / MARKER).write_text(json.dumps({"files": list(files)}))
         except OSError as error:
             raise output_error(self.folder, error) from error
+
+    def _check_free(self, files: Sequence[str]) -> None:
+        """Refuse before anything is removed, so that an earlier checkpoint stays whole."""
+        earlier = set(self._earlier_files())
+        for name in files:
+            path = self.folder / name
+            if os.path.lexists(path) and (name not in earlier or path.is_dir()):
+                raise OutputError(
+                    f"{path}: is in the way, and no part of an earlier checkpoint. "
+                    "Move it, or choose another folder."
+                )
 
     def _earlier_files(self) -> list[str]:
         """What an earlier run wrote here, by its own word: finished or not."""
