@@ -19,7 +19,8 @@ from fourfold.checkpoints.safetensors_header import TensorInfo
 from fourfold.errors import ModelError, SourceError
 from fourfold.models.experts import ExpertsModule, Part, Projection, part_of
 from fourfold.models.families import DEFAULT, family_of
-from fourfold.models.module_tree import EXPERT_NUMBER, ModuleTree
+from fourfold.models.internals import EXPERT_NUMBER
+from fourfold.models.module_tree import ModuleTree
 from fourfold.models.regions import Located, Region, Span, locate, number, reduction
 
 Sources = Mapping[str | None, Sequence[str]]

@@ -22,7 +22,8 @@ from fourfold.errors import ModelError, SourceError
 from fourfold.models.experts import Projection
 from fourfold.models.families import fuse, kept_because
 from fourfold.models.fused_experts import ExpertPart, cut_experts
-from fourfold.models.module_tree import ModuleTree, Place, build_tree
+from fourfold.models.internals import Place
+from fourfold.models.module_tree import ModuleTree, build_tree
 from fourfold.models.regions import Region, whole
 from fourfold.models.roles import (
     EMBEDDING_NAME,

@@ -1,0 +1,259 @@
+"""Run a model that is larger than the memory: one decoder layer is in memory at a time.
+
+Every call is an ordinary `model(**batch)`, whatever the architecture does between its layers. It
+runs in a thread of its own that is switched by hand (a greenlet): a forward-pre-hook at the door
+of each decoder layer parks it. The coordinator loads a layer, lets the calls through one after
+the other, hands the layer to its caller, and gives the memory back:
+
+    shell ─▶ every call to door 0 ─▶ load 0 ─▶ every call to door 1 ─▶ yield 0, free 0 ─▶ load 1 …
+
+Nothing is replayed and nothing of a model is known here, so what a call computes is bit for bit
+what it would with the whole model in memory. A call may pass the layers several times
+(`generate`). Only one call runs at any moment, and all in the caller's own thread: an exception
+ends the run where it is raised, and there is no thread to join. Threads of the system would each
+keep a pool of workers in OpenMP and an arena in malloc; these cost a few kB each.
+
+The shell (embeddings, norms, head) is loaded first; what a call no longer needs can be freed.
+Parameters of vision and audio towers stay on the meta device: a call that needs them fails.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import nn
+
+from fourfold.checkpoints.held import HeldTensors
+from fourfold.checkpoints.source import Source
+from fourfold.errors import ModelError
+from fourfold.models.internals import Conversion, LazyTensor, build_model, load_tensors
+from fourfold.models.module_tree import ModuleTree, describe
+from fourfold.models.parking import Parking
+from fourfold.models.roles import TOWER
+
+TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+Call = Callable[[Any], Any]
+"""Something that calls the model, as often as it likes."""
+
+
+class StreamedModel:
+    """A checkpoint's model on the meta device, whose parts are loaded when they are needed."""
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        towers: bool = False,
+        trust_remote_code: bool = False,
+    ) -> None:
+        """`dtype`: of the parameters; by default that of most of the checkpoint's weights.
+
+        towers: whether vision and audio towers are loaded, too; text needs none.
+        """
+        self.held = HeldTensors(source)
+        self.device, self.dtype = torch.device(device), dtype or main_dtype(source)
+        self.model = build_model(
+            source.folder, dtype=self.dtype, trust_remote_code=trust_remote_code
+        )
+        _move_buffers(self.model, self.device)
+        self.tree: ModuleTree = describe(self.model)
+        self.layers = tuple(self.model.get_submodule(path) for path in self.tree.layers)
+        self._keys = _keys_of_units(self.tree, self.tree.conversion, source, towers)
+
+    def unit_bytes(self, layer: int | None) -> int:
+        """Bytes of a layer's tensors in the source; of the shell's for None."""
+        return sum(self.held.tensors[key].nbytes for key in self._keys[layer])
+
+    def load(self, layer: int | None) -> None:
+        """Load a decoder layer, or the shell for None."""
+        keys = self._keys[layer]
+        lazy = {key: LazyTensor(partial(self.held.whole, key)) for key in keys}
+        load_tensors(self.tree.conversion, lazy, device=self.device, dtype=self.dtype)
+        if layer is None:
+            self.model.tie_weights()
+
+    def free(self, layer: int | None) -> None:
+        """Give back the memory of a layer, or of the shell; its buffers stay."""
+        modules = [self.model] if layer is None else [self.layers[layer]]
+        for module in modules:
+            free_parameters(module)
+        self.held.release()
+
+    def load_all(self) -> Any:
+        """The model with everything loaded, for what fits into memory."""
+        for layer in (None, *range(len(self.layers))):
+            self.load(layer)
+            self.held.release()
+        return self.model
+
+    def run(
+        self,
+        calls: Sequence[Call],
+        *,
+        parking: Parking | None = None,
+        on_resume: Callable[[int], None] | None = None,
+        keep_shell: bool = True,
+    ) -> Iterator[int]:
+        """Make all `calls`; yields each layer's index when all have passed it, before it is freed.
+
+        parking: where the activations of waiting calls are kept; in memory by default.
+        on_resume: called with a call's index whenever it goes on.
+        keep_shell: whether embeddings stay for as long as the run, or only until the first layer.
+        """
+        with ExitStack() as stack:
+            running = _Running(self.model, calls, parking or Parking(), on_resume)
+            stack.callback(self._free_all)
+            stack.callback(running.end)
+            for index, layer in enumerate(self.layers):
+                hook = layer.register_forward_pre_hook(
+                    partial(running.park, index), with_kwargs=True, prepend=True
+                )
+                stack.callback(hook.remove)
+            self.load(None)
+            running.begin()
+            self.held.release()
+            if not keep_shell:
+                self._free_embeddings()
+            while running.waiting:
+                for index in range(len(self.layers)):
+                    if running.at(index):
+                        self.load(index)
+                        running.step(index)
+                        yield index
+                        self.free(index)
+
+    def _free_embeddings(self) -> None:
+        for path in self.tree.embeddings:
+            if not any(path.startswith(f"{layer}.") for layer in self.tree.layers):
+                free_parameters(self.model.get_submodule(path))
+
+    def _free_all(self) -> None:
+        free_parameters(self.model)
+        self.held.release()
+
+
+class _Running:
+    """The calls of one run: each waits at a door, or has ended."""
+
+    def __init__(
+        self,
+        model: Any,
+        calls: Sequence[Call],
+        parking: Parking,
+        on_resume: Callable[[int], None] | None,
+    ) -> None:
+        self.model, self.parking, self.on_resume = model, parking, on_resume
+        self.coordinator = getcurrent()
+        self.threads = [greenlet(partial(self._call, call)) for call in calls]
+        self.numbers = {thread: number for number, thread in enumerate(self.threads)}
+        self.waiting: dict[int, int] = {}
+        """Call → the layer whose door it waits at."""
+
+    def _call(self, call: Call) -> None:
+        with torch.no_grad():
+            call(self.model)
+
+    def begin(self) -> None:
+        """Start every call, up to its first door."""
+        own = {
+            tensor.untyped_storage()._cdata
+            for tensor in (*self.model.parameters(), *self.model.buffers())
+            if not tensor.is_meta
+        }
+        self.parking.begin(own)
+        for number in range(len(self.threads)):
+            self._switch(number)
+
+    def at(self, layer: int) -> list[int]:
+        """The calls that wait at a layer's door."""
+        return [number for number, door in self.waiting.items() if door == layer]
+
+    def step(self, layer: int) -> None:
+        """Let every call through that waits at this door, one at a time."""
+        for number in self.at(layer):
+            del self.waiting[number]
+            self.parking.fetch(number)
+            self._switch(number)
+        self.waiting = dict(sorted(self.waiting.items()))
+
+    def _switch(self, number: int) -> None:
+        if self.on_resume is not None:
+            self.on_resume(number)
+        self.coordinator = getcurrent()
+        self.threads[number].parent = self.coordinator
+        self.threads[number].switch()
+
+    def park(self, layer: int, _: nn.Module, args: Any, kwargs: Any) -> None:
+        """The hook at a layer's door."""
+        number = self.numbers.get(getcurrent())
+        if number is None:
+            raise ModelError(
+                "the model was called from outside while its layers are streamed. Wait for the end."
+            )
+        self.waiting[number] = layer
+        self.parking.leave(number, (args, kwargs))
+        del args, kwargs
+        self.coordinator.switch()
+
+    def end(self) -> None:
+        """End every call that still waits, wherever it is."""
+        for thread in self.threads:
+            if thread and not thread.dead:
+                thread.parent = getcurrent()
+                thread.throw()
+        self.parking.close()
+
+
+def free_parameters(module: nn.Module) -> None:
+    """Put the parameters of a module back on the meta device, and with them their memory."""
+    for owner in module.modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                empty = torch.empty_like(parameter, device="meta")
+                owner._parameters[name] = nn.Parameter(empty, requires_grad=False)
+
+
+def main_dtype(source: Source) -> torch.dtype:
+    """The dtype that most of a checkpoint's elements have, among those that are computed with."""
+    sizes: dict[str, int] = defaultdict(int)
+    for info in source.tensors.values():
+        if info.dtype in TORCH_DTYPES:
+            sizes[info.dtype] += info.numel
+    if not sizes:
+        raise ModelError(f"{source.folder}: no tensor of {', '.join(TORCH_DTYPES)}: nothing to run")
+    return TORCH_DTYPES[max(sizes, key=lambda dtype: sizes[dtype])]
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
+
+
+def _keys_of_units(
+    tree: ModuleTree, conversion: Conversion, source: Source, towers: bool
+) -> Mapping[int | None, Sequence[str]]:
+    """Raw keys by the decoder layer that they are loaded with; None for the shell."""
+    units: dict[int | None, list[str]] = defaultdict(list)
+    for key in source.tensors:
+        target = conversion.place(key).target
+        if target is not None and (towers or not TOWER.search(target)):
+            units[_layer_of(target, tree.layers)].append(key)
+    return units
+
+
+def _layer_of(target: str, layers: Iterable[str]) -> int | None:
+    for index, layer in enumerate(layers):
+        if target.startswith(f"{layer}."):
+            return index
+    return None
