@@ -24,6 +24,8 @@ from fourfold.errors import FourfoldError
 
 if TYPE_CHECKING:
     from fourfold import fold
+    from fourfold.calibration.calibrate import CalibrationProgress
+    from fourfold.calibration.data import CalibrationData
     from fourfold.pipeline import Result
 
 LONGEST_MESSAGE = 2000
@@ -70,6 +72,35 @@ def quantize(
     model: Model,
     out: Annotated[str, typer.Argument(help="The folder to write.")],
     recipe: RecipeName = DEFAULT_RECIPE,
+    calib: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What the model reads for calibration: text, JSONL, Parquet, or a name on the "
+            "hub. May be repeated. By default a mixed text that comes with fourfold."
+        ),
+    ] = None,
+    calib_size: Annotated[
+        int | None, typer.Option(help="Samples of calibration data; by default up to 128.")
+    ] = None,
+    calib_seq: Annotated[
+        int | None, typer.Option(help="Tokens of a sample; by default up to 512.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Samples that pass the model together.")] = 8,
+    packing: Annotated[
+        str, typer.Option(help="packed: samples are full; padded: a document is a sample.")
+    ] = "packed",
+    seed: Annotated[int, typer.Option(help="Which samples are chosen.")] = 0,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="The calibration.safetensors of an earlier run, instead of running."),
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="Where the model runs for calibration: cpu, cuda, cuda:N, auto.")
+    ] = "auto",
+    activation_memory: Annotated[
+        float | None,
+        typer.Option(help="GB of activations in memory; the rest waits in a file in OUT.", min=0),
+    ] = None,
     threads: Threads = None,
     overwrite: Overwrite = False,
     no_verify: Annotated[
@@ -86,11 +117,22 @@ def quantize(
             model,
             out,
             recipe,
+            calib=calib or (),
+            calib_size=calib_size,
+            calib_seq=calib_seq,
+            batch_size=batch_size,
+            packing=packing,
+            seed=seed,
+            calibration=calibration,
+            device=device,
+            activation_memory=None if activation_memory is None else int(activation_memory * 1e9),
             threads=threads,
             overwrite=overwrite,
             verified=not no_verify,
             trust_remote_code=trust_remote_code,
             on_plan=display.show,
+            on_data=display.data,
+            calibration_progress=display.calibrating,
             progress=display.folding,
             on_written=display.written,
             verify_progress=display.verifying,
@@ -207,6 +249,8 @@ def demo(
             recipe,
             overwrite=again,
             on_plan=display.show,
+            on_data=display.data,
+            calibration_progress=display.calibrating,
             on_written=display.written,
         )
     shown = demonstrate(model_dir(), out)
@@ -254,6 +298,25 @@ class _Display:
         self.begun["quantizing"] = time.perf_counter()
         if not self.quiet:
             _console().print(value)
+
+    def data(self, data: CalibrationData) -> None:
+        """What the model will read."""
+        if not self.quiet:
+            _console().print(
+                f"calibrating on {data.samples:,} samples of {data.seq:,} tokens from {data.origin}"
+                + (" (--calib gives it your own)" if data.is_embedded else "")
+            )
+
+    def calibrating(self, event: CalibrationProgress) -> None:
+        """A layer was run."""
+        if "calibrating" not in self.tasks:
+            self.tasks["calibrating"] = self.progress.add_task(
+                "calibrating", total=event.layers, rate="", rss=""
+            )
+        self.progress.update(
+            self.tasks["calibrating"], completed=event.layer + 1,
+            rate=f"layer {event.layer + 1}/{event.layers}", rss=_resident(),
+        )  # fmt: skip
 
     def folding(self, event: fold.Progress) -> None:
         """A shard is finished."""

@@ -2,11 +2,13 @@
 
     FourfoldError                 exit code 1
     ├── UsageError                exit code 2: an option or argument is wrong
-    │   └── RecipeError           a recipe: unknown name, key, role; a pattern without a match
+    │   ├── RecipeError           a recipe: unknown name, key, role; a pattern without a match
+    │   └── CalibrationError      --calib: missing, malformed, too little; ids the model lacks
     ├── SourceError               the checkpoint that is read: folder, index, shard, header, config
     │   ├── NonFiniteError        a weight that holds NaN or Inf
     │   └── UnreadableError       exit code 2: what should be verified is no NVFP4 checkpoint
     ├── ModelError                an architecture that cannot be taken apart
+    ├── ObservationError          activations with NaN or Inf; an input that no token reached
     ├── PlanError                 recipe × model cannot work: shapes, groups, disk, memory
     └── OutputError               the folder that is written
 
@@ -33,6 +35,10 @@ class RecipeError(UsageError):
     """A recipe is unknown, malformed, or names something that this model lacks."""
 
 
+class CalibrationError(UsageError):
+    """Calibration data is missing, malformed or too little, or does not fit the model."""
+
+
 class SourceError(FourfoldError):
     """The checkpoint that is read is missing, broken or unsafe."""
 
@@ -49,6 +55,10 @@ class UnreadableError(SourceError):
 
 class ModelError(FourfoldError):
     """The architecture is unknown, or has a part that cannot be taken apart."""
+
+
+class ObservationError(FourfoldError):
+    """What calibration observed gives no scale: NaN or Inf, or nothing at all."""
 
 
 class PlanError(FourfoldError):

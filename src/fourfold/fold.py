@@ -13,14 +13,16 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from fourfold.calibration.scales import ActivationScales
 from fourfold.checkpoints import modelopt
 from fourfold.checkpoints.source import Source
 from fourfold.checkpoints.writer import OutputFolder, ShardFile
@@ -31,6 +33,7 @@ from fourfold.planning import (
     COPY_BYTES,
     GROUP_BYTES,
     Job,
+    KVScales,
     Plan,
     ScaleGroup,
     is_plain,
@@ -50,6 +53,13 @@ class LinearResult:
     shape: tuple[int, int]
     global_scale: float
     amax: float
+    layer: int | None
+    expert: int | None
+    input_amax: float | None
+    """The largest input that this linear weight saw; None where it saw none."""
+    input_scale: float | None
+    tokens: int | None
+    """Tokens that were routed to an expert, or rows that a linear layer saw, in calibration."""
     sum_sq_err: float
     """Σ(w − q·s·S)²."""
     sum_sq_w: float
@@ -73,35 +83,29 @@ class Progress:
     bytes_total: int
 
 
-def fold(
+@contextmanager
+def folding(
     plan: Plan,
     source: Source,
     out: OutputFolder,
     *,
+    scales: ActivationScales | None = None,
     threads: int | None = None,
     progress: Callable[[Progress], None] | None = None,
-) -> list[LinearResult]:
-    """Write every shard of `plan` into `out`; figures of each linear weight, sorted by name.
+) -> Iterator[Folding]:
+    """Write the shards of `plan` into `out`, all at once or unit by unit.
 
-    Raises what the first failing worker raised, after all of them have ended and the unfinished
-    shards are gone.
+    scales: of activations, for a plan that needs them; a unit's must be known when it is folded.
+    Shards that are not finished at the end are removed.
     """
-    work = _Work(plan, source, out, progress)
-    count = threads or threads_available()
+    work = Folding(plan, source, out, scales, threads or threads_available(), progress)
     try:
-        with ThreadPoolExecutor(count, thread_name_prefix="fold") as pool:
-            workers = [pool.submit(work.run) for _ in range(count)]
-            try:
-                for worker in workers:
-                    worker.result()
-            finally:
-                work.stop()
+        yield work
     finally:
         work.close()
-    return work.finished()
 
 
-class _Work:
+class Folding:
     """The jobs of a plan, handed to workers, and the shards that they fill."""
 
     def __init__(
@@ -109,11 +113,14 @@ class _Work:
         plan: Plan,
         source: Source,
         out: OutputFolder,
+        scales: ActivationScales | None,
+        threads: int,
         progress: Callable[[Progress], None] | None,
     ) -> None:
         self.plan, self.source, self.out, self.progress = plan, source, out, progress
+        self.scales, self.threads = scales, threads
         self.results: list[LinearResult] = []
-        self._jobs = self._all_jobs()
+        self._jobs: Iterator[tuple[_OpenShard, Job]] = iter(())
         self._ahead: deque[tuple[_OpenShard, Job]] = deque()
         self._lock = threading.Lock()
         self._stopped = False
@@ -122,8 +129,25 @@ class _Work:
         self._open: list[_OpenShard] = []
         self._done = [0, 0]
 
-    def _all_jobs(self) -> Iterator[tuple[_OpenShard, Job]]:
-        for name, shard in zip(self.plan.shard_names, self.plan.shards, strict=True):
+    def run(self, shards: Iterable[int] | None = None) -> None:
+        """Fill these shards of the plan; all of them by default.
+
+        Raises what the first failing worker raised, after all of them have ended.
+        """
+        numbers = range(len(self.plan.shards)) if shards is None else shards
+        self._jobs = self._jobs_of(numbers)
+        with ThreadPoolExecutor(self.threads, thread_name_prefix="fold") as pool:
+            workers = [pool.submit(self._work) for _ in range(self.threads)]
+            try:
+                for worker in workers:
+                    worker.result()
+            except BaseException:
+                self._stop()
+                raise
+
+    def _jobs_of(self, shards: Iterable[int]) -> Iterator[tuple[_OpenShard, Job]]:
+        for number in shards:
+            name, shard = self.plan.shard_names[number], self.plan.shards[number]
             file = self.out.shard(name, shard.tensors)
             opened = _OpenShard(file, shard.unit, len(shard.jobs), sum(map(job_bytes, shard.jobs)))
             self._open.append(opened)
@@ -141,13 +165,13 @@ class _Work:
                 self._ahead.append(item)
             return None if self._stopped or not self._ahead else self._ahead.popleft()
 
-    def run(self) -> None:
+    def _work(self) -> None:
         """What a worker does: jobs, until there are none or something failed."""
         arena = Arena()
         try:
             while (item := self._next()) is not None:
                 shard, job = item
-                results = run_job(self.plan, self.source, shard.file, job, arena)
+                results = run_job(self, shard.file, job, arena)
                 with self._lock:
                     self.results += results
                     shard.jobs_left -= 1
@@ -172,7 +196,7 @@ class _Work:
                 Progress(shard.unit, self._done[0], len(self.plan.shards), self._done[1], total)
             )
 
-    def stop(self) -> None:
+    def _stop(self) -> None:
         """Let no worker take another job."""
         with self._lock:
             self._stopped = True
@@ -222,21 +246,28 @@ class Arena:
         return self._buffer[begin : begin + nbytes]
 
 
-def run_job(
-    plan: Plan, source: Source, file: ShardFile, job: Job, arena: Arena
-) -> list[LinearResult]:
+def run_job(work: Folding, file: ShardFile, job: Job, arena: Arena) -> list[LinearResult]:
     """Do one job, and give the figures of the linear weights that it quantized."""
     arena.reset()
+    source = work.source
     match job:
         case ScaleGroup():
-            return _Group(plan, source, file, job, arena).run()
+            return _Group(work, file, job, arena).run()
         case ExpertBias():
             slab = source.slab(job.region.key, *job.region.slab)
             bias = job.region.view(slab).contiguous()
             file.write(f"{job.name}.bias", bias.view(torch.uint8).numpy())
         case RawTensor():
             _copy(source, file, job.info.key, job.info.nbytes, arena)
+        case KVScales():
+            assert work.scales is not None
+            for name, value in zip((job.k_name, job.v_name), work.scales.kv(job), strict=True):
+                file.write(name, _scalar(value))
     return []
+
+
+def _scalar(value: float) -> np.ndarray[Any, Any]:
+    return np.array([value], dtype=np.float32)
 
 
 def _copy(source: Source, file: ShardFile, key: str, nbytes: int, arena: Arena) -> None:
@@ -260,11 +291,10 @@ class _Piece:
 class _Group:
     """Quantizes one scale group: amax over all of it, then codes and scales of each weight."""
 
-    def __init__(
-        self, plan: Plan, source: Source, file: ShardFile, group: ScaleGroup, arena: Arena
-    ) -> None:
-        self.algorithm = plan.recipe.weights.scale
-        self.source, self.file, self.group, self.arena = source, file, group, arena
+    def __init__(self, work: Folding, file: ShardFile, group: ScaleGroup, arena: Arena) -> None:
+        self.algorithm = work.plan.recipe.weights.scale
+        self.scales = work.scales if work.plan.recipe.is_w4a4 else None
+        self.source, self.file, self.group, self.arena = work.source, file, group, arena
         self.slabs: dict[tuple[str, int, int], torch.Tensor] = {}
         self.is_held = job_bytes(group) <= GROUP_BYTES
 
@@ -342,11 +372,25 @@ class _Group:
     def _finish(
         self, linear: LinearWeight, global_scale: float, amax: float, error: float, energy: float
     ) -> LinearResult:
-        self.file.write(
-            f"{linear.name}.{modelopt.GLOBAL_SCALE}", np.array([global_scale], dtype=np.float32)
-        )
+        self.file.write(f"{linear.name}.{modelopt.GLOBAL_SCALE}", _scalar(global_scale))
+        input_amax = input_scale = tokens = None
+        if self.scales is not None:
+            input_scale = self.scales.input_scale(linear.input_site)
+            input_amax, tokens = self.scales.own_amax(linear), self.scales.tokens(linear)
+            self.file.write(f"{linear.name}.{modelopt.INPUT_SCALE}", _scalar(input_scale))
         return LinearResult(
-            linear.name, linear.role.value, linear.shape, global_scale, amax, error, energy
+            name=linear.name,
+            role=linear.role.value,
+            shape=linear.shape,
+            global_scale=global_scale,
+            amax=amax,
+            layer=linear.layer,
+            expert=linear.expert,
+            input_amax=input_amax,
+            input_scale=input_scale,
+            tokens=tokens,
+            sum_sq_err=error,
+            sum_sq_w=energy,
         )
 
 
@@ -368,3 +412,5 @@ def _slabs_of(job: Job) -> Iterator[tuple[str, int, int]]:
             yield (job.region.key, *job.region.slab)
         case RawTensor():
             yield (job.info.key, 0, job.info.shape[0] if job.info.shape else 1)
+        case KVScales():
+            pass

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import psutil
 
+from fourfold.errors import UsageError
+
 
 def threads_available() -> int:
     """The cores that this process may use."""
@@ -39,3 +41,21 @@ def peak_resident() -> int:
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def choose_device(device: str) -> str:
+    """A device of PyTorch's; `auto` is the first CUDA device, or the CPU.
+
+    Raises `UsageError` for a device that this machine lacks.
+    """
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = device.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
+        raise UsageError(f"device {device!r}: give cpu, cuda, cuda:N or auto.")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if int(number or 0) >= count:
+        raise UsageError(f"device {device!r}: this machine has {count} such. Give cpu or auto.")
+    return device

@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fourfold.calibration.calibrate import Calibration, CalibrationProgress
+from fourfold.calibration.data import CalibrationData, CalibrationOptions, load_calibration
+from fourfold.calibration.scales import ActivationScales
+from fourfold.calibration.statistics import Statistics
 from fourfold.checkpoints.modelopt import QUANT_CONFIG
 from fourfold.checkpoints.source import CONFIG, INDEX, Source, open_source
-from fourfold.checkpoints.writer import SUMMARY, OutputFolder, free_bytes, index_of
+from fourfold.checkpoints.writer import (
+    REPORT,
+    STATISTICS,
+    SUMMARY,
+    OutputFolder,
+    free_bytes,
+    index_of,
+)
 from fourfold.errors import FourfoldError, PlanError, UsageError
-from fourfold.fold import LinearResult, Progress, fold
-from fourfold.machine import memory_available, peak_resident, threads_available
+from fourfold.fold import LinearResult, Progress, folding
+from fourfold.machine import choose_device, memory_available, peak_resident, threads_available
 from fourfold.numerics import nvfp4
-from fourfold.planning import Plan, ScaleGroup, make_plan
+from fourfold.planning import KVScales, Plan, ScaleGroup, make_plan
 from fourfold.recipes import DEFAULT_RECIPE, Recipe
 from fourfold.rendering import size
+from fourfold.report import html_of
 from fourfold.summary import summary_of
 from fourfold.verification import Report, verify
 
@@ -40,6 +53,14 @@ class Result:
     seconds: float
     peak_resident: int
     """The process's peak resident memory in bytes."""
+    statistics: Statistics | None = None
+    """What calibration found, or was given; None where nothing was calibrated."""
+
+    @property
+    def unreached_experts(self) -> dict[str, list[int]]:
+        """Experts that no calibration token was routed to, by experts module."""
+        experts = self.statistics.experts if self.statistics is not None else {}
+        return {path: found.unreached for path, found in experts.items() if found.unreached}
 
     @property
     def clean(self) -> bool:
@@ -55,6 +76,8 @@ class Result:
             "linear_weights_quantized": len(self.linears),
             "bytes_before": self.plan.nbytes,
             "bytes_after": self.plan.nbytes_after,
+            "calibration": None if self.statistics is None else asdict(self.statistics.data),
+            "unreached_experts": self.unreached_experts,
             "seconds": round(self.seconds, 3),
             "peak_resident_bytes": self.peak_resident,
             "verification": None if self.report is None else self.report.to_dict(),
@@ -69,7 +92,22 @@ class Result:
         parts.append(f"{size(self.plan.nbytes_after)} from {size(self.plan.nbytes)}")
         parts.append(_verdict(self.report))
         took = f"{self.seconds:,.1f} s, {size(self.peak_resident)} of memory at the peak"
-        return " · ".join(parts) + f"\n{took}"
+        lines = [" · ".join(parts), *self._calibration_lines(), took]
+        return "\n".join(lines)
+
+    def _calibration_lines(self) -> Iterator[str]:
+        if self.statistics is None:
+            return
+        data, experts = self.statistics.data, self.statistics.experts.values()
+        total = sum(len(each.tokens) for each in experts)
+        unreached = [f"{path}.{e}" for path, found in self.unreached_experts.items() for e in found]
+        line = f"calibrated on {data.samples:,} samples of {data.seq:,} tokens from {data.origin}"
+        if total:
+            line += f" · {len(unreached):,} of {total:,} experts saw no token"
+        yield line
+        if unreached:
+            more = f", … (all of them in {SUMMARY} and {REPORT})" if len(unreached) > 5 else ""
+            yield f"scales from the layer's input for {', '.join(unreached[:5])}{more}"
 
 
 def _verdict(report: Report | None) -> str:
@@ -101,11 +139,22 @@ def quantize(
     out: str | Path,
     recipe: str | Path | Recipe = DEFAULT_RECIPE,
     *,
+    calib: Sequence[str | Path] = (),
+    calib_size: int | None = None,
+    calib_seq: int | None = None,
+    batch_size: int = 8,
+    packing: str = "packed",
+    seed: int = 0,
+    calibration: str | Path | Statistics | None = None,
+    device: str = "auto",
+    activation_memory: int | None = None,
     threads: int | None = None,
     overwrite: bool = False,
     verified: bool = True,
     trust_remote_code: bool = False,
     on_plan: Callable[[Plan], None] | None = None,
+    on_data: Callable[[CalibrationData], None] | None = None,
+    calibration_progress: Callable[[CalibrationProgress], None] | None = None,
     progress: Callable[[Progress], None] | None = None,
     on_written: Callable[[], None] | None = None,
     verify_progress: Callable[[int, int], None] | None = None,
@@ -113,10 +162,16 @@ def quantize(
     """Quantize the checkpoint `model` into the folder `out`, and verify what was written.
 
     model, recipe: as in `plan`.
+    calib, calib_size, calib_seq, batch_size, packing, seed: what the model reads while its
+    activations are observed, where the recipe needs that; see `calibration.data`.
+    calibration: the statistics of an earlier run, or the file with them; nothing is run then.
+    device: where the model runs for calibration: cpu, cuda, cuda:N, or auto.
+    activation_memory: bytes of activations in memory; what is beyond waits in a file in `out`.
     threads: worker threads; one for each core by default. The output does not depend on it.
     overwrite: replace a checkpoint that fourfold wrote into `out`, or an unfinished run.
     verified: read the output back and compare it with `model`, tensor by tensor.
-    on_plan, progress, on_written, verify_progress: called as the job goes on.
+    on_plan, on_data, calibration_progress, progress, on_written, verify_progress: called as the
+    job goes on.
 
     Raises `FourfoldError`; `out` is then as if the job had not begun, or has no config.json.
     """
@@ -133,7 +188,23 @@ def quantize(
             check_room(work, folder.folder, workers)
         if on_plan is not None:
             on_plan(work)
-        linears = _write(work, source, folder, workers, overwrite, progress)
+        options = CalibrationOptions(
+            tuple(map(str, calib)),
+            calib_size,
+            calib_seq,
+            batch_size,
+            seed,
+            packing,  # type: ignore[arg-type]
+        )
+        scales = _given_scales(work, calibration, options)
+        run = None
+        if chosen.needs_calibration and scales is None:
+            run = _calibration_run(
+                work, source, folder, options, device, activation_memory, trust_remote_code,
+                on_data, calibration_progress,
+            )  # fmt: skip
+            scales = run.scales
+        linears = _write(work, source, folder, workers, overwrite, progress, scales, run)
         if on_written is not None:
             on_written()
         report = None
@@ -153,6 +224,7 @@ def quantize(
         report=report,
         seconds=time.perf_counter() - begun,
         peak_resident=peak_resident(),
+        statistics=None if scales is None else scales.statistics,
     )
 
 
@@ -174,16 +246,83 @@ def _write(
     threads: int,
     overwrite: bool,
     progress: Callable[[Progress], None] | None,
+    scales: ActivationScales | None,
+    run: Calibration | None,
 ) -> list[LinearResult]:
-    """Fold and write; after an error or a signal nothing of it is left."""
+    """Observe, fold and write; after an error or a signal nothing of it is left."""
     folder.prepare(source.folder, work.files, overwrite=overwrite)
+    read = source if run is None else run.held
     try:
-        linears = fold(work, source, folder, threads=threads, progress=progress)
-        _write_rest(work, source, folder, linears)
+        with folding(
+            work, read, folder, scales=scales, threads=threads, progress=progress
+        ) as folded:
+            if run is None:
+                folded.run()
+            else:
+                for layer in run.units():
+                    folded.run(work.shards_of(layer))
+            linears = folded.finished()
+        _write_rest(work, source, folder, linears, scales)
     except BaseException:
         folder.discard()
         raise
     return linears
+
+
+def _given_scales(
+    work: Plan, calibration: str | Path | Statistics | None, options: CalibrationOptions
+) -> ActivationScales | None:
+    """The scales that the statistics of an earlier run give, all of them checked."""
+    if calibration is None:
+        return None
+    if not work.recipe.needs_calibration:
+        raise UsageError(
+            f"recipe {work.recipe.name} quantizes no activations: leave the calibration out."
+        )
+    if options.calib:
+        raise UsageError("give calibration data or the statistics of an earlier run, not both.")
+    given = calibration
+    statistics = given if isinstance(given, Statistics) else Statistics.load(Path(given))
+    scales = ActivationScales(work, statistics)
+    scales.check_fit()
+    return scales
+
+
+def _calibration_run(
+    work: Plan,
+    source: Source,
+    folder: OutputFolder,
+    options: CalibrationOptions,
+    device: str,
+    activation_memory: int | None,
+    trust_remote_code: bool,
+    on_data: Callable[[CalibrationData], None] | None,
+    progress: Callable[[CalibrationProgress], None] | None,
+) -> Calibration:
+    """Everything that calibration needs, ready to run."""
+    data = load_calibration(
+        source.folder,
+        options,
+        vocab_size=work.inventory.vocab_size,
+        max_positions=work.inventory.max_positions,
+        trust_remote_code=trust_remote_code,
+    )
+    if on_data is not None:
+        on_data(data)
+    room = max((memory_available() - work.calibration_memory) // 2, LEAST_ACTIVATION_MEMORY)
+    return Calibration(
+        work,
+        source,
+        data,
+        device=choose_device(device),
+        activation_memory=room if activation_memory is None else activation_memory,
+        scratch=folder.folder,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
+
+
+LEAST_ACTIVATION_MEMORY = 1 << 28
 
 
 @contextmanager
@@ -212,7 +351,7 @@ def check_room(work: Plan, out: Path, threads: int) -> None:
             f"{out}: {size(needed)} are needed, {size(free)} are free on that disk. "
             "Free some room, or write to another one."
         )
-    memory, available = work.memory(threads), memory_available()
+    memory, available = work.memory(threads) + work.calibration_memory, memory_available()
     if memory > available:
         raise PlanError(
             f"{size(memory)} of memory are needed for {threads} threads, {size(available)} are "
@@ -224,7 +363,8 @@ def _check_ledger(
     work: Plan, linears: list[LinearResult], report: Report, folder: OutputFolder
 ) -> None:
     """Planned = written = verified, or something is wrong that no other check has seen."""
-    copies = sum(not isinstance(job, ScaleGroup) for shard in work.shards for job in shard.jobs)
+    made = (ScaleGroup, KVScales)
+    copies = sum(not isinstance(job, made) for shard in work.shards for job in shard.jobs)
     verified = report.counts.compared_linears, report.counts.copied_tensors
     if report.clean and verified != (len(work.linears), copies):
         folder.discard()
@@ -236,7 +376,11 @@ def _check_ledger(
 
 
 def _write_rest(
-    work: Plan, source: Source, folder: OutputFolder, linears: list[LinearResult]
+    work: Plan,
+    source: Source,
+    folder: OutputFolder,
+    linears: list[LinearResult],
+    scales: ActivationScales | None,
 ) -> None:
     """Everything that is not a shard; what makes it a checkpoint comes last."""
     if len(linears) != len(work.linears):
@@ -246,7 +390,11 @@ def _write_rest(
         )
     for path in work.side_files:
         folder.copy(source.folder, path)
-    folder.write_text(SUMMARY, summary_of(work, linears))
+    if scales is not None:
+        folder.write_bytes(STATISTICS, scales.statistics.to_bytes())
+    summary = summary_of(work, linears, scales)
+    folder.write_text(SUMMARY, summary)
+    folder.write_text(REPORT, html_of(json.loads(summary)))
     folder.write_json(QUANT_CONFIG, work.hf_quant_config)
     shards = [
         (name, shard.tensors) for name, shard in zip(work.shard_names, work.shards, strict=True)

@@ -396,7 +396,7 @@ OVERRIDES: dict[str, Overrides] = {
         "n_heads": 4,
         "n_layers": 2,
         "max_seq_len": 256,
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "jetmoe": {"intermediate_size": 48, "kv_channels": 16},

@@ -3,6 +3,8 @@
     <linear>.weight          U8       [out, in/2]   two E2M1 codes a byte, low nibble first
     <linear>.weight_scale    F8_E4M3  [out, in/16]  block scales
     <linear>.weight_scale_2  F32      []            global scale, a multiplier
+    <linear>.input_scale     F32      []            W4A4 only: largest input / (6·448)
+    <attention>.k_proj.k_scale, .v_proj.v_scale     calibrated FP8 KV cache: amax / 448
 
 `config.json` gets one more key, `quantization_config`, and is otherwise the source's;
 `hf_quant_config.json` says the same for TensorRT-LLM. Only this module knows these names.
@@ -10,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fourfold._version import __version__
@@ -20,20 +22,45 @@ CODES = "weight"
 BLOCK_SCALE = "weight_scale"
 GLOBAL_SCALE = "weight_scale_2"
 
-PARTS = frozenset({BLOCK_SCALE, GLOBAL_SCALE, "input_scale", "k_scale", "v_scale"})
+INPUT_SCALE = "input_scale"
+K_SCALE, V_SCALE = "k_scale", "v_scale"
+FP8_MAX = 448.0
+
+PARTS = frozenset({BLOCK_SCALE, GLOBAL_SCALE, INPUT_SCALE, K_SCALE, V_SCALE})
 """Last names of tensors that belong to a quantized layer or to its KV cache."""
 
 QUANT_CONFIG = "hf_quant_config.json"
 
 
-def tensors_of(linear: str, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
+def tensors_of(
+    linear: str, shape: tuple[int, int], *, activations: bool
+) -> dict[str, tuple[str, tuple[int, ...]]]:
     """What one quantized linear weight `[out, in]` becomes: name → dtype, shape."""
     rows, cols = shape
-    return {
+    made: dict[str, tuple[str, tuple[int, ...]]] = {
         f"{linear}.{CODES}": ("U8", (rows, cols // 2)),
         f"{linear}.{BLOCK_SCALE}": ("F8_E4M3", (rows, cols // BLOCK_SIZE)),
         f"{linear}.{GLOBAL_SCALE}": ("F32", ()),
     }
+    if activations:
+        made[f"{linear}.{INPUT_SCALE}"] = ("F32", ())
+    return made
+
+
+def kv_scale_names(linears: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Names of `k_scale` and `v_scale` by attention module, among a model's linear layers.
+
+    Where keys and values have no layer of their own (MLA's latent cache), engines take 1.0.
+    """
+    names = set(linears)
+    found = {}
+    for name in sorted(names):
+        parent, _, leaf = name.rpartition(".")
+        if leaf == "k_proj" and f"{parent}.v_proj" in names:
+            found[parent] = f"{name}.{K_SCALE}", f"{parent}.v_proj.{V_SCALE}"
+        elif leaf == "qkv_proj":
+            found[parent] = f"{name}.{K_SCALE}", f"{name}.{V_SCALE}"
+    return found
 
 
 def quantization_config(

@@ -31,6 +31,11 @@ MARKER = f".fourfold{PARTIAL}"
 SUMMARY = "quant_summary.json"
 """Stands in the folder of a finished run, and lists what it wrote under `files`."""
 
+STATISTICS = "calibration.safetensors"
+"""What calibration found; no engine takes it for a shard, as the index does not name it."""
+
+REPORT = "report.html"
+
 METADATA = {"format": "pt", "producer": f"fourfold {__version__}"}
 
 
@@ -156,11 +161,15 @@ class OutputFolder:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file: temporary name, sync, rename."""
+        self.write_bytes(name, text.encode())
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Write a file: temporary name, sync, rename."""
         path, partial = self.folder / name, self.folder / f".{name}{PARTIAL}"
         self._written += [partial, path]
         try:
-            with partial.open("w", encoding="utf-8") as handle:
-                handle.write(text)
+            with partial.open("wb") as handle:
+                handle.write(data)
                 handle.flush()
                 os.fsync(handle.fileno())
             partial.replace(path)

@@ -159,6 +159,10 @@ KEEP_ALWAYS: tuple[KeepAlways, ...] = (
         "MLA absorbs it into queries and outputs: vLLM needs its values, not NVFP4",
     ),
     KeepAlways(
+        r"\.mamba\.dt_proj$",
+        "Mamba's time step: its weight is used without its layer, so nothing rounds its inputs",
+    ),
+    KeepAlways(
         r"\.shared_expert_gate$",
         "a router with one output: vLLM and SGLang build it unquantized",
     ),

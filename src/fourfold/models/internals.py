@@ -14,6 +14,7 @@ Internals used: `PreTrainedModel._from_config`, `_no_split_modules`, `_tied_weig
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import warnings
@@ -181,6 +182,25 @@ def unsplit_classes(model: Any) -> frozenset[str]:
     return frozenset(model._no_split_modules or ())
 
 
+def runnable(model: Any) -> Any:
+    """What to call with a text: the model, or a part that has a forward (Qwen3-Omni's thinker)."""
+    if type(model).forward is not nn.Module.forward:
+        return model
+    parts = [part for part in model.children() if hasattr(part, "get_input_embeddings")]
+    if not parts:
+        raise ModelError(f"{type(model).__name__}: has no forward, and no part that has one.")
+    return parts[0]
+
+
+def output_embeddings(model: Any) -> nn.Module | None:
+    """The layer that makes logits; None where a model has none, or does not tell."""
+    try:
+        head = model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return head if isinstance(head, nn.Module) else None
+
+
 def tied_parameters(model: Any) -> frozenset[str]:
     """Parameters that share another one's storage and need no key of their own."""
     if not getattr(model.config.get_text_config(), "tie_word_embeddings", False) and not getattr(
@@ -240,20 +260,22 @@ ExpertsFunction = Callable[..., torch.Tensor]
 
 @contextmanager
 def experts_function(
-    modules: Iterable[nn.Module], make: Callable[[ExpertsFunction], ExpertsFunction]
+    modules: Iterable[nn.Module], make: Callable[[ExpertsFunction, str], ExpertsFunction]
 ) -> Iterator[None]:
-    """Within, `make(default)` runs in place of each module's forward; `default` is what ran before.
+    """Within, `make(default, kind)` runs in place of each module's forward.
 
-    modules: those for which `has_experts_interface` holds. Everything is as before afterwards.
+    `default` is what ran before, and `kind` its name (`experts_kind`). modules: those that have a
+    kind. Everything is as before afterwards.
     """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     configs: dict[int, Any] = {id(module.config): module.config for module in modules}
     before = {key: config._experts_implementation_internal for key, config in configs.items()}
-    names = {kind: f"fourfold:{kind}" for kind in set(before.values())}
+    kinds = enumerate(dict.fromkeys(before.values()), len(ALL_EXPERTS_FUNCTIONS))
+    names = {kind: f"fourfold:{_origin(kind)}:{number}" for number, kind in kinds}
     try:
         for kind, name in names.items():
-            ALL_EXPERTS_FUNCTIONS[name] = make(ALL_EXPERTS_FUNCTIONS[kind])
+            ALL_EXPERTS_FUNCTIONS[name] = make(ALL_EXPERTS_FUNCTIONS[kind], _origin(kind))
         for key, config in configs.items():
             config._experts_implementation_internal = names[before[key]]
         yield
@@ -265,19 +287,24 @@ def experts_function(
                 del ALL_EXPERTS_FUNCTIONS[name]
 
 
-def has_experts_interface(module: Any) -> bool:
-    """Whether a function can run in place of this experts module's forward.
+ROW_KINDS = ("grouped_mm", "batched_mm")
+"""Implementations whose rows are known: sorted by expert, or as they are routed."""
 
-    So it is for classes that transformers decorates, where the implementation is a registered one
-    (the default is `grouped_mm`); models that only know `eager` have none.
+
+def experts_kind(module: Any) -> str | None:
+    """Which registered implementation runs as this experts module's forward.
+
+    None for classes that transformers does not decorate, and for models that only know `eager`.
     """
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    if not hasattr(module, "is_transposed"):
+        return None
+    kind = _origin(str(getattr(module.config, "_experts_implementation", None)))
+    return kind if kind in ROW_KINDS else None
 
-    config = getattr(module, "config", None)
-    return (
-        hasattr(module, "is_transposed")
-        and getattr(config, "_experts_implementation", None) in ALL_EXPERTS_FUNCTIONS
-    )
+
+def _origin(kind: str) -> str:
+    """What a function of ours stands in for; two may stand one behind the other."""
+    return kind.split(":")[1] if kind.startswith("fourfold:") else kind
 
 
 @contextmanager
@@ -396,3 +423,116 @@ def _is_model_class(value: object) -> bool:
 
 def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else []
+
+
+# A model that is live in memory: its blueprint, its raw names, what accelerate put elsewhere.
+# Internals used: `PreTrainedModel._weight_conversions`, `revert_weight_conversion`, and
+# accelerate's `module._hf_hook` with its `weights_map`.
+
+
+def plain_class(module: Any) -> type:
+    """A module's class, without the subclass that FSDP2 makes of it on the fly."""
+    return next(each for each in type(module).__mro__ if not each.__name__.startswith("FSDP"))
+
+
+def blueprint_of(model: Any) -> Any:
+    """The architecture of a live model once more, on the meta device, from its configuration."""
+    from accelerate import init_empty_weights
+
+    model_class: Any = plain_class(model)
+    try:
+        with quiet(), _LargeOnMeta(), init_empty_weights(include_buffers=False):
+            return model_class._from_config(deepcopy(model.config)).eval()
+    except Exception as error:
+        raise ModelError(
+            f"{model_class.__name__}: its configuration does not build it again: "
+            f"{_first_line(error)}"
+        ) from error
+
+
+def raw_tensors(model: Any, blueprint: Any, *, fused: bool) -> Iterator[dict[str, torch.Tensor]]:
+    """A live model's tensors on meta, as transformers thinks they lie on disk; guesses, best first.
+
+    What `from_pretrained` saw on disk comes first. For a model that was not loaded from disk,
+    `fused` says that the family's checkpoints do not hold one tensor per expert.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
+
+    seen = getattr(model, "_weight_conversions", None)
+    if seen is not None:
+        yield _reversed(model, blueprint, seen)
+    known = get_model_conversion_mapping(blueprint, add_legacy=False)
+    yield _reversed(
+        model,
+        blueprint,
+        [
+            rule
+            for rule in known
+            if not isinstance(rule, PrefixChange) and not (fused and _merges_experts(rule))
+        ],
+    )
+
+
+def _reversed(model: Any, blueprint: Any, rules: Sequence[Any]) -> dict[str, torch.Tensor]:
+    """The tensors on disk that `rules` made a model of; nothing where there is no way back."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    empty = {
+        name: torch.empty(value.shape, dtype=value.dtype, device="meta")
+        for name, value in model.state_dict().items()
+        if name not in tied
+    }
+    blueprint._weight_conversions = list(rules)
+    try:
+        with quiet():
+            return dict(revert_weight_conversion(blueprint, empty))
+    except Exception:  # whatever an operation of transformers, or of a quantizer's, may raise
+        return {}
+
+
+def _merges_experts(rule: Any) -> bool:
+    return any(re.search(r"experts\.\*\.", pattern) for pattern in rule.source_patterns)
+
+
+def offloaded_value(model: Any, name: str) -> torch.Tensor | None:
+    """The value of a parameter that accelerate offloaded (to disk); None where no hook has it."""
+    path = name
+    while path:
+        path = path.rpartition(".")[0]
+        hook = getattr(model.get_submodule(path), "_hf_hook", None)
+        for each in getattr(hook, "hooks", (hook,)):
+            values = getattr(each, "weights_map", None) or {}
+            try:  # `in` would read the value
+                value: torch.Tensor = values[name.removeprefix(f"{path}.")]
+            except KeyError:
+                continue
+            return value
+    return None
+
+
+def saved_config(model: Any) -> dict[str, Any]:
+    """What config.json says of a live model: as transformers saves it, with upstream's names, too.
+
+    transformers 5 renamed fields (`num_experts` → `num_local_experts`, `rope_theta` →
+    `rope_parameters`); a reader of either kind finds what it looks for.
+    """
+    config = deepcopy(model.config)
+    config.architectures = [plain_class(model).__name__]
+    config.dtype = model.dtype
+    saved: dict[str, Any] = json.loads(config.to_json_string())
+    _add_older_names(saved, config)
+    return saved
+
+
+def _add_older_names(saved: dict[str, Any], config: Any) -> None:
+    for name in config.sub_configs:
+        if isinstance(saved.get(name), dict):
+            _add_older_names(saved[name], getattr(config, name))
+    for older, name in config.attribute_map.items():
+        if name in saved:
+            saved.setdefault(older, saved[name])
+    rope = saved.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        saved.setdefault("rope_theta", rope["rope_theta"])

@@ -41,6 +41,9 @@ _FOLDABLE = {
 
 _NUMBERED = re.compile(r"[0-9]+|[^0-9]+")
 _LAYER = re.compile(r"(?:^|.*?\.)(?:layers|h|blocks)\.([0-9]{1,9})\.")
+_ANY_EXPERT = re.compile(r"(?<=\.experts\.)(expert_)?[0-9]{1,9}(?=\.)")
+"""Experts that are modules of their own (NLLB, custom code) share their layer's input sites."""
+
 _EXPERT = re.compile(r"(?<=\.experts\.)[0-9]{1,9}(?=\.)")
 
 
@@ -110,7 +113,10 @@ class Inventory:
     """Linear layers without a tensor of their own (a tied head), in memory's names."""
     unknown: tuple[str, ...]
     """Raw keys that the module tree has no place for."""
-    num_layers: int
+    layer_paths: tuple[str, ...]
+    """Decoder layers, in memory's names."""
+    vocab_size: int
+    max_positions: int | None
 
     @cached_property
     def linears_by_key(self) -> Mapping[str, tuple[LinearWeight, ...]]:
@@ -119,6 +125,15 @@ class Inventory:
         for linear in self.linears:
             found[linear.region.key].append(linear)
         return {key: tuple(group) for key, group in found.items()}
+
+    @cached_property
+    def experts_counts(self) -> Mapping[str, int]:
+        """How many experts each experts module has, by its path in memory."""
+        counts: dict[str, int] = {}
+        for linear in self.linears:
+            if linear.expert is not None and linear.role is not Role.MTP:
+                counts[linear.module] = max(counts.get(linear.module, 0), linear.expert + 1)
+        return counts
 
     @cached_property
     def roles(self) -> Mapping[Role, int]:
@@ -186,7 +201,9 @@ class _Taking:
             blocked=self.blocked,
             tied_linears=self._tied_linears(),
             unknown=tuple(key for key, place in self.places.items() if place.target is None),
-            num_layers=len(self.tree.layers),
+            layer_paths=self.tree.layers,
+            vocab_size=self.tree.vocab_size,
+            max_positions=self.tree.max_positions,
         )
 
     def _check_complete(self) -> None:
@@ -303,8 +320,9 @@ class _Taking:
     def _add_linear(self, key: str, role: Role, module: str, layer: int | None) -> None:
         info, stem = self.infos[key], key.removesuffix(".weight")
         region = whole(key, info.shape)
+        site = _ANY_EXPERT.sub("*", stem) if role is Role.EXPERTS else stem
         self.linears.append(
-            LinearWeight(stem, role, region, info.dtype, layer, module, stem, stem)
+            LinearWeight(stem, role, region, info.dtype, layer, module, stem, site)
         )  # fmt: skip
 
     def _role_of_other(self, place: Place) -> Role:

@@ -18,6 +18,7 @@ from fourfold.models.internals import (
     Conversion,
     build_model,
     conversion_of,
+    output_embeddings,
     tied_parameters,
     unsplit_classes,
 )
@@ -56,6 +57,10 @@ class ModuleTree:
     layers: tuple[str, ...]
     """Paths of the decoder layers, in order."""
     num_hidden_layers: int
+    vocab_size: int
+    """Rows of the text model's embedding, by its config; 0 where it does not say."""
+    max_positions: int | None
+    """The longest text, by its config."""
     conversion: Conversion
 
 
@@ -99,12 +104,14 @@ def describe(model: Any) -> ModuleTree:
         tied=tied_parameters(model),
         layers=_layers(model, modules),
         num_hidden_layers=int(getattr(text_config, "num_hidden_layers", 0)),
+        vocab_size=int(getattr(text_config, "vocab_size", 0) or 0),
+        max_positions=getattr(text_config, "max_position_embeddings", None),
         conversion=conversion_of(model),
     )
 
 
 def _linears(model: Any, modules: Mapping[str, Any]) -> dict[str, LinearModule]:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = output_embeddings(model)
     found = {}
     for path, module in modules.items():
         if isinstance(module, nn.Linear):

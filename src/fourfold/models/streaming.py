@@ -20,7 +20,7 @@ Parameters of vision and audio towers stay on the meta device: a call that needs
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -101,12 +101,14 @@ class StreamedModel:
         *,
         parking: Parking | None = None,
         on_resume: Callable[[int], None] | None = None,
+        on_layer: Callable[[int], None] | None = None,
         keep_shell: bool = True,
-    ) -> Iterator[int]:
+    ) -> Generator[int]:
         """Make all `calls`; yields each layer's index when all have passed it, before it is freed.
 
         parking: where the activations of waiting calls are kept; in memory by default.
         on_resume: called with a call's index whenever it goes on.
+        on_layer: called with a layer's index before the calls pass it.
         keep_shell: whether embeddings stay for as long as the run, or only until the first layer.
         """
         with ExitStack() as stack:
@@ -127,6 +129,8 @@ class StreamedModel:
                 for index in range(len(self.layers)):
                     if running.at(index):
                         self.load(index)
+                        if on_layer is not None:
+                            on_layer(index)
                         running.step(index)
                         yield index
                         self.free(index)
@@ -153,14 +157,10 @@ class _Running:
     ) -> None:
         self.model, self.parking, self.on_resume = model, parking, on_resume
         self.coordinator = getcurrent()
-        self.threads = [greenlet(partial(self._call, call)) for call in calls]
+        self.threads = [greenlet(partial(call, model)) for call in calls]
         self.numbers = {thread: number for number, thread in enumerate(self.threads)}
         self.waiting: dict[int, int] = {}
         """Call → the layer whose door it waits at."""
-
-    def _call(self, call: Call) -> None:
-        with torch.no_grad():
-            call(self.model)
 
     def begin(self) -> None:
         """Start every call, up to its first door."""
@@ -190,7 +190,8 @@ class _Running:
             self.on_resume(number)
         self.coordinator = getcurrent()
         self.threads[number].parent = self.coordinator
-        self.threads[number].switch()
+        with torch.no_grad():  # here, not in the call: it is of the thread that all calls share
+            self.threads[number].switch()
 
     def park(self, layer: int, _: nn.Module, args: Any, kwargs: Any) -> None:
         """The hook at a layer's door."""

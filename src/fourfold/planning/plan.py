@@ -7,7 +7,7 @@ quantized, a module whose layout is not known, an ignore list that no engine wou
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,17 +19,19 @@ from rich.text import Text
 
 from fourfold.checkpoints import modelopt
 from fourfold.checkpoints.source import CONFIG, INDEX, Source
-from fourfold.checkpoints.writer import SUMMARY
+from fourfold.checkpoints.writer import REPORT, STATISTICS, SUMMARY
 from fourfold.errors import SourceError
 from fourfold.machine import threads_available
 from fourfold.models.engines import write_ignore
 from fourfold.models.families import family_of
 from fourfold.models.inventory import Inventory, LinearWeight, take_inventory
+from fourfold.models.roles import Role
 from fourfold.parallel import marlin_note, tensor_parallel
 from fourfold.planning.rows import (
     COPY_BYTES,
     GROUP_BYTES,
     Action,
+    KVScales,
     Row,
     ScaleGroup,
     Shard,
@@ -89,22 +91,54 @@ class Plan:
         return threads * largest * 3 // 2
 
     @cached_property
+    def sites(self) -> Mapping[str, tuple[LinearWeight, ...]]:
+        """Quantized linear weights by input site; empty unless activations are quantized."""
+        found: dict[str, list[LinearWeight]] = defaultdict(list)
+        for linear in self.linears if self.recipe.is_w4a4 else ():
+            found[linear.input_site].append(linear)
+        return {site: tuple(linears) for site, linears in found.items()}
+
+    @cached_property
+    def kv_scales(self) -> tuple[KVScales, ...]:
+        return tuple(
+            job for shard in self.shards for job in shard.jobs if isinstance(job, KVScales)
+        )
+
+    @cached_property
     def quantization_config(self) -> dict[str, Any]:
         return modelopt.quantization_config(
-            self.ignore, activations=False, kv_cache=self.recipe.kv_cache != "none"
+            self.ignore, activations=self.recipe.is_w4a4, kv_cache=self.recipe.kv_cache != "none"
         )
 
     @cached_property
     def hf_quant_config(self) -> dict[str, Any]:
         return modelopt.hf_quant_config(
-            self.ignore, activations=False, kv_cache=self.recipe.kv_cache != "none"
+            self.ignore, activations=self.recipe.is_w4a4, kv_cache=self.recipe.kv_cache != "none"
         )
+
+    def shards_of(self, layer: int | None) -> list[int]:
+        """Numbers of the shards of a decoder layer; of the shell for None."""
+        return [number for number, shard in enumerate(self.shards) if shard.layer == layer]
+
+    @cached_property
+    def calibration_memory(self) -> int:
+        """Bytes that running the model takes beside activations: the shell, a layer twice."""
+        if not self.recipe.needs_calibration:
+            return 0
+        sizes: Counter[int | None] = Counter()
+        for raw in self.inventory.tensors.values():
+            if raw.role not in {Role.VISION, Role.MTP}:
+                sizes[raw.layer] += raw.info.nbytes
+        layers = [size for layer, size in sizes.items() if layer is not None]
+        return sizes[None] + 2 * max(layers, default=0)
 
     @cached_property
     def files(self) -> list[str]:
         """Every file of the output, relative to its folder."""
         beside = [path.as_posix() for path in self.side_files]
-        return [*self.shard_names, *beside, SUMMARY, modelopt.QUANT_CONFIG, INDEX, CONFIG]
+        if self.recipe.needs_calibration:
+            beside.append(STATISTICS)
+        return [*self.shard_names, *beside, SUMMARY, REPORT, modelopt.QUANT_CONFIG, INDEX, CONFIG]
 
     @cached_property
     def shard_names(self) -> tuple[str, ...]:
@@ -122,7 +156,7 @@ class Plan:
             "recipe": self.recipe.model_dump(mode="json"),
             "bytes_before": self.nbytes,
             "bytes_after": self.nbytes_after,
-            "memory_bytes": self.memory(threads_available()),
+            "memory_bytes": self.memory(threads_available()) + self.calibration_memory,
             "linear_weights": len(self.linears),
             "tensor_parallel": {str(n): why or "loads" for n, why in self.tensor_parallel.items()},
             "notes": list(self.notes),
@@ -153,7 +187,7 @@ class Plan:
         }
 
     def __rich__(self) -> Group:
-        memory = size(self.memory(threads_available()))
+        memory = size(self.memory(threads_available()) + self.calibration_memory)
         made = sum(len(shard.tensors) for shard in self.shards)
         return Group(
             Text.assemble(
@@ -194,8 +228,11 @@ def make_plan(source: Source, recipe: Recipe, *, trust_remote_code: bool = False
         [linear.name for linear in quantized],
         [raw.stem for raw in kept if raw.is_matrix] + list(inventory.tied_linears),
     )
-    shards = tuple(lay_out(groups, selection.biases(), kept, inventory))
-    check_names(shards)
+    kv_scales = selection.kv_scales()
+    shards = tuple(
+        lay_out(groups, selection.biases(), kept, kv_scales, inventory, activations=recipe.is_w4a4)
+    )
+    check_names(shards, activations=recipe.is_w4a4)
     check_kept(kept)
     copied, dropped = source.side_files()
     return Plan(
@@ -207,7 +244,7 @@ def make_plan(source: Source, recipe: Recipe, *, trust_remote_code: bool = False
         ignore=tuple(ignore),
         side_files=tuple(copied),
         dropped_files=tuple(dropped),
-        notes=tuple(_notes(inventory, quantized, dropped)),
+        notes=tuple(_notes(inventory, quantized, dropped, selection.kv_notes())),
         tensor_parallel=tensor_parallel(quantized, source.config),
     )
 
@@ -222,8 +259,12 @@ def _check_not_quantized(source: Source) -> None:
 
 
 def _notes(
-    inventory: Inventory, quantized: Sequence[LinearWeight], dropped: Sequence[Path]
+    inventory: Inventory,
+    quantized: Sequence[LinearWeight],
+    dropped: Sequence[Path],
+    kv_notes: Iterable[str],
 ) -> Iterable[str]:
+    yield from kv_notes
     family = family_of(*inventory.model_types)
     if any(linear.expert is not None for linear in quantized) and not family.readers:
         yield (

@@ -52,8 +52,18 @@ class ScaleGroup:
     linears: tuple[LinearWeight, ...]
 
 
-Job = ScaleGroup | ExpertBias | RawTensor
-"""One piece of work: a group to quantize, a bias to split off, a tensor to copy."""
+@dataclass(frozen=True, slots=True)
+class KVScales:
+    """The scales of one attention module's keys and values, from calibration."""
+
+    name: str
+    layer: int
+    k_name: str
+    v_name: str
+
+
+Job = ScaleGroup | ExpertBias | RawTensor | KVScales
+"""One piece of work: a group to quantize, a bias to split off, a tensor to copy, KV scales."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,7 @@ class Shard:
     """One file of the output: its tensors (name → dtype, shape), and the work that fills it."""
 
     unit: str
+    layer: int | None
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
     jobs: tuple[Job, ...]
 
@@ -79,6 +90,8 @@ def job_bytes(job: Job) -> int:
             return math.prod(job.region.shape) * BITS[job.dtype] // 8
         case RawTensor():
             return job.info.nbytes
+        case KVScales():
+            return 0
 
 
 def is_plain(region: Region) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from functools import cached_property
 
@@ -14,7 +14,7 @@ from fourfold.errors import PlanError, RecipeError
 from fourfold.models.families import kept_because
 from fourfold.models.inventory import ExpertBias, Inventory, LinearWeight, RawTensor
 from fourfold.models.roles import Role
-from fourfold.planning.rows import Action, Row, ScaleGroup
+from fourfold.planning.rows import Action, KVScales, Row, ScaleGroup
 from fourfold.recipes import Recipe
 
 QUANTIZABLE_DTYPES = ("BF16", "F16", "F32")
@@ -84,6 +84,11 @@ class Selection:
                 "Add a keep pattern for them to the recipe."
             )
         for linear in self.chosen.values():
+            if self.recipe.is_w4a4 and linear.role is Role.MTP:
+                raise RecipeError(
+                    f"recipe {self.recipe.name}: {linear.name}: transformers does not run MTP "
+                    "layers, so their inputs cannot be calibrated. Leave the role mtp out."
+                )
             if linear.dtype not in QUANTIZABLE_DTYPES:
                 raise PlanError(
                     f"{linear.region.key}: dtype {linear.dtype}; only "
@@ -116,6 +121,32 @@ class Selection:
         """Fused biases of experts that are written one by one."""
         return [bias for bias in self.inventory.biases if bias.module in self.modules]
 
+    @cached_property
+    def _kv_names(self) -> dict[str, tuple[str, str]]:
+        linears = [x for x in self.inventory.linears if x.role is Role.ATTENTION]
+        return modelopt.kv_scale_names(x.name for x in linears if x.layer is not None)
+
+    def kv_scales(self) -> list[KVScales]:
+        """The attention modules whose keys and values get scales."""
+        if not self.recipe.calibrates_kv:
+            return []
+        return [
+            KVScales(name, layer, k_name, v_name)
+            for name, (k_name, v_name) in self._kv_names.items()
+            if (layer := self._layer_of(k_name)) is not None
+        ]
+
+    def _layer_of(self, scale: str) -> int | None:
+        return self.inventory.tensors[f"{scale.rpartition('.')[0]}.weight"].layer
+
+    def kv_notes(self) -> Iterable[str]:
+        """What a user should know of the KV cache's scales."""
+        if self.recipe.calibrates_kv and not self._kv_names:
+            yield (
+                "keys and values have no layer of their own here (MLA), so engines take the KV "
+                "scale 1.0, and there is nothing to calibrate"
+            )
+
     def row(self, raw: RawTensor) -> Row:
         key, numel, nbytes = raw.info.key, raw.info.numel, raw.info.nbytes
         linears = self.inventory.linears_by_key.get(key, ())
@@ -124,7 +155,9 @@ class Selection:
             after = sum(
                 nbytes_of(*spec)
                 for linear in chosen
-                for spec in modelopt.tensors_of(linear.name, linear.shape).values()
+                for spec in modelopt.tensors_of(
+                    linear.name, linear.shape, activations=self.recipe.is_w4a4
+                ).values()
             )
             reason = f"role {raw.role}"
             return Row(key, Action.QUANTIZE, raw.role, reason, numel, nbytes, after, len(chosen))

@@ -9,7 +9,7 @@ from fourfold.checkpoints import modelopt
 from fourfold.checkpoints.safetensors_header import nbytes_of
 from fourfold.errors import PlanError
 from fourfold.models.inventory import ExpertBias, Inventory, RawTensor
-from fourfold.planning.rows import Job, ScaleGroup, Shard
+from fourfold.planning.rows import Job, KVScales, ScaleGroup, Shard
 
 SHARD_BYTES = 5_000_000_000
 FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
@@ -19,7 +19,10 @@ def lay_out(
     groups: Sequence[ScaleGroup],
     biases: Sequence[ExpertBias],
     kept: Sequence[RawTensor],
+    kv_scales: Sequence[KVScales],
     inventory: Inventory,
+    *,
+    activations: bool,
 ) -> Iterable[Shard]:
     """One shard for each unit (decoder layer, or the shell), more where one would be too large."""
     units: dict[int | None, list[tuple[tuple[str, int, int], Job]]] = defaultdict(list)
@@ -35,31 +38,36 @@ def lay_out(
         add(bias, bias.layer, bias.region.key, number)
     for raw in kept:
         add(raw, raw.layer, raw.info.key)
+    for scales in kv_scales:
+        units[scales.layer].append((("", 0, 0), scales))
     for layer in sorted(units, key=lambda layer: -1 if layer is None else layer):
         name = "shell" if layer is None else f"layer {layer}"
         jobs = [job for _, job in sorted(units[layer], key=lambda item: item[0])]
-        yield from _split_unit(name, jobs)
+        yield from _split_unit(name, layer, jobs, activations)
 
 
-def _split_unit(unit: str, jobs: Sequence[Job]) -> Iterable[Shard]:
+def _split_unit(
+    unit: str, layer: int | None, jobs: Sequence[Job], activations: bool
+) -> Iterable[Shard]:
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     taken: list[Job] = []
     size = 0
     for job in jobs:
-        made = _outputs(job)
+        made = outputs_of(job, activations=activations)
         nbytes = sum(nbytes_of(*spec) for spec in made.values())
         if taken and size + nbytes > SHARD_BYTES:
-            yield Shard(unit, tensors, tuple(taken))
+            yield Shard(unit, layer, tensors, tuple(taken))
             tensors, taken, size = {}, [], 0
         tensors |= made
         taken.append(job)
         size += nbytes
-    yield Shard(unit, tensors, tuple(taken))
+    yield Shard(unit, layer, tensors, tuple(taken))
 
 
-def check_names(shards: Iterable[Shard]) -> None:
+def check_names(shards: Iterable[Shard], *, activations: bool) -> None:
+    jobs = [job for shard in shards for job in shard.jobs]
     count = Counter(name for shard in shards for name in shard.tensors)
-    made = Counter(name for shard in shards for job in shard.jobs for name in _outputs(job))
+    made = Counter(name for job in jobs for name in outputs_of(job, activations=activations))
     twice = [name for name, times in (count | made).items() if times > 1]
     if twice:
         raise PlanError(
@@ -84,15 +92,17 @@ def check_kept(kept: Iterable[RawTensor]) -> None:
             )
 
 
-def _outputs(job: Job) -> dict[str, tuple[str, tuple[int, ...]]]:
+def outputs_of(job: Job, *, activations: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
     """The tensors that a job writes: name → dtype, shape."""
     match job:
         case ScaleGroup():
             made: dict[str, tuple[str, tuple[int, ...]]] = {}
             for linear in job.linears:
-                made |= modelopt.tensors_of(linear.name, linear.shape)
+                made |= modelopt.tensors_of(linear.name, linear.shape, activations=activations)
             return made
         case ExpertBias():
             return {f"{job.name}.bias": (job.dtype, job.region.shape)}
         case RawTensor():
             return {job.info.key: (job.info.dtype, job.info.shape)}
+        case KVScales():
+            return dict.fromkeys((job.k_name, job.v_name), ("F32", ()))

@@ -19,14 +19,15 @@ def role_table(rows: Sequence[Row]) -> Table:
     table.add_column("what happens")
     for name in ("linear weights", "tensors", "before", "after", "bits/weight"):
         table.add_column(name, justify="right")
-    for (role, action), part in _by_role(rows):
+    for (role, action), part in by_role(rows):
         table.add_row(role, action, *_figures(part))
     table.add_section()
     table.add_row("total", "", *_figures(rows), style="bold")
     return table
 
 
-def _by_role(rows: Iterable[Row]) -> list[tuple[tuple[str, str], list[Row]]]:
+def by_role(rows: Iterable[Row]) -> list[tuple[tuple[str, str], list[Row]]]:
+    """Rows by role and what happens to them, the largest first."""
     found: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
         what = "quantized" if row.action is Action.QUANTIZE else "kept bit for bit"

@@ -2,8 +2,9 @@
 
     description: NVFP4 W4A16 for routed experts, MSE-chosen block scales
     weights:     {format: nvfp4, scale: mse}   # scale: max | mse
-    activations: none                          # W4A16
-    kv_cache:    none                          # or: {format: fp8, scale: cast}, configuration only
+    activations: none                          # W4A16; or {format: nvfp4, amax: max} (W4A4)
+    kv_cache:    none                          # or {format: fp8, scale: cast | calibrated}
+    calibration: {all_experts: false}          # true: every expert is shown every token
     quantize:    [experts]                     # roles that the model must have
     quantize_if_present: [shared_experts]      # roles that it may lack
     keep:        ["*.layers.0.*"]              # name patterns that stay as they are
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fourfold.errors import RecipeError
 
@@ -45,11 +46,36 @@ class Weights(_Strict):
     scale: Literal["max", "mse"] = "mse"
 
 
+class Headroom(_Strict):
+    """Room above the largest activation that calibration saw: its amax times 2^headroom."""
+
+    headroom: int = Field(ge=0, le=6)
+
+
+class Activations(_Strict):
+    """How engines shall round the inputs of quantized layers (W4A4)."""
+
+    format: Literal["nvfp4"] = "nvfp4"
+    amax: Literal["max"] | Headroom = "max"
+
+    @property
+    def factor(self) -> float:
+        """What the largest activation is multiplied with."""
+        return 1.0 if self.amax == "max" else 2.0**self.amax.headroom
+
+
 class KVCache(_Strict):
     """How engines shall store keys and values. `cast` needs no calibration and no tensors."""
 
     format: Literal["fp8"] = "fp8"
-    scale: Literal["cast"] = "cast"
+    scale: Literal["cast", "calibrated"] = "cast"
+
+
+class Calibration(_Strict):
+    """How activations are observed."""
+
+    all_experts: bool = False
+    """Show every token to every expert, for statistics; the output stays the routed one."""
 
 
 class Recipe(_Strict):
@@ -58,8 +84,9 @@ class Recipe(_Strict):
     name: str = "recipe"
     description: str = ""
     weights: Weights = Weights()
-    activations: Literal["none"] = "none"
+    activations: Literal["none"] | Activations = "none"
     kv_cache: Literal["none"] | KVCache = "none"
+    calibration: Calibration = Calibration()
     quantize: tuple[str, ...] = ()
     quantize_if_present: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
@@ -84,6 +111,21 @@ class Recipe(_Strict):
         if not self.roles:
             raise ValueError("name at least one role under quantize")
         return self
+
+    @property
+    def is_w4a4(self) -> bool:
+        """Whether activations are quantized, too."""
+        return self.activations != "none"
+
+    @property
+    def calibrates_kv(self) -> bool:
+        """Whether keys and values get scales of their own."""
+        return self.kv_cache != "none" and self.kv_cache.scale == "calibrated"
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the model must be run."""
+        return self.is_w4a4 or self.calibrates_kv
 
     @property
     def roles(self) -> frozenset[str]:
@@ -179,14 +221,20 @@ def _shown(value: object) -> str:
     return reprlib.repr(value)
 
 
+_BRANCHES = {"KVCache", "Activations", "Headroom"}
+
+
 def _is_branch(part: int | str) -> bool:
     """Whether a part of an error's location names a branch of a union, not a key."""
-    return part == "KVCache" or str(part).startswith("literal[")
+    return part in _BRANCHES or str(part).startswith("literal[")
 
 
 def _known_keys(location: list[str]) -> Iterable[str]:
-    parents: dict[str, type[BaseModel]] = {"weights": Weights, "kv_cache": KVCache}
-    model = parents.get(location[0], Recipe) if len(location) > 1 else Recipe
+    parents: dict[str, type[BaseModel]] = {
+        "weights": Weights, "activations": Activations, "amax": Headroom, "kv_cache": KVCache,
+        "calibration": Calibration,
+    }  # fmt: skip
+    model = parents.get(location[-2], Recipe) if len(location) > 1 else Recipe
     return [name for name in model.model_fields if name != "name"]
 
 

@@ -1,0 +1,1 @@
+"""Calibration: what the model reads, and what is observed while it does."""

@@ -1,0 +1,193 @@
+"""Records as token ids, by the tokenizer in the model's folder.
+
+A text begins and ends as the tokenizer has it begin and end. `close` adds the end-of-text token,
+where the tokenizer has one and has not put it there, so that documents can be joined. A chat
+template closes its turns itself, and ids that are given are taken as they are.
+
+Every id is checked against the embedding: an id without a row is an error here, with its record,
+and not an access out of bounds in the first layer.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from functools import cached_property
+from itertools import compress
+from pathlib import Path
+from typing import Any
+
+from fourfold.calibration.readers import Record
+from fourfold.errors import CalibrationError
+
+TODAY = datetime(2026, 1, 1)
+"""What templates that print the date are told it is: the same data on every day."""
+
+
+class Encoder:
+    """Makes ids of records. Loads the tokenizer with the first record that needs one."""
+
+    def __init__(self, folder: Path, vocab_size: int, trust_remote_code: bool = False) -> None:
+        self._folder = folder
+        self._vocab_size = vocab_size
+        self._trust_remote_code = trust_remote_code
+
+    def encode(self, record: Record, close: bool) -> list[int]:
+        """The ids of a record, each with a row in the embedding; empty for an empty text.
+
+        A record with several forms is read by the first of `input_ids`, `messages`, `prompt` with
+        `completion`, `text`; without a chat template, `messages` only where there is no other.
+        """
+        if "input_ids" in record.content:
+            ids = _given_ids(record)
+        elif "messages" in record.content and not self._plain_must_do(record):
+            ids = self._chat(record)
+        else:
+            ids = self._text(record, close)
+        self._check(record, ids)
+        return ids
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer in the model's folder."""
+        return load_tokenizer(self._folder, self._trust_remote_code)
+
+    @property
+    def first(self) -> list[int]:
+        """The token with which the tokenizer begins every text: one, or none."""
+        if not self._has_tokenizer:
+            return []
+        begin = self.tokenizer.bos_token_id
+        starts = begin is not None and _tokenize(self.tokenizer, "")[:1] == [begin]
+        return [begin] if starts else []
+
+    @property
+    def pad(self) -> int:
+        """The id to fill up with: pad, end of text or 0, the first that the embedding has."""
+        known: list[int | None] = []
+        if self._has_tokenizer:
+            known = [self.tokenizer.pad_token_id, self.tokenizer.eos_token_id]
+        return next((each for each in known if each is not None and each < self._vocab_size), 0)
+
+    @property
+    def _has_tokenizer(self) -> bool:
+        return "tokenizer" in self.__dict__
+
+    def _plain_must_do(self, record: Record) -> bool:
+        return plain_text(record) is not None and not self.tokenizer.chat_template
+
+    def _text(self, record: Record, close: bool) -> list[int]:
+        text = plain_text(record)
+        assert text is not None, "the readers let no other record through"
+        if not text.strip():
+            return []
+        ids = _tokenize(self.tokenizer, text)
+        end = self.tokenizer.eos_token_id
+        if close and end is not None and ids[-1:] != [end]:
+            ids.append(end)
+        return ids
+
+    def _chat(self, record: Record) -> list[int]:
+        if record.content["messages"] == []:
+            return []
+        if not self.tokenizer.chat_template:
+            raise CalibrationError(
+                f"{record.where}: has messages, but the tokenizer in {self._folder} has no chat "
+                "template. Give text, prompt and completion, or input_ids."
+            )
+        return _tokenize(self.tokenizer, self._rendered(record), add_special_tokens=False)
+
+    def _rendered(self, record: Record) -> str:
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                record.content["messages"],
+                tools=record.content.get("tools"),
+                tokenize=False,
+                strftime_now=TODAY.strftime,
+            )
+            text.encode()
+        except Exception as error:  # a template is a program: it can fail in any way
+            cause = " ".join(str(error).split())[:200] or type(error).__name__
+            raise CalibrationError(
+                f"{record.where}: the model's chat template does not take the messages: {cause}"
+            ) from error
+        return text
+
+    def _check(self, record: Record, ids: list[int]) -> None:
+        if not ids or (min(ids) >= 0 and max(ids) < self._vocab_size):
+            return
+        wrong = next(each for each in ids if not 0 <= each < self._vocab_size)
+        given = "input_ids" in record.content
+        cause = "The ids are" if given else f"The tokenizer in {self._folder} is"
+        raise CalibrationError(
+            f"{record.where}: token id {wrong} is outside the model's vocabulary (0 to "
+            f"{self._vocab_size - 1}). {cause} another model's: use this model's own tokenizer."
+        )
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in a model's folder. `CalibrationError` where there is none that works."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except Exception as error:  # files that are missing or broken, custom code, absent libraries
+        cause = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CalibrationError(
+            f"{folder}: its tokenizer cannot be loaded: {cause}. Text needs it"
+            f"{'' if trust_remote_code else ' (--trust-remote-code if it brings its own code)'}; "
+            "JSONL with input_ids does not."
+        ) from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes without files
+        raise CalibrationError(
+            f"{folder}: has no tokenizer, and text needs one. Put the tokenizer's files there, or "
+            "give --calib JSONL with input_ids."
+        )
+    return tokenizer
+
+
+def plain_text(record: Record) -> str | None:
+    """`prompt` and `completion`, one after the other, or `text`; None where it has neither."""
+    keys = ("prompt", "completion")
+    if not record.content.keys() >= set(keys):
+        keys = ("text",)
+    parts = [record.content.get(key) for key in keys]
+    if parts == [None]:
+        return None
+    for key, part in zip(keys, parts, strict=True):
+        _check_string(record.where, key, part)
+    return "".join(map(str, parts))
+
+
+def _check_string(where: str, key: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise CalibrationError(
+            f"{where}: {key} is a {type(value).__name__}, not a string. Write text there."
+        )
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise CalibrationError(
+            f"{where}: {key} is not Unicode ({error.reason} at character {error.start}). "
+            "Take that character out."
+        ) from None
+
+
+def _given_ids(record: Record) -> list[int]:
+    """`input_ids`, without those that `attention_mask` masks."""
+    ids = record.content["input_ids"]
+    if not isinstance(ids, list) or any(type(each) is not int for each in ids):
+        raise CalibrationError(f"{record.where}: input_ids is not a list of integers.")
+    mask = record.content.get("attention_mask", [1] * len(ids))
+    if not isinstance(mask, list) or len(mask) != len(ids) or not {0, 1}.issuperset(mask):
+        raise CalibrationError(
+            f"{record.where}: attention_mask is not a 0 or 1 for each of {len(ids)} input_ids."
+        )
+    return list(compress(ids, mask))
+
+
+def _tokenize(tokenizer: Any, text: str, add_special_tokens: bool = True) -> list[int]:
+    """Without the warning that a text is longer than the model: it will be cut."""
+    encoded = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
+    return list(encoded["input_ids"])

@@ -1,0 +1,83 @@
+"""A cache that records the largest keys and values, and stores nothing.
+
+Attention gives its cache the keys after rotary embedding, and the values: what an engine with an
+FP8 KV cache would store. In a single pass over a text nothing has to be remembered, so the cache
+gives back what it was given, and takes no memory.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+Record = Callable[[torch.Tensor, torch.Tensor], None]
+"""Is shown the keys and the values of one update."""
+
+
+def recording_cache(model: Any, record: Record) -> Any:
+    """A cache to give to one call of `model`: `model(…, past_key_values=cache, use_cache=True)`."""
+    cache_class = _recording(_cache_class(model))
+    takes_config = "config" in inspect.signature(cache_class).parameters
+    made = cache_class(config=model.config) if takes_config else cache_class()
+    made.record = record
+    return made
+
+
+def _cache_class(model: Any) -> type:
+    """The cache that this model makes for itself: its module's own, or transformers' usual one."""
+    from transformers import DynamicCache
+
+    module = sys.modules[type(model).__module__]
+    own = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and issubclass(value, DynamicCache)
+        and value.__module__ == module.__name__
+    ]
+    return own[0] if own else DynamicCache
+
+
+@cache
+def _recording(base: type) -> type:
+    return type(f"Recording{base.__name__}", (_Recording, base), {})
+
+
+class _Recording:
+    """Goes before a cache class: records, and forgets."""
+
+    record: Record
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.record(key_states, value_states)
+        return key_states, value_states
+
+    def update_indexer(self, indexer_key_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return indexer_key_states
+
+    def update_conv_state(
+        self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kw: Any
+    ) -> Any:
+        states = super().update_conv_state(conv_states, layer_idx, *args, **kw)  # type: ignore[misc]
+        _forget(self.layers[layer_idx].conv_states)  # type: ignore[attr-defined]
+        return states
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int, *args: Any, **kw: Any
+    ) -> Any:
+        states = super().update_recurrent_state(recurrent_states, layer_idx, *args, **kw)  # type: ignore[misc]
+        _forget(self.layers[layer_idx].recurrent_states)  # type: ignore[attr-defined]
+        return states
+
+
+def _forget(states: Any) -> None:
+    for index in states if isinstance(states, dict) else range(len(states)):
+        if isinstance(states[index], torch.Tensor):
+            states[index] = states[index].new_empty(0)

@@ -1,0 +1,143 @@
+"""What calibration found: the largest inputs of every site, tokens of every expert, keys, values.
+
+Stored beside a checkpoint as `calibration.safetensors`, and read back to make it again:
+
+    <experts module>.tokens          I64  [E]  tokens that were routed to each expert
+    <experts module>.gate_up.amax    F32  [E]  largest input of gate and up, by expert
+    <experts module>.down.amax       F32  [E]  largest input of down, by expert
+    <linear module>.amax             F32  []   largest input of a linear layer
+    <linear module>.rows             I64  []   how many rows it saw
+    <layer>.kv.amax                  F32  [2]  largest key (after rotary embedding) and value
+
+All names are module paths in memory. The file's metadata say what data it was, by digest.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fourfold.checkpoints.writer import STATISTICS
+from fourfold.errors import CalibrationError
+
+FORMAT = "fourfold calibration 1"
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """Which data the statistics were taken from."""
+
+    origin: str
+    digest: str
+    samples: int
+    seq: int
+    tokens: int
+    all_experts: bool = False
+
+
+@dataclass(frozen=True)
+class ExpertsStatistics:
+    """Of one experts module, for each of its E experts."""
+
+    tokens: torch.Tensor
+    gate_up_amax: torch.Tensor
+    down_amax: torch.Tensor
+
+    @property
+    def unreached(self) -> list[int]:
+        """Experts that no token was routed to."""
+        return [int(number) for number in (self.tokens == 0).nonzero().flatten()]
+
+
+@dataclass(frozen=True)
+class LinearStatistics:
+    """Of one linear layer's input."""
+
+    amax: float
+    rows: int
+
+
+@dataclass
+class Statistics:
+    """Everything that calibration found; it grows while layers pass."""
+
+    data: DataSummary
+    experts: dict[str, ExpertsStatistics] = field(default_factory=dict)
+    linears: dict[str, LinearStatistics] = field(default_factory=dict)
+    kv: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """By decoder layer's path: the largest key and the largest value."""
+
+    def save(self, file: Path) -> None:
+        """Write the statistics; the same statistics give the same bytes."""
+        file.write_bytes(self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """The contents of `calibration.safetensors`."""
+        from safetensors.torch import save
+
+        tensors: dict[str, torch.Tensor] = {}
+        for path, experts in sorted(self.experts.items()):
+            tensors[f"{path}.tokens"] = experts.tokens
+            tensors[f"{path}.gate_up.amax"] = experts.gate_up_amax
+            tensors[f"{path}.down.amax"] = experts.down_amax
+        for path, linear in sorted(self.linears.items()):
+            tensors[f"{path}.amax"] = torch.tensor(linear.amax, dtype=torch.float32)
+            tensors[f"{path}.rows"] = torch.tensor(linear.rows)
+        for path, pair in sorted(self.kv.items()):
+            tensors[f"{path}.kv.amax"] = torch.tensor(pair, dtype=torch.float32)
+        head = json.dumps(asdict(self.data), ensure_ascii=False, sort_keys=True)
+        return bytes(save(tensors, metadata={"format": FORMAT, "data": head}))
+
+    @classmethod
+    def load(cls, file: Path) -> Statistics:
+        """Read what `save` wrote. Raises `CalibrationError` for anything else."""
+        from safetensors import safe_open
+
+        try:
+            with safe_open(file, framework="pt") as handle:
+                metadata = handle.metadata() or {}
+                tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"its format is {metadata.get('format')!r}")
+            return _parse(DataSummary(**json.loads(metadata["data"])), tensors)
+        except FileNotFoundError:
+            raise CalibrationError(f"{file}: no such file.") from None
+        except Exception as error:  # whatever safetensors raises for bytes that are none
+            raise CalibrationError(
+                f"{file}: not the statistics of a calibration: {error}. "
+                f"Give the {STATISTICS} of an earlier run."
+            ) from None
+
+
+def _parse(data: DataSummary, tensors: Mapping[str, torch.Tensor]) -> Statistics:
+    found = Statistics(data)
+    for name, tensor in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        if leaf == "tokens":
+            found.experts[path] = ExpertsStatistics(
+                tensor, _amaxes(tensors, f"{path}.gate_up"), _amaxes(tensors, f"{path}.down")
+            )
+        elif leaf == "rows":
+            found.linears[path] = LinearStatistics(float(_amaxes(tensors, path)), int(tensor))
+        elif name.endswith(".kv.amax"):
+            key, value = _amaxes(tensors, f"{path}").tolist()
+            found.kv[path.removesuffix(".kv")] = (key, value)
+    return found
+
+
+def _amaxes(tensors: Mapping[str, torch.Tensor], path: str) -> torch.Tensor:
+    amax = tensors[f"{path}.amax"]
+    if not bool(((amax >= 0) & (amax < math.inf)).all()):
+        raise ValueError(f"{path}.amax holds {amax.flatten()[:4].tolist()}")
+    return amax
+
+
+def data_summary(data: Any, *, all_experts: bool) -> DataSummary:
+    """The summary of a `CalibrationData`."""
+    return DataSummary(data.origin, data.digest, data.samples, data.seq, data.tokens, all_experts)

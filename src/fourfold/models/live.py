@@ -1,0 +1,291 @@
+"""A transformers model that is live in memory, seen as a checkpoint: a `Source`.
+
+Names, shapes, dtypes and order are those of the checkpoint that the model came from
+(`model.name_or_path`), where that still lies on the disk and builds the same model; the values
+are the model's own. Tensors that transformers does not load (MTP layers) are copied from there.
+
+Without such a checkpoint, names and shapes are what transformers' reversed conversion makes of
+the model, corrected by what is known of published checkpoints (`upstream`), dtypes are those of
+the parameters, and config.json is written anew.
+
+A model may be spread over devices, offloaded to disk by accelerate, or sharded by FSDP2: its
+ranks call `hold` together for one unit after the other (see `live_values`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from fourfold.checkpoints.safetensors_header import TORCH_DTYPES, TensorInfo
+from fourfold.checkpoints.source import CONFIG, OWN_FILES, Source, open_source
+from fourfold.errors import FourfoldError, ModelError, SourceError, UsageError
+from fourfold.models.internals import blueprint_of, raw_tensors, saved_config
+from fourfold.models.inventory import natural
+from fourfold.models.live_values import LiveValues
+from fourfold.models.module_tree import ModuleTree, build_tree, describe
+from fourfold.models.unloading import Unloading
+from fourfold.models.upstream import upstream_of
+
+IN_MEMORY = "the live model"
+"""Stands for a file's name where there is no file."""
+
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+class LiveSource:
+    """A live model as a `Source`. Safe for many threads, but `hold` and `release`."""
+
+    def __init__(
+        self, model: Any, *, tokenizer: Any = None, trust_remote_code: bool = False
+    ) -> None:
+        """`tokenizer`: what has `save_pretrained`; its files then lie beside the weights.
+
+        Raises `UsageError` for what is no model of transformers, `SourceError` for one that is
+        quantized or wrapped, `ModelError` where its tensors cannot be named.
+        """
+        _check_model(model)
+        blueprint = blueprint_of(model)
+        _check_same(model, blueprint)
+        self.model = model
+        self.tree: ModuleTree = describe(blueprint)
+        """The model's module tree; its parameters are on the meta device."""
+        self._values = LiveValues(model)
+        self._checkpoint, why_not = _checkpoint_of(model, self.tree, trust_remote_code)
+        self._own: tempfile.TemporaryDirectory[str] | None = None
+        if self._checkpoint is not None and why_not is None:
+            self.tensors: Mapping[str, TensorInfo] = self._checkpoint.tensors
+            self.config: Mapping[str, Any] = self._checkpoint.config
+            self._unloading = Unloading(self.tree, self.tensors)
+        else:
+            self._unloading = _from_model(model, blueprint, self.tree)
+            self.tensors = self._unloading.infos
+            self.config = saved_config(model)
+        self._copied = dict.fromkeys(self._unloading.unplaced, self._checkpoint)
+        self.folder = self._folder(tokenizer, why_not)
+        self.notes = tuple(self._notes(why_not))
+        """What a user should know of where names and tensors come from."""
+
+    @property
+    def rank(self) -> int:
+        """This process's rank among those that share the model; rank 0 writes."""
+        return dist.get_rank() if self.is_sharded else 0
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether parameters lie on several ranks, so that `hold` must come before `slab`."""
+        return self._values.is_sharded
+
+    def hold(self, keys: Iterable[str], *, keep: bool = True) -> None:
+        """Bring what these raw tensors are made of into memory, until `release`.
+
+        For a sharded model all ranks call it with the same keys in the same order, one unit
+        at a time; `keep=False` for ranks that will not read. For an offloaded model it reads
+        each parameter once. For any other it does nothing.
+        """
+        own = (key for key in keys if key not in self._copied)
+        self._values.hold(
+            (name for key in own for name in self._unloading.parameters(key)), keep=keep
+        )
+
+    def release(self) -> None:
+        """Give back what was held."""
+        self._values.release()
+
+    def slab(
+        self, key: str, start: int, stop: int, out: np.ndarray[Any, Any] | None = None
+    ) -> torch.Tensor:
+        copied = self._copied.get(key)
+        if copied is not None:
+            return copied.slab(key, start, stop, out)
+        rows = self._unloading.rows(key, start, stop, self._values.get)
+        rows = _exactly(rows, self.tensors[key])
+        if out is None:
+            return rows.cpu().contiguous()
+        made = torch.from_numpy(out).view(rows.dtype).reshape(rows.shape)
+        return made.copy_(rows)
+
+    def read_bytes(self, key: str, start: int, out: np.ndarray[Any, Any]) -> None:
+        copied = self._copied.get(key)
+        if copied is not None:
+            return copied.read_bytes(key, start, out)
+        info = self.tensors[key]
+        row = info.nbytes // info.shape[0] if info.shape else info.nbytes
+        first, last = start // row, -(-(start + len(out)) // row)
+        slab = self.slab(key, first, last).reshape(-1).view(torch.uint8)
+        torch.from_numpy(out).copy_(slab[start - first * row :][: len(out)])
+        return None
+
+    def will_need(self, key: str, start: int, stop: int) -> None:
+        copied = self._copied.get(key)
+        if copied is not None:
+            copied.will_need(key, start, stop)
+
+    def side_files(self) -> tuple[list[Path], list[Path]]:
+        if self._own is None and self._checkpoint is not None:
+            return self._checkpoint.side_files()
+        beside = sorted(path for path in self.folder.rglob("*") if path.is_file())
+        names = [path.relative_to(self.folder) for path in beside]
+        return [name for name in names if str(name) not in OWN_FILES], []
+
+    def close(self) -> None:
+        self.release()
+        if self._checkpoint is not None:
+            self._checkpoint.close()
+        if self._own is not None:
+            self._own.cleanup()
+
+    def _folder(self, tokenizer: Any, why_not: str | None) -> Path:
+        """The checkpoint's own folder, or a temporary one with the same files beside."""
+        if self._checkpoint is not None and why_not is None and tokenizer is None:
+            return self._checkpoint.folder
+        self._own = tempfile.TemporaryDirectory(prefix="fourfold-live-")
+        folder = Path(self._own.name)
+        for path in self._checkpoint.side_files()[0] if self._checkpoint is not None else ():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self._checkpoint.folder / path, folder / path)  # type: ignore[union-attr]
+        if why_not is not None and self.model.can_generate():
+            self.model.generation_config.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        (folder / CONFIG).write_text(json.dumps(dict(self.config), indent=2) + "\n")
+        return folder
+
+    def _notes(self, why_not: str | None) -> Iterable[str]:
+        if why_not is not None:
+            yield f"names, layout and config.json are made from the model in memory: {why_not}"
+        elif self._copied:
+            yield (
+                f"{len(self._copied)} tensors that are not in the live model (MTP layers?) are "
+                f"copied from {self.folder}: {min(self._copied, key=natural)}, …"
+            )
+
+
+def _check_model(model: Any) -> None:
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise UsageError(
+            f"{type(model).__name__}: is no model of transformers. Give the PreTrainedModel "
+            "itself: merge adapters, unwrap what DDP or torch.compile made of it."
+        )
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+        raise SourceError(
+            f"{type(model).__name__}: is quantized in memory. "
+            "Load it in BF16, FP16 or FP32 (dequantize=True, where its format has that)."
+        )
+
+
+def _check_same(model: Any, blueprint: Any) -> None:
+    """The live model has the tensors that its configuration says, and no others."""
+    found = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    wanted = {name: tuple(value.shape) for name, value in blueprint.state_dict().items()}
+    for name in (*wanted, *found):
+        if found.get(name) != wanted.get(name):
+            raise SourceError(
+                f"{name}: {_shape(found.get(name))} in the live model, "
+                f"{_shape(wanted.get(name))} in what its configuration builds. Merge adapters, "
+                "and shard with FSDP2 (fully_shard), not FSDP1 or ZeRO-3."
+            )
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else str(list(shape))
+
+
+def _checkpoint_of(
+    model: Any, tree: ModuleTree, trust_remote_code: bool
+) -> tuple[Source | None, str | None]:
+    """The checkpoint that the model was loaded from, and why its headers are of no use."""
+    name = str(getattr(model, "name_or_path", None) or "")
+    folder = _folder_of(name, getattr(model.config, "_commit_hash", None))
+    if folder is None:
+        return None, f"{name or 'its checkpoint'} is not on this disk"
+    try:
+        source = open_source(folder)
+    except FourfoldError as error:
+        return None, str(error)
+    try:
+        theirs = build_tree(folder, trust_remote_code=trust_remote_code)
+    except ModelError as error:
+        return source, str(error)
+    if theirs.parameters != tree.parameters or theirs.architecture != tree.architecture:
+        return source, f"{folder} builds another {theirs.architecture}"
+    why_not = Unloading(tree, source.tensors).misfit()
+    return source, None if why_not is None else f"{folder} does not fit: {why_not}"
+
+
+def _folder_of(name: str, commit: str | None) -> Path | None:
+    """The folder of a checkpoint, or the snapshot that the hub's cache has of it."""
+    if not name:
+        return None
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, CONFIG, revision=commit)
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _from_model(model: Any, blueprint: Any, tree: ModuleTree) -> Unloading:
+    """Raw tensors made from the model alone."""
+    upstream, why_not = upstream_of(*tree.model_types), "transformers cannot name its tensors"
+    for tensors in raw_tensors(model, blueprint, fused=upstream.fused):
+        shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        for name, tensor in tensors.items():
+            key, shape = name, tuple(tensor.shape)
+            for pattern, replacement in upstream.renames:
+                key = re.sub(pattern, replacement, key)
+            if upstream.transposed is not None and re.search(upstream.transposed, key):
+                shape = (*shape[:-2], shape[-1], shape[-2])
+            shapes[key] = tensor.dtype, shape
+        unloading = Unloading(tree, _infos(shapes))
+        misfit = unloading.misfit()
+        if misfit is None and not unloading.unplaced:
+            return unloading
+        why_not = misfit or f"{unloading.unplaced[0]} has no place in the model"
+    raise ModelError(
+        f"{tree.architecture}: the names of its tensors on disk are not known ({why_not}). "
+        "Keep the checkpoint that it was loaded from where model.name_or_path says."
+    )
+
+
+def _infos(
+    shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+) -> dict[str, TensorInfo]:
+    found, at = {}, 0
+    for key in sorted(shapes, key=natural):
+        dtype, shape = shapes[key]
+        size = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+        found[key] = TensorInfo(key, DTYPE_NAMES[dtype], shape, Path(IN_MEMORY), at, at + size)
+        at += size
+    return found
+
+
+def _exactly(value: torch.Tensor, info: TensorInfo) -> torch.Tensor:
+    """`value` in the dtype that it has on disk; `SourceError` where that would round it."""
+    wanted = info.torch_dtype
+    if value.dtype == wanted:
+        return value
+    cast = value.to(wanted)
+    back = cast.to(value.dtype)
+    if not bool(((back == value) | (back.isnan() & value.isnan())).all()):
+        raise SourceError(
+            f"{info.key}: {value.dtype} in memory, {info.dtype} in the model's checkpoint, which "
+            f"would round it. Convert the model first: model.to({wanted})."
+        )
+    return cast

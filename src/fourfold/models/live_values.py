@@ -1,0 +1,114 @@
+"""The values of a live model's parameters and buffers, wherever they are.
+
+In memory, on another device, offloaded to disk by accelerate (then read one parameter at a time),
+or sharded over ranks by FSDP2. A sharded parameter is gathered by all ranks together, in `hold`;
+nothing else here is a collective, so that threads may read what is held.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fourfold.errors import SourceError
+from fourfold.models.internals import offloaded_value
+
+KEPT = 4
+"""Offloaded parameters that are kept after they were read: gate and up, down, and their biases."""
+
+
+class LiveValues:
+    """Parameters and buffers of a model by name. Safe for many threads."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._owners = {
+            name: (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
+            for name in model.state_dict()
+        }
+        self._ties: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
+        self._held: dict[str, torch.Tensor] = {}
+        self._recent: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a parameter lies on several ranks."""
+        return any(_is_sharded(self._tensor(name)) for name in self._owners)
+
+    def get(self, name: str) -> torch.Tensor:
+        """A whole parameter, on whatever device; it must not be changed."""
+        if name in self._held:
+            return self._held[name]
+        tensor = self._tensor(name)
+        if _is_sharded(tensor):
+            raise SourceError(
+                f"{name}: is sharded over {dist.get_world_size()} ranks and not held. "
+                "All ranks must hold a unit together before it is read."
+            )
+        return self._offloaded(name) if tensor.is_meta else tensor
+
+    def hold(self, names: Iterable[str], *, keep: bool = True) -> None:
+        """Gather what is sharded, read what is offloaded, until `release`.
+
+        Where parameters are sharded, all ranks must call this with the same names in the same
+        order. keep: False for a rank that only takes part in the gathering.
+        """
+        for name in dict.fromkeys(names):
+            tensor = self._tensor(name)
+            if _is_sharded(tensor):
+                value = _gathered(tensor)
+            elif tensor.is_meta and keep:
+                value = self._offloaded(name)
+            else:
+                continue
+            if keep:
+                self._held[name] = value
+
+    def release(self) -> None:
+        """Hold nothing any more."""
+        with self._lock:
+            self._held.clear()
+            self._recent.clear()
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        owner, last = self._owners[name]
+        tensor: torch.Tensor = getattr(owner, last)
+        return tensor.detach()
+
+    def _offloaded(self, name: str) -> torch.Tensor:
+        with self._lock:
+            if name not in self._recent:
+                self._recent[name] = self._read(name)
+                if len(self._recent) > KEPT:
+                    self._recent.popitem(last=False)
+            self._recent.move_to_end(name)
+            return self._recent[name]
+
+    def _read(self, name: str) -> torch.Tensor:
+        for each in (name, self._ties.get(name)):
+            value = None if each is None else offloaded_value(self.model, each)
+            if value is not None and not value.is_meta:
+                return value.detach()
+        raise SourceError(
+            f"{name}: is on the meta device, and no hook of accelerate has its values. "
+            "Load the model's weights (from_pretrained does) before it is quantized."
+        )
+
+
+def _is_sharded(tensor: Any) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def _gathered(tensor: Any) -> torch.Tensor:
+    """All of a sharded tensor, on the CPU; a collective."""
+    whole: torch.Tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()
+    return whole.cpu()

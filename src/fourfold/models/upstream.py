@@ -1,0 +1,58 @@
+"""Where published checkpoints differ from what transformers makes of a model when it saves it.
+
+For a model in memory without its checkpoint: transformers reverses its own conversion to find
+names and shapes on disk, and is right for all families but these. All of it is data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """How a family's published checkpoints differ."""
+
+    fused: bool = False
+    """Experts lie fused on disk; transformers would save one tensor each."""
+    transposed: str | None = None
+    """Regex of raw keys that lie `[E, in, out]` on disk; transformers would save `[E, out, in]`."""
+    renames: tuple[tuple[str, str], ...] = ()
+    """(regex, replacement) on the names that transformers would give, in order."""
+
+
+_QWEN3_5 = Upstream(fused=True)
+_QWEN3_VL = Upstream(transposed=r"\.experts\.(gate_up|down)_proj$")
+
+UPSTREAM: Mapping[str, Upstream] = {
+    "deepseek_v4": Upstream(
+        renames=(
+            (r"^model\.", ""),
+            (r"^embed_tokens\.", "embed."),
+            (r"^hc_head\.hc_", "hc_head_"),
+            (r"\.attn\.norm\.", ".attn.kv_norm."),
+        )
+    ),
+    "ernie4_5_vl_moe": Upstream(renames=((r"^model\.vision_model\.", "vision_model."),)),
+    "hy_v4": Upstream(
+        renames=(
+            (r"\.hc_pre\.hc_head\.", ".hc_head."),
+            (r"\.hc_pre\.(hc_(?:attn|mlp)_layer)\.", r".\1.hc_pre."),
+            (r"\.mlp\.(shared_experts\.)?linear_gate\.", r".mlp.\1gate_proj."),
+        )
+    ),
+    "kimi_linear": Upstream(
+        renames=((r"\.block_sparse_moe\.((?:gate|up|down)_proj)\.", r".mlp.\1."),)
+    ),
+    "qwen3_5_moe": _QWEN3_5,
+    "qwen3_5_moe_text": _QWEN3_5,
+    "qwen3_vl_moe": _QWEN3_VL,
+    "qwen3_vl_moe_text": _QWEN3_VL,
+}
+"""By `model_type`, of the text model and of its wrapper."""
+
+
+def upstream_of(*model_types: str) -> Upstream:
+    """The first of `model_types` that the table knows; nothing special otherwise."""
+    return next((UPSTREAM[name] for name in model_types if name in UPSTREAM), Upstream())

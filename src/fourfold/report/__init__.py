@@ -1,0 +1,7 @@
+"""A summary document for people: a table of every linear weight, and a page that stands alone."""
+
+from fourfold.report.html import html_of
+from fourfold.report.reading import read_summary
+from fourfold.report.table import LinearTable, table_of
+
+__all__ = ["LinearTable", "html_of", "read_summary", "table_of"]
