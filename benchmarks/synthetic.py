@@ -165,7 +165,7 @@ def measure(folder: Path, layers: int, threads: int, runs: int) -> dict[str, flo
     """All figures, in seconds and GB."""
     from fourfold.checkpoints.source import open_source
     from fourfold.checkpoints.writer import OutputFolder
-    from fourfold.fold import fold
+    from fourfold.fold import folding
     from fourfold.pipeline import plan, quantize
     from fourfold.verification import verify
 
@@ -176,7 +176,9 @@ def measure(folder: Path, layers: int, threads: int, runs: int) -> dict[str, flo
     def run_fold() -> None:
         target = OutputFolder(out)
         target.prepare(model, work.files, overwrite=True)
-        fold(work, source, target, threads=threads)
+        with folding(work, source, target, threads=threads) as job:
+            job.run()
+            job.finished()
 
     def copy() -> None:
         copy_bytes(model, folder / "scratch", work.nbytes_after)

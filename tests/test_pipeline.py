@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import fourfold
 from families import Truth
 from fourfold import pipeline
-from fourfold.fold import Progress
+from fourfold.fold import Folding, Progress
 
 Written = Callable[[str], tuple[Path, Truth]]
 EXPERTS = "w4a16_nvfp4_experts_only_mse"
@@ -98,8 +98,8 @@ def test_a_ledger_that_does_not_close(
 def test_a_weight_that_is_not_written(
     written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fold = pipeline.fold
-    monkeypatch.setattr(pipeline, "fold", lambda *a, **k: fold(*a, **k)[1:])
+    finished = Folding.finished
+    monkeypatch.setattr(Folding, "finished", lambda work: finished(work)[1:])
     with pytest.raises(fourfold.FourfoldError, match="36 linear weights planned, 35 written"):
         fourfold.quantize(written("mixtral")[0], tmp_path / "out", EXPERTS)
     assert not (tmp_path / "out").exists()

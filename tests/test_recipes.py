@@ -11,6 +11,11 @@ import fourfold
 from fourfold.recipes import Recipe, builtin_names
 
 BUILTIN = [
+    "nvfp4_default_mse-fp8_kv",
+    "nvfp4_experts_only",
+    "nvfp4_experts_only_mse",
+    "nvfp4_experts_only_mse-fp8_cast_kv",
+    "nvfp4_mlp_only_mse-fp8_cast_kv",
     "w4a16_nvfp4_default",
     "w4a16_nvfp4_default_mse",
     "w4a16_nvfp4_experts_only",
@@ -24,8 +29,11 @@ def test_builtin_recipes() -> None:
     for name in BUILTIN:
         recipe = fourfold.Recipe.load(name)
         assert recipe.name == name
-        assert recipe.weights.scale == ("mse" if name.endswith("_mse") else "max")
-        assert recipe.activations == "none"
+        assert recipe.weights.scale == ("mse" if "_mse" in name else "max")
+        assert recipe.is_w4a4 == (not name.startswith("w4a16"))
+        assert recipe.needs_calibration == recipe.is_w4a4
+        assert (recipe.kv_cache == "none") == ("-fp8" not in name)
+        assert recipe.calibrates_kv == name.endswith("-fp8_kv")
         assert recipe.description
 
 
@@ -54,7 +62,15 @@ def test_yaml_comes_back(name: str, tmp_path: Path) -> None:
         ("[1]", ["mapping"]),
         ("a: [", ["not valid YAML"]),
         ("kv_cache: {format: fp9}\nquantize: [mlp]", ["kv_cache", "fp9"]),
-        ("activations: {format: nvfp4}\nquantize: [mlp]", ["activations"]),
+        ("kv_cache: {scale: casted}\nquantize: [mlp]", ["kv_cache.scale", "casted"]),
+        ("activations: {format: fp8}\nquantize: [mlp]", ["activations.format", "fp8"]),
+        ("activations: {amax: least}\nquantize: [mlp]", ["activations.amax", "least"]),
+        ("activations: {amax: {headroom: 7}}\nquantize: [mlp]", ["headroom", "6"]),
+        ("activations: {amax: {headroom: 1.5}}\nquantize: [mlp]", ["headroom", "integer"]),
+        ("activations: {amax: {hedroom: 1}}\nquantize: [mlp]", ["hedroom", "headroom"]),
+        ("activations: {amx: max}\nquantize: [mlp]", ["activations.amx", "amax"]),
+        ("calibration: {every_expert: true}\nquantize: [mlp]", ["all_experts"]),
+        ("calibration: {all_experts: 1}\nquantize: [mlp]", ["all_experts"]),
         ("keep: 3\nquantize: [mlp]", ["keep: a list is expected, not 3"]),
     ],
 )

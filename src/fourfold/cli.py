@@ -207,6 +207,30 @@ def inspect(
 
 
 @app.command()
+def summary(
+    out: Annotated[Path, typer.Argument(help="A folder that `fourfold quantize` wrote.")],
+    role: Annotated[str | None, typer.Option(help="Only weights of this role.")] = None,
+    layer: Annotated[int | None, typer.Option(min=0, help="Only weights of this layer.")] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="A line for each weight, each expert's too.")
+    ] = False,
+    worst: Annotated[
+        int | None, typer.Option(min=1, help="Only so many, the largest relative error first.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what was done to each linear weight: scales, input amax, tokens, error."""
+    from fourfold.report import chosen_entries, read_summary, table_of
+
+    found = read_summary(out)
+    if as_json:
+        _print_json(chosen_entries(found, role=role, layer=layer, worst_of_all=worst))
+        return
+    table = table_of(found, role=role, layer=layer, every=every, worst_of_all=worst)
+    _console().print(table, crop=False)
+
+
+@app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this one.")] = None,
     as_json: Json = False,

@@ -29,7 +29,7 @@ from typing import Any, Literal
 import torch
 
 from fourfold.calibration.encoding import Encoder
-from fourfold.calibration.readers import EMBEDDED, Corpus, open_corpora
+from fourfold.calibration.readers import Corpus, open_corpora
 from fourfold.errors import CalibrationError, UsageError
 
 DEFAULT_SIZE = 128
@@ -145,7 +145,7 @@ def load_calibration(
         seq=seq,
         tokens=sum(map(len, chosen)),
         origin=origin,
-        is_embedded=origin == EMBEDDED,
+        is_embedded=not options.calib,
     )
 
 
@@ -170,13 +170,12 @@ def _pool(
     """Documents as ids, in turn from each corpus: the embedded text whole, of others enough."""
     packed = options.packing == "packed"
     wanted = POOL * (options.size or DEFAULT_SIZE) * (seq if packed else 1)
-    whole = corpora[0].name == EMBEDDED
     pool: list[list[int]] = []
     found = 0
     for turn in _turns([_documents(corpus, encoder, close=packed) for corpus in corpora]):
         pool += turn
         found += sum(map(len, turn)) if packed else len(turn)
-        if found >= wanted and not whole:
+        if found >= wanted and options.calib:
             break
     return pool
 
@@ -237,20 +236,16 @@ def _enough(
     size = options.size or DEFAULT_SIZE
     if len(samples) >= size or (samples and options.size is None):
         return samples[:size]
-    tokens = sum(map(len, documents))
     if options.packing == "padded":
         raise CalibrationError(
-            f"{origin}: {len(documents)} documents, {size} samples are asked for, one of each. "
+            f"{origin}: {len(documents):,} documents; {size:,} padded samples take one each. "
             f"Give more, or --calib-size {len(documents)}."
         )
-    if not samples:
-        raise CalibrationError(
-            f"{origin}: {tokens:,} tokens, a sample takes {seq:,}. "
-            "Give more text, or a smaller --calib-seq."
-        )
+    tokens = sum(map(len, documents))
+    remedy = f"--calib-size {len(samples)}" if samples else "a smaller --calib-seq"
     raise CalibrationError(
-        f"{origin}: {tokens:,} tokens, {size:,} samples of {seq:,} take {size * seq:,}. "
-        f"Give more text, or --calib-size {len(samples)}."
+        f"{origin}: {tokens:,} tokens make {len(samples):,} samples of {seq:,}; "
+        f"{size:,} samples take {size * seq:,}. Give more text, or {remedy}."
     )
 
 

@@ -65,8 +65,8 @@ def open_corpora(names: Iterable[str], characters: int) -> list[Corpus]:
 
 
 def _embedded() -> Corpus:
-    records = enumerate(calibration_records(), start=1)
-    return Corpus(EMBEDDED, (Record(f"{EMBEDDED}, {n}", content) for n, content in records))
+    records = calibration_records()
+    return Corpus(EMBEDDED, (_record(f"{EMBEDDED}, {each['name']}", each) for each in records))
 
 
 def _open(name: str, characters: int) -> Corpus:

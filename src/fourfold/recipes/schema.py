@@ -200,7 +200,8 @@ def _explain(error: ValidationError) -> str:
     """The first thing wrong, with the nearest name for a key that is not known."""
     errors = error.errors(include_url=False)
     same = [each for each in errors if each["loc"][:1] == errors[0]["loc"][:1]]
-    first = max(same, key=lambda each: len(each["loc"]))  # of a union, the branch that got furthest
+    # Of a union, the branch that got furthest; and a key that is not known explains one that lacks.
+    first = max(same, key=lambda each: (len(each["loc"]), each["type"] == "extra_forbidden"))
     parts = [str(part) for part in first["loc"] if not _is_branch(part)]
     where, given = ".".join(parts), first.get("input")
     match first["type"]:

@@ -2,6 +2,6 @@
 
 from fourfold.report.html import html_of
 from fourfold.report.reading import read_summary
-from fourfold.report.table import LinearTable, table_of
+from fourfold.report.table import LinearTable, chosen_entries, table_of
 
-__all__ = ["LinearTable", "html_of", "read_summary", "table_of"]
+__all__ = ["LinearTable", "chosen_entries", "html_of", "read_summary", "table_of"]

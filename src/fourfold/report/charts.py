@@ -170,14 +170,14 @@ class Scale:
         return (value - self.low) / (self.high - self.low)
 
     def ticks(self) -> list[float]:
-        """Three to six round values."""
+        """A few round values."""
         return _decades(self.low, self.high) if self.log else _even(self.low, self.high)
 
 
 def _even(low: float, high: float) -> list[float]:
-    rough = (high - low) / 4
+    rough = (high - low) / 5
     unit = 10.0 ** math.floor(math.log10(rough))
-    step = next(step * unit for step in (1, 2, 5, 10) if step * unit >= rough)
+    step = next(step * unit for step in (1, 2, 2.5, 5, 10) if step * unit >= rough)
     first = math.ceil(low / step)
     return [k * step for k in range(first, math.floor(high / step) + 1)]
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d{1,9})\.")
+_LAYER = re.compile(r"(?:^|(?<!mtp)\.)(?:layers|blocks|h)\.(\d{1,9})\.")
 _EXPERT = re.compile(r"\.experts\.(\d{1,9})\.")
 _DIGITS = re.compile(r"(\d+)")
 
@@ -198,13 +198,18 @@ def _calibration(value: object) -> Calibration | None:
 def _experts(entry: Mapping[str, Any]) -> ExpertTokens:
     module, tokens = text(entry.get("module")), entry.get("tokens")
     seen = [count(each) or 0 for each in tokens] if isinstance(tokens, list) else []
-    return ExpertTokens(module, _place(entry, "layer", _LAYER, f"{module}."), tuple(seen))
+    return ExpertTokens(module, _layer_of_module(entry, module), tuple(seen))
 
 
 def _kv_scale(entry: Mapping[str, Any]) -> KVScale:
     name = text(entry.get("name"))
-    layer = _place(entry, "layer", _LAYER, f"{name}.")
+    layer = _layer_of_module(entry, name)
     return KVScale(name, layer, number(entry.get("k_scale")), number(entry.get("v_scale")))
+
+
+def _layer_of_module(entry: Mapping[str, Any], name: str) -> int | None:
+    told = count(entry.get("layer"))
+    return _place({}, "layer", _LAYER, f"{name}.") if told is None else told
 
 
 def _linear(entry: Mapping[str, Any]) -> Linear:

@@ -19,13 +19,13 @@ from rich.segment import Segment
 from rich.style import Style
 
 from fourfold.errors import UsageError
-from fourfold.rendering import plain, size
-from fourfold.report.document import Document, Linear, read_document
+from fourfold.rendering import PLAIN_WIDTH, size
+from fourfold.report.document import Document, Linear, read_document, text
 from fourfold.report.tally import layers_of, spread, worst
 from fourfold.report.words import clipped, figure, plural, runs, times, whole
 
 NARROWEST = 24
-"""Names are folded to the room that the figures leave, but not to less."""
+"""Names are folded to the room that the figures leave; with less they get their own lines."""
 
 _BOLD, _DIM, _PLAIN = Style(bold=True), Style(dim=True), Style()
 
@@ -36,12 +36,18 @@ Figure = Callable[[Linear], float | None]
 class _Column:
     head: str
     of: Figure
+    is_count: bool = False
+
+    def show(self, value: float | None, digits: int = 4) -> str:
+        if self.is_count and value is not None:
+            return f"{value:,.0f}"
+        return figure(value, digits)
 
 
 _FIGURES = (
     _Column("global scale", lambda linear: linear.global_scale),
     _Column("input amax", lambda linear: linear.input_amax),
-    _Column("tokens", lambda linear: linear.tokens),
+    _Column("tokens", lambda linear: linear.tokens, is_count=True),
     _Column("rel. error", lambda linear: linear.relative_error),
 )
 
@@ -82,8 +88,13 @@ def chosen_entries(
     linears = _chosen(read_document(summary).linears, role, layer)
     if worst_of_all is not None:
         linears = worst(linears, worst_of_all)
-    entries = {each.get("name"): each for each in summary.get("linears", [])}
-    return {**summary, "linears": [entries[linear.name] for linear in linears]}
+    places = {linear.name: place for place, linear in enumerate(linears)}
+    entries = [each for each in summary.get("linears", []) if _name(each) in places]
+    return {**summary, "linears": sorted(entries, key=lambda each: places[_name(each)])}
+
+
+def _name(entry: object) -> str:
+    return text(entry.get("name")) if isinstance(entry, dict) else ""
 
 
 def _chosen(linears: Sequence[Linear], role: str | None, layer: int | None) -> list[Linear]:
@@ -130,17 +141,22 @@ class LinearTable:
     def _has(self, of: Figure) -> bool:
         return any(of(linear) is not None for line in self.lines for linear in line)
 
-    def __rich_console__(self, _: Console, options: ConsoleOptions) -> Iterator[Segment]:
+    def text_of(self, room: int) -> Iterator[tuple[str, Style]]:
+        """The lines that are printed where a line has `room` characters, and how each looks."""
+        title, *rest = _head(self.document)
+        yield title, _BOLD
+        yield from ((words, _PLAIN) for words in rest)
         heads, rows = self.rows()
-        for words in _head(self.document):
-            yield from _line(words, _BOLD if words == _title(self.document) else _PLAIN)
-        widths = _widths(heads, rows, options.max_width)
-        for words in _laid_out(heads, widths):
-            yield from _line(words, _BOLD)
+        widths = _widths(heads, rows, room)
+        yield from ((words, _BOLD) for words in _laid_out(heads, widths))
         for row in rows:
-            for words in _laid_out(row, widths):
-                yield from _line(words, _PLAIN)
-        yield from _line(self._foot(), _DIM)
+            yield from ((words, _PLAIN) for words in _laid_out(row, widths))
+        yield self._foot(), _DIM
+
+    def __rich_console__(self, _: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        for words, style in self.text_of(options.max_width):
+            yield Segment(words, style)
+            yield Segment.line()
 
     def _foot(self) -> str:
         shown = sum(map(len, self.lines))
@@ -150,17 +166,13 @@ class LinearTable:
         return f"{words}; --all gives each its own" if shown > len(self.lines) else words
 
     def __str__(self) -> str:
-        return plain(self)
-
-
-def _title(document: Document) -> str:
-    model = clipped(document.model or document.architecture or "quantized model")
-    return f"{model}: recipe {clipped(document.recipe_name)}"
+        return "\n".join(words for words, _ in self.text_of(PLAIN_WIDTH))
 
 
 def _head(document: Document) -> Iterator[str]:
     """What was made, of what, and whether the ledger balances."""
-    yield _title(document)
+    model = clipped(document.model or document.architecture or "quantized model")
+    yield f"{model}: recipe {clipped(document.recipe_name)}"
     ledger = document.ledger
     parts = []
     if ledger.bytes_before is not None and ledger.bytes_after:
@@ -183,37 +195,36 @@ def _cells(line: Sequence[Linear], columns: Sequence[_Column]) -> list[str]:
         name = _pattern(first).replace(".*.", f".{clipped(numbers, 40)}.")
     shape = "×".join(map(str, first.shape))
     return [name, clipped(shape, 40), clipped(first.format, 20)] + [
-        _range(line, column.of) for column in columns
+        _range(line, column) for column in columns
     ]
 
 
-def _range(line: Sequence[Linear], of: Figure) -> str:
+def _range(line: Sequence[Linear], column: _Column) -> str:
     if len(line) == 1:
-        return figure(of(line[0]))
-    found = spread(line, of)
+        return column.show(column.of(line[0]))
+    found = spread(line, column.of)
     if found is None:
         return ""
-    low, high = figure(found.low, 3), figure(found.high, 3)
+    low, high = column.show(found.low, 3), column.show(found.high, 3)
     return low if low == high else f"{low}…{high}"
 
 
 def _widths(heads: Sequence[str], rows: Sequence[Sequence[str]], room: int) -> list[int]:
+    """Of each column; 0 for names where they get lines of their own."""
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
     left = room - sum(widths[1:]) - 2 * (len(widths) - 1)
-    return [min(widths[0], max(left, NARROWEST)), *widths[1:]]
+    return [min(widths[0], left) if left >= NARROWEST else 0, *widths[1:]]
 
 
 def _laid_out(cells: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
-    """One line, and more where the name is folded."""
+    """One line, and more where the name is folded or stands above its figures."""
     name, wide = cells[0], widths[0]
     texts, numbers = cells[1:3], cells[3:]
     left = [cell.ljust(width) for cell, width in zip(texts, widths[1:], strict=False)]
     right = [cell.rjust(width) for cell, width in zip(numbers, widths[3:], strict=True)]
+    if not wide:
+        yield from (name, "  " + "  ".join(left + right).rstrip())
+        return
     yield "  ".join([name[:wide].ljust(wide), *left, *right]).rstrip()
     for start in range(wide, len(name), wide):
         yield "  " + name[start : start + wide]
-
-
-def _line(words: str, style: Style) -> Iterator[Segment]:
-    yield Segment(words, style)
-    yield Segment.line()
