@@ -196,6 +196,13 @@ FILES = [
         after=lambda folder, d: save_file({"old": torch.ones(2)}, folder / "old.safetensors"),
     ),
     Case(
+        "shard-unlisted",
+        after=lambda folder, d: save_file(
+            {NORM: torch.ones(2)}, folder / "calibration.safetensors"
+        ),
+        label="no statistics",
+    ),
+    Case(
         "tensor-twice",
         after=lambda folder, d: save_file(
             load_file(folder / SHARDS[1]) | {NORM: d.tensors[NORM]}, folder / SHARDS[1]

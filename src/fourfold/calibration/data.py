@@ -20,6 +20,7 @@ options and seed give the same `digest` under every Python.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, dropwhile
@@ -43,6 +44,8 @@ CHARACTERS_PER_TOKEN = 4
 
 SHOWN_NAMES = 4
 
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
 
 @dataclass(frozen=True)
 class CalibrationOptions:
@@ -63,8 +66,8 @@ class CalibrationOptions:
         options = {"size": "--calib-size", "seq": "--calib-seq", "batch_size": "--batch-size"}
         for name, minimum in least.items():
             value = getattr(self, name)
-            if value is not None and value < minimum:
-                raise UsageError(f"{options[name]} {value}: give at least {minimum}.")
+            if value is not None and (type(value) is not int or value < minimum):
+                raise UsageError(f"{options[name]} {value}: give a whole number from {minimum} on.")
         if self.packing not in ("packed", "padded"):
             raise UsageError(f"packing {self.packing!r}: give 'packed' or 'padded'.")
 
@@ -107,7 +110,7 @@ class CalibrationData:
         else:
             ids = list(dropwhile(lambda each: each == tokenizer.pad_token_id, ids))
             text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-        shown = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+        shown = _CONTROLS.sub("\ufffd", text)
         return shown if len(shown) <= characters else shown[:characters].rstrip() + "…"
 
 
@@ -215,7 +218,9 @@ def pack(documents: list[list[int]], seq: int, first: list[int]) -> list[list[in
     What is left over at the end and fills no sample is left out.
     """
     stream = list(chain.from_iterable(documents))
-    samples, at = [], 0
+    assert len(first) < seq, "a sample has room for more than its beginning"
+    samples: list[list[int]] = []
+    at = 0
     while True:
         begin = [] if stream[at : at + len(first)] == first else first
         sample = begin + stream[at : at + seq - len(begin)]

@@ -97,10 +97,11 @@ class Encoder:
         return _tokenize(self.tokenizer, self._rendered(record), add_special_tokens=False)
 
     def _rendered(self, record: Record) -> str:
+        messages, tools = _chat_of(record)
         try:
             text: str = self.tokenizer.apply_chat_template(
-                record.content["messages"],
-                tools=record.content.get("tools"),
+                messages,
+                tools=tools,
                 tokenize=False,
                 strftime_now=TODAY.strftime,
             )
@@ -149,29 +150,42 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
 
 def plain_text(record: Record) -> str | None:
     """`prompt` and `completion`, one after the other, or `text`; None where it has neither."""
-    keys = ("prompt", "completion")
-    if not record.content.keys() >= set(keys):
-        keys = ("text",)
-    parts = [record.content.get(key) for key in keys]
-    if parts == [None]:
-        return None
-    for key, part in zip(keys, parts, strict=True):
-        _check_string(record.where, key, part)
-    return "".join(map(str, parts))
+    for keys in (("prompt", "completion"), ("text",)):
+        if record.content.keys() >= set(keys):
+            return "".join(_string(record, key) for key in keys)
+    return None
 
 
-def _check_string(where: str, key: str, value: object) -> None:
+def _string(record: Record, key: str) -> str:
+    value = record.content[key]
     if not isinstance(value, str):
         raise CalibrationError(
-            f"{where}: {key} is a {type(value).__name__}, not a string. Write text there."
+            f"{record.where}: {key} is a {type(value).__name__}, not a string. Write text there."
         )
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise CalibrationError(
-            f"{where}: {key} is not Unicode ({error.reason} at character {error.start}). "
+            f"{record.where}: {key} is not Unicode ({error.reason} at character {error.start}). "
             "Take that character out."
         ) from None
+    return value
+
+
+def _chat_of(record: Record) -> tuple[list[Any], list[Any] | None]:
+    """`messages` and `tools`. A template would print a missing role or content as nothing."""
+    messages, tools = record.content["messages"], record.content.get("tools")
+    fit = isinstance(messages, list) and all(
+        isinstance(each, dict) and "role" in each and each.keys() & {"content", "tool_calls"}
+        for each in messages
+    )
+    if not fit:
+        raise CalibrationError(
+            f"{record.where}: messages is not a list of objects with role and content."
+        )
+    if tools is not None and not isinstance(tools, list):
+        raise CalibrationError(f"{record.where}: tools is not a list of objects.")
+    return messages, tools
 
 
 def _given_ids(record: Record) -> list[int]:
@@ -180,7 +194,7 @@ def _given_ids(record: Record) -> list[int]:
     if not isinstance(ids, list) or any(type(each) is not int for each in ids):
         raise CalibrationError(f"{record.where}: input_ids is not a list of integers.")
     mask = record.content.get("attention_mask", [1] * len(ids))
-    if not isinstance(mask, list) or len(mask) != len(ids) or not {0, 1}.issuperset(mask):
+    if not isinstance(mask, list) or len(mask) != len(ids) or any(e not in (0, 1) for e in mask):
         raise CalibrationError(
             f"{record.where}: attention_mask is not a 0 or 1 for each of {len(ids)} input_ids."
         )

@@ -30,11 +30,6 @@ def heldout_text() -> str:
     return (files(__name__) / "heldout.txt").read_bytes().decode("utf-8")
 
 
-def calibration_records() -> list[dict[str, str]]:
-    """The records of the embedded mixed text. (Placeholder: to be replaced by the real one.)"""
-    return [{"text": document} for document in heldout_text().split("\n\n\n")]
-
-
 def calibration_records() -> list[dict[str, Any]]:
     """The mixed text, about 260 kB in 144 documents: each a `name` and a `text`.
 

@@ -15,10 +15,12 @@ ranks call `hold` together for one unit after the other (see `live_values`).
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +38,10 @@ from fourfold.models.module_tree import ModuleTree, build_tree, describe
 from fourfold.models.unloading import Unloading
 from fourfold.models.upstream import upstream_of
 
-IN_MEMORY = "the live model"
-"""Stands for a file's name where there is no file."""
+NO_FILE = Path("the live model")
+"""Stands for a tensor's file where there is none."""
 
+GENERATION_CONFIG = "generation_config.json"
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
@@ -46,12 +49,19 @@ class LiveSource:
     """A live model as a `Source`. Safe for many threads, but `hold` and `release`."""
 
     def __init__(
-        self, model: Any, *, tokenizer: Any = None, trust_remote_code: bool = False
+        self,
+        model: Any,
+        *,
+        checkpoint: str | Path | None = None,
+        tokenizer: Any = None,
+        trust_remote_code: bool = False,
     ) -> None:
-        """`tokenizer`: what has `save_pretrained`; its files then lie beside the weights.
+        """`checkpoint`: the folder that the model came from; by default, `model.name_or_path`.
 
+        tokenizer: anything with `save_pretrained`; its files then lie beside the weights.
         Raises `UsageError` for what is no model of transformers, `SourceError` for one that is
-        quantized or wrapped, `ModelError` where its tensors cannot be named.
+        quantized, wrapped, or not that of `checkpoint`, `ModelError` where its tensors cannot be
+        named.
         """
         _check_model(model)
         blueprint = blueprint_of(model)
@@ -59,31 +69,39 @@ class LiveSource:
         self.model = model
         self.tree: ModuleTree = describe(blueprint)
         """The model's module tree; its parameters are on the meta device."""
+        origin = _origin_of(model, self.tree, checkpoint, trust_remote_code)
+        self._checkpoint = origin.source
         self._values = LiveValues(model)
-        self._checkpoint, why_not = _checkpoint_of(model, self.tree, trust_remote_code)
+        self._unloading = origin.unloading or _from_model(model, blueprint, self.tree)
+        self._copied = dict.fromkeys(self._unloading.unplaced, origin.source)
         self._own: tempfile.TemporaryDirectory[str] | None = None
-        if self._checkpoint is not None and why_not is None:
-            self.tensors: Mapping[str, TensorInfo] = self._checkpoint.tensors
-            self.config: Mapping[str, Any] = self._checkpoint.config
-            self._unloading = Unloading(self.tree, self.tensors)
+        self.tensors: Mapping[str, TensorInfo] = self._unloading.infos
+        if origin.source is not None and origin.unloading is not None:
+            self.config: Mapping[str, Any] = origin.source.config
+            self.folder = origin.source.folder
         else:
-            self._unloading = _from_model(model, blueprint, self.tree)
-            self.tensors = self._unloading.infos
             self.config = saved_config(model)
-        self._copied = dict.fromkeys(self._unloading.unplaced, self._checkpoint)
-        self.folder = self._folder(tokenizer, why_not)
-        self.notes = tuple(self._notes(why_not))
+            self.folder = self._own_folder()
+            if model.can_generate():
+                text = model.generation_config.to_json_string()
+                (self.folder / GENERATION_CONFIG).write_text(text)
+        if tokenizer is not None:
+            self.folder = self._own_folder()
+            tokenizer.save_pretrained(self.folder)
+        if self._own is not None:
+            (self.folder / CONFIG).write_text(json.dumps(dict(self.config), indent=2) + "\n")
+        self.notes = tuple(self._notes(origin.why_not))
         """What a user should know of where names and tensors come from."""
-
-    @property
-    def rank(self) -> int:
-        """This process's rank among those that share the model; rank 0 writes."""
-        return dist.get_rank() if self.is_sharded else 0
 
     @property
     def is_sharded(self) -> bool:
         """Whether parameters lie on several ranks, so that `hold` must come before `slab`."""
         return self._values.is_sharded
+
+    @property
+    def rank(self) -> int:
+        """This process's number among those that share the model; 0 writes."""
+        return dist.get_rank() if self.is_sharded else 0
 
     def hold(self, keys: Iterable[str], *, keep: bool = True) -> None:
         """Bring what these raw tensors are made of into memory, until `release`.
@@ -93,9 +111,8 @@ class LiveSource:
         each parameter once. For any other it does nothing.
         """
         own = (key for key in keys if key not in self._copied)
-        self._values.hold(
-            (name for key in own for name in self._unloading.parameters(key)), keep=keep
-        )
+        names = (name for key in own for name in self._unloading.parameters(key))
+        self._values.hold(names, keep=keep)
 
     def release(self) -> None:
         """Give back what was held."""
@@ -111,19 +128,18 @@ class LiveSource:
         rows = _exactly(rows, self.tensors[key])
         if out is None:
             return rows.cpu().contiguous()
-        made = torch.from_numpy(out).view(rows.dtype).reshape(rows.shape)
-        return made.copy_(rows)
+        return torch.from_numpy(out).view(rows.dtype).reshape(rows.shape).copy_(rows)
 
     def read_bytes(self, key: str, start: int, out: np.ndarray[Any, Any]) -> None:
         copied = self._copied.get(key)
         if copied is not None:
-            return copied.read_bytes(key, start, out)
-        info = self.tensors[key]
-        row = info.nbytes // info.shape[0] if info.shape else info.nbytes
-        first, last = start // row, -(-(start + len(out)) // row)
-        slab = self.slab(key, first, last).reshape(-1).view(torch.uint8)
-        torch.from_numpy(out).copy_(slab[start - first * row :][: len(out)])
-        return None
+            copied.read_bytes(key, start, out)
+        elif len(out):
+            info = self.tensors[key]
+            row = info.nbytes // info.shape[0] if info.shape else info.nbytes
+            first, last = start // row, -(-(start + len(out)) // row)
+            slab = self.slab(key, first, last).reshape(-1).view(torch.uint8)
+            torch.from_numpy(out).copy_(slab[start - first * row :][: len(out)])
 
     def will_need(self, key: str, start: int, stop: int) -> None:
         copied = self._copied.get(key)
@@ -144,30 +160,34 @@ class LiveSource:
         if self._own is not None:
             self._own.cleanup()
 
-    def _folder(self, tokenizer: Any, why_not: str | None) -> Path:
-        """The checkpoint's own folder, or a temporary one with the same files beside."""
-        if self._checkpoint is not None and why_not is None and tokenizer is None:
-            return self._checkpoint.folder
-        self._own = tempfile.TemporaryDirectory(prefix="fourfold-live-")
-        folder = Path(self._own.name)
-        for path in self._checkpoint.side_files()[0] if self._checkpoint is not None else ():
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self._checkpoint.folder / path, folder / path)  # type: ignore[union-attr]
-        if why_not is not None and self.model.can_generate():
-            self.model.generation_config.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        (folder / CONFIG).write_text(json.dumps(dict(self.config), indent=2) + "\n")
-        return folder
+    def _own_folder(self) -> Path:
+        """A temporary folder, with the files that lie beside the checkpoint's weights."""
+        if self._own is None:
+            self._own = tempfile.TemporaryDirectory(prefix="fourfold-live-")
+            if self._checkpoint is not None:
+                for path in self._checkpoint.side_files()[0]:
+                    copy = Path(self._own.name) / path
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(self._checkpoint.folder / path, copy)
+        return Path(self._own.name)
 
     def _notes(self, why_not: str | None) -> Iterable[str]:
         if why_not is not None:
-            yield f"names, layout and config.json are made from the model in memory: {why_not}"
-        elif self._copied:
+            yield f"names and config.json are made from the model in memory: {why_not}"
+        if self._copied and self._checkpoint is not None:
             yield (
-                f"{len(self._copied)} tensors that are not in the live model (MTP layers?) are "
-                f"copied from {self.folder}: {min(self._copied, key=natural)}, …"
+                f"{len(self._copied)} tensors that the live model does not have (MTP layers?) are "
+                f"copied from {self._checkpoint.folder}: {min(self._copied, key=natural)}, …"
             )
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """The checkpoint that a model came from; `unloading` where its headers fit the model."""
+
+    source: Source | None
+    unloading: Unloading | None = None
+    why_not: str | None = None
 
 
 def _check_model(model: Any) -> None:
@@ -187,41 +207,29 @@ def _check_model(model: Any) -> None:
 
 def _check_same(model: Any, blueprint: Any) -> None:
     """The live model has the tensors that its configuration says, and no others."""
-    found = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    wanted = {name: tuple(value.shape) for name, value in blueprint.state_dict().items()}
+    found = {name: list(value.shape) for name, value in model.state_dict().items()}
+    wanted = {name: list(value.shape) for name, value in blueprint.state_dict().items()}
     for name in (*wanted, *found):
         if found.get(name) != wanted.get(name):
             raise SourceError(
-                f"{name}: {_shape(found.get(name))} in the live model, "
-                f"{_shape(wanted.get(name))} in what its configuration builds. Merge adapters, "
-                "and shard with FSDP2 (fully_shard), not FSDP1 or ZeRO-3."
+                f"{name}: {found.get(name, 'missing')} in the live model, "
+                f"{wanted.get(name, 'missing')} by its configuration. Merge adapters; shard with "
+                "FSDP2 (fully_shard), not with FSDP1 or ZeRO-3."
             )
 
 
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "missing" if shape is None else str(list(shape))
-
-
-def _checkpoint_of(
-    model: Any, tree: ModuleTree, trust_remote_code: bool
-) -> tuple[Source | None, str | None]:
-    """The checkpoint that the model was loaded from, and why its headers are of no use."""
-    name = str(getattr(model, "name_or_path", None) or "")
+def _origin_of(
+    model: Any, tree: ModuleTree, given: str | Path | None, trust_remote_code: bool
+) -> _Origin:
+    name = str(given or getattr(model, "name_or_path", None) or "")
     folder = _folder_of(name, getattr(model.config, "_commit_hash", None))
     if folder is None:
-        return None, f"{name or 'its checkpoint'} is not on this disk"
-    try:
-        source = open_source(folder)
-    except FourfoldError as error:
-        return None, str(error)
-    try:
-        theirs = build_tree(folder, trust_remote_code=trust_remote_code)
-    except ModelError as error:
-        return source, str(error)
-    if theirs.parameters != tree.parameters or theirs.architecture != tree.architecture:
-        return source, f"{folder} builds another {theirs.architecture}"
-    why_not = Unloading(tree, source.tensors).misfit()
-    return source, None if why_not is None else f"{folder} does not fit: {why_not}"
+        origin = _Origin(None, None, f"{name or 'its checkpoint'} is not on this disk")
+    else:
+        origin = _fitting(folder, tree, trust_remote_code)
+    if given is not None and origin.unloading is None:
+        raise SourceError(f"{given}: is not the live model's checkpoint: {origin.why_not}")
+    return origin
 
 
 def _folder_of(name: str, commit: str | None) -> Path | None:
@@ -241,38 +249,54 @@ def _folder_of(name: str, commit: str | None) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
+def _fitting(folder: Path, tree: ModuleTree, trust_remote_code: bool) -> _Origin:
+    """The checkpoint in `folder`, if it builds the same model and its tensors fit."""
+    try:
+        source = open_source(folder)
+    except FourfoldError as error:
+        return _Origin(None, None, str(error))
+    try:
+        theirs = build_tree(folder, trust_remote_code=trust_remote_code)
+    except ModelError as error:
+        return _Origin(source, None, str(error))
+    if theirs.architecture != tree.architecture or theirs.parameters != tree.parameters:
+        return _Origin(source, None, f"{folder / CONFIG} builds another {theirs.architecture}")
+    unloading = Unloading(tree, source.tensors)
+    misfit = unloading.misfit()
+    return _Origin(source, None if misfit else unloading, misfit and f"in {folder}, {misfit}")
+
+
 def _from_model(model: Any, blueprint: Any, tree: ModuleTree) -> Unloading:
     """Raw tensors made from the model alone."""
-    upstream, why_not = upstream_of(*tree.model_types), "transformers cannot name its tensors"
+    upstream, misfit = upstream_of(*tree.model_types), None
     for tensors in raw_tensors(model, blueprint, fused=upstream.fused):
-        shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        named: dict[str, TensorInfo] = {}
         for name, tensor in tensors.items():
             key, shape = name, tuple(tensor.shape)
             for pattern, replacement in upstream.renames:
                 key = re.sub(pattern, replacement, key)
             if upstream.transposed is not None and re.search(upstream.transposed, key):
                 shape = (*shape[:-2], shape[-1], shape[-2])
-            shapes[key] = tensor.dtype, shape
-        unloading = Unloading(tree, _infos(shapes))
+            size = math.prod(shape) * tensor.element_size()
+            named[key] = TensorInfo(key, DTYPE_NAMES[tensor.dtype], shape, NO_FILE, 0, size)
+        unloading = Unloading(tree, _laid_out(named))
         misfit = unloading.misfit()
         if misfit is None and not unloading.unplaced:
             return unloading
-        why_not = misfit or f"{unloading.unplaced[0]} has no place in the model"
+        misfit = misfit or f"{unloading.unplaced[0]} has no place in the model"
     raise ModelError(
-        f"{tree.architecture}: the names of its tensors on disk are not known ({why_not}). "
-        "Keep the checkpoint that it was loaded from where model.name_or_path says."
+        f"{tree.architecture}: what its tensors are called on disk is not known ({misfit}). "
+        "Give the folder that it was loaded from as checkpoint."
     )
 
 
-def _infos(
-    shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-) -> dict[str, TensorInfo]:
+def _laid_out(infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The tensors in the order of their names, each with a place of its own."""
     found, at = {}, 0
-    for key in sorted(shapes, key=natural):
-        dtype, shape = shapes[key]
-        size = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-        found[key] = TensorInfo(key, DTYPE_NAMES[dtype], shape, Path(IN_MEMORY), at, at + size)
-        at += size
+    for key in sorted(infos, key=natural):
+        info = infos[key]
+        found[key] = TensorInfo(key, info.dtype, info.shape, info.file, at, at + info.nbytes)
+        at += info.nbytes
     return found
 
 

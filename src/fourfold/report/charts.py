@@ -72,7 +72,8 @@ def heat_map(rows: Sequence[HeatRow]) -> str:
     high = 26 if len(rows) <= 8 else 16 if len(rows) <= 30 else 10
     gap = 1 if wide >= NARROW else 0
     width, height = left + wide * experts + right, top + high * len(rows) + 4
-    parts = [_expert_axis(experts, left, wide, top)]
+    with_counts = any(row.unreached or row.cold for row in rows)
+    parts = [_expert_axis(experts, left, wide, top, with_counts=with_counts)]
     step = 1 if high >= 16 else 5
     for place, row in enumerate(rows):
         y = top + place * high
@@ -118,7 +119,7 @@ def _short(tokens: int) -> str:
     return str(tokens)
 
 
-def _expert_axis(experts: int, left: int, wide: int, top: int) -> str:
+def _expert_axis(experts: int, left: int, wide: int, top: int, *, with_counts: bool) -> str:
     step = next((step for step in (1, 2, 4, 8, 16, 32, 64) if step * wide >= 26), 128)
     labels = [
         _text(left + at * wide + wide / 2, top - 7, str(at), "middle")
@@ -128,9 +129,10 @@ def _expert_axis(experts: int, left: int, wide: int, top: int) -> str:
     heads = [
         _text(left - 8, top - 7, "layer", "end"),
         _text(left, top - 24, "expert", "start"),
-        _text(right + 58, top - 7, "no token", "end"),
-        _text(right + 94, top - 7, "cold", "end"),
     ]
+    if with_counts:
+        heads.append(_text(right + 58, top - 7, "no token", "end"))
+        heads.append(_text(right + 94, top - 7, "cold", "end"))
     return "".join(heads + labels)
 
 
@@ -196,11 +198,11 @@ def bands(
     scale: Scale,
     *,
     width: int = 480,
-    height: int = 150,
+    height: int = 154,
     label: str = "",
 ) -> str:
     """Lines over the layers, each with its band from smallest to largest; at most two series."""
-    left, right, top, bottom = 56, 12, 8, 22
+    left, right, top, bottom = 56, 12, 8, 26
     plot = _Plot(layers, scale, left, top, width - left - right, height - top - bottom)
     parts = [plot.frame()]
     for place, points in enumerate(series):
@@ -243,8 +245,8 @@ class _Plot:
         )
         step = next((k for k in (1, 2, 5, 10, 20, 50, 100) if k * self.pitch >= 30), 1000)
         for place in range(0, len(self.layers), step):
-            parts.append(_text(self.x(place), bottom + 15, str(self.layers[place]), "middle"))
-        parts.append(_text(self.left - 8, bottom + 15, "layer", "end"))
+            parts.append(_text(self.x(place), bottom + 18, str(self.layers[place]), "middle"))
+        parts.append(_text(self.left - 8, bottom + 18, "layer", "end"))
         return "".join(parts)
 
     def draw(self, points: Mapping[int, Band]) -> str:

@@ -30,6 +30,7 @@ class Linear:
     global_scale: float | None
     amax: float | None
     input_amax: float | None
+    input_scale: float | None
     tokens: int | None
     relative_error: float | None
 
@@ -225,6 +226,7 @@ def _linear(entry: Mapping[str, Any]) -> Linear:
         global_scale=number(entry.get("global_scale")),
         amax=number(entry.get("amax")),
         input_amax=number(entry.get("input_amax")),
+        input_scale=number(entry.get("input_scale")),
         tokens=count(entry.get("tokens")),
         relative_error=number(entry.get("relative_error")),
     )

@@ -18,7 +18,16 @@ from fourfold.report.marks import (
     section,
     table,
 )
-from fourfold.report.tally import Figure, by_layer, by_role, is_fine, layers_of, spread
+from fourfold.report.tally import (
+    Figure,
+    Spread,
+    by_layer,
+    by_role,
+    by_site,
+    is_fine,
+    layers_of,
+    spread,
+)
 from fourfold.report.words import clipped, figure, plural, whole
 
 MOST_PANELS = 12
@@ -32,7 +41,7 @@ def error_section(document: Document) -> Html:
         "‖w − ŵ‖ / ‖w‖ of each linear weight: the line is the layer's median, the band goes from "
         "its smallest to its largest. All panels have one scale, which need not begin at zero."
     )
-    parts = _panels(document.linears, relative_error, log=False)
+    parts = _panels("role", by_role(document.linears), relative_error, log=False)
     if not parts:
         return section("Relative error by layer and role", paragraph("The document holds none."))
     return section("Relative error by layer and role", text, *parts)
@@ -41,38 +50,38 @@ def error_section(document: Document) -> Html:
 def activation_section(document: Document) -> Html:
     """The largest magnitudes of inputs that calibration saw; nothing where none were observed."""
     text = paragraph(
-        "The largest magnitude that calibration saw at the inputs of the linear weights, on a "
-        "logarithmic scale: line, the layer's median; band, smallest to largest."
+        "The largest magnitude that calibration saw at the input of each linear weight, on a "
+        "logarithmic scale: line, the layer's median; band, smallest to largest. Weights that "
+        "read the same input share a panel, and the largest of a layer sets their input scale."
     )
-    parts = _panels(document.linears, input_amax, log=True)
-    return section("Input amax by layer and role", text, *parts) if parts else Html("")
+    parts = _panels("input site", by_site(document.linears), input_amax, log=True)
+    return section("Input amax by layer and input site", text, *parts) if parts else Html("")
 
 
-def _panels(linears: Sequence[Linear], of: Figure, *, log: bool) -> list[Html]:
-    roles = [(role, each) for role, each in by_role(linears) if spread(each, of)]
-    layers = layers_of(linears)
-    points = {role: by_layer(each, of) for role, each in roles[:MOST_PANELS]}
-    edges = [edge for each in points.values() for band in each.values() for edge in _edges(band)]
-    scale = Scale.around(edges, log=log)
-    panels = [_panel(role, points[role], layers, scale) for role in points if points[role]]
-    rows = [_role_row(role, each, of) for role, each in roles]
-    if not rows:
+def _panels(
+    kind: str, groups: Sequence[tuple[str, Sequence[Linear]]], of: Figure, *, log: bool
+) -> list[Html]:
+    """A panel for each named group that has the figure, all of one scale, and a table of them."""
+    found = [(name, each, all_of) for name, each in groups if (all_of := spread(each, of))]
+    if not found:
         return []
-    return [element("div", Html("".join(panels)), "panels"), table(_ROLE_COLUMNS, rows)]
+    layers = layers_of(linear for _, each, _ in found for linear in each)
+    points = {name: by_layer(each, of) for name, each, _ in found[:MOST_PANELS]}
+    bands = [band for each in points.values() for band in each.values()]
+    scale = Scale.around((edge for band in bands for edge in (band.low, band.high)), log=log)
+    panels = [_panel(name, each, layers, scale) for name, each in points.items() if each]
+    columns = [Column(kind), *_SPREAD_COLUMNS]
+    rows = [[clipped(name, 60), *_spread_cells(all_of)] for name, _, all_of in found]
+    return [element("div", Html("".join(panels)), "panels"), table(columns, rows)]
 
 
-def _edges(band: Band) -> tuple[float, float]:
-    return band.low, band.high
-
-
-def _panel(role: str, points: Mapping[int, Band], layers: Sequence[int], scale: Scale) -> Html:
-    drawn = Html(bands([points], layers, scale, label=f"{role} by layer"))
-    head = element("figcaption", element("b", clipped(role, 60)))
+def _panel(name: str, points: Mapping[int, Band], layers: Sequence[int], scale: Scale) -> Html:
+    drawn = Html(bands([points], layers, scale, label=f"{name} by layer"))
+    head = element("figcaption", element("b", clipped(name, 60)))
     return element("figure", join([head, element("div", drawn, "scroll")]))
 
 
-_ROLE_COLUMNS = (
-    Column("role"),
+_SPREAD_COLUMNS = (
     Column("linear weights", NUMBER),
     Column("smallest", NUMBER),
     Column("median", NUMBER),
@@ -81,11 +90,9 @@ _ROLE_COLUMNS = (
 )
 
 
-def _role_row(role: str, linears: Sequence[Linear], of: Figure) -> list[str]:
-    found = spread(linears, of)
-    assert found is not None
+def _spread_cells(found: Spread) -> list[str]:
     figures = [figure(found.low), figure(found.mid), figure(found.high)]
-    return [clipped(role, 60), whole(found.count), *figures, clipped(found.worst.name)]
+    return [whole(found.count), *figures, clipped(found.worst.name)]
 
 
 def kv_section(document: Document) -> Html:

@@ -11,8 +11,8 @@ LIGHT = {
     "line": "#e2e3df", "rule": "#edeeeb", "mark": "#2b66ad", "mark2": "#b4630b",
     "before": "#c4c9ce", "good": "#1b7a4a", "bad": "#c4122f",
     "none": "#d3103a", "cold": "#f5a623",
-    "l0": "#eff4f9", "l1": "#dde9f4", "l2": "#c6daee", "l3": "#a9c7e5",
-    "l4": "#84add7", "l5": "#447ab6", "l6": "#275a98",
+    "l0": "#e7eff7", "l1": "#d6e5f3", "l2": "#bfd7ed", "l3": "#a4c5e4",
+    "l4": "#82acd7", "l5": "#447ab6", "l6": "#275a98",
     "on-low": "#16324f", "on-high": "#ffffff", "on-none": "#ffffff", "on-cold": "#3a2500",
 }  # fmt: skip
 

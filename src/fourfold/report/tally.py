@@ -53,6 +53,25 @@ def by_role(linears: Iterable[Linear]) -> list[tuple[str, list[Linear]]]:
     return sorted(found.items(), key=lambda item: (-len(item[1]), item[0]))
 
 
+def by_site(linears: Iterable[Linear]) -> list[tuple[str, list[Linear]]]:
+    """Linear weights of each input site: projections of a role whose input scales are the same.
+
+    "experts gate_proj, up_proj" and "experts down_proj", for instance.
+    """
+    found: dict[tuple[str, str], list[Linear]] = defaultdict(list)
+    for linear in linears:
+        found[linear.role, linear.name.rpartition(".")[2]].append(linear)
+    sites: dict[tuple[str, frozenset[object]], list[str]] = defaultdict(list)
+    for (role, projection), each in found.items():
+        scales: frozenset[object] = frozenset((one.layer, one.input_scale) for one in each)
+        sites[role, scales].append(projection)
+    named = [
+        (f"{role} {', '.join(names)}", [one for name in names for one in found[role, name]])
+        for (role, _), names in sites.items()
+    ]
+    return sorted(named, key=lambda item: (-len(item[1]), item[0]))
+
+
 def layers_of(linears: Iterable[Linear]) -> list[int]:
     """Every layer that some weight lies in."""
     return sorted({linear.layer for linear in linears if linear.layer is not None})

@@ -25,7 +25,7 @@ import torch
 
 from fourfold.checkpoints.safetensors_header import TensorInfo, read_header
 from fourfold.checkpoints.source import INDEX, read_config, read_json
-from fourfold.errors import FourfoldError, UnreadableError
+from fourfold.errors import FourfoldError, SourceError, UnreadableError
 from fourfold.models.engines import experts_module
 from fourfold.models.roles import EMBEDDING_NAME
 from fourfold.verification.quant_config import (
@@ -231,8 +231,19 @@ def _find_files(folder: Path) -> Files:
     names = {_inside(folder, name) for name in weight_map.values()}
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     total = int(total) if isinstance(total, int | float) and math.isfinite(total) else None
-    unlisted = [name for name in present if name not in names]
+    unlisted = [name for name in present if name not in names and not _is_statistics(folder / name)]
     return Files([folder / name for name in sorted(names)], weight_map, total, unlisted)
+
+
+def _is_statistics(file: Path) -> bool:
+    """Whether a file holds what calibration found: names that no engine takes for a weight's."""
+    if file.name != "calibration.safetensors":
+        return False
+    try:
+        names = read_header(file).keys()
+    except SourceError:
+        return False
+    return all(name.endswith((".amax", ".tokens", ".rows")) for name in names)
 
 
 def _inside(folder: Path, name: object) -> str:
