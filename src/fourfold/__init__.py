@@ -5,6 +5,7 @@
     plan = fourfold.plan("path/to/model", recipe="w4a16_nvfp4_experts_only_mse")
     result = fourfold.quantize("path/to/model", "out", recipe="w4a16_nvfp4_experts_only_mse")
     report = fourfold.verify("out", source="path/to/model")
+    model = fourfold.load("out", simulate_activations=True)
 
 Importing it is quick: PyTorch and transformers are imported when they are first needed.
 """
@@ -16,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from fourfold._version import __version__
 from fourfold.errors import (
+    CalibrationError,
     FourfoldError,
     ModelError,
     NonFiniteError,
+    ObservationError,
     OutputError,
     PlanError,
     RecipeError,
@@ -28,27 +31,33 @@ from fourfold.errors import (
 )
 
 if TYPE_CHECKING:
+    from fourfold.calibration.statistics import Statistics
+    from fourfold.loading import load
     from fourfold.pipeline import Result, plan, quantize
     from fourfold.planning import Plan
     from fourfold.recipes import Recipe
     from fourfold.verification import Finding, Report, verify
 
 _LAZY = {
+    "load": "fourfold.loading",
     "plan": "fourfold.pipeline",
     "quantize": "fourfold.pipeline",
     "Result": "fourfold.pipeline",
     "Plan": "fourfold.planning",
     "Recipe": "fourfold.recipes",
+    "Statistics": "fourfold.calibration.statistics",
     "verify": "fourfold.verification",
     "Report": "fourfold.verification",
     "Finding": "fourfold.verification",
 }
 
 __all__ = [
+    "CalibrationError",
     "Finding",
     "FourfoldError",
     "ModelError",
     "NonFiniteError",
+    "ObservationError",
     "OutputError",
     "Plan",
     "PlanError",
@@ -57,9 +66,11 @@ __all__ = [
     "Report",
     "Result",
     "SourceError",
+    "Statistics",
     "UnreadableError",
     "UsageError",
     "__version__",
+    "load",
     "plan",
     "quantize",
     "verify",

@@ -285,6 +285,61 @@ def demo(
     print(shown)
 
 
+@app.command()
+def generate(
+    out: Annotated[str, typer.Argument(help="The NVFP4 checkpoint.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The beginning of a text.")],
+    source: Annotated[
+        str | None, typer.Option("--source", "-s", help="The checkpoint that it was made from.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="How much to write, at most.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the tokens that are drawn.")] = 0,
+    simulate_activations: Annotated[
+        bool | None,
+        typer.Option(
+            "--simulate-activations/--weights-only",
+            help="Round activations, too; by default where OUT is W4A4.",
+            show_default=False,
+        ),
+    ] = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="One layer in memory at a time; by default where the model does not fit.",
+            show_default=False,
+        ),
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="Where the models run: cpu, cuda, cuda:N, auto.")
+    ] = "auto",
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Show what the model and the quantized model write after a prompt, side by side."""
+    from fourfold.generation import generate as run
+
+    with _Display(quiet=as_json) as display:
+        written = run(
+            out,
+            prompt,
+            source=source,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            simulate_activations=simulate_activations,
+            stream=stream,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            progress=display.writing,
+        )
+    if as_json:
+        _print_json(written.to_dict())
+    else:
+        _console().print(written)
+
+
 class _Display:
     """Progress on stderr where that is a terminal, silent elsewhere."""
 
@@ -355,6 +410,14 @@ class _Display:
     def verifying(self, done: int, total: int) -> None:
         """Some bytes were verified."""
         self._update("verifying", done, total)
+
+    def writing(self, model: str, done: int, total: int) -> None:
+        """A model wrote a token; `model` says which."""
+        if model not in self.tasks:
+            self.tasks[model] = self.progress.add_task(model, total=total, rate="", rss="")
+        self.progress.update(
+            self.tasks[model], completed=done, rate=f"token {done}/{total}", rss=_resident()
+        )
 
     def _update(self, name: str, done: int, total: int) -> None:
         if name not in self.tasks:

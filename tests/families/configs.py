@@ -196,6 +196,7 @@ OVERRIDES: dict[str, Overrides] = {
             "global_head_dim": 32,
         },
     },
+    "glm4_moe_lite": MLA,
     "glm4v_moe": {"text_config": MROPE, "vision_config": {"intermediate_size": 64}},
     "glm5_next": {
         "text_config": {
@@ -319,6 +320,7 @@ OVERRIDES: dict[str, Overrides] = {
     "qwen3_next": HYBRID,
     "qwen3_omni_moe": {
         "thinker_config": {
+            "vision_start_token_id": 126,
             "text_config": MROPE,
             "vision_config": {"deepstack_visual_indexes": [0]},
         },

@@ -10,7 +10,6 @@ and not an access out of bounds in the first layer.
 
 from __future__ import annotations
 
-from datetime import datetime
 from functools import cached_property
 from itertools import compress
 from pathlib import Path
@@ -19,8 +18,14 @@ from typing import Any
 from fourfold.calibration.readers import Record
 from fourfold.errors import CalibrationError
 
-TODAY = datetime(2026, 1, 1)
-"""What templates that print the date are told it is: the same data on every day."""
+TODAY = (
+    "{%- macro strftime_now(format) -%}{{ format"
+    "|replace('%Y', '2026')|replace('%y', '26')|replace('%m', '01')|replace('%d', '01')"
+    "|replace('%B', 'January')|replace('%b', 'Jan')|replace('%A', 'Thursday')"
+    "|replace('%a', 'Thu')|replace('%H', '12')|replace('%M', '00')|replace('%S', '00')"
+    " }}{%- endmacro -%}"
+)
+"""What chat templates that print the date are told: the same data on every day."""
 
 
 class Encoder:
@@ -102,8 +107,8 @@ class Encoder:
             text: str = self.tokenizer.apply_chat_template(
                 messages,
                 tools=tools,
+                chat_template=TODAY + self.tokenizer.get_chat_template(tools=tools),
                 tokenize=False,
-                strftime_now=TODAY.strftime,
             )
             text.encode()
         except Exception as error:  # a template is a program: it can fail in any way
@@ -181,10 +186,13 @@ def _chat_of(record: Record) -> tuple[list[Any], list[Any] | None]:
     )
     if not fit:
         raise CalibrationError(
-            f"{record.where}: messages is not a list of objects with role and content."
+            f"{record.where}: messages is not a list of objects with role and content. "
+            'Write [{"role": "user", "content": "…"}, …].'
         )
     if tools is not None and not isinstance(tools, list):
-        raise CalibrationError(f"{record.where}: tools is not a list of objects.")
+        raise CalibrationError(
+            f"{record.where}: tools is not a list of objects. Correct it, or leave it out."
+        )
     return messages, tools
 
 
@@ -192,11 +200,14 @@ def _given_ids(record: Record) -> list[int]:
     """`input_ids`, without those that `attention_mask` masks."""
     ids = record.content["input_ids"]
     if not isinstance(ids, list) or any(type(each) is not int for each in ids):
-        raise CalibrationError(f"{record.where}: input_ids is not a list of integers.")
+        raise CalibrationError(
+            f"{record.where}: input_ids is not a list of integers. Write the ids as one flat list."
+        )
     mask = record.content.get("attention_mask", [1] * len(ids))
     if not isinstance(mask, list) or len(mask) != len(ids) or any(e not in (0, 1) for e in mask):
         raise CalibrationError(
-            f"{record.where}: attention_mask is not a 0 or 1 for each of {len(ids)} input_ids."
+            f"{record.where}: attention_mask is not a 0 or 1 for each of {len(ids)} input_ids. "
+            "Correct it, or leave it out."
         )
     return list(compress(ids, mask))
 

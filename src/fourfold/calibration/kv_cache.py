@@ -2,7 +2,8 @@
 
 Attention gives its cache the keys after rotary embedding, and the values: what an engine with an
 FP8 KV cache would store. In a single pass over a text nothing has to be remembered, so the cache
-gives back what it was given, and takes no memory.
+gives back what it was given, and takes no memory. Only where a decoder reads what an encoder left
+in the cache does it remember.
 """
 
 from __future__ import annotations
@@ -25,7 +26,14 @@ def recording_cache(model: Any, record: Record) -> Any:
     takes_config = "config" in inspect.signature(cache_class).parameters
     made = cache_class(config=model.config) if takes_config else cache_class()
     made.record = record
+    made.remembers = _reads_the_encoders(model)
     return made
+
+
+def _reads_the_encoders(model: Any) -> bool:
+    """Whether a decoder attends to keys that an encoder left in the cache that both are given."""
+    has_decoder = "decoder_input_ids" in inspect.signature(model.forward).parameters
+    return has_decoder and not model.config.is_encoder_decoder
 
 
 def _cache_class(model: Any) -> type:
@@ -52,11 +60,14 @@ class _Recording:
     """Goes before a cache class: records, and forgets."""
 
     record: Record
+    remembers: bool
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kw: Any
+    ) -> Any:
         self.record(key_states, value_states)
+        if self.remembers:
+            return super().update(key_states, value_states, *args, **kw)  # type: ignore[misc]
         return key_states, value_states
 
     def update_indexer(self, indexer_key_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:

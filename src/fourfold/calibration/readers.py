@@ -160,10 +160,13 @@ def _parse_line(where: str, line: bytes) -> Record:
         content = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise _not_utf8(where, error) from None
-    except (ValueError, RecursionError) as error:
+    except json.JSONDecodeError as error:
         raise CalibrationError(
-            f"{where}: is not JSON: {error}. Write one JSON object a line."
+            f"{where}: is not JSON ({error.msg} at character {error.pos}). "
+            "Write one JSON object a line."
         ) from None
+    except (ValueError, RecursionError) as error:  # numbers without end, brackets without end
+        raise CalibrationError(f"{where}: cannot be read as JSON: {error}.") from None
     if not isinstance(content, dict):
         kind = type(content).__name__
         raise CalibrationError(

@@ -137,7 +137,8 @@ class DequantizedFolder:
         codes = self._packed.slab(f"{piece.name}.{CODES}", first, last)
         scales = self._packed.slab(f"{piece.name}.{BLOCK_SCALE}", first, last)
         scale = self._global_scale(piece.name)
-        if target.is_contiguous() and target.dtype in (torch.float32, torch.bfloat16):
+        is_all = target.shape == (last - first, piece.shape[1]) and target.is_contiguous()
+        if is_all and target.dtype in (torch.float32, torch.bfloat16):
             nvfp4.dequantize_into(codes, scales, scale, target)
         else:
             weight = nvfp4.dequantize(codes, scales, scale, target.dtype)
@@ -403,10 +404,9 @@ def _is_span(value: Any) -> bool:
 def _find_linears(packed: SafetensorsFolder) -> dict[str, tuple[int, int]]:
     """The linear layers in NVFP4; everything that looks like one must be one."""
     linears = {}
-    ending = f".{GLOBAL_SCALE}"
     for name in packed.tensors:
-        if name.endswith(ending):
-            linear = name.removesuffix(ending)
+        linear, _, leaf = name.rpartition(".")
+        if linear not in linears and leaf in PARTS and _is_nvfp4(packed.tensors, linear):
             linears[linear] = _shape_of(packed.tensors, linear)
     if not linears:
         raise SourceError(
@@ -425,6 +425,13 @@ def _find_linears(packed: SafetensorsFolder) -> dict[str, tuple[int, int]]:
     return linears
 
 
+def _is_nvfp4(tensors: Mapping[str, TensorInfo], linear: str) -> bool:
+    """By its global scale; where that is lost, by the dtypes of the others."""
+    infos = [tensors.get(f"{linear}.{part}") for part in (CODES, BLOCK_SCALE)]
+    dtypes = [None if info is None else info.dtype for info in infos]
+    return f"{linear}.{GLOBAL_SCALE}" in tensors or dtypes == ["U8", "F8_E4M3"]
+
+
 def _shape_of(tensors: Mapping[str, TensorInfo], linear: str) -> tuple[int, int]:
     """[out, in] of a linear layer in NVFP4, whose parts must fit each other."""
     parts = {}
@@ -432,7 +439,7 @@ def _shape_of(tensors: Mapping[str, TensorInfo], linear: str) -> tuple[int, int]
         name = f"{linear}.{part}"
         if name not in tensors:
             raise SourceError(
-                f"{name}: missing, while {linear}.{GLOBAL_SCALE} is there. "
+                f"{name}: missing, while other parts of that layer are there. "
                 "The checkpoint is incomplete: quantize the model again."
             )
         parts[part] = tensors[name]

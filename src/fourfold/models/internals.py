@@ -4,12 +4,14 @@ transformers builds the model with parameters on the meta device (`build_model`)
 rules say which raw keys become which parameter (`Conversion.place`); its conversion operations,
 run on small integer tensors, say where each part lies (`Conversion.convert`), and, run on the
 real ones, fill the parameters of one layer at a time (`load_tensors`). Its experts interface lets
-a function of ours run in place of an experts module's forward (`experts_function`).
+a function of ours run in place of an experts module's forward (`experts_function`). At the end:
+what a model that is live in memory is asked.
 
 Internals used: `PreTrainedModel._from_config`, `_no_split_modules`, `_tied_weights_keys`,
 `_get_dtype_plan`, `config._experts_implementation_internal`, `ALL_EXPERTS_FUNCTIONS`,
 `get_model_conversion_mapping`, `rename_source_key`, `WeightConverter.convert`,
-`convert_and_load_state_dict_in_model`. `tests/test_internals.py` fails first where one changes.
+`convert_and_load_state_dict_in_model`, `revert_weight_conversion` and `_weight_conversions`,
+accelerate's `module._hf_hook.weights_map`. `tests/test_internals.py` fails first where one changes.
 """
 
 from __future__ import annotations
@@ -426,8 +428,6 @@ def _as_list(value: Any) -> list[Any]:
 
 
 # A model that is live in memory: its blueprint, its raw names, what accelerate put elsewhere.
-# Internals used: `PreTrainedModel._weight_conversions`, `revert_weight_conversion`, and
-# accelerate's `module._hf_hook` with its `weights_map`.
 
 
 def plain_class(module: Any) -> type:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,9 +59,9 @@ class Parking:
     _free: list[tuple[int, int]] = field(default_factory=list)
     _end: int = 0
 
-    def begin(self, own: set[int]) -> None:
-        """`own`: storages (by identity) that are the model's own, and stay where they are."""
-        self._own = own
+    def begin(self, kept: Iterable[torch.Tensor]) -> None:
+        """`kept`: tensors that stay where they are: the model's own, and the caller's."""
+        self._own = {tensor.untyped_storage()._cdata for tensor in kept if not tensor.is_meta}
 
     def leave(self, call: int, values: Any) -> None:
         """A call waits now, and `values` is what its layer will be given."""
@@ -83,12 +83,19 @@ class Parking:
             self._bring_back(away)
 
     def close(self) -> None:
-        """Forget everything, and give the file back."""
-        self._parked.clear()
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
-        self._free, self._end, self.resident = [], 0, 0
+        """Forget everything, and give the file back. Nobody's tensors stay empty."""
+        try:
+            for parked in self._parked.values():
+                for away in parked.values():
+                    if _is_held_elsewhere(away.storage):
+                        self._bring_back(away)
+        finally:
+            if self._file >= 0:
+                os.close(self._file)
+                self._file = -1
+            self._parked.clear()
+            self._shared.clear()
+            self._free, self._end, self.resident = [], 0, 0
 
     def _is_shared(self, identity: int) -> bool:
         """Whether several calls hold this storage; it is made whole, and stays so."""
@@ -186,6 +193,11 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, list | tuple | set):
         for each in value:
             yield from tensors_in(each)
+
+
+def _is_held_elsewhere(storage: torch.UntypedStorage) -> bool:
+    """Whether anything but this object holds a storage."""
+    return int(torch._C._storage_Use_Count(storage._cdata)) > 1
 
 
 def _as_bytes(storage: torch.UntypedStorage) -> torch.Tensor:

@@ -103,6 +103,7 @@ class StreamedModel:
         on_resume: Callable[[int], None] | None = None,
         on_layer: Callable[[int], None] | None = None,
         keep_shell: bool = True,
+        inputs: Iterable[torch.Tensor] = (),
     ) -> Generator[int]:
         """Make all `calls`; yields each layer's index when all have passed it, before it is freed.
 
@@ -110,6 +111,7 @@ class StreamedModel:
         on_resume: called with a call's index whenever it goes on.
         on_layer: called with a layer's index before the calls pass it.
         keep_shell: whether embeddings stay for as long as the run, or only until the first layer.
+        inputs: tensors that calls are given and that somebody else may use meanwhile.
         """
         with ExitStack() as stack:
             running = _Running(self.model, calls, parking or Parking(), on_resume)
@@ -121,7 +123,7 @@ class StreamedModel:
                 )
                 stack.callback(hook.remove)
             self.load(None)
-            running.begin()
+            running.begin(inputs)
             self.held.release()
             if not keep_shell:
                 self._free_embeddings()
@@ -162,14 +164,9 @@ class _Running:
         self.waiting: dict[int, int] = {}
         """Call → the layer whose door it waits at."""
 
-    def begin(self) -> None:
+    def begin(self, inputs: Iterable[torch.Tensor]) -> None:
         """Start every call, up to its first door."""
-        own = {
-            tensor.untyped_storage()._cdata
-            for tensor in (*self.model.parameters(), *self.model.buffers())
-            if not tensor.is_meta
-        }
-        self.parking.begin(own)
+        self.parking.begin((*self.model.parameters(), *self.model.buffers(), *inputs))
         for number in range(len(self.threads)):
             self._switch(number)
 
@@ -207,11 +204,16 @@ class _Running:
 
     def end(self) -> None:
         """End every call that still waits, wherever it is."""
-        for thread in self.threads:
-            if thread and not thread.dead:
-                thread.parent = getcurrent()
-                thread.throw()
-        self.parking.close()
+        with ExitStack() as stack:  # whatever a call does at its end, the others are ended, too
+            stack.callback(self.parking.close)
+            for thread in self.threads:
+                stack.callback(_end, thread)
+
+
+def _end(thread: greenlet) -> None:
+    if thread and not thread.dead:
+        thread.parent = getcurrent()
+        thread.throw()
 
 
 def free_parameters(module: nn.Module) -> None:

@@ -7,7 +7,8 @@ what the activation made of them. Both inputs are shown to a `Watch`, whatever t
   as the module does, but what its activation gives is shown before the function goes on. Nothing
   is computed anew, so the outputs are those of the default implementation, bit for bit.
 - Classes that transformers does not decorate, and models that only know the eager forward, run
-  their own forward under a mode that recognizes products with their parameters.
+  their own forward under a mode that recognizes products with their parameters, and which rows
+  of the tokens were taken for them.
 
 Shapes: T tokens, H hidden size, K experts of a token, R rows (a token and one of its experts),
 E experts.
@@ -21,7 +22,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +80,8 @@ def watch_experts(
         stack.enter_context(experts_function(decorated, partial(_watched, watch, paths)))
         for path, module in modules.items():
             if experts_kind(module) is None:
-                stack.enter_context(_under_mode(module, experts[path], watch))
+                owner = model.get_submodule(path.rpartition(".")[0])
+                stack.enter_context(_under_mode(owner, module, experts[path], watch))
         yield
 
 
@@ -162,23 +164,46 @@ class _Proxy:
 
 
 @contextmanager
-def _under_mode(module: nn.Module, layout: ExpertsModule, watch: Watch) -> Iterator[None]:
-    """The module's own forward, under a mode that knows its parameters."""
-    before = module.__dict__.get("forward")
-    forward = module.forward
+def _under_mode(
+    owner: nn.Module, module: nn.Module, layout: ExpertsModule, watch: Watch
+) -> Iterator[None]:
+    """The forward of the experts' owner, under a mode that knows the experts' parameters.
+
+    The owner's, because some owners choose the experts' rows themselves.
+    """
+    before = owner.__dict__.get("forward")
+    forward = owner.forward
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         with _KnownWeights(module, layout, watch):
             return forward(*args, **kwargs)
 
-    module.forward = watched
+    owner.forward = watched
     try:
         yield
     finally:
         if before is None:
-            del module.forward
+            del owner.forward
         else:
-            module.forward = before
+            owner.forward = before
+
+
+Note = TypeVar("Note")
+
+
+class _Notes(Generic[Note]):
+    """What is known of tensors, for as long as they live."""
+
+    def __init__(self) -> None:
+        self._notes: dict[int, tuple[weakref.ref[Tensor], Note]] = {}
+
+    def put(self, tensor: Tensor, note: Note) -> None:
+        identity = id(tensor)
+        gone = weakref.ref(tensor, lambda _: self._notes.pop(identity, None))
+        self._notes[identity] = gone, note
+
+    def get(self, tensor: Tensor) -> Note | None:
+        return self._notes[id(tensor)][1] if id(tensor) in self._notes else None
 
 
 class _KnownWeights(TorchFunctionMode):
@@ -188,8 +213,12 @@ class _KnownWeights(TorchFunctionMode):
         super().__init__()
         self.layout, self.watch = layout, watch
         self.parts: dict[int, tuple[Tensor, Part]] = {}
-        self.casts: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
-        """What became of a part in another dtype: by identity, with the part itself."""
+        self.casts = _Notes[Tensor]()
+        """Of a part in another dtype: the part itself."""
+        self.taken = _Notes[tuple[Tensor, int]]()
+        """Of rows that were taken from a matrix: their numbers, and how many it has."""
+        self.last: tuple[int, tuple[Tensor, int]] | None = None
+        """The expert whose rows were shown last, and what is known of them."""
         for part in layout.parts:
             if not part.is_bias:
                 parameter = getattr(module, part.parameter)
@@ -205,37 +234,75 @@ class _KnownWeights(TorchFunctionMode):
                 args = (self._show(args[0], weight, *found), *args[1:])
         result = func(*args, **(kwargs or {}))
         if func in _CASTS and result is not args[0]:
-            self._remember(result, args[0])
+            self._follow(args[0], result)
+        elif func is Tensor.__getitem__ and _is_rows(*args):
+            self.taken.put(result, (args[1], len(args[0])))
         return result
 
-    def _remember(self, cast: Tensor, weight: Tensor) -> None:
-        if weight.untyped_storage()._cdata in self.parts:
-            identity = id(cast)
-            gone = weakref.ref(cast, lambda _: self.casts.pop(identity, None))
-            self.casts[identity] = gone, weight
+    def _follow(self, tensor: Tensor, cast: Tensor) -> None:
+        if tensor.untyped_storage()._cdata in self.parts:
+            self.casts.put(cast, tensor)
+        if (rows := self.taken.get(tensor)) is not None:
+            self.taken.put(cast, rows)
 
     def _original(self, weight: Tensor) -> Tensor:
-        return self.casts[id(weight)][1] if id(weight) in self.casts else weight
+        known = self.casts.get(weight)
+        return weight if known is None else known
 
     def _show(self, x: Tensor, weight: Tensor, parameter: Tensor, part: Part) -> Tensor:
         product = Product.DOWN if part.projection is Projection.DOWN else Product.GATE_UP
         is_counted = part.parameter == self.layout.parts[0].parameter
-        count = self.layout.num_experts
-        if weight.numel() == parameter.numel():
-            rows_ER = torch.arange(count, device=x.device)[:, None].expand(count, x.shape[-2])
-            tokens = torch.arange(x.shape[-2], device=x.device).expand(count, -1).reshape(-1)
-            shown = x.reshape(-1, x.shape[-1])
-            is_used = shown.ne(0).any(-1)  # a token's row is zero where it is not routed
-            experts = rows_ER.reshape(-1).masked_fill(~is_used, -1)
-        else:
-            each = parameter.numel() // parameter.shape[0] if parameter.ndim == 3 else (
-                parameter.numel() // count
-            )  # fmt: skip
-            start = weight.storage_offset() - parameter.storage_offset()
-            shown, tokens = x.reshape(-1, x.shape[-1]), None
-            experts = torch.full((len(shown),), start // each, device=x.device)
-        rows = Rows(self.layout.path, product, shown, experts, tokens, x.shape[-2], is_counted)
+        shown = x.reshape(-1, x.shape[-1])
+        experts, tokens, of = self._rows(x, weight, parameter)
+        rows = Rows(self.layout.path, product, shown, experts, tokens, of, is_counted)
         return self.watch(rows, is_routed=True).reshape(x.shape)
+
+    def _rows(
+        self, x: Tensor, weight: Tensor, parameter: Tensor
+    ) -> tuple[Tensor, Tensor | None, int]:
+        """Each row's expert, its token if that is known, and of how many tokens they are."""
+        if weight.ndim == 3:
+            return _every_token(x)
+        expert = self._expert(weight, parameter)
+        tokens, of = self._tokens(expert, x) or (None, x.shape[-2])
+        return torch.full((x.shape[-2],), expert, device=x.device), tokens, of
+
+    def _expert(self, weight: Tensor, parameter: Tensor) -> int:
+        start = int(weight.storage_offset()) - int(parameter.storage_offset())
+        each = parameter[0].numel() if parameter.ndim == 3 else (
+            parameter.numel() // self.layout.num_experts
+        )  # fmt: skip
+        return start // each
+
+    def _tokens(self, expert: int, x: Tensor) -> tuple[Tensor, int] | None:
+        """The tokens of an expert's rows, and of how many they are, as far as that is known.
+
+        Down reads the rows that gate and up have read.
+        """
+        known = self.taken.get(x)
+        if known is not None:
+            self.last = expert, known
+        elif self.last is not None and self.last[0] == expert:
+            known = self.last[1]
+        return known if known is not None and len(known[0]) == len(x) else None
+
+
+def _every_token(x_ETI: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Where all tokens go through all experts: each row's expert and token, and how many tokens."""
+    count, of = x_ETI.shape[:2]
+    expert_ET = torch.arange(count, device=x_ETI.device)[:, None].expand(count, of)
+    token_ET = torch.arange(of, device=x_ETI.device).expand(count, of)
+    is_used_ET = x_ETI.ne(0).any(-1)  # a token's row is zero where it is not routed
+    return expert_ET.masked_fill(~is_used_ET, -1).reshape(-1), token_ET.reshape(-1), of
+
+
+def _is_rows(matrix: object, index: object) -> bool:
+    """Whether `matrix[index]` takes some rows of a matrix."""
+    return (
+        isinstance(matrix, Tensor)
+        and isinstance(index, Tensor)
+        and (matrix.ndim, index.ndim, index.dtype) == (2, 1, torch.int64)
+    )
 
 
 _CASTS = {Tensor.float, Tensor.to, Tensor.type}

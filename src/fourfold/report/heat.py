@@ -35,7 +35,11 @@ def calibration_section(document: Document) -> Html:
     if document.calibration is not None:
         parts.append(_data(document.calibration))
     rows = labelled(document.experts)
-    parts += _experts(rows) if rows else [_no_rows(document.calibration)]
+    all_experts = document.calibration is not None and document.calibration.all_experts
+    if rows:
+        parts += _experts(rows, all_experts=all_experts)
+    else:
+        parts.append(_no_rows(document.calibration))
     return section("Calibration tokens by expert", *parts)
 
 
@@ -73,11 +77,11 @@ def _no_rows(known: Calibration | None) -> Html:
     )
 
 
-def _experts(rows: Mapping[str, ExpertTokens]) -> list[Html]:
+def _experts(rows: Mapping[str, ExpertTokens], *, all_experts: bool) -> list[Html]:
     seen = coldness(rows)
     heat = heat_map([_heat_row(seen, label, row) for label, row in rows.items()])
     return [
-        _explanation(rows),
+        _explanation(rows, all_experts=all_experts),
         element("div", Html(heat), "scroll"),
         _legend(seen),
         _cold_list("Unreached, no token", seen.unreached),
@@ -90,13 +94,19 @@ def _heat_row(seen: Coldness, label: str, row: ExpertTokens) -> HeatRow:
     return HeatRow(label, row.tokens, len(unreached), len(cold))
 
 
-def _explanation(rows: Mapping[str, ExpertTokens]) -> Html:
+def _explanation(rows: Mapping[str, ExpertTokens], *, all_experts: bool) -> Html:
+    cold = (
+        "Every expert was shown every token all the same (all_experts), so the input scales have "
+        "seen each of them."
+        if all_experts
+        else "The experts of a layer have one input scale for gate and up and one for down, so a "
+        "cold expert takes the scales that its neighbours' tokens gave."
+    )
     return paragraph(
         "One cell for each expert of each layer, coloured by the tokens that the router sent to "
         "it, against an even share: the layer's tokens divided by its experts"
         f"{_even_share(rows)}. An expert under {_PERCENT} of an even share is cold; one without a "
-        "token is unreached. The experts of a layer have one input scale for gate and up and one "
-        "for down, so a cold expert takes the scales that its neighbours' tokens gave."
+        f"token is unreached. {cold}"
     )
 
 

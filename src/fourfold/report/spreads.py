@@ -76,7 +76,7 @@ def _panels(
 
 
 def _panel(name: str, points: Mapping[int, Band], layers: Sequence[int], scale: Scale) -> Html:
-    drawn = Html(bands([points], layers, scale, label=f"{name} by layer"))
+    drawn = Html(bands([points], layers, scale, label=f"{clipped(name, 60)} by layer"))
     head = element("figcaption", element("b", clipped(name, 60)))
     return element("figure", join([head, element("div", drawn, "scroll")]))
 

@@ -80,7 +80,7 @@ font-size:13px}
 .legend li{display:flex;align-items:center;gap:7px}
 .legend span{color:var(--muted)}
 .swatch{width:13px;height:13px;border-radius:3px;flex:none}
-table{border-collapse:collapse;width:100%;font-size:13px}
+table{border-collapse:collapse;width:100%;font-size:13px;overflow-wrap:break-word}
 th{font-weight:600;text-align:left;color:var(--muted);border-bottom:1px solid var(--line)}
 th,td{padding:4px 14px 4px 0;vertical-align:top}
 th:last-child,td:last-child{padding-right:0}
@@ -88,7 +88,7 @@ td{border-bottom:1px solid var(--rule)}
 tr:last-child td{border-bottom:0}
 .n{text-align:right;white-space:nowrap}
 tfoot td{font-weight:650;border-top:1px solid var(--line);border-bottom:0}
-td.name{min-width:230px}
+td.name{min-width:230px;overflow-wrap:anywhere}
 td.bar{width:270px;vertical-align:middle}
 pre{margin:6px 0 0;padding:12px 14px;background:var(--page);border-radius:8px;overflow-x:auto;
 white-space:pre-wrap;line-height:1.55}

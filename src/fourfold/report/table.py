@@ -25,7 +25,7 @@ from fourfold.report.tally import layers_of, spread, worst
 from fourfold.report.words import clipped, figure, plural, runs, times, whole
 
 NARROWEST = 24
-"""Names are folded to the room that the figures leave; with less they get their own lines."""
+"""With less room beside the figures, every name gets a line of its own."""
 
 _BOLD, _DIM, _PLAIN = Style(bold=True), Style(dim=True), Style()
 
@@ -98,11 +98,12 @@ def _name(entry: object) -> str:
 
 
 def _chosen(linears: Sequence[Linear], role: str | None, layer: int | None) -> list[Linear]:
-    if role is not None and role not in (known := Counter(each.role for each in linears)):
-        there = ", ".join(f"{name} ({many:,})" for name, many in known.most_common())
+    if role is not None and role not in (roles := Counter(each.role for each in linears)):
+        there = ", ".join(f"{name} ({many:,})" for name, many in roles.most_common())
         raise UsageError(f"role {role!r}: no quantized linear weight has it. There are: {there}")
     if layer is not None and layer not in (layers := layers_of(linears)):
-        raise UsageError(f"layer {layer}: holds no quantized linear weight. Layers: {runs(layers)}")
+        known = f"Layers: {runs(layers)}" if layers else "No layer is known"
+        raise UsageError(f"layer {layer}: holds no quantized linear weight. {known}.")
     found = [each for each in linears if role in (None, each.role) and layer in (None, each.layer)]
     if not found and linears:
         raise UsageError(f"layer {layer} holds no quantized linear weight of role {role!r}.")
@@ -210,21 +211,19 @@ def _range(line: Sequence[Linear], column: _Column) -> str:
 
 
 def _widths(heads: Sequence[str], rows: Sequence[Sequence[str]], room: int) -> list[int]:
-    """Of each column; 0 for names where they get lines of their own."""
+    """Of each column; 0 for names that all get lines of their own."""
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
     left = room - sum(widths[1:]) - 2 * (len(widths) - 1)
     return [min(widths[0], left) if left >= NARROWEST else 0, *widths[1:]]
 
 
 def _laid_out(cells: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
-    """One line, and more where the name is folded or stands above its figures."""
+    """One line, or two where the name has no room beside its figures: it stays in one piece."""
     name, wide = cells[0], widths[0]
     texts, numbers = cells[1:3], cells[3:]
     left = [cell.ljust(width) for cell, width in zip(texts, widths[1:], strict=False)]
     right = [cell.rjust(width) for cell, width in zip(numbers, widths[3:], strict=True)]
-    if not wide:
-        yield from (name, "  " + "  ".join(left + right).rstrip())
-        return
-    yield "  ".join([name[:wide].ljust(wide), *left, *right]).rstrip()
-    for start in range(wide, len(name), wide):
-        yield "  " + name[start : start + wide]
+    if len(name) > wide:
+        yield name
+        name = ""
+    yield "  ".join([name.ljust(wide), *left, *right]).rstrip()

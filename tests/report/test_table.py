@@ -1,0 +1,267 @@
+"""`fourfold summary`: the table of every linear weight, its filters, and what users do wrong."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from fourfold.errors import SourceError, UsageError
+from fourfold.report import chosen_entries, read_summary, table_of
+
+from .documents import document, first_version, weights_only
+
+
+@pytest.fixture(scope="module")
+def calibrated() -> dict[str, Any]:
+    return document(tokens_of={(1, 9): 0, (1, 3): 107_000})
+
+
+@pytest.fixture
+def out(calibrated, tmp_path: Path) -> Path:
+    (tmp_path / "quant_summary.json").write_text(json.dumps(calibrated))
+    return tmp_path
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    def call(*arguments: object) -> tuple[int, str, str]:
+        from fourfold.cli import main
+
+        monkeypatch.setattr(sys, "argv", ["fourfold", "summary", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as caught:
+            code = int(caught.code or 0)
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def printed(table: object, width: int) -> list[str]:
+    buffer = io.StringIO()
+    Console(file=buffer, width=width).print(table, crop=False)
+    return buffer.getvalue().splitlines()
+
+
+def entry_of(summary: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(each for each in summary["linears"] if each["name"] == name)
+
+
+def test_experts_of_a_layer_share_a_line(calibrated) -> None:
+    lines = printed(table_of(calibrated), 120)
+    assert lines[0] == "Folded-30B-A3B: recipe nvfp4_default_mse-fp8_kv"
+    assert "208 / 208 linear weights quantized · calibrated on 65,536 tokens" in lines[1]
+    assert len(lines) == 3 + 4 * (3 + 4) + 1
+    assert lines[-1] == "208 linear weights in 28 lines; --all gives each its own"
+    line = next(line for line in lines if ".1.mlp.experts.0-15.down_proj" in line)
+    assert " 2048×768 " in line
+    assert " 0…107,000 " in line
+    same = [
+        each
+        for each in calibrated["linears"]
+        if each["layer"] == 1 and each["name"].endswith("down_proj")
+    ]
+    errors = [each["relative_error"] for each in same]
+    assert line.endswith(f"{min(errors):.3g}…{max(errors):.3g}")
+
+
+def test_a_line_for_each(calibrated) -> None:
+    table = table_of(calibrated, every=True)
+    lines = {line.split()[0]: line.split()[1:] for line in str(table).splitlines()[3:-1]}
+    assert len(lines) == 208
+    name = "model.layers.1.mlp.experts.3.up_proj"
+    entry = entry_of(calibrated, name)
+    mantissa, exponent = f"{entry['global_scale']:.3e}".split("e")
+    assert lines[name] == [
+        "768×2048",
+        "nvfp4",
+        f"{mantissa.rstrip('0')}e{int(exponent)}",
+        f"{entry['input_amax']:.4g}",
+        "107,000",
+        f"{entry['relative_error']:.4g}",
+    ]
+    names = list(lines)
+    assert names.index("model.layers.0.mlp.experts.2.up_proj") < names.index(
+        "model.layers.0.mlp.experts.10.up_proj"
+    )
+
+
+def test_experts_that_are_missing_show_as_gaps(calibrated) -> None:
+    kept = copy.deepcopy(calibrated)
+    gone = ("experts.4.up_proj", "experts.9.up_proj")
+    kept["linears"] = [each for each in kept["linears"] if not each["name"].endswith(gone)]
+    assert "model.layers.2.mlp.experts.0-3,5-8,10-15.up_proj" in str(table_of(kept))
+
+
+def test_shapes_are_not_mixed_in_a_line(calibrated) -> None:
+    odd = copy.deepcopy(calibrated)
+    entry_of(odd, "model.layers.0.mlp.experts.7.up_proj")["shape"] = [1024, 2048]
+    text = str(table_of(odd))
+    assert "model.layers.0.mlp.experts.0-6,8-15.up_proj" in text
+    assert "model.layers.0.mlp.experts.7.up_proj" in text
+
+
+def test_filters(calibrated) -> None:
+    assert len(table_of(calibrated, role="attention").lines) == 16
+    assert len(table_of(calibrated, role="attention", layer=2).lines) == 4
+    assert len(table_of(calibrated, layer=2).lines) == 7
+    worst = table_of(calibrated, role="experts", worst_of_all=5)
+    errors = [line[0].relative_error or 0 for line in worst.lines]
+    experts = [each for each in calibrated["linears"] if each["role"] == "experts"]
+    assert errors == sorted((each["relative_error"] for each in experts), reverse=True)[:5]
+    assert str(worst).endswith("5 of 192 linear weights, the largest error first")
+
+
+def test_nan_is_the_worst(calibrated) -> None:
+    broken = copy.deepcopy(calibrated)
+    broken["linears"][50]["relative_error"] = math.nan
+    (line,) = table_of(broken, worst_of_all=1).lines
+    assert line[0].name == broken["linears"][50]["name"]
+    assert "NaN" in str(table_of(broken, worst_of_all=1))
+
+
+def test_what_is_not_there_is_wrong_usage(calibrated) -> None:
+    with pytest.raises(UsageError, match=r"role 'expert': .* experts \(192\), attention \(16\)"):
+        table_of(calibrated, role="expert")
+    with pytest.raises(UsageError, match=r"layer 7: .* Layers: 0–3"):
+        table_of(calibrated, layer=7)
+    bare = {**calibrated, "linears": [each | {"layer": None} for each in calibrated["linears"]]}
+    with pytest.raises(UsageError, match=r"layer 0: .* No layer is known"):
+        table_of(bare, layer=0)
+
+
+def test_columns_that_nothing_fills_are_left_out(calibrated) -> None:
+    heads, _ = table_of(weights_only(calibrated)).rows()
+    assert heads == ["linear weight", "shape", "format", "global scale", "rel. error"]
+    assert table_of(first_version(calibrated)).rows()[0] == heads
+
+
+@pytest.mark.parametrize("width", [20, 80, 105, 120, 200])
+def test_no_width_loses_a_figure_or_a_name(calibrated, width: int) -> None:
+    table = table_of(calibrated)
+    text = "".join(printed(table, width)).replace(" ", "")
+    for row in table.rows()[1]:
+        assert all(cell in text for cell in row[1:])
+        assert row[0] in text  # in one piece
+
+
+def test_a_name_without_room_stands_above_its_figures(calibrated) -> None:
+    long = json.loads(json.dumps(calibrated).replace("layers.2.mlp", "layers.2.a_long_word.mlp"))
+    lines = printed(table_of(long), 120)
+    above = lines.index("model.layers.2.a_long_word.mlp.experts.0-15.up_proj")
+    assert lines[above + 1].startswith(" " * 40)
+    assert lines[above + 1].strip().startswith("768×2048")
+    assert all(len(line) <= 120 for line in lines)
+
+
+def test_an_empty_document() -> None:
+    assert "0 linear weights in 0 lines" in str(table_of({}))
+
+
+def test_names_cannot_command_the_terminal(calibrated) -> None:
+    hostile = json.loads(
+        json.dumps(calibrated).replace("gate_proj", r"\u001b[2Jgate\n\u202e[bold]")
+    )
+    text = str(table_of(hostile)) + "".join(printed(table_of(hostile, every=True), 120))
+    assert not {"\x1b", "\u202e"} & set(text)
+    assert r"\x1b[2Jgate\n\u202e[bold]" in text
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_weights_take_seconds() -> None:
+    many = document(88, 384)
+    assert len(many["linears"]) > 100_000
+    begun = time.perf_counter()
+    lines = printed(table_of(many, every=True), 120)
+    assert time.perf_counter() - begun < 60  # about 4 s on an idle core; rich's own table: 50 s
+    assert len(lines) == 3 + len(many["linears"]) + 1
+
+
+def test_command(run, out: Path) -> None:
+    code, text, _ = run(out)
+    assert code == 0
+    assert "208 linear weights in 28 lines" in text
+    code, text, _ = run(out, "--role", "experts", "--layer", 1, "--all")
+    assert code == 0
+    assert text.splitlines()[-1] == "48 linear weights in 48 lines"
+    code, text, _ = run(out, "--worst", 3)
+    assert len(text.splitlines()) == 3 + 3 + 1
+
+
+def test_json_is_the_document_with_the_chosen_weights(run, out: Path, calibrated) -> None:
+    code, text, _ = run(out, "--json")
+    assert code == 0
+    whole = json.loads(text)
+    assert {**whole, "linears": None} == {**calibrated, "linears": None}
+    assert {each["name"]: each for each in whole["linears"]} == {
+        each["name"]: each for each in calibrated["linears"]
+    }
+    chosen = json.loads(run(out, "--json", "--worst", 4, "--role", "attention")[1])["linears"]
+    errors = [each["relative_error"] for each in chosen]
+    assert errors == sorted(errors, reverse=True)
+    assert {each["role"] for each in chosen} == {"attention"}
+    assert len(chosen) == 4
+
+
+def test_json_survives_odd_entries(calibrated) -> None:
+    odd = {**calibrated, "linears": [3, None, {"name": 5}, *calibrated["linears"]]}
+    assert len(chosen_entries(odd, role="attention")["linears"]) == 16
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no quant_summary.json, which `fourfold quantize` writes"),
+        ("{", "quant_summary.json: not valid JSON"),
+        ("[1]", "quant_summary.json: holds a JSON list, not an object"),
+        ('{"linears": 3}', "quant_summary.json: lists no linear weights"),
+        ("[" * 100_000, "quant_summary.json: not valid JSON"),
+        ("\udcff", "quant_summary.json: not valid JSON"),
+    ],
+)
+def test_errors(run, tmp_path: Path, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "quant_summary.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    code, text, error = run(tmp_path)
+    assert (code, text) == (1, "")
+    assert message in error
+    assert error.count("\n") == 1
+    with pytest.raises(SourceError):
+        read_summary(tmp_path)
+
+
+def test_no_folder(run, tmp_path: Path) -> None:
+    code, _, error = run(tmp_path / "nothing")
+    assert code == 1
+    assert "nothing: no such folder. Give the folder that `fourfold quantize` wrote." in error
+    (tmp_path / "file").write_text("")
+    assert "file: is a file" in run(tmp_path / "file")[2]
+
+
+def test_wrong_usage(run, out: Path) -> None:
+    for arguments in (["--layer", "x"], ["--worst", "0"], ["--layer", "-1"], ["--rolle", "x"]):
+        assert run(out, *arguments)[0] == 2
+    code, _, error = run(out, "--role", "router")
+    assert code == 2
+    assert "experts (192)" in error
+
+
+def test_options() -> None:
+    from typer.main import get_command
+
+    from fourfold.cli import app
+
+    found = get_command(app).commands["summary"]  # type: ignore[attr-defined]
+    names = {name for parameter in found.params for name in parameter.opts}
+    assert names == {"out", "--role", "--layer", "--all", "--worst", "--json"}
