@@ -61,7 +61,7 @@ def test_help_imports_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("quantize", "plan", "verify", "inspect", "recipes", "demo"):
+    for command in ("quantize", "plan", "verify", "inspect", "summary", "recipes", "demo"):
         assert command in done.stdout
 
 
@@ -79,11 +79,14 @@ def options_of(command: str) -> set[str]:
     [
         (
             "quantize",
-            "model out --recipe -r --threads --overwrite --no-verify --trust-remote-code --json",
+            "model out --recipe -r --calib --calib-size --calib-seq --batch-size --packing --seed "
+            "--calibration --device --activation-memory --threads --overwrite --no-verify "
+            "--trust-remote-code --json",
         ),
         ("plan", "model --recipe -r --trust-remote-code --json"),
         ("verify", "out --source -s --threads --trust-remote-code --json"),
         ("inspect", "folder --json"),
+        ("summary", "out --role --layer --all --worst --json"),
         ("recipes", "name --json"),
         ("demo", "out --recipe -r --overwrite --json"),
     ],

@@ -295,12 +295,12 @@ def continue_prompt(
             **options,
         )[0].tolist()
     if model.config.is_encoder_decoder:
-        return _without_leading(ids, [pad, model.generation_config.decoder_start_token_id])
+        return _without_leading(ids[1:], pad)  # a decoder is given one token to begin with
     return [int(each) for each in ids[inputs["input_ids"].shape[1] :]]
 
 
-def _without_leading(ids: Sequence[int], fillers: Sequence[int | None]) -> list[int]:
-    begin = next((at for at, each in enumerate(ids) if each not in fillers), len(ids))
+def _without_leading(ids: Sequence[int], pad: int | None) -> list[int]:
+    begin = next((at for at, each in enumerate(ids) if each != pad), len(ids))
     return list(ids[begin:])
 
 

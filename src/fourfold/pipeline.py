@@ -6,15 +6,16 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from fourfold.calibration.calibrate import Calibration, CalibrationProgress
-from fourfold.calibration.data import CalibrationData, CalibrationOptions, load_calibration
+from fourfold.calibration.calibrate import CalibrationProgress
+from fourfold.calibration.data import CalibrationData, CalibrationOptions
+from fourfold.calibration.live import ForwardLoop
 from fourfold.calibration.scales import ActivationScales
 from fourfold.calibration.statistics import Statistics
 from fourfold.checkpoints.modelopt import QUANT_CONFIG
@@ -30,13 +31,18 @@ from fourfold.checkpoints.writer import (
 from fourfold.errors import FourfoldError, PlanError, UsageError
 from fourfold.fold import LinearResult, Progress, folding
 from fourfold.machine import choose_device, memory_available, peak_resident, threads_available
+from fourfold.models.live import LiveSource
 from fourfold.numerics import nvfp4
 from fourfold.planning import KVScales, Plan, ScaleGroup, make_plan
 from fourfold.recipes import DEFAULT_RECIPE, Recipe
 from fourfold.rendering import size
 from fourfold.report import html_of
+from fourfold.runs import Observation, Run, choose_run
 from fourfold.summary import summary_of
 from fourfold.verification import Report, verify
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -135,7 +141,7 @@ def plan(
 
 
 def quantize(
-    model: str | Path | Source,
+    model: str | Path | Source | PreTrainedModel,
     out: str | Path,
     recipe: str | Path | Recipe = DEFAULT_RECIPE,
     *,
@@ -146,6 +152,8 @@ def quantize(
     packing: str = "packed",
     seed: int = 0,
     calibration: str | Path | Statistics | None = None,
+    forward_loop: ForwardLoop | None = None,
+    tokenizer: Any = None,
     device: str = "auto",
     activation_memory: int | None = None,
     threads: int | None = None,
@@ -161,10 +169,12 @@ def quantize(
 ) -> Result:
     """Quantize the checkpoint `model` into the folder `out`, and verify what was written.
 
-    model, recipe: as in `plan`.
+    model, recipe: as in `plan`; or a model of transformers that is in memory.
     calib, calib_size, calib_seq, batch_size, packing, seed: what the model reads while its
     activations are observed, where the recipe needs that; see `calibration.data`.
     calibration: the statistics of an earlier run, or the file with them; nothing is run then.
+    forward_loop: for a model in memory, calls it on calibration data, instead of `calib`.
+    tokenizer: for a model in memory, lies beside the weights that are written.
     device: where the model runs for calibration: cpu, cuda, cuda:N, or auto.
     activation_memory: bytes of activations in memory; what is beyond waits in a file in `out`.
     threads: worker threads; one for each core by default. The output does not depend on it.
@@ -180,43 +190,44 @@ def quantize(
         raise UsageError("OUT is empty: give the folder to write.")
     chosen = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     workers = threads or threads_available()
-    with _opened(model) as source:
+    files = tuple(map(str, calib))
+    observation = Observation(
+        CalibrationOptions(files, calib_size, calib_seq, batch_size, seed, _packing(packing)),
+        calibration,
+        forward_loop,
+        choose_device(device),
+        activation_memory,
+        trust_remote_code,
+        on_data,
+        calibration_progress,
+    )
+    with _opened(model, tokenizer, trust_remote_code) as source:
+        is_live = isinstance(source, LiveSource)
+        observation.check(chosen.needs_calibration, chosen.name, is_live=is_live)
         folder = OutputFolder(Path(out).expanduser())
         folder.check(source.folder, overwrite=overwrite)
         with _warming_up(chosen, source):
             work = make_plan(source, chosen, trust_remote_code=trust_remote_code)
-            check_room(work, folder.folder, workers)
+            runs_model = chosen.needs_calibration and calibration is None and not is_live
+            check_room(work, folder.folder, workers, runs_model=runs_model)
         if on_plan is not None:
             on_plan(work)
-        options = CalibrationOptions(
-            tuple(map(str, calib)),
-            calib_size,
-            calib_seq,
-            batch_size,
-            seed,
-            packing,  # type: ignore[arg-type]
-        )
-        scales = _given_scales(work, calibration, options)
-        run = None
-        if chosen.needs_calibration and scales is None:
-            run = _calibration_run(
-                work, source, folder, options, device, activation_memory, trust_remote_code,
-                on_data, calibration_progress,
-            )  # fmt: skip
-            scales = run.scales
-        linears = _write(work, source, folder, workers, overwrite, progress, scales, run)
+        run = choose_run(work, source, observation, folder.folder)
+        linears = _write(work, source, folder, workers, overwrite, progress, run)
         if on_written is not None:
             on_written()
         report = None
-        if verified:
+        if verified and run.is_writer:
+            is_readable = not (isinstance(source, LiveSource) and source.is_sharded)
             report = verify(
                 folder.folder,
-                source=source,
+                source=source if is_readable else None,
                 threads=workers,
                 progress=verify_progress,
                 trust_remote_code=trust_remote_code,
             )
-            _check_ledger(work, linears, report, folder)
+            if is_readable:
+                _check_ledger(work, linears, report, folder)
     return Result(
         out=folder.folder,
         plan=work,
@@ -224,14 +235,25 @@ def quantize(
         report=report,
         seconds=time.perf_counter() - begun,
         peak_resident=peak_resident(),
-        statistics=None if scales is None else scales.statistics,
+        statistics=None if run.scales is None else run.scales.statistics,
     )
 
 
+def _packing(packing: str) -> Literal["packed", "padded"]:
+    return packing  # type: ignore[return-value]  # CalibrationOptions checks it
+
+
 @contextmanager
-def _opened(model: str | Path | Source) -> Iterator[Source]:
+def _opened(
+    model: str | Path | Source | PreTrainedModel, tokenizer: Any = None, trust: bool = False
+) -> Iterator[Source]:
     """The source that `model` names; closed afterwards, unless it was given open."""
-    source = open_source(model) if isinstance(model, str | Path) else model
+    if isinstance(model, str | Path):
+        source: Source = open_source(model)
+    elif isinstance(model, torch.nn.Module):
+        source = LiveSource(model, tokenizer=tokenizer, trust_remote_code=trust)
+    else:
+        source = model
     try:
         yield source
     finally:
@@ -246,83 +268,32 @@ def _write(
     threads: int,
     overwrite: bool,
     progress: Callable[[Progress], None] | None,
-    scales: ActivationScales | None,
-    run: Calibration | None,
+    run: Run,
 ) -> list[LinearResult]:
     """Observe, fold and write; after an error or a signal nothing of it is left."""
-    folder.prepare(source.folder, work.files, overwrite=overwrite)
-    read = source if run is None else run.held
+    with run.together():
+        if run.is_writer:
+            folder.prepare(source.folder, work.files, overwrite=overwrite)
     try:
-        with folding(
-            work, read, folder, scales=scales, threads=threads, progress=progress
-        ) as folded:
-            if run is None:
-                folded.run()
-            else:
-                for layer in run.units():
-                    folded.run(work.shards_of(layer))
+        with (
+            folding(
+                work, run.source, folder, scales=run.scales, threads=threads, progress=progress
+            ) as folded,
+            closing(run.steps()) as steps,
+        ):
+            for shards in steps:
+                with run.together():
+                    if run.is_writer:
+                        folded.run(shards)
             linears = folded.finished()
-        _write_rest(work, source, folder, linears, scales)
+        with run.together():
+            if run.is_writer:
+                _write_rest(work, source, folder, linears, run.scales)
     except BaseException:
-        folder.discard()
+        if run.is_writer:
+            folder.discard()
         raise
     return linears
-
-
-def _given_scales(
-    work: Plan, calibration: str | Path | Statistics | None, options: CalibrationOptions
-) -> ActivationScales | None:
-    """The scales that the statistics of an earlier run give, all of them checked."""
-    if calibration is None:
-        return None
-    if not work.recipe.needs_calibration:
-        raise UsageError(
-            f"recipe {work.recipe.name} quantizes no activations: leave the calibration out."
-        )
-    if options.calib:
-        raise UsageError("give calibration data or the statistics of an earlier run, not both.")
-    given = calibration
-    statistics = given if isinstance(given, Statistics) else Statistics.load(Path(given))
-    scales = ActivationScales(work, statistics)
-    scales.check_fit()
-    return scales
-
-
-def _calibration_run(
-    work: Plan,
-    source: Source,
-    folder: OutputFolder,
-    options: CalibrationOptions,
-    device: str,
-    activation_memory: int | None,
-    trust_remote_code: bool,
-    on_data: Callable[[CalibrationData], None] | None,
-    progress: Callable[[CalibrationProgress], None] | None,
-) -> Calibration:
-    """Everything that calibration needs, ready to run."""
-    data = load_calibration(
-        source.folder,
-        options,
-        vocab_size=work.inventory.vocab_size,
-        max_positions=work.inventory.max_positions,
-        trust_remote_code=trust_remote_code,
-    )
-    if on_data is not None:
-        on_data(data)
-    room = max((memory_available() - work.calibration_memory) // 2, LEAST_ACTIVATION_MEMORY)
-    return Calibration(
-        work,
-        source,
-        data,
-        device=choose_device(device),
-        activation_memory=room if activation_memory is None else activation_memory,
-        scratch=folder.folder,
-        trust_remote_code=trust_remote_code,
-        progress=progress,
-    )
-
-
-LEAST_ACTIVATION_MEMORY = 1 << 28
 
 
 @contextmanager
@@ -342,8 +313,11 @@ def _warming_up(recipe: Recipe, source: Source) -> Iterator[None]:
         thread.join()
 
 
-def check_room(work: Plan, out: Path, threads: int) -> None:
-    """Raise `PlanError` where the disk or the memory is too small for the plan."""
+def check_room(work: Plan, out: Path, threads: int, *, runs_model: bool = False) -> None:
+    """Raise `PlanError` where the disk or the memory is too small for the plan.
+
+    runs_model: whether the model is run, layer by layer, for calibration.
+    """
     beside = sum((work.source / path).stat().st_size for path in work.side_files)
     needed, free = work.nbytes_after + beside, free_bytes(out)
     if needed > free:
@@ -351,7 +325,8 @@ def check_room(work: Plan, out: Path, threads: int) -> None:
             f"{out}: {size(needed)} are needed, {size(free)} are free on that disk. "
             "Free some room, or write to another one."
         )
-    memory, available = work.memory(threads) + work.calibration_memory, memory_available()
+    memory = work.memory(threads) + (work.calibration_memory if runs_model else 0)
+    available = memory_available()
     if memory > available:
         raise PlanError(
             f"{size(memory)} of memory are needed for {threads} threads, {size(available)} are "

@@ -3,13 +3,16 @@
 Every quantized layer has an `input_scale`; engines fuse layers that read the same activation, and
 take the largest scale of a layer's experts. So here each input site has one scale, the largest.
 An `nn.Linear` is given rounded inputs by a hook. An experts module runs transformers' own
-function, shown what its two matrix products are about to read (`models/watching.py`).
+function, shown what its two matrix products are about to read (`models/watching.py`). That is set
+up anew for each call of the module, so that nothing of it is left in the model's configuration,
+and several models can be simulated at once.
 
 Weights must be dequantized ones. The KV cache stays as it is.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -21,7 +24,7 @@ from torch import Tensor, nn
 
 from fourfold.checkpoints.dequantized import DequantizedFolder
 from fourfold.errors import ModelError, SourceError, UsageError
-from fourfold.models.experts import Projection
+from fourfold.models.experts import ExpertsModule, Projection
 from fourfold.models.inventory import Inventory, LinearWeight
 from fourfold.models.module_tree import ModuleTree
 from fourfold.models.roles import Role
@@ -53,8 +56,11 @@ class Simulation:
                 partial(self._round_linear, path, scale), with_kwargs=True
             )
             self._stack.callback(hook.remove)
-        experts = {path: tree.experts[path] for path in sites.experts}
-        self._stack.enter_context(watch_experts(model, experts, _Rounding(sites, self.calls)))
+        for path, scales in sites.experts.items():
+            watch = _Rounding(path, scales, self.calls)
+            experts = _RoundedExperts(model.get_submodule(path), tree.experts[path], watch)
+            experts.put_on()
+            self._stack.callback(experts.take_off)
 
     def remove(self) -> None:
         """Give the model its exact activations back."""
@@ -76,16 +82,47 @@ class Simulation:
 
 
 class _Rounding:
-    """Rounds what experts modules' products are given: a `Watch`."""
+    """Rounds what an experts module's two products are given: a `Watch`."""
 
     all_experts = False
 
-    def __init__(self, sites: Sites, calls: Counter[str]) -> None:
-        self.sites, self.calls = sites, calls
+    def __init__(self, path: str, scales: Mapping[Product, float], calls: Counter[str]) -> None:
+        self.path, self.scales, self.calls = path, scales, calls
 
     def __call__(self, rows: Rows, *, is_routed: bool) -> Tensor:
-        self.calls[f"{rows.path}.{rows.product}"] += 1
-        return fake_quantize(rows.x, self.sites.experts[rows.path][rows.product])
+        self.calls[f"{self.path}.{rows.product}"] += 1
+        return fake_quantize(rows.x, self.scales[rows.product])
+
+
+_WATCHING = threading.RLock()
+"""Watching changes what transformers' configurations say, for the time of a call."""
+
+
+class _RoundedExperts:
+    """Stands in for the forward of one experts module."""
+
+    def __init__(self, module: nn.Module, layout: ExpertsModule, watch: _Rounding) -> None:
+        self.module, self.layout, self.watch = module, layout, watch
+        self.before = module.__dict__.get("forward")
+
+    def put_on(self) -> None:
+        self.module.forward = self
+
+    def take_off(self) -> None:
+        """The module's forward is what it was."""
+        if self.before is None:
+            del self.module.forward
+        else:
+            self.module.forward = self.before
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with _WATCHING:
+            self.take_off()
+            try:
+                with watch_experts(self.module, {"": self.layout}, self.watch):
+                    return self.module.forward(*args, **kwargs)
+            finally:
+                self.put_on()
 
 
 def check_w4a4(checkpoint: DequantizedFolder) -> None:

@@ -11,7 +11,7 @@ larger than everything else, so a call ends at the door of the output embeddings
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -90,7 +90,7 @@ class Calibration:
         """The source, with the present layer's tensors in memory."""
         return self.streamed.held
 
-    def units(self) -> Iterator[int | None]:
+    def units(self) -> Generator[int | None]:
         """Run everything; yields each layer when its statistics are complete, then the shell."""
         model, tree = self.streamed.model, self.streamed.tree
         done: set[int] = set()

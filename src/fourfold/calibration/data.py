@@ -268,10 +268,15 @@ def _batches(samples: list[list[int]], batch_size: int, pad: int) -> Iterator[Ba
 def _digest(batches: tuple[Batch, ...]) -> str:
     digest = hashlib.sha256()
     for batch in batches:
-        digest.update(repr(tuple(batch.input_ids.shape)).encode())
-        for tensor in (batch.input_ids, batch.attention_mask):
-            digest.update(tensor.numpy().astype("<i8").tobytes())
+        digest_batch(digest, batch.input_ids, batch.attention_mask)
     return digest.hexdigest()
+
+
+def digest_batch(digest: hashlib._Hash, input_ids: torch.Tensor, mask: torch.Tensor) -> None:
+    """Let a batch's ids and mask, [B, S] each in CPU memory, count for a digest."""
+    digest.update(repr(tuple(input_ids.shape)).encode())
+    for tensor in (input_ids, mask):
+        digest.update(tensor.numpy().astype("<i8").tobytes())
 
 
 def _origin(corpora: list[Corpus]) -> str:

@@ -92,3 +92,16 @@ def _forget(states: Any) -> None:
     for index in states if isinstance(states, dict) else range(len(states)):
         if isinstance(states[index], torch.Tensor):
             states[index] = states[index].new_empty(0)
+
+
+def record_updates(cache: Any, record: Record) -> None:
+    """Let a cache that somebody else made, and that stores, be recorded too."""
+    if "update" in vars(cache):
+        return
+    update = cache.update
+
+    def recorded(keys: torch.Tensor, values: torch.Tensor, *args: Any, **kw: Any) -> Any:
+        record(keys, values)
+        return update(keys, values, *args, **kw)
+
+    cache.update = recorded

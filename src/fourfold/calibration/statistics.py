@@ -14,9 +14,10 @@ All names are module paths in memory. The file's metadata say what data it was, 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,27 +93,34 @@ class Statistics:
         for path, pair in sorted(self.kv.items()):
             tensors[f"{path}.kv.amax"] = torch.tensor(pair, dtype=torch.float32)
         head = json.dumps(asdict(self.data), ensure_ascii=False, sort_keys=True)
-        return bytes(save(tensors, metadata={"format": FORMAT, "data": head}))
+        return bytes(save(tensors, metadata={FORMAT: head}))  # one key: their order is random
 
     @classmethod
     def load(cls, file: Path) -> Statistics:
         """Read what `save` wrote. Raises `CalibrationError` for anything else."""
-        from safetensors import safe_open
-
         try:
-            with safe_open(file, framework="pt") as handle:
-                metadata = handle.metadata() or {}
-                tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"its format is {metadata.get('format')!r}")
-            return _parse(DataSummary(**json.loads(metadata["data"])), tensors)
+            return cls.from_bytes(file.read_bytes())
         except FileNotFoundError:
             raise CalibrationError(f"{file}: no such file.") from None
+        except OSError as error:
+            raise CalibrationError(f"{file}: cannot be read: {error.strerror}.") from error
         except Exception as error:  # whatever safetensors raises for bytes that are none
             raise CalibrationError(
                 f"{file}: not the statistics of a calibration: {error}. "
                 f"Give the {STATISTICS} of an earlier run."
             ) from None
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Statistics:
+        """What `to_bytes` gave. Raises many kinds of errors for anything else."""
+        from safetensors.torch import load
+
+        tensors = load(data)
+        size = int.from_bytes(data[:8], "little")
+        head = json.loads(data[8 : 8 + size]).get("__metadata__", {}).get(FORMAT)
+        if head is None:
+            raise ValueError(f"it is no {FORMAT!r}")
+        return _parse(DataSummary(**json.loads(head)), tensors)
 
 
 def _parse(data: DataSummary, tensors: Mapping[str, torch.Tensor]) -> Statistics:
@@ -141,3 +149,41 @@ def _amaxes(tensors: Mapping[str, torch.Tensor], path: str) -> torch.Tensor:
 def data_summary(data: Any, *, all_experts: bool) -> DataSummary:
     """The summary of a `CalibrationData`."""
     return DataSummary(data.origin, data.digest, data.samples, data.seq, data.tokens, all_experts)
+
+
+def merged(parts: Sequence[Statistics]) -> Statistics:
+    """Statistics of all the data that several ranks saw: amaxes by maximum, counts by sum."""
+    found = Statistics(_merged_data([part.data for part in parts]))
+    for part in parts:
+        for path, experts in part.experts.items():
+            found.experts[path] = _both(found.experts.get(path), experts)
+        for path, linear in part.linears.items():
+            before = found.linears.get(path, LinearStatistics(0.0, 0))
+            amax = max(before.amax, linear.amax)
+            found.linears[path] = LinearStatistics(amax, before.rows + linear.rows)
+        for path, (key, value) in part.kv.items():
+            old_key, old_value = found.kv.get(path, (0.0, 0.0))
+            found.kv[path] = max(old_key, key), max(old_value, value)
+    return found
+
+
+def _both(first: ExpertsStatistics | None, second: ExpertsStatistics) -> ExpertsStatistics:
+    if first is None:
+        return second
+    return ExpertsStatistics(
+        first.tokens + second.tokens,
+        torch.maximum(first.gate_up_amax, second.gate_up_amax),
+        torch.maximum(first.down_amax, second.down_amax),
+    )
+
+
+def _merged_data(parts: Sequence[DataSummary]) -> DataSummary:
+    digest = hashlib.sha256("".join(part.digest for part in parts).encode()).hexdigest()
+    return DataSummary(
+        parts[0].origin,
+        digest if len(parts) > 1 else parts[0].digest,
+        sum(part.samples for part in parts),
+        max(part.seq for part in parts),
+        sum(part.tokens for part in parts),
+        parts[0].all_experts,
+    )

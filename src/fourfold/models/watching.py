@@ -31,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 
 from fourfold.models.experts import ExpertsModule, Part, Projection
 from fourfold.models.internals import ExpertsFunction, experts_function, experts_kind
+from fourfold.models.roles import EXPERTS_CLASS
 
 
 class Product(StrEnum):
@@ -80,9 +81,16 @@ def watch_experts(
         stack.enter_context(experts_function(decorated, partial(_watched, watch, paths)))
         for path, module in modules.items():
             if experts_kind(module) is None:
-                owner = model.get_submodule(path.rpartition(".")[0])
-                stack.enter_context(_under_mode(owner, module, experts[path], watch))
+                whole = _outermost(model, path)
+                stack.enter_context(_under_mode(whole, module, experts[path], watch))
         yield
+
+
+def _outermost(model: nn.Module, path: str) -> nn.Module:
+    """The experts module at a path, or the one around it, which chooses its rows (DBRX)."""
+    around = model.get_submodule(path.rpartition(".")[0])
+    is_experts = EXPERTS_CLASS.search(type(around).__name__) is not None
+    return around if is_experts else model.get_submodule(path)
 
 
 def unwatchable(model: nn.Module, experts: Iterable[str]) -> list[str]:
@@ -165,27 +173,24 @@ class _Proxy:
 
 @contextmanager
 def _under_mode(
-    owner: nn.Module, module: nn.Module, layout: ExpertsModule, watch: Watch
+    whole: nn.Module, module: nn.Module, layout: ExpertsModule, watch: Watch
 ) -> Iterator[None]:
-    """The forward of the experts' owner, under a mode that knows the experts' parameters.
-
-    The owner's, because some owners choose the experts' rows themselves.
-    """
-    before = owner.__dict__.get("forward")
-    forward = owner.forward
+    """The forward of `whole`, under a mode that knows the parameters of `module`."""
+    before = whole.__dict__.get("forward")
+    forward = whole.forward
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         with _KnownWeights(module, layout, watch):
             return forward(*args, **kwargs)
 
-    owner.forward = watched
+    whole.forward = watched
     try:
         yield
     finally:
         if before is None:
-            del owner.forward
+            del whole.forward
         else:
-            owner.forward = before
+            whole.forward = before
 
 
 Note = TypeVar("Note")
@@ -211,18 +216,23 @@ class _KnownWeights(TorchFunctionMode):
 
     def __init__(self, module: nn.Module, layout: ExpertsModule, watch: Watch) -> None:
         super().__init__()
-        self.layout, self.watch = layout, watch
-        self.parts: dict[int, tuple[Tensor, Part]] = {}
+        self.module, self.layout, self.watch = module, layout, watch
         self.casts = _Notes[Tensor]()
         """Of a part in another dtype: the part itself."""
         self.taken = _Notes[tuple[Tensor, int]]()
         """Of rows that were taken from a matrix: their numbers, and how many it has."""
         self.last: tuple[int, tuple[Tensor, int]] | None = None
         """The expert whose rows were shown last, and what is known of them."""
-        for part in layout.parts:
+
+    @property
+    def parts(self) -> Mapping[int, tuple[Tensor, Part]]:
+        """The parameters by their storage: as it is now, for an offloaded one comes and goes."""
+        found: dict[int, tuple[Tensor, Part]] = {}
+        for part in self.layout.parts:
             if not part.is_bias:
-                parameter = getattr(module, part.parameter)
-                self.parts.setdefault(parameter.untyped_storage()._cdata, (parameter, part))
+                parameter = getattr(self.module, part.parameter)
+                found.setdefault(parameter.untyped_storage()._cdata, (parameter, part))
+        return found
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None

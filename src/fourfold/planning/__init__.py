@@ -12,6 +12,7 @@ from fourfold.planning.rows import (
     Shard,
     is_plain,
     job_bytes,
+    raw_keys,
 )
 
 __all__ = [
@@ -27,4 +28,5 @@ __all__ = [
     "is_plain",
     "job_bytes",
     "make_plan",
+    "raw_keys",
 ]

@@ -97,3 +97,16 @@ def job_bytes(job: Job) -> int:
 def is_plain(region: Region) -> bool:
     """Whether consecutive rows of the matrix are consecutive rows of the raw tensor."""
     return region.expert is None and not region.transposed and region.rows.step == 1
+
+
+def raw_keys(job: Job) -> list[str]:
+    """The raw tensors that a job reads."""
+    match job:
+        case ScaleGroup():
+            return [linear.region.key for linear in job.linears]
+        case ExpertBias():
+            return [job.region.key]
+        case RawTensor():
+            return [job.info.key]
+        case KVScales():
+            return []

@@ -1,0 +1,202 @@
+"""Ways to go through a plan: which shards can be folded now, and from what.
+
+AtOnce       all of them: weights only, or the statistics of an earlier run
+Streamed     layer by layer, as calibration passes through the model
+Live         layer by layer, out of a model that somebody else has in memory
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from fourfold.calibration.calibrate import Calibration, CalibrationProgress
+from fourfold.calibration.data import (
+    Batch,
+    CalibrationData,
+    CalibrationOptions,
+    load_calibration,
+)
+from fourfold.calibration.live import ForwardLoop, agreeing, observe_live, units_of
+from fourfold.calibration.scales import ActivationScales
+from fourfold.calibration.statistics import Statistics
+from fourfold.checkpoints.source import Source
+from fourfold.errors import UsageError
+from fourfold.machine import choose_device, memory_available
+from fourfold.models.live import LiveSource
+from fourfold.planning import Plan
+
+LEAST_ACTIVATION_MEMORY = 1 << 28
+
+
+@dataclass(frozen=True)
+class Observation:
+    """How activations are observed, where a recipe wants them quantized."""
+
+    options: CalibrationOptions
+    given: str | Path | Statistics | None = None
+    """The statistics of an earlier run, or the file with them."""
+    forward_loop: ForwardLoop | None = None
+    device: str = "cpu"
+    activation_memory: int | None = None
+    trust_remote_code: bool = False
+    on_data: Callable[[CalibrationData], None] | None = None
+    progress: Callable[[CalibrationProgress], None] | None = None
+
+    def check(self, needs_calibration: bool, recipe: str, *, is_live: bool) -> None:
+        """Raise `UsageError` for what does not go together."""
+        sources = {
+            "--calib": bool(self.options.calib),
+            "--calibration": self.given is not None,
+            "forward_loop": self.forward_loop is not None,
+        }
+        given = [name for name, is_given in sources.items() if is_given]
+        if given and not needs_calibration:
+            raise UsageError(
+                f"recipe {recipe} quantizes no activations: leave {given[0]} out, "
+                "or choose another recipe."
+            )
+        if len(given) > 1:
+            raise UsageError(f"give {' or '.join(given)}, not both.")
+        if self.forward_loop is not None and not is_live:
+            raise UsageError("forward_loop: only for a model in memory. Give --calib instead.")
+
+
+class Run(Protocol):
+    """One way to go through a plan."""
+
+    source: Source
+    """What the fold reads from."""
+    scales: ActivationScales | None
+    is_writer: bool
+    """Whether this process writes; other ranks of a sharded model only take part."""
+
+    def steps(self) -> Generator[Sequence[int] | None]:
+        """Numbers of the shards that can be folded now; None for all of them."""
+
+    def together(self) -> AbstractContextManager[None]:
+        """Within, an error of one rank is one of all."""
+
+
+@dataclass
+class AtOnce:
+    """Every shard can be folded at any time."""
+
+    source: Source
+    scales: ActivationScales | None
+    is_writer: bool = True
+
+    def steps(self) -> Generator[None]:
+        yield None
+
+    def together(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+class Streamed:
+    """Calibration loads a layer and observes it; then it is folded, from memory."""
+
+    def __init__(self, plan: Plan, calibration: Calibration) -> None:
+        self.plan, self.calibration = plan, calibration
+        self.source: Source = calibration.held
+        self.scales: ActivationScales | None = calibration.scales
+        self.is_writer = True
+
+    def steps(self) -> Generator[Sequence[int]]:
+        with closing(self.calibration.units()) as units:
+            for layer in units:
+                yield self.plan.shards_of(layer)
+
+    def together(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+class Live:
+    """A model in memory, on the disk, or in parts on several ranks: brought together by layers."""
+
+    def __init__(self, plan: Plan, source: LiveSource, scales: ActivationScales | None) -> None:
+        self.plan, self.live = plan, source
+        self.source: Source = source
+        self.scales = scales
+        self.is_writer = source.rank == 0
+
+    def steps(self) -> Generator[Sequence[int]]:
+        for layer in units_of(self.plan, self.live):
+            yield self.plan.shards_of(layer)
+
+    def together(self) -> AbstractContextManager[None]:
+        return agreeing(self.live)
+
+
+def choose_run(plan: Plan, source: Source, observation: Observation, scratch: Path) -> Run:
+    """Everything ready to go through `plan`; a live model is observed here already.
+
+    scratch: a folder for activations that memory has no room for.
+    """
+    scales = None
+    if observation.given is not None:
+        scales = _given_scales(plan, observation.given)
+    if isinstance(source, LiveSource):
+        if plan.recipe.needs_calibration and scales is None:
+            loop = observation.forward_loop or _loop_over(_data(plan, source, observation))
+            with agreeing(source):
+                scales = observe_live(plan, source, loop)
+        return Live(plan, source, scales)
+    if scales is not None or not plan.recipe.needs_calibration:
+        return AtOnce(source, scales)
+    room = max((memory_available() - plan.calibration_memory) // 2, LEAST_ACTIVATION_MEMORY)
+    limit = observation.activation_memory
+    calibration = Calibration(
+        plan,
+        source,
+        _data(plan, source, observation),
+        device=choose_device(observation.device),
+        activation_memory=room if limit is None else limit,
+        scratch=scratch,
+        trust_remote_code=observation.trust_remote_code,
+        progress=observation.progress,
+    )
+    return Streamed(plan, calibration)
+
+
+def _given_scales(plan: Plan, given: str | Path | Statistics) -> ActivationScales:
+    """The scales that the statistics of an earlier run give, all of them checked."""
+    statistics = given if isinstance(given, Statistics) else Statistics.load(Path(given))
+    scales = ActivationScales(plan, statistics)
+    scales.check_fit()
+    return scales
+
+
+def _data(plan: Plan, source: Source, observation: Observation) -> CalibrationData:
+    data = load_calibration(
+        source.folder,
+        observation.options,
+        vocab_size=plan.inventory.vocab_size,
+        max_positions=plan.inventory.max_positions,
+        trust_remote_code=observation.trust_remote_code,
+    )
+    if observation.on_data is not None:
+        observation.on_data(data)
+    return data
+
+
+def _loop_over(data: CalibrationData) -> ForwardLoop:
+    """A forward loop over calibration data, where the caller gave none."""
+
+    def call(model: Any, batch: Batch) -> None:
+        device = model.get_input_embeddings().weight.device
+        device = "cpu" if device.type == "meta" else device
+        model(
+            input_ids=batch.input_ids.to(device),
+            attention_mask=batch.attention_mask.to(device),
+            use_cache=False,
+        )
+
+    def loop(model: Any) -> None:
+        for batch in data.batches:
+            call(model, batch)
+
+    return loop
