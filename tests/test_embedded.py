@@ -1,8 +1,7 @@
 """Proves that the embedded model is what its card says, and that the demo measures rightly.
 
 The model: upstream's names and layout, every expert in use, an exact byte tokenizer, the card's
-figure. The demo: an NVFP4 checkpoint comes back as the model of its dequantized weights, whole,
-or with an error that names the tensor.
+figure. The demo: what it measures is what its definitions say.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import math
 import re
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +23,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import fourfold
 from fourfold import demo
 from fourfold.embedded import heldout_text, model_dir
-from fourfold.errors import ModelError, UsageError
+from fourfold.errors import UsageError
 from fourfold.numerics import nvfp4
 
 LAYERS, EXPERTS, HIDDEN, INTERMEDIATE = 4, 16, 128, 64
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 WINDOW = 512
 TOKENIZER = AutoTokenizer.from_pretrained(model_dir())
 
@@ -183,83 +181,32 @@ def test_text_never_turns_into_the_end_of_text_token() -> None:
 Tensors = dict[str, Tensor]
 
 
-@cache
-def quantize_experts() -> tuple[Tensors, Tensors]:
-    """The model's experts in the ModelOpt layout, and every tensor as it should come back."""
+@pytest.fixture(scope="module")
+def folded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model, its experts in the ModelOpt layout, as ModelOpt itself might have written it."""
     written: Tensors = {}
-    expected: Tensors = {}
     for name, tensor in load_file(model_dir() / "model.safetensors").items():
         if ".experts." not in name:
-            written[name], expected[name] = tensor, tensor.float()
+            written[name] = tensor
             continue
         made = nvfp4.quantize(tensor, scale="max")
         module = name.removesuffix(".weight")
         written[name] = made.codes
         written[f"{module}.weight_scale"] = made.block_scale
         written[f"{module}.weight_scale_2"] = made.global_scale
-        written[f"{module}.input_scale"] = torch.tensor(0.5)
-        expected[name] = made.dequantize(torch.float32)
     written["model.layers.0.self_attn.k_proj.k_scale"] = torch.tensor(1.0)
     written["model.layers.0.self_attn.v_proj.v_scale"] = torch.tensor(1.0)
-    return written, expected
-
-
-def write_folder(folder: Path, tensors: Tensors) -> Path:
-    folder.mkdir()
-    config = json.loads((model_dir() / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    write_folder(folder, written)
     return folder
 
 
-@pytest.fixture(scope="module")
-def folded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensors]:
-    written, expected = quantize_experts()
-    return write_folder(tmp_path_factory.mktemp("demo") / "out", written), expected
-
-
-def test_load_dequantized_puts_each_weight_in_its_place(folded: tuple[Path, Tensors]) -> None:
-    folder, expected = folded
-    state = demo.load_dequantized(folder).state_dict()
-    for name, tensor in expected.items():
-        if ".experts." not in name:
-            torch.testing.assert_close(state[name], tensor, rtol=0, atol=0)
-    for layer in range(LAYERS):
-        experts = f"model.layers.{layer}.mlp.experts"
-        for expert in range(EXPERTS):
-            gate, up, down = (expected[f"{experts}.{expert}.{p}.weight"] for p in PROJECTIONS)
-            fused = state[f"{experts}.gate_up_proj"][expert]
-            torch.testing.assert_close(fused, torch.cat([gate, up]), rtol=0, atol=0)
-            torch.testing.assert_close(state[f"{experts}.down_proj"][expert], down, rtol=0, atol=0)
-
-
-def test_load_dequantized_gives_the_dtype_asked_for(folded: tuple[Path, Tensors]) -> None:
-    assert demo.load_dequantized(folded[0], torch.bfloat16).dtype == torch.bfloat16
-
-
-EXPERT = "model.layers.1.mlp.experts.3.up_proj"
-
-
-@pytest.mark.parametrize(
-    ("drop", "add", "named"),
-    [
-        (f"{EXPERT}.weight_scale", None, f"{EXPERT}.weight_scale: missing"),
-        (f"{EXPERT}.weight", None, f"{EXPERT}.weight: missing"),
-        ("model.norm.weight", None, "model.norm.weight: the model needs it"),
-        (None, "model.layers.0.surplus.weight", "model.layers.0.surplus.weight: the checkpoint"),
-    ],
-)
-def test_a_key_too_many_or_too_few_is_named(
-    tmp_path: Path, drop: str | None, add: str | None, named: str
-) -> None:
-    written = dict(quantize_experts()[0])
-    if drop:
-        del written[drop]
-    if add:
-        written[add] = torch.zeros(2)
-    with pytest.raises(ModelError, match=re.escape(named)):
-        demo.load_dequantized(write_folder(tmp_path / "broken", written))
+def write_folder(folder: Path, tensors: Tensors) -> None:
+    folder.mkdir()
+    config = json.loads((model_dir() / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "W4A16_NVFP4"}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def test_a_model_equals_itself(model: Any, tokens: Tensor) -> None:
@@ -270,8 +217,8 @@ def test_a_model_equals_itself(model: Any, tokens: Tensor) -> None:
     assert same.positions == 3 * WINDOW
 
 
-def test_compare_is_the_definition(model: Any, folded: tuple[Path, Tensors]) -> None:
-    quantized = demo.load_dequantized(folded[0])
+def test_compare_is_the_definition(model: Any, folded: Path) -> None:
+    quantized = fourfold.load(folded, dtype=torch.float32)
     ids = TOKENIZER("def read(self, size=-1):\n    return self", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         p, q = (m(ids).logits[0].double().softmax(-1) for m in (model, quantized))
@@ -294,13 +241,28 @@ def test_generate_repeats_itself(model: Any) -> None:
     assert drawn[0] == drawn[1]
 
 
-def test_demonstrate_tells_a_small_loss(
-    monkeypatch: pytest.MonkeyPatch, folded: tuple[Path, Tensors]
-) -> None:
+def test_demonstrate_tells_a_small_loss(monkeypatch: pytest.MonkeyPatch, folded: Path) -> None:
     monkeypatch.setattr(demo, "NEW_TOKENS", 16)
     monkeypatch.setattr(demo, "heldout_text", lambda: heldout_text()[: 8 * WINDOW])
-    result = demo.demonstrate(model_dir(), folded[0])
+    result = demo.demonstrate(model_dir(), folded)
     assert result.reference_text.startswith(result.prompt)
     assert result.quantized_text.startswith(result.prompt)
     assert 0 < result.comparison.kl < 0.1
     assert result.comparison.top1_agreement > 0.85
+    assert not result.simulated
+    assert "--- after, from the dequantized weights and the same seed:" in str(result)
+
+
+def test_demonstrate_rounds_the_activations_of_w4a4(
+    monkeypatch: pytest.MonkeyPatch, folded: Path, tmp_path: Path
+) -> None:
+    tensors = load_file(folded / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(".weight_scale_2")]:
+        tensors[name.replace("weight_scale_2", "input_scale")] = torch.tensor(16 / 2688)
+    write_folder(tmp_path / "w4a4", tensors)
+    monkeypatch.setattr(demo, "NEW_TOKENS", 4)
+    monkeypatch.setattr(demo, "heldout_text", lambda: heldout_text()[: 4 * WINDOW])
+    weights, both = (demo.demonstrate(model_dir(), x) for x in (folded, tmp_path / "w4a4"))
+    assert both.simulated
+    assert both.comparison.kl > weights.comparison.kl
+    assert "from the dequantized weights, rounded activations and the same seed" in str(both)

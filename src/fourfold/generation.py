@@ -125,6 +125,7 @@ def generate(
     temperature: 0 takes the likeliest token; above, tokens are drawn from `seed`.
     simulate_activations: round activations, too; by default where the checkpoint is W4A4.
     stream: load one layer at a time; by default for a model that does not fit into memory.
+    device: cpu, cuda, cuda:N or auto.
 
     Raises UsageError for options that make no sense; SourceError, ModelError or PlanError where a
     checkpoint cannot be read or run, or lacks a tokenizer.

@@ -87,6 +87,10 @@ class _Recording:
         _forget(self.layers[layer_idx].recurrent_states)  # type: ignore[attr-defined]
         return states
 
+    def set_linear_cache(self, layer_idx: int, linear_cache: torch.Tensor) -> None:
+        """MiniMax's recurrent states: large, and nobody reads them in a single pass."""
+        super().set_linear_cache(layer_idx, linear_cache.new_empty(0))  # type: ignore[misc]
+
 
 def _forget(states: Any) -> None:
     for index in states if isinstance(states, dict) else range(len(states)):

@@ -265,7 +265,8 @@ class _KnownWeights(TorchFunctionMode):
         shown = x.reshape(-1, x.shape[-1])
         experts, tokens, of = self._rows(x, weight, parameter)
         rows = Rows(self.layout.path, product, shown, experts, tokens, of, is_counted)
-        return self.watch(rows, is_routed=True).reshape(x.shape)
+        given = self.watch(rows, is_routed=True)
+        return x if given is shown else given.reshape(x.shape)  # x: another mode may know it
 
     def _rows(
         self, x: Tensor, weight: Tensor, parameter: Tensor
