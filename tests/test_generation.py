@@ -303,7 +303,7 @@ def test_a_checkpoint_without_a_tokenizer_is_named(out: Path, tmp_path: Path) ->
     with pytest.raises(SourceError, match="tokenizer") as caught:
         generate(folder, PROMPT)
     assert str(folder) in str(caught.value)
-    assert "Put the source's tokenizer files there." in str(caught.value)
+    assert "Put the tokenizer's files there." in str(caught.value)
     for file in TOKENIZER_FILES:
         (folder / file).write_text("{")
     with pytest.raises(SourceError, match=r"its tokenizer cannot be loaded: .*Put the source's"):

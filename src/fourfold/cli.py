@@ -381,9 +381,11 @@ class _Display:
     def data(self, data: CalibrationData) -> None:
         """What the model will read."""
         if not self.quiet:
+            own = " (--calib gives it your own)" if data.is_embedded else ""
             _console().print(
                 f"calibrating on {data.samples:,} samples of {data.seq:,} tokens from {data.origin}"
-                + (" (--calib gives it your own)" if data.is_embedded else "")
+                f"{own}",
+                markup=False,
             )
 
     def calibrating(self, event: CalibrationProgress) -> None:
@@ -449,7 +451,7 @@ def _print_result(result: Result) -> None:
     console = _console()
     if result.report is not None:
         console.print(result.report)
-    console.print(str(result), style="bold", soft_wrap=True)
+    console.print(str(result), style="bold", soft_wrap=True, markup=False)
 
 
 def _console() -> Console:

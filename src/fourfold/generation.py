@@ -31,6 +31,7 @@ from fourfold.errors import ModelError, SourceError, UsageError
 from fourfold.loading import OpenedModel
 from fourfold.machine import choose_device, memory_available
 from fourfold.models.internals import quiet, runnable
+from fourfold.models.tokenizer import load_tokenizer
 from fourfold.rendering import plain
 from fourfold.simulation import Simulation, check_w4a4
 
@@ -303,26 +304,6 @@ def continue_prompt(
 def _without_leading(ids: Sequence[int], pad: int | None) -> list[int]:
     begin = next((at for at, each in enumerate(ids) if each != pad), len(ids))
     return list(ids[begin:])
-
-
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer in a checkpoint's folder. Raises SourceError where there is none that works."""
-    from transformers import AutoTokenizer
-
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=trust_remote_code, local_files_only=True
-            )
-    except Exception as error:  # files that are missing or broken, custom code, absent libraries
-        cause = " ".join(str(error).split())[:200] or type(error).__name__
-        raise SourceError(
-            f"{folder}: its tokenizer cannot be loaded: {cause}. Put the source's tokenizer files "
-            "there."
-        ) from error
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes without files
-        raise SourceError(f"{folder}: has no tokenizer. Put the source's tokenizer files there.")
-    return tokenizer
 
 
 def _available(device: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import sys
@@ -59,3 +60,19 @@ def choose_device(device: str) -> str:
     if int(number or 0) >= count:
         raise UsageError(f"device {device!r}: this machine has {count} such. Give cpu or auto.")
     return device
+
+
+def give_back_memory() -> None:
+    """Return what was freed to the system. The C library keeps it otherwise, in pieces."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc alone
+    if trim is not None:
+        trim(0)
+
+
+def cache_few_kernels() -> None:
+    """Let oneDNN keep few compiled kernels, unless the user has said how many.
+
+    It keeps 1024 by default, one for each count of tokens that an expert ever saw: half a GB, and
+    the next count is another one. It reads this when it is first used.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")

@@ -79,7 +79,9 @@ class Calibration:
     ) -> None:
         """activation_memory: bytes of waiting activations in memory; the rest goes to `scratch`."""
         self.plan, self.data, self.progress = plan, data, progress
-        self.streamed = StreamedModel(source, device=device, trust_remote_code=trust_remote_code)
+        self.streamed = StreamedModel(
+            source, device=device, head=False, trust_remote_code=trust_remote_code
+        )
         self.parking = Parking(limit=activation_memory, folder=scratch)
         all_experts = plan.recipe.calibration.all_experts
         self.statistics = Statistics(data_summary(data, all_experts=all_experts))

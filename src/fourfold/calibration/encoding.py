@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from fourfold.calibration.readers import Record
-from fourfold.errors import CalibrationError
+from fourfold.errors import CalibrationError, SourceError
+from fourfold.models import tokenizer
 
 TODAY = (
     "{%- macro strftime_now(format) -%}{{ format"
@@ -132,25 +133,10 @@ class Encoder:
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer in a model's folder. `CalibrationError` where there is none that works."""
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-    except Exception as error:  # files that are missing or broken, custom code, absent libraries
-        cause = " ".join(str(error).split())[:200] or type(error).__name__
-        raise CalibrationError(
-            f"{folder}: its tokenizer cannot be loaded: {cause}. Text needs it"
-            f"{'' if trust_remote_code else ' (--trust-remote-code if it brings its own code)'}; "
-            "JSONL with input_ids does not."
-        ) from error
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes without files
-        raise CalibrationError(
-            f"{folder}: has no tokenizer, and text needs one. Put the tokenizer's files there, or "
-            "give --calib JSONL with input_ids."
-        )
-    return tokenizer
+        return tokenizer.load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    except SourceError as error:
+        raise CalibrationError(f"{error} JSONL with input_ids needs none.") from error
 
 
 def plain_text(record: Record) -> str | None:

@@ -16,6 +16,7 @@ accelerate's `module._hf_hook.weights_map`. `tests/test_internals.py` fails firs
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -260,6 +261,9 @@ ExpertsFunction = Callable[..., torch.Tensor]
 """An experts module's forward: (module, hidden [T, H], top_k_index, top_k_weights) → [T, H]."""
 
 
+_NUMBERS = itertools.count()
+
+
 @contextmanager
 def experts_function(
     modules: Iterable[nn.Module], make: Callable[[ExpertsFunction, str], ExpertsFunction]
@@ -273,8 +277,7 @@ def experts_function(
 
     configs: dict[int, Any] = {id(module.config): module.config for module in modules}
     before = {key: config._experts_implementation_internal for key, config in configs.items()}
-    kinds = enumerate(dict.fromkeys(before.values()), len(ALL_EXPERTS_FUNCTIONS))
-    names = {kind: f"fourfold:{_origin(kind)}:{number}" for number, kind in kinds}
+    names = {kind: f"fourfold:{_origin(kind)}:{next(_NUMBERS)}" for kind in before.values()}
     try:
         for kind, name in names.items():
             ALL_EXPERTS_FUNCTIONS[name] = make(ALL_EXPERTS_FUNCTIONS[kind], _origin(kind))

@@ -63,6 +63,11 @@ class ModuleTree:
     """The longest text, by its config."""
     conversion: Conversion
 
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The layers that make logits."""
+        return tuple(x.path for x in self.linears.values() if x.role is Role.LM_HEAD)
+
 
 def build_tree(folder: Path, *, trust_remote_code: bool = False) -> ModuleTree:
     """The module tree of the checkpoint in `folder`, from its config.json; no weight is read.

@@ -32,6 +32,7 @@ from torch import nn
 from fourfold.checkpoints.held import HeldTensors
 from fourfold.checkpoints.source import Source
 from fourfold.errors import ModelError
+from fourfold.machine import cache_few_kernels, give_back_memory
 from fourfold.models.internals import Conversion, LazyTensor, build_model, load_tensors
 from fourfold.models.module_tree import ModuleTree, describe
 from fourfold.models.parking import Parking
@@ -53,12 +54,15 @@ class StreamedModel:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         towers: bool = False,
+        head: bool = True,
         trust_remote_code: bool = False,
     ) -> None:
         """`dtype`: of the parameters; by default that of most of the checkpoint's weights.
 
         towers: whether vision and audio towers are loaded, too; text needs none.
+        head: whether the output embeddings are loaded; calls that end before need none.
         """
+        cache_few_kernels()
         self.held = HeldTensors(source)
         self.device, self.dtype = torch.device(device), dtype or main_dtype(source)
         self.model = build_model(
@@ -67,7 +71,8 @@ class StreamedModel:
         _move_buffers(self.model, self.device)
         self.tree: ModuleTree = describe(self.model)
         self.layers = tuple(self.model.get_submodule(path) for path in self.tree.layers)
-        self._keys = _keys_of_units(self.tree, self.tree.conversion, source, towers)
+        skipped = () if head or self.tree.tied else self.tree.heads
+        self._keys = _keys_of_units(self.tree, self.tree.conversion, source, towers, skipped)
 
     def unit_bytes(self, layer: int | None) -> int:
         """Bytes of a layer's tensors in the source; of the shell's for None."""
@@ -87,6 +92,7 @@ class StreamedModel:
         for module in modules:
             free_parameters(module)
         self.held.release()
+        give_back_memory()
 
     def load_all(self) -> Any:
         """The model with everything loaded, for what fits into memory."""
@@ -244,13 +250,15 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
 
 
 def _keys_of_units(
-    tree: ModuleTree, conversion: Conversion, source: Source, towers: bool
+    tree: ModuleTree, conversion: Conversion, source: Source, towers: bool, skipped: Iterable[str]
 ) -> Mapping[int | None, Sequence[str]]:
     """Raw keys by the decoder layer that they are loaded with; None for the shell."""
     units: dict[int | None, list[str]] = defaultdict(list)
     for key in source.tensors:
         target = conversion.place(key).target
-        if target is not None and (towers or not TOWER.search(target)):
+        if target is None or target.rpartition(".")[0] in skipped:
+            continue
+        if towers or not TOWER.search(target):
             units[_layer_of(target, tree.layers)].append(key)
     return units
 
