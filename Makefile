@@ -44,6 +44,8 @@ format: setup
 bench: setup
 	$(BIN)/python benchmarks/cpu_sweep.py
 	$(BIN)/python benchmarks/synthetic.py
+	$(BIN)/python benchmarks/calibration.py
+	$(BIN)/python benchmarks/quality.py
 
 clean:
-	rm -rf .venv demo-out bench-synthetic build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv demo-out bench-synthetic bench-calibration build dist .pytest_cache .mypy_cache .ruff_cache

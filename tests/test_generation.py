@@ -306,7 +306,7 @@ def test_a_checkpoint_without_a_tokenizer_is_named(out: Path, tmp_path: Path) ->
     assert "Put the tokenizer's files there." in str(caught.value)
     for file in TOKENIZER_FILES:
         (folder / file).write_text("{")
-    with pytest.raises(SourceError, match=r"its tokenizer cannot be loaded: .*Put the source's"):
+    with pytest.raises(SourceError, match=r"its tokenizer cannot be loaded: .*Put its files"):
         generate(folder, PROMPT)
 
 
