@@ -438,3 +438,14 @@ def test_dtypes_and_several_shards(dtype: torch.dtype, tmp_path: Path) -> None:
     write_checkpoint(FAMILIES["qwen3_5_moe"], tmp_path / "model", dtype=dtype, shards=3)
     result = fourfold.quantize(tmp_path / "model", tmp_path / "out", "w4a16_nvfp4_default_mse")
     assert result.clean, result.report
+
+
+def test_a_source_with_files_of_our_names(written: Written, tmp_path: Path) -> None:
+    """A checkpoint that was made from another one of ours: ours are written, not copied over."""
+    folder = Path(shutil.copytree(written("qwen3_moe")[0], tmp_path / "model"))
+    (folder / "report.html").write_text("theirs")
+    (folder / "quant_summary.json").write_text("{}")
+    work = fourfold.plan(folder, EXPERTS)
+    assert {str(path) for path in work.dropped_files} == {"report.html", "quant_summary.json"}
+    assert fourfold.quantize(folder, tmp_path / "out", EXPERTS).clean
+    assert (tmp_path / "out" / "report.html").read_text() != "theirs"

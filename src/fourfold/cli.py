@@ -387,6 +387,8 @@ class _Display:
                 f"{own}",
                 markup=False,
             )
+            beginning = " ".join(data.beginning.split())[:100]
+            _console().print(f"the first begins: {beginning} …", markup=False, style="dim")
 
     def calibrating(self, event: CalibrationProgress) -> None:
         """A layer was run."""

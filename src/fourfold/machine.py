@@ -75,4 +75,4 @@ def cache_few_kernels() -> None:
     It keeps 1024 by default, one for each count of tokens that an expert ever saw: half a GB, and
     the next count is another one. It reads this when it is first used.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8")

@@ -197,6 +197,7 @@ def quantize(
         forward_loop,
         choose_device(device),
         activation_memory,
+        threads,
         trust_remote_code,
         on_data,
         calibration_progress,

@@ -42,6 +42,8 @@ class Observation:
     forward_loop: ForwardLoop | None = None
     device: str = "cpu"
     activation_memory: int | None = None
+    threads: int | None = None
+    """PyTorch's threads while the model runs; as it has been told by default."""
     trust_remote_code: bool = False
     on_data: Callable[[CalibrationData], None] | None = None
     progress: Callable[[CalibrationProgress], None] | None = None
@@ -156,6 +158,7 @@ def choose_run(plan: Plan, source: Source, observation: Observation, scratch: Pa
         device=choose_device(observation.device),
         activation_memory=room if limit is None else limit,
         scratch=scratch,
+        threads=observation.threads,
         trust_remote_code=observation.trust_remote_code,
         progress=observation.progress,
     )

@@ -74,10 +74,15 @@ class Calibration:
         device: str = "cpu",
         activation_memory: int | None = None,
         scratch: Path | None = None,
+        threads: int | None = None,
         trust_remote_code: bool = False,
         progress: Callable[[CalibrationProgress], None] | None = None,
     ) -> None:
-        """activation_memory: bytes of waiting activations in memory; the rest goes to `scratch`."""
+        """activation_memory: bytes of waiting activations in memory; the rest goes to `scratch`.
+
+        threads: PyTorch's, while the model runs.
+        """
+        self.threads = threads
         self.plan, self.data, self.progress = plan, data, progress
         self.streamed = StreamedModel(
             source, device=device, head=False, trust_remote_code=trust_remote_code
@@ -97,6 +102,9 @@ class Calibration:
         model, tree = self.streamed.model, self.streamed.tree
         done: set[int] = set()
         with ExitStack() as stack:
+            if self.threads is not None:
+                stack.callback(torch.set_num_threads, torch.get_num_threads())
+                torch.set_num_threads(self.threads)
             observers = stack.enter_context(observing(self.plan, model, tree))
             stack.enter_context(_ending_at_the_head(model))
             self._present = 0

@@ -22,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, dropwhile
 from pathlib import Path
 from typing import Any, Literal
@@ -96,6 +96,8 @@ class CalibrationData:
     origin: str
     """Where the text is from, for messages: names without their folders."""
     is_embedded: bool
+    beginning: str = ""
+    """How the first sample begins, as `preview` shows it."""
 
     def preview(self, tokenizer: Any, characters: int = 200) -> str:
         """The beginning of the first sample as text, without pads and special tokens.
@@ -141,7 +143,7 @@ def load_calibration(
     origin = _origin(corpora)
     chosen = _enough(samples, documents, options, seq, origin)
     batches = tuple(_batches(chosen, options.batch_size, encoder.pad))
-    return CalibrationData(
+    data = CalibrationData(
         batches=batches,
         digest=_digest(batches),
         samples=len(chosen),
@@ -150,6 +152,7 @@ def load_calibration(
         origin=origin,
         is_embedded=not options.calib,
     )
+    return replace(data, beginning=data.preview(encoder.loaded))
 
 
 def _sample_length(options: CalibrationOptions, max_positions: int | None) -> int:

@@ -58,6 +58,11 @@ class Encoder:
         return load_tokenizer(self._folder, self._trust_remote_code)
 
     @property
+    def loaded(self) -> Any:
+        """The tokenizer, if a record needed it; else None."""
+        return self.__dict__.get("tokenizer")
+
+    @property
     def first(self) -> list[int]:
         """The token with which the tokenizer begins every text: one, or none."""
         if not self._has_tokenizer:

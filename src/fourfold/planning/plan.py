@@ -234,7 +234,7 @@ def make_plan(source: Source, recipe: Recipe, *, trust_remote_code: bool = False
     )
     check_names(shards, activations=recipe.is_w4a4)
     check_kept(kept)
-    copied, dropped = source.side_files()
+    copied, dropped = _side_files(source)
     return Plan(
         source=source.folder,
         recipe=recipe,
@@ -247,6 +247,13 @@ def make_plan(source: Source, recipe: Recipe, *, trust_remote_code: bool = False
         notes=tuple(_notes(inventory, quantized, dropped, selection.kv_notes())),
         tensor_parallel=tensor_parallel(quantized, source.config),
     )
+
+
+def _side_files(source: Source) -> tuple[list[Path], list[Path]]:
+    """Files to copy, and those that are not: also what has the name of a file that we write."""
+    copied, dropped = source.side_files()
+    own = {Path(SUMMARY), Path(REPORT), Path(STATISTICS)}
+    return [path for path in copied if path not in own], [*dropped, *own.intersection(copied)]
 
 
 def _check_not_quantized(source: Source) -> None:
