@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from transformers import PreTrainedConfig
 
 import fourfold
-from families import FAMILIES, Truth
+from families import FAMILIES, Truth, write_checkpoint
 from fourfold.checkpoints.source import open_source
 from fourfold.pipeline import plan
 
@@ -197,3 +199,24 @@ def batches_of(folder: Path, calib: Path) -> list[dict[str, torch.Tensor]]:
         {"input_ids": each.input_ids, "attention_mask": each.attention_mask}
         for each in data.batches
     ]
+
+
+def test_values_that_are_keys(calib: Path, tmp_path: Path) -> None:
+    """Gemma 4's full attention has no v_proj: k_proj makes both, and both get a scale."""
+    family = FAMILIES["gemma4"]
+
+    def build_config() -> PreTrainedConfig:
+        config = family.build_config()
+        config.text_config.attention_k_eq_v = True
+        return config
+
+    write_checkpoint(replace(family, build_config=build_config), tmp_path / "model")
+    result = fourfold.quantize(
+        tmp_path / "model", tmp_path / "out", RECIPES[-1], calib=[calib], calib_seq=24, threads=1
+    )
+    assert result.clean, str(result.report)
+    attention = "model.language_model.layers.1.self_attn"
+    tensors = read_all(tmp_path / "out")
+    assert f"{attention}.v_proj.weight" not in tensors
+    assert float(tensors[f"{attention}.k_proj.k_scale"]) > 0
+    assert float(tensors[f"{attention}.v_proj.v_scale"]) > 0

@@ -50,13 +50,13 @@ def tensors_of(
 def kv_scale_names(linears: Iterable[str]) -> dict[str, tuple[str, str]]:
     """Names of `k_scale` and `v_scale` by attention module, among a model's linear layers.
 
-    Where keys and values have no layer of their own (MLA's latent cache), engines take 1.0.
+    Where keys have no layer of their own (MLA's latent cache, DBRX's Wqkv), engines take 1.0. A
+    `k_proj` without a `v_proj` makes both (Gemma 4).
     """
-    names = set(linears)
     found = {}
-    for name in sorted(names):
+    for name in sorted(linears):
         parent, _, leaf = name.rpartition(".")
-        if leaf == "k_proj" and f"{parent}.v_proj" in names:
+        if leaf == "k_proj":
             found[parent] = f"{name}.{K_SCALE}", f"{parent}.v_proj.{V_SCALE}"
         elif leaf == "qkv_proj":
             found[parent] = f"{name}.{K_SCALE}", f"{name}.{V_SCALE}"

@@ -195,6 +195,14 @@ def runnable(model: Any) -> Any:
     return parts[0]
 
 
+def embedding_rows(model: Any) -> int | None:
+    """How many token ids the model knows; None where it does not tell."""
+    try:
+        return int(runnable(model).get_input_embeddings().weight.shape[0])
+    except (AttributeError, NotImplementedError, ModelError):
+        return None
+
+
 def output_embeddings(model: Any) -> nn.Module | None:
     """The layer that makes logits; None where a model has none, or does not tell."""
     try:

@@ -18,6 +18,7 @@ from fourfold.models.internals import (
     Conversion,
     build_model,
     conversion_of,
+    embedding_rows,
     output_embeddings,
     tied_parameters,
     unsplit_classes,
@@ -58,7 +59,7 @@ class ModuleTree:
     """Paths of the decoder layers, in order."""
     num_hidden_layers: int
     vocab_size: int
-    """Rows of the text model's embedding, by its config; 0 where it does not say."""
+    """Rows of the text model's embedding; 0 where neither it nor the config tells."""
     max_positions: int | None
     """The longest text, by its config."""
     conversion: Conversion
@@ -109,7 +110,7 @@ def describe(model: Any) -> ModuleTree:
         tied=tied_parameters(model),
         layers=_layers(model, modules),
         num_hidden_layers=int(getattr(text_config, "num_hidden_layers", 0)),
-        vocab_size=int(getattr(text_config, "vocab_size", 0) or 0),
+        vocab_size=embedding_rows(model) or int(getattr(text_config, "vocab_size", 0) or 0),
         max_positions=getattr(text_config, "max_position_embeddings", None),
         conversion=conversion_of(model),
     )
