@@ -5,30 +5,16 @@ PyTorch and transformers are imported inside the commands, so that `--help` answ
 
 from __future__ import annotations
 
-import io
-import json
-import os
-import signal
-import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fourfold import terminal
 from fourfold._version import __version__
-from fourfold.errors import FourfoldError
+from fourfold.terminal import Display, console, print_json, print_result
 
-if TYPE_CHECKING:
-    from fourfold import fold
-    from fourfold.calibration.calibrate import CalibrationProgress
-    from fourfold.calibration.data import CalibrationData
-    from fourfold.pipeline import Result
-
-LONGEST_MESSAGE = 2000
 DEFAULT_RECIPE = "w4a16_nvfp4_experts_only_mse"
 
 app = typer.Typer(
@@ -112,7 +98,7 @@ def quantize(
     """Quantize MODEL into OUT, and verify what was written."""
     from fourfold.pipeline import quantize as run
 
-    with _Display(quiet=as_json) as display:
+    with Display(quiet=as_json) as display:
         result = run(
             model,
             out,
@@ -131,6 +117,7 @@ def quantize(
             verified=not no_verify,
             trust_remote_code=trust_remote_code,
             on_plan=display.show,
+            on_begin=display.begin,
             on_data=display.data,
             calibration_progress=display.calibrating,
             progress=display.folding,
@@ -138,9 +125,9 @@ def quantize(
             verify_progress=display.verifying,
         )
     if as_json:
-        _print_json(result.to_dict())
+        print_json(result.to_dict())
     else:
-        _print_result(result)
+        print_result(result)
     if result.report is not None and not result.report.clean:
         raise typer.Exit(1)
 
@@ -157,9 +144,9 @@ def plan(
 
     made = make_plan(model, recipe, trust_remote_code=trust_remote_code)
     if as_json:
-        _print_json(made.to_dict())
+        print_json(made.to_dict())
     else:
-        _console().print(made)
+        console().print(made)
 
 
 @app.command()
@@ -175,7 +162,7 @@ def verify(
     """Check OUT tensor by tensor. Exit 0: clean, 1: a finding, 2: not readable."""
     from fourfold.verification import verify as run
 
-    with _Display(quiet=as_json) as display:
+    with Display(quiet=as_json) as display:
         report = run(
             out,
             source=source,
@@ -186,7 +173,7 @@ def verify(
     if as_json:
         print(report.to_json())
     else:
-        _console().print(report)
+        console().print(report)
     if not report.clean:
         raise typer.Exit(1)
 
@@ -201,9 +188,9 @@ def inspect(
 
     found = run(folder)
     if as_json:
-        _print_json(found.to_dict())
+        print_json(found.to_dict())
     else:
-        _console().print(found)
+        console().print(found)
 
 
 @app.command()
@@ -224,10 +211,10 @@ def summary(
 
     found = read_summary(out)
     if as_json:
-        _print_json(chosen_entries(found, role=role, layer=layer, worst_of_all=worst))
+        print_json(chosen_entries(found, role=role, layer=layer, worst_of_all=worst))
         return
     table = table_of(found, role=role, layer=layer, every=every, worst_of_all=worst)
-    _console().print(table, crop=False)
+    console().print(table, crop=False)
 
 
 @app.command()
@@ -241,14 +228,14 @@ def recipes(
     if name is None:
         known = [Recipe.load(each) for each in builtin_names()]
         if as_json:
-            _print_json({each.name: each.model_dump(mode="json") for each in known})
+            print_json({each.name: each.model_dump(mode="json") for each in known})
         else:
             for each in known:
-                _console().print(f"[bold]{each.name}[/]\n    {each.description}", highlight=False)
+                console().print(f"[bold]{each.name}[/]\n    {each.description}", highlight=False)
         return
     chosen = Recipe.load(name)
     if as_json:
-        _print_json(chosen.model_dump(mode="json"))
+        print_json(chosen.model_dump(mode="json"))
     else:
         print(chosen.to_yaml(), end="")
 
@@ -265,7 +252,7 @@ def demo(
     from fourfold.embedded import model_dir
     from fourfold.pipeline import quantize as run
 
-    with _Display(quiet=as_json) as display:
+    with Display(quiet=as_json) as display:
         again = overwrite or is_demo_output(out)
         result = run(
             model_dir(),
@@ -273,15 +260,16 @@ def demo(
             recipe,
             overwrite=again,
             on_plan=display.show,
+            on_begin=display.begin,
             on_data=display.data,
             calibration_progress=display.calibrating,
             on_written=display.written,
         )
     shown = demonstrate(model_dir(), out)
     if as_json:
-        _print_json(result.to_dict() | {"demo": asdict(shown)})
+        print_json(result.to_dict() | {"demo": asdict(shown)})
         return
-    _print_result(result)
+    print_result(result)
     print(shown)
 
 
@@ -320,7 +308,7 @@ def generate(
     """Show what the model and the quantized model write after a prompt, side by side."""
     from fourfold.generation import generate as run
 
-    with _Display(quiet=as_json) as display:
+    with Display(quiet=as_json) as display:
         written = run(
             out,
             prompt,
@@ -335,201 +323,11 @@ def generate(
             progress=display.writing,
         )
     if as_json:
-        _print_json(written.to_dict())
+        print_json(written.to_dict())
     else:
-        _console().print(written)
-
-
-class _Display:
-    """Progress on stderr where that is a terminal, silent elsewhere."""
-
-    def __init__(self, *, quiet: bool) -> None:
-        self.console = Console(stderr=True, quiet=quiet or not sys.stderr.isatty())
-        self.quiet = quiet
-        self.progress = Progress(
-            TextColumn("{task.description:<12}"),
-            BarColumn(),
-            TextColumn("{task.fields[rate]:>9} · {task.fields[rss]} resident"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-            transient=True,
-        )
-        self.tasks: dict[str, Any] = {}
-        self.begun: dict[str, float] = {}
-
-    def __enter__(self) -> _Display:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    def written(self) -> None:
-        """OUT is whole; what follows only reads it."""
-        global _outcome, _is_writing
-        _outcome, _is_writing = "OUT is written, but not verified", False
-
-    def show(self, value: object) -> None:
-        """Print the plan above the progress bars; the clock starts."""
-        global _is_writing
-        _is_writing = True
-        self.begun["quantizing"] = time.perf_counter()
-        if not self.quiet:
-            _console().print(value)
-
-    def data(self, data: CalibrationData) -> None:
-        """What the model will read."""
-        if not self.quiet:
-            own = " (--calib gives it your own)" if data.is_embedded else ""
-            _console().print(
-                f"calibrating on {data.samples:,} samples of {data.seq:,} tokens from {data.origin}"
-                f"{own}",
-                markup=False,
-            )
-            beginning = " ".join(data.beginning.split())[:100]
-            _console().print(f"the first begins: {beginning} …", markup=False, style="dim")
-
-    def calibrating(self, event: CalibrationProgress) -> None:
-        """A layer was run."""
-        if "calibrating" not in self.tasks:
-            self.tasks["calibrating"] = self.progress.add_task(
-                "calibrating", total=event.layers, rate="", rss=""
-            )
-        self.progress.update(
-            self.tasks["calibrating"], completed=event.layer + 1,
-            rate=f"layer {event.layer + 1}/{event.layers}", rss=_resident(),
-        )  # fmt: skip
-
-    def folding(self, event: fold.Progress) -> None:
-        """A shard is finished."""
-        self._update("quantizing", event.bytes_done, event.bytes_total)
-        rate, rss = self._rate("quantizing", event.bytes_done), _resident()
-        self.console.print(
-            f"  {event.unit}: shard {event.shards_done}/{event.shards} · {rate} · {rss} resident",
-            style="dim",
-            highlight=False,
-        )
-
-    def verifying(self, done: int, total: int) -> None:
-        """Some bytes were verified."""
-        self._update("verifying", done, total)
-
-    def writing(self, model: str, done: int, total: int) -> None:
-        """A model wrote a token; `model` says which."""
-        if model not in self.tasks:
-            self.tasks[model] = self.progress.add_task(model, total=total, rate="", rss="")
-        self.progress.update(
-            self.tasks[model], completed=done, rate=f"token {done}/{total}", rss=_resident()
-        )
-
-    def _update(self, name: str, done: int, total: int) -> None:
-        if name not in self.tasks:
-            self.begun.setdefault(name, time.perf_counter())
-            self.tasks[name] = self.progress.add_task(name, total=total, rate="", rss="")
-        self.progress.update(
-            self.tasks[name],
-            completed=done,
-            total=total,
-            rate=self._rate(name, done),
-            rss=_resident(),
-        )
-
-    def _rate(self, name: str, done: int) -> str:
-        from fourfold.rendering import size
-
-        seconds = time.perf_counter() - self.begun[name]
-        return f"{size(int(done / seconds))}/s" if seconds > 0.2 else ""
-
-
-def _resident() -> str:
-    from fourfold.machine import resident
-    from fourfold.rendering import size
-
-    return size(resident())
-
-
-def _print_result(result: Result) -> None:
-    console = _console()
-    if result.report is not None:
-        console.print(result.report)
-    console.print(str(result), style="bold", soft_wrap=True, markup=False)
-
-
-def _console() -> Console:
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
-    return Console(width=width, highlight=False)
-
-
-def _print_json(value: object) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-_outcome = "nothing was written"
-"""What a signal leaves behind, for its message."""
-
-_is_writing = False
-"""Whether a signal must clean up. Where not, the process ends at once: an exception raised in the
-middle of an import would leave a lock behind that another thread waits for."""
-
-
-class _StoppedError(BaseException):
-    """A signal asked the process to end. Not a `KeyboardInterrupt`, which typer would keep."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
-def _stop(number: int, _: object) -> None:
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)  # one is enough: what was begun is cleaned up
-    if not _is_writing:
-        _end(number)
-    raise _StoppedError(number)
-
-
-def _end(number: int) -> NoReturn:
-    show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
-    text = f"{show_cursor}error: stopped by {signal.Signals(number).name}; {_outcome}.\n"
-    os.write(2, text.encode())
-    os._exit(128 + number)
+        console().print(written)
 
 
 def main() -> None:
-    """The console script: exit codes and errors as documented, tracebacks only with --debug."""
-    _mend_streams()
-    debug = "--debug" in sys.argv[1:]
-    sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
-    try:
-        app()
-    except FourfoldError as error:
-        _fail(str(error), error.exit_code, debug)
-    except _StoppedError as stopped:
-        _end(stopped.number)
-    except Exception as error:
-        text = str(error) or type(error).__name__
-        _fail(f"{text} (a defect of fourfold: run again with --debug and report it)", 1, debug)
-
-
-def _mend_streams() -> None:
-    """Print whatever the terminal's encoding; print nowhere where a stream is closed."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
-def _fail(message: str, code: int, debug: bool) -> None:
-    message = "".join(x if x.isprintable() or x in "\n×→·…" else repr(x)[1:-1] for x in message)
-    if len(message) > LONGEST_MESSAGE:
-        message = f"{message[: LONGEST_MESSAGE // 2]} […] {message[-LONGEST_MESSAGE // 2 :]}"
-    if debug:
-        import traceback
-
-        traceback.print_exc()
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)
+    """The console script."""
+    terminal.run(app)

@@ -161,6 +161,7 @@ def quantize(
     verified: bool = True,
     trust_remote_code: bool = False,
     on_plan: Callable[[Plan], None] | None = None,
+    on_begin: Callable[[], None] | None = None,
     on_data: Callable[[CalibrationData], None] | None = None,
     calibration_progress: Callable[[CalibrationProgress], None] | None = None,
     progress: Callable[[Progress], None] | None = None,
@@ -180,8 +181,8 @@ def quantize(
     threads: worker threads; one for each core by default. The output does not depend on it.
     overwrite: replace a checkpoint that fourfold wrote into `out`, or an unfinished run.
     verified: read the output back and compare it with `model`, tensor by tensor.
-    on_plan, on_data, calibration_progress, progress, on_written, verify_progress: called as the
-    job goes on.
+    on_plan, on_data, on_begin, calibration_progress, progress, on_written, verify_progress: called
+    as the job goes on; `out` is written from `on_begin` to `on_written`.
 
     Raises `FourfoldError`; `out` is then as if the job had not begun, or has no config.json.
     """
@@ -214,6 +215,8 @@ def quantize(
         if on_plan is not None:
             on_plan(work)
         run = choose_run(work, source, observation, folder.folder)
+        if on_begin is not None:
+            on_begin()
         linears = _write(work, source, folder, workers, overwrite, progress, run)
         if on_written is not None:
             on_written()

@@ -143,8 +143,8 @@ class Selection:
         """What a user should know of the KV cache's scales."""
         if self.recipe.calibrates_kv and not self._kv_names:
             yield (
-                "no attention layer here has a k_proj that engines know a KV scale for (MLA's latent "
-                "cache, Wqkv): they take 1.0, and there is nothing to calibrate"
+                "no attention layer here has a k_proj that engines know a KV scale for (MLA's "
+                "latent cache, Wqkv): they take 1.0, and there is nothing to calibrate"
             )
 
     def row(self, raw: RawTensor) -> Row:
