@@ -40,7 +40,7 @@ SHAPES = ((2, 24, 0), (3, 17, 5), (1, 9, 0))
 
 NO_CACHE = {
     "openai_privacy_filter": "it is an encoder",
-    "glm5_next": "its indexer asks the cache how many keys it holds (MLA: engines take no KV scales)",
+    "glm5_next": "its indexer asks the cache how many keys it holds; MLA takes no KV scales",
     "switch_transformers": "its encoder refuses a cache",
 }
 """Families that cannot be given a cache."""
@@ -352,6 +352,8 @@ class Streamed:
     statistics: Statistics
     parking: Parking
     steps: list[int]
+    leaks: list[str]
+    """What of a call was still in force while it waited."""
 
 
 def run_streamed(
@@ -397,12 +399,28 @@ def run_streamed(
         if observed:
             stack.enter_context(observers.attached())
         calls = [partial(call, number) for number in range(len(batches))]
-        steps = []
+        steps: list[int] = []
+        leaks: list[str] = []
         for layer in streamed.run(calls, parking=where, on_resume=resume, on_layer=enter):
             steps.append(layer)
+            leaks += in_force()
             observers.take(statistics)
         observers.take(statistics)
-    return Streamed(trace, statistics, where, steps)
+    return Streamed(trace, statistics, where, steps, leaks)
+
+
+def in_force() -> list[str]:
+    """What a model may have switched on for a while, and is still on."""
+    switches = {
+        "no_grad": not torch.is_grad_enabled(),
+        "inference_mode": torch.is_inference_mode_enabled(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "another dtype": torch.get_default_dtype() is not torch.float32,
+        "another device": torch.get_default_device().type != "cpu",
+        "a function mode": torch._C._len_torch_function_stack() > 0,
+        "a dispatch mode": torch._C._len_torch_dispatch_stack() > 0,
+    }
+    return [name for name, is_on in switches.items() if is_on]
 
 
 def _see(trace: Trace, present: list[int], layer: str, output: Any) -> None:
@@ -421,8 +439,9 @@ class Compared:
     whole: Trace
     seen: Seen
     bare: Streamed
+    """With hardly any memory for activations."""
     observed: Streamed
-    cached: Streamed | None
+    """With observers, and the recording cache where the family takes one."""
 
 
 @cache
@@ -442,9 +461,6 @@ def compare(name: str, folder: Path) -> Compared:
             batches=batches,
             whole=trace,
             seen=seen,
-            bare=run_streamed(streamed, batches),
-            observed=run_streamed(streamed, batches, observed=True, evicting=True),
-            cached=run_streamed(streamed, batches, observed=True, cached=True)
-            if takes_cache
-            else None,
+            bare=run_streamed(streamed, batches, evicting=True),
+            observed=run_streamed(streamed, batches, observed=True, cached=takes_cache),
         )

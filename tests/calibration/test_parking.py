@@ -1,0 +1,297 @@
+"""Proves that activations come back as they went, wherever they waited, and that nothing stays.
+
+Tensors are what frames hold: views, expanded and shared ones, masks, empty ones. A storage that
+is away has no bytes; after `fetch` every view of it is as before, bit for bit.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fourfold.errors import OutputError
+from fourfold.models import parking
+from fourfold.models.parking import Parking, tensors_in
+
+KIB = 1024
+
+
+@pytest.fixture(autouse=True)
+def _tiny_storages_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parking, "SMALL", 64)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Callable[..., Parking]]:
+    """Makes a `Parking` in a folder of its own, with nothing that it must keep."""
+    made: list[Parking] = []
+
+    def make(limit: int | None, kept: tuple[torch.Tensor, ...] = ()) -> Parking:
+        made.append(Parking(limit=limit, folder=tmp_path))
+        made[-1].begin(kept)
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def random(nbytes: int = KIB, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=generator)
+
+
+def is_away(tensor: torch.Tensor) -> bool:
+    return tensor.untyped_storage().nbytes() == 0 and tensor.numel() > 0
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+TENSORS = {
+    "float32": lambda: random().view(torch.float32).clone(),
+    "bfloat16": lambda: random().view(torch.bfloat16).clone(),
+    "int64": lambda: random().view(torch.int64).clone(),
+    "bool mask": lambda: random() > 127,
+    "complex": lambda: random().view(torch.float32).view(torch.complex64).clone(),
+    "NaN": lambda: torch.full((64,), float("nan")),
+    "a view": lambda: random().reshape(32, 32)[3:7, ::2],
+    "transposed": lambda: random().view(torch.float32).reshape(16, 16).T,
+    "expanded": lambda: random(128)[:, None].expand(128, 1000),
+    "a row of many": lambda: random(64 * KIB).reshape(64, -1)[5],
+    "flipped": lambda: random().flip(0),
+}
+
+
+@pytest.mark.parametrize("what", TENSORS)
+def test_what_comes_back_is_what_went(what: str, place: Callable[..., Parking]) -> None:
+    tensor = TENSORS[what]()
+    view, copy, pointer = tensor[..., :8], tensor.clone(), tensor.untyped_storage()._cdata
+    parked = place(0)
+    parked.leave(0, ((tensor,), {"also": tensor}))
+    assert is_away(tensor)
+    parked.fetch(0)
+    assert tensor.untyped_storage()._cdata == pointer
+    for one, other in ((tensor, copy), (view, copy[..., :8])):
+        assert one.shape == other.shape
+        assert torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+
+
+def test_views_of_one_storage_go_once(place: Callable[..., Parking]) -> None:
+    base = random(4 * KIB)
+    views = [base[i * KIB : (i + 1) * KIB] for i in range(4)]
+    copies = [view.clone() for view in views]
+    parked = place(0)
+    parked.leave(0, (views, {"again": views[::-1], "nested": [{"deep": (base,)}]}))
+    assert parked.written == base.nbytes
+    assert is_away(base)
+    parked.fetch(0)
+    assert all(torch.equal(view, copy) for view, copy in zip(views, copies, strict=True))
+
+
+@pytest.mark.parametrize("nbytes", [0, 63])
+def test_what_is_small_stays(nbytes: int, place: Callable[..., Parking]) -> None:
+    tensor, parked = random(nbytes), place(0)
+    parked.leave(0, ((tensor,), {}))
+    assert not is_away(tensor)
+    assert (parked.written, parked.resident) == (0, 0)
+    parked.fetch(0)
+    assert torch.equal(tensor, random(nbytes))
+
+
+def test_what_is_kept_stays(place: Callable[..., Parking]) -> None:
+    """The model's own buffers, and the caller's tensors: also through a view."""
+    buffer, other = random(seed=1), random(seed=2)
+    parked = place(0, (buffer[3:], torch.empty(9, device="meta")))
+    parked.leave(0, ((buffer.reshape(32, 32).T, other), {}))
+    assert not is_away(buffer)
+    assert is_away(other)
+    parked.fetch(0)
+    assert torch.equal(buffer, random(seed=1))
+
+
+def test_storages_that_cannot_be_resized_stay(place: Callable[..., Parking]) -> None:
+    tensor = torch.from_numpy(random().numpy().copy())
+    parked = place(0)
+    parked.leave(0, ((tensor,), {}))
+    assert torch.equal(tensor, random())
+    parked.fetch(0)
+
+
+def test_things_that_hold_no_tensor(place: Callable[..., Parking]) -> None:
+    parked = place(0)
+    parked.leave(0, ((None, 3, "text", object()), {"cache": SimpleNamespace(), "flags": {True}}))
+    parked.fetch(0)
+    parked.fetch(0)  # nothing is there any more
+    assert list(tensors_in({"a": [None, (torch.empty(2, device="meta"),)]})) == []
+
+
+def test_what_two_calls_hold_is_whole_for_both(place: Callable[..., Parking]) -> None:
+    shared, own = random(seed=1), [random(seed=2), random(seed=3)]
+    view, parked = shared[5:], place(0)
+    parked.leave(0, ((shared, own[0]), {}))
+    assert is_away(shared)
+    parked.leave(1, ((view, own[1]), {}))
+    assert not is_away(shared)
+    assert torch.equal(shared, random(seed=1))
+    assert is_away(own[0])
+    assert is_away(own[1])
+    for call in (0, 1):
+        parked.fetch(call)
+        assert torch.equal(own[call], random(seed=2 + call))
+        parked.leave(call, ((shared, own[call]), {}))  # at the next door
+        assert not is_away(shared)
+        assert torch.equal(shared, random(seed=1))
+    parked.fetch(0)
+    parked.fetch(1)
+
+
+@pytest.mark.parametrize("limit", [None, 0, 1, 1500, 2048, 5000, 1 << 30])
+def test_the_limit_holds(limit: int | None, place: Callable[..., Parking]) -> None:
+    tensors = [random(KIB, seed) for seed in range(6)]
+    parked = place(limit)
+    for number, tensor in enumerate(tensors):
+        parked.leave(number, ((tensor,), {}))
+        here = KIB * sum(not is_away(each) for each in tensors[: number + 1])
+        assert parked.resident == here
+        assert here <= (limit if limit is not None else here)
+    fit = 6 if limit is None else min(6, limit // KIB)
+    assert parked.resident == parked.peak == fit * KIB
+    assert parked.written == (6 - fit) * KIB
+    for number, tensor in enumerate(tensors):
+        parked.fetch(number)
+        assert torch.equal(tensor, random(KIB, number))
+    assert parked.resident == 0
+    assert parked.peak == fit * KIB
+
+
+def test_the_file_does_not_grow_without_end(
+    place: Callable[..., Parking], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parked = place(0)
+    tensors = [random(KIB, 1), random(2 * KIB, 2)]
+    for _ in range(20):
+        for number, tensor in enumerate(tensors):
+            parked.leave(number, ((tensor,), {}))
+        for number, tensor in enumerate(tensors):
+            parked.fetch(number)
+            assert torch.equal(tensor, random((1 + number) * KIB, 1 + number))
+    assert parked.written == 60 * KIB
+    assert os.fstat(parked._file).st_size == 3 * KIB
+
+
+def test_a_place_that_is_free_but_too_small_is_not_used(place: Callable[..., Parking]) -> None:
+    parked = place(0)
+    first, second, large = random(KIB, 1), random(KIB, 2), random(3 * KIB, 3)
+    parked.leave(0, ((first,), {}))
+    parked.leave(1, ((second,), {}))
+    parked.fetch(0)
+    parked.leave(2, ((large,), {}))
+    parked.fetch(1)
+    parked.fetch(2)
+    assert torch.equal(second, random(KIB, 2))
+    assert torch.equal(large, random(3 * KIB, 3))
+
+
+def test_the_file_has_no_name_and_goes(tmp_path: Path) -> None:
+    before = open_files()
+    parked = Parking(limit=0, folder=tmp_path)
+    parked.begin(())
+    assert open_files() == before
+    tensor = random()
+    parked.leave(0, ((tensor,), {}))
+    assert open_files() == before + 1
+    assert list(tmp_path.iterdir()) == []
+    parked.close()
+    assert open_files() == before
+    parked.close()
+    assert not is_away(tensor), "somebody still holds it"
+    assert torch.equal(tensor, random())
+
+
+def test_it_can_be_used_again(place: Callable[..., Parking]) -> None:
+    parked = place(0)
+    for turn in range(3):
+        tensors = [random(KIB, turn), random(3 * KIB, 7)]
+        parked.begin(())
+        parked.leave(0, (tensors, {}))
+        assert is_away(tensors[0])
+        if turn == 1:
+            parked.fetch(0)
+        parked.close()
+        assert parked.resident == 0
+        assert not is_away(tensors[0])
+        assert torch.equal(tensors[0], random(KIB, turn))
+
+
+def test_close_reads_back_only_what_is_held(place: Callable[..., Parking]) -> None:
+    parked = place(0)
+    held = random(KIB, 1)
+    parked.leave(0, ((held, random(KIB, 2)), {}))
+    reads: list[int] = []
+    read = parked._read
+    parked._read = lambda position, target: (reads.append(position), read(position, target))[1]  # type: ignore[method-assign]
+    parked.close()
+    assert len(reads) == 1
+    assert not is_away(held)
+    assert torch.equal(held, random(KIB, 1))
+
+
+def test_short_writes_and_reads_are_continued(
+    place: Callable[..., Parking], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pwrite, preadv = os.pwrite, os.preadv
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:100], at))
+    monkeypatch.setattr(os, "preadv", lambda fd, into, at: preadv(fd, [into[0][:100]], at))
+    tensors, parked = [random(KIB, 1), random(KIB + 3, 2)], place(0)
+    parked.leave(0, (tensors, {}))
+    parked.fetch(0)
+    assert torch.equal(tensors[0], random(KIB, 1))
+    assert torch.equal(tensors[1], random(KIB + 3, 2))
+
+
+def test_a_full_disk_is_an_error_with_a_remedy(
+    place: Callable[..., Parking], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pwrite = os.pwrite
+    room = [2 * KIB]
+
+    def write(fd: int, data: memoryview, at: int) -> int:
+        if room[0] < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        room[0] -= len(data)
+        return pwrite(fd, data, at)
+
+    monkeypatch.setattr(os, "pwrite", write)
+    before, parked = open_files(), place(0)
+    tensors = [random(KIB, seed) for seed in range(3)]
+    with pytest.raises(OutputError, match=r"no room.*No space left on device.*fewer") as raised:
+        parked.leave(0, (tensors, {}))
+    assert str(tmp_path) in str(raised.value)
+    parked.close()
+    assert open_files() == before
+    assert not any(map(is_away, tensors))
+    assert all(torch.equal(tensor, random(KIB, seed)) for seed, tensor in enumerate(tensors))
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    parked = Parking(limit=0, folder=tmp_path / "missing")
+    parked.begin(())
+    with pytest.raises(OutputError, match="missing"):
+        parked.leave(0, ((random(),), {}))
+    parked.close()
+
+
+def test_a_file_that_ends_early_is_an_error(place: Callable[..., Parking]) -> None:
+    parked, tensor = place(0), random()
+    parked.leave(0, ((tensor,), {}))
+    os.ftruncate(parked._file, 10)
+    with pytest.raises(OutputError, match="ended"):
+        parked.fetch(0)
