@@ -111,7 +111,7 @@ def quantize(
             seed=seed,
             calibration=calibration,
             device=device,
-            activation_memory=None if activation_memory is None else int(activation_memory * 1e9),
+            activation_memory=_in_bytes(activation_memory),
             threads=threads,
             overwrite=overwrite,
             verified=not no_verify,
@@ -326,6 +326,13 @@ def generate(
         print_json(written.to_dict())
     else:
         console().print(written)
+
+
+def _in_bytes(gigabytes: float | None) -> int | None:
+    """Bytes of an option in GB; what is endless is no limit that must be kept."""
+    if gigabytes is None:
+        return None
+    return int(min(gigabytes, 1e9) * 1e9)
 
 
 def main() -> None:

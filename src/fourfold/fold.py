@@ -144,6 +144,9 @@ class Folding:
             except BaseException:
                 self._stop()
                 raise
+        for future in self._syncing:
+            if future.done():
+                future.result()
 
     def _jobs_of(self, shards: Iterable[int]) -> Iterator[tuple[_OpenShard, Job]]:
         for number in shards:

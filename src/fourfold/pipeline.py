@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,7 +38,7 @@ from fourfold.planning import KVScales, Plan, ScaleGroup, make_plan
 from fourfold.recipes import DEFAULT_RECIPE, Recipe
 from fourfold.rendering import size
 from fourfold.report import html_of
-from fourfold.runs import Observation, Run, choose_run
+from fourfold.runs import Observation, Run, choose_run, origins, together
 from fourfold.summary import summary_of
 from fourfold.verification import Report, verify
 
@@ -62,11 +63,8 @@ class Result:
     statistics: Statistics | None = None
     """What calibration found, or was given; None where nothing was calibrated."""
 
-    @property
-    def unreached_experts(self) -> dict[str, list[int]]:
-        """Experts that no calibration token was routed to, by experts module."""
-        experts = self.statistics.experts if self.statistics is not None else {}
-        return {path: found.unreached for path, found in experts.items() if found.unreached}
+    unreached_experts: Mapping[str, list[int]] = field(default_factory=dict)
+    """Experts that no calibration token was routed to, by experts module."""
 
     @property
     def clean(self) -> bool:
@@ -83,7 +81,7 @@ class Result:
             "bytes_before": self.plan.nbytes,
             "bytes_after": self.plan.nbytes_after,
             "calibration": None if self.statistics is None else asdict(self.statistics.data),
-            "unreached_experts": self.unreached_experts,
+            "unreached_experts": dict(self.unreached_experts),
             "seconds": round(self.seconds, 3),
             "peak_resident_bytes": self.peak_resident,
             "verification": None if self.report is None else self.report.to_dict(),
@@ -104,8 +102,7 @@ class Result:
     def _calibration_lines(self) -> Iterator[str]:
         if self.statistics is None:
             return
-        data, experts = self.statistics.data, self.statistics.experts.values()
-        total = sum(len(each.tokens) for each in experts)
+        data, total = self.statistics.data, self.plan.expert_count
         unreached = [f"{path}.{e}" for path, found in self.unreached_experts.items() for e in found]
         line = f"calibrated on {data.samples:,} samples of {data.seq:,} tokens from {data.origin}"
         if total:
@@ -178,7 +175,8 @@ def quantize(
     tokenizer: for a model in memory, lies beside the weights that are written.
     device: where the model runs for calibration: cpu, cuda, cuda:N, or auto.
     activation_memory: bytes of activations in memory; what is beyond waits in a file in `out`.
-    threads: worker threads; one for each core by default. The output does not depend on it.
+    threads: worker threads; one for each core by default. The output does not depend on it, but
+    for what the matrix products of a calibration's run owe to it.
     overwrite: replace a checkpoint that fourfold wrote into `out`, or an unfinished run.
     verified: read the output back and compare it with `model`, tensor by tensor.
     on_plan, on_data, on_begin, calibration_progress, progress, on_written, verify_progress: called
@@ -189,6 +187,8 @@ def quantize(
     begun = time.perf_counter()
     if not str(out):
         raise UsageError("OUT is empty: give the folder to write.")
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads={threads}: give 1 or more.")
     chosen = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     workers = threads or threads_available()
     files = tuple(map(str, calib))
@@ -205,15 +205,17 @@ def quantize(
     )
     with _opened(model, tokenizer, trust_remote_code) as source:
         is_live = isinstance(source, LiveSource)
-        observation.check(chosen.needs_calibration, chosen.name, is_live=is_live)
+        observation.check(chosen, is_live=is_live)
         folder = OutputFolder(Path(out).expanduser())
-        folder.check(source.folder, overwrite=overwrite)
-        with _warming_up(chosen, source):
-            work = make_plan(source, chosen, trust_remote_code=trust_remote_code)
-            runs_model = chosen.needs_calibration and calibration is None and not is_live
-            check_room(work, folder.folder, workers, runs_model=runs_model)
-        if on_plan is not None:
-            on_plan(work)
+        with together(source):
+            for origin in origins(source):
+                folder.check(origin, overwrite=overwrite)
+            with _warming_up(chosen, source):
+                work = make_plan(source, chosen, trust_remote_code=trust_remote_code)
+                runs_model = calibration is None and not is_live
+                check_room(work, folder.folder, workers, runs_model=runs_model)
+            if on_plan is not None:
+                on_plan(work)
         run = choose_run(work, source, observation, folder.folder)
         if on_begin is not None:
             on_begin()
@@ -240,6 +242,7 @@ def quantize(
         seconds=time.perf_counter() - begun,
         peak_resident=peak_resident(),
         statistics=None if run.scales is None else run.scales.statistics,
+        unreached_experts={} if run.scales is None else run.scales.unreached(),
     )
 
 
@@ -275,10 +278,10 @@ def _write(
     run: Run,
 ) -> list[LinearResult]:
     """Observe, fold and write; after an error or a signal nothing of it is left."""
-    with run.together():
-        if run.is_writer:
-            folder.prepare(source.folder, work.files, overwrite=overwrite)
     try:
+        with together(source):
+            if run.is_writer:
+                folder.prepare(source.folder, work.files, overwrite=overwrite)
         with (
             folding(
                 work, run.source, folder, scales=run.scales, threads=threads, progress=progress
@@ -286,13 +289,13 @@ def _write(
             closing(run.steps()) as steps,
         ):
             for shards in steps:
-                with run.together():
+                with together(source):
                     if run.is_writer:
                         folded.run(shards)
-            linears = folded.finished()
-        with run.together():
-            if run.is_writer:
-                _write_rest(work, source, folder, linears, run.scales)
+            with together(source):
+                linears = folded.finished()
+                if run.is_writer:
+                    _write_rest(work, source, folder, linears, run.scales)
     except BaseException:
         if run.is_writer:
             folder.discard()
@@ -320,7 +323,7 @@ def _warming_up(recipe: Recipe, source: Source) -> Iterator[None]:
 def check_room(work: Plan, out: Path, threads: int, *, runs_model: bool = False) -> None:
     """Raise `PlanError` where the disk or the memory is too small for the plan.
 
-    runs_model: whether the model is run, layer by layer, for calibration.
+    runs_model: whether the model is run, layer by layer, if there is anything to calibrate.
     """
     beside = sum((work.source / path).stat().st_size for path in work.side_files)
     needed, free = work.nbytes_after + beside, free_bytes(out)
@@ -354,6 +357,14 @@ def _check_ledger(
         )
 
 
+def _page(summary: str) -> str:
+    """The report; what goes wrong with it must not cost the checkpoint, and stands in its place."""
+    try:
+        return html_of(json.loads(summary))
+    except Exception as error:
+        return f"<!doctype html><p>The report could not be made: {escape(repr(error))}</p>\n"
+
+
 def _write_rest(
     work: Plan,
     source: Source,
@@ -369,11 +380,11 @@ def _write_rest(
         )
     for path in work.side_files:
         folder.copy(source.folder, path)
-    if scales is not None:
+    if scales is not None and work.needs_calibration:
         folder.write_bytes(STATISTICS, scales.statistics.to_bytes())
     summary = summary_of(work, linears, scales)
     folder.write_text(SUMMARY, summary)
-    folder.write_text(REPORT, html_of(json.loads(summary)))
+    folder.write_text(REPORT, _page(summary))
     folder.write_json(QUANT_CONFIG, work.hf_quant_config)
     shards = [
         (name, shard.tensors) for name, shard in zip(work.shard_names, work.shards, strict=True)

@@ -11,23 +11,21 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from fourfold.calibration.calibrate import Calibration, CalibrationProgress
-from fourfold.calibration.data import (
-    Batch,
-    CalibrationData,
-    CalibrationOptions,
-    load_calibration,
-)
+from fourfold.calibration.data import CalibrationData, CalibrationOptions, load_calibration
 from fourfold.calibration.live import ForwardLoop, agreeing, observe_live, units_of
 from fourfold.calibration.scales import ActivationScales
 from fourfold.calibration.statistics import Statistics
 from fourfold.checkpoints.source import Source
-from fourfold.errors import UsageError
+from fourfold.checkpoints.writer import free_bytes
+from fourfold.errors import PlanError, UsageError
 from fourfold.machine import choose_device, memory_available
 from fourfold.models.live import LiveSource
 from fourfold.planning import Plan
+from fourfold.recipes import Recipe
+from fourfold.rendering import size
 
 LEAST_ACTIVATION_MEMORY = 1 << 28
 
@@ -48,23 +46,28 @@ class Observation:
     on_data: Callable[[CalibrationData], None] | None = None
     progress: Callable[[CalibrationProgress], None] | None = None
 
-    def check(self, needs_calibration: bool, recipe: str, *, is_live: bool) -> None:
-        """Raise `UsageError` for what does not go together."""
+    def check(self, recipe: Recipe, *, is_live: bool) -> None:
+        """Raise `UsageError` for what does not go together, or would be ignored."""
+        options = self.options
         sources = {
-            "--calib": bool(self.options.calib),
+            "--calib": bool(options.calib),
             "--calibration": self.given is not None,
             "forward_loop": self.forward_loop is not None,
         }
         given = [name for name, is_given in sources.items() if is_given]
-        if given and not needs_calibration:
-            raise UsageError(
-                f"recipe {recipe} quantizes no activations: leave {given[0]} out, "
-                "or choose another recipe."
-            )
         if len(given) > 1:
             raise UsageError(f"give {' or '.join(given)}, not both.")
         if self.forward_loop is not None and not is_live:
             raise UsageError("forward_loop: only for a model in memory. Give --calib instead.")
+        sizes = {"--calib-size": options.size, "--calib-seq": options.seq}
+        given += [name for name, value in sizes.items() if value is not None]
+        if given and not recipe.needs_calibration:
+            raise UsageError(
+                f"recipe {recipe.name} quantizes no activations: leave {given[0]} out, "
+                "or choose another recipe."
+            )
+        if len(given) > 1 and given[0] in ("--calibration", "forward_loop"):
+            raise UsageError(f"{given[1]} says nothing beside {given[0]}: leave it out.")
 
 
 class Run(Protocol):
@@ -79,9 +82,6 @@ class Run(Protocol):
     def steps(self) -> Generator[Sequence[int] | None]:
         """Numbers of the shards that can be folded now; None for all of them."""
 
-    def together(self) -> AbstractContextManager[None]:
-        """Within, an error of one rank is one of all."""
-
 
 @dataclass
 class AtOnce:
@@ -93,9 +93,6 @@ class AtOnce:
 
     def steps(self) -> Generator[None]:
         yield None
-
-    def together(self) -> AbstractContextManager[None]:
-        return nullcontext()
 
 
 class Streamed:
@@ -112,9 +109,6 @@ class Streamed:
             for layer in units:
                 yield self.plan.shards_of(layer)
 
-    def together(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
 
 class Live:
     """A model in memory, on the disk, or in parts on several ranks: brought together by layers."""
@@ -129,8 +123,17 @@ class Live:
         for layer in units_of(self.plan, self.live):
             yield self.plan.shards_of(layer)
 
-    def together(self) -> AbstractContextManager[None]:
-        return agreeing(self.live)
+
+def together(source: Source) -> AbstractContextManager[None]:
+    """Within, an error of one rank that shares a live model is one of all of them."""
+    return agreeing(source) if isinstance(source, LiveSource) else nullcontext()
+
+
+def origins(source: Source) -> tuple[Path, ...]:
+    """The folders that a source reads from: OUT may lie in none of them."""
+    if isinstance(source, LiveSource):
+        return getattr(source, "origin_folders", (source.folder,))
+    return (source.folder,)
 
 
 def choose_run(plan: Plan, source: Source, observation: Observation, scratch: Path) -> Run:
@@ -142,19 +145,21 @@ def choose_run(plan: Plan, source: Source, observation: Observation, scratch: Pa
     if observation.given is not None:
         scales = _given_scales(plan, observation.given)
     if isinstance(source, LiveSource):
-        if plan.recipe.needs_calibration and scales is None:
-            loop = observation.forward_loop or _loop_over(_data(plan, source, observation))
+        if plan.needs_calibration and scales is None:
             with agreeing(source):
-                scales = observe_live(plan, source, loop)
+                loop = observation.forward_loop or _data(plan, source, observation)
+            scales = observe_live(plan, source, loop)
         return Live(plan, source, scales)
-    if scales is not None or not plan.recipe.needs_calibration:
+    if scales is not None or not plan.needs_calibration:
         return AtOnce(source, scales)
     room = max((memory_available() - plan.calibration_memory) // 2, LEAST_ACTIVATION_MEMORY)
     limit = observation.activation_memory
+    data = _data(plan, source, observation)
+    _check_spill(plan, data, room if limit is None else limit, scratch)
     calibration = Calibration(
         plan,
         source,
-        _data(plan, source, observation),
+        data,
         device=choose_device(observation.device),
         activation_memory=room if limit is None else limit,
         scratch=scratch,
@@ -163,6 +168,23 @@ def choose_run(plan: Plan, source: Source, observation: Observation, scratch: Pa
         progress=observation.progress,
     )
     return Streamed(plan, calibration)
+
+
+def _check_spill(plan: Plan, data: CalibrationData, limit: int, scratch: Path) -> None:
+    """Raise `PlanError` where the disk has no room for OUT and the activations beyond `limit`.
+
+    A waiting sample holds its hidden states, and what it was embedded as: 4 bytes an element serve
+    for both, in 16 bits.
+    """
+    elements = sum(batch.input_ids.numel() for batch in data.batches) * plan.inventory.hidden_size
+    spill = max(0, 4 * elements - limit)
+    needed, free = plan.nbytes_after + spill, free_bytes(scratch)
+    if spill and needed > free:
+        raise PlanError(
+            f"{scratch}: {size(needed)} are needed, {size(spill)} of them for waiting activations; "
+            f"{size(free)} are free on that disk. Use fewer or shorter samples, or more "
+            "--activation-memory."
+        )
 
 
 def _given_scales(plan: Plan, given: str | Path | Statistics) -> ActivationScales:
@@ -184,22 +206,3 @@ def _data(plan: Plan, source: Source, observation: Observation) -> CalibrationDa
     if observation.on_data is not None:
         observation.on_data(data)
     return data
-
-
-def _loop_over(data: CalibrationData) -> ForwardLoop:
-    """A forward loop over calibration data, where the caller gave none."""
-
-    def call(model: Any, batch: Batch) -> None:
-        device = model.get_input_embeddings().weight.device
-        device = "cpu" if device.type == "meta" else device
-        model(
-            input_ids=batch.input_ids.to(device),
-            attention_mask=batch.attention_mask.to(device),
-            use_cache=False,
-        )
-
-    def loop(model: Any) -> None:
-        for batch in data.batches:
-            call(model, batch)
-
-    return loop

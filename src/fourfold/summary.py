@@ -9,6 +9,7 @@ from importlib import metadata
 from typing import Any
 
 from fourfold._version import __version__
+from fourfold.calibration.data import plain_text
 from fourfold.calibration.scales import ActivationScales
 from fourfold.fold import LinearResult
 from fourfold.models.inventory import ExpertBias, LinearWeight, natural
@@ -27,7 +28,7 @@ def summary_of(
     head: dict[str, Any] = {
         "producer": f"fourfold {__version__}",
         "versions": _versions(),
-        "model": plan.source.name,
+        "model": plain_text(plan.source.name),
         "recipe": plan.recipe.model_dump(mode="json"),
         "model_type": plan.inventory.model_types[0],
         "architecture": plan.inventory.architecture,
@@ -105,9 +106,8 @@ def _roles(plan: Plan) -> Iterator[dict[str, Any]]:
 
 
 def _calibration(scales: ActivationScales) -> dict[str, Any]:
-    statistics = scales.statistics
-    unreached = sum(len(experts.unreached) for experts in statistics.experts.values())
-    return asdict(statistics.data) | {"unreached_experts": unreached}
+    unreached = sum(map(len, scales.unreached().values()))
+    return asdict(scales.statistics.data) | {"unreached_experts": unreached}
 
 
 def _kv_cache(scales: ActivationScales) -> Iterator[dict[str, Any]]:

@@ -150,6 +150,8 @@ class Seen:
 
     def linear(self, path: str, x: Tensor) -> None:
         rows = self.kept(x.reshape(-1, x.shape[-1]))
+        if x.ndim == 4 and x.shape[0] * x.shape[1] == len(self.is_kept):  # [B, S, groups, in]
+            rows = x.flatten(0, 1)[self.is_kept].flatten(0, 1)
         amax, count = self.linears.get(path, (0.0, 0))
         if len(rows):
             self.linears[path] = max(amax, largest(rows)), count + len(rows)

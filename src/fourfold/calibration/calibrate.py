@@ -24,12 +24,13 @@ from torch import nn
 from fourfold.calibration.data import Batch, CalibrationData
 from fourfold.calibration.kv_cache import recording_cache
 from fourfold.calibration.observers import Observers
-from fourfold.calibration.scales import ActivationScales
+from fourfold.calibration.scales import ActivationScales, model_summary
 from fourfold.calibration.statistics import Statistics, data_summary
 from fourfold.checkpoints.held import HeldTensors
 from fourfold.checkpoints.source import Source
 from fourfold.errors import ModelError, PlanError
 from fourfold.models.internals import output_embeddings, runnable
+from fourfold.models.module_tree import ModuleTree
 from fourfold.models.parking import Parking
 from fourfold.models.streaming import StreamedModel
 from fourfold.models.watching import unwatchable
@@ -46,7 +47,7 @@ class CalibrationProgress:
 
 
 @contextmanager
-def observing(plan: Plan, model: Any, tree: Any) -> Iterator[Observers]:
+def observing(plan: Plan, model: Any, tree: ModuleTree) -> Iterator[Observers]:
     """Observers at every input site of `plan`, attached to a model."""
     modules = {linear.module for linears in plan.sites.values() for linear in linears}
     experts = {path: tree.experts[path] for path in sorted(modules & tree.experts.keys())}
@@ -89,7 +90,8 @@ class Calibration:
         )
         self.parking = Parking(limit=activation_memory, folder=scratch)
         all_experts = plan.recipe.calibration.all_experts
-        self.statistics = Statistics(data_summary(data, all_experts=all_experts))
+        summary = data_summary(data, all_experts=all_experts)
+        self.statistics = Statistics(summary, model=model_summary(plan))
         self.scales = ActivationScales(plan, self.statistics)
 
     @property
@@ -106,7 +108,7 @@ class Calibration:
                 stack.callback(torch.set_num_threads, torch.get_num_threads())
                 torch.set_num_threads(self.threads)
             observers = stack.enter_context(observing(self.plan, model, tree))
-            stack.enter_context(_ending_at_the_head(model))
+            stack.enter_context(ending_at_the_head(model))
             self._present = 0
             calls = [partial(self._call, observers, batch) for batch in self.data.batches]
             steps = self.streamed.run(
@@ -140,15 +142,8 @@ class Calibration:
         self._present = layer
 
     def _call(self, observers: Observers, batch: Batch, model: Any) -> None:
-        device, model = self.streamed.device, runnable(model)
-        inputs: dict[str, Any] = {
-            "input_ids": batch.input_ids.to(device),
-            "attention_mask": batch.attention_mask.to(device),
-            "use_cache": False,
-        }
-        if _has_decoder_inputs(model):
-            canvas = getattr(model.config, "canvas_length", None)
-            inputs["decoder_input_ids"] = inputs["input_ids"][:, :canvas]
+        model = runnable(model)
+        inputs = call_inputs(model, batch, self.streamed.device)
         if self.plan.kv_scales:
             paths = self.streamed.tree.layers
 
@@ -156,8 +151,21 @@ class Calibration:
                 observers.see_kv(paths[self._present], keys, values)
 
             inputs |= {"past_key_values": recording_cache(model, record), "use_cache": True}
-        with suppress(_AtTheHeadError):
+        with suppress(AtTheHeadError):
             model(**inputs)
+
+
+def call_inputs(model: Any, batch: Batch, device: torch.device) -> dict[str, Any]:
+    """What a model (`runnable`) is called with, to read a batch."""
+    inputs: dict[str, Any] = {
+        "input_ids": batch.input_ids.to(device),
+        "attention_mask": batch.attention_mask.to(device),
+        "use_cache": False,
+    }
+    if _has_decoder_inputs(model):
+        canvas = getattr(model.config, "canvas_length", None)
+        inputs["decoder_input_ids"] = inputs["input_ids"][:, :canvas]
+    return inputs
 
 
 def _has_decoder_inputs(model: Any) -> bool:
@@ -165,16 +173,16 @@ def _has_decoder_inputs(model: Any) -> bool:
     return "decoder_input_ids" in inspect.signature(model.forward).parameters
 
 
-class _AtTheHeadError(Exception):
+class AtTheHeadError(Exception):
     """Everything that is observed was computed: the call may end."""
 
 
 @contextmanager
-def _ending_at_the_head(model: Any) -> Iterator[None]:
-    """Within, calls of the model end where logits would be computed."""
+def ending_at_the_head(model: Any) -> Iterator[None]:
+    """Within, calls of the model raise `AtTheHeadError` where logits would be computed."""
 
     def end(_: nn.Module, __: Any) -> None:
-        raise _AtTheHeadError
+        raise AtTheHeadError
 
     head = output_embeddings(runnable(model))
     if head is None:

@@ -282,7 +282,12 @@ def digest_batch(digest: hashlib._Hash, input_ids: torch.Tensor, mask: torch.Ten
         digest.update(tensor.numpy().astype("<i8").tobytes())
 
 
+def plain_text(name: str) -> str:
+    """A file's name as text that can be stored: bytes that are no UTF-8 are spelled out."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def _origin(corpora: list[Corpus]) -> str:
-    names = [corpus.name for corpus in corpora]
+    names = [plain_text(corpus.name) for corpus in corpora]
     more = len(names) - SHOWN_NAMES
     return ", ".join(names[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")

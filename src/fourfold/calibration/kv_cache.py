@@ -22,12 +22,20 @@ Record = Callable[[torch.Tensor, torch.Tensor], None]
 
 def recording_cache(model: Any, record: Record) -> Any:
     """A cache to give to one call of `model`: `model(…, past_key_values=cache, use_cache=True)`."""
-    cache_class = _recording(_cache_class(model))
-    takes_config = "config" in inspect.signature(cache_class).parameters
-    made = cache_class(config=model.config) if takes_config else cache_class()
+    made = _made(_recording(_cache_class(model)), model)
     made.record = record
     made.remembers = _reads_the_encoders(model)
     return made
+
+
+def usual_cache(model: Any) -> Any:
+    """The cache that the model would make for itself: it stores, and a later call may read it."""
+    return _made(_cache_class(model), model)
+
+
+def _made(cache_class: type, model: Any) -> Any:
+    takes_config = "config" in inspect.signature(cache_class).parameters
+    return cache_class(config=model.config) if takes_config else cache_class()
 
 
 def _reads_the_encoders(model: Any) -> bool:
@@ -98,10 +106,10 @@ def _forget(states: Any) -> None:
             states[index] = states[index].new_empty(0)
 
 
-def record_updates(cache: Any, record: Record) -> None:
-    """Let a cache that somebody else made, and that stores, be recorded too."""
+def record_updates(cache: Any, record: Record) -> Callable[[], None]:
+    """Let a cache that stores be recorded too; what is returned undoes it."""
     if "update" in vars(cache):
-        return
+        return lambda: None
     update = cache.update
 
     def recorded(keys: torch.Tensor, values: torch.Tensor, *args: Any, **kw: Any) -> Any:
@@ -109,3 +117,4 @@ def record_updates(cache: Any, record: Record) -> None:
         return update(keys, values, *args, **kw)
 
     cache.update = recorded
+    return lambda: vars(cache).pop("update", None)

@@ -10,8 +10,9 @@ maximum and counts by sum. Then layer after layer is brought into memory, for ra
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -19,12 +20,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fourfold.calibration.calibrate import observing
-from fourfold.calibration.data import digest_batch
-from fourfold.calibration.kv_cache import record_updates, recording_cache
+from fourfold.calibration.calibrate import (
+    AtTheHeadError,
+    call_inputs,
+    ending_at_the_head,
+    observing,
+)
+from fourfold.calibration.data import CalibrationData, digest_batch
+from fourfold.calibration.kv_cache import record_updates, recording_cache, usual_cache
 from fourfold.calibration.observers import Observers
-from fourfold.calibration.scales import ActivationScales
-from fourfold.calibration.statistics import DataSummary, Statistics, merged
+from fourfold.calibration.scales import ActivationScales, model_summary
+from fourfold.calibration.statistics import DataSummary, Statistics, data_summary, merged
 from fourfold.errors import FourfoldError, ObservationError
 from fourfold.models.internals import runnable
 from fourfold.models.live import LiveSource
@@ -41,31 +47,65 @@ def units_of(plan: Plan, source: LiveSource) -> Iterator[int | None]:
         jobs = (job for shard in shards for job in shard.jobs)
         keys = dict.fromkeys(key for job in jobs for key in raw_keys(job))
         source.hold(keys, keep=source.rank == 0)
-        yield layer
-        source.release()
+        try:
+            yield layer
+        finally:
+            source.release()
 
 
-def observe_live(plan: Plan, source: LiveSource, forward_loop: ForwardLoop) -> ActivationScales:
-    """Run the caller's loop with observers attached; the scales that it gives.
+def observe_live(
+    plan: Plan, source: LiveSource, forward_loop: ForwardLoop | CalibrationData
+) -> ActivationScales:
+    """Run the caller's loop, or calibration data, with observers attached; the scales of that.
 
     The model is in evaluation mode meanwhile, and without gradients; afterwards it is as before.
     Raises what the loop raises, and `ObservationError` where an input site saw nothing.
     """
-    seen = _Seen()
-    with _evaluating(source.model), ExitStack() as stack:
-        observers = stack.enter_context(observing(plan, source.model, source.tree))
-        stack.enter_context(_watching_calls(plan, source, observers, seen))
-        forward_loop(source.model)
-    statistics = Statistics(seen.summary(all_experts=plan.recipe.calibration.all_experts))
-    observers.take(statistics)
+    with agreeing(source):
+        statistics = _observed(plan, source, forward_loop)
     if source.is_sharded:
         statistics = merged(_of_all_ranks(statistics))
-    if not statistics.data.samples:
-        raise ObservationError("forward_loop: the model was never called. Call it on your data.")
     scales = ActivationScales(plan, statistics)
     for layer in (None, *range(len(plan.inventory.layer_paths))):
         scales.check(layer)
     return scales
+
+
+def _observed(
+    plan: Plan, source: LiveSource, forward_loop: ForwardLoop | CalibrationData
+) -> Statistics:
+    """What this process saw."""
+    seen, all_experts = _Seen(), plan.recipe.calibration.all_experts
+    given = forward_loop if isinstance(forward_loop, CalibrationData) else None
+    loop = forward_loop if given is None else partial(_read, source, given)
+    with _evaluating(source.model), ExitStack() as stack:
+        observers = stack.enter_context(observing(plan, source.model, source.tree))
+        stack.enter_context(_watching_calls(plan, source, observers, seen))
+        loop(source.model)  # type: ignore[operator]
+    if not seen.samples:
+        raise ObservationError(
+            "forward_loop: the model itself was never called with input_ids. Call it on your data: "
+            "`model(input_ids=…)`, not a part of it."
+        )
+    summary = seen.summary(all_experts) if given is None else data_summary(
+        given, all_experts=all_experts
+    )  # fmt: skip
+    statistics = Statistics(summary, model=model_summary(plan))
+    observers.take(statistics)
+    return statistics
+
+
+def _read(source: LiveSource, data: CalibrationData, model: Any) -> None:
+    """Call the model on calibration data. On every rank all of it, where several share the model:
+    its layers are brought together for a call, and what is found is then the same everywhere."""
+    part = runnable(model)
+    device = part.get_input_embeddings().weight.device
+    device = torch.device("cpu") if device.type == "meta" else device
+    ending = nullcontext() if source.is_sharded else ending_at_the_head(part)
+    with ending:  # of a sharded model, a call that does not end leaves layers unsharded
+        for batch in data.batches:
+            with suppress(AtTheHeadError):
+                part(**call_inputs(part, batch, device))
 
 
 class _Seen:
@@ -82,7 +122,7 @@ class _Seen:
         self.seq = max(self.seq, input_ids.shape[-1])
         self.tokens += int(mask.sum())
 
-    def summary(self, *, all_experts: bool) -> DataSummary:
+    def summary(self, all_experts: bool) -> DataSummary:
         return DataSummary(
             "forward_loop",
             self.digest.hexdigest(),
@@ -116,26 +156,28 @@ def _watching_calls(
         observers.see_kv(present[0], keys, values)
 
     def before(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        mask = kwargs.get("attention_mask")
-        mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+        given = signature.bind_partial(*args, **kwargs).arguments
+        ids = given.get("input_ids")
+        mask = _mask_of(ids, given.get("attention_mask"))
         observers.see(mask)
         if isinstance(ids, torch.Tensor):
-            seen.add(ids, mask if mask is None or mask.shape == ids.shape else None)
+            seen.add(ids, mask)
         if plan.kv_scales:
-            given = kwargs.get("past_key_values")
-            if given is None:
-                cache = recording_cache(model, record)
+            cache = given.get("past_key_values")
+            if cache is None:
+                stores = given.get("use_cache") is not False
+                cache = usual_cache(model) if stores else recording_cache(model, record)
                 kwargs = kwargs | {"past_key_values": cache, "use_cache": True}
-            else:
-                record_updates(given, record)
+            if not hasattr(cache, "record"):
+                stack.callback(record_updates(cache, record))
         return args, kwargs
 
     def enter(path: str, *_: Any) -> None:
         present[0] = path
 
+    part = runnable(source.model)
+    signature = inspect.signature(part.forward)
     with ExitStack() as stack:
-        part = runnable(source.model)
         stack.callback(part.register_forward_pre_hook(before, with_kwargs=True).remove)
         for path in plan.inventory.layer_paths:
             layer = source.model.get_submodule(path)
@@ -143,10 +185,24 @@ def _watching_calls(
         yield
 
 
+def _mask_of(ids: Any, mask: Any) -> torch.Tensor | None:
+    """The mask of the tokens that a call is given, [B, S]; None where none is padding."""
+    if mask is None or not isinstance(ids, torch.Tensor):
+        return None
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        raise ObservationError(
+            "forward_loop: attention_mask is no [batch, sequence] tensor, so padding cannot be "
+            "told from text. Give one, or leave it out where nothing is padded."
+        )
+    return mask[:, -ids.shape[1] :]
+
+
 def _of_all_ranks(statistics: Statistics) -> list[Statistics]:
     everyone: list[bytes] = [b""] * dist.get_world_size()
     dist.all_gather_object(everyone, statistics.to_bytes())
-    return [Statistics.from_bytes(each) for each in everyone]
+    found = [Statistics.from_bytes(each) for each in everyone]
+    same = all(each.data.digest == found[0].data.digest for each in found)
+    return found[:1] if same else found  # all that read the same text: it counts once
 
 
 @contextmanager

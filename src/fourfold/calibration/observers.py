@@ -43,6 +43,8 @@ class Observers:
         self.kv: dict[str, Tensor] = {}
         self.mask_T: Tensor | None = None
         """Which tokens of the present call are no padding; None where all are."""
+        self.shape = torch.Size()
+        """[B, S] of the present call, where some are padding."""
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -58,8 +60,9 @@ class Observers:
 
     def see(self, attention_mask: Tensor | None) -> None:
         """A call goes on whose tokens are these. attention_mask: [B, S]; 0 where padded."""
-        padded = attention_mask is not None and not bool(attention_mask.all())
-        self.mask_T = attention_mask.reshape(-1).bool() if padded else None  # type: ignore[union-attr]
+        self.mask_T = None
+        if attention_mask is not None and not bool(attention_mask.all()):
+            self.mask_T, self.shape = attention_mask.reshape(-1).bool(), attention_mask.shape
 
     def __call__(self, rows: Rows, *, is_routed: bool) -> Tensor:
         """An experts module is about to multiply."""
@@ -89,9 +92,13 @@ class Observers:
 
     def _see_linear(self, path: str, _: nn.Module, args: Any, kwargs: Any) -> None:
         x: Tensor = args[0] if args else kwargs["input"]
-        amax_R = _row_amax(x.detach().reshape(-1, x.shape[-1]))
-        if self.mask_T is not None and len(amax_R) == len(self.mask_T):
-            amax_R = amax_R[self.mask_T.to(amax_R.device)]
+        amax = _row_amax(x.detach())
+        amax_R = amax.reshape(-1)
+        if self.mask_T is not None and amax.shape[:2] == self.shape:
+            rows_of_a_token = amax[0, 0].numel()  # several, where a layer works on groups
+            amax_R = amax_R[self.mask_T.to(amax.device).repeat_interleave(rows_of_a_token)]
+        elif self.mask_T is not None and len(amax_R) == len(self.mask_T):
+            amax_R = amax_R[self.mask_T.to(amax.device)]
         if amax_R.numel():
             self.rows[path] = self.rows.get(path, 0) + amax_R.numel()
             self.linears[path] = _larger(self.linears.get(path), amax_R.max())

@@ -14,14 +14,19 @@ from functools import cached_property
 
 import numpy as np
 
-from fourfold.calibration.statistics import Statistics
+from fourfold.calibration.statistics import ModelSummary, Statistics
 from fourfold.checkpoints.modelopt import FP8_MAX
 from fourfold.errors import CalibrationError, ObservationError
-from fourfold.models.inventory import LinearWeight
+from fourfold.models.inventory import SINGLE_EXPERT, LinearWeight, natural
 from fourfold.models.watching import Product
 from fourfold.numerics import nvfp4
 from fourfold.planning import KVScales, Plan
 from fourfold.recipes.schema import Activations
+
+
+def model_summary(plan: Plan) -> ModelSummary:
+    """What statistics must be of, to serve a plan."""
+    return ModelSummary(plan.inventory.architecture, plan.inventory.digest)
 
 
 class ActivationScales:
@@ -87,6 +92,20 @@ class ActivationScales:
         amaxes = experts.down_amax if is_down else experts.gate_up_amax
         return float(amaxes[linear.expert])
 
+    def unreached(self) -> dict[str, list[int]]:
+        """Experts that no token reached, by experts module, of those that the plan quantizes."""
+        found: dict[str, list[int]] = {}
+        for path in sorted({linear.module for linear in self.plan.linears}, key=natural):
+            experts = self.statistics.experts.get(path)
+            if experts is not None and experts.unreached:
+                found[path] = experts.unreached
+        for linear in self.plan.linears:  # experts that are layers of their own
+            number = SINGLE_EXPERT.search(linear.name)
+            if linear.expert is None and number and linear.module not in self.statistics.linears:
+                experts_of = found.setdefault(linear.name[: number.start()].rstrip("."), [])
+                experts_of += [int(number["number"])] * (int(number["number"]) not in experts_of)
+        return found
+
     def kv(self, job: KVScales) -> tuple[float, float]:
         """`k_scale` and `v_scale` of an attention module, float32."""
         path = self.plan.inventory.layer_paths[job.layer]
@@ -109,6 +128,18 @@ class ActivationScales:
 
     def check_fit(self) -> None:
         """Raise where these statistics are not of this plan's model."""
+        model, wanted = self.statistics.model, model_summary(self.plan)
+        if model != wanted:
+            raise CalibrationError(
+                f"the statistics are of another model: {model.architecture} with other weights "
+                f"(digest {model.digest[:12]}) than this {wanted.architecture} "
+                f"({wanted.digest[:12]}). Give those of this model."
+            )
+        if self.plan.recipe.calibration.all_experts and not self.statistics.data.all_experts:
+            raise CalibrationError(
+                "the statistics were taken without calibration.all_experts, which recipe "
+                f"{self.plan.recipe.name} wants. Leave it out, or calibrate again."
+            )
         for path in {linear.module for site in self.plan.sites.values() for linear in site}:
             experts = self.statistics.experts.get(path)
             count = self.plan.inventory.experts_counts.get(path)

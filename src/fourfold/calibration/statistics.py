@@ -20,10 +20,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from fourfold.calibration.data import CalibrationData
 from fourfold.checkpoints.writer import STATISTICS
 from fourfold.errors import CalibrationError
 
@@ -40,6 +40,15 @@ class DataSummary:
     seq: int
     tokens: int
     all_experts: bool = False
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """Which model the statistics were taken of."""
+
+    architecture: str = ""
+    digest: str = ""
+    """`Inventory.digest`: of the names and shapes of its linear weights."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +82,7 @@ class Statistics:
     linears: dict[str, LinearStatistics] = field(default_factory=dict)
     kv: dict[str, tuple[float, float]] = field(default_factory=dict)
     """By decoder layer's path: the largest key and the largest value."""
+    model: ModelSummary = ModelSummary()
 
     def save(self, file: Path) -> None:
         """Write the statistics; the same statistics give the same bytes."""
@@ -92,7 +102,8 @@ class Statistics:
             tensors[f"{path}.rows"] = torch.tensor(linear.rows)
         for path, pair in sorted(self.kv.items()):
             tensors[f"{path}.kv.amax"] = torch.tensor(pair, dtype=torch.float32)
-        head = json.dumps(asdict(self.data), ensure_ascii=False, sort_keys=True)
+        summaries = {"data": asdict(self.data), "model": asdict(self.model)}
+        head = json.dumps(summaries, ensure_ascii=False, sort_keys=True)
         return bytes(save(tensors, metadata={FORMAT: head}))  # one key: their order is random
 
     @classmethod
@@ -120,11 +131,15 @@ class Statistics:
         head = json.loads(data[8 : 8 + size]).get("__metadata__", {}).get(FORMAT)
         if head is None:
             raise ValueError(f"it is no {FORMAT!r}")
-        return _parse(DataSummary(**json.loads(head)), tensors)
+        summaries = json.loads(head)
+        found = Statistics(
+            DataSummary(**summaries["data"]), model=ModelSummary(**summaries["model"])
+        )
+        _parse(found, tensors)
+        return found
 
 
-def _parse(data: DataSummary, tensors: Mapping[str, torch.Tensor]) -> Statistics:
-    found = Statistics(data)
+def _parse(found: Statistics, tensors: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
         if leaf == "tokens":
@@ -136,7 +151,6 @@ def _parse(data: DataSummary, tensors: Mapping[str, torch.Tensor]) -> Statistics
         elif name.endswith(".kv.amax"):
             key, value = _amaxes(tensors, f"{path}").tolist()
             found.kv[path.removesuffix(".kv")] = (key, value)
-    return found
 
 
 def _amaxes(tensors: Mapping[str, torch.Tensor], path: str) -> torch.Tensor:
@@ -146,14 +160,14 @@ def _amaxes(tensors: Mapping[str, torch.Tensor], path: str) -> torch.Tensor:
     return amax
 
 
-def data_summary(data: Any, *, all_experts: bool) -> DataSummary:
+def data_summary(data: CalibrationData, *, all_experts: bool) -> DataSummary:
     """The summary of a `CalibrationData`."""
     return DataSummary(data.origin, data.digest, data.samples, data.seq, data.tokens, all_experts)
 
 
 def merged(parts: Sequence[Statistics]) -> Statistics:
     """Statistics of all the data that several ranks saw: amaxes by maximum, counts by sum."""
-    found = Statistics(_merged_data([part.data for part in parts]))
+    found = Statistics(_merged_data([part.data for part in parts]), model=parts[0].model)
     for part in parts:
         for path, experts in part.experts.items():
             found.experts[path] = _both(found.experts.get(path), experts)

@@ -51,12 +51,13 @@ def kv_scale_names(linears: Iterable[str]) -> dict[str, tuple[str, str]]:
     """Names of `k_scale` and `v_scale` by attention module, among a model's linear layers.
 
     Where keys have no layer of their own (MLA's latent cache, DBRX's Wqkv), engines take 1.0. A
-    `k_proj` without a `v_proj` makes both (Gemma 4).
+    `k_proj` beside which nothing makes values makes both (Gemma 4).
     """
-    found = {}
-    for name in sorted(linears):
+    names, found = set(linears), {}
+    of_values = {name.rpartition(".v_")[0] for name in names}
+    for name in sorted(names):
         parent, _, leaf = name.rpartition(".")
-        if leaf == "k_proj":
+        if leaf == "k_proj" and (f"{parent}.v_proj" in names or parent not in of_values):
             found[parent] = f"{name}.{K_SCALE}", f"{parent}.v_proj.{V_SCALE}"
         elif leaf == "qkv_proj":
             found[parent] = f"{name}.{K_SCALE}", f"{name}.{V_SCALE}"

@@ -195,12 +195,13 @@ def runnable(model: Any) -> Any:
     return parts[0]
 
 
-def embedding_rows(model: Any) -> int | None:
-    """How many token ids the model knows; None where it does not tell."""
+def embedding_shape(model: Any) -> tuple[int, int]:
+    """How many token ids the model knows, and how wide they are; zeros where it does not tell."""
     try:
-        return int(runnable(model).get_input_embeddings().weight.shape[0])
-    except (AttributeError, NotImplementedError, ModelError):
-        return None
+        rows, columns = runnable(model).get_input_embeddings().weight.shape
+    except (AttributeError, NotImplementedError, ModelError, ValueError):
+        return 0, 0
+    return int(rows), int(columns)
 
 
 def output_embeddings(model: Any) -> nn.Module | None:
@@ -526,8 +527,8 @@ def offloaded_value(model: Any, name: str) -> torch.Tensor | None:
 def saved_config(model: Any) -> dict[str, Any]:
     """What config.json says of a live model: as transformers saves it, with upstream's names, too.
 
-    transformers 5 renamed fields (`num_experts` → `num_local_experts`, `rope_theta` →
-    `rope_parameters`); a reader of either kind finds what it looks for.
+    transformers 5 renamed fields (`num_experts` → `num_local_experts`, `rope_theta` and
+    `rope_scaling` → `rope_parameters`); a reader of either kind finds what it looks for.
     """
     config = deepcopy(model.config)
     config.architectures = [plain_class(model).__name__]
@@ -547,3 +548,6 @@ def _add_older_names(saved: dict[str, Any], config: Any) -> None:
     rope = saved.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:
         saved.setdefault("rope_theta", rope["rope_theta"])
+        if rope.get("rope_type", "default") != "default":
+            scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+            saved.setdefault("rope_scaling", scaling)

@@ -10,6 +10,7 @@ decoder layer's own (`mtp.layers.0.mlp.experts.gate_up_proj`) are cut like them.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,7 +42,7 @@ _FOLDABLE = {
 
 _NUMBERED = re.compile(r"[0-9]+|[^0-9]+")
 _LAYER = re.compile(r"(?:^|.*?\.)(?:layers|h|blocks)\.([0-9]{1,9})\.")
-_ANY_EXPERT = re.compile(r"(?<=\.experts\.)(expert_)?[0-9]{1,9}(?=\.)")
+SINGLE_EXPERT = re.compile(r"(?<=\.experts\.)(expert_)?(?P<number>[0-9]{1,9})(?=\.)")
 """Experts that are modules of their own (NLLB, custom code) share their layer's input sites."""
 
 _EXPERT = re.compile(r"(?<=\.experts\.)[0-9]{1,9}(?=\.)")
@@ -116,6 +117,7 @@ class Inventory:
     layer_paths: tuple[str, ...]
     """Decoder layers, in memory's names."""
     vocab_size: int
+    hidden_size: int
     max_positions: int | None
 
     @cached_property
@@ -125,6 +127,12 @@ class Inventory:
         for linear in self.linears:
             found[linear.region.key].append(linear)
         return {key: tuple(group) for key, group in found.items()}
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the names and shapes of all linear weights: the same for the same model."""
+        lines = sorted(f"{x.name} {x.shape[0]} {x.shape[1]}" for x in self.linears)
+        return hashlib.sha256("\n".join([self.architecture, *lines]).encode()).hexdigest()
 
     @cached_property
     def experts_counts(self) -> Mapping[str, int]:
@@ -203,6 +211,7 @@ class _Taking:
             unknown=tuple(key for key, place in self.places.items() if place.target is None),
             layer_paths=self.tree.layers,
             vocab_size=self.tree.vocab_size,
+            hidden_size=self.tree.hidden_size,
             max_positions=self.tree.max_positions,
         )
 
@@ -320,7 +329,7 @@ class _Taking:
     def _add_linear(self, key: str, role: Role, module: str, layer: int | None) -> None:
         info, stem = self.infos[key], key.removesuffix(".weight")
         region = whole(key, info.shape)
-        site = _ANY_EXPERT.sub("*", stem) if role is Role.EXPERTS else stem
+        site = SINGLE_EXPERT.sub("*", stem) if role is Role.EXPERTS else stem
         self.linears.append(
             LinearWeight(stem, role, region, info.dtype, layer, module, stem, site)
         )  # fmt: skip

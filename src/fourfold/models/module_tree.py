@@ -18,7 +18,7 @@ from fourfold.models.internals import (
     Conversion,
     build_model,
     conversion_of,
-    embedding_rows,
+    embedding_shape,
     output_embeddings,
     tied_parameters,
     unsplit_classes,
@@ -60,6 +60,8 @@ class ModuleTree:
     num_hidden_layers: int
     vocab_size: int
     """Rows of the text model's embedding; 0 where neither it nor the config tells."""
+    hidden_size: int
+    """Columns of that embedding."""
     max_positions: int | None
     """The longest text, by its config."""
     conversion: Conversion
@@ -89,6 +91,7 @@ def describe(model: Any) -> ModuleTree:
     modules = dict(model.named_modules())
     experts, unknown = _experts(modules)
     text_config = model.config.get_text_config()
+    rows, columns = embedding_shape(model)
     return ModuleTree(
         model_types=tuple(dict.fromkeys((model.config.model_type, text_config.model_type))),
         architecture=class_name(model),
@@ -110,7 +113,8 @@ def describe(model: Any) -> ModuleTree:
         tied=tied_parameters(model),
         layers=_layers(model, modules),
         num_hidden_layers=int(getattr(text_config, "num_hidden_layers", 0)),
-        vocab_size=embedding_rows(model) or int(getattr(text_config, "vocab_size", 0) or 0),
+        vocab_size=rows or int(getattr(text_config, "vocab_size", 0) or 0),
+        hidden_size=columns or int(getattr(text_config, "hidden_size", 0) or 0),
         max_positions=getattr(text_config, "max_position_embeddings", None),
         conversion=conversion_of(model),
     )

@@ -24,7 +24,7 @@ from fourfold.errors import SourceError
 from fourfold.machine import threads_available
 from fourfold.models.engines import write_ignore
 from fourfold.models.families import family_of
-from fourfold.models.inventory import Inventory, LinearWeight, take_inventory
+from fourfold.models.inventory import SINGLE_EXPERT, Inventory, LinearWeight, take_inventory
 from fourfold.models.roles import Role
 from fourfold.parallel import marlin_note, tensor_parallel
 from fourfold.planning.rows import (
@@ -98,6 +98,22 @@ class Plan:
             found[linear.input_site].append(linear)
         return {site: tuple(linears) for site, linears in found.items()}
 
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether there is anything to observe, as the recipe wants and the model has it."""
+        return bool(self.sites or self.kv_scales)
+
+    @cached_property
+    def expert_count(self) -> int:
+        """How many experts are quantized, over all layers."""
+        inside = {(x.module, x.expert) for x in self.linears if x.expert is not None}
+        alone = {
+            x.name[: found.end()]
+            for x in self.linears
+            if x.expert is None and (found := SINGLE_EXPERT.search(x.name))
+        }
+        return len(inside) + len(alone)
+
     @cached_property
     def kv_scales(self) -> tuple[KVScales, ...]:
         return tuple(
@@ -122,21 +138,23 @@ class Plan:
 
     @cached_property
     def calibration_memory(self) -> int:
-        """Bytes that running the model takes beside activations: the shell, a layer twice."""
-        if not self.recipe.needs_calibration:
+        """Bytes that running the model takes beside activations: the shell, and a layer as it lies
+        on disk, as transformers holds it, and, while it is loaded, in between.
+        """
+        if not self.needs_calibration:
             return 0
         sizes: Counter[int | None] = Counter()
         for raw in self.inventory.tensors.values():
             if raw.role not in {Role.VISION, Role.MTP}:
                 sizes[raw.layer] += raw.info.nbytes
         layers = [size for layer, size in sizes.items() if layer is not None]
-        return sizes[None] + 2 * max(layers, default=0)
+        return sizes[None] + 3 * max(layers, default=0)
 
     @cached_property
     def files(self) -> list[str]:
         """Every file of the output, relative to its folder."""
         beside = [path.as_posix() for path in self.side_files]
-        if self.recipe.needs_calibration:
+        if self.needs_calibration:
             beside.append(STATISTICS)
         return [*self.shard_names, *beside, SUMMARY, REPORT, modelopt.QUANT_CONFIG, INDEX, CONFIG]
 

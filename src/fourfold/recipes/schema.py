@@ -112,6 +112,12 @@ class Recipe(_Strict):
             raise ValueError("name at least one role under quantize")
         return self
 
+    @model_validator(mode="after")
+    def _something_to_calibrate(self) -> Recipe:
+        if self.calibration.all_experts and not self.is_w4a4:
+            raise ValueError("calibration.all_experts: only where activations are quantized")
+        return self
+
     @property
     def is_w4a4(self) -> bool:
         """Whether activations are quantized, too."""
