@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def streamed(
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """Files that differ; but for what names the data's origin."""
+    """Files that differ; but for what names the data's origin and the model's folder."""
     own = {"quant_summary.json", "report.html", "calibration.safetensors"}
     names = {path.name for folder in (one, other) for path in folder.iterdir()} - own
     return [
@@ -181,6 +182,142 @@ def offloaded(name: str, folder: Path, tmp_path: Path) -> Any:
         )
     assert all(parameter.is_meta for parameter in model.parameters())
     return model.eval()
+
+
+def test_a_loop_that_goes_on_from_its_own_cache(streamed, tmp_path: Path) -> None:
+    """Half a text, then the other half with the keys of the first: as if it were one."""
+    folder, _, batches = streamed("qwen3_moe")
+    ids = batches[0].input_ids
+
+    def whole(model: Any) -> None:
+        model(input_ids=ids)
+
+    def halves(model: Any) -> None:
+        first = model(ids[:, :12], use_cache=True)
+        model(input_ids=ids[:, 12:], past_key_values=first.past_key_values)
+
+    found = {}
+    for name, loop in (("whole", whole), ("halves", halves)):
+        model, _ = read_back(FAMILIES["qwen3_moe"], folder, dtype=torch.float32)
+        result = fourfold.quantize(model, tmp_path / name, RECIPE, forward_loop=loop, threads=1)
+        assert result.clean
+        found[name] = result.statistics
+    assert found["halves"].data.tokens == found["whole"].data.tokens
+    for path, experts in found["whole"].experts.items():
+        assert torch.equal(experts.tokens, found["halves"].experts[path].tokens)
+    near = pytest.approx(found["whole"].kv["model.layers.2"], rel=1e-4)  # sums of another order
+    assert found["halves"].kv["model.layers.2"] == near
+
+
+def test_masks_that_are_given_by_position(streamed, tmp_path: Path) -> None:
+    folder, _, batches = streamed("qwen3_moe")
+    ids, mask = batches[0].input_ids, torch.ones_like(batches[0].input_ids)
+    mask[:, 10:] = 0
+    found = []
+    for number, loop in enumerate(
+        (
+            lambda model: model(ids, mask),
+            lambda model: model(input_ids=ids, attention_mask=mask),
+        )
+    ):
+        model, _ = read_back(FAMILIES["qwen3_moe"], folder)
+        result = fourfold.quantize(
+            model, tmp_path / str(number), RECIPE, forward_loop=loop, threads=1
+        )
+        found.append(result.statistics.to_bytes())
+        assert result.statistics.data.tokens == int(mask.sum())
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("loop", "words"),
+    [
+        (lambda model: model(torch.ones(1, 8).long(), torch.ones(1, 1, 8, 8)), "attention_mask"),
+        (lambda model: model.model(torch.ones(1, 8).long()), "not a part of it"),
+        (lambda model: model(inputs_embeds=torch.zeros(1, 8, 64).bfloat16()), "input_ids"),
+    ],
+)
+def test_loops_that_hide_the_text(loop: Any, words: str, streamed, tmp_path: Path) -> None:
+    model, _ = read_back(FAMILIES["qwen3_moe"], streamed("qwen3_moe")[0])
+    with pytest.raises(fourfold.ObservationError, match=words):
+        fourfold.quantize(model, tmp_path / "out", RECIPE, forward_loop=loop)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["qwen3_omni_moe", "switch_transformers"])
+def test_calibration_data_for_models_that_are_called_otherwise(
+    name: str, written: Written, tmp_path: Path
+) -> None:
+    folder, ids = written(name)[0], ids_file(tmp_path)
+    recipe = "nvfp4_experts_only"
+    options = {"calib": [ids], "threads": 1, **SIZES}
+    assert fourfold.quantize(folder, tmp_path / "a", recipe, **options).clean
+    model, _ = read_back(FAMILIES[name], folder)
+    assert fourfold.quantize(model, tmp_path / "b", recipe, **options).clean
+    assert differences(tmp_path / "a", tmp_path / "b") == []
+    one, other = (tmp_path / x / "calibration.safetensors" for x in "ab")
+    assert one.read_bytes() == other.read_bytes()
+
+
+FAILURES = ["loop", "nan", "sync", "plan"]
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_rank_that_fails_takes_the_others_with_it(failure: str, streamed, tmp_path: Path) -> None:
+    """Within seconds, with its error, and nothing is left of OUT."""
+    folder, _, batches = streamed("qwen3_moe")
+    torch.save([(each.input_ids, each.attention_mask) for each in batches], tmp_path / "batches")
+    begun = time.monotonic()
+    multiprocessing.spawn(run_failing, (failure, folder, tmp_path), nprocs=2)
+    assert time.monotonic() - begun < 60
+    texts = [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)]
+    assert all(FAILURE_WORDS[failure] in text for text in texts), texts
+    assert not (tmp_path / "out").exists()
+
+
+FAILURE_WORDS = {"loop": "enough", "nan": "NaN or Inf", "sync": "disk", "plan": "no such"}
+
+
+def run_failing(rank: int, failure: str, folder: Path, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=rank, world_size=2
+    )
+    try:
+        failing(rank, failure, folder, tmp_path)
+    except Exception as error:
+        (tmp_path / f"rank{rank}").write_text(str(error))
+    finally:
+        dist.destroy_process_group()
+
+
+def failing(rank: int, failure: str, folder: Path, tmp_path: Path) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    from fourfold import pipeline
+    from fourfold.checkpoints.writer import ShardFile
+
+    model, _ = read_back(FAMILIES["qwen3_moe"], folder)
+    fully_shard(model)
+    batches = [Batch(*pair) for pair in torch.load(tmp_path / "batches")]
+
+    def loop(model: Any) -> None:
+        loop_over(tuple(batches[rank::2]))(model)
+        if failure == "loop" and rank == 1:
+            raise RuntimeError("enough")
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise fourfold.OutputError("disk: no such luck")
+
+    if failure == "sync" and rank == 0:
+        ShardFile.finish = broken  # type: ignore[method-assign]
+    if failure == "plan" and rank == 1:
+        pipeline.check_room = broken
+    if failure == "nan" and rank == 1:
+        from fourfold.calibration import observers
+
+        observers._row_amax = lambda x: torch.full(x.shape[:-1], torch.inf)
+    fourfold.quantize(model, tmp_path / "out", RECIPE, forward_loop=loop, threads=1)
 
 
 def test_sharded_by_fsdp2_over_two_ranks(streamed, tmp_path: Path) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -154,3 +157,94 @@ def test_an_outlier_that_ruins_its_neighbour_is_reported(written: Written, tmp_p
     errors = {finding.tensor for finding in result.report.findings if finding.severity == "error"}
     assert errors == {"model.layers.1.block_sparse_moe.experts.0.w1"}
     assert "NOT CLEAN" in str(result)
+
+
+def test_a_shard_that_cannot_be_synced_ends_the_run_at_once(
+    written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not after all other layers were run."""
+    from fourfold.checkpoints.writer import ShardFile
+    from fourfold.models.streaming import StreamedModel
+
+    loaded: list[int | None] = []
+    load = StreamedModel.load
+
+    def counted(model: StreamedModel, layer: int | None) -> None:
+        loaded.append(layer)
+        load(model, layer)
+        time.sleep(0.2)  # the sync of the layer before fails meanwhile
+
+    def full(_: ShardFile) -> None:
+        raise fourfold.OutputError("the disk is full")
+
+    monkeypatch.setattr(StreamedModel, "load", counted)
+    monkeypatch.setattr(ShardFile, "finish", full)
+    with pytest.raises(fourfold.OutputError, match="the disk is full"):
+        fourfold.quantize(
+            written("qwen3_moe")[0], tmp_path / "out", "nvfp4_experts_only", calib=[ids(tmp_path)],
+            calib_seq=24, threads=1,
+        )  # fmt: skip
+    assert loaded in ([None, 0], [None, 0, 1])
+    assert not (tmp_path / "out").exists()
+
+
+def ids(folder: Path, name: str = "ids.jsonl") -> Path:
+    rows = torch.randint(3, 90, (20, 30), generator=torch.Generator().manual_seed(0)).tolist()
+    (folder / name).write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+    return folder / name
+
+
+def test_a_report_that_cannot_be_made_costs_no_checkpoint(
+    written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: object) -> str:
+        raise ZeroDivisionError("<oops>")
+
+    monkeypatch.setattr(pipeline, "html_of", broken)
+    assert fourfold.quantize(written("qwen3_moe")[0], tmp_path / "out", EXPERTS).clean
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "could not be made" in page
+    assert "&lt;oops&gt;" in page
+
+
+def test_names_that_are_no_unicode(written: Written, tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    model = Path(shutil.copytree(written("qwen3_moe")[0], tmp_path / name))
+    result = fourfold.quantize(
+        model, tmp_path / "out", "nvfp4_experts_only", calib=[ids(tmp_path, f"{name}.jsonl")],
+        calib_seq=24, threads=1,
+    )  # fmt: skip
+    assert result.clean
+    assert result.statistics is not None
+    assert result.statistics.data.origin == "caf\\xe9.jsonl"
+    assert json.loads((tmp_path / "out" / "quant_summary.json").read_text())["model"] == "caf\\xe9"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"calib_size": 4}, "--calib-size"),
+        ({"calib_seq": 4}, "--calib-seq"),
+        ({"threads": 0}, "threads=0"),
+        ({"threads": -1}, "threads=-1"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(
+    options: dict[str, int], words: str, written: Written, tmp_path: Path
+) -> None:
+    with pytest.raises(fourfold.UsageError, match=words):
+        fourfold.quantize(written("qwen3_moe")[0], tmp_path / "out", EXPERTS, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_room_for_waiting_activations(
+    written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fourfold import runs
+
+    monkeypatch.setattr(runs, "free_bytes", lambda _: 300_000)
+    arguments = (written("qwen3_moe")[0], tmp_path / "out", "nvfp4_experts_only")
+    options = {"calib": [ids(tmp_path)], "calib_seq": 24, "threads": 1}
+    assert fourfold.quantize(*arguments, **options).clean
+    with pytest.raises(fourfold.PlanError, match="for waiting activations"):
+        fourfold.quantize(*arguments, **options, activation_memory=0, overwrite=True)

@@ -71,6 +71,7 @@ def test_yaml_comes_back(name: str, tmp_path: Path) -> None:
         ("activations: {amx: max}\nquantize: [mlp]", ["activations.amx", "amax"]),
         ("calibration: {every_expert: true}\nquantize: [mlp]", ["all_experts"]),
         ("calibration: {all_experts: 1}\nquantize: [mlp]", ["all_experts"]),
+        ("calibration: {all_experts: true}\nquantize: [mlp]", ["all_experts", "activations"]),
         ("keep: 3\nquantize: [mlp]", ["keep: a list is expected, not 3"]),
     ],
 )

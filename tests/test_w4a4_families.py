@@ -220,3 +220,9 @@ def test_values_that_are_keys(calib: Path, tmp_path: Path) -> None:
     assert f"{attention}.v_proj.weight" not in tensors
     assert float(tensors[f"{attention}.k_proj.k_scale"]) > 0
     assert float(tensors[f"{attention}.v_proj.v_scale"]) > 0
+
+
+def test_values_from_layers_that_engines_know_no_scale_for(written: Written) -> None:
+    """Zaya's values come from two layers beside k_proj: there is no name for their scale."""
+    work = plan(written("zaya")[0], RECIPES[-1])
+    assert work.kv_scales == ()
