@@ -7,17 +7,21 @@ is away has no bytes; after `fetch` every view of it is as before, bit for bit.
 from __future__ import annotations
 
 import errno
+import gc
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from fourfold.errors import OutputError
 from fourfold.models import parking
-from fourfold.models.parking import Parking, tensors_in
+from fourfold.models.parking import Parking, held_by_model, tensors_in
 
 KIB = 1024
 
@@ -151,6 +155,165 @@ def test_what_two_calls_hold_is_whole_for_both(place: Callable[..., Parking]) ->
         assert torch.equal(shared, random(seed=1))
     parked.fetch(0)
     parked.fetch(1)
+
+
+# --- what only an earlier door was given --------------------------------------------------------
+
+
+def test_what_a_frame_keeps_goes_away_at_every_door(place: Callable[..., Parking]) -> None:
+    embeds, parked = random(seed=1), place(0)
+    given = embeds
+    for door in range(1, 5):
+        parked.leave(0, ((given,), {}))
+        assert is_away(embeds)
+        assert is_away(given)
+        parked.fetch(0)
+        assert torch.equal(embeds, random(seed=1))
+        embeds += 1  # whoever holds it may change it
+        embeds -= 1
+        given = random(seed=1 + door)
+    assert parked.written == 7 * KIB
+
+
+def test_what_a_frame_keeps_counts(place: Callable[..., Parking]) -> None:
+    kept, given, parked = random(seed=1), random(seed=2), place(None)
+    parked.leave(0, ((kept,), {}))
+    parked.fetch(0)
+    parked.leave(0, ((given,), {}))
+    assert parked.resident == parked.peak == 2 * KIB
+    parked.fetch(0)
+    assert parked.resident == 0
+
+
+def test_what_was_changed_between_two_doors_comes_back_changed(
+    place: Callable[..., Parking],
+) -> None:
+    kept, parked = random(seed=1), place(0)
+    parked.leave(0, ((kept,), {}))
+    parked.fetch(0)
+    kept.copy_(random(seed=2))
+    parked.leave(0, ((random(seed=3),), {}))
+    assert is_away(kept)
+    parked.fetch(0)
+    assert torch.equal(kept, random(seed=2))
+
+
+def test_what_nobody_holds_is_forgotten(place: Callable[..., Parking]) -> None:
+    kept, parked = random(seed=1), place(0)
+    parked.leave(0, ((kept,), {}))
+    parked.fetch(0)
+    reference = parking._weakly(kept.untyped_storage())
+    del kept
+    assert reference.expired(), "parking keeps it"  # type: ignore[no-untyped-call]
+    given = random(seed=2)
+    parked.leave(0, ((given,), {}))
+    assert parked.written == 2 * KIB
+    assert len(parked._seen[0]) == 1
+    parked.fetch(0)
+
+
+def test_what_a_frame_keeps_and_another_call_is_given_is_whole(
+    place: Callable[..., Parking],
+) -> None:
+    kept, parked = random(seed=1), place(0)
+    parked.leave(0, ((kept,), {}))
+    parked.fetch(0)
+    parked.leave(0, ((random(seed=2),), {}))
+    assert is_away(kept)
+    parked.leave(1, ((kept,), {}))
+    for call in (0, 1):
+        assert torch.equal(kept, random(seed=1))
+        parked.fetch(call)
+        parked.leave(call, ((), {}))
+    assert torch.equal(kept, random(seed=1))
+
+
+def test_nothing_is_taken_for_a_tensor_that_is_gone(place: Callable[..., Parking]) -> None:
+    """Freed embeddings leave an address that the next activation may get."""
+    buffers = [random(seed=seed) for seed in range(20)]
+    parked = place(0, tuple(buffers))
+    del buffers
+    tensors = [random(seed=seed) for seed in range(20)]
+    parked.leave(0, (tensors, {}))
+    assert all(map(is_away, tensors))
+    parked.fetch(0)
+
+
+# --- what a model's frames hold -----------------------------------------------------------------
+
+
+class Door(nn.Module):
+    """A layer that calls `see` with its own frame, like a hook at its door."""
+
+    def __init__(self, see: Callable[[FrameType], None]) -> None:
+        super().__init__()
+        self.see = see
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.see(sys._getframe())
+        return x + 1
+
+
+class Model(nn.Module):
+    """Keeps its embeddings and a mask for another layer; what surrounds `forward` is not its."""
+
+    def __init__(self, see: Callable[[FrameType], None], beside: torch.Tensor) -> None:
+        super().__init__()
+        self.layer, self.watch = Door(see), lambda: beside
+        forward = self.forward
+        self.forward = lambda *args: (forward(*args), beside)[0]
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        embeds = ids.float()
+        masks: dict[str, Any] = {"full": mask[None], "sliding": [embeds > 3], "none": None}
+        masks["itself"] = (masks, embeds.to("meta"), embeds.to_sparse())
+        hidden = self.layer(embeds[:, None] * 2)
+        del embeds
+        return self.layer(hidden)
+
+
+def test_the_variables_of_the_models_frames_are_found() -> None:
+    """Not what the model was called with, nor what lies around the call; nothing stays behind."""
+    found: list[set[tuple[tuple[int, ...], torch.dtype]]] = []
+    storages: list[Any] = []
+
+    def see(frame: FrameType) -> None:
+        held = held_by_model(frame)
+        found.append({(tuple(each.shape), each.dtype) for each in held})
+        storages.append([parking._weakly(each.untyped_storage()) for each in held])
+
+    around = torch.ones(77)
+    Model(see, around)(torch.arange(8), torch.ones(8, 8))
+    embeds, sliding, hidden = ((8,), torch.float32), ((8,), torch.bool), ((8, 1), torch.float32)
+    assert found == [{embeds, sliding, hidden}, {sliding, hidden}]
+    gc.collect()  # the mask is in a cycle
+    assert all(each.expired() for held in storages for each in held)
+
+
+def test_looking_at_a_frame_keeps_nothing_alive() -> None:
+    gone: list[bool] = []
+
+    class Rebinds(nn.Module):
+        def forward(self, x: torch.Tensor) -> None:
+            hidden, mine = x + 1, locals() if x.numel() > 3 else {}
+            reference = parking._weakly(hidden.untyped_storage())
+            assert any(each is hidden for each in held_by_model(sys._getframe()))
+            hidden = x
+            gone.append(reference.expired())
+            assert x.numel() <= 3 or "x" in mine, "what the function took itself was emptied"
+
+    Rebinds()(torch.ones(3))
+    assert gone == [True]
+    Rebinds()(torch.ones(4))
+
+
+def test_without_a_model_no_frame_is_its() -> None:
+    tensor = random()
+    assert held_by_model(sys._getframe()) == []
+    assert not is_away(tensor)
+
+
+# --- memory and disk ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("limit", [None, 0, 1, 1500, 2048, 5000, 1 << 30])

@@ -15,16 +15,20 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from families import FAMILIES, quiet, read_back
 from fourfold.calibration.observers import Observers
 from fourfold.checkpoints.held import HeldTensors
+from fourfold.checkpoints.safetensors_header import TORCH_DTYPES
 from fourfold.checkpoints.source import open_source
 from fourfold.errors import ModelError
 from fourfold.models import parking
@@ -176,6 +180,45 @@ def real_bytes(model: nn.Module) -> int:
     return sum(storages.values())
 
 
+def storages_in_memory() -> dict[int, torch.UntypedStorage]:
+    """What every tensor of the process lies in, by identity."""
+    objects = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+    found = [each.untyped_storage() for each in objects if not each.is_meta]
+    return {storage._cdata: storage for storage in found if storage.nbytes() >= parking.SMALL}
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen3_moe", "deepseek_v4", "gemma4", "jamba", "kimi_linear", "llama4"]
+)
+def test_a_waiting_call_holds_nothing(name: str, written: Any, monkeypatch: Any) -> None:
+    """At every door, but what calls share; also what only an earlier layer was given."""
+    monkeypatch.setattr(parking, "SMALL", 64)
+    streamed, where, left = open_streamed(written, name), Parking(limit=0), []
+    batches, found = batches_of(streamed.model), Trace()
+    wanted, _ = run_whole(whole(written, name), streamed.tree.layers, batches)
+
+    def call(number: int, model: Any) -> None:
+        found.finish(number, runnable(model)(**batches[number], use_cache=False))
+
+    def look(layer: int) -> None:
+        parameters = {each.untyped_storage()._cdata for each in streamed.model.parameters()}
+        own = before.keys() | parameters | where._own.keys() | where._shared.keys()
+        for identity, storage in storages_in_memory().items():
+            if identity not in own and storage.resizable():
+                left.append((layer, storage.nbytes()))
+
+    gc.collect()
+    before = storages_in_memory()
+    calls = [partial(call, number) for number in range(len(batches))]
+    doors = list(streamed.run(calls, parking=where, on_layer=look))
+    assert doors == list(range(len(streamed.layers)))
+    assert left == []
+    assert where.peak == 0
+    assert where.written > 0
+    found.hidden = wanted.hidden
+    assert differences(found, wanted) == []
+
+
 @pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_moe_tied", "deepseek_v4", "gemma4", "jamba"])
 @pytest.mark.parametrize("keep_shell", [True, False])
 def test_the_shell_and_one_layer_at_most(name: str, keep_shell: bool, written: Any) -> None:
@@ -225,6 +268,22 @@ def test_embeddings_go_when_nobody_needs_them(written: Any) -> None:
         assert gone == {is_gone}
 
 
+def test_a_tied_head_goes_with_the_embeddings_when_no_call_needs_it(written: Any) -> None:
+    source = open_source(written("qwen3_moe_tied")[0])
+    batches = batches_of(StreamedModel(source).model)
+    sizes = {}
+    for head in (True, False):
+        streamed = StreamedModel(source, head=head)
+        assert streamed.tree.tied
+        calls = [lambda model, batch=batch: _run(batch, model.model) for batch in batches]
+        for _ in range(2):  # the second run finds all of it again
+            steps = streamed.run(calls, keep_shell=False)
+            sizes[head] = [real_bytes(streamed.model) for _ in steps]
+        assert streamed.load_all().lm_head.weight is streamed.model.model.embed_tokens.weight
+        table = streamed.model.lm_head.weight.nbytes
+    assert [size + table for size in sizes[False]] == sizes[True]
+
+
 def test_towers_stay_on_meta(written: Any) -> None:
     streamed = open_streamed(written, "qwen3_vl_moe")
     vision = [value for name, value in streamed.model.named_parameters() if "visual" in name]
@@ -253,6 +312,36 @@ def test_load_all_gives_the_weights_of_from_pretrained(written: Any) -> None:
             other = found.state_dict()[key]
             assert other.dtype is value.dtype, key
             assert torch.equal(other, value), key
+
+
+# --- tensors that are held ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", TORCH_DTYPES)
+@pytest.mark.parametrize("shape", [(), (5,), (6, 4, 2)])
+def test_bytes_of_a_held_tensor_are_read_once(dtype: str, shape: Any, tmp_path: Path) -> None:
+    bits = torch.randint(0, 2, (*shape, TORCH_DTYPES[dtype].itemsize), dtype=torch.uint8)
+    tensors = {"a": torch.ones(3), "held": bits.view(TORCH_DTYPES[dtype]).reshape(shape)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    source = open_source(tmp_path)
+    held, nbytes = HeldTensors(source), source.tensors["held"].nbytes
+    held.whole("held")
+    source.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(source, "_read", boom)
+        for start, stop in ((0, nbytes), (nbytes // 3, nbytes - nbytes // 4), (nbytes, nbytes)):
+            found = np.empty(stop - start, dtype=np.uint8)
+            held.read_bytes("held", start, found)
+            assert bytes(found) == bytes(bits.reshape(-1).numpy()[start:stop])
+        with pytest.raises(BoomError):
+            held.read_bytes("a", 0, np.empty(12, dtype=np.uint8))
+    held.release()
+    again = np.empty(nbytes, dtype=np.uint8)
+    if nbytes:
+        held.read_bytes("held", 0, again)
+    assert bytes(again) == bytes(bits.reshape(-1).numpy())
+    held.close()
 
 
 # --- what goes wrong --------------------------------------------------------------------------

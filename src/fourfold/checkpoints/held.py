@@ -60,7 +60,12 @@ class HeldTensors:
         return held[start:stop] if held.ndim else held
 
     def read_bytes(self, key: str, start: int, out: np.ndarray[Any, Any]) -> None:
-        self.source.read_bytes(key, start, out)
+        held = self._held.get(key)
+        if held is None:
+            self.source.read_bytes(key, start, out)
+            return
+        data = held.reshape(-1).view(torch.uint8).numpy()
+        out[:] = data[start : start + len(out)]
 
     def will_need(self, key: str, start: int, stop: int) -> None:
         if key not in self._held:

@@ -1,9 +1,15 @@
 """Where the activations of a waiting call are kept: on the device, in memory, or on the disk.
 
 A call that waits at a layer's door holds its hidden states, masks and rotary embeddings in the
-local variables of frames that nobody can reach. Their storages can be reached, through the
-layer's arguments: a storage is copied away and shrunk to nothing in place, and before the call
-goes on it is made whole again. Whatever views the frames hold of it are then as they were.
+local variables of its frames. A frame's variables cannot be replaced, but the storages they lie in
+can be emptied: a storage is copied away and shrunk to nothing in place, and before the call goes
+on it is made whole again. Whatever views the frames hold of it are then as they were.
+
+A frame may hold more than the layer is given: `forward` keeps its `inputs_embeds` to the end, and
+masks for other layers. So everything goes away that is found in the variables of the model's
+frames (`held_by_model`), or that the call was seen with at the door before and somebody holds. All
+of it comes back each time, used or not: nobody can tell. What only objects hold (a cache of keys
+and values) stays.
 
 Up to `limit` bytes are kept in memory; what is beyond goes to a file without a name, which is
 gone when the process is, however it ends.
@@ -12,19 +18,28 @@ gone when the process is, however it ends.
 from __future__ import annotations
 
 import ctypes
+import inspect
 import os
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fourfold.errors import OutputError
 
 SMALL = 1 << 16
 """Bytes of a storage that is not worth moving."""
+
+CALL = nn.Module._wrapped_call_impl.__code__
+"""The frame in which a module is called."""
 
 
 @dataclass
@@ -52,28 +67,33 @@ class Parking:
     peak: int = 0
     written: int = 0
     """Bytes written to the file, in all."""
-    _own: set[int] = field(default_factory=set)
-    _shared: set[int] = field(default_factory=set)
+    _own: dict[int, StorageWeakRef] = field(default_factory=dict)
+    """By identity, here and below. While there is a weak reference, no other gets the identity."""
+    _shared: dict[int, StorageWeakRef] = field(default_factory=dict)
     _parked: dict[int, dict[int, _Away]] = field(default_factory=dict)
+    _seen: dict[int, list[StorageWeakRef]] = field(default_factory=dict)
+    """Call → what was put away when it waited last."""
     _file: int = -1
     _free: list[tuple[int, int]] = field(default_factory=list)
     _end: int = 0
 
     def begin(self, kept: Iterable[torch.Tensor]) -> None:
         """`kept`: tensors that stay where they are: the model's own, and the caller's."""
-        self._own = {tensor.untyped_storage()._cdata for tensor in kept if not tensor.is_meta}
+        storages = (tensor.untyped_storage() for tensor in kept if not tensor.is_meta)
+        self._own = {storage._cdata: _weakly(storage) for storage in storages}
 
     def leave(self, call: int, values: Any) -> None:
-        """A call waits now, and `values` is what its layer will be given."""
+        """A call waits now, and `values` is what its layer will be given, and what it holds."""
         parked: dict[int, _Away] = {}
-        for tensor in tensors_in(values):
-            storage = tensor.untyped_storage()
+        given = (tensor.untyped_storage() for tensor in tensors_in(values))
+        for storage in chain(given, self._still_held(call)):
             identity = storage._cdata
             if identity in self._own or identity in parked or self._is_shared(identity):
                 continue
             if storage.nbytes() >= SMALL and storage.resizable():
                 parked[identity] = _Away(storage, storage.nbytes())
         self._parked[call] = parked
+        self._seen[call] = [_weakly(away.storage) for away in parked.values()]
         for away in parked.values():
             self._put_away(away)
 
@@ -94,8 +114,16 @@ class Parking:
                 os.close(self._file)
                 self._file = -1
             self._parked.clear()
-            self._shared.clear()
+            for known in (self._own, self._shared, self._seen):
+                known.clear()
             self._free, self._end, self.resident = [], 0, 0
+
+    def _still_held(self, call: int) -> Iterator[torch.UntypedStorage]:
+        """What this call was seen with at its last door, and somebody holds."""
+        for reference in self._seen.get(call, ()):
+            storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
+            if storage is not None:
+                yield storage
 
     def _is_shared(self, identity: int) -> bool:
         """Whether several calls hold this storage; it is made whole, and stays so."""
@@ -103,8 +131,9 @@ class Parking:
             return True
         for parked in self._parked.values():
             if identity in parked:
-                self._bring_back(parked.pop(identity))
-                self._shared.add(identity)
+                away = parked.pop(identity)
+                self._bring_back(away)
+                self._shared[identity] = _weakly(away.storage)
                 return True
         return False
 
@@ -182,17 +211,48 @@ class Parking:
         return self.folder or Path(tempfile.gettempdir())
 
 
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+def held_by_model(frame: FrameType | None) -> list[torch.Tensor]:
+    """What the variables of the model's frames hold, from `frame` out to its outermost call.
+
+    Not what that was called with: it is the caller's, who may use it for another call.
+    """
+    held: list[Any] = []
+    beside: list[Any] = []
+    given: Any = ()
+    while frame is not None:
+        variables = _variables(frame)
+        if frame.f_code is CALL:
+            held, beside, given = [*held, *beside], [], list(variables.values())
+        beside.append(variables)
+        frame = frame.f_back
+    theirs = {tensor.untyped_storage()._cdata for tensor in tensors_in(given)}
+    return [each for each in tensors_in(held) if each.untyped_storage()._cdata not in theirs]
+
+
+def _variables(frame: FrameType) -> dict[str, Any]:
+    """A function's own variables. Before Python 3.13, a frame keeps the mapping it is asked for,
+    and with it whatever the variables were: it is emptied, unless the function has it, too."""
+    mapping, code = frame.f_locals, frame.f_code
+    if not code.co_flags & inspect.CO_OPTIMIZED:
+        return {}
+    found = {name: mapping[name] for name in mapping if name not in code.co_freevars}
+    if isinstance(mapping, dict) and sys.getrefcount(mapping) <= 3:  # frame, here, the count's
+        mapping.clear()
+    return found
+
+
+def tensors_in(value: Any, inside: frozenset[int] = frozenset()) -> Iterator[torch.Tensor]:
     """Every tensor inside nested tuples, lists and mappings."""
     if isinstance(value, torch.Tensor):
-        if not value.is_meta:
+        if not value.is_meta and value.layout is torch.strided:
             yield value
-    elif isinstance(value, Mapping):
-        for each in value.values():
-            yield from tensors_in(each)
-    elif isinstance(value, list | tuple | set):
-        for each in value:
-            yield from tensors_in(each)
+    elif isinstance(value, Mapping | list | tuple | set) and id(value) not in inside:
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(each, inside | {id(value)})
+
+
+def _weakly(storage: torch.UntypedStorage) -> StorageWeakRef:
+    return StorageWeakRef(storage)  # type: ignore[no-untyped-call]
 
 
 def _is_held_elsewhere(storage: torch.UntypedStorage) -> bool:

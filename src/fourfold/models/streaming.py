@@ -13,12 +13,16 @@ what it would with the whole model in memory. A call may pass the layers several
 ends the run where it is raised, and there is no thread to join. Threads of the system would each
 keep a pool of workers in OpenMP and an arena in malloc; these cost a few kB each.
 
+All calls share one thread's state of PyTorch: a call must not wait inside `torch.autocast` or a
+mode that it has entered outside of the model.
+
 The shell (embeddings, norms, head) is loaded first; what a call no longer needs can be freed.
 Parameters of vision and audio towers stay on the meta device: a call that needs them fails.
 """
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -35,7 +39,7 @@ from fourfold.errors import ModelError
 from fourfold.machine import cache_few_kernels, give_back_memory
 from fourfold.models.internals import Conversion, LazyTensor, build_model, load_tensors
 from fourfold.models.module_tree import ModuleTree, describe
-from fourfold.models.parking import Parking
+from fourfold.models.parking import Parking, held_by_model
 from fourfold.models.roles import TOWER
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -60,11 +64,13 @@ class StreamedModel:
         """`dtype`: of the parameters; by default that of most of the checkpoint's weights.
 
         towers: whether vision and audio towers are loaded, too; text needs none.
-        head: whether the output embeddings are loaded; calls that end before need none.
+        head: whether calls need the output embeddings. If not, they are not loaded, or, where
+            they are tied to the input embeddings, freed with those.
         """
         cache_few_kernels()
         self.held = HeldTensors(source)
         self.device, self.dtype = torch.device(device), dtype or main_dtype(source)
+        self._has_head = head
         self.model = build_model(
             source.folder, dtype=self.dtype, trust_remote_code=trust_remote_code
         )
@@ -144,7 +150,9 @@ class StreamedModel:
                         self.free(index)
 
     def _free_embeddings(self) -> None:
-        for path in self.tree.embeddings:
+        """Also the head that is tied to one: the memory goes when nobody holds it any more."""
+        heads = () if self._has_head else self.tree.heads
+        for path in (*self.tree.embeddings, *heads):
             if not any(path.startswith(f"{layer}.") for layer in self.tree.layers):
                 free_parameters(self.model.get_submodule(path))
 
@@ -186,7 +194,6 @@ class _Running:
             del self.waiting[number]
             self.parking.fetch(number)
             self._switch(number)
-        self.waiting = dict(sorted(self.waiting.items()))
 
     def _switch(self, number: int) -> None:
         if self.on_resume is not None:
@@ -204,7 +211,7 @@ class _Running:
                 "the model was called from outside while its layers are streamed. Wait for the end."
             )
         self.waiting[number] = layer
-        self.parking.leave(number, (args, kwargs))
+        self.parking.leave(number, (args, kwargs, held_by_model(sys._getframe(1))))
         del args, kwargs
         self.coordinator.switch()
 
