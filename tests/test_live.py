@@ -10,10 +10,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import accelerate
 import pytest
@@ -23,8 +26,9 @@ import torch.multiprocessing as multiprocessing
 import transformers
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import fourfold
 from families import FAMILIES, quiet, read_back, write_checkpoint
@@ -33,7 +37,7 @@ from fourfold.checkpoints.source import SafetensorsFolder, Source
 from fourfold.errors import SourceError, UsageError
 from fourfold.models.inventory import take_inventory
 from fourfold.models.live import LiveSource
-from fourfold.models.live_values import KEPT
+from fourfold.models.live_values import KEPT, _ranks_of
 
 RECIPE = "w4a16_nvfp4_experts_only_mse"
 DOCS = Path(__file__).parent.parent / "docs"
@@ -239,32 +243,34 @@ def compare_with_folder(model: Any, folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["qwen3_5_moe_vl"])
 def test_sharded_over_two_ranks(name: str, written, streamed, tmp_path: Path) -> None:
-    folder, _ = written(name)
-    arguments = (name, folder, tmp_path)
-    multiprocessing.spawn(run_rank, arguments, nprocs=2)
-    assert [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)] == ["[]", "[]"]
+    assert on_ranks(2, sharded, tmp_path, name, written(name)[0]) == ["[]", "[]"]
     assert_same_files(tmp_path / "out", streamed(name))
 
 
-def run_rank(rank: int, name: str, folder: Path, tmp_path: Path) -> None:
-    """One of two ranks; what it found different goes into a file."""
+def on_ranks(size: int, check: Any, tmp_path: Path, *arguments: Any) -> list[str]:
+    """What `check` returns on each of several ranks: what it found different."""
+    multiprocessing.spawn(run_rank, (size, check, tmp_path, *arguments), nprocs=size)
+    return [(tmp_path / f"rank{rank}").read_text() for rank in range(size)]
+
+
+def run_rank(rank: int, size: int, check: Any, tmp_path: Path, *arguments: Any) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=rank, world_size=2
-    )
+    store = f"file://{tmp_path / 'store'}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
     try:
-        (tmp_path / f"rank{rank}").write_text(str(sharded(rank, name, folder, tmp_path)))
+        (tmp_path / f"rank{rank}").write_text(str(check(rank, tmp_path, *arguments)))
+        while len(list(tmp_path.glob("rank*"))) < size:  # who leaves early breaks connections
+            time.sleep(0.05)
     finally:
         dist.destroy_process_group()
 
 
-def sharded(rank: int, name: str, folder: Path, tmp_path: Path) -> list[str]:
+def sharded(rank: int, tmp_path: Path, name: str, folder: Path) -> list[str]:
     model = shard(load(name, folder))
     with torch.no_grad():
         model(torch.arange(8)[None])  # a calibration's forward gathers and frees the layers
     live, disk = LiveSource(model), SafetensorsFolder(folder)
     found = [] if live.is_sharded and live.rank == rank else ["not sharded"]
-    keys = list(disk.tensors)
     try:
         live.slab("model.language_model.layers.0.mlp.experts.down_proj", 0, 1)
         found.append("read without being held")
@@ -275,11 +281,13 @@ def sharded(rank: int, name: str, folder: Path, tmp_path: Path) -> list[str]:
         live.hold(unit)
         found += [key for key in unit if bytes_of(live, key) != bytes_of(disk, key)]
         live.release()
-    live.hold(keys, keep=rank == 0)
-    if rank == 0:
-        fourfold.quantize(live, tmp_path / "out", RECIPE)
-    elif live._values._held:
-        found.append("held by a rank that does not read")
+    copied: list[torch.Tensor] = []
+    with mock.patch.object(torch.Tensor, "cpu", lambda tensor: copied.append(tensor) or tensor):
+        live.hold(units(disk)[0], keep=rank == 0)
+    if bool(live._values._held) != (rank == 0) or bool(copied) != (rank == 0):
+        found.append("held or copied by a rank that does not read")
+    live.release()
+    fourfold.quantize(live, tmp_path / "out", RECIPE)
     live.close()
     return found
 
@@ -290,6 +298,56 @@ def shard(model: Any) -> Any:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
+
+
+def test_sharded_over_some_of_the_ranks(written, tmp_path: Path) -> None:
+    """Ranks 1 and 2 of three share it, in one dimension and in two; rank 0 has no part."""
+    found = on_ranks(3, sharded_on_a_part, tmp_path, written("qwen3_moe")[0])
+    assert found == ["rank 0: has no part of the model, which is sharded over ranks [1, 2]", "", ""]
+
+
+def sharded_on_a_part(rank: int, _: Path, folder: Path) -> str:
+    square = DeviceMesh("cpu", [[1], [2]], mesh_dim_names=("replicate", "shard"))
+    meshes = [DeviceMesh("cpu", [1, 2]), square]
+    if rank == 0:
+        with pytest.raises(UsageError) as error:
+            _ranks_of(meshes)
+        return str(error.value).partition(". ")[0]
+    for mesh in meshes:
+        model = fully_shard(load("qwen3_moe", folder), mesh=mesh)
+        live, disk = LiveSource(model), SafetensorsFolder(folder)
+        assert (live.rank, live.world_size) == (rank - 1, 2)
+        everyone: list[Any] = [None, None]
+        dist.all_gather_object(everyone, rank, group=live.group)
+        assert everyone == [1, 2]
+        with torch.no_grad():
+            model(torch.arange(8)[None])
+        assert not isinstance(model.lm_head.weight, DTensor)  # FSDP2 leaves its root gathered
+        assert live.is_sharded
+        live.hold(disk.tensors)
+        assert differences(live, disk) == []
+        live.close()
+    return ""
+
+
+def test_ranks_of_several_meshes(tmp_path: Path) -> None:
+    """Experts on other ranks than the rest: the ranks of all, whatever this one sees."""
+    assert on_ranks(3, several_meshes, tmp_path) == [
+        "[(0, 3, True), (0, 3, True)]",
+        "[(1, 3, True), (1, 3, True), (0, 2, False)]",
+        "[(2, 3, True), (1, 2, False)]",
+    ]
+
+
+def several_meshes(rank: int, _: Path) -> list[tuple[int, int, bool]]:
+    whole, first, last = (DeviceMesh("cpu", ranks) for ranks in ([0, 1, 2], [0, 1], [1, 2]))
+    seen = {
+        0: [[first, whole], [whole]],
+        1: [[first, whole, last], [first, last], [last]],
+        2: [[last, whole], [last]],
+    }
+    ranks = [_ranks_of(meshes) for meshes in seen[rank]]
+    return [(each.rank, each.size, each.group is None) for each in ranks]
 
 
 def units(source: Source) -> list[list[str]]:
@@ -340,6 +398,108 @@ def test_a_changed_model_leaves_its_folder(written, tmp_path: Path) -> None:
     assert "num_experts" in json.loads((tmp_path / "out" / "config.json").read_text())
     with pytest.raises(SourceError, match=r"is not the live model's checkpoint"):
         LiveSource(model, checkpoint=folder)
+
+
+YARN = {
+    "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64,
+    "rope_theta": 10000.0,
+}  # fmt: skip
+
+
+def test_configured_otherwise_than_its_folder(written, tmp_path: Path) -> None:
+    """The tensors fit, but the weights mean something else: config.json is not taken silently."""
+    folder, _ = written("qwen3_moe")
+    model = load("qwen3_moe", folder)
+    model.config.num_experts_per_tok = 1
+    model.config.rope_parameters = dict(YARN)
+    with pytest.raises(SourceError) as error:
+        LiveSource(model)
+    assert str(error.value) == (
+        f"{folder / 'config.json'}: is not the live model's configuration: "
+        "num_experts_per_tok is 2 there, 1 in the model; "
+        "rope_parameters.factor is null there, 4.0 in the model; "
+        "rope_parameters.original_max_position_embeddings is null there, 64 in the model; "
+        'rope_parameters.rope_type is "default" there, "yarn" in the model. '
+        'Make both the same, or set model.name_or_path = "" before: names and config.json are '
+        "then made from the model alone."
+    )
+    with pytest.raises(SourceError, match=r"num_experts_per_tok is 2 there, 1 in"):
+        LiveSource(model, checkpoint=folder)
+    alone = LiveSource(model, checkpoint="")
+    assert differences(alone, SafetensorsFolder(folder)) == []
+    alone.close()
+
+    model.name_or_path = ""  # the remedy that the message names
+    fourfold.quantize(model, tmp_path / "out", RECIPE)
+    written_config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written_config["num_experts_per_tok"] == 1
+    assert written_config["rope_parameters"] == YARN
+    assert written_config["rope_scaling"] == {k: v for k, v in YARN.items() if k != "rope_theta"}
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    assert config.rope_parameters == YARN
+
+
+def test_a_nested_configuration_otherwise(written) -> None:
+    model = load("qwen3_5_moe_vl", written("qwen3_5_moe_vl")[0])
+    model.config.text_config.num_experts_per_tok = 1
+    with pytest.raises(SourceError, match=r": text_config\.num_experts_per_tok is 2 there, 1 in"):
+        LiveSource(model)
+
+
+def test_what_configurations_may_differ_in(written) -> None:
+    """How it was loaded does not matter; what is for training and generation is a note."""
+    folder, _ = written("qwen3_moe")
+    model = load("qwen3_moe", folder, attn_implementation="eager").float()
+    model.config.dtype, model.config.architectures = torch.float32, None
+    live = LiveSource(model)
+    assert (live.folder, live.notes) == (folder, ())
+    model.config.use_cache = False
+    model.config.pad_token_id = 3
+    live = LiveSource(model)
+    assert live.folder == folder
+    (note,) = live.notes
+    assert note.startswith(f"config.json is that of {folder}: ")
+    assert "use_cache is true there, false in the model" in note
+    assert "pad_token_id is 0 there, 3 in the model" in note
+
+
+def test_equal_runs_are_equal_files(written, tmp_path: Path) -> None:
+    """No name of a temporary folder in them: the model is called as its folder, or its class."""
+    folder, _ = written("qwen3_moe")
+    model = load("qwen3_moe", folder)
+    for out in ("tokenizer", "tokenizer-again"):
+        fourfold.quantize(model, tmp_path / out, RECIPE, tokenizer=Tokenizer())
+    assert_same_files(tmp_path / "tokenizer", tmp_path / "tokenizer-again")
+    assert named_in(tmp_path / "tokenizer") == folder.name
+    model.name_or_path = ""
+    for out in ("alone", "alone-again"):
+        fourfold.quantize(model, tmp_path / out, RECIPE)
+    assert_same_files(tmp_path / "alone", tmp_path / "alone-again")
+    assert named_in(tmp_path / "alone") == "Qwen3MoeForCausalLM"
+
+
+def named_in(out: Path) -> str:
+    return json.loads((out / "quant_summary.json").read_text())["model"]
+
+
+def test_the_folders_that_it_comes_from(written, tmp_path: Path, monkeypatch) -> None:
+    """All that no output may lie in, also where the files beside the weights are copies."""
+    shutil.copytree(written("qwen3_moe")[0], tmp_path / "model")
+    model = load("qwen3_moe", tmp_path / "model")
+    with closing(LiveSource(model)) as live:
+        assert live.origin_folders == (tmp_path / "model",)
+    with closing(LiveSource(model, tokenizer=Tokenizer())) as live:
+        assert live.folder.name == "model"
+        assert live.origin_folders == (live.folder, tmp_path / "model")
+    monkeypatch.chdir(tmp_path / "model")
+    with closing(LiveSource(model, tokenizer=Tokenizer(), checkpoint=".")) as live:
+        assert live.folder.name == "model"
+    (tmp_path / "model" / "model.safetensors").unlink()  # the live model may still map it
+    with closing(LiveSource(model)) as live:
+        assert live.origin_folders == (live.folder, tmp_path / "model")
+    model.name_or_path = ""
+    with closing(LiveSource(model)) as live:
+        assert live.origin_folders == (live.folder,)
 
 
 def test_another_checkpoint_in_the_folder(written, tmp_path: Path) -> None:

@@ -131,9 +131,7 @@ def together(source: Source) -> AbstractContextManager[None]:
 
 def origins(source: Source) -> tuple[Path, ...]:
     """The folders that a source reads from: OUT may lie in none of them."""
-    if isinstance(source, LiveSource):
-        return getattr(source, "origin_folders", (source.folder,))
-    return (source.folder,)
+    return source.origin_folders if isinstance(source, LiveSource) else (source.folder,)
 
 
 def choose_run(plan: Plan, source: Source, observation: Observation, scratch: Path) -> Run:

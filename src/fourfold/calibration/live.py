@@ -64,7 +64,7 @@ def observe_live(
     with agreeing(source):
         statistics = _observed(plan, source, forward_loop)
     if source.is_sharded:
-        statistics = merged(_of_all_ranks(statistics))
+        statistics = merged(_of_all_ranks(source, statistics))
     scales = ActivationScales(plan, statistics)
     for layer in (None, *range(len(plan.inventory.layer_paths))):
         scales.check(layer)
@@ -197,9 +197,9 @@ def _mask_of(ids: Any, mask: Any) -> torch.Tensor | None:
     return mask[:, -ids.shape[1] :]
 
 
-def _of_all_ranks(statistics: Statistics) -> list[Statistics]:
-    everyone: list[bytes] = [b""] * dist.get_world_size()
-    dist.all_gather_object(everyone, statistics.to_bytes())
+def _of_all_ranks(source: LiveSource, statistics: Statistics) -> list[Statistics]:
+    everyone: list[bytes] = [b""] * source.world_size
+    dist.all_gather_object(everyone, statistics.to_bytes(), group=source.group)
     found = [Statistics.from_bytes(each) for each in everyone]
     same = all(each.data.digest == found[0].data.digest for each in found)
     return found[:1] if same else found  # all that read the same text: it counts once
@@ -214,8 +214,8 @@ def agreeing(source: LiveSource) -> Iterator[None]:
     except Exception as caught:
         error = caught
     if source.is_sharded:
-        everyone: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, None if error is None else str(error))
+        everyone: list[str | None] = [None] * source.world_size
+        dist.all_gather_object(everyone, None if error is None else str(error), group=source.group)
         failed = [(rank, text) for rank, text in enumerate(everyone) if text is not None]
         if failed and error is None:
             raise FourfoldError(f"rank {failed[0][0]}: {failed[0][1]}")

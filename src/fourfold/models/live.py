@@ -3,6 +3,7 @@
 Names, shapes, dtypes and order are those of the checkpoint that the model came from
 (`model.name_or_path`), where that still lies on the disk and builds the same model; the values
 are the model's own. Tensors that transformers does not load (MTP layers) are copied from there.
+So is config.json, which must say of the model what its own configuration says.
 
 Without such a checkpoint, names and shapes are what transformers' reversed conversion makes of
 the model, corrected by what is known of published checkpoints (`upstream`), dtypes are those of
@@ -16,17 +17,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from fourfold.checkpoints.safetensors_header import TORCH_DTYPES, TensorInfo
 from fourfold.checkpoints.source import CONFIG, OWN_FILES, Source, open_source
@@ -44,6 +45,22 @@ NO_FILE = Path("the live model")
 GENERATION_CONFIG = "generation_config.json"
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
+HOW_IT_RUNS = frozenset(
+    {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
+)
+"""Fields that say how a model was loaded; config.json has its own."""
+
+BESIDE_THE_WEIGHTS = re.compile(
+    r"((bos|eos|pad|sep|cls|decoder_start)_token_id|use_cache|return_dict"
+    r"|output_(attentions|hidden_states|router_logits)"
+    r"|(\w+_)?(dropout|dropout_prob|pdrop|aux_loss_coef|jitter_noise)|initializer_range)"
+)
+"""Fields for training and for generation, that say nothing of what the weights compute."""
+
+SHOWN_FIELDS = 4
+SHOWN_LENGTH = 60
+"""How much of two configurations that differ a message shows: fields, characters of a value."""
+
 
 class LiveSource:
     """A live model as a `Source`. Safe for many threads, but `hold` and `release`."""
@@ -58,10 +75,12 @@ class LiveSource:
     ) -> None:
         """`checkpoint`: the folder that the model came from; by default, `model.name_or_path`.
 
+        checkpoint: "" for none: names and config.json are made from the model alone.
         tokenizer: anything with `save_pretrained`; its files then lie beside the weights.
         Raises `UsageError` for what is no model of transformers, `SourceError` for one that is
-        quantized, wrapped, or not that of `checkpoint`, `ModelError` where its tensors cannot be
-        named.
+        quantized, wrapped, not that of `checkpoint`, or configured otherwise than config.json
+        there says, `ModelError` where its tensors cannot be named.
+        All ranks that share a sharded model make it together.
         """
         _check_model(model)
         blueprint = blueprint_of(model)
@@ -75,6 +94,7 @@ class LiveSource:
         self._unloading = origin.unloading or _from_model(model, blueprint, self.tree)
         self._copied = dict.fromkeys(self._unloading.unplaced, origin.source)
         self._own: tempfile.TemporaryDirectory[str] | None = None
+        self._name = _name_of(origin.folder) or self.tree.architecture
         self.tensors: Mapping[str, TensorInfo] = self._unloading.infos
         if origin.source is not None and origin.unloading is not None:
             self.config: Mapping[str, Any] = origin.source.config
@@ -90,7 +110,10 @@ class LiveSource:
             tokenizer.save_pretrained(self.folder)
         if self._own is not None:
             (self.folder / CONFIG).write_text(json.dumps(dict(self.config), indent=2) + "\n")
-        self.notes = tuple(self._notes(origin.why_not))
+        folders = (self.folder, *([] if origin.folder is None else [origin.folder]))
+        self.origin_folders: tuple[Path, ...] = tuple(dict.fromkeys(folders))
+        """What is read: `folder`, and where the model came from. No output may lie in either."""
+        self.notes = tuple(self._notes(origin))
         """What a user should know of where names and tensors come from."""
 
     @property
@@ -101,7 +124,17 @@ class LiveSource:
     @property
     def rank(self) -> int:
         """This process's number among those that share the model; 0 writes."""
-        return dist.get_rank() if self.is_sharded else 0
+        return self._values.ranks.rank
+
+    @property
+    def world_size(self) -> int:
+        """How many processes share the model; 1 where it is not sharded."""
+        return self._values.ranks.size
+
+    @property
+    def group(self) -> Any:
+        """The process group of those that share the model; None for the default one."""
+        return self._values.ranks.group
 
     def hold(self, keys: Iterable[str], *, keep: bool = True) -> None:
         """Bring what these raw tensors are made of into memory, until `release`.
@@ -164,16 +197,19 @@ class LiveSource:
         """A temporary folder, with the files that lie beside the checkpoint's weights."""
         if self._own is None:
             self._own = tempfile.TemporaryDirectory(prefix="fourfold-live-")
+            (Path(self._own.name) / self._name).mkdir()
             if self._checkpoint is not None:
                 for path in self._checkpoint.side_files()[0]:
-                    copy = Path(self._own.name) / path
+                    copy = Path(self._own.name) / self._name / path
                     copy.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(self._checkpoint.folder / path, copy)
-        return Path(self._own.name)
+        return Path(self._own.name) / self._name
 
-    def _notes(self, why_not: str | None) -> Iterable[str]:
-        if why_not is not None:
-            yield f"names and config.json are made from the model in memory: {why_not}"
+    def _notes(self, origin: _Origin) -> Iterable[str]:
+        if origin.why_not is not None:
+            yield f"names and config.json are made from the model in memory: {origin.why_not}"
+        if origin.unlike is not None:
+            yield f"config.json is that of {origin.folder}: {origin.unlike}"
         if self._copied and self._checkpoint is not None:
             yield (
                 f"{len(self._copied)} tensors that the live model does not have (MTP layers?) are "
@@ -185,9 +221,12 @@ class LiveSource:
 class _Origin:
     """The checkpoint that a model came from; `unloading` where its headers fit the model."""
 
-    source: Source | None
+    folder: Path | None = None
+    source: Source | None = None
     unloading: Unloading | None = None
     why_not: str | None = None
+    unlike: str | None = None
+    """What the model's configuration says otherwise, of no matter for the weights."""
 
 
 def _check_model(model: Any) -> None:
@@ -221,15 +260,20 @@ def _check_same(model: Any, blueprint: Any) -> None:
 def _origin_of(
     model: Any, tree: ModuleTree, given: str | Path | None, trust_remote_code: bool
 ) -> _Origin:
-    name = str(given or getattr(model, "name_or_path", None) or "")
+    name = str(getattr(model, "name_or_path", None) or "" if given is None else given)
     folder = _folder_of(name, getattr(model.config, "_commit_hash", None))
     if folder is None:
-        origin = _Origin(None, None, f"{name or 'its checkpoint'} is not on this disk")
+        origin = _Origin(why_not=f"{name or 'its checkpoint'} is not on this disk")
     else:
         origin = _fitting(folder, tree, trust_remote_code)
-    if given is not None and origin.unloading is None:
+    if given and origin.unloading is None:
         raise SourceError(f"{given}: is not the live model's checkpoint: {origin.why_not}")
     return origin
+
+
+def _name_of(folder: Path | None) -> str:
+    """What a folder is called, also where it is given as `.`; empty for none, and for the root."""
+    return "" if folder is None else os.path.basename(os.path.abspath(folder))
 
 
 def _folder_of(name: str, commit: str | None) -> Path | None:
@@ -254,16 +298,70 @@ def _fitting(folder: Path, tree: ModuleTree, trust_remote_code: bool) -> _Origin
     try:
         source = open_source(folder)
     except FourfoldError as error:
-        return _Origin(None, None, str(error))
+        return _Origin(folder, why_not=str(error))
     try:
         theirs = build_tree(folder, trust_remote_code=trust_remote_code)
     except ModelError as error:
-        return _Origin(source, None, str(error))
+        return _Origin(folder, source, why_not=str(error))
     if theirs.architecture != tree.architecture or theirs.parameters != tree.parameters:
-        return _Origin(source, None, f"{folder / CONFIG} builds another {theirs.architecture}")
+        why_not = f"{folder / CONFIG} builds another {theirs.architecture}"
+        return _Origin(folder, source, why_not=why_not)
     unloading = Unloading(tree, source.tensors)
     misfit = unloading.misfit()
-    return _Origin(source, None if misfit else unloading, misfit and f"in {folder}, {misfit}")
+    if misfit is not None:
+        return _Origin(folder, source, why_not=f"in {folder}, {misfit}")
+    return _Origin(folder, source, unloading, unlike=_check_config(tree, theirs, folder))
+
+
+def _check_config(tree: ModuleTree, theirs: ModuleTree, folder: Path) -> str | None:
+    """The folder's config.json is the live model's own, but for fields that do not matter much.
+
+    Returns these, with both values. Tensors may fit where the weights mean something else (how
+    many experts a token has, rotary scaling): then it raises `SourceError`.
+    """
+    mine, written = (_fields(each.conversion.model.config) for each in (tree, theirs))
+    unlike = {
+        name: f"{name} is {_shown(written.get(name))} there, {_shown(mine.get(name))} in the model"
+        for name in sorted({*written, *mine})
+        if mine.get(name) != written.get(name) and name.rpartition(".")[2] not in HOW_IT_RUNS
+    }
+    matter = [
+        text
+        for name, text in unlike.items()
+        if not BESIDE_THE_WEIGHTS.fullmatch(name.rpartition(".")[2])
+    ]
+    if matter:
+        raise SourceError(
+            f"{folder / CONFIG}: is not the live model's configuration: {_some(matter)}. "
+            'Make both the same, or set model.name_or_path = "" before: names and config.json are '
+            "then made from the model alone."
+        )
+    return _some(list(unlike.values())) if unlike else None
+
+
+def _fields(config: Any) -> dict[str, object]:
+    """A configuration's values by dotted names, those of nested ones, too; in JSON's types."""
+    text = json.dumps(config.to_dict(), default=str)
+    return dict(_flat(json.loads(text, parse_constant=str), ""))
+
+
+def _flat(value: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, object]]:
+    for name, each in value.items():
+        if isinstance(each, dict):
+            yield from _flat(each, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", each
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= SHOWN_LENGTH else f"{text[:SHOWN_LENGTH]}…"
+
+
+def _some(texts: list[str]) -> str:
+    """The first few, and how many there are."""
+    more = f" ({len(texts)} such)" if len(texts) > SHOWN_FIELDS else ""
+    return "; ".join(texts[:SHOWN_FIELDS]) + more
 
 
 def _from_model(model: Any, blueprint: Any, tree: ModuleTree) -> Unloading:

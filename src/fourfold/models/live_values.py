@@ -2,7 +2,8 @@
 
 In memory, on another device, offloaded to disk by accelerate (then read one parameter at a time),
 or sharded over ranks by FSDP2. A sharded parameter is gathered by all ranks together, in `hold`;
-nothing else here is a collective, so that threads may read what is held.
+nothing else here is a collective (but that all make a `LiveValues`), so that threads may read what
+is held.
 """
 
 from __future__ import annotations
@@ -10,17 +11,29 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from fourfold.errors import SourceError
+from fourfold.errors import SourceError, UsageError
 from fourfold.models.internals import offloaded_value
 
 KEPT = 4
 """Offloaded parameters that are kept after they were read: gate and up, down, and their biases."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that share a sharded model."""
+
+    group: Any = None
+    """Their process group; None for the default one."""
+    rank: int = 0
+    """This process's number in the group."""
+    size: int = 1
 
 
 class LiveValues:
@@ -36,20 +49,21 @@ class LiveValues:
         self._held: dict[str, torch.Tensor] = {}
         self._recent: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._lock = threading.Lock()
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether a parameter lies on several ranks."""
-        return any(_is_sharded(self._tensor(name)) for name in self._owners)
+        # `state_dict` has just sharded anew what FSDP2 had gathered; it may gather it again.
+        tensors: list[Any] = [self._tensor(name) for name in self._owners]
+        meshes = [tensor.device_mesh for tensor in tensors if _is_sharded(tensor)]
+        self.is_sharded = bool(meshes)
+        """Whether parameters lie on several ranks, also while a forward has them gathered."""
+        self.ranks = _ranks_of(meshes) if meshes else Ranks()
 
     def get(self, name: str) -> torch.Tensor:
         """A whole parameter, on whatever device; it must not be changed."""
         if name in self._held:
             return self._held[name]
-        tensor = self._tensor(name)
+        tensor: Any = self._tensor(name)
         if _is_sharded(tensor):
             raise SourceError(
-                f"{name}: is sharded over {dist.get_world_size()} ranks and not held. "
+                f"{name}: is sharded over {tensor.device_mesh.size()} ranks and not held. "
                 "All ranks must hold a unit together before it is read."
             )
         return self._offloaded(name) if tensor.is_meta else tensor
@@ -63,13 +77,11 @@ class LiveValues:
         for name in dict.fromkeys(names):
             tensor = self._tensor(name)
             if _is_sharded(tensor):
-                value = _gathered(tensor)
+                whole = _gathered(tensor)
+                if keep:
+                    self._held[name] = whole.cpu()
             elif tensor.is_meta and keep:
-                value = self._offloaded(name)
-            else:
-                continue
-            if keep:
-                self._held[name] = value
+                self._held[name] = self._offloaded(name)
 
     def release(self) -> None:
         """Hold nothing any more."""
@@ -109,6 +121,32 @@ def _is_sharded(tensor: Any) -> bool:
 
 
 def _gathered(tensor: Any) -> torch.Tensor:
-    """All of a sharded tensor, on the CPU; a collective."""
+    """All of a sharded tensor, on the ranks' own device; a collective."""
     whole: torch.Tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()
-    return whole.cpu()
+    return whole
+
+
+def _ranks_of(meshes: Iterable[Any]) -> Ranks:
+    """All that the meshes of one model's parameters lie on; a collective of these ranks.
+
+    A model may have several meshes (expert parallelism), each with other ranks than this process
+    sees. Where the largest does not cover the others, that is every rank there is.
+    """
+    members = {mesh: set(mesh.mesh.flatten().tolist()) for mesh in meshes}
+    mesh = max(members, key=lambda each: len(members[each]))
+    found = members[mesh]
+    if dist.get_rank() not in found:
+        raise UsageError(
+            f"rank {dist.get_rank()}: has no part of the model, which is sharded over ranks "
+            f"{sorted(found)}. Quantize it on these only."
+        )
+    group = None
+    if len(found) < dist.get_world_size() and found.issuperset(set().union(*members.values())):
+        is_line = mesh.ndim == 1
+        group = mesh.get_group() if is_line else _group_of(sorted(found))
+    return Ranks(group, dist.get_rank(group), dist.get_world_size(group))
+
+
+def _group_of(ranks: list[int]) -> Any:
+    """A new process group, that the ranks in it make without the others."""
+    return dist.new_group(ranks, use_local_synchronization=True)

@@ -262,7 +262,10 @@ def make_plan(source: Source, recipe: Recipe, *, trust_remote_code: bool = False
         ignore=tuple(ignore),
         side_files=tuple(copied),
         dropped_files=tuple(dropped),
-        notes=tuple(_notes(inventory, quantized, dropped, selection.kv_notes())),
+        notes=(
+            *getattr(source, "notes", ()),  # of a live model: where its names come from
+            *_notes(inventory, quantized, dropped, selection.kv_notes()),
+        ),
         tensor_parallel=tensor_parallel(quantized, source.config),
     )
 
