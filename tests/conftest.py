@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,9 @@ import pytest
 import torch
 
 from families import FAMILIES, Truth, write_checkpoint
+
+# A suite that a shell starts in the background would ignore Ctrl-C, which tests raise.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)  # tiny models gain nothing, and lose much where cores are shared
 
