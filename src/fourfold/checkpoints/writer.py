@@ -86,8 +86,9 @@ class OutputFolder:
         """
         self.check(source, overwrite=overwrite)
         try:
-            self._made_folder = not self.folder.exists()
+            is_new = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._made_folder = is_new
             self._check_free(files)
             self._clear()
             self._written.append(self.folder / MARKER)
