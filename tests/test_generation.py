@@ -95,7 +95,15 @@ def test_activations_are_rounded_where_they_are_quantized(w4a4: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["embedded", "qwen3_moe", "gpt_oss", "qwen3_5_moe_vl", "granitemoehybrid", "llama4", "jamba"],
+    [
+        "embedded",
+        "gpt_oss",
+        "jamba",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("qwen3_moe", "qwen3_5_moe_vl", "granitemoehybrid", "llama4")
+        ),
+    ],
 )
 def test_streamed_or_whole_the_tokens_are_the_same(name: str, pair, w4a4: Path) -> None:
     """Fused experts, hybrids with states of their own, a multimodal wrapper."""

@@ -76,7 +76,19 @@ def test_every_family_is_tried_or_named() -> None:
     assert sorted(FAMILIES.keys() - set(LOADABLE)) == ["longcat_flash_zero"]
 
 
-@pytest.mark.parametrize("name", LOADABLE)
+NAMED = {
+    "aria", "dbrx", "deepseek_v3", "deepseek_v4", "ernie4_5_vl_moe", "glm4_moe", "gpt_oss",
+    "granitemoe", "hy_v4", "inkling", "jamba", "kimi_linear", "llama4", "mixtral", "nemotron_h",
+    "olmoe", "qwen2_moe", "qwen3_5_moe", "qwen3_5_moe_vl", "qwen3_moe", "qwen3_next",
+    "qwen3_vl_moe",
+}  # fmt: skip
+"""One of each layout; the others, which are many, in the slow suite."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=[] if x in NAMED else pytest.mark.slow) for x in LOADABLE],
+)
 def test_tensors_are_those_of_the_folder(name: str, written) -> None:
     folder, truth = written(name)
     disk = SafetensorsFolder(folder)
@@ -300,6 +312,7 @@ def shard(model: Any) -> Any:
     return model
 
 
+@pytest.mark.slow
 def test_sharded_over_some_of_the_ranks(written, tmp_path: Path) -> None:
     """Ranks 1 and 2 of three share it, in one dimension and in two; rank 0 has no part."""
     found = on_ranks(3, sharded_on_a_part, tmp_path, written("qwen3_moe")[0])
@@ -330,6 +343,7 @@ def sharded_on_a_part(rank: int, _: Path, folder: Path) -> str:
     return ""
 
 
+@pytest.mark.slow
 def test_ranks_of_several_meshes(tmp_path: Path) -> None:
     """Experts on other ranks than the rest: the ranks of all, whatever this one sees."""
     assert on_ranks(3, several_meshes, tmp_path) == [
