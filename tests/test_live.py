@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import time
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -38,6 +37,7 @@ from fourfold.errors import SourceError, UsageError
 from fourfold.models.inventory import take_inventory
 from fourfold.models.live import LiveSource
 from fourfold.models.live_values import KEPT, _ranks_of
+from ranks import leave_together
 
 RECIPE = "w4a16_nvfp4_experts_only_mse"
 DOCS = Path(__file__).parent.parent / "docs"
@@ -269,12 +269,8 @@ def run_rank(rank: int, size: int, check: Any, tmp_path: Path, *arguments: Any) 
     torch.set_num_threads(1)
     store = f"file://{tmp_path / 'store'}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
-    try:
-        (tmp_path / f"rank{rank}").write_text(str(check(rank, tmp_path, *arguments)))
-        while len(list(tmp_path.glob("rank*"))) < size:  # who leaves early breaks connections
-            time.sleep(0.05)
-    finally:
-        dist.destroy_process_group()
+    (tmp_path / f"rank{rank}").write_text(str(check(rank, tmp_path, *arguments)))
+    leave_together(size, tmp_path)
 
 
 def sharded(rank: int, tmp_path: Path, name: str, folder: Path) -> list[str]:

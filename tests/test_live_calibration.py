@@ -16,6 +16,7 @@ from torch import multiprocessing
 import fourfold
 from families import FAMILIES, Truth, quiet, read_back
 from fourfold.calibration.data import Batch, CalibrationOptions, load_calibration
+from ranks import leave_together
 
 Written = Callable[[str], tuple[Path, Truth]]
 RECIPE = "nvfp4_default_mse-fp8_kv"
@@ -287,8 +288,7 @@ def run_failing(rank: int, failure: str, folder: Path, tmp_path: Path) -> None:
         failing(rank, failure, folder, tmp_path)
     except Exception as error:
         (tmp_path / f"rank{rank}").write_text(str(error))
-    finally:
-        dist.destroy_process_group()
+    leave_together(2, tmp_path)
 
 
 def failing(rank: int, failure: str, folder: Path, tmp_path: Path) -> None:
@@ -334,10 +334,8 @@ def run_rank(rank: int, name: str, folder: Path, tmp_path: Path) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{tmp_path / 'store'}", rank=rank, world_size=2
     )
-    try:
-        (tmp_path / f"rank{rank}").write_text(sharded(rank, name, folder, tmp_path))
-    finally:
-        dist.destroy_process_group()
+    (tmp_path / f"rank{rank}").write_text(sharded(rank, name, folder, tmp_path))
+    leave_together(2, tmp_path)
 
 
 def sharded(rank: int, name: str, folder: Path, tmp_path: Path) -> str:
