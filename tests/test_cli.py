@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -80,8 +81,8 @@ def options_of(command: str) -> set[str]:
         (
             "quantize",
             "model out --recipe -r --calib --calib-size --calib-seq --batch-size --packing --seed "
-            "--calibration --device --activation-memory --threads --overwrite --no-verify "
-            "--trust-remote-code --json",
+            "--calibration --device --activation-memory --threads --shards --overwrite "
+            "--no-verify --trust-remote-code --json",
         ),
         ("plan", "model --recipe -r --trust-remote-code --json"),
         ("verify", "out --source -s --threads --trust-remote-code --json"),
@@ -313,12 +314,12 @@ def test_read_only_out(run, written: Written, tmp_path: Path, monkeypatch) -> No
     def refuse(*_: object, **__: object) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(Path, "write_text", refuse)
+    monkeypatch.setattr(Path, "mkdir", refuse)
     result = run("quantize", written("qwen3_moe")[0], tmp_path / "out")
     check_error(result, 1, "out", "cannot be written", "choose another")
 
 
-@pytest.mark.parametrize("after", [0, 3, 40])
+@pytest.mark.parametrize("after", [0, 1, 3, 40])
 def test_disk_full(
     after: int, run, written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -333,8 +334,15 @@ def test_disk_full(
 
     monkeypatch.setattr(os, "pwrite", full)
     result = run("quantize", written("qwen3_moe")[0], tmp_path / "out")
-    check_error(result, 1, "model-0000", "The disk is full")
-    assert not (tmp_path / "out").exists()
+    check_error(result, 1, "model-0000" if after else "out", "The disk is full")
+    if after < 40:
+        assert not (tmp_path / "out").exists()  # no shard was finished
+        return
+    assert "the same command goes on" in result[2]
+    assert not list((tmp_path / "out").glob("*.json"))
+    monkeypatch.undo()
+    code, out, _ = run("quantize", written("qwen3_moe")[0], tmp_path / "out")
+    assert (code, "going on with an unfinished run" in out) == (0, True)
 
 
 @contextmanager
@@ -457,13 +465,12 @@ def test_a_killed_run_leaves_nothing_that_loads(run, written: Written, tmp_path:
     names = {path.name for path in out.iterdir()}
     assert not names & {"config.json", "model.safetensors.index.json"}
     check_error(run("verify", out), 2, "config.json")
-    check_error(run("quantize", model, out), 1, "unfinished run", "--overwrite")
     assert run("quantize", model, out, "--overwrite")[0] == 0
     assert not list(out.glob(".*"))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_run_leaves_nothing(
+def test_a_stopped_run_leaves_what_is_finished(
     number: int, code: int, written: Written, tmp_path: Path
 ) -> None:
     model, out = written("qwen3_5_moe_vl")[0], tmp_path / "out"
@@ -473,5 +480,7 @@ def test_a_stopped_run_leaves_nothing(
         _, err = process.communicate(timeout=60)
     assert process.returncode == code
     assert err.startswith("error: stopped by SIG")
+    assert re.search(rf"{out} keeps [1-9] of \d shards .*the same command goes on from there", err)
     assert "Traceback" not in err
-    assert not out.exists()
+    assert not list(out.glob("*.json"))
+    assert not list(out.glob(".*.partial"))

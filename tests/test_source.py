@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
+import shutil
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from fourfold.checkpoints.held import HeldTensors
 from fourfold.checkpoints.safetensors_header import build_header, read_header
 from fourfold.checkpoints.source import INDEX, open_source
 from fourfold.errors import SourceError
@@ -191,7 +196,7 @@ SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 @settings(max_examples=50, deadline=None)
 @given(
     st.dictionaries(
-        st.text(min_size=1).filter(lambda name: name != "__metadata__"), st.tuples(DTYPES, SHAPES)
+        st.text().filter(lambda name: name != "__metadata__"), st.tuples(DTYPES, SHAPES)
     )
 )
 def test_headers_come_back(tmp_path_factory: pytest.TempPathFactory, tensors) -> None:
@@ -256,3 +261,157 @@ def test_a_long_header_with_a_name_twice(tmp_path: Path) -> None:
     header_file(tmp_path / "x.safetensors", f"{{{body}}}".encode())
     with pytest.raises(SourceError, match=r"tensor\.500"):
         read_header(tmp_path / "x.safetensors")
+
+
+def digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def header_of(file: Path) -> bytes:
+    data = file.read_bytes()
+    return data[8 : 8 + struct.unpack("<Q", data[:8])[0]]
+
+
+def test_stamps_tell_what_every_file_looked_like(folder: Path) -> None:
+    """config, index, shards and the files to copy; sorted; digests of what was read of them."""
+    (folder / "code").mkdir()
+    (folder / "code" / "model.py").write_text("pass")
+    (folder / "pytorch_model.bin").write_bytes(b"another copy of the weights")
+    source = open_source(folder)
+    stamps = source.stamps()
+    names = ["1.safetensors", "2.safetensors", "code/model.py", "config.json", INDEX]
+    assert list(stamps) == names
+    for name, stamp in stamps.items():
+        status = (folder / name).stat()
+        assert (stamp.size, stamp.mtime_ns) == (status.st_size, status.st_mtime_ns)
+    assert stamps["code/model.py"].digest == ""
+    assert stamps["config.json"].digest == digest((folder / "config.json").read_bytes())
+    assert stamps[INDEX].digest == digest((folder / INDEX).read_bytes())
+    assert stamps["1.safetensors"].digest == digest(header_of(folder / "1.safetensors"))
+    assert HeldTensors(source).stamps() == stamps
+    assert stamps == open_source(folder).stamps()
+    source.check_unchanged()
+    HeldTensors(source).check_unchanged()
+
+
+def test_stamps_are_those_of_the_opening(folder: Path) -> None:
+    """What is done to the folder later does not show in them."""
+    (folder / "tokenizer.json").write_text("{}")
+    source = open_source(folder)
+    before = dict(source.stamps())
+    (folder / "tokenizer.json").write_text("[1, 2]")
+    (folder / "config.json").unlink()
+    (folder / "new.txt").write_text("")
+    assert source.stamps() == before
+    assert [str(path) for path in source.side_files()[0]] == ["tokenizer.json"]
+
+
+def grown(file: Path) -> None:
+    with file.open("ab") as handle:
+        handle.write(b"12")
+
+
+def touched(file: Path) -> None:
+    """Touched, to an earlier time."""
+    os.utime(file, ns=(0, file.stat().st_mtime_ns - 1))
+
+
+def replaced(file: Path) -> None:
+    """By another file of the same size and time."""
+    copy = file.with_name(".copy")
+    shutil.copy2(file, copy)
+    os.utime(copy, ns=(0, file.stat().st_mtime_ns))
+    copy.replace(file)
+
+
+def removed(file: Path) -> None:
+    file.unlink()
+
+
+Change = Callable[[Path], None]
+FILES = ["1.safetensors", "2.safetensors", "config.json", INDEX, "tokenizer.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (grown, r"changed while it was read \(size [\d,]+ → [\d,]+ bytes\)"),
+        (touched, r"changed while it was read \(modified meanwhile\)"),
+        (replaced, r"changed while it was read \(replaced meanwhile\)"),
+        (removed, "disappeared while it was read"),
+    ],
+)
+def test_a_changed_file_is_seen(folder: Path, name: str, change: Change, what: str) -> None:
+    (folder / "tokenizer.json").write_text("{}")
+    source = open_source(folder)
+    change(folder / name)
+    expected = rf"/{name}: {what}\. Start again with a source that stays as it is\.$"
+    with pytest.raises(SourceError, match=expected):
+        source.check_unchanged()
+
+
+@pytest.mark.parametrize("time", [0, 1, 4_000_000_000 * 10**9])
+def test_times_count_by_equality_alone(folder: Path, time: int) -> None:
+    """A source from the future, or from 1970, is one that has not changed."""
+    for file in folder.iterdir():
+        os.utime(file, ns=(time, time))
+    source = open_source(folder)
+    assert {stamp.mtime_ns for stamp in source.stamps().values()} == {time}
+    source.check_unchanged()
+    os.utime(folder / "1.safetensors", ns=(time + 1, time + 1))
+    with pytest.raises(SourceError, match="modified meanwhile"):
+        source.check_unchanged()
+
+
+def test_links_are_followed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What a link points to counts; and where it points."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    shard, target = folder / "1.safetensors", elsewhere / "blob"
+    shutil.copy2(shard, elsewhere / "other")
+    shard.rename(target)
+    shard.symlink_to(target)
+    source = open_source(folder)
+    assert source.stamps()["1.safetensors"].size == target.stat().st_size
+    source.check_unchanged()
+    shard.unlink()
+    shard.symlink_to(elsewhere / "other")
+    with pytest.raises(SourceError, match="replaced meanwhile"):
+        source.check_unchanged()
+
+
+@pytest.mark.parametrize("change", [grown, touched, replaced, removed])
+def test_a_shard_that_changed_before_its_first_read(folder: Path, change: Change) -> None:
+    """Files are opened when they are first read: another one than was seen is refused."""
+    source = open_source(folder)
+    change(folder / "1.safetensors")
+    source.will_need("a", 0, 2)  # a hint: it does not fail
+    with pytest.raises(SourceError, match=r"1\.safetensors: (changed|disappeared) while"):
+        source.slab("a", 0, 2)
+    assert source.slab("c", 0, 8).shape == (8,)
+
+
+def test_a_shard_that_ends_early(folder: Path) -> None:
+    source = open_source(folder)
+    source.slab("b", 0, 1)
+    os.truncate(folder / "1.safetensors", 20)
+    with pytest.raises(SourceError, match=r"1\.safetensors: ended while a was read\. Start again"):
+        source.slab("a", 0, 2)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_disk_that_fails(folder: Path, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    source = open_source(folder)
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(SourceError) as caught:
+        source.read_bytes("b", 0, np.empty(4, dtype=np.uint8))
+    words = (
+        str(folder / "1.safetensors"),
+        "b cannot be read",
+        os.strerror(number),
+        "Check the disk",
+    )
+    assert all(word in str(caught.value) for word in words)

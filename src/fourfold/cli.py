@@ -13,7 +13,7 @@ import typer
 
 from fourfold import terminal
 from fourfold._version import __version__
-from fourfold.terminal import Display, console, print_json, print_result
+from fourfold.terminal import Display, console, is_first_rank, print_json, print_result
 
 DEFAULT_RECIPE = "w4a16_nvfp4_experts_only_mse"
 
@@ -36,6 +36,10 @@ Threads = Annotated[
 ]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace what fourfold wrote into OUT earlier.")
+]
+Shards = Annotated[
+    int | None,
+    typer.Option(min=1, help="Files for each layer, at least; by default one for each rank."),
 ]
 Trust = Annotated[
     bool,
@@ -88,6 +92,7 @@ def quantize(
         typer.Option(help="GB of activations in memory; the rest waits in a file in OUT.", min=0),
     ] = None,
     threads: Threads = None,
+    shards: Shards = None,
     overwrite: Overwrite = False,
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Do not read OUT back to compare it with MODEL.")
@@ -95,7 +100,11 @@ def quantize(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Quantize MODEL into OUT, and verify what was written."""
+    """Quantize MODEL into OUT, and verify what was written.
+
+    The same command goes on with what a run that was stopped has left in OUT. Under torchrun, all
+    ranks share the work.
+    """
     from fourfold.pipeline import quantize as run
 
     with Display(quiet=as_json) as display:
@@ -113,21 +122,23 @@ def quantize(
             device=device,
             activation_memory=_in_bytes(activation_memory),
             threads=threads,
+            shards=shards,
             overwrite=overwrite,
             verified=not no_verify,
             trust_remote_code=trust_remote_code,
             on_plan=display.show,
             on_begin=display.begin,
+            on_resume=display.resume,
             on_data=display.data,
             calibration_progress=display.calibrating,
             progress=display.folding,
             on_written=display.written,
             verify_progress=display.verifying,
         )
-    if as_json:
-        print_json(result.to_dict())
-    else:
+    if not display.quiet:
         print_result(result)
+    elif as_json and is_first_rank():
+        print_json(result.to_dict())
     if result.report is not None and not result.report.clean:
         raise typer.Exit(1)
 

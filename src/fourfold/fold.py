@@ -2,10 +2,11 @@
 
 A job is one scale group (a few MB: an expert's gate and up), one tensor to copy, or one bias.
 Workers take jobs in the order of the source's bytes; each reads its slabs into its own arena,
-computes there while they are in the cache, and writes the result to the place in the shard that
-the plan has fixed. So reading, computing and writing overlap, memory is a few groups whatever
-the model, and the bytes do not depend on the order of work. A full shard is synced and renamed
-by a thread of its own, while the next one is filled.
+computes there, and writes the result to the place in the shard that the plan has fixed. There are
+a few more workers than may compute at a time: while some wait for the disk, others compute, so the
+slower of disk and cores sets the pace. A worker has one job in memory, so memory is a few groups
+whatever the model and however slow the disk; the bytes do not depend on the order of work. A full
+shard is synced and renamed by a thread of its own, while the next one is filled.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from fourfold.numerics import nvfp4
 from fourfold.planning import (
     COPY_BYTES,
     GROUP_BYTES,
+    WAITING,
     Job,
     KVScales,
     Plan,
@@ -42,6 +44,9 @@ from fourfold.planning import (
 
 LOOKAHEAD = 16
 """How many jobs ahead of the workers the disk is told what will be read."""
+
+UNSYNCED = 2
+"""How many full shards may wait for the disk; the workers wait for it beyond that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +69,11 @@ class LinearResult:
     """Σ(w − q·s·S)²."""
     sum_sq_w: float
     """Σw²."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LinearResult:
+        """What `asdict` gave, as a journal keeps it."""
+        return cls(**{**values, "shape": tuple(values["shape"])})
 
     @property
     def relative_error(self) -> float:
@@ -90,15 +100,20 @@ def folding(
     out: OutputFolder,
     *,
     scales: ActivationScales | None = None,
+    shards: Iterable[int] | None = None,
     threads: int | None = None,
     progress: Callable[[Progress], None] | None = None,
+    check: Callable[[], None] | None = None,
 ) -> Iterator[Folding]:
-    """Write the shards of `plan` into `out`, all at once or unit by unit.
+    """Write shards of `plan` into `out`, all at once or unit by unit.
 
     scales: of activations, for a plan that needs them; a unit's must be known when it is folded.
+    shards: numbers of those that are written here, all by default.
+    check: called before each job; what it raises ends the work.
     Shards that are not finished at the end are removed.
     """
-    work = Folding(plan, source, out, scales, threads or threads_available(), progress)
+    mine = range(len(plan.shards)) if shards is None else shards
+    work = Folding(plan, source, out, scales, mine, threads or threads_available(), progress, check)
     try:
         yield work
     finally:
@@ -114,12 +129,16 @@ class Folding:
         source: Source,
         out: OutputFolder,
         scales: ActivationScales | None,
+        shards: Iterable[int],
         threads: int,
         progress: Callable[[Progress], None] | None,
+        check: Callable[[], None] | None,
     ) -> None:
         self.plan, self.source, self.out, self.progress = plan, source, out, progress
-        self.scales, self.threads = scales, threads
-        self.results: list[LinearResult] = []
+        self.scales, self.threads, self.check = scales, threads, check
+        self.computing = threading.Semaphore(threads)
+        """Held by those that compute."""
+        self._unsynced = threading.Semaphore(UNSYNCED)
         self._jobs: Iterator[tuple[_OpenShard, Job]] = iter(())
         self._ahead: deque[tuple[_OpenShard, Job]] = deque()
         self._lock = threading.Lock()
@@ -127,17 +146,20 @@ class Folding:
         self._syncer = ThreadPoolExecutor(1, thread_name_prefix="sync")
         self._syncing: list[Future[None]] = []
         self._open: list[_OpenShard] = []
+        self.shards = tuple(shards)
         self._done = [0, 0]
+        self._total = sum(job_bytes(job) for x in self.shards for job in plan.shards[x].jobs)
 
     def run(self, shards: Iterable[int] | None = None) -> None:
-        """Fill these shards of the plan; all of them by default.
+        """Fill these shards of the plan, those of them that are written here; all by default.
 
         Raises what the first failing worker raised, after all of them have ended.
         """
-        numbers = range(len(self.plan.shards)) if shards is None else shards
-        self._jobs = self._jobs_of(numbers)
-        with ThreadPoolExecutor(self.threads, thread_name_prefix="fold") as pool:
-            workers = [pool.submit(self._work) for _ in range(self.threads)]
+        wanted = self.shards if shards is None else sorted(set(self.shards).intersection(shards))
+        self._jobs = self._jobs_of(wanted)
+        count = self.threads + WAITING
+        with ThreadPoolExecutor(count, thread_name_prefix="fold") as pool:
+            workers = [pool.submit(self._work) for _ in range(count)]
             try:
                 for worker in workers:
                     worker.result()
@@ -152,7 +174,9 @@ class Folding:
         for number in shards:
             name, shard = self.plan.shard_names[number], self.plan.shards[number]
             file = self.out.shard(name, shard.tensors)
-            opened = _OpenShard(file, shard.unit, len(shard.jobs), sum(map(job_bytes, shard.jobs)))
+            opened = _OpenShard(
+                number, file, shard.unit, len(shard.jobs), sum(map(job_bytes, shard.jobs))
+            )
             self._open.append(opened)
             for job in shard.jobs:
                 yield opened, job
@@ -173,31 +197,44 @@ class Folding:
         arena = Arena()
         try:
             while (item := self._next()) is not None:
+                if self.check is not None:
+                    self.check()
                 shard, job = item
                 results = run_job(self, shard.file, job, arena)
                 with self._lock:
-                    self.results += results
+                    shard.results += results
                     shard.jobs_left -= 1
-                    if not shard.jobs_left:
-                        self._syncing.append(self._syncer.submit(self._finish, shard))
+                    is_full = not shard.jobs_left
+                if is_full:
+                    self._unsynced.acquire()
+                    self._syncing.append(self._syncer.submit(self._finish, shard))
         except BaseException:
             self._stopped = True
             raise
 
     def _finish(self, shard: _OpenShard) -> None:
         try:
-            shard.file.finish()
+            digest = shard.file.finish()
+            self.source.check_unchanged()
+            self.out.add_to_journal(
+                {
+                    "shard": self.plan.shard_names[shard.number],
+                    "nbytes": shard.file.nbytes,
+                    "digest": digest,
+                    "linears": [asdict(result) for result in shard.results],
+                }
+            )
         except BaseException:
             self._stopped = True
             raise
+        finally:
+            self._unsynced.release()
         self._open.remove(shard)
         self._done[0] += 1
         self._done[1] += shard.source_bytes
         if self.progress is not None:
-            total = self.plan.nbytes
-            self.progress(
-                Progress(shard.unit, self._done[0], len(self.plan.shards), self._done[1], total)
-            )
+            done = Progress(shard.unit, self._done[0], len(self.shards), self._done[1], self._total)
+            self.progress(done)
 
     def _stop(self) -> None:
         """Let no worker take another job."""
@@ -210,19 +247,20 @@ class Folding:
         for shard in self._open:
             shard.file.abandon()
 
-    def finished(self) -> list[LinearResult]:
-        """The figures, by name. Raises what went wrong while a shard was synced."""
+    def finish(self) -> None:
+        """Wait until every shard is on the disk. Raises what went wrong there."""
         for future in self._syncing:
             future.result()
-        return sorted(self.results, key=lambda result: result.name)
 
 
 @dataclass
 class _OpenShard:
+    number: int
     file: ShardFile
     unit: str
     jobs_left: int
     source_bytes: int
+    results: list[LinearResult] = field(default_factory=list)
 
 
 class Arena:
@@ -298,6 +336,7 @@ class _Group:
         self.algorithm = work.plan.recipe.weights.scale
         self.scales = work.scales if work.plan.recipe.is_w4a4 else None
         self.source, self.file, self.group, self.arena = work.source, file, group, arena
+        self.computing = work.computing
         self.slabs: dict[tuple[str, int, int], torch.Tensor] = {}
         self.is_held = job_bytes(group) <= GROUP_BYTES
 
@@ -305,7 +344,9 @@ class _Group:
         pieces = [piece for linear in self.group.linears for piece in self._pieces(linear)]
         amaxes = dict.fromkeys((linear.name for linear in self.group.linears), 0.0)
         for piece in pieces:
-            amax = nvfp4.amax(self._load(piece), name=self._label(piece))
+            matrix = self._load(piece)
+            with self.computing:
+                amax = nvfp4.amax(matrix, name=self._label(piece))
             amaxes[piece.linear.name] = max(amaxes[piece.linear.name], amax)
         global_scale = nvfp4.global_scale(max(amaxes.values()))
         totals = {name: [0.0, 0.0] for name in amaxes}
@@ -365,9 +406,10 @@ class _Group:
         rows, width = matrix.shape
         codes = self.arena.take(rows * width // 2).reshape(rows, width // 2)
         scales = self.arena.take(rows * width // 16).reshape(rows, width // 16)
-        stats = nvfp4.quantize_into(
-            matrix, codes, scales, scale=self.algorithm, global_scale=global_scale, name=name
-        )
+        with self.computing:
+            stats = nvfp4.quantize_into(
+                matrix, codes, scales, scale=self.algorithm, global_scale=global_scale, name=name
+            )
         self.file.write(f"{name}.{modelopt.CODES}", codes, piece.start * width // 2)
         self.file.write(f"{name}.{modelopt.BLOCK_SCALE}", scales, piece.start * width // 16)
         return stats.sum_sq_err, stats.sum_sq_w

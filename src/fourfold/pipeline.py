@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
@@ -19,6 +19,7 @@ from fourfold.calibration.data import CalibrationData, CalibrationOptions
 from fourfold.calibration.live import ForwardLoop
 from fourfold.calibration.scales import ActivationScales
 from fourfold.calibration.statistics import Statistics
+from fourfold.checkpoints.journal import REST
 from fourfold.checkpoints.modelopt import QUANT_CONFIG
 from fourfold.checkpoints.source import CONFIG, INDEX, Source, open_source
 from fourfold.checkpoints.writer import (
@@ -29,16 +30,25 @@ from fourfold.checkpoints.writer import (
     free_bytes,
     index_of,
 )
-from fourfold.errors import FourfoldError, PlanError, UsageError
+from fourfold.errors import (
+    FourfoldError,
+    ModelError,
+    NonFiniteError,
+    ObservationError,
+    PlanError,
+    UsageError,
+)
 from fourfold.fold import LinearResult, Progress, folding
 from fourfold.machine import choose_device, memory_available, peak_resident, threads_available
 from fourfold.models.live import LiveSource
 from fourfold.numerics import nvfp4
 from fourfold.planning import KVScales, Plan, ScaleGroup, make_plan
+from fourfold.ranks import Alone, Ranks, joining
 from fourfold.recipes import DEFAULT_RECIPE, Recipe
 from fourfold.rendering import size
 from fourfold.report import html_of
-from fourfold.runs import Observation, Run, choose_run, origins, together
+from fourfold.resuming import Share, check_whole, identity_of, parts_of, take_share
+from fourfold.runs import Kept, Observation, Run, choose_run, origins, together
 from fourfold.summary import summary_of
 from fourfold.verification import Report, verify
 
@@ -46,6 +56,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+FOR_GOOD = (NonFiniteError, ObservationError, UsageError, ModelError, PlanError)
+"""Errors that the same command would meet again: there is nothing to go on from."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +78,9 @@ class Result:
 
     unreached_experts: Mapping[str, list[int]] = field(default_factory=dict)
     """Experts that no calibration token was routed to, by experts module."""
+    ranks: int = 1
+    is_part: bool = False
+    """Whether `out` holds only what some of the ranks wrote; `merge` joins the parts."""
 
     @property
     def clean(self) -> bool:
@@ -94,7 +110,9 @@ class Result:
             counts = self.report.counts
             parts.append(f"{counts.zero_block_scales:,} zero scales of {counts.block_scales:,}")
         parts.append(f"{size(self.plan.nbytes_after)} from {size(self.plan.nbytes)}")
-        parts.append(_verdict(self.report))
+        parts.append(
+            "parts: join them with `fourfold merge`" if self.is_part else _verdict(self.report)
+        )
         took = f"{self.seconds:,.1f} s, {size(self.peak_resident)} of memory at the peak"
         lines = [" · ".join(parts), *self._calibration_lines(), took]
         return "\n".join(lines)
@@ -154,11 +172,13 @@ def quantize(
     device: str = "auto",
     activation_memory: int | None = None,
     threads: int | None = None,
+    shards: int | None = None,
     overwrite: bool = False,
     verified: bool = True,
     trust_remote_code: bool = False,
     on_plan: Callable[[Plan], None] | None = None,
     on_begin: Callable[[], None] | None = None,
+    on_resume: Callable[[int, int], None] | None = None,
     on_data: Callable[[CalibrationData], None] | None = None,
     calibration_progress: Callable[[CalibrationProgress], None] | None = None,
     progress: Callable[[Progress], None] | None = None,
@@ -177,12 +197,18 @@ def quantize(
     activation_memory: bytes of activations in memory; what is beyond waits in a file in `out`.
     threads: worker threads; one for each core by default. The output does not depend on it, but
     for what the matrix products of a calibration's run owe to it.
+    shards: files that a decoder layer is cut into, at least; by default one for each rank.
     overwrite: replace a checkpoint that fourfold wrote into `out`, or an unfinished run.
     verified: read the output back and compare it with `model`, tensor by tensor.
     on_plan, on_data, on_begin, calibration_progress, progress, on_written, verify_progress: called
-    as the job goes on; `out` is written from `on_begin` to `on_written`.
+    as the job goes on; `out` is written from `on_begin` to `on_written`. on_resume: called with
+    how many shards of how many an earlier run has finished, if one has.
 
-    Raises `FourfoldError`; `out` is then as if the job had not begun, or has no config.json.
+    An unfinished run of the same job that `out` holds is continued. Under a launcher (torchrun),
+    every rank calls this alike, and they share the work.
+
+    Raises `FourfoldError`; `out` is then as if the job had not begun, or has no config.json and
+    holds what the same call goes on from.
     """
     begun = time.perf_counter()
     if not str(out):
@@ -190,7 +216,8 @@ def quantize(
     if threads is not None and threads < 1:
         raise UsageError(f"threads={threads}: give 1 or more.")
     chosen = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    workers = threads or threads_available()
+    if shards is not None and shards < 1:
+        raise UsageError(f"shards={shards}: give 1 or more.")
     files = tuple(map(str, calib))
     observation = Observation(
         CalibrationOptions(files, calib_size, calib_seq, batch_size, seed, _packing(packing)),
@@ -203,32 +230,38 @@ def quantize(
         on_data,
         calibration_progress,
     )
-    with _opened(model, tokenizer, trust_remote_code) as source:
+    with _sharing(model) as ranks, _opened(model, tokenizer, trust_remote_code) as source:
+        workers = threads or max(1, threads_available() // ranks.local_size)
         is_live = isinstance(source, LiveSource)
         observation.check(chosen, is_live=is_live)
-        folder = OutputFolder(Path(out).expanduser())
+        folder = OutputFolder(Path(out).expanduser(), ranks.rank)
         with together(source):
             for origin in origins(source):
                 folder.check(origin, overwrite=overwrite)
+            parts = parts_of(folder, ranks, shards, overwrite)
             with _warming_up(chosen, source):
-                work = make_plan(source, chosen, trust_remote_code=trust_remote_code)
+                work = make_plan(source, chosen, parts=parts, trust_remote_code=trust_remote_code)
                 runs_model = calibration is None and not is_live
-                check_room(work, folder.folder, workers, runs_model=runs_model)
+                check_room(work, folder, workers, ranks, runs_model=runs_model)
             if on_plan is not None:
                 on_plan(work)
-        run = choose_run(work, source, observation, folder.folder)
+        run = choose_run(work, source, observation, folder.folder, ranks)
+        job = _Job(work, source, folder, run, ranks, workers)
+        with together(source):
+            if run.is_writer:
+                job.check(overwrite=overwrite)
         if on_begin is not None:
             on_begin()
-        linears = _write(work, source, folder, workers, overwrite, progress, run)
+        linears = job.write(overwrite, progress, on_resume)
         if on_written is not None:
             on_written()
         report = None
-        if verified and run.is_writer:
+        if verified and run.is_writer and job.is_finisher:
             is_readable = not (isinstance(source, LiveSource) and source.is_sharded)
             report = verify(
                 folder.folder,
                 source=source if is_readable else None,
-                threads=workers,
+                threads=threads or min(workers * ranks.local_size, threads_available()),
                 progress=verify_progress,
                 trust_remote_code=trust_remote_code,
             )
@@ -243,7 +276,14 @@ def quantize(
         peak_resident=peak_resident(),
         statistics=None if run.scales is None else run.scales.statistics,
         unreached_experts={} if run.scales is None else run.scales.unreached(),
+        ranks=ranks.size,
+        is_part=not job.share.is_whole,
     )
+
+
+def _sharing(model: Any) -> AbstractContextManager[Ranks]:
+    """The ranks of this job. Those of a model in memory are its own affair."""
+    return nullcontext(Alone()) if isinstance(model, torch.nn.Module) else joining()
 
 
 def _packing(packing: str) -> Literal["packed", "padded"]:
@@ -268,39 +308,139 @@ def _opened(
             source.close()
 
 
-def _write(
-    work: Plan,
-    source: Source,
-    folder: OutputFolder,
-    threads: int,
-    overwrite: bool,
-    progress: Callable[[Progress], None] | None,
-    run: Run,
-) -> list[LinearResult]:
-    """Observe, fold and write; after an error or a signal nothing of it is left."""
-    try:
-        with together(source):
-            if run.is_writer:
-                folder.prepare(source.folder, work.files, overwrite=overwrite)
+class _Job:
+    """What is written into OUT: observe, fold, and make it a checkpoint."""
+
+    share: Share
+
+    def __init__(
+        self,
+        work: Plan,
+        source: Source,
+        folder: OutputFolder,
+        run: Run,
+        ranks: Ranks,
+        threads: int,
+    ) -> None:
+        self.work, self.source, self.folder, self.run = work, source, folder, run
+        self.ranks, self.threads = ranks, threads
+        self.identity = identity_of(work, source, run)
+
+    @property
+    def is_finisher(self) -> bool:
+        """Whether this rank makes OUT a checkpoint, which it is only where all ranks share it."""
+        return self.share.is_whole and self.share.is_leader(self.ranks.rank)
+
+    def check(self, *, overwrite: bool) -> None:
+        """Raise `OutputError` where OUT holds an unfinished run of something else."""
+        self.folder.check_continues(self.identity, overwrite=overwrite)
+
+    def write(
+        self,
+        overwrite: bool,
+        progress: Callable[[Progress], None] | None,
+        on_resume: Callable[[int, int], None] | None,
+    ) -> list[LinearResult]:
+        """Do this rank's share; the figures of all weights that are in this rank's OUT.
+
+        After an error or a signal nothing is left, or what the same job goes on from.
+        """
+        try:
+            self.share = Share.of_all(self.work)
+            with together(self.source):
+                if self.run.is_writer:
+                    self.share = take_share(
+                        self.work,
+                        self.folder,
+                        self.identity,
+                        self.ranks,
+                        overwrite=overwrite,
+                        threads=self.threads,
+                    )
+            if self.share.finished and on_resume is not None:
+                on_resume(self.share.finished, len(self.work.shards))
+            self._fold(progress)
+            self.ranks.gather("folded")
+            with together(self.source):
+                linears = self._finish() if self.run.is_writer else []
+        except BaseException as error:
+            self._stop(error)
+            raise
+        self.folder.close()
+        return linears
+
+    def _fold(self, progress: Callable[[Progress], None] | None) -> None:
+        kept = Kept(self.share.kept, self._note_observed)
         with (
             folding(
-                work, run.source, folder, scales=run.scales, threads=threads, progress=progress
+                self.work,
+                self.run.source,
+                self.folder,
+                scales=self.run.scales,
+                shards=self.share.shards,
+                threads=self.threads,
+                progress=progress,
+                check=self.ranks.check,
             ) as folded,
-            closing(run.steps()) as steps,
+            closing(self.run.steps(kept)) as steps,
         ):
             for shards in steps:
-                with together(source):
-                    if run.is_writer:
+                with together(self.source):
+                    if self.run.is_writer:
                         folded.run(shards)
-            with together(source):
-                linears = folded.finished()
-                if run.is_writer:
-                    _write_rest(work, source, folder, linears, run.scales)
-    except BaseException:
-        if run.is_writer:
-            folder.discard()
-        raise
-    return linears
+            with together(self.source):
+                folded.finish()
+
+    def _note_observed(self, layer: int | None, found: Statistics) -> None:
+        if self.share.is_leader(self.ranks.rank):
+            self.folder.add_to_journal({"layer": layer, "statistics": found.to_text()})
+
+    def _finish(self) -> list[LinearResult]:
+        """Everything that is not a shard, by the leaders; what makes it a checkpoint comes last."""
+        is_leader = self.share.is_leader(self.ranks.rank)
+        entries = self.folder.journal.entries() if is_leader else []
+        mine = {entry["shard"]: entry for entry in entries if "shard" in entry}
+        if self.share.is_whole:
+            if not is_leader:
+                return []
+            linears = _linears_of(mine)
+            check_whole(self.folder.folder, self.work, mine)
+            _write_rest(self.work, self.source, self.folder, linears, self.run.scales)
+            self.folder.done()
+            return linears
+        everything: dict[str, Any] = {}
+        for each in self.ranks.gather(mine):
+            everything |= each
+        if self.ranks.rank == 0:
+            rest = OutputFolder(self.folder.journal.folder / REST)
+            linears = _linears_of(everything)
+            _write_rest(self.work, self.source, rest, linears, self.run.scales)
+        return _linears_of(mine)
+
+    def _stop(self, error: BaseException) -> None:
+        """Leave what the same job can go on from, where there is anything, or nothing at all."""
+        if not self.run.is_writer:
+            return
+        finished = {x["shard"] for x in self.folder.journal.entries() if "shard" in x}
+        is_hopeless = self.identity is None or not finished or isinstance(error, FOR_GOOD)
+        if is_hopeless and self.ranks.size == 1:
+            self.folder.discard()
+            return
+        self.folder.keep_unfinished()
+        if is_hopeless:
+            return
+        error.add_note(
+            f"{self.folder.folder} keeps {len(finished)} of {len(self.work.shards)} shards that "
+            "are finished: the same command goes on from there."
+        )
+
+
+def _linears_of(entries: Mapping[str, Mapping[str, Any]]) -> list[LinearResult]:
+    """The figures of the weights in some shards, by name."""
+    found = [
+        LinearResult.from_dict(each) for entry in entries.values() for each in entry["linears"]
+    ]
+    return sorted(found, key=lambda result: result.name)
 
 
 @contextmanager
@@ -320,24 +460,28 @@ def _warming_up(recipe: Recipe, source: Source) -> Iterator[None]:
         thread.join()
 
 
-def check_room(work: Plan, out: Path, threads: int, *, runs_model: bool = False) -> None:
+def check_room(
+    work: Plan, folder: OutputFolder, threads: int, ranks: Ranks, *, runs_model: bool = False
+) -> None:
     """Raise `PlanError` where the disk or the memory is too small for the plan.
 
     runs_model: whether the model is run, layer by layer, if there is anything to calibrate.
     """
+    out = folder.folder
     beside = sum((work.source / path).stat().st_size for path in work.side_files)
-    needed, free = work.nbytes_after + beside, free_bytes(out)
+    needed, free = work.nbytes_after + beside - folder.nbytes_present(), free_bytes(out)
     if needed > free:
         raise PlanError(
             f"{out}: {size(needed)} are needed, {size(free)} are free on that disk. "
             "Free some room, or write to another one."
         )
     memory = work.memory(threads) + (work.calibration_memory if runs_model else 0)
-    available = memory_available()
+    memory, available = memory * ranks.local_size, memory_available()
     if memory > available:
+        among = f" on each of {ranks.local_size} ranks" if ranks.local_size > 1 else ""
         raise PlanError(
-            f"{size(memory)} of memory are needed for {threads} threads, {size(available)} are "
-            "available. Use fewer --threads, or close other programs."
+            f"{size(memory)} of memory are needed for {threads} threads{among}, {size(available)} "
+            "are available. Use fewer --threads, or close other programs."
         )
 
 
@@ -392,4 +536,3 @@ def _write_rest(
     folder.write_json(INDEX, index_of(shards, work.nbytes_after))
     config = dict(source.config) | {"quantization_config": work.quantization_config}
     folder.write_json(CONFIG, config)
-    folder.done()

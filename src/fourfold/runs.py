@@ -7,11 +7,14 @@ Live         layer by layer, out of a model that somebody else has in memory
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+import hashlib
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+import torch
 
 from fourfold.calibration.calibrate import Calibration, CalibrationProgress
 from fourfold.calibration.data import CalibrationData, CalibrationOptions, load_calibration
@@ -24,6 +27,7 @@ from fourfold.errors import PlanError, UsageError
 from fourfold.machine import choose_device, memory_available
 from fourfold.models.live import LiveSource
 from fourfold.planning import Plan
+from fourfold.ranks import Ranks
 from fourfold.recipes import Recipe
 from fourfold.rendering import size
 
@@ -70,6 +74,15 @@ class Observation:
             raise UsageError(f"{given[1]} says nothing beside {given[0]}: leave it out.")
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What an earlier run has observed, and who wants to know of what is observed now."""
+
+    statistics: Mapping[int | None, Statistics] = field(default_factory=dict)
+    """By layer; None for the shell."""
+    on_observed: Callable[[int | None, Statistics], None] | None = None
+
+
 class Run(Protocol):
     """One way to go through a plan."""
 
@@ -78,20 +91,24 @@ class Run(Protocol):
     scales: ActivationScales | None
     is_writer: bool
     """Whether this process writes; other ranks of a sharded model only take part."""
+    identity: Mapping[str, Any]
+    """What the bytes that are written depend on, beside source, recipe and plan."""
 
-    def steps(self) -> Generator[Sequence[int] | None]:
+    def steps(self, kept: Kept) -> Generator[Sequence[int] | None]:
         """Numbers of the shards that can be folded now; None for all of them."""
 
 
-@dataclass
 class AtOnce:
     """Every shard can be folded at any time."""
 
-    source: Source
-    scales: ActivationScales | None
-    is_writer: bool = True
+    def __init__(self, source: Source, scales: ActivationScales | None) -> None:
+        self.source, self.scales, self.is_writer = source, scales, True
+        statistics = None if scales is None else scales.statistics
+        self.identity: Mapping[str, Any] = (
+            {} if statistics is None else {"statistics": _digest(statistics)}
+        )
 
-    def steps(self) -> Generator[None]:
+    def steps(self, kept: Kept) -> Generator[None]:
         yield None
 
 
@@ -103,9 +120,13 @@ class Streamed:
         self.source: Source = calibration.held
         self.scales: ActivationScales | None = calibration.scales
         self.is_writer = True
+        data = asdict(calibration.statistics.data)
+        threads = calibration.threads or torch.get_num_threads()
+        device = calibration.streamed.device.type
+        self.identity: Mapping[str, Any] = {"data": data, "device": device, "threads": threads}
 
-    def steps(self) -> Generator[Sequence[int]]:
-        with closing(self.calibration.units()) as units:
+    def steps(self, kept: Kept) -> Generator[Sequence[int]]:
+        with closing(self.calibration.units(kept.statistics, kept.on_observed)) as units:
             for layer in units:
                 yield self.plan.shards_of(layer)
 
@@ -113,15 +134,21 @@ class Streamed:
 class Live:
     """A model in memory, on the disk, or in parts on several ranks: brought together by layers."""
 
+    identity: Mapping[str, Any] = {}  # such a run cannot go on
+
     def __init__(self, plan: Plan, source: LiveSource, scales: ActivationScales | None) -> None:
         self.plan, self.live = plan, source
         self.source: Source = source
         self.scales = scales
         self.is_writer = source.rank == 0
 
-    def steps(self) -> Generator[Sequence[int]]:
+    def steps(self, kept: Kept) -> Generator[Sequence[int]]:
         for layer in units_of(self.plan, self.live):
             yield self.plan.shards_of(layer)
+
+
+def _digest(statistics: Statistics) -> str:
+    return hashlib.sha256(statistics.to_bytes()).hexdigest()
 
 
 def together(source: Source) -> AbstractContextManager[None]:
@@ -134,10 +161,13 @@ def origins(source: Source) -> tuple[Path, ...]:
     return source.origin_folders if isinstance(source, LiveSource) else (source.folder,)
 
 
-def choose_run(plan: Plan, source: Source, observation: Observation, scratch: Path) -> Run:
+def choose_run(
+    plan: Plan, source: Source, observation: Observation, scratch: Path, ranks: Ranks
+) -> Run:
     """Everything ready to go through `plan`; a live model is observed here already.
 
     scratch: a folder for activations that memory has no room for.
+    ranks: with whom the calibration is shared.
     """
     scales = None
     if observation.given is not None:
@@ -150,10 +180,11 @@ def choose_run(plan: Plan, source: Source, observation: Observation, scratch: Pa
         return Live(plan, source, scales)
     if scales is not None or not plan.needs_calibration:
         return AtOnce(source, scales)
-    room = max((memory_available() - plan.calibration_memory) // 2, LEAST_ACTIVATION_MEMORY)
+    available = memory_available() // ranks.local_size
+    room = max((available - plan.calibration_memory) // 2, LEAST_ACTIVATION_MEMORY)
     limit = observation.activation_memory
     data = _data(plan, source, observation)
-    _check_spill(plan, data, room if limit is None else limit, scratch)
+    _check_spill(plan, data, room if limit is None else limit, scratch, ranks)
     calibration = Calibration(
         plan,
         source,
@@ -163,19 +194,23 @@ def choose_run(plan: Plan, source: Source, observation: Observation, scratch: Pa
         scratch=scratch,
         threads=observation.threads,
         trust_remote_code=observation.trust_remote_code,
+        ranks=ranks,
         progress=observation.progress,
     )
     return Streamed(plan, calibration)
 
 
-def _check_spill(plan: Plan, data: CalibrationData, limit: int, scratch: Path) -> None:
+def _check_spill(
+    plan: Plan, data: CalibrationData, limit: int, scratch: Path, ranks: Ranks
+) -> None:
     """Raise `PlanError` where the disk has no room for OUT and the activations beyond `limit`.
 
     A waiting sample holds its hidden states, and what it was embedded as: 4 bytes an element serve
     for both, in 16 bits.
     """
-    elements = sum(batch.input_ids.numel() for batch in data.batches) * plan.inventory.hidden_size
-    spill = max(0, 4 * elements - limit)
+    mine = data.batches[ranks.rank :: ranks.size]
+    elements = sum(batch.input_ids.numel() for batch in mine) * plan.inventory.hidden_size
+    spill = max(0, 4 * elements - limit) * ranks.local_size
     needed, free = plan.nbytes_after + spill, free_bytes(scratch)
     if spill and needed > free:
         raise PlanError(

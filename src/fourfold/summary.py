@@ -27,7 +27,7 @@ def summary_of(
     """
     head: dict[str, Any] = {
         "producer": f"fourfold {__version__}",
-        "versions": _versions(),
+        "versions": versions(),
         "model": plain_text(plan.source.name),
         "recipe": plan.recipe.model_dump(mode="json"),
         "model_type": plan.inventory.model_types[0],
@@ -79,7 +79,8 @@ def _entry(result: LinearResult) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """The packages that have a say in what is written."""
     names = ("torch", "transformers", "numpy", "numba")
     return {"fourfold": __version__} | {name: _version(name) for name in names}
 

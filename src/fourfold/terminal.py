@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
@@ -29,6 +29,7 @@ class Display:
     """Progress on stderr where that is a terminal, silent elsewhere."""
 
     def __init__(self, *, quiet: bool) -> None:
+        quiet = quiet or not is_first_rank()
         self.console = Console(stderr=True, quiet=quiet or not sys.stderr.isatty())
         self.quiet = quiet
         self.progress = Progress(
@@ -65,6 +66,13 @@ class Display:
         global _is_writing
         _is_writing = True
         self.begun["quantizing"] = time.perf_counter()
+
+    def resume(self, finished: int, shards: int) -> None:
+        """An earlier run has done a part."""
+        if not self.quiet:
+            console().print(
+                f"going on with an unfinished run: {finished:,} of {shards:,} shards are finished"
+            )
 
     def data(self, data: CalibrationData) -> None:
         """What the model will read."""
@@ -130,6 +138,11 @@ class Display:
         return f"{size(int(done / seconds))}/s" if seconds > 0.2 else ""
 
 
+def is_first_rank() -> bool:
+    """Whether this process speaks for all of those that a launcher has started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _resident() -> str:
     from fourfold.machine import resident
     from fourfold.rendering import size
@@ -179,9 +192,11 @@ def _stop(number: int, _: object) -> None:
     raise _StoppedError(number)
 
 
-def _end(number: int) -> NoReturn:
+def _end(number: int, notes: Sequence[str] = ()) -> NoReturn:
+    """notes: what is left, of an error that was on its way when the signal came."""
     show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
-    text = f"{show_cursor}error: stopped by {signal.Signals(number).name}; {_outcome}.\n"
+    outcome = " ".join(notes) or f"{_outcome}."
+    text = f"{show_cursor}error: stopped by {signal.Signals(number).name}; {outcome}\n"
     os.write(2, text.encode())
     os._exit(128 + number)
 
@@ -196,12 +211,17 @@ def run(app: Callable[[], object]) -> None:
     try:
         app()
     except FourfoldError as error:
-        _fail(str(error), error.exit_code, debug)
+        _fail("\n".join([str(error), *_notes(error)]), error.exit_code, debug)
     except _StoppedError as stopped:
-        _end(stopped.number)
+        _end(stopped.number, _notes(stopped))
     except Exception as error:
         text = str(error) or type(error).__name__
         _fail(f"{text} (a defect of fourfold: run again with --debug and report it)", 1, debug)
+
+
+def _notes(error: BaseException) -> Sequence[str]:
+    """What was said of an error on its way: what it has left behind."""
+    return getattr(error, "__notes__", ())
 
 
 def _mend_streams() -> None:

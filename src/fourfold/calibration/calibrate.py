@@ -11,8 +11,8 @@ larger than everything else, so a call ends at the door of the output embeddings
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from fourfold.calibration.data import Batch, CalibrationData
 from fourfold.calibration.kv_cache import recording_cache
 from fourfold.calibration.observers import Observers
 from fourfold.calibration.scales import ActivationScales, model_summary
-from fourfold.calibration.statistics import Statistics, data_summary
+from fourfold.calibration.statistics import Statistics, data_summary, merged
 from fourfold.checkpoints.held import HeldTensors
 from fourfold.checkpoints.source import Source
 from fourfold.errors import ModelError, PlanError
@@ -35,6 +35,13 @@ from fourfold.models.parking import Parking
 from fourfold.models.streaming import StreamedModel
 from fourfold.models.watching import unwatchable
 from fourfold.planning import Plan
+from fourfold.ranks import Alone, Ranks
+
+END = -1
+"""Where ranks are whose batches have passed every layer."""
+
+IDLE = -2
+"""Where a rank is that has no batch: wherever the others are."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +84,18 @@ class Calibration:
         scratch: Path | None = None,
         threads: int | None = None,
         trust_remote_code: bool = False,
+        ranks: Ranks | None = None,
         progress: Callable[[CalibrationProgress], None] | None = None,
     ) -> None:
         """activation_memory: bytes of waiting activations in memory; the rest goes to `scratch`.
 
         threads: PyTorch's, while the model runs.
+        ranks: with whom the batches are shared. A batch stays whole, so what is found of it is the
+        same whoever runs it.
         """
         self.threads = threads
+        self.ranks: Ranks = ranks or Alone()
+        self.batches = data.batches[self.ranks.rank :: self.ranks.size]
         self.plan, self.data, self.progress = plan, data, progress
         self.streamed = StreamedModel(
             source, device=device, head=False, trust_remote_code=trust_remote_code
@@ -99,10 +111,42 @@ class Calibration:
         """The source, with the present layer's tensors in memory."""
         return self.streamed.held
 
-    def units(self) -> Generator[int | None]:
-        """Run everything; yields each layer when its statistics are complete, then the shell."""
-        model, tree = self.streamed.model, self.streamed.tree
+    def units(
+        self,
+        kept: Mapping[int | None, Statistics] | None = None,
+        on_observed: Callable[[int | None, Statistics], None] | None = None,
+    ) -> Generator[int | None]:
+        """Run everything; yields each layer when its statistics are complete, then the shell.
+
+        kept: statistics of units that an earlier run has observed, the same on all ranks. They
+        are not observed again, though a text must pass them to reach the others.
+        on_observed: called with what all ranks together found of a unit.
+        """
+        self._kept, self._on_observed = kept or {}, on_observed
+        count = len(self.streamed.tree.layers)
+        units: list[int | None] = [*range(count), None]
+        if all(unit in self._kept for unit in units):
+            for unit in units:
+                yield self._complete(unit, self._kept[unit])
+            return
         done: set[int] = set()
+        passes = self._layers() if self.batches else self._layers_of_others()
+        with closing(passes):
+            for layer, found in passes:
+                if layer in done:
+                    raise ModelError(
+                        f"{self.streamed.tree.layers[layer]}: a text passes it more than once; "
+                        "such models cannot be calibrated layer by layer."
+                    )
+                done.add(layer)
+                yield self._together(layer, found)
+        for layer in sorted(set(range(count)) - done):
+            yield self._complete(layer, self._new_statistics())
+        yield self._together(None, self._last)
+
+    def _layers(self) -> Generator[tuple[int, Statistics]]:
+        """Each layer that the text passes, loaded, with what this rank's batches did there."""
+        model, tree = self.streamed.model, self.streamed.tree
         with ExitStack() as stack:
             if self.threads is not None:
                 stack.callback(torch.set_num_threads, torch.get_num_threads())
@@ -110,33 +154,67 @@ class Calibration:
             observers = stack.enter_context(observing(self.plan, model, tree))
             stack.enter_context(ending_at_the_head(model))
             self._present = 0
-            calls = [partial(self._call, observers, batch) for batch in self.data.batches]
+            calls = [partial(self._call, observers, batch) for batch in self.batches]
+
+            def resume(number: int) -> None:
+                self.ranks.check()
+                observers.see(self.batches[number].attention_mask)
+
             steps = self.streamed.run(
                 calls,
                 parking=self.parking,
-                on_resume=lambda number: observers.see(self.data.batches[number].attention_mask),
+                on_resume=resume,
                 on_layer=self._enter,
                 keep_shell=_has_decoder_inputs(runnable(model)),
             )
             stack.callback(steps.close)
             for layer in steps:
-                if layer in done:
-                    raise ModelError(
-                        f"{tree.layers[layer]}: a text passes it more than once; such models "
-                        "cannot be calibrated layer by layer."
-                    )
-                done.add(layer)
-                observers.take(self.statistics)
-                self.scales.check(layer)
+                yield layer, self._taken(observers)
                 if self.progress is not None:
                     self.progress(CalibrationProgress(layer, len(tree.layers), self.data.tokens))
-                yield layer
-            observers.take(self.statistics)
-        for layer in sorted(set(range(len(tree.layers))) - done):
-            self.scales.check(layer)
-            yield layer
-        self.scales.check(None)
-        yield None
+            self._last = self._taken(observers)
+        self._meet(END)
+
+    def _layers_of_others(self) -> Generator[tuple[int, Statistics]]:
+        """The layers that other ranks say they pass, for a rank that no batch is left for."""
+        yield from ((layer, self._new_statistics()) for layer in self._kept if layer is not None)
+        while (layer := self._meet(IDLE)) != END:
+            yield layer, self._new_statistics()
+        self._last = self._new_statistics()
+
+    def _taken(self, observers: Observers) -> Statistics:
+        found = self._new_statistics()
+        observers.take(found)
+        return found
+
+    def _new_statistics(self) -> Statistics:
+        return Statistics(self.statistics.data, model=self.statistics.model)
+
+    def _together(self, unit: int | None, found: Statistics) -> int | None:
+        """What this rank found of a unit, and what the others did, is now in the statistics."""
+        if unit in self._kept:
+            return self._complete(unit, self._kept[unit])
+        if self.batches and unit is not None:
+            self._meet(unit)
+        every = self.ranks.gather(found.to_text())
+        return self._complete(unit, merged([Statistics.from_text(each) for each in every]))
+
+    def _meet(self, unit: int) -> int:
+        """Where the ranks are that have batches; they all are at the same layer."""
+        places = {place for place in self.ranks.gather(unit) if place != IDLE}
+        if len(places) > 1:
+            raise ModelError(
+                f"layers {sorted(places)}: the ranks' samples pass other layers. "
+                "Such models can only be calibrated by one rank."
+            )
+        return int(places.pop())
+
+    def _complete(self, unit: int | None, found: Statistics) -> int | None:
+        self.statistics.add(found)
+        self.scales.check(unit)
+        if self._on_observed is not None and unit not in self._kept:
+            self._on_observed(unit, found)
+        return unit
 
     def _enter(self, layer: int) -> None:
         self._present = layer

@@ -14,6 +14,7 @@ All names are module paths in memory. The file's metadata say what data it was, 
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import math
@@ -84,6 +85,18 @@ class Statistics:
     """By decoder layer's path: the largest key and the largest value."""
     model: ModelSummary = ModelSummary()
 
+    def add(self, other: Statistics) -> None:
+        """Take in what another rank, or another layer, has found: maxima, and sums of counts."""
+        for path, experts in other.experts.items():
+            self.experts[path] = _both(self.experts.get(path), experts)
+        for path, linear in other.linears.items():
+            before = self.linears.get(path, LinearStatistics(0.0, 0))
+            amax = max(before.amax, linear.amax)
+            self.linears[path] = LinearStatistics(amax, before.rows + linear.rows)
+        for path, (key, value) in other.kv.items():
+            old_key, old_value = self.kv.get(path, (0.0, 0.0))
+            self.kv[path] = max(old_key, key), max(old_value, value)
+
     def save(self, file: Path) -> None:
         """Write the statistics; the same statistics give the same bytes."""
         file.write_bytes(self.to_bytes())
@@ -105,6 +118,15 @@ class Statistics:
         summaries = {"data": asdict(self.data), "model": asdict(self.model)}
         head = json.dumps(summaries, ensure_ascii=False, sort_keys=True)
         return bytes(save(tensors, metadata={FORMAT: head}))  # one key: their order is random
+
+    def to_text(self) -> str:
+        """`to_bytes` as text, for what travels or is kept as JSON."""
+        return base64.b64encode(self.to_bytes()).decode()
+
+    @classmethod
+    def from_text(cls, text: str) -> Statistics:
+        """What `to_text` gave."""
+        return cls.from_bytes(base64.b64decode(text))
 
     @classmethod
     def load(cls, file: Path) -> Statistics:
@@ -166,18 +188,14 @@ def data_summary(data: CalibrationData, *, all_experts: bool) -> DataSummary:
 
 
 def merged(parts: Sequence[Statistics]) -> Statistics:
-    """Statistics of all the data that several ranks saw: amaxes by maximum, counts by sum."""
-    found = Statistics(_merged_data([part.data for part in parts]), model=parts[0].model)
+    """Statistics of all the data that several ranks saw: amaxes by maximum, counts by sum.
+
+    Parts of the same data, which the ranks have shared out among them, are still of that.
+    """
+    data = {part.data: part.data for part in parts}
+    found = Statistics(_merged_data(list(data)), model=parts[0].model)
     for part in parts:
-        for path, experts in part.experts.items():
-            found.experts[path] = _both(found.experts.get(path), experts)
-        for path, linear in part.linears.items():
-            before = found.linears.get(path, LinearStatistics(0.0, 0))
-            amax = max(before.amax, linear.amax)
-            found.linears[path] = LinearStatistics(amax, before.rows + linear.rows)
-        for path, (key, value) in part.kv.items():
-            old_key, old_value = found.kv.get(path, (0.0, 0.0))
-            found.kv[path] = max(old_key, key), max(old_value, value)
+        found.add(part)
     return found
 
 

@@ -40,7 +40,7 @@ from fourfold.checkpoints.modelopt import (
     V_SCALE,
 )
 from fourfold.checkpoints.safetensors_header import TORCH_DTYPES, TensorInfo, nbytes_of
-from fourfold.checkpoints.source import SafetensorsFolder, open_source, read_json
+from fourfold.checkpoints.source import FileStamp, SafetensorsFolder, open_source, read_json
 from fourfold.checkpoints.writer import REPORT, STATISTICS, SUMMARY
 from fourfold.errors import SourceError, UsageError
 from fourfold.numerics import nvfp4
@@ -115,6 +115,12 @@ class DequantizedFolder:
         own = {Path(name) for name in (SUMMARY, REPORT, STATISTICS)}
         copied, dropped = self._packed.side_files()
         return [p for p in copied if p not in own], [p for p in dropped if p not in own]
+
+    def stamps(self) -> Mapping[str, FileStamp] | None:
+        return self._packed.stamps()
+
+    def check_unchanged(self) -> None:
+        self._packed.check_unchanged()
 
     def close(self) -> None:
         self._packed.close()

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from fourfold.checkpoints.safetensors_header import TensorInfo
-from fourfold.checkpoints.source import Source
+from fourfold.checkpoints.source import FileStamp, Source
 
 
 class HeldTensors:
@@ -73,6 +73,12 @@ class HeldTensors:
 
     def side_files(self) -> tuple[list[Path], list[Path]]:
         return self.source.side_files()
+
+    def stamps(self) -> Mapping[str, FileStamp] | None:
+        return self.source.stamps()
+
+    def check_unchanged(self) -> None:
+        self.source.check_unchanged()
 
     def close(self) -> None:
         self.release()

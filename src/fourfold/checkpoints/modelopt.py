@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,12 @@ FP8_MAX = 448.0
 
 PARTS = frozenset({BLOCK_SCALE, GLOBAL_SCALE, INPUT_SCALE, K_SCALE, V_SCALE})
 """Last names of tensors that belong to a quantized layer or to its KV cache."""
+
+LEFTOVER = re.compile(
+    r"(_amax|_quantizer(\..*)?|\.weight_packed|\.weight_global_scale|\.input_global_scale"
+    r"|\.pre_quant_scale|\.weight_zero_point)$"
+)
+"""Tensors of quantizers and of other layouts, which no loader of this one expects."""
 
 QUANT_CONFIG = "hf_quant_config.json"
 

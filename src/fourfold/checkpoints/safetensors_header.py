@@ -13,20 +13,26 @@ from __future__ import annotations
 
 import json
 import math
-import stat
 import struct
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
+from fourfold.checkpoints.stamps import Stamps, opened, read_error
 from fourfold.errors import SourceError
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the reference implementation; a longer header is refused there, too."""
+
+MAX_DIMENSIONS = 64
+"""What NumPy and PyTorch can hold."""
+
+_LIMIT = 1 << 63
+SHOWN_CHARACTERS = 200
 
 BITS = {
     "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32,
@@ -81,32 +87,41 @@ def nbytes_of(dtype: str, shape: Iterable[int]) -> int:
     return (math.prod(shape) * BITS[dtype] + 7) // 8
 
 
-def read_header(file: Path) -> dict[str, TensorInfo]:
-    """Every tensor of one safetensors file, in the file's order.
+def read_header(file: Path, stamps: Stamps | None = None) -> dict[str, TensorInfo]:
+    """Every tensor of one safetensors file, in the file's order; `stamps` remember the file.
 
     Raises `SourceError` where the file is missing, truncated, or its header contradicts itself.
     """
     try:
-        status = file.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise SourceError(f"{file}: is no regular file. Download the checkpoint again.")
-        size = status.st_size
-        with file.open("rb") as handle:
-            raw = handle.read(8)
-            if len(raw) < 8:
-                raise _broken(file, f"{size} bytes are too few for a header")
-            length: int = struct.unpack("<Q", raw)[0]
-            if length > MAX_HEADER_BYTES or 8 + length > size:
-                raise _broken(file, f"header of {length:,} bytes in a file of {size:,}")
-            header = _parse(file, handle.read(length))
+        with opened(file) as (handle, status):
+            raw = _raw_header(file, handle, status.st_size)
     except FileNotFoundError:
         raise SourceError(f"{file}: shard is missing. Download the checkpoint again.") from None
     except OSError as error:
-        raise SourceError(f"{file}: cannot be read: {error.strerror}") from error
-    base = 8 + length
+        raise read_error(file, error) from error
+    if stamps is not None:
+        stamps.add(file, status, raw)
+    header, base, size = _parse(file, raw), 8 + len(raw), status.st_size
     infos = {key: _tensor(file, key, entry, base, size) for key, entry in header.items()}
     _check_cover(file, infos.values(), base, size)
     return infos
+
+
+def _raw_header(file: Path, handle: BinaryIO, size: int) -> bytes:
+    """The header's JSON. A length that the file cannot hold is not believed."""
+    first = handle.read(8)
+    if len(first) < 8:
+        raise _broken(file, f"{size} bytes are too few for a header")
+    length: int = struct.unpack("<Q", first)[0]
+    if length > MAX_HEADER_BYTES or 8 + length > size:
+        raise _broken(file, f"header of {length:,} bytes in a file of {size:,}")
+    return handle.read(length)
+
+
+def shown(name: object) -> str:
+    """A name from a file as a message has it: on one line, and not for ever."""
+    text = repr(name)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
 
 
 def _broken(file: Path, what: str) -> SourceError:
@@ -120,7 +135,9 @@ def _parse(file: Path, raw: bytes) -> dict[str, Any]:
         raise _broken(file, f"header: {error}") from None
     if not isinstance(header, dict):
         raise _broken(file, "header is not a JSON object")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
+        raise _broken(file, "__metadata__ is not a JSON object of strings")
     return header
 
 
@@ -130,36 +147,47 @@ def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         count = Counter(name for name, _ in pairs)
         twice = next(name for name, times in count.items() if times > 1)
-        raise ValueError(f"{twice!r} stands there twice")
+        raise ValueError(f"{shown(twice)} stands there twice")
     return result
 
 
 def load_json(raw: bytes) -> Any:
-    """JSON whose names are unique and whose text can be written again; `ValueError` otherwise."""
-    value = json.loads(raw, object_pairs_hook=unique_pairs)
+    """JSON in UTF-8 whose names are unique and whose text can be written again.
+
+    Raises `ValueError` for anything else, `RecursionError` where it is nested too deeply.
+    """
+    value = json.loads(raw.decode(), object_pairs_hook=unique_pairs)
     if b"\\u" in raw:
         json.dumps(value, ensure_ascii=False).encode()  # refuses half of a surrogate pair
     return value
 
 
 def _is_index(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _LIMIT
+
+
+def _is_shape(shape: Sequence[Any]) -> bool:
+    """Whether a tensor can have this shape: its size and its strides are 64-bit numbers."""
+    fits = len(shape) <= MAX_DIMENSIONS and all(map(_is_index, shape))
+    return fits and math.prod(int(each) for each in shape if each) < _LIMIT
 
 
 def _tensor(file: Path, key: str, entry: Any, base: int, size: int) -> TensorInfo:
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end]} if (
-            all(map(_is_index, shape)) and _is_index(begin) and _is_index(end)
+            _is_shape(shape) and _is_index(begin) and _is_index(end)
         ):
             pass
         case _:
-            raise _broken(file, f"entry of {key!r} is malformed")
+            raise _broken(file, f"entry of {shown(key)} is malformed: {shown(entry)}")
     if dtype not in BITS:
-        raise _broken(file, f"{key!r} has unknown dtype {dtype!r}")
+        raise _broken(file, f"{shown(key)} has unknown dtype {shown(dtype)}")
     if end - begin != nbytes_of(dtype, shape):
-        raise _broken(file, f"{key!r} spans {end - begin} bytes, its shape {shape} needs others")
+        raise _broken(
+            file, f"{shown(key)} spans {end - begin:,} bytes, its shape {shape} needs others"
+        )
     if base + end > size:
-        raise _broken(file, f"{key!r} ends at byte {base + end:,} of {size:,}")
+        raise _broken(file, f"{shown(key)} ends at byte {base + end:,} of {size:,}")
     return TensorInfo(key, dtype, tuple(shape), file, base + begin, base + end)
 
 
@@ -167,7 +195,7 @@ def _check_cover(file: Path, infos: Iterable[TensorInfo], base: int, size: int) 
     position = base
     for info in sorted(infos, key=lambda info: (info.start, info.stop)):
         if info.start != position:
-            raise _broken(file, f"{info.key!r} overlaps another tensor or leaves a gap")
+            raise _broken(file, f"{shown(info.key)} overlaps another tensor or leaves a gap")
         position = info.stop
     if position != size:
         raise _broken(file, f"tensors end at byte {position:,}, the file at {size:,}")

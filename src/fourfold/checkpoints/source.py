@@ -11,15 +11,25 @@ all that a fold needs: one expert of a fused parameter, some rows of a matrix, t
 from __future__ import annotations
 
 import os
+import stat
 import threading
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from fourfold.checkpoints.safetensors_header import TensorInfo, load_json, read_header
+from fourfold.checkpoints.safetensors_header import (
+    SHOWN_CHARACTERS,
+    TensorInfo,
+    load_json,
+    read_header,
+    shown,
+)
+from fourfold.checkpoints.stamps import START_AGAIN, Stamps, opened, read_error
+from fourfold.checkpoints.stamps import FileStamp as FileStamp
 from fourfold.errors import SourceError
 
 CONFIG = "config.json"
@@ -29,6 +39,12 @@ SINGLE = "model.safetensors"
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".tflite")
 WEIGHT_SUFFIXES = frozenset({".safetensors", *OTHER_WEIGHTS})
 """Files that hold weights. Those that are not shards of the checkpoint are other copies of it."""
+
+MAX_JSON_BYTES = 1 << 28
+"""No configuration or index is larger: room for two million tensors."""
+
+DOWNLOAD = "Download it again."
+OTHER_INDEX = "The index belongs to another checkpoint: download it again."
 
 READ_AHEAD = 1 << 26
 """Bytes that the disk is told of at once: jobs follow each other in a file."""
@@ -67,6 +83,13 @@ class Source(Protocol):
         """Files to copy, and those that are not: other weights, links that leave the folder, what
         is no file (a socket, a dangling link). Relative paths."""
 
+    def stamps(self) -> Mapping[str, FileStamp] | None:
+        """What the files looked like when the source was opened, by relative name, sorted:
+        config.json, the index, shards, and the files to copy. None for what is no folder."""
+
+    def check_unchanged(self) -> None:
+        """Raise `SourceError` where one of these files changed or disappeared since then."""
+
     def close(self) -> None:
         """Give back every file that is open."""
 
@@ -76,8 +99,10 @@ class SafetensorsFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config: dict[str, Any] = read_config(folder)
-        self.tensors: dict[str, TensorInfo] = _read_tensors(folder)
+        self._stamps = Stamps()
+        self.config: dict[str, Any] = read_config(folder, self._stamps)
+        self.tensors: dict[str, TensorInfo] = _read_tensors(folder, self._stamps)
+        self._side_files = self._find_side_files()
         self._descriptors: dict[Path, int] = {}
         self._hinted: dict[Path, tuple[int, int]] = {}
         self._lock = threading.Lock()
@@ -87,9 +112,11 @@ class SafetensorsFolder:
     ) -> torch.Tensor:
         info = self.tensors[key]
         first, last = _byte_range(info, start, stop)
+        shape = (stop - start, *info.shape[1:]) if info.shape else ()
+        if first == last:
+            return torch.empty(shape, dtype=info.torch_dtype)
         buffer = np.empty(last - first, dtype=np.uint8) if out is None else out
         self._read(info, first, buffer.data.cast("B"))
-        shape = (stop - start, *info.shape[1:]) if info.shape else ()
         return torch.from_numpy(buffer).view(info.torch_dtype).reshape(shape)
 
     def read_bytes(self, key: str, start: int, out: np.ndarray[Any, Any]) -> None:
@@ -106,10 +133,21 @@ class SafetensorsFolder:
             return
         ahead = max(last, first + READ_AHEAD)
         self._hinted[info.file] = (first, ahead)
-        descriptor = self._descriptor(info.file)
-        os.posix_fadvise(descriptor, first, ahead - first, os.POSIX_FADV_WILLNEED)
+        with suppress(OSError, SourceError):  # what is wrong with the file is told when it is read
+            descriptor = self._descriptor(info.file)
+            os.posix_fadvise(descriptor, first, ahead - first, os.POSIX_FADV_WILLNEED)
 
     def side_files(self) -> tuple[list[Path], list[Path]]:
+        copied, dropped = self._side_files
+        return [*copied], [*dropped]
+
+    def stamps(self) -> Mapping[str, FileStamp]:
+        return self._stamps.relative_to(self.folder)
+
+    def check_unchanged(self) -> None:
+        self._stamps.check()
+
+    def _find_side_files(self) -> tuple[list[Path], list[Path]]:
         shards = {info.file for info in self.tensors.values()}
         copied: list[Path] = []
         dropped: list[Path] = []
@@ -118,8 +156,12 @@ class SafetensorsFolder:
             if path in shards or (len(relative.parts) == 1 and relative.name in OWN_FILES):
                 continue
             is_weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
-            fits = not is_weights and path.is_file() and _stays_inside(self.folder, path)
-            (copied if fits else dropped).append(relative)
+            status = None if is_weights else _status_of_file(path)
+            if status is not None and _stays_inside(self.folder, path):
+                self._stamps.add(path, status)
+                copied.append(relative)
+            else:
+                dropped.append(relative)
         return copied, dropped
 
     def close(self) -> None:
@@ -131,7 +173,9 @@ class SafetensorsFolder:
     def _descriptor(self, file: Path) -> int:
         with self._lock:
             if file not in self._descriptors:
-                self._descriptors[file] = os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                with opened(file) as (handle, status):
+                    self._stamps.same(file, status)
+                    self._descriptors[file] = os.dup(handle.fileno())
             return self._descriptors[file]
 
     def _read(self, info: TensorInfo, position: int, view: memoryview) -> None:
@@ -141,10 +185,12 @@ class SafetensorsFolder:
             while done < len(view):
                 count = os.preadv(descriptor, [view[done:]], position + done)
                 if count == 0:
-                    raise SourceError(f"{info.file}: ended while {info.key} was read from it")
+                    raise SourceError(
+                        f"{info.file}: ended while {info.key} was read. {START_AGAIN}"
+                    )
                 done += count
         except OSError as error:
-            raise SourceError(f"{info.file}: {info.key}: {error.strerror}") from error
+            raise read_error(info.file, error, info.key) from error
 
 
 def _byte_range(info: TensorInfo, start: int, stop: int) -> tuple[int, int]:
@@ -156,11 +202,7 @@ def _byte_range(info: TensorInfo, start: int, stop: int) -> tuple[int, int]:
 
 def _walk(folder: Path) -> Iterable[Path]:
     """Everything in a folder that is not a folder; links to folders are not followed."""
-    try:
-        present = sorted(folder.iterdir())
-    except OSError as error:
-        raise SourceError(f"{folder}: cannot be read: {error.strerror}") from error
-    for path in present:
+    for path in _listed(folder):
         if path.name.startswith("."):
             continue
         if path.is_dir() and not path.is_symlink():
@@ -169,8 +211,31 @@ def _walk(folder: Path) -> Iterable[Path]:
             yield path
 
 
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise read_error(folder, error) from error
+
+
+def _plain(name: str) -> str:
+    """A name as it is where it can stand in a line, quoted where it cannot."""
+    return name if name.isprintable() and len(name) <= SHOWN_CHARACTERS else shown(name)
+
+
+def _status_of_file(path: Path) -> os.stat_result | None:
+    """A regular file's status, links followed; None for anything else, and what cannot be seen."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return None
+    return status if stat.S_ISREG(status.st_mode) else None
+
+
 def _stays_inside(folder: Path, path: Path) -> bool:
     """Whether a file is the folder's own: no link, or one into it or into its hub cache's blobs."""
+    if not path.is_symlink():
+        return True
     target, root = path.resolve(), folder.resolve()
     blobs = root.parent.parent / "blobs"
     return target.is_relative_to(root) or (
@@ -180,12 +245,17 @@ def _stays_inside(folder: Path, path: Path) -> bool:
 
 def open_source(model: str | Path) -> SafetensorsFolder:
     """The checkpoint that `model` names: a local directory, or a name on the Hugging Face hub."""
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return SafetensorsFolder(folder)
-    if folder.exists():
-        raise SourceError(f"{folder}: is a file. Give the folder that holds config.json.")
     name = str(model)
+    try:
+        folder = Path(model).expanduser()
+        is_folder, exists = folder.is_dir(), folder.exists()
+    except (OSError, RuntimeError) as error:  # a name too long, a loop of links, ~nobody
+        cause = error.strerror if isinstance(error, OSError) else error
+        raise SourceError(f"{_plain(name)}: {cause}. Give a checkpoint's folder.") from error
+    if is_folder:
+        return SafetensorsFolder(folder)
+    if exists:
+        raise SourceError(f"{folder}: is a file. Give the folder that holds config.json.")
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return SafetensorsFolder(_download(name))
     raise SourceError(f"{folder}: no such folder. Give a checkpoint's folder, or a hub name.")
@@ -206,34 +276,44 @@ def _download(name: str) -> Path:
     return Path(folder)
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file; `SourceError` where it is missing or something else."""
+def read_json(file: Path, stamps: Stamps | None = None) -> dict[str, Any]:
+    """A JSON object from a file, which `stamps` remember.
+
+    Raises `SourceError` where it is missing or something else.
+    """
     try:
-        value = load_json(file.read_bytes())
+        with opened(file) as (handle, status):
+            raw = handle.read(MAX_JSON_BYTES + 1)
+        if len(raw) > MAX_JSON_BYTES:
+            raise SourceError(f"{file}: larger than {MAX_JSON_BYTES:,} bytes. {DOWNLOAD}")
+        value = load_json(raw)
     except FileNotFoundError:
-        raise SourceError(f"{file}: missing") from None
+        raise SourceError(f"{file}: missing. {DOWNLOAD}") from None
     except OSError as error:
-        raise SourceError(f"{file}: cannot be read: {error.strerror}") from error
+        raise read_error(file, error) from error
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{file}: not valid JSON: {error}") from None
+        raise SourceError(f"{file}: not valid JSON: {error}. {DOWNLOAD}") from None
     if not isinstance(value, dict):
-        raise SourceError(f"{file}: holds a JSON {type(value).__name__}, not an object")
+        kind = type(value).__name__
+        raise SourceError(f"{file}: holds a JSON {kind}, not an object. {DOWNLOAD}")
+    if stamps is not None:
+        stamps.add(file, status, raw)
     return value
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path, stamps: Stamps | None = None) -> dict[str, Any]:
     """A checkpoint folder's config.json."""
-    if not (folder / CONFIG).is_file():
-        seen = sorted(path.name for path in folder.iterdir())[:5]
+    if not os.path.lexists(folder / CONFIG):
+        seen = [_plain(path.name) for path in _listed(folder)[:5]]
         inside = f"it holds {', '.join(seen)}, …" if seen else "it is empty"
         raise SourceError(f"{folder}: no config.json ({inside}). Give a checkpoint's folder.")
-    return read_json(folder / CONFIG)
+    return read_json(folder / CONFIG, stamps)
 
 
-def _read_tensors(folder: Path) -> dict[str, TensorInfo]:
-    if (folder / INDEX).is_file():
-        return _read_indexed(folder)
-    tensors = read_header(_single_file(folder))
+def _read_tensors(folder: Path, stamps: Stamps) -> dict[str, TensorInfo]:
+    if os.path.lexists(folder / INDEX):
+        return _read_indexed(folder, stamps)
+    tensors = read_header(_single_file(folder), stamps)
     if not tensors:
         raise SourceError(f"{folder}: its safetensors file holds no tensor")
     return tensors
@@ -242,7 +322,8 @@ def _read_tensors(folder: Path) -> dict[str, TensorInfo]:
 def _single_file(folder: Path) -> Path:
     if (folder / SINGLE).is_file():
         return folder / SINGLE
-    files = sorted(folder.glob("*.safetensors"))
+    present = _listed(folder)
+    files = [path for path in present if path.suffix == ".safetensors"]
     if len(files) == 1:
         return files[0]
     if files:
@@ -250,7 +331,7 @@ def _single_file(folder: Path) -> Path:
             f"{folder}: {len(files)} safetensors files but no {INDEX} that says what they hold. "
             "Download the index, too."
         )
-    if any(path.suffix in {".bin", ".pt", ".pth"} for path in folder.iterdir()):
+    if any(path.suffix in {".bin", ".pt", ".pth"} for path in present):
         raise SourceError(
             f"{folder}: only pickled weights, which can run code when they are read. "
             "Save the model again as safetensors (save_pretrained does)."
@@ -258,19 +339,23 @@ def _single_file(folder: Path) -> Path:
     raise SourceError(f"{folder}: no safetensors file. Give a folder that holds the weights.")
 
 
-def _read_indexed(folder: Path) -> dict[str, TensorInfo]:
-    index = read_json(folder / INDEX)
+def _read_indexed(folder: Path, stamps: Stamps) -> dict[str, TensorInfo]:
+    index = read_json(folder / INDEX, stamps)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError(f"{folder / INDEX}: has no weight_map. Download the index again.")
     for key, name in weight_map.items():
+        if not isinstance(name, str) or not name:
+            where = f"{folder / INDEX}: {_plain(key)}"
+            raise SourceError(f"{where} has no shard name but {shown(name)}. {DOWNLOAD}")
+    for name, key in {name: key for key, name in weight_map.items()}.items():
         _check_inside(folder, key, name)
     found: dict[str, TensorInfo] = {}
     for name in sorted(set(weight_map.values())):
-        for key, info in read_header(folder / name).items():
+        for key, info in read_header(folder / name, stamps).items():
             if key in found:
                 raise SourceError(
-                    f"{key}: lies both in {found[key].file.name} and in {name}. "
+                    f"{_plain(key)}: lies both in {found[key].file.name} and in {name}. "
                     "One of the shards belongs to another checkpoint."
                 )
             found[key] = info
@@ -278,29 +363,33 @@ def _read_indexed(folder: Path) -> dict[str, TensorInfo]:
     return found
 
 
-def _check_inside(folder: Path, key: str, name: object) -> None:
-    if not isinstance(name, str) or not name:
-        raise SourceError(f"{folder / INDEX}: {key} has no shard name but {name!r}")
+def _check_inside(folder: Path, key: str, name: str) -> None:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
         raise SourceError(
-            f"{folder / INDEX}: {key} points to {name!r}, outside the checkpoint's folder. "
-            "Do not use this checkpoint."
+            f"{folder / INDEX}: {_plain(key)} points to {shown(name)}, outside the checkpoint's "
+            "folder. Do not use this checkpoint."
         )
 
 
 def _check_index(
     folder: Path, weight_map: Mapping[str, str], found: Mapping[str, TensorInfo]
 ) -> None:
+    files = {name: folder / name for name in set(weight_map.values())}
     for key, name in weight_map.items():
         if key not in found:
-            raise SourceError(f"{key}: {INDEX} puts it in {name}, but it is not there.")
-        if found[key].file != folder / name:
-            raise SourceError(f"{key}: {INDEX} puts it in {name}, it is in {found[key].file.name}.")
+            raise SourceError(
+                f"{_plain(key)}: {INDEX} puts it in {name}, but it is not there. {OTHER_INDEX}"
+            )
+        if found[key].file != files[name]:
+            raise SourceError(
+                f"{_plain(key)}: {INDEX} puts it in {name}, it is in {found[key].file.name}. "
+                f"{OTHER_INDEX}"
+            )
     unlisted = found.keys() - weight_map.keys()
     if unlisted:
         key = min(unlisted)
         raise SourceError(
-            f"{key}: lies in {found[key].file.name} but {INDEX} does not list it "
-            f"({len(unlisted)} such). The index belongs to another checkpoint."
+            f"{_plain(key)}: lies in {found[key].file.name} but {INDEX} does not list it "
+            f"({len(unlisted)} such). {OTHER_INDEX}"
         )

@@ -12,11 +12,22 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path, PurePosixPath
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import xxhash
 
 from fourfold._version import __version__
+from fourfold.checkpoints.journal import (
+    STATE,
+    Journal,
+    differences,
+    names_in,
+    partial_of,
+    sync_folder,
+)
 from fourfold.checkpoints.modelopt import QUANT_CONFIG
 from fourfold.checkpoints.safetensors_header import build_header, nbytes_of
 from fourfold.checkpoints.source import CONFIG, INDEX
@@ -24,9 +35,6 @@ from fourfold.errors import OutputError
 
 PARTIAL = ".partial"
 """The ending of files that are not finished."""
-
-MARKER = f".fourfold{PARTIAL}"
-"""Stands in the folder while a run is unfinished, and lists what it writes."""
 
 SUMMARY = "quant_summary.json"
 """Stands in the folder of a finished run, and lists what it wrote under `files`."""
@@ -36,14 +44,18 @@ STATISTICS = "calibration.safetensors"
 
 REPORT = "report.html"
 
+DIGEST_BYTES = 1 << 22
+"""Files are read in pieces of this size for their digest."""
+
 METADATA = {"format": "pt", "producer": f"fourfold {__version__}"}
 
 
 class OutputFolder:
-    """The folder that is written. Remembers what it wrote, so that a failed run leaves nothing."""
+    """The folder that is written. A run that ends early leaves nothing, or what can go on."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, rank: int = 0) -> None:
         self.folder = folder
+        self.journal = Journal(folder, rank)
         self._made_folder = False
         self._written: list[Path] = []
 
@@ -58,6 +70,7 @@ class OutputFolder:
             raise OutputError(f"{self.folder}: is a file. Choose a folder.")
         try:
             present = sorted(path.name for path in self.folder.iterdir())
+            self.journal.check_free()
         except FileNotFoundError:
             return
         except OSError as error:
@@ -66,42 +79,77 @@ class OutputFolder:
             self._check_present(present, overwrite)
 
     def _check_present(self, present: list[str], overwrite: bool) -> None:
-        if not overwrite:
-            if MARKER in present:
-                text = "holds an unfinished run. --overwrite starts anew in its place."
-            else:
-                text = f"not empty ({present[0]}, …). Choose another folder, or --overwrite."
-            raise OutputError(f"{self.folder}: {text}")
-        if MARKER not in present and not self._earlier_files():
+        is_unfinished = self.journal.run is not None or present == [STATE]
+        if not overwrite and not is_unfinished:
+            raise OutputError(
+                f"{self.folder}: not empty ({present[0]}, …). "
+                "Choose another folder, or --overwrite."
+            )
+        if not is_unfinished and not self._earlier_files():
             raise OutputError(
                 f"{self.folder}: holds {present[0]}, … but no checkpoint that fourfold wrote. "
                 "Choose another folder, or empty this one yourself."
             )
 
-    def prepare(self, source: Path, files: Sequence[str], *, overwrite: bool) -> None:
-        """`check`, make the folder, remove an earlier checkpoint, and mark the run as unfinished.
+    def check_continues(self, identity: Mapping[str, Any] | None, *, overwrite: bool) -> None:
+        """Refuse to go on with an unfinished run of something else. Changes nothing."""
+        before = self.journal.run
+        if overwrite or before is None or not self.journal.has_finished:
+            return
+        if identity is None or not isinstance(before.get("identity"), Mapping):
+            raise OutputError(
+                f"{self.folder}: holds an unfinished run that cannot go on. "
+                "--overwrite starts anew in its place."
+            )
+        changed = list(differences(before["identity"], identity))
+        if changed:
+            more = f" (and {len(changed) - 3} more)" if len(changed) > 3 else ""
+            raise OutputError(
+                f"{self.folder}: holds an unfinished run of something else. "
+                f"Changed since: {'; '.join(changed[:3])}{more}.\n"
+                "Give the same as before to go on with it, or --overwrite to start anew."
+            )
 
-        files: every file that this run will write. One that is there already and is not of an
-        earlier checkpoint is refused, not overwritten.
-        """
-        self.check(source, overwrite=overwrite)
+    def lock(self, token: str) -> None:
+        """Make the folder, and let no other process write into it."""
         try:
             is_new = not self.folder.exists()
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.journal.folder.mkdir(parents=True, exist_ok=True)
             self._made_folder = is_new
-            self._check_free(files)
-            self._clear()
-            self._written.append(self.folder / MARKER)
-            (self.folder / MARKER).write_text(json.dumps({"files": list(files)}))
+            self.journal.lock(token)
         except OSError as error:
             raise output_error(self.folder, error) from error
 
-    def _check_free(self, files: Sequence[str]) -> None:
+    def begin(
+        self, identity: Mapping[str, Any] | None, files: Sequence[str], *, overwrite: bool
+    ) -> list[dict[str, Any]]:
+        """Make ready to write; gives the journal of the run that goes on, if one does.
+
+        identity: what must be as it was for a run to go on; None where it cannot.
+        files: every file that this run will write. One that is there already and is not of an
+        earlier checkpoint is refused, not overwritten.
+        """
+        self.check_continues(identity, overwrite=overwrite)
+        try:
+            if self.journal.run is not None and self.journal.has_finished and not overwrite:
+                self._remove_partial(files)
+                return self.journal.entries()
+            earlier = self._earlier_files()
+            self._check_free(files, earlier)
+            # Whatever happens from here on, what was there is known to be ours.
+            self.journal.begin({"files": [*earlier, *files]})
+            self._clear(earlier)
+            self.journal.begin({"files": list(files), "identity": identity})
+        except OSError as error:
+            raise output_error(self.folder, error) from error
+        return []
+
+    def _check_free(self, files: Sequence[str], earlier: Sequence[str]) -> None:
         """Refuse before anything is removed, so that an earlier checkpoint stays whole."""
-        earlier = set(self._earlier_files())
+        known = set(earlier)
         for name in files:
             path = self.folder / name
-            if os.path.lexists(path) and (name not in earlier or path.is_dir()):
+            if os.path.lexists(path) and (name not in known or path.is_dir()):
                 raise OutputError(
                     f"{path}: is in the way, and no part of an earlier checkpoint. "
                     "Move it, or choose another folder."
@@ -109,51 +157,53 @@ class OutputFolder:
 
     def _earlier_files(self) -> list[str]:
         """What an earlier run wrote here, by its own word: finished or not."""
-        names: list[str] = []
-        for record in (MARKER, SUMMARY):
-            try:
-                found = json.loads((self.folder / record).read_bytes())["files"]
-            except (OSError, ValueError, KeyError, TypeError):
-                continue
-            names += [name for name in found if _is_inside(name)]
-        return names
+        try:
+            summary = json.loads((self.folder / SUMMARY).read_bytes())
+        except (OSError, ValueError, RecursionError):
+            summary = None
+        return list(dict.fromkeys([*names_in(self.journal.run), *names_in(summary)]))
 
-    def _clear(self) -> None:
+    def _clear(self, names: Sequence[str]) -> None:
         """Remove an earlier checkpoint: first what makes it one, then the rest."""
-        names = self._earlier_files()
         first = [name for name in (CONFIG, INDEX, QUANT_CONFIG) if name in names]
-        partial = [path.name for path in self.folder.glob(f".*{PARTIAL}")]
-        for name in [*first, *names, *partial]:
+        for name in [*first, *names]:
             (self.folder / name).unlink(missing_ok=True)
+        self._remove_partial(names)
+
+    def _remove_partial(self, names: Sequence[str]) -> None:
+        for name in names:
+            partial_of(self.folder / name).unlink(missing_ok=True)
+
+    def nbytes_present(self) -> int:
+        """Bytes of files here that are a run's own: its end needs no more room for them."""
+        files = [self.folder / name for name in names_in(self.journal.run)]
+        return sum(path.stat().st_size for path in files if path.is_file())
 
     def done(self) -> None:
-        """The checkpoint is whole: take the mark away."""
+        """The checkpoint is whole: nothing of the run stays beside it."""
         try:
-            (self.folder / MARKER).unlink(missing_ok=True)
-            _sync_folder(self.folder)
+            self.journal.remove()
+            sync_folder(self.folder)
         except OSError as error:
             raise output_error(self.folder, error) from error
 
     def shard(self, name: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> ShardFile:
         """Begin a shard; the file has its full size and its header at once."""
-        path = self.folder / f".{name}{PARTIAL}"
-        self._written += [path, self.folder / name]
-        return ShardFile(path, self.folder / name, tensors)
+        path = self.folder / name
+        self._written += [partial_of(path), path]
+        return ShardFile(partial_of(path), path, tensors)
+
+    def add_to_journal(self, entry: Mapping[str, Any]) -> None:
+        """Note that something is finished; it is for good, then."""
+        try:
+            self.journal.add(entry)
+        except OSError as error:
+            raise output_error(self.journal.folder, error) from error
 
     def copy(self, source: Path, relative: Path) -> None:
         """Copy one file of the source's folder, contents only: temporary name, sync, rename."""
-        target = self.folder / relative
-        partial = target.with_name(f".{target.name}{PARTIAL}")
-        self._written += [partial, target]
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with (source / relative).open("rb") as before, partial.open("wb") as after:
-                shutil.copyfileobj(before, after)
-                after.flush()
-                os.fsync(after.fileno())
-            partial.replace(target)
-        except OSError as error:
-            raise output_error(target, error) from error
+        with self._replacing(str(relative)) as after, (source / relative).open("rb") as before:
+            shutil.copyfileobj(before, after)
 
     def write_json(self, name: str, value: Mapping[str, Any], *, indent: int | None = 2) -> None:
         """Write a JSON file: temporary name, sync, rename."""
@@ -166,27 +216,49 @@ class OutputFolder:
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write a file: temporary name, sync, rename."""
-        path, partial = self.folder / name, self.folder / f".{name}{PARTIAL}"
+        with self._replacing(name) as handle:
+            handle.write(data)
+
+    @contextmanager
+    def _replacing(self, name: str) -> Iterator[BinaryIO]:
+        """A file under a temporary name; when it was filled, it is synced and renamed."""
+        path = self.folder / name
+        partial = partial_of(path)
         self._written += [partial, path]
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             with partial.open("wb") as handle:
-                handle.write(data)
+                yield handle
                 handle.flush()
                 os.fsync(handle.fileno())
             partial.replace(path)
         except OSError as error:
             raise output_error(path, error) from error
 
+    def close(self) -> None:
+        """Let others write here."""
+        self.journal.close()
+
     def discard(self) -> None:
-        """Remove what this run wrote, what makes it a checkpoint first."""
-        for path in reversed(self._written):
+        """Remove what this run wrote or went on from; what makes it a checkpoint first."""
+        names = [self.folder / name for name in names_in(self.journal.run)]
+        for path in [*reversed(self._written), *reversed(names)]:
             path.unlink(missing_ok=True)
+        if self.journal.is_there:
+            self.journal.remove()
         if self._made_folder:
             for folder in sorted(
                 (path for path in self.folder.rglob("*") if path.is_dir()), reverse=True
             ):
                 _remove_if_empty(folder)
             _remove_if_empty(self.folder)
+
+    def keep_unfinished(self) -> None:
+        """Keep what the journal speaks of, and nothing else: the same run can go on."""
+        for path in reversed(self._written):
+            if path.name.endswith(PARTIAL) or path.name in (CONFIG, INDEX, QUANT_CONFIG):
+                path.unlink(missing_ok=True)
+        self.close()
 
 
 class ShardFile:
@@ -219,14 +291,17 @@ class ShardFile:
         except OSError as error:
             raise output_error(self.path, error) from error
 
-    def finish(self) -> None:
-        """Sync the file and give it its name."""
+    def finish(self) -> str:
+        """Sync the file and give it its name; returns the digest of its bytes."""
         try:
+            digest = _digest_of(self._descriptor)
             os.fsync(self._descriptor)
             self._close()
             self.partial.replace(self.path)
+            sync_folder(self.path.parent)
         except OSError as error:
             raise output_error(self.path, error) from error
+        return digest
 
     def abandon(self) -> None:
         """Close and remove the unfinished file."""
@@ -237,6 +312,28 @@ class ShardFile:
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
+
+
+def digest_of_file(path: Path) -> str | None:
+    """The digest of a file's bytes; None where it cannot be read."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return _digest_of(descriptor)
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+
+
+def _digest_of(descriptor: int) -> str:
+    digest, buffer, position = xxhash.xxh3_128(), bytearray(DIGEST_BYTES), 0
+    while count := os.preadv(descriptor, [buffer], position):
+        digest.update(memoryview(buffer)[:count])
+        position += count
+    return digest.hexdigest()
 
 
 def index_of(shards: Iterable[tuple[str, Mapping[str, Any]]], total_size: int) -> dict[str, Any]:
@@ -266,22 +363,6 @@ def output_error(path: Path, error: OSError) -> OutputError:
         case _:
             remedy = f"{error.strerror or error}."
     return OutputError(f"{path}: {remedy}")
-
-
-def _is_inside(name: object) -> bool:
-    """Whether a file name from a record stays in the folder."""
-    if not isinstance(name, str) or not name or "\0" in name:
-        return False
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove_if_empty(folder: Path) -> None:

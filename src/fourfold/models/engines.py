@@ -142,6 +142,13 @@ def experts_module(name: str) -> str | None:
     return None
 
 
+def is_stack(name: str) -> bool:
+    """Whether `name`, without `.weight`, is that of all experts of a layer in one tensor."""
+    if _ONE_EXPERT.match(name) or name.endswith("bias"):
+        return False
+    return experts_module(name) is not None
+
+
 def modules_of(names: Iterable[str]) -> list[Module]:
     """The engine modules that the raw linears `names` end up in, in order of appearance."""
     experts: defaultdict[str, list[str]] = defaultdict(list)

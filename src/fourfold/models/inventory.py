@@ -17,9 +17,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from fourfold.checkpoints.safetensors_header import TensorInfo
+from fourfold.checkpoints.safetensors_header import TensorInfo, shown
 from fourfold.checkpoints.source import Source
 from fourfold.errors import ModelError, SourceError
+from fourfold.models.engines import is_stack
 from fourfold.models.experts import Projection
 from fourfold.models.families import fuse, kept_because
 from fourfold.models.fused_experts import ExpertPart, cut_experts
@@ -155,15 +156,24 @@ def take_inventory(source: Source, *, trust_remote_code: bool = False) -> Invent
     Raises `ModelError` for an architecture that cannot be built or taken apart, `SourceError`
     where the checkpoint lacks a parameter of its architecture.
     """
-    _check_counts(source)
+    _check_config(source)
     tree = build_tree(source.folder, trust_remote_code=trust_remote_code)
     return _Taking(source, tree).run()
 
 
-def _check_counts(source: Source) -> None:
-    """Refuse a configuration that speaks of more layers than there are tensors, before building."""
+def _check_config(source: Source) -> None:
+    """Refuse what would fail, or take for ever, while the model is built.
+
+    More layers than there are tensors; a part whose type is no name.
+    """
     parts = [source.config, *(x for x in source.config.values() if isinstance(x, Mapping))]
     for part in parts:
+        kind = part.get("model_type")
+        if not isinstance(kind, str | None):
+            raise ModelError(
+                f"{source.folder / 'config.json'}: model_type is {shown(kind)}, not a name. "
+                "Download it again."
+            )
         for name in ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth"):
             count = part.get(name)
             if isinstance(count, int) and count > len(source.tensors):
@@ -401,10 +411,16 @@ class _Taking:
 
     def _raw(self, key: str) -> RawTensor:
         info, role, place = self.infos[key], self.roles[key], self.places[key]
+        stem = key.removesuffix(".weight")
         is_matrix = (
-            not (role is Role.EMBEDDING and EMBEDDING_NAME.search(key.removesuffix(".weight")))
+            not (role is Role.EMBEDDING and EMBEDDING_NAME.search(stem))
             and len(info.shape) >= 2
-            and (key.endswith(".weight") or role in {Role.EXPERTS, Role.MTP} or key in self.blocked)
+            and (
+                stem != key
+                or role in {Role.EXPERTS, Role.MTP}
+                or key in self.blocked
+                or is_stack(stem)
+            )
         )
         return RawTensor(info, role, self._layer_of(place.target or ""), is_matrix)
 

@@ -186,6 +186,12 @@ class LiveSource:
         names = [path.relative_to(self.folder) for path in beside]
         return [name for name in names if str(name) not in OWN_FILES], []
 
+    def stamps(self) -> None:
+        """None: the weights are no files."""
+
+    def check_unchanged(self) -> None:
+        """Nothing to check: the model's owner keeps it as it is."""
+
     def close(self) -> None:
         self.release()
         if self._checkpoint is not None:

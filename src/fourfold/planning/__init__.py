@@ -4,6 +4,7 @@ from fourfold.planning.plan import Plan, make_plan
 from fourfold.planning.rows import (
     COPY_BYTES,
     GROUP_BYTES,
+    WAITING,
     Action,
     Job,
     KVScales,
@@ -14,10 +15,12 @@ from fourfold.planning.rows import (
     job_bytes,
     raw_keys,
 )
+from fourfold.planning.shards import Spec, cut, deal
 
 __all__ = [
     "COPY_BYTES",
     "GROUP_BYTES",
+    "WAITING",
     "Action",
     "Job",
     "KVScales",
@@ -25,6 +28,9 @@ __all__ = [
     "Row",
     "ScaleGroup",
     "Shard",
+    "Spec",
+    "cut",
+    "deal",
     "is_plain",
     "job_bytes",
     "make_plan",

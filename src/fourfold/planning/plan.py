@@ -7,6 +7,7 @@ quantized, a module whose layout is not known, an ignore list that no engine wou
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from fourfold.parallel import marlin_note, tensor_parallel
 from fourfold.planning.rows import (
     COPY_BYTES,
     GROUP_BYTES,
+    WAITING,
     Action,
     KVScales,
     Row,
@@ -37,9 +39,10 @@ from fourfold.planning.rows import (
     Shard,
     is_plain,
     job_bytes,
+    raw_keys,
 )
 from fourfold.planning.selection import Selection
-from fourfold.planning.shards import check_kept, check_names, lay_out
+from fourfold.planning.shards import check_kept, check_names, lay_out, outputs_of
 from fourfold.planning.tables import role_table, tensor_parallel_lines
 from fourfold.recipes import Recipe
 from fourfold.rendering import plain, size
@@ -61,6 +64,8 @@ class Plan:
     """What a user should know: engines without a loader, files that are left behind."""
     tensor_parallel: Mapping[int, str]
     """Tensor-parallel size → why it will not load; empty where it will."""
+    parts: int = 1
+    """How many shards a decoder layer is cut into, at least."""
 
     @cached_property
     def groups(self) -> tuple[ScaleGroup, ...]:
@@ -88,7 +93,7 @@ class Plan:
             held = job_bytes(group)
             plain = all(is_plain(linear.region) for linear in group.linears)
             largest = max(largest, min(held, GROUP_BYTES) if plain else 2 * held)
-        return threads * largest * 3 // 2
+        return (threads + WAITING) * largest * 3 // 2
 
     @cached_property
     def sites(self) -> Mapping[str, tuple[LinearWeight, ...]]:
@@ -132,9 +137,26 @@ class Plan:
             self.ignore, activations=self.recipe.is_w4a4, kv_cache=self.recipe.kv_cache != "none"
         )
 
-    def shards_of(self, layer: int | None) -> list[int]:
+    def shards_of(self, layer: int | None) -> Sequence[int]:
         """Numbers of the shards of a decoder layer; of the shell for None."""
-        return [number for number, shard in enumerate(self.shards) if shard.layer == layer]
+        return self._shards_by_layer.get(layer, ())
+
+    @cached_property
+    def _shards_by_layer(self) -> Mapping[int | None, Sequence[int]]:
+        found: dict[int | None, list[int]] = defaultdict(list)
+        for number, shard in enumerate(self.shards):
+            found[shard.layer].append(number)
+        return found
+
+    @cached_property
+    def digest(self) -> str:
+        """Of everything that is written: each shard's tensors and what they are made of."""
+        digest = hashlib.sha256(repr(self.ignore).encode())
+        for shard in self.shards:
+            for job in shard.jobs:
+                digest.update(repr((shard.layer, outputs_of(job, activations=True))).encode())
+                digest.update(repr(raw_keys(job)).encode())
+        return digest.hexdigest()
 
     @cached_property
     def calibration_memory(self) -> int:
@@ -230,8 +252,12 @@ class Plan:
         return plain(self)
 
 
-def make_plan(source: Source, recipe: Recipe, *, trust_remote_code: bool = False) -> Plan:
+def make_plan(
+    source: Source, recipe: Recipe, *, parts: int = 1, trust_remote_code: bool = False
+) -> Plan:
     """Decide what becomes of every tensor of `source`; no weight is read.
+
+    parts: how many shards a decoder layer is cut into, at least.
 
     Raises `RecipeError`, `PlanError`, `ModelError` or `SourceError`: see the module's head.
     """
@@ -248,7 +274,15 @@ def make_plan(source: Source, recipe: Recipe, *, trust_remote_code: bool = False
     )
     kv_scales = selection.kv_scales()
     shards = tuple(
-        lay_out(groups, selection.biases(), kept, kv_scales, inventory, activations=recipe.is_w4a4)
+        lay_out(
+            groups,
+            selection.biases(),
+            kept,
+            kv_scales,
+            inventory,
+            activations=recipe.is_w4a4,
+            parts=parts,
+        )
     )
     check_names(shards, activations=recipe.is_w4a4)
     check_kept(kept)
@@ -267,6 +301,7 @@ def make_plan(source: Source, recipe: Recipe, *, trust_remote_code: bool = False
             *_notes(inventory, quantized, dropped, selection.kv_notes()),
         ),
         tensor_parallel=tensor_parallel(quantized, source.config),
+        parts=parts,
     )
 
 

@@ -19,6 +19,9 @@ COPY_BYTES = 1 << 24
 GROUP_BYTES = 1 << 28
 """A scale group larger than this is read twice, in pieces, instead of being held."""
 
+WAITING = 2
+"""Workers beside those that compute: one may read meanwhile, one may write."""
+
 
 class Action(StrEnum):
     """What becomes of a source tensor."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
@@ -17,6 +18,7 @@ from fourfold.models.roles import Role
 from fourfold.planning.rows import Action, KVScales, Row, ScaleGroup
 from fourfold.recipes import Recipe
 
+_NUMBER = re.compile(r"\d+")
 QUANTIZABLE_DTYPES = ("BF16", "F16", "F32")
 
 
@@ -64,7 +66,7 @@ class Selection:
         for pattern in self.recipe.keep:
             matches = [name for name in names if fnmatchcase(name, pattern)]
             if not matches:
-                near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
+                near = _nearest(pattern, names)
                 hint = f" The nearest: {', '.join(near)}." if near else ""
                 raise RecipeError(
                     f"recipe {self.recipe.name}: keep pattern {pattern!r} matches no linear "
@@ -164,8 +166,24 @@ class Selection:
         if key in self._split_keys:
             reason = "its experts are written one by one"
             return Row(key, Action.SPLIT, raw.role, reason, numel, nbytes, nbytes, 0)
+        self._check_copied(raw)
         reason = self._why_kept(raw, linears)
         return Row(key, Action.COPY, raw.role, reason, numel, nbytes, nbytes, 0)
+
+    def _check_copied(self, raw: RawTensor) -> None:
+        """Nothing that is copied may be what no engine has a place for beside packed weights."""
+        key, dtype = raw.info.key, raw.info.dtype
+        stem, _, leaf = key.rpartition(".")
+        if stem in self.chosen and leaf not in ("bias", *modelopt.PARTS):
+            raise PlanError(
+                f"{key} in {raw.info.file.name}: lies beside a weight that is quantized, where "
+                "engines know no such tensor. Take it out of the checkpoint."
+            )
+        if modelopt.LEFTOVER.search(key) or (leaf == modelopt.CODES and dtype == "U8"):
+            raise PlanError(
+                f"{key} in {raw.info.file.name}: {dtype}, as a quantizer leaves it. "
+                "Is the checkpoint quantized already?"
+            )
 
     @cached_property
     def _split_keys(self) -> frozenset[str]:
@@ -178,3 +196,18 @@ class Selection:
         if not linears:
             return "not a linear weight" if raw.role is not Role.MTP else "MTP"
         return kept_because(raw.stem) or f"role {raw.role} is not in the recipe"
+
+
+def _nearest(pattern: str, names: Iterable[str]) -> list[str]:
+    """The names that are most like a pattern; one of those that differ in numbers alone.
+
+    `difflib` compares letter by letter: too slow for each expert of a large model.
+    """
+    parts = set(pattern.split("."))
+    best: dict[str, tuple[int, str]] = {}
+    for name in names:
+        shared = sum(part in parts for part in name.split("."))
+        kind = _NUMBER.sub("#", name)
+        if kind not in best or shared > best[kind][0]:
+            best[kind] = shared, name
+    return difflib.get_close_matches(pattern, [name for _, name in best.values()], n=3, cutoff=0.3)

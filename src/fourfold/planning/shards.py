@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from fourfold.checkpoints import modelopt
 from fourfold.checkpoints.safetensors_header import nbytes_of
@@ -12,6 +12,12 @@ from fourfold.models.inventory import ExpertBias, Inventory, RawTensor
 from fourfold.planning.rows import Job, KVScales, ScaleGroup, Shard
 
 SHARD_BYTES = 5_000_000_000
+PACKED = "U8"
+"""The dtype of packed E2M1 codes."""
+
+Spec = tuple[str, tuple[int, ...]]
+"""A tensor's dtype and shape."""
+
 FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
 
 
@@ -23,8 +29,10 @@ def lay_out(
     inventory: Inventory,
     *,
     activations: bool,
+    parts: int = 1,
 ) -> Iterable[Shard]:
-    """One shard for each unit (decoder layer, or the shell), more where one would be too large."""
+    """`parts` shards for each unit (decoder layer, or the shell), more where they would be too
+    large, fewer where there is too little to part."""
     units: dict[int | None, list[tuple[tuple[str, int, int], Job]]] = defaultdict(list)
 
     def add(job: Job, layer: int | None, key: str, within: int = 0) -> None:
@@ -43,25 +51,54 @@ def lay_out(
     for layer in sorted(units, key=lambda layer: -1 if layer is None else layer):
         name = "shell" if layer is None else f"layer {layer}"
         jobs = [job for _, job in sorted(units[layer], key=lambda item: item[0])]
-        yield from _split_unit(name, layer, jobs, activations)
+        made = [outputs_of(job, activations=activations) for job in jobs]
+        for begin, end in cut(made, parts):
+            tensors = {name: spec for each in made[begin:end] for name, spec in each.items()}
+            yield Shard(name, layer, tensors, tuple(jobs[begin:end]))
 
 
-def _split_unit(
-    unit: str, layer: int | None, jobs: Sequence[Job], activations: bool
-) -> Iterable[Shard]:
-    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
-    taken: list[Job] = []
-    size = 0
-    for job in jobs:
-        made = outputs_of(job, activations=activations)
-        nbytes = sum(nbytes_of(*spec) for spec in made.values())
-        if taken and size + nbytes > SHARD_BYTES:
-            yield Shard(unit, layer, tensors, tuple(taken))
-            tensors, taken, size = {}, [], 0
-        tensors |= made
-        taken.append(job)
-        size += nbytes
-    yield Shard(unit, layer, tensors, tuple(taken))
+def cut(bundles: Sequence[Mapping[str, Spec]], parts: int) -> Iterable[tuple[int, int]]:
+    """Where a unit is cut into shards. A bundle is what one job writes, and stays together.
+
+    Depends on the bundles alone, so that whoever has the shards of a unit can cut them anew.
+    """
+    sizes = [sum(nbytes_of(*spec) for spec in bundle.values()) for bundle in bundles]
+    efforts = [effort(bundle) for bundle in bundles]
+    total, passed, begin, size, present = max(1, sum(efforts)), 0, 0, 0, 0
+    for number, (nbytes, takes) in enumerate(zip(sizes, efforts, strict=True)):
+        middle = (2 * passed + takes) * parts // (2 * total)
+        part = min(middle, parts - 1)  # a bundle is of the part where its middle lies
+        if number > begin and (part > present or size + nbytes > SHARD_BYTES):
+            yield begin, number
+            begin, size = number, 0
+        present, passed, size = max(part, present), passed + takes, size + nbytes
+    if begin < len(bundles):
+        yield begin, len(bundles)
+
+
+def effort(tensors: Mapping[str, Spec]) -> int:
+    """How much work tensors are to write: about the bytes that they are made from.
+
+    What is packed was 16 bits wide, four times as wide as it is now.
+    """
+    return sum(nbytes_of(*spec) * (4 if spec[0] == PACKED else 1) for spec in tensors.values())
+
+
+def deal(shards: Sequence[Shard], unfinished: Iterable[int], ranks: int) -> list[list[int]]:
+    """The shards' numbers for each rank: even within each unit, and over all of them."""
+    dealt: list[list[int]] = [[] for _ in range(ranks)]
+    totals = [0] * ranks
+    units: dict[int | None, list[int]] = defaultdict(list)
+    for number in unfinished:
+        units[shards[number].layer].append(number)
+    for numbers in units.values():
+        here = [0] * ranks
+        for number in sorted(numbers, key=lambda number: (-effort(shards[number].tensors), number)):
+            rank = min(range(ranks), key=lambda rank: (here[rank], totals[rank], rank))
+            here[rank] += effort(shards[number].tensors)
+            totals[rank] += effort(shards[number].tensors)
+            dealt[rank].append(number)
+    return [sorted(numbers) for numbers in dealt]
 
 
 def check_names(shards: Iterable[Shard], *, activations: bool) -> None:

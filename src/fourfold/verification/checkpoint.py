@@ -26,7 +26,7 @@ import torch
 from fourfold.checkpoints.safetensors_header import TensorInfo, read_header
 from fourfold.checkpoints.source import INDEX, read_config, read_json
 from fourfold.errors import FourfoldError, SourceError, UnreadableError
-from fourfold.models.engines import experts_module
+from fourfold.models.engines import is_stack
 from fourfold.models.roles import EMBEDDING_NAME
 from fourfold.verification.quant_config import (
     CONFIG,
@@ -290,12 +290,5 @@ def _find_kept(tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
     for name, info in tensors.items():
         stem = name.removesuffix(".weight")
         is_matrix = stem != name and len(info.shape) == 2 and not EMBEDDING_NAME.search(stem)
-        if is_matrix or (len(info.shape) >= 2 and _is_stack(stem)):
+        if is_matrix or (len(info.shape) >= 2 and is_stack(stem)):
             yield stem
-
-
-def _is_stack(stem: str) -> bool:
-    """Whether a raw name is that of all experts of a layer in one tensor."""
-    if EXPERT.match(stem) or stem.endswith("bias"):
-        return False
-    return experts_module(stem) is not None

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
+from fourfold.checkpoints.modelopt import LEFTOVER
 from fourfold.checkpoints.safetensors_header import TensorInfo
 from fourfold.verification.checkpoint import (
     BLOCK_SCALE,
@@ -36,12 +36,6 @@ DTYPES: Mapping[str, str] = {
     GLOBAL_SCALE: "F32",
     INPUT_SCALE: "F32",
 }
-
-LEFTOVER = re.compile(
-    r"(_amax|_quantizer(\..*)?|\.weight_packed|\.weight_global_scale|\.input_global_scale"
-    r"|\.pre_quant_scale|\.weight_zero_point)$"
-)
-"""Tensors of quantizers and of other layouts, which no loader of this one expects."""
 
 
 def check_parts(checkpoint: Checkpoint) -> Iterator[Finding]:

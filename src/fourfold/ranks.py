@@ -1,0 +1,216 @@
+"""Several processes that do one job: `torchrun --nproc-per-node N -m fourfold …`.
+
+Ranks tell each other little: what each has observed of a layer, a few kB, and that one of them has
+failed. That travels through the store of torch.distributed, which every launcher sets up; no
+tensor does, so there is no process group, no backend to choose, and nothing that differs between
+CPUs and GPUs. A rank that waits for the others looks for their failure meanwhile, and a thread
+watches that they live: an error of one is an error of all within seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from itertools import count
+from typing import Any, Protocol
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from fourfold.errors import FourfoldError
+
+PULSE = 0.5
+"""Seconds between two signs of life."""
+
+SILENCE = 30.0
+"""Seconds without one after which a rank is taken for dead. An import can hold a process up."""
+
+FAREWELL = 5.0
+"""Seconds that a rank that failed waits for the others to hear of it."""
+
+
+class Ranks(Protocol):
+    """This process among those that do one job."""
+
+    rank: int
+    size: int
+    local_size: int
+    """How many of them share this machine."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every rank gives, by rank. `value` is what JSON can hold."""
+
+    def check(self) -> None:
+        """Raise `FourfoldError` where another rank has failed."""
+
+
+@dataclass
+class Alone:
+    """One process does everything."""
+
+    rank: int = 0
+    size: int = 1
+    local_size: int = 1
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def check(self) -> None:
+        pass
+
+
+class RankFailedError(FourfoldError):
+    """Another rank failed; the message is its own."""
+
+
+class Together:
+    """One of several ranks, which meet at a store of torch.distributed."""
+
+    def __init__(self, store: Any, rank: int, size: int, local_size: int = 1) -> None:
+        self.rank, self.size, self.local_size = rank, size, local_size
+        self._store = store
+        self._round = 0
+        self._failure: RankFailedError | None = None
+        self._ended = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="ranks", daemon=True)
+
+    def gather(self, value: Any) -> list[Any]:
+        self._round += 1
+        self._store.set(f"{self._round}/{self.rank}", json.dumps(value))
+        found = []
+        for rank in range(self.size):
+            self._wait_for(f"{self._round}/{rank}")
+            found.append(json.loads(self._store.get(f"{self._round}/{rank}")))
+        if self._round > 1:  # everybody is here, so everybody has read what came before
+            self._store.delete_key(f"{self._round - 1}/{self.rank}")
+        return found
+
+    def check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _wait_for(self, key: str) -> None:
+        pause = 0.001
+        while not self._store.check([key]):
+            self.check()
+            time.sleep(pause)
+            pause = min(2 * pause, 0.1)
+
+    def _watch(self) -> None:
+        """The thread: give signs of life, look for those of others and for their failure."""
+        watched = range(1, self.size) if self.rank == 0 else range(1)
+        last = {rank: (b"", time.monotonic()) for rank in watched}
+        try:
+            for number in count():
+                self._store.set(f"pulse/{self.rank}", str(number))
+                if self._store.check(["failed"]):
+                    self._hear(json.loads(self._store.get("failed")))
+                    return
+                for rank, (pulse, since) in last.items():
+                    now = self._pulse_of(rank)
+                    if now != pulse:
+                        last[rank] = now, time.monotonic()
+                    elif time.monotonic() - since > SILENCE:
+                        self._tell(rank, f"has not answered for {SILENCE:.0f} s: was it killed?")
+                if self._ended.wait(PULSE):
+                    return
+        except (dist.DistError, RuntimeError) as error:
+            if not self._ended.is_set():
+                text = f"the other ranks cannot be reached ({str(error).splitlines()[0][:200]})"
+                self._failure = RankFailedError(f"{text}. Were they stopped?")
+
+    def _pulse_of(self, rank: int) -> bytes:
+        key = f"pulse/{rank}"
+        return bytes(self._store.get(key)) if self._store.check([key]) else b""
+
+    def _hear(self, failed: dict[str, Any]) -> None:
+        self._failure = RankFailedError(f"rank {failed['rank']}: {failed['text']}")
+        self._failure.exit_code = failed["exit_code"]
+
+    def _tell(self, rank: int, text: str, exit_code: int = 1) -> None:
+        failed = {"rank": rank, "text": text, "exit_code": exit_code}
+        self._store.compare_set("failed", "", json.dumps(failed))
+
+    @contextmanager
+    def taking_part(self) -> Iterator[None]:
+        """Within, an error here becomes one of all ranks; nobody leaves before the others."""
+        self._watcher.start()
+        try:
+            yield
+            self.gather("done")
+        except BaseException as error:
+            self._leave_failed(error)
+            raise
+        else:
+            self._leave(30 * FAREWELL)
+        finally:
+            self._ended.set()
+            self._watcher.join(FAREWELL)
+
+    def _leave_failed(self, error: BaseException) -> None:
+        try:
+            if not isinstance(error, RankFailedError):
+                text = str(error) if isinstance(error, FourfoldError) else repr(error)
+                if not isinstance(error, Exception):
+                    text = "was stopped"
+                self._tell(self.rank, text, getattr(error, "exit_code", 1))
+            self._leave(FAREWELL)
+        except (dist.DistError, RuntimeError):
+            pass  # the store is gone, and with it whom to tell
+
+    def _leave(self, patience: float) -> None:
+        """Say good-bye. The last to leave is rank 0, which may be the one that has the store."""
+        self._store.set(f"left/{self.rank}", "")
+        waited_for = [f"left/{rank}" for rank in range(self.size)]
+        end = time.monotonic() + patience
+        while time.monotonic() < end and (self.rank == 0 or patience == FAREWELL):
+            if self._store.check(waited_for):
+                break
+            time.sleep(0.02)
+
+
+_jobs = count()
+
+
+@contextmanager
+def joining() -> Iterator[Ranks]:
+    """The ranks that this process was started among; alone without a launcher."""
+    if not is_launched():
+        yield Alone()
+        return
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # A launcher's store outlives its workers, and a job those before it.
+    name = f"fourfold/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_jobs)}"
+    together = Together(PrefixStore(name, _store()), rank, size, local_size)
+    with together.taking_part():
+        yield together
+
+
+def is_launched() -> bool:
+    """Whether a launcher has started this process as one of several."""
+    given = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    return given and int(os.environ["WORLD_SIZE"]) > 1
+
+
+@cache
+def _store() -> Any:
+    if dist.is_initialized():
+        return dist.distributed_c10d._get_default_store()
+    try:
+        store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(minutes=5))))
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise FourfoldError(
+            f"{address}: the ranks do not meet there: {str(error).splitlines()[0][:200]}. "
+            "Start all of them with torchrun."
+        ) from error
+    return store
