@@ -200,7 +200,7 @@ def test_a_report_that_cannot_be_made_costs_no_checkpoint(
     def broken(_: object) -> str:
         raise ZeroDivisionError("<oops>")
 
-    monkeypatch.setattr(pipeline, "html_of", broken)
+    monkeypatch.setattr("fourfold.report.page.html_of", broken)
     assert fourfold.quantize(written("qwen3_moe")[0], tmp_path / "out", EXPERTS).clean
     page = (tmp_path / "out" / "report.html").read_text()
     assert "could not be made" in page

@@ -270,6 +270,34 @@ def test_a_kept_weight_that_is_no_float(copy: Callable[[str], Path]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("key", "like", "words"),
+    [
+        ("model.layers.1.input_layernorm.weight", torch.uint8, "U8, as a quantizer leaves it"),
+        ("model.layers.2.mlp.experts.3.up_proj.pre_quant_scale", None, "lies beside a weight"),
+        ("model.layers.0.self_attn.q_proj.input_quantizer._amax", None, "as a quantizer leaves"),
+    ],
+)
+def test_tensors_that_no_engine_reads_beside_packed_weights(
+    key: str, like: torch.dtype | None, words: str, copy: Callable[[str], Path]
+) -> None:
+    folder = copy("qwen3_moe")
+    edit(folder, lambda tensors: tensors.update({key: torch.ones(64, dtype=like)}))
+    with pytest.raises(fourfold.PlanError, match=rf"{key} in model.safetensors: .*{words}"):
+        fourfold.plan(folder, EXPERTS)
+
+
+def test_a_stack_of_experts_without_a_place_is_ignored(
+    copy: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = copy("qwen3_5_moe")
+    key = "model.language_model.layers.-1.mlp.experts.down_proj"
+    edit(folder, lambda tensors: tensors.update({key: torch.ones(4, 64, 48)}))
+    result = fourfold.quantize(folder, tmp_path / "out", EXPERTS)
+    assert result.clean, str(result.report)
+    assert any(key.startswith(entry) for entry in result.plan.ignore)
+
+
+@pytest.mark.parametrize(
     "changes", [{"num_hidden_layers": 10**9}, {"num_local_experts": 10**9}, {"head_dim": 2**30}]
 )
 def test_absurd_configurations_end_at_once(

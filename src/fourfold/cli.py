@@ -13,6 +13,7 @@ import typer
 
 from fourfold import terminal
 from fourfold._version import __version__
+from fourfold.errors import UsageError
 from fourfold.terminal import Display, console, is_first_rank, print_json, print_result
 
 DEFAULT_RECIPE = "w4a16_nvfp4_experts_only_mse"
@@ -186,6 +187,48 @@ def verify(
     else:
         console().print(report)
     if not report.clean:
+        raise typer.Exit(1)
+
+
+@app.command()
+def merge(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="DIR... OUT", help="What each node wrote, or one checkpoint; then OUT."
+        ),
+    ],
+    shards: Annotated[int, typer.Option(min=1, help="Files for each layer, at least.")] = 1,
+    threads: Threads = None,
+    overwrite: Overwrite = False,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Do not check OUT afterwards.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Join what nodes without a shared file system wrote, or cut a checkpoint anew."""
+    from fourfold.merging import merge as run
+
+    if len(folders) < 2:
+        raise UsageError("give the folders to join, and then OUT.")
+    with Display(quiet=as_json) as display:
+        result = run(
+            folders[:-1],
+            folders[-1],
+            shards=shards,
+            overwrite=overwrite,
+            verified=not no_verify,
+            threads=threads,
+            on_begin=display.begin,
+            progress=display.copying,
+            on_written=display.written,
+            verify_progress=display.verifying,
+        )
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        print_result(result)
+    if result.report is not None and not result.report.clean:
         raise typer.Exit(1)
 
 

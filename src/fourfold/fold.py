@@ -224,12 +224,15 @@ class Folding:
                     "linears": [asdict(result) for result in shard.results],
                 }
             )
+            self._open.remove(shard)
+            self._tell(shard)
         except BaseException:
             self._stopped = True
             raise
         finally:
             self._unsynced.release()
-        self._open.remove(shard)
+
+    def _tell(self, shard: _OpenShard) -> None:
         self._done[0] += 1
         self._done[1] += shard.source_bytes
         if self.progress is not None:

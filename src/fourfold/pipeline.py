@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -46,7 +44,7 @@ from fourfold.planning import KVScales, Plan, ScaleGroup, make_plan
 from fourfold.ranks import Alone, Ranks, joining
 from fourfold.recipes import DEFAULT_RECIPE, Recipe
 from fourfold.rendering import size
-from fourfold.report import html_of
+from fourfold.report import page_of
 from fourfold.resuming import Share, check_whole, identity_of, parts_of, take_share
 from fourfold.runs import Kept, Observation, Run, choose_run, origins, together
 from fourfold.summary import summary_of
@@ -419,7 +417,7 @@ class _Job:
 
     def _stop(self, error: BaseException) -> None:
         """Leave what the same job can go on from, where there is anything, or nothing at all."""
-        if not self.run.is_writer:
+        if not (self.run.is_writer and self.folder.journal.is_mine):
             return
         finished = {x["shard"] for x in self.folder.journal.entries() if "shard" in x}
         is_hopeless = self.identity is None or not finished or isinstance(error, FOR_GOOD)
@@ -501,14 +499,6 @@ def _check_ledger(
         )
 
 
-def _page(summary: str) -> str:
-    """The report; what goes wrong with it must not cost the checkpoint, and stands in its place."""
-    try:
-        return html_of(json.loads(summary))
-    except Exception as error:
-        return f"<!doctype html><p>The report could not be made: {escape(repr(error))}</p>\n"
-
-
 def _write_rest(
     work: Plan,
     source: Source,
@@ -524,11 +514,12 @@ def _write_rest(
         )
     for path in work.side_files:
         folder.copy(source.folder, path)
+    source.check_unchanged()  # what was copied is of the same source, too
     if scales is not None and work.needs_calibration:
         folder.write_bytes(STATISTICS, scales.statistics.to_bytes())
     summary = summary_of(work, linears, scales)
     folder.write_text(SUMMARY, summary)
-    folder.write_text(REPORT, _page(summary))
+    folder.write_text(REPORT, page_of(summary))
     folder.write_json(QUANT_CONFIG, work.hf_quant_config)
     shards = [
         (name, shard.tensors) for name, shard in zip(work.shard_names, work.shards, strict=True)

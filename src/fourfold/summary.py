@@ -14,7 +14,7 @@ from fourfold.calibration.scales import ActivationScales
 from fourfold.fold import LinearResult
 from fourfold.models.inventory import ExpertBias, LinearWeight, natural
 from fourfold.models.regions import Region, Span, whole
-from fourfold.planning import Plan
+from fourfold.planning import Plan, outputs_of
 from fourfold.planning.tables import by_role
 
 
@@ -47,13 +47,31 @@ def summary_of(
     head["files"] = plan.files
     planned = {linear.name: linear for linear in plan.linears}
     lists = {
+        "shards": list(_shards(plan)),
         "experts": [] if scales is None else list(_experts(plan, scales)),
         "raw_tensors": _raw_tensors(plan),
         "biases": [{"name": bias.name, "raw": _raw(bias.region)} for bias in _biases(plan)],
         "linears": [_entry(result) | _place_in_source(planned[result.name]) for result in linears],
     }
+    return text_of(head | lists)
+
+
+LISTS = ("shards", "experts", "raw_tensors", "biases", "linears")
+"""What the document lists with an entry a line."""
+
+
+def text_of(document: Mapping[str, Any]) -> str:
+    """The document as it is written: the same document gives the same bytes."""
+    head = {name: value for name, value in document.items() if name not in LISTS}
     text = json.dumps(head, indent=2, ensure_ascii=False).removesuffix("\n}")
-    return text + "".join(_lines(name, entries) for name, entries in lists.items()) + "}\n"
+    return text + "".join(_lines(name, document[name]) for name in LISTS) + "}\n"
+
+
+def _shards(plan: Plan) -> Iterator[dict[str, Any]]:
+    """Every shard, and how many tensors each of its jobs wrote: between jobs it may be cut."""
+    for name, shard in zip(plan.shard_names, plan.shards, strict=True):
+        jobs = [len(outputs_of(job, activations=plan.recipe.is_w4a4)) for job in shard.jobs]
+        yield {"file": name, "unit": shard.unit, "layer": shard.layer, "jobs": jobs}
 
 
 def _lines(name: str, entries: Sequence[Mapping[str, Any]]) -> str:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fourfold import fold
     from fourfold.calibration.calibrate import CalibrationProgress
     from fourfold.calibration.data import CalibrationData
+    from fourfold.merging import Merged
     from fourfold.pipeline import Result
 
 LONGEST_MESSAGE = 2000
@@ -107,6 +108,10 @@ class Display:
             highlight=False,
         )
 
+    def copying(self, done: int, total: int) -> None:
+        """Some bytes were copied."""
+        self._update("copying", done, total)
+
     def verifying(self, done: int, total: int) -> None:
         """Some bytes were verified."""
         self._update("verifying", done, total)
@@ -150,7 +155,7 @@ def _resident() -> str:
     return size(resident())
 
 
-def print_result(result: Result) -> None:
+def print_result(result: Result | Merged) -> None:
     """The closing lines of a job."""
     if result.report is not None:
         console().print(result.report)

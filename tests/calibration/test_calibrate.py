@@ -191,6 +191,17 @@ def test_activations_that_overflow_name_the_module(
         assert not (tmp_path / "out").exists()
 
 
+def test_a_model_that_fails_while_it_reads(written: Any, calib: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(written("mixtral")[0], tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text()) | {"sliding_window": 0}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        fourfold.ModelError, match=r"^MixtralForCausalLM: fails while it reads a text: "
+    ):
+        fourfold.quantize(folder, tmp_path / "out", EVERYTHING, calib=[calib], **SHARED)
+    assert not (tmp_path / "out").exists()
+
+
 def test_all_experts_where_a_class_cannot(written: Any, calib: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "all.yaml"
     recipe.write_text(

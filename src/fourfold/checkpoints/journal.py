@@ -99,6 +99,11 @@ class Journal:
         os.pwrite(descriptor, json.dumps(holder).encode(), 0)
         os.fsync(descriptor)
 
+    @property
+    def is_mine(self) -> bool:
+        """Whether this rank has its lock."""
+        return self._lock >= 0
+
     def token_of(self, rank: int) -> str | None:
         """The word that a rank gave when it took its lock."""
         holder = _holder(self.folder / f"lock-{rank:05d}")

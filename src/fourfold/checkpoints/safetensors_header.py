@@ -206,18 +206,17 @@ def build_header(
 ) -> tuple[bytes, dict[str, int]]:
     """The first bytes of a file that holds `tensors` (name → dtype, shape), and where each lies.
 
-    Wider dtypes come first, so that each tensor is aligned to its element; then by name, so
-    that the bytes follow from the names alone. Returns the header, its length included, padded
-    to 8 bytes, and the absolute byte position of each tensor.
+    In the file, wider dtypes come first, so that each tensor is aligned to its element, then it
+    goes by name; the header lists them in the order of `tensors`. Returns the header, its length
+    included, padded to 8 bytes, and the absolute byte position of each tensor.
     """
-    order = sorted(tensors, key=lambda name: (-BITS[tensors[name][0]], name))
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset, begins = 0, {}
-    for name in order:
-        dtype, shape = tensors[name]
-        end = offset + nbytes_of(dtype, shape)
-        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
-        begins[name], offset = offset, end
+    for name in sorted(tensors, key=lambda name: (-BITS[tensors[name][0]], name)):
+        begins[name], offset = offset, offset + nbytes_of(*tensors[name])
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    for name, (dtype, shape) in tensors.items():
+        offsets = [begins[name], begins[name] + nbytes_of(dtype, shape)]
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
     body = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     body += b" " * (-len(body) % 8)
     base = 8 + len(body)

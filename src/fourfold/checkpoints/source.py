@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import stat
-import threading
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
@@ -21,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from fourfold.checkpoints.open_files import OpenFiles
 from fourfold.checkpoints.safetensors_header import (
     SHOWN_CHARACTERS,
     TensorInfo,
@@ -103,9 +103,8 @@ class SafetensorsFolder:
         self.config: dict[str, Any] = read_config(folder, self._stamps)
         self.tensors: dict[str, TensorInfo] = _read_tensors(folder, self._stamps)
         self._side_files = self._find_side_files()
-        self._descriptors: dict[Path, int] = {}
+        self._files = OpenFiles(self._open)
         self._hinted: dict[Path, tuple[int, int]] = {}
-        self._lock = threading.Lock()
 
     def slab(
         self, key: str, start: int, stop: int, out: np.ndarray[Any, Any] | None = None
@@ -133,8 +132,8 @@ class SafetensorsFolder:
             return
         ahead = max(last, first + READ_AHEAD)
         self._hinted[info.file] = (first, ahead)
-        with suppress(OSError, SourceError):  # what is wrong with the file is told when it is read
-            descriptor = self._descriptor(info.file)
+        # What is wrong with a file is told when it is read.
+        with suppress(OSError, SourceError), self._files.descriptor(info.file) as descriptor:
             os.posix_fadvise(descriptor, first, ahead - first, os.POSIX_FADV_WILLNEED)
 
     def side_files(self) -> tuple[list[Path], list[Path]]:
@@ -165,32 +164,26 @@ class SafetensorsFolder:
         return copied, dropped
 
     def close(self) -> None:
-        with self._lock:
-            for descriptor in self._descriptors.values():
-                os.close(descriptor)
-            self._descriptors.clear()
+        self._files.close()
 
-    def _descriptor(self, file: Path) -> int:
-        with self._lock:
-            if file not in self._descriptors:
-                with opened(file) as (handle, status):
-                    self._stamps.same(file, status)
-                    self._descriptors[file] = os.dup(handle.fileno())
-            return self._descriptors[file]
+    def _open(self, file: Path) -> int:
+        with opened(file) as (handle, status):
+            self._stamps.same(file, status)
+            return os.dup(handle.fileno())
 
     def _read(self, info: TensorInfo, position: int, view: memoryview) -> None:
         done = 0
         try:
-            descriptor = self._descriptor(info.file)
-            while done < len(view):
-                count = os.preadv(descriptor, [view[done:]], position + done)
-                if count == 0:
-                    raise SourceError(
-                        f"{info.file}: ended while {info.key} was read. {START_AGAIN}"
-                    )
-                done += count
+            with self._files.descriptor(info.file) as descriptor:
+                while done < len(view):
+                    count = os.preadv(descriptor, [view[done:]], position + done)
+                    if count == 0:
+                        raise SourceError(
+                            f"{info.file}: ended while {_plain(info.key)} was read. {START_AGAIN}"
+                        )
+                    done += count
         except OSError as error:
-            raise read_error(info.file, error, info.key) from error
+            raise read_error(info.file, error, _plain(info.key)) from error
 
 
 def _byte_range(info: TensorInfo, start: int, stop: int) -> tuple[int, int]:

@@ -7,6 +7,7 @@ and inode, never which time is earlier: clocks may be skewed, and times lie in t
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
@@ -98,7 +99,12 @@ def read_error(file: Path, error: OSError, key: str | None = None) -> SourceErro
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return SourceError(f"{file}: disappeared while it was read. {START_AGAIN}")
     what = "" if key is None else f"{key} "
-    return SourceError(
-        f"{file}: {what}cannot be read: {error.strerror or error}. "
-        "Check the disk or the network that it lies on, then start again."
-    )
+    match error.errno:
+        case errno.EMFILE | errno.ENFILE:
+            remedy = "Raise the limit of open files (ulimit -n)"
+        case errno.EACCES | errno.EPERM:
+            remedy = "Change its permissions"
+        case _:
+            remedy = "Check the disk or the network that it lies on"
+    cause = error.strerror or error
+    return SourceError(f"{file}: {what}cannot be read: {cause}. {remedy}, then start again.")

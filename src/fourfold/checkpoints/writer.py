@@ -31,6 +31,7 @@ from fourfold.checkpoints.journal import (
 from fourfold.checkpoints.modelopt import QUANT_CONFIG
 from fourfold.checkpoints.safetensors_header import build_header, nbytes_of
 from fourfold.checkpoints.source import CONFIG, INDEX
+from fourfold.checkpoints.stamps import read_error
 from fourfold.errors import OutputError
 
 PARTIAL = ".partial"
@@ -202,7 +203,11 @@ class OutputFolder:
 
     def copy(self, source: Path, relative: Path) -> None:
         """Copy one file of the source's folder, contents only: temporary name, sync, rename."""
-        with self._replacing(str(relative)) as after, (source / relative).open("rb") as before:
+        try:
+            data = (source / relative).open("rb")
+        except OSError as error:
+            raise read_error(source / relative, error) from error
+        with data as before, self._replacing(str(relative)) as after:
             shutil.copyfileobj(before, after)
 
     def write_json(self, name: str, value: Mapping[str, Any], *, indent: int | None = 2) -> None:
@@ -240,7 +245,12 @@ class OutputFolder:
         self.journal.close()
 
     def discard(self) -> None:
-        """Remove what this run wrote or went on from; what makes it a checkpoint first."""
+        """Remove what this run wrote or went on from; what makes it a checkpoint first.
+
+        Nothing where another process has taken the folder.
+        """
+        if not self.journal.is_mine:
+            return
         names = [self.folder / name for name in names_in(self.journal.run)]
         for path in [*reversed(self._written), *reversed(names)]:
             path.unlink(missing_ok=True)
@@ -255,6 +265,8 @@ class OutputFolder:
 
     def keep_unfinished(self) -> None:
         """Keep what the journal speaks of, and nothing else: the same run can go on."""
+        if not self.journal.is_mine:
+            return
         for path in reversed(self._written):
             if path.name.endswith(PARTIAL) or path.name in (CONFIG, INDEX, QUANT_CONFIG):
                 path.unlink(missing_ok=True)

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -181,6 +182,8 @@ def _sibling(name: str, last: str) -> str:
 
 _MAGIC = re.compile(r"[*?\[]")
 _REGULAR = re.compile(r"[\w.\-]+")
+_STARS = re.compile(r"\*+")
+_STARRED = re.compile(r"[\w.\-*]+")
 _QUOTED = re.compile(r"(?:[\w.\-]|\[\w\])*\[\w\](?:[\w.\-]|\[\w\])*")
 
 
@@ -244,11 +247,9 @@ class IgnoreList:
 
     def _add_regex(self, entry: str) -> None:
         try:
-            regex = re.compile(entry.replace(".", r"\.").replace("*", ".*"))
-        except re.error:
+            self.regexes.append((entry, _sglang_regex(entry).fullmatch))
+        except (re.error, RecursionError, OverflowError):
             self.broken = self.broken or entry
-        else:
-            self.regexes.append((entry, regex.fullmatch))
 
     def inside(self, name: str) -> str | None:
         """An entry that occurs in `name` as a substring, and is not `name`; or None."""
@@ -269,6 +270,17 @@ class IgnoreList:
         if name in self.entries:
             return name
         return self.quoted.get(name) or _first(self.globs, name)
+
+
+def _sglang_regex(entry: str) -> re.Pattern[str]:
+    """SGLang's reading of an entry; where `*` is all that is special, one that does not backtrack,
+    which would take for ever on `*a*a*a*a*b`."""
+    entry = _STARS.sub("*", entry)
+    if _STARRED.fullmatch(entry):
+        return re.compile(fnmatch.translate(entry))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # on sets in sets: it is not our pattern
+        return re.compile(entry.replace(".", r"\.").replace("*", ".*"))
 
 
 def _first(matchers: Sequence[tuple[str, Matcher]], name: str) -> str | None:

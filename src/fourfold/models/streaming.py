@@ -44,6 +44,12 @@ from fourfold.models.roles import TOWER
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
+FAULTS = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError,
+    TypeError, ValueError,
+)  # fmt: skip
+"""What a model's code raises where its configuration makes no sense to it."""
+
 Call = Callable[[Any], Any]
 """Something that calls the model, as often as it likes."""
 
@@ -200,8 +206,17 @@ class _Running:
             self.on_resume(number)
         self.coordinator = getcurrent()
         self.threads[number].parent = self.coordinator
-        with torch.no_grad():  # here, not in the call: it is of the thread that all calls share
-            self.threads[number].switch()
+        try:
+            with torch.no_grad():  # here, not in the call: it is of the thread that calls share
+                self.threads[number].switch()
+        except torch.OutOfMemoryError:
+            raise
+        except FAULTS as error:
+            cause = " ".join(str(error).split())[:200]
+            raise ModelError(
+                f"{type(self.model).__name__}: fails while it reads a text: "
+                f"{type(error).__name__}: {cause}. Does config.json belong to this checkpoint?"
+            ) from error
 
     def park(self, layer: int, _: nn.Module, args: Any, kwargs: Any) -> None:
         """The hook at a layer's door."""

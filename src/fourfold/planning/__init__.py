@@ -15,7 +15,7 @@ from fourfold.planning.rows import (
     job_bytes,
     raw_keys,
 )
-from fourfold.planning.shards import Spec, cut, deal
+from fourfold.planning.shards import Spec, cut, deal, outputs_of, shard_names
 
 __all__ = [
     "COPY_BYTES",
@@ -34,5 +34,7 @@ __all__ = [
     "is_plain",
     "job_bytes",
     "make_plan",
+    "outputs_of",
     "raw_keys",
+    "shard_names",
 ]

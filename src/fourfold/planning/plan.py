@@ -42,7 +42,7 @@ from fourfold.planning.rows import (
     raw_keys,
 )
 from fourfold.planning.selection import Selection
-from fourfold.planning.shards import check_kept, check_names, lay_out, outputs_of
+from fourfold.planning.shards import check_kept, check_names, lay_out, outputs_of, shard_names
 from fourfold.planning.tables import role_table, tensor_parallel_lines
 from fourfold.recipes import Recipe
 from fourfold.rendering import plain, size
@@ -182,10 +182,7 @@ class Plan:
 
     @cached_property
     def shard_names(self) -> tuple[str, ...]:
-        count = len(self.shards)
-        return tuple(
-            f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)
-        )
+        return shard_names(len(self.shards))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain data for JSON: one entry for each source tensor."""

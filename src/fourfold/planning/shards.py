@@ -101,6 +101,11 @@ def deal(shards: Sequence[Shard], unfinished: Iterable[int], ranks: int) -> list
     return [sorted(numbers) for numbers in dealt]
 
 
+def shard_names(count: int) -> tuple[str, ...]:
+    """The files of a checkpoint, as Hugging Face numbers them."""
+    return tuple(f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1))
+
+
 def check_names(shards: Iterable[Shard], *, activations: bool) -> None:
     jobs = [job for shard in shards for job in shard.jobs]
     count = Counter(name for shard in shards for name in shard.tensors)

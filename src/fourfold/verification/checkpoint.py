@@ -11,7 +11,6 @@ import math
 import os
 import re
 import struct
-import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,8 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from fourfold.checkpoints.open_files import OpenFiles
 from fourfold.checkpoints.safetensors_header import TensorInfo, read_header
 from fourfold.checkpoints.source import INDEX, read_config, read_json
+from fourfold.checkpoints.stamps import read_error
 from fourfold.errors import FourfoldError, SourceError, UnreadableError
 from fourfold.models.engines import is_stack
 from fourfold.models.roles import EMBEDDING_NAME
@@ -114,8 +115,7 @@ class Checkpoint:
     """Linears (and stacks of experts) that are not quantized, without `.weight`."""
 
     def __post_init__(self) -> None:
-        self._descriptors: dict[Path, int] = {}
-        self._lock = threading.Lock()
+        self._files = OpenFiles(lambda file: os.open(file, os.O_RDONLY | os.O_CLOEXEC))
         self._scalars: dict[str, float] = {}
         self.linears, self.fp8 = _find_linears(self.tensors, self.quant)
         packed = self.linears.keys() | self.fp8
@@ -139,14 +139,15 @@ class Checkpoint:
         view, position = out.data, info.start + start
         assert len(view) == stop - start
         done = 0
-        while done < len(view):
-            try:
-                count = os.preadv(self._descriptor(info.file), [view[done:]], position + done)
-            except OSError as error:
-                raise UnreadableError(f"{info.file}: {name}: {error.strerror}") from error
-            if count == 0:
-                raise UnreadableError(f"{info.file}: ended while {name} was read from it")
-            done += count
+        try:
+            with self._files.descriptor(info.file) as descriptor:
+                while done < len(view):
+                    count = os.preadv(descriptor, [view[done:]], position + done)
+                    if count == 0:
+                        raise UnreadableError(f"{info.file}: ended while {name} was read from it")
+                    done += count
+        except OSError as error:
+            raise UnreadableError(str(read_error(info.file, error, name))) from error
 
     def scalar(self, name: str) -> float:
         """The value of a float tensor of one element."""
@@ -162,16 +163,7 @@ class Checkpoint:
 
     def close(self) -> None:
         """Give back every file that is open."""
-        with self._lock:
-            for descriptor in self._descriptors.values():
-                os.close(descriptor)
-            self._descriptors.clear()
-
-    def _descriptor(self, file: Path) -> int:
-        with self._lock:
-            if file not in self._descriptors:
-                self._descriptors[file] = os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-            return self._descriptors[file]
+        self._files.close()
 
 
 @contextmanager

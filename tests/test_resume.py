@@ -1,0 +1,394 @@
+"""A run that ended early goes on, and gives the bytes of one that was never stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fourfold
+from families import Truth
+from fourfold.checkpoints.journal import Journal
+from fourfold.checkpoints.source import SafetensorsFolder
+from jobs import MODEL, W4A4, W4A16, assert_same, files_of, ids_file, start
+
+Written = Callable[[str], tuple[Path, Truth]]
+
+
+@pytest.fixture(scope="module")
+def job(written: Written, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """A recipe → the options of a job with it, what it writes, and how long that takes."""
+    made: dict[str, tuple[dict[str, Any], Path, float]] = {}
+
+    def make(recipe: str) -> tuple[dict[str, Any], Path, float]:
+        if recipe not in made:
+            folder = tmp_path_factory.mktemp("unbroken")
+            options: dict[str, Any] = {"recipe": recipe, "threads": 1, "verified": False}
+            if recipe == W4A4:
+                options |= {"calib": [ids_file(folder)], "calib_seq": 24, "batch_size": 3}
+            for name in ("out", "again"):  # the second run has everything warm
+                begun = time.monotonic()
+                process = start(written(MODEL)[0], folder / name, **options)
+                process.join()
+                assert process.exitcode == 0
+            assert_same(folder / "out", folder / "again")
+            made[recipe] = options, folder / "out", time.monotonic() - begun
+        return made[recipe]
+
+    return make
+
+
+def kill_often(model: Path, job: Any, folder: Path, kills: int, seed: int) -> Iterator[Path]:
+    """Kill a job at random moments and start it again, until it has been killed that often.
+
+    Yields every folder that was finished after at least one kill.
+    """
+    options, _, seconds = job
+    draw, number, killed = random.Random(seed), 0, 0
+    while killed < kills:
+        out, number, before = folder / str(number), number + 1, killed
+        while True:
+            process = start(model, out, **options)
+            # A run that goes on has less to do: half of the moments lie early.
+            process.join(draw.uniform(0, seconds * draw.choice((0.4, 1.1))))
+            is_killed = process.exitcode is None and killed < kills
+            if is_killed:
+                process.kill()
+                killed += 1
+            process.join()
+            if process.exitcode == 0:
+                break
+            assert is_killed, f"seed {seed}: exit code {process.exitcode} after {killed} kills"
+            if (out / "config.json").exists():
+                assert complete(out)
+                if not (out / ".fourfold" / "run.json").exists():  # killed after its work
+                    shutil.rmtree(out / ".fourfold", ignore_errors=True)
+                    break
+        if killed > before:
+            yield out
+
+
+def complete(out: Path) -> bool:
+    """Whether everything that config.json promises is there."""
+    names = json.loads((out / "quant_summary.json").read_bytes())["files"]
+    return all((out / name).exists() for name in names)
+
+
+@pytest.mark.parametrize("recipe", [W4A16, W4A4])
+def test_killed_at_random_moments(recipe: str, job, written: Written, tmp_path: Path) -> None:
+    """25 times for each recipe."""
+    for out in kill_often(written(MODEL)[0], job(recipe), tmp_path, 25, 1):
+        assert_same(out, job(recipe)[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [W4A16, W4A4])
+def test_killed_at_many_random_moments(recipe: str, job, written: Written, tmp_path: Path) -> None:
+    """250 times for each recipe."""
+    for out in kill_often(written(MODEL)[0], job(recipe), tmp_path, 250, 2):
+        assert_same(out, job(recipe)[1])
+        shutil.rmtree(out)
+
+
+@pytest.mark.parametrize("recipe", [W4A16, W4A4])
+def test_killed_between_changes_of_the_disk(
+    recipe: str, job, written: Written, tmp_path: Path
+) -> None:
+    """Before a change of the disk, and, when it goes on, before a later one."""
+    options, unbroken, _ = job(recipe)
+    number, out = 4, tmp_path / "out"
+    while run(written(MODEL)[0], out, number, options):
+        run(written(MODEL)[0], out, number // 2, options)
+        assert run(written(MODEL)[0], out, 0, options) == 0
+        assert_same(out, unbroken)
+        shutil.rmtree(out)
+        number += 2 + number // 2
+    assert number > 100
+    assert_same(out, unbroken)
+
+
+def run(model: Path, out: Path, kill_at: int, options: dict[str, Any]) -> int:
+    process = start(model, out, kill_at=kill_at, **options)
+    process.join(60)
+    assert process.exitcode in (0, -9)
+    return int(process.exitcode)
+
+
+def stopped(model: Path, out: Path, options: dict[str, Any], shards: int) -> None:
+    """Leave a run that has finished so many shards."""
+
+    def stop(progress: Any) -> None:
+        if progress.shards_done == shards:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        fourfold.quantize(model, out, progress=stop, **options)
+    assert "the same command goes on from there" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize("recipe", [W4A16, W4A4])
+def test_what_is_finished_is_not_made_again(
+    recipe: str, job, written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, unbroken = job(recipe)[0] | {"shards": 4}, tmp_path / "unbroken"
+    model, out = written(MODEL)[0], tmp_path / "out"
+    fourfold.quantize(model, unbroken, **options)
+    stopped(model, out, options, 2)
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
+    assert 2 <= len(before) <= 8  # some were on their way to the disk
+    quantized, read = [], []
+    slab = SafetensorsFolder.slab
+
+    def counted(self: Any, key: str, *arguments: Any) -> Any:
+        read.append(key)
+        return slab(self, key, *arguments)
+
+    monkeypatch.setattr(SafetensorsFolder, "slab", counted)
+    resumed: list[tuple[int, int]] = []
+    fourfold.quantize(
+        model, out, progress=lambda done: quantized.append(done.unit),
+        on_resume=lambda *numbers: resumed.append(numbers), **options,
+    )  # fmt: skip
+    assert_same(out, unbroken)
+    summary = json.loads((out / "quant_summary.json").read_bytes())["shards"]
+    assert resumed == [(len(before), len(summary))]
+    assert len(quantized) == len(summary) - len(before)
+    assert all((out / name).stat().st_mtime_ns == then for name, then in before.items())
+    if recipe == W4A16:  # for calibration, a text must pass the layers again
+        left = {shard["layer"] for shard in summary if shard["file"] not in before}
+        finished = {shard["layer"] for shard in summary} - left
+        assert finished
+        assert not [key for key in read for layer in finished if f"layers.{layer}." in key]
+
+
+def test_all_that_was_left_is_the_end(job, written: Written, tmp_path: Path, monkeypatch) -> None:
+    """With every shard and all statistics there, no weight is read and no model is run."""
+    options, unbroken, _ = job(W4A4)
+    model, out = written(MODEL)[0], tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("fourfold.pipeline._write_rest", raise_full)
+        with pytest.raises(fourfold.OutputError):
+            fourfold.quantize(model, out, **options)
+    monkeypatch.setattr(SafetensorsFolder, "slab", None)
+    fourfold.quantize(model, out, **options)
+    assert_same(out, unbroken)
+
+
+def raise_full(*_: object) -> None:
+    raise fourfold.OutputError("OUT: the disk is full")
+
+
+def spoil_shard(out: Path) -> None:
+    with next(iter(sorted(out.glob("*.safetensors")))).open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+
+
+def truncate_shard(out: Path) -> None:
+    file = next(iter(sorted(out.glob("*.safetensors"))))
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def remove_shard(out: Path) -> None:
+    next(iter(sorted(out.glob("*.safetensors")))).unlink()
+
+
+def tear_journal(out: Path) -> None:
+    file = out / ".fourfold" / "journal-00000.jsonl"
+    os.truncate(file, file.stat().st_size - 20)
+
+
+def garble_journal(out: Path) -> None:
+    file = out / ".fourfold" / "journal-00000.jsonl"
+    lines = file.read_bytes().split(b"\n")
+    lines[-2] = lines[-2].replace(b"0", b"1", 1)
+    file.write_bytes(b"\n".join([*lines, b"\xff\x00 garbage"]))
+
+
+def leave_partial(out: Path) -> None:
+    for name in ("model-00004-of-00004.safetensors", "config.json", "report.html"):
+        (out / f".{name}.partial").write_bytes(b"half")
+
+
+SPOILERS = [
+    spoil_shard, truncate_shard, remove_shard, tear_journal, garble_journal, leave_partial
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("spoil", SPOILERS)
+def test_what_is_torn_is_made_again(
+    spoil: Callable[[Path], None], job, written: Written, tmp_path: Path
+) -> None:
+    options, unbroken, _ = job(W4A16)
+    model, out = written(MODEL)[0], tmp_path / "out"
+    stopped(model, out, options, 2)
+    spoil(out)
+    fourfold.quantize(model, out, **options)
+    assert_same(out, unbroken)
+
+
+def touched(model: Path, options: dict[str, Any]) -> None:
+    file = model / "model.safetensors"
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
+
+
+CHANGES: dict[str, tuple[Callable[[Path, dict[str, Any]], Any], str]] = {
+    "recipe": (
+        lambda model, options: options.update(recipe="w4a16_nvfp4_experts_only"),
+        r"recipe\.name: w4a16_nvfp4_experts_only_mse → w4a16_nvfp4_experts_only",
+    ),
+    "source": (touched, r"source\.files\.model\.safetensors"),
+    "shards": (
+        lambda model, options: options.update(shards=2),
+        "shards.for each layer: 1 → 2",
+    ),
+    "side file": (
+        lambda model, options: (model / "vocab.json").write_text("{}"),
+        r"source\.files\.vocab\.json: null → \[2,",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_job_does_not_go_on(change: str, job, written: Written, tmp_path: Path) -> None:
+    """It says what changed, and touches nothing; `overwrite` starts anew."""
+    options = dict(job(W4A16)[0])
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(written(MODEL)[0], model)
+    stopped(model, out, options, 2)
+    before = files_of(out)
+    make, words = CHANGES[change]
+    make(model, options)
+    with pytest.raises(fourfold.OutputError, match=words) as caught:
+        fourfold.quantize(model, out, **options)
+    assert "unfinished run of something else" in str(caught.value)
+    assert "--overwrite to start anew" in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 2
+    assert files_of(out) == before
+    fourfold.quantize(model, out, overwrite=True, **options)
+    fourfold.quantize(model, tmp_path / "other", **options)
+    assert_same(out, tmp_path / "other")
+
+
+def test_another_version_does_not_go_on(
+    job, written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = job(W4A16)[0]
+    model, out = written(MODEL)[0], tmp_path / "out"
+    stopped(model, out, options, 2)
+    monkeypatch.setattr("fourfold.summary.__version__", "9.9")
+    with pytest.raises(fourfold.OutputError, match=r"versions\.fourfold: .* → 9\.9"):
+        fourfold.quantize(model, out, **options)
+
+
+def test_other_calibration_does_not_go_on(job, written: Written, tmp_path: Path) -> None:
+    options = job(W4A4)[0]
+    model, out = written(MODEL)[0], tmp_path / "out"
+    stopped(model, out, options, 2)
+    with pytest.raises(fourfold.OutputError, match=r"calibration\.data\.digest: .* → "):
+        fourfold.quantize(model, out, **options | {"calib_seq": 20})
+    with pytest.raises(fourfold.OutputError, match=r"calibration\.threads: 1 → 2"):
+        fourfold.quantize(model, out, **options | {"threads": 2})
+
+
+def test_a_run_that_finished_nothing_binds_nobody(job, written: Written, tmp_path: Path) -> None:
+    """Killed before its first shard: whatever comes next starts anew."""
+    options, unbroken, _ = job(W4A16)
+    model, out = written(MODEL)[0], tmp_path / "out"
+    process = start(model, out, kill_at=10, **options | {"recipe": "w4a16_nvfp4_experts_only"})
+    process.join()
+    assert process.exitcode == -9
+    assert (out / ".fourfold" / "run.json").exists()
+    fourfold.quantize(model, out, **options)
+    assert_same(out, unbroken)
+
+
+def test_statistics_that_are_given_go_on_too(job, written: Written, tmp_path: Path) -> None:
+    _, unbroken, _ = job(W4A4)
+    given = {
+        "recipe": W4A4, "verified": False, "calibration": unbroken / "calibration.safetensors",
+    }  # fmt: skip
+    model, out = written(MODEL)[0], tmp_path / "out"
+    stopped(model, out, given | {"threads": 1}, 2)
+    fourfold.quantize(model, out, threads=2, **given)  # the bytes do not depend on threads
+    assert_same(out, unbroken)
+
+
+def test_two_processes_on_one_folder(job, written: Written, tmp_path: Path) -> None:
+    """The second names the first, and changes nothing; the lock goes with its process."""
+    options, unbroken, _ = job(W4A16)
+    model, out = written(MODEL)[0], tmp_path / "out"
+    first = Journal(out)
+    first.folder.mkdir(parents=True)
+    first.lock("token")
+    for overwrite in (False, True):
+        with pytest.raises(fourfold.OutputError) as caught:
+            fourfold.quantize(model, out, overwrite=overwrite, **options)
+        text = str(caught.value)
+        assert f"process {os.getpid()} on {os.uname().nodename} is writing it since" in text
+        assert "Wait for it, stop it, or choose another folder." in text
+    assert [path.name for path in out.rglob("*")] == [".fourfold", "lock-00000"]
+    first.close()
+    fourfold.quantize(model, out, **options)
+    assert_same(out, unbroken)
+
+
+def test_processes_that_start_at_once(job, written: Written, tmp_path: Path) -> None:
+    """One of them writes; whoever comes while it does is refused."""
+    options, unbroken, _ = job(W4A16)
+    model, out = written(MODEL)[0], tmp_path / "out"
+    processes = [start(model, out, **options) for _ in range(4)]
+    for process in processes:
+        process.join()
+    codes = [process.exitcode for process in processes]
+    assert codes.count(0) >= 1
+    assert set(codes) <= {0, 1}
+    assert_same(out, unbroken)
+
+
+def test_clocks_do_not_matter(job, written: Written, tmp_path: Path) -> None:
+    """Files of the future and of 1970, in the source and among what is finished."""
+    options = job(W4A16)[0]
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(written(MODEL)[0], model)
+    for number, path in enumerate(sorted(model.iterdir())):
+        os.utime(path, (0, 0) if number % 2 else (4e9, 4e9))
+    stopped(model, out, options, 2)
+    for number, path in enumerate(sorted(out.rglob("*"))):
+        os.utime(path, (4e9, 4e9) if number % 2 else (0, 0))
+    resumed: list[int] = []
+    fourfold.quantize(model, out, on_resume=lambda done, _: resumed.append(done), **options)
+    assert resumed
+    fourfold.quantize(model, tmp_path / "other", **options)
+    assert_same(out, tmp_path / "other")
+
+
+@pytest.mark.parametrize("how", ["changed", "gone"])
+def test_a_source_that_changes_meanwhile(how: str, job, written: Written, tmp_path: Path) -> None:
+    """The run ends with that, before config.json; it does not go on with another source."""
+    options = job(W4A16)[0]
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(written(MODEL)[0], model)
+
+    def change(progress: Any) -> None:
+        if progress.shards_done == 1:
+            if how == "gone":
+                (model / "model.safetensors").rename(tmp_path / "elsewhere")
+            else:
+                touched(model, options)
+
+    with pytest.raises(fourfold.SourceError, match=r"model\.safetensors: (changed|disappeared)"):
+        fourfold.quantize(model, out, progress=change, **options)
+    assert not list(out.glob("*.json"))
+    if how == "changed":
+        with pytest.raises(fourfold.OutputError, match="Changed since"):
+            fourfold.quantize(model, out, **options)
