@@ -33,6 +33,7 @@ from fourfold.errors import (
 if TYPE_CHECKING:
     from fourfold.calibration.statistics import Statistics
     from fourfold.loading import load
+    from fourfold.merging import merge
     from fourfold.pipeline import Result, plan, quantize
     from fourfold.planning import Plan
     from fourfold.recipes import Recipe
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "load": "fourfold.loading",
+    "merge": "fourfold.merging",
     "plan": "fourfold.pipeline",
     "quantize": "fourfold.pipeline",
     "Result": "fourfold.pipeline",
@@ -71,6 +73,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "load",
+    "merge",
     "plan",
     "quantize",
     "verify",

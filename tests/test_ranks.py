@@ -1,0 +1,334 @@
+"""Several ranks under torchrun write what one writes; an error of one is an error of all."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.distributed import TCPStore
+
+import fourfold
+from families import Truth
+from fourfold.errors import FourfoldError
+from fourfold.planning import deal
+from fourfold.planning.shards import effort
+from fourfold.ranks import RankFailedError, Together
+from jobs import W4A4, W4A16, assert_same, files_of, ids_file
+
+Written = Callable[[str], tuple[Path, Truth]]
+MODEL = "qwen3_5_moe_vl"
+SEVERAL = {"calib_seq": 24, "calib_size": 9, "batch_size": 2}
+LOADER = "from fourfold.cli import main\n"
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def torchrun(
+    arguments: Sequence[object], *, ranks: int = 2, before: str = "", node: str = ""
+) -> subprocess.Popen[str]:
+    """`torchrun -m fourfold …`, where `before` is Python that each rank runs first."""
+    program = ["-m", "fourfold"]
+    if before:
+        script = Path(os.environ["PYTEST_FOLDER"]) / "rank.py"
+        script.write_text(f"{before}\n{LOADER}main()\n")
+        program = [str(script)]
+    where = node.split() or ["--standalone"]
+    return subprocess.Popen(
+        [
+            sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", str(ranks),
+            *program, *map(str, arguments),
+        ],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    try:
+        out, err = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return process.returncode, out, err
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTEST_FOLDER", str(tmp_path))
+
+
+def options_of(recipe: str, folder: Path) -> tuple[list[object], dict[str, Any]]:
+    """The same options for the command line and for Python."""
+    line: list[object] = ["-r", recipe, "--threads", 1]
+    given: dict[str, Any] = {"recipe": recipe, "threads": 1}
+    if recipe == W4A4:
+        ids = ids_file(folder)
+        line += ["--calib", ids, "--calib-seq", 24, "--calib-size", 9, "--batch-size", 2]
+        given |= {"calib": [ids], **SEVERAL}
+    return line, given
+
+
+RUNS = [
+    (W4A4, 3),
+    pytest.param(W4A16, 2, marks=pytest.mark.slow),
+    pytest.param(W4A4, 2, marks=pytest.mark.slow),
+    pytest.param(W4A16, 3, marks=pytest.mark.slow),
+    pytest.param(W4A16, 4, marks=pytest.mark.slow),
+    pytest.param(W4A4, 4, marks=pytest.mark.slow),
+    pytest.param(W4A4, 7, marks=pytest.mark.slow),  # five batches: two ranks have none
+]
+
+
+@pytest.mark.parametrize(("recipe", "ranks"), RUNS)
+def test_the_bytes_of_one_rank(recipe: str, ranks: int, written: Written, tmp_path: Path) -> None:
+    """Cut into as many shards as there are ranks; `merge` gives the layout of one."""
+    model = written(MODEL)[0]
+    line, given = options_of(recipe, tmp_path)
+    code, out, err = ended(torchrun(["quantize", model, tmp_path / "out", *line], ranks=ranks))
+    assert code == 0, err
+    assert out.count("verified") == 1  # one rank speaks
+    assert fourfold.quantize(model, tmp_path / "cut", shards=ranks, **given).clean
+    assert_same(tmp_path / "out", tmp_path / "cut")
+    assert fourfold.quantize(model, tmp_path / "one", **given).clean
+    fourfold.merge([tmp_path / "out"], tmp_path / "merged")
+    assert_same(tmp_path / "merged", tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_no_shard_more_where_it_is_wished(written: Written, tmp_path: Path) -> None:
+    model = written(MODEL)[0]
+    arguments = ["quantize", model, tmp_path / "out", "-r", W4A16, "--shards", 1]
+    code, _, err = ended(torchrun(arguments))
+    assert code == 0, err
+    fourfold.quantize(model, tmp_path / "one", W4A16)
+    assert_same(tmp_path / "out", tmp_path / "one")
+
+
+def test_more_ranks_than_there_is_to_do(written: Written, tmp_path: Path) -> None:
+    """A rank without a batch, without a shard, or without either is nothing special."""
+    model, ids = written("qwen3_moe")[0], ids_file(tmp_path)
+    arguments = [
+        "quantize", model, tmp_path / "out", "-r", "nvfp4_experts_only", "--shards", 1,
+        "--calib", ids, "--calib-seq", 24, "--calib-size", 2, "--batch-size", 1, "--threads", 1,
+    ]  # fmt: skip
+    code, _, err = ended(torchrun(arguments, ranks=4))
+    assert code == 0, err
+    fourfold.quantize(
+        model, tmp_path / "one", "nvfp4_experts_only", calib=[ids], calib_seq=24, calib_size=2,
+        batch_size=1, threads=1,
+    )  # fmt: skip
+    assert_same(tmp_path / "out", tmp_path / "one")
+
+
+@pytest.mark.parametrize("recipe", [pytest.param(W4A16, marks=pytest.mark.slow), W4A4])
+def test_nodes_that_share_no_folder(recipe: str, written: Written, tmp_path: Path) -> None:
+    """Each writes into a folder of its own, which is no checkpoint; `merge` joins them."""
+    model, port = written(MODEL)[0], free_port()
+    line, given = options_of(recipe, tmp_path)
+    nodes = [
+        torchrun(
+            ["quantize", model, tmp_path / f"node{node}", *line],
+            node=f"--nnodes 2 --node-rank {node} --master-addr 127.0.0.1 --master-port {port}",
+            ranks=1,
+        )
+        for node in (0, 1)
+    ]
+    for node, (code, out, err) in enumerate([ended(each) for each in nodes]):
+        assert code == 0, err
+        assert ("join them with `fourfold merge`" in out) == (node == 0)
+        assert not list((tmp_path / f"node{node}").glob("*.json"))
+    fourfold.merge([tmp_path / "node1", tmp_path / "node0"], tmp_path / "merged")
+    fourfold.quantize(model, tmp_path / "one", **given)
+    assert_same(tmp_path / "merged", tmp_path / "one")
+    for missing, words in ((0, "its run is not finished, or"), (1, "lies in none of these")):
+        with pytest.raises(fourfold.SourceError, match=words):
+            fourfold.merge([tmp_path / f"node{1 - missing}"], tmp_path / "gap")
+        assert not (tmp_path / "gap").exists()
+
+
+SLOW_READS = """
+import os, time
+from fourfold.checkpoints.source import SafetensorsFolder
+slab = SafetensorsFolder.slab
+def slow(*a, **k):
+    time.sleep(0.3)
+    return slab(*a, **k)
+SafetensorsFolder.slab = slow
+"""
+
+FAILURES = {
+    "an error": (
+        """
+from fourfold.errors import SourceError
+def broken(*_):
+    time.sleep(1)
+    raise SourceError("the cat sat on it.")
+if os.environ["RANK"] == "1":
+    SafetensorsFolder.slab = broken
+""",
+        "rank 1: the cat sat on it.",
+    ),
+    "a kill": (
+        """
+import threading
+def die():
+    time.sleep(2)
+    os.kill(os.getpid(), 9)
+if os.environ["RANK"] == "1":
+    threading.Thread(target=die, daemon=True).start()
+""",
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_rank_that_fails_ends_all(failure: str, written: Written, tmp_path: Path) -> None:
+    """Within seconds; what it leaves does not load, and the same command goes on from it."""
+    model, out = written(MODEL)[0], tmp_path / "out"
+    before, words = FAILURES[failure]
+    arguments = ["quantize", model, out, "-r", W4A16]
+    begun = time.monotonic()
+    code, _, err = ended(torchrun(arguments, before=SLOW_READS + before))
+    assert code != 0
+    assert time.monotonic() - begun < 60  # the job itself would take minutes
+    assert words in err
+    assert "Traceback" not in re.sub(r"(?s)E\d{4}.*|torch\.distributed.*", "", err)
+    assert not list(out.glob("*.json"))
+    has_finished = bool(list(out.glob("*.safetensors")))
+    fourfold.quantize(model, out, W4A16)
+    fourfold.quantize(model, tmp_path / "other", W4A16, shards=2 if has_finished else 1)
+    assert_same(out, tmp_path / "other")
+
+
+def test_ranks_that_are_given_other_things(written: Written, tmp_path: Path) -> None:
+    model, out = written(MODEL)[0], tmp_path / "out"
+    before = (
+        "import os, sys\n"
+        "if os.environ['RANK'] == '1': sys.argv += ['-r', 'w4a16_nvfp4_experts_only']\n"
+    )
+    code, _, err = ended(torchrun(["quantize", model, out], before=before))
+    assert code != 0
+    assert "rank 1 has another recipe" in err
+    assert not list(out.glob("*.safetensors"))
+
+
+@contextmanager
+def threads_of(size: int) -> Iterator[list[Together]]:
+    """Ranks that are threads of this process."""
+    store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    yield [
+        Together(TCPStore("127.0.0.1", store.port, None, False), rank, size) for rank in range(size)
+    ]
+
+
+def together(ranks: Sequence[Together], what: Callable[[Together], Any]) -> list[Any]:
+    """What each rank's part in a job gives: a value, or its error."""
+    found: dict[int, Any] = {}
+
+    def run(rank: Together) -> None:
+        try:
+            with rank.taking_part():
+                found[rank.rank] = what(rank)
+        except FourfoldError as error:
+            found[rank.rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    return [found[rank.rank] for rank in ranks]
+
+
+def test_ranks_gather() -> None:
+    with threads_of(4) as ranks:
+        rounds = together(
+            ranks, lambda rank: [rank.gather([rank.rank, turn]) for turn in range(50)]
+        )
+    expected = [[[rank, turn] for rank in range(4)] for turn in range(50)]
+    assert rounds == [expected] * 4
+
+
+def test_an_error_reaches_those_who_wait_and_those_who_work() -> None:
+    def act(rank: Together) -> None:
+        if rank.rank == 2:
+            raise fourfold.UsageError("no such thing.")
+        if rank.rank == 1:
+            rank.gather("waits")
+        while True:
+            rank.check()
+            time.sleep(0.01)
+
+    begun = time.monotonic()
+    with threads_of(4) as ranks:
+        found = together(ranks, act)
+    assert time.monotonic() - begun < 10
+    assert [str(error) for error in found] == [
+        "rank 2: no such thing.", "rank 2: no such thing.", "no such thing.",
+        "rank 2: no such thing.",
+    ]  # fmt: skip
+    assert {error.exit_code for error in found} == {2}
+
+
+@pytest.mark.parametrize("silent", [0, 1])
+def test_a_rank_that_falls_silent(silent: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fourfold.ranks.SILENCE", 1.5)
+    with threads_of(3) as ranks:
+        mute = ranks[silent]
+        alive = [rank for rank in ranks if rank is not mute]
+        mute._store.set(f"pulse/{silent}", "0")
+
+        def wait(rank: Together) -> None:
+            rank.gather("here")
+
+        found = together(alive, wait)
+    assert all(isinstance(error, RankFailedError) for error in found)
+    assert all(f"rank {silent}: has not answered" in str(error) for error in found)
+
+
+def test_shards_are_dealt_evenly(written: Written) -> None:
+    plan = fourfold.plan(written(MODEL)[0], W4A16)
+    every = range(len(plan.shards))
+    efforts = [effort(shard.tensors) for shard in plan.shards]
+    for ranks in (1, 2, 3, 5, 50):
+        dealt = deal(plan.shards, every, ranks)
+        assert sorted(number for numbers in dealt for number in numbers) == list(every)
+        loads = [sum(efforts[number] for number in numbers) for numbers in dealt]
+        assert max(loads) - min(loads) <= max(efforts)
+
+
+def test_a_signal_to_one_of_the_ranks(written: Written, tmp_path: Path) -> None:
+    """Slurm and others send SIGTERM to torchrun: all ranks end, and say how to go on."""
+    model, out = written(MODEL)[0], tmp_path / "out"
+    process = torchrun(["quantize", model, out, "-r", W4A16], before=SLOW_READS)
+    deadline = time.monotonic() + 60
+    while not list(out.glob("model-*.safetensors")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    code, _, err = ended(process)
+    assert code != 0
+    assert "error: stopped by SIGTERM" in err
+    assert "the same command goes on from there" in err
+    assert not list(out.glob("*.json"))
+    before = files_of(out).keys()
+    assert not [name for name in before if name.endswith(".partial")]
