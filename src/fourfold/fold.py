@@ -27,6 +27,7 @@ from fourfold.calibration.scales import ActivationScales
 from fourfold.checkpoints import modelopt
 from fourfold.checkpoints.source import Source
 from fourfold.checkpoints.writer import OutputFolder, ShardFile
+from fourfold.errors import PlanError
 from fourfold.machine import threads_available
 from fourfold.models.inventory import ExpertBias, LinearWeight, RawTensor
 from fourfold.numerics import nvfp4
@@ -44,6 +45,13 @@ from fourfold.planning import (
 
 LOOKAHEAD = 16
 """How many jobs ahead of the workers the disk is told what will be read."""
+
+WORST_ERROR = 0.35
+"""Relative error of a weight that NVFP4 cannot hold; real ones have 0.1, and heavy tails 0.2."""
+
+SMALLEST = 2.0**-10
+"""Of what the smallest block scale, 2⁻⁹, leaves no code but 0 and ±0.5, in units of the global
+scale. An error that small is no float32 in these units."""
 
 UNSYNCED = 2
 """How many full shards may wait for the disk; the workers wait for it beyond that."""
@@ -357,10 +365,25 @@ class _Group:
             error, energy = self._quantize(piece, global_scale)
             totals[piece.linear.name][0] += error
             totals[piece.linear.name][1] += energy
-        return [
+        results = [
             self._finish(linear, global_scale, amaxes[linear.name], *totals[linear.name])
             for linear in self.group.linears
         ]
+        self._check_errors(results)
+        return results
+
+    def _check_errors(self, results: Sequence[LinearResult]) -> None:
+        """Refuse weights that no block scale serves: next to others of their scale group they are
+        so small that hardly a code differs from 0."""
+        for result in results:
+            is_lost = 0 < result.amax < result.global_scale * SMALLEST
+            if is_lost or result.relative_error > WORST_ERROR:
+                largest = max(results, key=lambda result: result.amax)
+                raise PlanError(
+                    f"{result.name}: lost in NVFP4: its weights reach {result.amax:.3g}, those of "
+                    f"{largest.name}, which share its global scale, {largest.amax:.3g}. "
+                    "Is the checkpoint damaged? If not, name it under keep."
+                )
 
     def _pieces(self, linear: LinearWeight) -> Sequence[_Piece]:
         region, rows = linear.region, linear.shape[0]

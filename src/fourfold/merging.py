@@ -171,9 +171,7 @@ def _same_run(parts: Sequence[_Part]) -> Path:
         return first.folder
     for part in parts:
         if part.identity is None:
-            raise SourceError(
-                f"{part.folder}: no part of an unfinished run, or one of a live model."
-            )
+            raise SourceError(f"{part.folder}: no part of a run, as {first.folder} is.")
         one, other = without_times(first.identity), without_times(part.identity)
         changed = list(differences(one, other))
         if changed:

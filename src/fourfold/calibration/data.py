@@ -32,6 +32,7 @@ import torch
 from fourfold.calibration.encoding import Encoder
 from fourfold.calibration.readers import Corpus, open_corpora
 from fourfold.errors import CalibrationError, UsageError
+from fourfold.models.internals import quiet
 
 DEFAULT_SIZE = 128
 DEFAULT_SEQ = 512
@@ -111,7 +112,8 @@ class CalibrationData:
             text = " ".join(map(str, ids))
         else:
             ids = list(dropwhile(lambda each: each == tokenizer.pad_token_id, ids))
-            text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+            with quiet():
+                text = tokenizer.decode(ids, skip_special_tokens=True).strip()
         shown = _CONTROLS.sub("\ufffd", text)
         return shown if len(shown) <= characters else shown[:characters].rstrip() + "…"
 

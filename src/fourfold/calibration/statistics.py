@@ -131,6 +131,8 @@ class Statistics:
     @classmethod
     def load(cls, file: Path) -> Statistics:
         """Read what `save` wrote. Raises `CalibrationError` for anything else."""
+        if file.exists() and not file.is_file():  # a pipe would be waited for
+            raise CalibrationError(f"{file}: is no file. Give the {STATISTICS} of an earlier run.")
         try:
             return cls.from_bytes(file.read_bytes())
         except FileNotFoundError:

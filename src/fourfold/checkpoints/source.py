@@ -156,7 +156,7 @@ class SafetensorsFolder:
                 continue
             is_weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
             status = None if is_weights else _status_of_file(path)
-            if status is not None and _stays_inside(self.folder, path):
+            if status is not None and _is_text(relative) and _stays_inside(self.folder, path):
                 self._stamps.add(path, status)
                 copied.append(relative)
             else:
@@ -223,6 +223,15 @@ def _status_of_file(path: Path) -> os.stat_result | None:
     except (OSError, ValueError):
         return None
     return status if stat.S_ISREG(status.st_mode) else None
+
+
+def _is_text(path: Path) -> bool:
+    """Whether a name can be written into a JSON document."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _stays_inside(folder: Path, path: Path) -> bool:
