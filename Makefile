@@ -11,6 +11,8 @@ TORCH ?= torch==2.13.0
 
 BIN := .venv/bin
 STAMP := .venv/.installed
+# A process for each core, but not one for each of a hundred: each takes half a GB.
+PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
 .PHONY: setup demo test test-all lint format bench clean
 
@@ -27,10 +29,10 @@ demo: setup
 	$(BIN)/fourfold demo demo-out
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-all: setup
-	$(BIN)/python -m pytest -m 'not gpu and not network'
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not gpu and not network'
 
 lint: setup
 	$(BIN)/ruff check .
@@ -45,7 +47,8 @@ bench: setup
 	$(BIN)/python benchmarks/cpu_sweep.py
 	$(BIN)/python benchmarks/synthetic.py
 	$(BIN)/python benchmarks/calibration.py
+	$(BIN)/python benchmarks/ranks.py
 	$(BIN)/python benchmarks/quality.py
 
 clean:
-	rm -rf .venv demo-out bench-synthetic bench-calibration build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv demo-out bench-synthetic bench-calibration bench-ranks build dist .pytest_cache .mypy_cache .ruff_cache

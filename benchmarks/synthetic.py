@@ -175,10 +175,12 @@ def measure(folder: Path, layers: int, threads: int, runs: int) -> dict[str, flo
 
     def run_fold() -> None:
         target = OutputFolder(out)
-        target.prepare(model, work.files, overwrite=True)
+        target.lock("benchmark")
+        target.begin(None, work.files, overwrite=True)
         with folding(work, source, target, threads=threads) as job:
             job.run()
-            job.finished()
+            job.finish()
+        target.close()
 
     def copy() -> None:
         copy_bytes(model, folder / "scratch", work.nbytes_after)

@@ -6,6 +6,7 @@
     │   └── CalibrationError      --calib: missing, malformed, too little; ids the model lacks
     ├── SourceError               the checkpoint that is read: folder, index, shard, header, config
     │   ├── NonFiniteError        a weight that holds NaN or Inf
+    │   ├── SourceChangedError    a file that is not as it was when the run began
     │   └── UnreadableError       exit code 2: what should be verified is no NVFP4 checkpoint
     ├── ModelError                an architecture that cannot be taken apart
     ├── ObservationError          activations with NaN or Inf; an input that no token reached
@@ -45,6 +46,10 @@ class SourceError(FourfoldError):
 
 class NonFiniteError(SourceError):
     """A weight holds NaN or Inf."""
+
+
+class SourceChangedError(SourceError):
+    """A file of the source is not as it was when it was opened."""
 
 
 class UnreadableError(SourceError):

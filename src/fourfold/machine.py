@@ -45,14 +45,18 @@ def peak_resident() -> int:
 
 
 def choose_device(device: str) -> str:
-    """A device of PyTorch's; `auto` is the first CUDA device, or the CPU.
+    """A device of PyTorch's; `auto` is a CUDA device, or the CPU.
+
+    Among several ranks of a machine, each has a CUDA device of its own, as far as there are any.
 
     Raises `UsageError` for a device that this machine lacks.
     """
     import torch
 
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and "LOCAL_RANK" in os.environ and torch.cuda.device_count():
+        device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     kind, _, number = device.partition(":")
     if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
         raise UsageError(f"device {device!r}: give cpu, cuda, cuda:N or auto.")

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,11 +29,14 @@ from fourfold.checkpoints.writer import (
     index_of,
 )
 from fourfold.errors import (
+    CalibrationError,
     FourfoldError,
     ModelError,
     NonFiniteError,
     ObservationError,
     PlanError,
+    RecipeError,
+    SourceChangedError,
     UsageError,
 )
 from fourfold.fold import LinearResult, Progress, folding
@@ -41,11 +44,18 @@ from fourfold.machine import choose_device, memory_available, peak_resident, thr
 from fourfold.models.live import LiveSource
 from fourfold.numerics import nvfp4
 from fourfold.planning import KVScales, Plan, ScaleGroup, make_plan
-from fourfold.ranks import Alone, Ranks, joining
+from fourfold.ranks import Alone, RankFailedError, Ranks, joining
 from fourfold.recipes import DEFAULT_RECIPE, Recipe
 from fourfold.rendering import size
 from fourfold.report import page_of
-from fourfold.resuming import Share, check_whole, identity_of, parts_of, take_share
+from fourfold.resuming import (
+    Share,
+    check_whole,
+    forward_threads,
+    identity_of,
+    parts_of,
+    take_share,
+)
 from fourfold.runs import Kept, Observation, Run, choose_run, origins, together
 from fourfold.summary import summary_of
 from fourfold.verification import Report, verify
@@ -55,8 +65,20 @@ if TYPE_CHECKING:
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
-FOR_GOOD = (NonFiniteError, ObservationError, UsageError, ModelError, PlanError)
-"""Errors that the same command would meet again: there is nothing to go on from."""
+FOR_GOOD = {
+    error.__name__
+    for error in (
+        NonFiniteError,
+        ObservationError,
+        UsageError,
+        CalibrationError,
+        RecipeError,
+        ModelError,
+        PlanError,
+    )
+}
+"""Errors that the same command would meet again, on this rank or another: there is nothing to go
+on from."""
 
 
 @dataclass(frozen=True)
@@ -237,6 +259,8 @@ def quantize(
             for origin in origins(source):
                 folder.check(origin, overwrite=overwrite)
             parts = parts_of(folder, ranks, shards, overwrite)
+            in_forward = forward_threads(folder, ranks, threads, overwrite)
+            observation = replace(observation, threads=in_forward)
             with _warming_up(chosen, source):
                 work = make_plan(source, chosen, parts=parts, trust_remote_code=trust_remote_code)
                 runs_model = calibration is None and not is_live
@@ -246,8 +270,8 @@ def quantize(
         run = choose_run(work, source, observation, folder.folder, ranks)
         job = _Job(work, source, folder, run, ranks, workers)
         with together(source):
-            if run.is_writer:
-                job.check(overwrite=overwrite)
+            if run.is_writer and ranks.size == 1:
+                folder.check_continues(job.identity, overwrite=overwrite)
         if on_begin is not None:
             on_begin()
         linears = job.write(overwrite, progress, on_resume)
@@ -281,7 +305,8 @@ def quantize(
 
 def _sharing(model: Any) -> AbstractContextManager[Ranks]:
     """The ranks of this job. Those of a model in memory are its own affair."""
-    return nullcontext(Alone()) if isinstance(model, torch.nn.Module) else joining()
+    is_live = isinstance(model, torch.nn.Module | LiveSource)
+    return nullcontext(Alone()) if is_live else joining()
 
 
 def _packing(packing: str) -> Literal["packed", "padded"]:
@@ -329,10 +354,6 @@ class _Job:
         """Whether this rank makes OUT a checkpoint, which it is only where all ranks share it."""
         return self.share.is_whole and self.share.is_leader(self.ranks.rank)
 
-    def check(self, *, overwrite: bool) -> None:
-        """Raise `OutputError` where OUT holds an unfinished run of something else."""
-        self.folder.check_continues(self.identity, overwrite=overwrite)
-
     def write(
         self,
         overwrite: bool,
@@ -362,7 +383,7 @@ class _Job:
             with together(self.source):
                 linears = self._finish() if self.run.is_writer else []
         except BaseException as error:
-            self._stop(error)
+            self._stop(error, overwrite)
             raise
         self.folder.close()
         return linears
@@ -415,21 +436,25 @@ class _Job:
             _write_rest(self.work, self.source, rest, linears, self.run.scales)
         return _linears_of(mine)
 
-    def _stop(self, error: BaseException) -> None:
+    def _stop(self, error: BaseException, overwrite: bool) -> None:
         """Leave what the same job can go on from, where there is anything, or nothing at all."""
         if not (self.run.is_writer and self.folder.journal.is_mine):
             return
+        self.ranks.settle()
         finished = {x["shard"] for x in self.folder.journal.entries() if "shard" in x}
-        is_hopeless = self.identity is None or not finished or isinstance(error, FOR_GOOD)
-        if is_hopeless and self.ranks.size == 1:
+        kind = error.kind if isinstance(error, RankFailedError) else type(error).__name__
+        if self.identity is None or not finished or kind in FOR_GOOD:
             self.folder.discard()
             return
         self.folder.keep_unfinished()
-        if is_hopeless:
-            return
+        if kind == SourceChangedError.__name__:
+            how = "made of the source as it was: --overwrite starts anew"
+        else:
+            how = "finished: the same command goes on from there"
+        without = ", without --overwrite" if overwrite and "same" in how else ""
         error.add_note(
             f"{self.folder.folder} keeps {len(finished)} of {len(self.work.shards)} shards that "
-            "are finished: the same command goes on from there."
+            f"are {how}{without}."
         )
 
 
@@ -491,7 +516,7 @@ def _check_ledger(
     copies = sum(not isinstance(job, made) for shard in work.shards for job in shard.jobs)
     verified = report.counts.compared_linears, report.counts.copied_tensors
     if report.clean and verified != (len(work.linears), copies):
-        folder.discard()
+        folder.remove(work.files)
         raise FourfoldError(
             f"{report.folder}: {len(work.linears)} linear weights and {copies} copied tensors "
             f"planned, {len(linears)} weights written, {verified[0]} and {verified[1]} verified. "

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -49,7 +50,10 @@ class Ranks(Protocol):
         """What every rank gives, by rank. `value` is what JSON can hold."""
 
     def check(self) -> None:
-        """Raise `FourfoldError` where another rank has failed."""
+        """Raise `RankFailedError` where another rank has failed."""
+
+    def settle(self) -> None:
+        """After a failure: this rank writes no more. Waits until no other does, for seconds."""
 
 
 @dataclass
@@ -66,9 +70,15 @@ class Alone:
     def check(self) -> None:
         pass
 
+    def settle(self) -> None:
+        pass
+
 
 class RankFailedError(FourfoldError):
     """Another rank failed; the message is its own."""
+
+    kind = ""
+    """The class of the error that it failed with."""
 
 
 class Together:
@@ -96,6 +106,17 @@ class Together:
     def check(self) -> None:
         if self._failure is not None:
             raise self._failure
+
+    def settle(self) -> None:
+        with suppress(dist.DistError, RuntimeError):
+            self._tell_of(sys.exc_info()[1])
+            self._store.set(f"settled/{self.rank}", "")
+            self._wait_some([f"settled/{rank}" for rank in range(self.size)], FAREWELL)
+
+    def _wait_some(self, keys: list[str], patience: float) -> None:
+        end = time.monotonic() + patience
+        while time.monotonic() < end and not self._store.check(keys):
+            time.sleep(0.02)
 
     def _wait_for(self, key: str) -> None:
         pause = 0.001
@@ -134,10 +155,20 @@ class Together:
     def _hear(self, failed: dict[str, Any]) -> None:
         self._failure = RankFailedError(f"rank {failed['rank']}: {failed['text']}")
         self._failure.exit_code = failed["exit_code"]
+        self._failure.kind = failed["kind"]
 
-    def _tell(self, rank: int, text: str, exit_code: int = 1) -> None:
-        failed = {"rank": rank, "text": text, "exit_code": exit_code}
+    def _tell(self, rank: int, text: str, exit_code: int = 1, kind: str = "") -> None:
+        failed = {"rank": rank, "text": text, "exit_code": exit_code, "kind": kind}
         self._store.compare_set("failed", "", json.dumps(failed))
+
+    def _tell_of(self, error: BaseException | None) -> None:
+        """Tell the others that this rank fails, unless that is why it does."""
+        if error is None or isinstance(error, RankFailedError):
+            return
+        text = str(error) if isinstance(error, FourfoldError) else repr(error)
+        if not isinstance(error, Exception):
+            text = "was stopped"
+        self._tell(self.rank, text, getattr(error, "exit_code", 1), type(error).__name__)
 
     @contextmanager
     def taking_part(self) -> Iterator[None]:
@@ -147,34 +178,22 @@ class Together:
             yield
             self.gather("done")
         except BaseException as error:
-            self._leave_failed(error)
+            with suppress(dist.DistError, RuntimeError):  # the store may be gone, too
+                self._tell_of(error)
+                self._store.set(f"left/{self.rank}", "")
+                self._wait_some(self._left, FAREWELL)
             raise
         else:
-            self._leave(30 * FAREWELL)
+            self._store.set(f"left/{self.rank}", "")
+            if self.rank == 0:  # which may be the one that has the store
+                self._wait_some(self._left, 30 * FAREWELL)
         finally:
             self._ended.set()
             self._watcher.join(FAREWELL)
 
-    def _leave_failed(self, error: BaseException) -> None:
-        try:
-            if not isinstance(error, RankFailedError):
-                text = str(error) if isinstance(error, FourfoldError) else repr(error)
-                if not isinstance(error, Exception):
-                    text = "was stopped"
-                self._tell(self.rank, text, getattr(error, "exit_code", 1))
-            self._leave(FAREWELL)
-        except (dist.DistError, RuntimeError):
-            pass  # the store is gone, and with it whom to tell
-
-    def _leave(self, patience: float) -> None:
-        """Say good-bye. The last to leave is rank 0, which may be the one that has the store."""
-        self._store.set(f"left/{self.rank}", "")
-        waited_for = [f"left/{rank}" for rank in range(self.size)]
-        end = time.monotonic() + patience
-        while time.monotonic() < end and (self.rank == 0 or patience == FAREWELL):
-            if self._store.check(waited_for):
-                break
-            time.sleep(0.02)
+    @property
+    def _left(self) -> list[str]:
+        return [f"left/{rank}" for rank in range(self.size)]
 
 
 _jobs = count()

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import torch
+
 from fourfold.calibration.statistics import Statistics
 from fourfold.checkpoints.safetensors_header import read_header
 from fourfold.checkpoints.source import Source
@@ -88,13 +90,33 @@ def without_times(identity: Mapping[str, Any]) -> dict[str, Any]:
 def parts_of(folder: OutputFolder, ranks: Ranks, wanted: int | None, overwrite: bool) -> int:
     """How many shards a layer is cut into: as it is wanted, or as an unfinished run has begun, or
     one for each rank."""
-    run = None if overwrite else folder.journal.run
-    try:
-        begun = None if run is None else int(run["identity"]["shards"]["for each layer"])
-    except (KeyError, TypeError, ValueError):
-        begun = None
+    begun = _begun(folder, overwrite, "shards", "for each layer")
     known = [parts for parts in ranks.gather(begun) if parts is not None]
     return wanted or (known[0] if known else ranks.size)
+
+
+def forward_threads(
+    folder: OutputFolder, ranks: Ranks, wanted: int | None, overwrite: bool
+) -> int | None:
+    """Threads of a calibration's matrix products, which what is found may depend on: as it is
+    wanted, or as an unfinished run has begun, or as the first rank has them; None for its own."""
+    begun = _begun(folder, overwrite, "calibration", "threads")
+    every = ranks.gather([begun, torch.get_num_threads()])
+    known = [threads for threads, _ in every if threads is not None]
+    return wanted or (known[0] if known else every[0][1] if ranks.size > 1 else None)
+
+
+def _begun(folder: OutputFolder, overwrite: bool, *names: str) -> int | None:
+    """A number that an unfinished run has begun with."""
+    if overwrite or not folder.journal.has_finished:
+        return None
+    try:
+        value: Any = (folder.journal.run or {})["identity"]
+        for name in names:
+            value = value[name]
+        return int(value)
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def take_share(

@@ -169,9 +169,9 @@ class Calibration:
             )
             stack.callback(steps.close)
             for layer in steps:
-                yield layer, self._taken(observers)
                 if self.progress is not None:
                     self.progress(CalibrationProgress(layer, len(tree.layers), self.data.tokens))
+                yield layer, self._taken(observers)
             self._last = self._taken(observers)
         self._meet(END)
 

@@ -221,9 +221,11 @@ def _parse_holder(text: bytes) -> dict[str, Any] | None:
 
 def _lives(holder: Mapping[str, Any] | None) -> bool:
     """Whether a holder may be alive: for file systems that have no locks."""
-    if holder is None or holder.get("pid") == os.getpid():
+    if holder is None:
         return False
-    return holder.get("host") != socket.gethostname() or psutil.pid_exists(int(holder["pid"]))
+    is_here = holder.get("host") == socket.gethostname()
+    pid = holder.get("pid")
+    return not is_here or (pid != os.getpid() and psutil.pid_exists(int(pid or 0)))
 
 
 def _whole_lines(data: bytes) -> Iterator[dict[str, Any]]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from fourfold.errors import SourceError
+from fourfold.errors import SourceChangedError, SourceError
 
 START_AGAIN = "Start again with a source that stays as it is."
 
@@ -71,7 +71,7 @@ class Stamps:
             how = "replaced meanwhile"
         else:
             return
-        raise SourceError(f"{file}: changed while it was read ({how}). {START_AGAIN}")
+        raise SourceChangedError(f"{file}: changed while it was read ({how}). {START_AGAIN}")
 
 
 @contextmanager

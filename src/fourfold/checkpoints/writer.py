@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -254,14 +254,17 @@ class OutputFolder:
         names = [self.folder / name for name in names_in(self.journal.run)]
         for path in [*reversed(self._written), *reversed(names)]:
             path.unlink(missing_ok=True)
-        if self.journal.is_there:
+        with suppress(OSError):  # other ranks do the same at this moment
             self.journal.remove()
-        if self._made_folder:
-            for folder in sorted(
-                (path for path in self.folder.rglob("*") if path.is_dir()), reverse=True
-            ):
-                _remove_if_empty(folder)
-            _remove_if_empty(self.folder)
+            if self._made_folder:
+                inside = sorted((path for path in self.folder.rglob("*")), reverse=True)
+                for folder in [*filter(Path.is_dir, inside), self.folder]:
+                    _remove_if_empty(folder)
+
+    def remove(self, files: Sequence[str]) -> None:
+        """Remove a checkpoint that was finished here; what makes it one first."""
+        for name in [CONFIG, INDEX, QUANT_CONFIG, *files]:
+            (self.folder / name).unlink(missing_ok=True)
 
     def keep_unfinished(self) -> None:
         """Keep what the journal speaks of, and nothing else: the same run can go on."""
