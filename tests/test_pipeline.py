@@ -98,6 +98,7 @@ def test_a_ledger_that_does_not_close(
     monkeypatch.setattr(pipeline, "verify", forgetful)
     with pytest.raises(fourfold.FourfoldError, match=r"36 linear weights and .* planned"):
         fourfold.quantize(written("mixtral")[0], tmp_path / "out", EXPERTS)
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_weight_that_is_not_written(

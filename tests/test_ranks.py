@@ -21,9 +21,11 @@ from torch.distributed import TCPStore
 import fourfold
 from families import Truth
 from fourfold.errors import FourfoldError
+from fourfold.machine import choose_device
 from fourfold.planning import deal
 from fourfold.planning.shards import effort
 from fourfold.ranks import RankFailedError, Together
+from fourfold.resuming import _check_same
 from jobs import W4A4, W4A16, assert_same, files_of, ids_file
 
 Written = Callable[[str], tuple[Path, Truth]]
@@ -216,16 +218,27 @@ def test_a_rank_that_fails_ends_all(failure: str, written: Written, tmp_path: Pa
     assert_same(out, tmp_path / "other")
 
 
-def test_ranks_that_are_given_other_things(written: Written, tmp_path: Path) -> None:
+NAN = """
+import os
+import torch
+from fourfold.checkpoints.source import SafetensorsFolder
+slab = SafetensorsFolder.slab
+def spoilt(self, key, *a, **k):
+    found = slab(self, key, *a, **k)
+    return found.fill_(torch.nan) if "layers.2.mlp.experts" in key else found
+if os.environ["RANK"] == "1":
+    SafetensorsFolder.slab = spoilt
+"""
+
+
+def test_what_is_hopeless_leaves_nothing(written: Written, tmp_path: Path) -> None:
+    """The next run would meet it again, so there is nothing to go on from."""
     model, out = written(MODEL)[0], tmp_path / "out"
-    before = (
-        "import os, sys\n"
-        "if os.environ['RANK'] == '1': sys.argv += ['-r', 'w4a16_nvfp4_experts_only']\n"
-    )
-    code, _, err = ended(torchrun(["quantize", model, out], before=before))
+    code, _, err = ended(torchrun(["quantize", model, out, "-r", W4A16], before=NAN))
     assert code != 0
-    assert "rank 1 has another recipe" in err
-    assert not list(out.glob("*.safetensors"))
+    assert "error: rank 1: model.language_model.layers.2.mlp.experts.0" in err
+    assert "goes on from there" not in err
+    assert not out.exists()
 
 
 @contextmanager
@@ -301,6 +314,36 @@ def test_a_rank_that_falls_silent(silent: int, monkeypatch: pytest.MonkeyPatch) 
         found = together(alive, wait)
     assert all(isinstance(error, RankFailedError) for error in found)
     assert all(f"rank {silent}: has not answered" in str(error) for error in found)
+
+
+def test_ranks_that_are_given_other_things() -> None:
+    """Another recipe or source is an error of all; other times of a copied source are none."""
+
+    def identity(rank: int, recipe: str = "a", mtime: int = 0) -> dict[str, Any]:
+        files = {"model.safetensors": [10, mtime + rank, "digest"]}
+        return {"recipe": recipe, "source": {"name": "model", "files": files}}
+
+    with threads_of(2) as ranks:
+        found = together(ranks, lambda rank: _check_same(rank, identity(rank.rank)))
+    assert found == [None, None]
+    with threads_of(2) as ranks:
+        recipes = ("a", "b")
+        found = together(
+            ranks, lambda rank: _check_same(rank, identity(rank.rank, recipes[rank.rank]))
+        )
+    assert all("rank 1 has another recipe than rank 0" in str(error) for error in found)
+
+
+def test_each_rank_has_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    for local, device in (("0", "cuda:0"), ("1", "cuda:1"), ("2", "cuda:0")):
+        monkeypatch.setenv("LOCAL_RANK", local)
+        assert choose_device("auto") == choose_device("cuda") == device
+        assert choose_device("cuda:1") == "cuda:1"
+        assert choose_device("cpu") == "cpu"
+    monkeypatch.delenv("LOCAL_RANK")
+    assert choose_device("auto") == "cuda"
 
 
 def test_shards_are_dealt_evenly(written: Written) -> None:

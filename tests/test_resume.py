@@ -6,6 +6,9 @@ import json
 import os
 import random
 import shutil
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -130,7 +133,8 @@ def stopped(model: Path, out: Path, options: dict[str, Any], shards: int) -> Non
 
     with pytest.raises(KeyboardInterrupt) as caught:
         fourfold.quantize(model, out, progress=stop, **options)
-    assert "the same command goes on from there" in caught.value.__notes__[0]
+    without = ", without --overwrite" if options.get("overwrite") else ""
+    assert caught.value.__notes__[0].endswith(f"the same command goes on from there{without}.")
 
 
 @pytest.mark.parametrize("recipe", [W4A16, W4A4])
@@ -321,6 +325,54 @@ def test_statistics_that_are_given_go_on_too(job, written: Written, tmp_path: Pa
     stopped(model, out, given | {"threads": 1}, 2)
     fourfold.quantize(model, out, threads=2, **given)  # the bytes do not depend on threads
     assert_same(out, unbroken)
+
+
+def test_threads_are_those_that_a_run_began_with(job, written: Written, tmp_path: Path) -> None:
+    """Matrix products may depend on them; nobody has to remember them."""
+    options = job(W4A4)[0] | {"threads": 2}
+    model, out = written(MODEL)[0], tmp_path / "out"
+    stopped(model, out, options, 2)
+    del options["threads"]
+    resumed: list[int] = []
+    fourfold.quantize(model, out, on_resume=lambda done, _: resumed.append(done), **options)
+    assert resumed
+    fourfold.quantize(model, tmp_path / "other", threads=2, **options)
+    assert_same(out, tmp_path / "other")
+
+
+def test_a_command_that_overwrites_is_told(job, written: Written, tmp_path: Path) -> None:
+    options = job(W4A16)[0] | {"overwrite": True}
+    stopped(written(MODEL)[0], tmp_path / "out", options, 2)
+
+
+@pytest.mark.parametrize("host", ["here", "elsewhere"])
+def test_a_file_system_without_locks(
+    host: str, job, written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who is named as its writer counts as alive where he is, or where nobody can ask."""
+
+    def none(*_: Any) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    options, unbroken, _ = job(W4A16)
+    model, out = written(MODEL)[0], tmp_path / "out"
+    lock = out / ".fourfold" / "lock-00000"
+    lock.parent.mkdir(parents=True)
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"],
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    name = socket.gethostname() if host == "here" else "another"
+    if host == "here":
+        lock.write_text(json.dumps({"pid": os.getppid(), "host": name}))
+        with pytest.raises(fourfold.OutputError, match=f"process {os.getppid()} on {name}"):
+            fourfold.quantize(model, out, **options)
+    lock.write_text(json.dumps({"pid": int(gone.stdout), "host": name}))
+    if host == "here":
+        fourfold.quantize(model, out, **options)
+        assert_same(out, unbroken)
+    else:
+        with pytest.raises(fourfold.OutputError, match="on another is writing it"):
+            fourfold.quantize(model, out, **options)
 
 
 def test_two_processes_on_one_folder(job, written: Written, tmp_path: Path) -> None:
