@@ -182,6 +182,8 @@ class Together:
                 self._tell_of(error)
                 self._store.set(f"left/{self.rank}", "")
                 self._wait_some(self._left, FAREWELL)
+                if not isinstance(error, RankFailedError):
+                    time.sleep(PULSE)  # a launcher stops the others once this process has ended
             raise
         else:
             self._store.set(f"left/{self.rank}", "")
