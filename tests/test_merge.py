@@ -50,7 +50,7 @@ def parts(
         fourfold.quantize(written("qwen3_moe")[0], out / "whole", recipe, shards=2)
         names = sorted((out / "whole").glob("*.safetensors"))
         with monkeypatch.context() as patch:  # stop before OUT becomes a checkpoint
-            patch.setattr("fourfold.pipeline._Job._finish", stop)
+            patch.setattr("fourfold.job.Job._finish", stop)
             with pytest.raises(KeyboardInterrupt):
                 fourfold.quantize(written("qwen3_moe")[0], out / "0", recipe, shards=2)
         shutil.copytree(out / "0", out / "1")

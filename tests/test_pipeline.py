@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import fourfold
 from families import Truth
-from fourfold import pipeline
+from fourfold import job, pipeline
 from fourfold.fold import Progress
 
 Written = Callable[[str], tuple[Path, Truth]]
@@ -104,8 +104,8 @@ def test_a_ledger_that_does_not_close(
 def test_a_weight_that_is_not_written(
     written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    linears_of = pipeline._linears_of
-    monkeypatch.setattr(pipeline, "_linears_of", lambda entries: linears_of(entries)[1:])
+    linears_of = job.linears_of
+    monkeypatch.setattr(job, "linears_of", lambda entries: linears_of(entries)[1:])
     with pytest.raises(fourfold.FourfoldError, match="36 linear weights planned, 35 written"):
         fourfold.quantize(written("mixtral")[0], tmp_path / "out", EXPERTS)
     assert not (tmp_path / "out" / "config.json").exists()

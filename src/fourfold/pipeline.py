@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,70 +15,39 @@ import torch
 from fourfold.calibration.calibrate import CalibrationProgress
 from fourfold.calibration.data import CalibrationData, CalibrationOptions
 from fourfold.calibration.live import ForwardLoop
-from fourfold.calibration.scales import ActivationScales
 from fourfold.calibration.statistics import Statistics
-from fourfold.checkpoints.journal import REST
-from fourfold.checkpoints.modelopt import QUANT_CONFIG
-from fourfold.checkpoints.source import CONFIG, INDEX, Source, open_source
+from fourfold.checkpoints.source import Source, open_source
 from fourfold.checkpoints.writer import (
     REPORT,
-    STATISTICS,
     SUMMARY,
     OutputFolder,
     free_bytes,
-    index_of,
 )
 from fourfold.errors import (
-    CalibrationError,
     FourfoldError,
-    ModelError,
-    NonFiniteError,
-    ObservationError,
     PlanError,
-    RecipeError,
-    SourceChangedError,
     UsageError,
 )
-from fourfold.fold import LinearResult, Progress, folding
+from fourfold.fold import LinearResult, Progress
+from fourfold.job import Job
 from fourfold.machine import choose_device, memory_available, peak_resident, threads_available
 from fourfold.models.live import LiveSource
 from fourfold.numerics import nvfp4
 from fourfold.planning import KVScales, Plan, ScaleGroup, make_plan
-from fourfold.ranks import Alone, RankFailedError, Ranks, joining
+from fourfold.ranks import Alone, Ranks, joining
 from fourfold.recipes import DEFAULT_RECIPE, Recipe
 from fourfold.rendering import size
-from fourfold.report import page_of
 from fourfold.resuming import (
-    Share,
-    check_whole,
     forward_threads,
-    identity_of,
     parts_of,
-    take_share,
 )
-from fourfold.runs import Kept, Observation, Run, choose_run, origins, together
-from fourfold.summary import summary_of
+from fourfold.runs import Observation, choose_run, origins, together
 from fourfold.verification import Report, verify
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-
-FOR_GOOD = {
-    error.__name__
-    for error in (
-        NonFiniteError,
-        ObservationError,
-        UsageError,
-        CalibrationError,
-        RecipeError,
-        ModelError,
-        PlanError,
-    )
-}
-"""Errors that the same command would meet again, on this rank or another: there is nothing to go
-on from."""
 
 
 @dataclass(frozen=True)
@@ -268,7 +237,7 @@ def quantize(
             if on_plan is not None:
                 on_plan(work)
         run = choose_run(work, source, observation, folder.folder, ranks)
-        job = _Job(work, source, folder, run, ranks, workers)
+        job = Job(work, source, folder, run, ranks, workers)
         with together(source):
             if run.is_writer and ranks.size == 1:
                 folder.check_continues(job.identity, overwrite=overwrite)
@@ -283,7 +252,7 @@ def quantize(
             report = verify(
                 folder.folder,
                 source=source if is_readable else None,
-                threads=threads or min(workers * ranks.local_size, threads_available()),
+                threads=_threads_to_verify(workers, ranks),
                 progress=verify_progress,
                 trust_remote_code=trust_remote_code,
             )
@@ -309,6 +278,13 @@ def _sharing(model: Any) -> AbstractContextManager[Ranks]:
     return nullcontext(Alone()) if is_live else joining()
 
 
+def _threads_to_verify(workers: int, ranks: Ranks) -> int:
+    """Those of all ranks of this machine: the others have nothing more to do."""
+    if ranks.local_size == 1:
+        return workers
+    return min(workers * ranks.local_size, threads_available())
+
+
 def _packing(packing: str) -> Literal["packed", "padded"]:
     return packing  # type: ignore[return-value]  # CalibrationOptions checks it
 
@@ -329,141 +305,6 @@ def _opened(
     finally:
         if source is not model:
             source.close()
-
-
-class _Job:
-    """What is written into OUT: observe, fold, and make it a checkpoint."""
-
-    share: Share
-
-    def __init__(
-        self,
-        work: Plan,
-        source: Source,
-        folder: OutputFolder,
-        run: Run,
-        ranks: Ranks,
-        threads: int,
-    ) -> None:
-        self.work, self.source, self.folder, self.run = work, source, folder, run
-        self.ranks, self.threads = ranks, threads
-        self.identity = identity_of(work, source, run)
-
-    @property
-    def is_finisher(self) -> bool:
-        """Whether this rank makes OUT a checkpoint, which it is only where all ranks share it."""
-        return self.share.is_whole and self.share.is_leader(self.ranks.rank)
-
-    def write(
-        self,
-        overwrite: bool,
-        progress: Callable[[Progress], None] | None,
-        on_resume: Callable[[int, int], None] | None,
-    ) -> list[LinearResult]:
-        """Do this rank's share; the figures of all weights that are in this rank's OUT.
-
-        After an error or a signal nothing is left, or what the same job goes on from.
-        """
-        try:
-            self.share = Share.of_all(self.work)
-            with together(self.source):
-                if self.run.is_writer:
-                    self.share = take_share(
-                        self.work,
-                        self.folder,
-                        self.identity,
-                        self.ranks,
-                        overwrite=overwrite,
-                        threads=self.threads,
-                    )
-            if self.share.finished and on_resume is not None:
-                on_resume(self.share.finished, len(self.work.shards))
-            self._fold(progress)
-            self.ranks.gather("folded")
-            with together(self.source):
-                linears = self._finish() if self.run.is_writer else []
-        except BaseException as error:
-            self._stop(error, overwrite)
-            raise
-        self.folder.close()
-        return linears
-
-    def _fold(self, progress: Callable[[Progress], None] | None) -> None:
-        kept = Kept(self.share.kept, self._note_observed)
-        with (
-            folding(
-                self.work,
-                self.run.source,
-                self.folder,
-                scales=self.run.scales,
-                shards=self.share.shards,
-                threads=self.threads,
-                progress=progress,
-                check=self.ranks.check,
-            ) as folded,
-            closing(self.run.steps(kept)) as steps,
-        ):
-            for shards in steps:
-                with together(self.source):
-                    if self.run.is_writer:
-                        folded.run(shards)
-            with together(self.source):
-                folded.finish()
-
-    def _note_observed(self, layer: int | None, found: Statistics) -> None:
-        if self.share.is_leader(self.ranks.rank):
-            self.folder.add_to_journal({"layer": layer, "statistics": found.to_text()})
-
-    def _finish(self) -> list[LinearResult]:
-        """Everything that is not a shard, by the leaders; what makes it a checkpoint comes last."""
-        is_leader = self.share.is_leader(self.ranks.rank)
-        entries = self.folder.journal.entries() if is_leader else []
-        mine = {entry["shard"]: entry for entry in entries if "shard" in entry}
-        if self.share.is_whole:
-            if not is_leader:
-                return []
-            linears = _linears_of(mine)
-            check_whole(self.folder.folder, self.work, mine)
-            _write_rest(self.work, self.source, self.folder, linears, self.run.scales)
-            self.folder.done()
-            return linears
-        everything: dict[str, Any] = {}
-        for each in self.ranks.gather(mine):
-            everything |= each
-        if self.ranks.rank == 0:
-            rest = OutputFolder(self.folder.journal.folder / REST)
-            linears = _linears_of(everything)
-            _write_rest(self.work, self.source, rest, linears, self.run.scales)
-        return _linears_of(mine)
-
-    def _stop(self, error: BaseException, overwrite: bool) -> None:
-        """Leave what the same job can go on from, where there is anything, or nothing at all."""
-        if not (self.run.is_writer and self.folder.journal.is_mine):
-            return
-        self.ranks.settle()
-        finished = {x["shard"] for x in self.folder.journal.entries() if "shard" in x}
-        kind = error.kind if isinstance(error, RankFailedError) else type(error).__name__
-        if self.identity is None or not finished or kind in FOR_GOOD:
-            self.folder.discard()
-            return
-        self.folder.keep_unfinished()
-        if kind == SourceChangedError.__name__:
-            how = "made of the source as it was: --overwrite starts anew"
-        else:
-            how = "finished: the same command goes on from there"
-        without = ", without --overwrite" if overwrite and "same" in how else ""
-        error.add_note(
-            f"{self.folder.folder} keeps {len(finished)} of {len(self.work.shards)} shards that "
-            f"are {how}{without}."
-        )
-
-
-def _linears_of(entries: Mapping[str, Mapping[str, Any]]) -> list[LinearResult]:
-    """The figures of the weights in some shards, by name."""
-    found = [
-        LinearResult.from_dict(each) for entry in entries.values() for each in entry["linears"]
-    ]
-    return sorted(found, key=lambda result: result.name)
 
 
 @contextmanager
@@ -522,33 +363,3 @@ def _check_ledger(
             f"planned, {len(linears)} weights written, {verified[0]} and {verified[1]} verified. "
             "The checkpoint was removed. This is a defect of fourfold; please report it."
         )
-
-
-def _write_rest(
-    work: Plan,
-    source: Source,
-    folder: OutputFolder,
-    linears: list[LinearResult],
-    scales: ActivationScales | None,
-) -> None:
-    """Everything that is not a shard; what makes it a checkpoint comes last."""
-    if len(linears) != len(work.linears):
-        raise FourfoldError(
-            f"{folder.folder}: {len(work.linears)} linear weights planned, {len(linears)} written. "
-            "This is a defect of fourfold; please report it."
-        )
-    for path in work.side_files:
-        folder.copy(source.folder, path)
-    source.check_unchanged()  # what was copied is of the same source, too
-    if scales is not None and work.needs_calibration:
-        folder.write_bytes(STATISTICS, scales.statistics.to_bytes())
-    summary = summary_of(work, linears, scales)
-    folder.write_text(SUMMARY, summary)
-    folder.write_text(REPORT, page_of(summary))
-    folder.write_json(QUANT_CONFIG, work.hf_quant_config)
-    shards = [
-        (name, shard.tensors) for name, shard in zip(work.shard_names, work.shards, strict=True)
-    ]
-    folder.write_json(INDEX, index_of(shards, work.nbytes_after))
-    config = dict(source.config) | {"quantization_config": work.quantization_config}
-    folder.write_json(CONFIG, config)

@@ -221,7 +221,8 @@ def run(app: Callable[[], object]) -> None:
         _end(stopped.number, _notes(stopped))
     except Exception as error:
         text = str(error) or type(error).__name__
-        _fail(f"{text} (a defect of fourfold: run again with --debug and report it)", 1, debug)
+        text = f"{text} (a defect of fourfold: run again with --debug and report it)"
+        _fail("\n".join([text, *_notes(error)]), 1, debug)
 
 
 def _notes(error: BaseException) -> Sequence[str]:
