@@ -1,16 +1,18 @@
 """Two ranks against one, and what they take of memory.
 
-    python benchmarks/ranks.py [--layers 4] [--folder DIR] [--runs 3] [--recipe …] [--json FILE]
+    python benchmarks/ranks.py [--layers 6] [--folder DIR] [--runs 3] [--recipe …] [--json FILE]
 
-Writes the checkpoint of `synthetic.py` (several GB), then times whole commands, start of Python
-and verification included, in turn, and takes medians:
+Writes the checkpoint of `synthetic.py` (several GB), then runs whole commands in turn and takes
+medians:
 
-    one    fourfold quantize … --threads 1
+    one    fourfold quantize … --threads 1, held to a single core
     two    torchrun --nproc-per-node 2 -m fourfold quantize … --threads 1
     all    fourfold quantize …, with as many threads as there are cores
 
-Memory is the sum, over all processes that quantize, of each one's peak resident memory (Linux's
-high-water mark), torchrun's own process left out. The tensors of `one` and `two` are compared.
+`job` is what the command says of itself: from its plan to the end of the verification. `command`
+is the wall clock of everything, with the start of Python, PyTorch and the launcher. Memory is the
+sum, over all processes that quantize, of each one's peak resident memory (Linux's high-water
+mark), torchrun's own process left out. The tensors of `one` and `two` are compared.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -32,28 +35,36 @@ from synthetic import make
 RECIPE = "w4a16_nvfp4_experts_only_mse"
 
 
-def run(command: list[str]) -> tuple[float, int]:
-    """Seconds, and bytes of peak resident memory over all ranks, of one command."""
+def run(command: list[str], *, cores: set[int] | None = None) -> tuple[float, float, int]:
+    """Seconds of the job and of the command, and bytes of peak resident memory of all ranks."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     begun = time.perf_counter()
     process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        preexec_fn=None if cores is None else lambda: os.sched_setaffinity(0, cores),
+    )  # fmt: skip
     peaks: dict[int, int] = {}
-    while process.poll() is None:
-        for rank in _ranks(psutil.Process(process.pid), "torch.distributed.run" in command):
-            peaks[rank] = max(peaks.get(rank, 0), _peak(rank))
-        time.sleep(0.05)
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.1):
+            for rank in _ranks(process.pid, "torch.distributed.run" in command):
+                peaks[rank] = max(peaks.get(rank, 0), _peak(rank))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    out, _ = process.communicate()
     seconds = time.perf_counter() - begun
+    done.set()
+    watcher.join()
     if process.returncode:
-        assert process.stderr is not None
-        raise SystemExit(f"{' '.join(command)}\n{process.stderr.read()}")
-    return seconds, sum(peaks.values())
+        raise SystemExit(f"failed: {' '.join(command)}")
+    return json.loads(out)["seconds"], seconds, sum(peaks.values())
 
 
-def _ranks(process: psutil.Process, is_launched: bool) -> list[int]:
+def _ranks(pid: int, is_launched: bool) -> list[int]:
     try:
-        return [x.pid for x in process.children()] if is_launched else [process.pid]
+        return [x.pid for x in psutil.Process(pid).children()] if is_launched else [pid]
     except psutil.NoSuchProcess:
         return []
 
@@ -99,7 +110,7 @@ def measure(folder: Path, layers: int, runs: int, recipe: str) -> dict[str, obje
         make(model, layers)
     python = [sys.executable, "-m"]
     job = ["fourfold", "quantize", str(model)]
-    options = ["-r", recipe, "--overwrite"]
+    options = ["-r", recipe, "--json"]
     if "w4a16" not in recipe:
         rows = [[(7 * row + 13 * place) % 32000 for place in range(257)] for row in range(32)]
         ids = folder / "ids.jsonl"
@@ -110,12 +121,15 @@ def measure(folder: Path, layers: int, runs: int, recipe: str) -> dict[str, obje
     commands = {
         "one": [*python, *job, str(folder / "one"), *options, "--threads", "1"],
         "two": [*python, *launch, *job, str(folder / "two"), *options, "--threads", "1"],
-        "all threads": [*python, *job, str(folder / "all"), *options],
+        "all": [*python, *job, str(folder / "all"), *options],
     }
-    found: dict[str, list[tuple[float, int]]] = {name: [] for name in commands}
+    found: dict[str, list[tuple[float, float, int]]] = {name: [] for name in commands}
+    one_core = {min(os.sched_getaffinity(0))}
     for _ in range(runs):
         for name, command in commands.items():
-            found[name].append(run(command))
+            shutil.rmtree(folder / name, ignore_errors=True)  # so that the input stays cached
+            os.sync()
+            found[name].append(run(command, cores=one_core if name == "one" else None))
     medians = {
         name: tuple(statistics.median(each) for each in zip(*results, strict=True))
         for name, results in found.items()
@@ -126,17 +140,19 @@ def measure(folder: Path, layers: int, runs: int, recipe: str) -> dict[str, obje
         "recipe": recipe,
         "input_gb": sum(file.stat().st_size for file in model.glob("*.safetensors")) / 1e9,
         "runs": runs,
-        "seconds": {name: round(each[0], 1) for name, each in medians.items()},
-        "memory_gb": {name: round(each[1] / 1e9, 2) for name, each in medians.items()},
-        "ratio": round(medians["two"][0] / medians["one"][0], 3),
-        "memory_ratio": round(medians["two"][1] / medians["one"][1], 3),
+        "job_seconds": {name: round(each[0], 1) for name, each in medians.items()},
+        "command_seconds": {name: round(each[1], 1) for name, each in medians.items()},
+        "memory_gb": {name: round(each[2] / 1e9, 2) for name, each in medians.items()},
+        "job_ratio": round(medians["two"][0] / medians["one"][0], 3),
+        "command_ratio": round(medians["two"][1] / medians["one"][1], 3),
+        "memory_ratio": round(medians["two"][2] / medians["one"][2], 3),
         "same_tensors": same_tensors(folder / "one", folder / "two"),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path("bench-ranks"))
     parser.add_argument("--recipe", default=RECIPE)

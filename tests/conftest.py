@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -19,6 +19,16 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.pop("COLUMNS", None)  # what is printed is as wide as on no terminal
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the commands that tests run
 torch.set_num_threads(1)  # tiny models gain nothing, and lose much where cores are shared
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """A command that a test runs in this process takes the signals for itself."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
 
 Written = Callable[[str], tuple[Path, Truth]]
 

@@ -195,6 +195,44 @@ def test_a_summary_that_does_not_say_how(written: Written, tmp_path: Path) -> No
             fourfold.merge([made], tmp_path / "out")
 
 
+def test_files_that_were_added(written: Written, tmp_path: Path) -> None:
+    """What somebody put beside the weights comes along; a link out of the folder does not."""
+    made = tmp_path / "made"
+    fourfold.quantize(written("qwen3_moe")[0], made, W4A16)
+    (made / "sub").mkdir()
+    (made / "sub" / "template.jinja").write_text("x")
+    (made / "link").symlink_to("/etc/hostname")
+    fourfold.merge([made], tmp_path / "out")
+    assert (tmp_path / "out" / "sub" / "template.jinja").read_text() == "x"
+    assert not (tmp_path / "out" / "link").exists()
+    assert (
+        "sub/template.jinja"
+        in json.loads((tmp_path / "out/quant_summary.json").read_text())["files"]
+    )
+    summary = json.loads((made / "quant_summary.json").read_text())
+    summary["files"].append("link")
+    (made / "quant_summary.json").write_text(json.dumps(summary))
+    with pytest.raises(fourfold.SourceError, match="a link out of its folder"):
+        fourfold.merge([made], tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("identity", [{}, [], None, {"source": 7}])
+def test_a_run_that_makes_no_sense(identity: object, parts, tmp_path: Path) -> None:
+    folders = parts()
+    file = folders[1] / ".fourfold" / "run.json"
+    file.write_text(json.dumps({"files": [], "identity": identity}))
+    with pytest.raises(fourfold.SourceError, match="is not that of a run that can be joined"):
+        fourfold.merge(folders, tmp_path / "out")
+
+
+def test_parts_that_can_only_be_read(parts, tmp_path: Path) -> None:
+    folders = parts()
+    for path in (tmp_path / "parts").rglob("*"):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    assert fourfold.merge(folders, tmp_path / "out").report is not None
+
+
 def test_cuts() -> None:
     """Even, in order, nothing lost, and never more parts than there are bundles."""
     bundle = {"x": ("BF16", (10,))}

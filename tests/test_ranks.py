@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -21,6 +22,7 @@ from torch.distributed import TCPStore
 import fourfold
 from families import Truth
 from fourfold.errors import FourfoldError
+from fourfold.launcher import Launch, launch
 from fourfold.machine import choose_device
 from fourfold.planning import deal
 from fourfold.planning.shards import effort
@@ -337,13 +339,37 @@ def test_ranks_that_are_given_other_things() -> None:
 def test_each_rank_has_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    for name, value in (
+        ("RANK", "0"), ("WORLD_SIZE", "3"), ("MASTER_ADDR", "here"), ("MASTER_PORT", "1"),
+    ):  # fmt: skip
+        monkeypatch.setenv(name, value)
     for local, device in (("0", "cuda:0"), ("1", "cuda:1"), ("2", "cuda:0")):
         monkeypatch.setenv("LOCAL_RANK", local)
         assert choose_device("auto") == choose_device("cuda") == device
         assert choose_device("cuda:1") == "cuda:1"
         assert choose_device("cpu") == "cpu"
-    monkeypatch.delenv("LOCAL_RANK")
+    monkeypatch.delenv("WORLD_SIZE")
     assert choose_device("auto") == "cuda"
+
+
+def test_an_environment_that_makes_no_sense(monkeypatch: pytest.MonkeyPatch) -> None:
+    """RANK alone is nobody's launch; numbers that cannot be are an error at once."""
+    monkeypatch.setenv("RANK", "1")
+    assert launch() == Launch()
+    for name, value in (("WORLD_SIZE", "2"), ("MASTER_ADDR", "here"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    assert launch() == Launch(1, 2)
+    for name, value in (("RANK", "2"), ("RANK", "-1"), ("RANK", "x"), ("LOCAL_WORLD_SIZE", "0")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            with pytest.raises(fourfold.UsageError, match="Start all"):
+                launch()
+
+
+def test_what_is_not_shared_out_is_done_once(written: Written, tmp_path: Path) -> None:
+    code, out, err = ended(torchrun(["plan", written(MODEL)[0], "-r", W4A16, "--json"]))
+    assert code == 0, err
+    assert json.loads(out)["linear_weights"]
 
 
 def test_shards_are_dealt_evenly(written: Written) -> None:

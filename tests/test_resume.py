@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 
 import fourfold
 from families import Truth
+from fourfold import pipeline
 from fourfold.checkpoints.journal import Journal
 from fourfold.checkpoints.source import SafetensorsFolder
 from jobs import MODEL, W4A4, W4A16, assert_same, files_of, ids_file, start
@@ -404,6 +406,119 @@ def test_processes_that_start_at_once(job, written: Written, tmp_path: Path) -> 
     codes = [process.exitcode for process in processes]
     assert codes.count(0) >= 1
     assert set(codes) <= {0, 1}
+    assert_same(out, unbroken)
+
+
+def test_a_folder_that_is_taken_away(job, written: Written, tmp_path: Path) -> None:
+    """A run ends when its OUT was removed, and touches nothing that another wrote there since."""
+    options, unbroken, _ = job(W4A16)
+    model, out = written(MODEL)[0], tmp_path / "out"
+
+    def replace(progress: Any) -> None:
+        if progress.shards_done == 2:
+            shutil.rmtree(out)
+            process = start(model, out, **options)
+            process.join()
+            assert process.exitcode == 0
+
+    with pytest.raises(fourfold.OutputError, match="removed or moved away while it was written"):
+        fourfold.quantize(model, out, progress=replace, **options)
+    assert_same(out, unbroken)
+
+
+def test_a_checkpoint_that_appears_meanwhile(
+    job, written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was empty when the command began is looked at again when the folder is locked."""
+    options, unbroken, _ = job(W4A16)
+    model, out = written(MODEL)[0], tmp_path / "out"
+    plan = pipeline.make_plan
+
+    def slow(*arguments: Any, **given: Any) -> Any:
+        process = start(model, out, **options)
+        process.join()
+        assert process.exitcode == 0
+        return plan(*arguments, **given)
+
+    monkeypatch.setattr(pipeline, "make_plan", slow)
+    with pytest.raises(fourfold.OutputError, match="not empty"):
+        fourfold.quantize(model, out, **options | {"recipe": "w4a16_nvfp4_experts_only"})
+    assert_same(out, unbroken)
+
+
+def test_a_checkpoint_about_to_be_replaced(job, written: Written, tmp_path: Path) -> None:
+    """Killed before `--overwrite` has removed anything, it is as well protected as before."""
+    options, unbroken, _ = job(W4A16)
+    model, out = written(MODEL)[0], tmp_path / "out"
+    fourfold.quantize(model, out, **options)
+    number, before = 1, files_of(out)
+    while True:
+        process = start(model, out, kill_at=number, overwrite=True, **options)
+        process.join()
+        assert process.exitcode == -9
+        if not (out / "config.json").exists():
+            break
+        assert {name: data for name, data in files_of(out).items() if name in before} == before
+        with pytest.raises(fourfold.OutputError, match="not empty"):
+            fourfold.quantize(model, out, **options)
+        number += 1
+    assert number > 3
+    fourfold.quantize(model, out, **options)
+    assert_same(out, unbroken)
+
+
+NONSENSE: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "no linears": lambda entry: entry.update(linears=[]),
+    "linears of another": lambda entry: entry.update(linears=[{"name": "x"}]),
+    "a path": lambda entry: entry.update(shard="../model/model.safetensors"),
+    "a list": lambda entry: entry.update(shard=[1]),
+    "no digest": lambda entry: entry.pop("digest"),
+    "statistics": lambda entry: entry.update(statistics="@@@", layer=0),
+}
+
+
+@pytest.mark.parametrize("what", NONSENSE)
+def test_lines_that_make_no_sense(what: str, job, written: Written, tmp_path: Path) -> None:
+    """A journal that somebody wrote: what it says of a shard is not believed."""
+    options, unbroken, _ = job(W4A16)
+    model, out = written(MODEL)[0], tmp_path / "out"
+    stopped(model, out, options, 2)
+    file = out / ".fourfold" / "journal-00000.jsonl"
+    lines = [line.partition(b" ")[2] for line in file.read_bytes().splitlines()]
+    entries = [json.loads(line) for line in lines]
+    NONSENSE[what](entries[1])
+    texts = [*(json.dumps(entry).encode() for entry in entries), b"[]", b"7", b"{", b'"x"']
+    file.write_bytes(b"".join(b"%08x %b\n" % (zlib.crc32(text), text) for text in texts))
+    fourfold.quantize(model, out, **options)
+    assert_same(out, unbroken)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "garbage", "[]", "{}", '{"files": 7, "identity": []}', '{"identity": {"shards": 1}}'],
+)
+def test_a_run_that_nobody_can_read(text: str, job, written: Written, tmp_path: Path) -> None:
+    """It is not gone on with, and the remedy is one."""
+    options = job(W4A16)[0]
+    model, out = written(MODEL)[0], tmp_path / "out"
+    stopped(model, out, options, 2)
+    (out / ".fourfold" / "run.json").write_text(text)
+    before = files_of(out)
+    for overwrite in (False, True):
+        with pytest.raises(fourfold.OutputError, match="empty this one yourself"):
+            fourfold.quantize(model, out, overwrite=overwrite, **options)
+    assert files_of(out) == before
+
+
+def test_a_shard_that_became_a_link(job, written: Written, tmp_path: Path) -> None:
+    options, unbroken, _ = job(W4A16)
+    model, out = written(MODEL)[0], tmp_path / "out"
+    stopped(model, out, options, 2)
+    shard = next(iter(sorted(out.glob("*.safetensors"))))
+    shard.rename(tmp_path / "elsewhere")
+    shard.symlink_to(tmp_path / "elsewhere")
+    fourfold.quantize(model, out, **options)
+    assert not shard.is_symlink()
     assert_same(out, unbroken)
 
 

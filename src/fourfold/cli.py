@@ -14,7 +14,8 @@ import typer
 from fourfold import terminal
 from fourfold._version import __version__
 from fourfold.errors import UsageError
-from fourfold.terminal import Display, console, is_first_rank, print_json, print_result
+from fourfold.launcher import launch
+from fourfold.terminal import Display, console, print_json, print_result
 
 DEFAULT_RECIPE = "w4a16_nvfp4_experts_only_mse"
 
@@ -50,12 +51,15 @@ Trust = Annotated[
 
 @app.callback(invoke_without_command=True)
 def _options(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Errors with a traceback.")] = False,
 ) -> None:
     if version:
         print(f"fourfold {__version__}")
         raise typer.Exit
+    if context.invoked_subcommand != "quantize" and launch().rank > 0:
+        raise typer.Exit  # the first rank does alone what is not shared out
 
 
 @app.command()
@@ -138,7 +142,7 @@ def quantize(
         )
     if not display.quiet:
         print_result(result)
-    elif as_json and is_first_rank():
+    elif as_json and launch().rank == 0:
         print_json(result.to_dict())
     if result.report is not None and not result.report.clean:
         raise typer.Exit(1)

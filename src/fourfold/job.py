@@ -34,7 +34,7 @@ from fourfold.fold import LinearResult, Progress, folding
 from fourfold.planning import Plan
 from fourfold.ranks import RankFailedError, Ranks
 from fourfold.report import page_of
-from fourfold.resuming import Share, check_whole, identity_of, take_share
+from fourfold.resuming import Share, check_whole, identity_of, shard_entries, take_share
 from fourfold.runs import Kept, Run, together
 from fourfold.summary import summary_of
 
@@ -141,7 +141,8 @@ class Job:
         """Everything that is not a shard, by the leaders; what makes it a checkpoint comes last."""
         is_leader = self.share.is_leader(self.ranks.rank)
         entries = self.folder.journal.entries() if is_leader else []
-        mine = {entry["shard"]: entry for entry in entries if "shard" in entry}
+        mine = shard_entries(entries, self.work)
+        self.folder.check_mine()
         if self.share.is_whole:
             if not is_leader:
                 return []
@@ -163,11 +164,19 @@ class Job:
         """Leave what the same job can go on from, where there is anything, or nothing at all."""
         if not (self.run.is_writer and self.folder.journal.is_mine):
             return
+        if not self.folder.is_begun and self.share.is_leader(self.ranks.rank):
+            self.folder.leave()
+            return
         self.ranks.settle()
         finished = {x["shard"] for x in self.folder.journal.entries() if "shard" in x}
         kind = error.kind if isinstance(error, RankFailedError) else type(error).__name__
         if self.identity is None or not finished or kind in FOR_GOOD:
             self.folder.discard()
+            if self.folder.has_cleared:
+                error.add_note(
+                    f"Nothing is left in {self.folder.folder}: --overwrite has removed the "
+                    "checkpoint that was there."
+                )
             return
         self.folder.keep_unfinished()
         if kind == SourceChangedError.__name__:

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 
 from fourfold.errors import UsageError
+from fourfold.launcher import launch
 
 
 def threads_available() -> int:
@@ -55,8 +56,9 @@ def choose_device(device: str) -> str:
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and "LOCAL_RANK" in os.environ and torch.cuda.device_count():
-        device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+    launched = launch()
+    if device == "cuda" and launched.size > 1 and torch.cuda.device_count():
+        device = f"cuda:{launched.local_rank % torch.cuda.device_count()}"
     kind, _, number = device.partition(":")
     if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
         raise UsageError(f"device {device!r}: give cpu, cuda, cuda:N or auto.")

@@ -9,7 +9,6 @@ of a few MB: the result is that of one rank, byte for byte, whatever wrote the p
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -18,9 +17,9 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
-from fourfold.checkpoints.journal import REST, Journal, differences, names_in
+from fourfold.checkpoints.journal import REST, RUN, STATE, Journal, differences, names_in
 from fourfold.checkpoints.safetensors_header import TensorInfo, read_header
-from fourfold.checkpoints.source import CONFIG, INDEX
+from fourfold.checkpoints.source import CONFIG, INDEX, read_json
 from fourfold.checkpoints.writer import (
     REPORT,
     SUMMARY,
@@ -110,7 +109,7 @@ def merge(
         target.check(part.folder, overwrite=overwrite)
     total = sum(info.nbytes for unit in units for info in unit.tensors)
     _check_room(target.folder, total)
-    files = _files(summary, shard_names(len(layout)))
+    files = _files(rest, summary, shard_names(len(layout)))
     try:
         target.lock("merge")
         if on_begin is not None:
@@ -154,9 +153,23 @@ def _read_part(folder: Path) -> _Part:
         return _Part(folder, folder, None)
     journal.check_free()
     rest = journal.folder / REST
-    digests = {each["shard"]: each["digest"] for each in journal.entries() if "shard" in each}
+    digests = {
+        each["shard"]: str(each.get("digest"))
+        for each in journal.entries()
+        if isinstance(each.get("shard"), str)
+    }
     is_there = (rest / CONFIG).is_file()
-    return _Part(folder, rest if is_there else None, run.get("identity"), digests)
+    identity = journal.identity
+    try:
+        known = None if identity is None else without_times(identity)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        known = None
+    if known is None:
+        raise SourceError(
+            f"{folder}: its {STATE}/{RUN} is not that of a run that can be joined. "
+            "Give the folders that the nodes wrote, as they are."
+        )
+    return _Part(folder, rest if is_there else None, known, digests)
 
 
 def _same_run(parts: Sequence[_Part]) -> Path:
@@ -172,8 +185,7 @@ def _same_run(parts: Sequence[_Part]) -> Path:
     for part in parts:
         if part.identity is None:
             raise SourceError(f"{part.folder}: no part of a run, as {first.folder} is.")
-        one, other = without_times(first.identity), without_times(part.identity)
-        changed = list(differences(one, other))
+        changed = list(differences(first.identity, part.identity))
         if changed:
             raise SourceError(
                 f"{part.folder}: a part of another run than {first.folder}: {changed[0]}. "
@@ -320,10 +332,27 @@ def _copy(infos: Sequence[TensorInfo], shard: ShardFile, stack: ExitStack) -> No
             done += count
 
 
-def _files(summary: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+def _files(rest: Path, summary: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     """What the joined checkpoint consists of: other shards, the same beside them."""
     before = {shard["file"] for shard in summary["shards"]}
-    return [*names, *(name for name in names_in(summary) if name not in before)]
+    listed = [name for name in names_in(summary) if name not in before]
+    present = [path.relative_to(rest).as_posix() for path in _walk(rest)]
+    added = [name for name in present if name not in before and name not in listed]
+    for name in listed:
+        path = rest / name
+        if not (path.is_file() and path.resolve().is_relative_to(rest.resolve())):
+            raise SourceError(
+                f"{path}: is missing, or a link out of its folder. Give what was written."
+            )
+    return [*names, *added, *listed]
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Files of a folder that are its own, sorted: no links out of it, nothing hidden."""
+    for path in sorted(folder.rglob("*")):
+        is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if not is_hidden and path.is_file() and path.resolve().is_relative_to(folder.resolve()):
+            yield path
 
 
 def _write_rest(
@@ -352,8 +381,7 @@ def _write_rest(
     ]
     total = sum(info.nbytes for _, tensors in infos for info in tensors.values())
     target.write_json(INDEX, index_of(infos, total))
-    config = json.loads((rest / CONFIG).read_bytes())
-    target.write_json(CONFIG, config)
+    target.write_json(CONFIG, read_json(rest / CONFIG))
 
 
 def _check_room(out: Path, needed: int) -> None:

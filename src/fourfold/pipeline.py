@@ -200,76 +200,79 @@ def quantize(
     holds what the same call goes on from.
     """
     begun = time.perf_counter()
-    if not str(out):
-        raise UsageError("OUT is empty: give the folder to write.")
-    if threads is not None and threads < 1:
-        raise UsageError(f"threads={threads}: give 1 or more.")
-    chosen = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    if shards is not None and shards < 1:
-        raise UsageError(f"shards={shards}: give 1 or more.")
-    files = tuple(map(str, calib))
-    observation = Observation(
-        CalibrationOptions(files, calib_size, calib_seq, batch_size, seed, _packing(packing)),
-        calibration,
-        forward_loop,
-        choose_device(device),
-        activation_memory,
-        threads,
-        trust_remote_code,
-        on_data,
-        calibration_progress,
-    )
-    with _sharing(model) as ranks, _opened(model, tokenizer, trust_remote_code) as source:
-        workers = threads or max(1, threads_available() // ranks.local_size)
-        is_live = isinstance(source, LiveSource)
-        observation.check(chosen, is_live=is_live)
-        folder = OutputFolder(Path(out).expanduser(), ranks.rank)
-        with together(source):
-            for origin in origins(source):
-                folder.check(origin, overwrite=overwrite)
-            parts = parts_of(folder, ranks, shards, overwrite)
-            in_forward = forward_threads(folder, ranks, threads, overwrite)
-            observation = replace(observation, threads=in_forward)
-            with _warming_up(chosen, source):
-                work = make_plan(source, chosen, parts=parts, trust_remote_code=trust_remote_code)
-                runs_model = calibration is None and not is_live
-                check_room(work, folder, workers, ranks, runs_model=runs_model)
-            if on_plan is not None:
-                on_plan(work)
-        run = choose_run(work, source, observation, folder.folder, ranks)
-        job = Job(work, source, folder, run, ranks, workers)
-        with together(source):
-            if run.is_writer and ranks.size == 1:
-                folder.check_continues(job.identity, overwrite=overwrite)
-        if on_begin is not None:
-            on_begin()
-        linears = job.write(overwrite, progress, on_resume)
-        if on_written is not None:
-            on_written()
-        report = None
-        if verified and run.is_writer and job.is_finisher:
-            is_readable = not (isinstance(source, LiveSource) and source.is_sharded)
-            report = verify(
-                folder.folder,
-                source=source if is_readable else None,
-                threads=_threads_to_verify(workers, ranks),
-                progress=verify_progress,
-                trust_remote_code=trust_remote_code,
-            )
-            if is_readable:
-                _check_ledger(work, linears, report, folder)
-    return Result(
-        out=folder.folder,
-        plan=work,
-        linears=tuple(linears),
-        report=report,
-        seconds=time.perf_counter() - begun,
-        peak_resident=peak_resident(),
-        statistics=None if run.scales is None else run.scales.statistics,
-        unreached_experts={} if run.scales is None else run.scales.unreached(),
-        ranks=ranks.size,
-        is_part=not job.share.is_whole,
-    )
+    with _sharing(model) as ranks:  # first of all: the others hear of any error
+        if not str(out):
+            raise UsageError("OUT is empty: give the folder to write.")
+        if threads is not None and threads < 1:
+            raise UsageError(f"threads={threads}: give 1 or more.")
+        chosen = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+        if shards is not None and shards < 1:
+            raise UsageError(f"shards={shards}: give 1 or more.")
+        files = tuple(map(str, calib))
+        observation = Observation(
+            CalibrationOptions(files, calib_size, calib_seq, batch_size, seed, _packing(packing)),
+            calibration,
+            forward_loop,
+            choose_device(device),
+            activation_memory,
+            threads,
+            trust_remote_code,
+            on_data,
+            calibration_progress,
+        )
+        with _opened(model, tokenizer, trust_remote_code) as source:
+            workers = threads or max(1, threads_available() // ranks.local_size)
+            is_live = isinstance(source, LiveSource)
+            observation.check(chosen, is_live=is_live)
+            folder = OutputFolder(Path(out).expanduser(), ranks.rank)
+            with together(source):
+                for origin in origins(source):
+                    folder.check(origin, overwrite=overwrite)
+                parts = parts_of(folder, ranks, shards, overwrite)
+                in_forward = forward_threads(folder, ranks, threads, overwrite)
+                observation = replace(observation, threads=in_forward)
+                with _warming_up(chosen, source):
+                    work = make_plan(
+                        source, chosen, parts=parts, trust_remote_code=trust_remote_code
+                    )
+                    runs_model = calibration is None and not is_live
+                    check_room(work, folder, workers, ranks, runs_model=runs_model)
+                if on_plan is not None:
+                    on_plan(work)
+            run = choose_run(work, source, observation, folder.folder, ranks)
+            job = Job(work, source, folder, run, ranks, workers)
+            with together(source):
+                if run.is_writer and ranks.size == 1:
+                    folder.check_continues(job.identity, overwrite=overwrite)
+            if on_begin is not None:
+                on_begin()
+            linears = job.write(overwrite, progress, on_resume)
+            if on_written is not None:
+                on_written()
+            report = None
+            if verified and run.is_writer and job.is_finisher:
+                is_readable = not (isinstance(source, LiveSource) and source.is_sharded)
+                report = verify(
+                    folder.folder,
+                    source=source if is_readable else None,
+                    threads=_threads_to_verify(workers, ranks),
+                    progress=verify_progress,
+                    trust_remote_code=trust_remote_code,
+                )
+                if is_readable:
+                    _check_ledger(work, linears, report, folder)
+        return Result(
+            out=folder.folder,
+            plan=work,
+            linears=tuple(linears),
+            report=report,
+            seconds=time.perf_counter() - begun,
+            peak_resident=peak_resident(),
+            statistics=None if run.scales is None else run.scales.statistics,
+            unreached_experts={} if run.scales is None else run.scales.unreached(),
+            ranks=ranks.size,
+            is_part=not job.share.is_whole,
+        )
 
 
 def _sharing(model: Any) -> AbstractContextManager[Ranks]:

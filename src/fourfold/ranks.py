@@ -27,12 +27,16 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from fourfold.errors import FourfoldError
+from fourfold.launcher import launch
 
 PULSE = 0.5
 """Seconds between two signs of life."""
 
 SILENCE = 30.0
 """Seconds without one after which a rank is taken for dead. An import can hold a process up."""
+
+MEETING = timedelta(minutes=2)
+"""How long the first rank waits for the others at the start."""
 
 FAREWELL = 5.0
 """Seconds that a rank that failed waits for the others to hear of it."""
@@ -204,22 +208,15 @@ _jobs = count()
 @contextmanager
 def joining() -> Iterator[Ranks]:
     """The ranks that this process was started among; alone without a launcher."""
-    if not is_launched():
+    found = launch()
+    if found.size == 1:
         yield Alone()
         return
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     # A launcher's store outlives its workers, and a job those before it.
     name = f"fourfold/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_jobs)}"
-    together = Together(PrefixStore(name, _store()), rank, size, local_size)
+    together = Together(PrefixStore(name, _store()), found.rank, found.size, found.local_size)
     with together.taking_part():
         yield together
-
-
-def is_launched() -> bool:
-    """Whether a launcher has started this process as one of several."""
-    given = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-    return given and int(os.environ["WORLD_SIZE"]) > 1
 
 
 @cache
@@ -227,7 +224,7 @@ def _store() -> Any:
     if dist.is_initialized():
         return dist.distributed_c10d._get_default_store()
     try:
-        store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(minutes=5))))
+        store, _, _ = next(iter(rendezvous("env://", timeout=MEETING)))
     except (dist.DistError, RuntimeError, ValueError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise FourfoldError(

@@ -23,7 +23,8 @@ from fourfold.checkpoints.safetensors_header import read_header
 from fourfold.checkpoints.source import Source
 from fourfold.checkpoints.writer import OutputFolder, digest_of_file
 from fourfold.errors import FourfoldError
-from fourfold.planning import Plan, deal
+from fourfold.fold import LinearResult
+from fourfold.planning import Plan, ScaleGroup, deal
 from fourfold.ranks import Ranks
 from fourfold.runs import Run
 from fourfold.summary import versions
@@ -115,7 +116,7 @@ def _begun(folder: OutputFolder, overwrite: bool, *names: str) -> int | None:
         for name in names:
             value = value[name]
         return int(value)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None
 
 
@@ -138,11 +139,12 @@ def take_share(
     observed = [entry for entry in entries if "statistics" in entry]
     everything = ranks.gather({"finished": sorted(finished), "observed": observed})
     done = {name for each in everything for name in each["finished"]}
-    kept = {
-        entry["layer"]: Statistics.from_text(entry["statistics"])
+    kept = dict(
+        found
         for each in reversed(everything)
         for entry in each["observed"]
-    }
+        if (found := _observed(entry)) is not None
+    )
     unfinished = [number for number, name in enumerate(plan.shard_names) if name not in done]
     mine = deal(plan.shards, unfinished, ranks.size)[ranks.rank]
     return Share(mine, len(done), kept, leaders)
@@ -193,8 +195,7 @@ def _finished(
     entries: Sequence[Mapping[str, Any]], out: Path, plan: Plan, threads: int
 ) -> dict[str, Mapping[str, Any]]:
     """The shards that a journal speaks of and that are still what it says, by name."""
-    known = set(plan.shard_names)
-    noted = {entry["shard"]: entry for entry in entries if entry.get("shard") in known}
+    noted = shard_entries(entries, plan)
     with ThreadPoolExecutor(threads) as pool:
         digests = pool.map(digest_of_file, (out / name for name in noted))
         return {
@@ -202,6 +203,41 @@ def _finished(
             for (name, entry), digest in zip(noted.items(), digests, strict=True)
             if digest == entry["digest"]
         }
+
+
+def shard_entries(entries: Sequence[Mapping[str, Any]], plan: Plan) -> dict[str, Mapping[str, Any]]:
+    """What a journal says of the plan's shards, by name; not what makes no sense."""
+    planned = {
+        name: sorted(
+            linear.name
+            for job in shard.jobs
+            if isinstance(job, ScaleGroup)
+            for linear in job.linears
+        )
+        for name, shard in zip(plan.shard_names, plan.shards, strict=True)
+    }
+    found = {}
+    for entry in entries:
+        name = entry.get("shard")
+        if not isinstance(name, str) or not isinstance(entry.get("digest"), str):
+            continue
+        try:
+            linears = sorted(LinearResult.from_dict(each).name for each in entry["linears"])
+        except (KeyError, TypeError, ValueError):
+            continue
+        if planned.get(name) == linears:
+            found[name] = entry
+    return found
+
+
+def _observed(entry: Mapping[str, Any]) -> tuple[int | None, Statistics] | None:
+    """What a journal says was observed of a layer; None for what makes no sense."""
+    try:
+        layer = entry["layer"]
+        found = Statistics.from_text(entry["statistics"])
+    except Exception:  # whatever safetensors raises for bytes that are none
+        return None
+    return (layer, found) if layer is None or isinstance(layer, int) else None
 
 
 def check_whole(out: Path, plan: Plan, entries: Mapping[str, Mapping[str, Any]]) -> None:

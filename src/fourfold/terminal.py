@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fourfold.errors import FourfoldError
+from fourfold.launcher import launch
 
 if TYPE_CHECKING:
     from fourfold import fold
@@ -30,7 +31,7 @@ class Display:
     """Progress on stderr where that is a terminal, silent elsewhere."""
 
     def __init__(self, *, quiet: bool) -> None:
-        quiet = quiet or not is_first_rank()
+        quiet = quiet or launch().rank > 0
         self.console = Console(stderr=True, quiet=quiet or not sys.stderr.isatty())
         self.quiet = quiet
         self.progress = Progress(
@@ -141,11 +142,6 @@ class Display:
 
         seconds = time.perf_counter() - self.begun[name]
         return f"{size(int(done / seconds))}/s" if seconds > 0.2 else ""
-
-
-def is_first_rank() -> bool:
-    """Whether this process speaks for all of those that a launcher has started."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _resident() -> str:

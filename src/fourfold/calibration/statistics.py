@@ -167,9 +167,10 @@ def _parse(found: Statistics, tensors: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
         if leaf == "tokens":
-            found.experts[path] = ExpertsStatistics(
-                tensor, _amaxes(tensors, f"{path}.gate_up"), _amaxes(tensors, f"{path}.down")
-            )
+            amaxes = _amaxes(tensors, f"{path}.gate_up"), _amaxes(tensors, f"{path}.down")
+            if tensor.ndim != 1 or any(each.shape != tensor.shape for each in amaxes):
+                raise ValueError(f"{path}: counts and amaxes of several shapes")
+            found.experts[path] = ExpertsStatistics(tensor, *amaxes)
         elif leaf == "rows":
             found.linears[path] = LinearStatistics(float(_amaxes(tensors, path)), int(tensor))
         elif name.endswith(".kv.amax"):

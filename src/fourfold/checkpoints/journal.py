@@ -22,6 +22,7 @@ import sys
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,16 @@ class Journal:
     def run(self) -> Mapping[str, Any] | None:
         """What run.json says; None where no run is unfinished here, or nobody can read it."""
         try:
-            found = json.loads((self.folder / RUN).read_bytes())
+            file = self.folder / RUN
+            found = json.loads(file.read_bytes()) if file.is_file() else None
         except (OSError, ValueError, RecursionError):
             return None
+        return found if isinstance(found, dict) else None
+
+    @property
+    def identity(self) -> Mapping[str, Any] | None:
+        """What the unfinished run is; None where none is, or where it cannot go on."""
+        found = (self.run or {}).get("identity")
         return found if isinstance(found, dict) else None
 
     @property
@@ -66,7 +74,7 @@ class Journal:
     def check_free(self) -> None:
         """Raise `OutputError` where a living process writes here. Changes nothing."""
         for path in sorted(self.folder.glob("lock-*")):
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
                 if not _is_free(descriptor):
                     raise OutputError(_who_holds(path))
@@ -84,7 +92,7 @@ class Journal:
             if not _is_free(descriptor):
                 os.close(descriptor)
                 raise OutputError(_who_holds(path))
-            if _is_still(descriptor, path):  # nobody took the file away meanwhile
+            if is_still(descriptor, path):  # nobody took the file away meanwhile
                 break
             os.close(descriptor)
         self._lock = descriptor
@@ -101,8 +109,8 @@ class Journal:
 
     @property
     def is_mine(self) -> bool:
-        """Whether this rank has its lock."""
-        return self._lock >= 0
+        """Whether this rank has its lock, and nobody took the folder away meanwhile."""
+        return self._lock >= 0 and is_still(self._lock, self.folder / f"lock-{self.rank:05d}")
 
     def token_of(self, rank: int) -> str | None:
         """The word that a rank gave when it took its lock."""
@@ -145,6 +153,7 @@ class Journal:
         return [
             entry
             for path in sorted(self.folder.glob("journal-*.jsonl"))
+            if path.is_file()
             for entry in _whole_lines(path.read_bytes())
         ]
 
@@ -163,10 +172,11 @@ class Journal:
     def remove(self) -> None:
         """Take the folder away: nothing is unfinished any more. First what makes it a run."""
         (self.folder / RUN).unlink(missing_ok=True)
-        if (self.folder / REST).is_dir():
-            shutil.rmtree(self.folder / REST)
         for path in sorted(self.folder.glob("*"), reverse=True):  # locks after journals
-            path.unlink(missing_ok=True)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
         self.close()
         if self.is_there:
             self.folder.rmdir()
@@ -185,10 +195,11 @@ def _is_free(descriptor: int) -> bool:
     return True
 
 
-def _is_still(descriptor: int, path: Path) -> bool:
+def is_still(descriptor: int, path: Path) -> bool:
+    """Whether an open file is still the one at a path."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 
@@ -232,7 +243,10 @@ def _whole_lines(data: bytes) -> Iterator[dict[str, Any]]:
     for line in data.split(b"\n"):
         checksum, _, text = line.partition(b" ")
         if checksum == b"%08x" % zlib.crc32(text):
-            yield json.loads(text)
+            with suppress(ValueError, RecursionError):
+                entry = json.loads(text)
+                if isinstance(entry, dict):
+                    yield entry
 
 
 def differences(before: Any, now: Any, path: str = "") -> Iterator[str]:

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from fourfold.checkpoints.journal import RUN, STATE
 from fourfold.checkpoints.open_files import OpenFiles
 from fourfold.checkpoints.safetensors_header import (
     SHOWN_CHARACTERS,
@@ -306,6 +307,11 @@ def read_json(file: Path, stamps: Stamps | None = None) -> dict[str, Any]:
 def read_config(folder: Path, stamps: Stamps | None = None) -> dict[str, Any]:
     """A checkpoint folder's config.json."""
     if not os.path.lexists(folder / CONFIG):
+        if (folder / STATE / RUN).is_file():
+            raise SourceError(
+                f"{folder}: no config.json yet, as its run is not finished. The command that "
+                "began it goes on from there."
+            )
         seen = [_plain(path.name) for path in _listed(folder)[:5]]
         inside = f"it holds {', '.join(seen)}, …" if seen else "it is empty"
         raise SourceError(f"{folder}: no config.json ({inside}). Give a checkpoint's folder.")

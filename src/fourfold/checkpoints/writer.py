@@ -24,6 +24,7 @@ from fourfold.checkpoints.journal import (
     STATE,
     Journal,
     differences,
+    is_still,
     names_in,
     partial_of,
     sync_folder,
@@ -57,6 +58,10 @@ class OutputFolder:
     def __init__(self, folder: Path, rank: int = 0) -> None:
         self.folder = folder
         self.journal = Journal(folder, rank)
+        self.is_begun = False
+        """Whether what is here is this run's, to keep or to remove."""
+        self.has_cleared = False
+        """Whether this run removed an earlier checkpoint."""
         self._made_folder = False
         self._written: list[Path] = []
 
@@ -76,20 +81,26 @@ class OutputFolder:
             return
         except OSError as error:
             raise output_error(self.folder, error) from error
-        if present:
-            self._check_present(present, overwrite)
+        if self.journal.folder.is_symlink():
+            raise OutputError(
+                f"{self.journal.folder}: is a link. Remove it, or choose another folder."
+            )
+        self._check_present(present, overwrite)
 
     def _check_present(self, present: list[str], overwrite: bool) -> None:
-        is_unfinished = self.journal.run is not None or present == [STATE]
-        if not overwrite and not is_unfinished:
+        others = [name for name in present if name != STATE]
+        if not others:
+            return
+        if not self._earlier_files() and (overwrite or STATE in present):
             raise OutputError(
-                f"{self.folder}: not empty ({present[0]}, …). "
-                "Choose another folder, or --overwrite."
-            )
-        if not is_unfinished and not self._earlier_files():
-            raise OutputError(
-                f"{self.folder}: holds {present[0]}, … but no checkpoint that fourfold wrote. "
+                f"{self.folder}: holds {others[0]}, … but no checkpoint that fourfold wrote. "
                 "Choose another folder, or empty this one yourself."
+            )
+        run = self.journal.run
+        is_whole = run is None or ("identity" not in run and CONFIG in present)
+        if is_whole and not overwrite:
+            raise OutputError(
+                f"{self.folder}: not empty ({others[0]}, …). Choose another folder, or --overwrite."
             )
 
     def check_continues(self, identity: Mapping[str, Any] | None, *, overwrite: bool) -> None:
@@ -130,15 +141,19 @@ class OutputFolder:
         files: every file that this run will write. One that is there already and is not of an
         earlier checkpoint is refused, not overwritten.
         """
-        self.check_continues(identity, overwrite=overwrite)
-        try:
+        try:  # what `check` saw may be another thing by now
+            self._check_present(sorted(os.listdir(self.folder)), overwrite)
+            self.check_continues(identity, overwrite=overwrite)
             if self.journal.run is not None and self.journal.has_finished and not overwrite:
+                self.is_begun = True
                 self._remove_partial(files)
                 return self.journal.entries()
             earlier = self._earlier_files()
             self._check_free(files, earlier)
             # Whatever happens from here on, what was there is known to be ours.
             self.journal.begin({"files": [*earlier, *files]})
+            self.is_begun = True
+            self.has_cleared = (self.folder / CONFIG).exists()
             self._clear(earlier)
             self.journal.begin({"files": list(files), "identity": identity})
         except OSError as error:
@@ -196,10 +211,18 @@ class OutputFolder:
 
     def add_to_journal(self, entry: Mapping[str, Any]) -> None:
         """Note that something is finished; it is for good, then."""
+        self.check_mine()
         try:
             self.journal.add(entry)
         except OSError as error:
             raise output_error(self.journal.folder, error) from error
+
+    def check_mine(self) -> None:
+        """Raise `OutputError` where somebody took the folder away while it was written."""
+        if not self.journal.is_mine:
+            raise OutputError(
+                f"{self.folder}: was removed or moved away while it was written. Start again."
+            )
 
     def copy(self, source: Path, relative: Path) -> None:
         """Copy one file of the source's folder, contents only: temporary name, sync, rename."""
@@ -243,6 +266,14 @@ class OutputFolder:
     def close(self) -> None:
         """Let others write here."""
         self.journal.close()
+
+    def leave(self) -> None:
+        """Let go of a folder that turned out to be somebody else's; remove it if it was made."""
+        if self._made_folder:
+            self.discard()
+        elif self.journal.run is None and self.journal.is_mine:
+            self.journal.remove()
+        self.close()
 
     def discard(self) -> None:
         """Remove what this run wrote or went on from; what makes it a checkpoint first.
@@ -309,6 +340,10 @@ class ShardFile:
     def finish(self) -> str:
         """Sync the file and give it its name; returns the digest of its bytes."""
         try:
+            if not is_still(self._descriptor, self.partial):
+                raise OutputError(
+                    f"{self.path}: was removed or moved away while it was written. Start again."
+                )
             digest = _digest_of(self._descriptor)
             os.fsync(self._descriptor)
             self._close()
@@ -319,9 +354,11 @@ class ShardFile:
         return digest
 
     def abandon(self) -> None:
-        """Close and remove the unfinished file."""
+        """Close and remove the unfinished file; not one that somebody else put in its place."""
+        is_mine = self._descriptor >= 0 and is_still(self._descriptor, self.partial)
         self._close()
-        self.partial.unlink(missing_ok=True)
+        if is_mine:
+            self.partial.unlink(missing_ok=True)
 
     def _close(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1
@@ -332,7 +369,7 @@ class ShardFile:
 def digest_of_file(path: Path) -> str | None:
     """The digest of a file's bytes; None where it cannot be read."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return None
     try:
