@@ -233,6 +233,25 @@ if os.environ["RANK"] == "1":
 """
 
 
+@pytest.mark.slow
+def test_ranks_that_go_on_with_another_job(written: Written, tmp_path: Path) -> None:
+    """It is refused, and what is there stays as it is."""
+    model, out = written(MODEL)[0], tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        fourfold.quantize(model, out, W4A16, shards=2, progress=stop)
+    before = {name: data for name, data in files_of(out).items() if "lock" not in name}
+    assert before
+    code, _, err = ended(torchrun(["quantize", model, out, "-r", "w4a16_nvfp4_experts_only"]))
+    assert code != 0
+    assert "holds an unfinished run of something else. Changed since: recipe.name" in err
+    now = {name: data for name, data in files_of(out).items() if "lock" not in name}
+    assert now == before
+
+
+def stop(_: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_what_is_hopeless_leaves_nothing(written: Written, tmp_path: Path) -> None:
     """The next run would meet it again, so there is nothing to go on from."""
     model, out = written(MODEL)[0], tmp_path / "out"

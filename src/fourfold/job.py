@@ -164,10 +164,11 @@ class Job:
         """Leave what the same job can go on from, where there is anything, or nothing at all."""
         if not (self.run.is_writer and self.folder.journal.is_mine):
             return
-        if not self.folder.is_begun and self.share.is_leader(self.ranks.rank):
+        self.ranks.settle()
+        is_leader = self.share.is_leader(self.ranks.rank)
+        if is_leader and not self.folder.is_begun:
             self.folder.leave()
             return
-        self.ranks.settle()
         finished = {x["shard"] for x in self.folder.journal.entries() if "shard" in x}
         kind = error.kind if isinstance(error, RankFailedError) else type(error).__name__
         if self.identity is None or not finished or kind in FOR_GOOD:
@@ -179,6 +180,8 @@ class Job:
                 )
             return
         self.folder.keep_unfinished()
+        if not is_leader:
+            return
         if kind == SourceChangedError.__name__:
             how = "made of the source as it was: --overwrite starts anew"
         else:

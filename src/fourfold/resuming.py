@@ -49,7 +49,7 @@ class Share:
         return cls(range(len(plan.shards)), 0, {}, [0])
 
     def is_leader(self, rank: int) -> bool:
-        return self.leaders[rank] == rank
+        return rank < len(self.leaders) and self.leaders[rank] == rank
 
     @property
     def is_whole(self) -> bool:

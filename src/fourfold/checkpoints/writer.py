@@ -268,29 +268,29 @@ class OutputFolder:
         self.journal.close()
 
     def leave(self) -> None:
-        """Let go of a folder that turned out to be somebody else's; remove it if it was made."""
-        if self._made_folder:
-            self.discard()
-        elif self.journal.run is None and self.journal.is_mine:
-            self.journal.remove()
+        """Let go of the folder, with nothing more of this run than was there; a folder that was
+        made, or a state that nobody began, goes."""
+        with suppress(OSError):  # other ranks do the same at this moment
+            if self.is_begun or (self.journal.is_mine and self.journal.run is None):
+                self.journal.remove()
+            if self._made_folder:
+                inside = sorted((path for path in self.folder.rglob("*")), reverse=True)
+                for folder in [*filter(Path.is_dir, inside), self.folder]:
+                    _remove_if_empty(folder)
         self.close()
 
     def discard(self) -> None:
         """Remove what this run wrote or went on from; what makes it a checkpoint first.
 
-        Nothing where another process has taken the folder.
+        Of a run that others have begun, only what this rank wrote. Nothing where another process
+        has taken the folder.
         """
         if not self.journal.is_mine:
             return
-        names = [self.folder / name for name in names_in(self.journal.run)]
-        for path in [*reversed(self._written), *reversed(names)]:
+        names = names_in(self.journal.run) if self.is_begun else ()
+        for path in [*reversed(self._written), *(self.folder / name for name in names)]:
             path.unlink(missing_ok=True)
-        with suppress(OSError):  # other ranks do the same at this moment
-            self.journal.remove()
-            if self._made_folder:
-                inside = sorted((path for path in self.folder.rglob("*")), reverse=True)
-                for folder in [*filter(Path.is_dir, inside), self.folder]:
-                    _remove_if_empty(folder)
+        self.leave()
 
     def remove(self, files: Sequence[str]) -> None:
         """Remove a checkpoint that was finished here; what makes it one first."""
