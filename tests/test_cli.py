@@ -397,6 +397,7 @@ def test_a_defect_shows_no_traceback(run, written: Written, monkeypatch) -> None
     assert "ZeroDivisionError" in err
 
 
+@pytest.mark.slow
 def test_early_errors_end_in_order(written: Written, tmp_path: Path) -> None:
     """No thread may be compiling while the interpreter ends."""
     model = Path(shutil.copytree(written("qwen3_moe")[0], tmp_path / "model"))
@@ -407,6 +408,7 @@ def test_early_errors_end_in_order(written: Written, tmp_path: Path) -> None:
         check_error((done.returncode, done.stdout, done.stderr), 1, "model")
 
 
+@pytest.mark.slow
 def test_terminals_that_know_ascii_alone(written: Written, tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = fourfold("quantize", written("qwen3_moe")[0], tmp_path / "out", env=environment)

@@ -260,7 +260,8 @@ def test_calibration_data_for_models_that_are_called_otherwise(
     assert one.read_bytes() == other.read_bytes()
 
 
-FAILURES = ["loop", "nan", "sync", "plan"]
+SLOW = ("nan", "sync", "plan")
+FAILURES = ["loop", *(pytest.param(failure, marks=pytest.mark.slow) for failure in SLOW)]
 
 
 @pytest.mark.parametrize("failure", FAILURES)

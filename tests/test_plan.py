@@ -370,6 +370,7 @@ def test_tensor_parallel_sizes(written: Written) -> None:
     )
 
 
+@pytest.mark.slow
 def test_plan_of_671_billion_parameters(tmp_path: Path) -> None:
     """DeepSeek-V3's own shapes, in a file with a header and a hole: seconds, and no weights."""
     config = large.config()

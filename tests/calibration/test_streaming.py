@@ -90,7 +90,7 @@ def test_nothing_of_a_call_is_in_force_while_it_waits(name: str, written: Any) -
 # --- how many calls, and which ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [1, 3, 40])
+@pytest.mark.parametrize("count", [1, 3, pytest.param(40, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v4", "switch_transformers"])
 def test_any_number_of_calls(name: str, count: int, written: Any) -> None:
     model, streamed = whole(written, name), open_streamed(written, name)
