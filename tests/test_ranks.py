@@ -337,6 +337,25 @@ def test_a_rank_that_falls_silent(silent: int, monkeypatch: pytest.MonkeyPatch) 
     assert all(f"rank {silent}: has not answered" in str(error) for error in found)
 
 
+def test_a_rank_that_is_slow_to_hear_of_the_end(written: Written, tmp_path: Path) -> None:
+    """The first may have made OUT a checkpoint, and taken the run's state away, by then."""
+    model, out = written("qwen3_moe")[0], tmp_path / "out"
+    before = """
+import os, time
+from fourfold.job import Job
+finish = Job._finish
+def slow(self):
+    if os.environ["RANK"] == "1":
+        while os.path.exists(self.folder.journal.folder):
+            time.sleep(0.05)
+    return finish(self)
+Job._finish = slow
+"""
+    code, _, err = ended(torchrun(["quantize", model, out, "-r", W4A16], before=before))
+    assert code == 0, err
+    assert fourfold.verify(out, source=model).clean
+
+
 def test_ranks_that_are_given_other_things() -> None:
     """Another recipe or source is an error of all; other times of a copied source are none."""
 

@@ -140,12 +140,12 @@ class Job:
     def _finish(self) -> list[LinearResult]:
         """Everything that is not a shard, by the leaders; what makes it a checkpoint comes last."""
         is_leader = self.share.is_leader(self.ranks.rank)
+        if self.share.is_whole and not is_leader:
+            return []  # and look at nothing: the leader may have taken the state away by now
         entries = self.folder.journal.entries() if is_leader else []
         mine = shard_entries(entries, self.work)
         self.folder.check_mine()
         if self.share.is_whole:
-            if not is_leader:
-                return []
             linears = linears_of(mine)
             check_whole(self.folder.folder, self.work, mine)
             write_rest(self.work, self.source, self.folder, linears, self.run.scales)
