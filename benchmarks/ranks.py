@@ -83,9 +83,9 @@ def same_tensors(one: Path, other: Path) -> bool:
     """Whether two checkpoints hold the same tensors, however they are cut."""
     import numpy as np
 
-    from fourfold.checkpoints.safetensors_header import read_header
+    from fourfold.checkpoints.safetensors_header import TensorInfo, read_header
 
-    def infos(folder: Path) -> dict[str, object]:
+    def infos(folder: Path) -> dict[str, TensorInfo]:
         return {
             key: info
             for file in folder.glob("model-*.safetensors")
@@ -98,7 +98,7 @@ def same_tensors(one: Path, other: Path) -> bool:
     for key, info in mine.items():
         pair = []
         for each in (info, theirs[key]):
-            pair.append(np.memmap(each.file, mode="r")[each.start : each.stop])  # type: ignore[attr-defined]
+            pair.append(np.memmap(each.file, mode="r")[each.start : each.stop])
         if not np.array_equal(*pair):
             return False
     return True

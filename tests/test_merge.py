@@ -161,7 +161,7 @@ def test_a_part_that_is_still_written(parts, tmp_path: Path) -> None:
 
 def test_where_it_is_written(written: Written, parts, tmp_path: Path) -> None:
     folders = parts()
-    with pytest.raises(fourfold.OutputError, match="lies inside"):
+    with pytest.raises(fourfold.OutputError, match="lies inside a part's folder"):
         fourfold.merge(folders, folders[0] / "sub")
     with pytest.raises(fourfold.OutputError, match="not empty"):
         fourfold.merge(folders, tmp_path / "parts" / "whole")
@@ -181,6 +181,26 @@ def test_a_full_disk(parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(fourfold.OutputError, match="The disk is full"):
+        fourfold.merge(folders, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_part_that_cannot_be_read(parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The part is named, not OUT."""
+    folders = parts()
+    digests = {
+        entry["shard"]: entry["digest"]
+        for folder in folders
+        for entry in Journal(folder).entries()
+        if "shard" in entry
+    }
+
+    def broken(*_: Any) -> int:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("fourfold.merging.digest_of_file", lambda file: digests[file.name])
+    monkeypatch.setattr(os, "preadv", broken)
+    with pytest.raises(fourfold.SourceError, match=r"parts/\d/model-.*Input/output error"):
         fourfold.merge(folders, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -189,6 +190,32 @@ def test_all_that_was_left_is_the_end(job, written: Written, tmp_path: Path, mon
 
 def raise_full(*_: object) -> None:
     raise fourfold.OutputError("OUT: the disk is full")
+
+
+def test_a_side_file_that_cannot_be_read(
+    job, written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the source's file that is named; what is finished stays."""
+    options, unbroken, _ = job(W4A16)
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(written(MODEL)[0], model)
+    (model / "notes.txt").write_text("x")
+
+    class Broken(io.BytesIO):
+        def read(self, *_: Any) -> bytes:
+            raise OSError(5, "Input/output error")
+
+    def broken(path: Path, *mode: Any, **given: Any) -> Any:
+        return Broken() if path == model / "notes.txt" else opened(path, *mode, **given)
+
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", broken)
+    with pytest.raises(fourfold.SourceError, match=r"model/notes\.txt: cannot be read: Input"):
+        fourfold.quantize(model, out, **options)
+    monkeypatch.undo()
+    assert not (out / "config.json").exists()
+    fourfold.quantize(model, out, **options)
+    assert files_of(out).keys() == files_of(unbroken).keys() | {"notes.txt"}
 
 
 def spoil_shard(out: Path) -> None:

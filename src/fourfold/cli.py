@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,10 @@ from fourfold._version import __version__
 from fourfold.errors import UsageError
 from fourfold.launcher import launch
 from fourfold.terminal import Display, console, print_json, print_result
+
+if TYPE_CHECKING:
+    from fourfold.merging import Merged
+    from fourfold.pipeline import Result
 
 DEFAULT_RECIPE = "w4a16_nvfp4_experts_only_mse"
 
@@ -140,12 +144,7 @@ def quantize(
             on_written=display.written,
             verify_progress=display.verifying,
         )
-    if not display.quiet:
-        print_result(result)
-    elif as_json and launch().rank == 0:
-        print_json(result.to_dict())
-    if result.report is not None and not result.report.clean:
-        raise typer.Exit(1)
+    _conclude(result, as_json)
 
 
 @app.command()
@@ -228,10 +227,16 @@ def merge(
             on_written=display.written,
             verify_progress=display.verifying,
         )
-    if as_json:
-        print_json(result.to_dict())
-    else:
-        print_result(result)
+    _conclude(result, as_json)
+
+
+def _conclude(result: Result | Merged, as_json: bool) -> None:
+    """Say what was written, once; exit code 1 where it was verified and is not clean."""
+    if launch().rank == 0:
+        if as_json:
+            print_json(result.to_dict())
+        else:
+            print_result(result)
     if result.report is not None and not result.report.clean:
         raise typer.Exit(1)
 

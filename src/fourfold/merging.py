@@ -11,25 +11,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
 from fourfold.checkpoints.journal import REST, RUN, STATE, Journal, differences, names_in
+from fourfold.checkpoints.open_files import OpenFiles
 from fourfold.checkpoints.safetensors_header import TensorInfo, read_header
 from fourfold.checkpoints.source import CONFIG, INDEX, read_json
+from fourfold.checkpoints.stamps import read_error
 from fourfold.checkpoints.writer import (
     REPORT,
     SUMMARY,
     OutputFolder,
     ShardFile,
+    check_disk,
     digest_of_file,
-    free_bytes,
     index_of,
 )
-from fourfold.errors import OutputError, SourceError, UsageError
+from fourfold.errors import SourceError, UsageError
 from fourfold.planning import Spec, cut, shard_names
 from fourfold.rendering import size
 from fourfold.report import page_of, read_summary
@@ -106,9 +108,9 @@ def merge(
     layout = [(unit, *each) for unit in units for each in unit.cut(shards)]
     target = OutputFolder(Path(out).expanduser())
     for part in parts:
-        target.check(part.folder, overwrite=overwrite)
+        target.check(part.folder, overwrite=overwrite, what="a part")
     total = sum(info.nbytes for unit in units for info in unit.tensors)
-    _check_room(target.folder, total)
+    check_disk(target.folder, total)
     files = _files(rest, summary, shard_names(len(layout)))
     try:
         target.lock("merge")
@@ -303,8 +305,11 @@ def _copy_all(
     for name, (_, _, infos) in zip(shard_names(len(layout)), layout, strict=True):
         shard = target.shard(name, {info.key: (info.dtype, info.shape) for info in infos})
         try:
-            with ExitStack() as stack:
-                _copy(infos, shard, stack)
+            with closing(
+                OpenFiles(lambda file: os.open(file, os.O_RDONLY | os.O_CLOEXEC))
+            ) as files:
+                for info in infos:
+                    _copy(info, shard, files)
             shard.finish()
         except BaseException:
             shard.abandon()
@@ -314,22 +319,22 @@ def _copy_all(
             progress(copied, total)
 
 
-def _copy(infos: Sequence[TensorInfo], shard: ShardFile, stack: ExitStack) -> None:
-    """Copy tensors into a shard; files that are read are closed by `stack`."""
-    descriptors: dict[Path, int] = {}
-    buffer = bytearray(PIECE_BYTES)
-    for info in infos:
-        if info.file not in descriptors:
-            descriptors[info.file] = os.open(info.file, os.O_RDONLY | os.O_CLOEXEC)
-            stack.callback(os.close, descriptors[info.file])
-        done = 0
-        while done < info.nbytes:
-            view = memoryview(buffer)[: min(PIECE_BYTES, info.nbytes - done)]
-            count = os.preadv(descriptors[info.file], [view], info.start + done)
-            if count == 0:
-                raise SourceError(f"{info.file}: ended while {info.key} was read from it")
-            shard.write(info.key, view[:count], done)
-            done += count
+def _copy(info: TensorInfo, shard: ShardFile, files: OpenFiles) -> None:
+    """Copy a tensor into a shard, piece by piece."""
+    done = 0
+    while done < info.nbytes:
+        piece = bytearray(min(PIECE_BYTES, info.nbytes - done))
+        try:
+            with files.descriptor(info.file) as descriptor:
+                count = os.preadv(descriptor, [piece], info.start + done)
+        except OSError as error:
+            raise read_error(info.file, error, info.key) from error
+        if count == 0:
+            raise SourceError(
+                f"{info.file}: ended while {info.key} was read from it. Give what was written."
+            )
+        shard.write(info.key, memoryview(piece)[:count], done)
+        done += count
 
 
 def _files(rest: Path, summary: Mapping[str, Any], names: Sequence[str]) -> list[str]:
@@ -382,12 +387,3 @@ def _write_rest(
     total = sum(info.nbytes for _, tensors in infos for info in tensors.values())
     target.write_json(INDEX, index_of(infos, total))
     target.write_json(CONFIG, read_json(rest / CONFIG))
-
-
-def _check_room(out: Path, needed: int) -> None:
-    free = free_bytes(out)
-    if needed > free:
-        raise OutputError(
-            f"{out}: {size(needed)} are needed, {size(free)} are free on that disk. "
-            "Free some room, or write to another one."
-        )

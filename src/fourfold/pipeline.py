@@ -21,7 +21,7 @@ from fourfold.checkpoints.writer import (
     REPORT,
     SUMMARY,
     OutputFolder,
-    free_bytes,
+    check_disk,
 )
 from fourfold.errors import (
     FourfoldError,
@@ -334,14 +334,8 @@ def check_room(
 
     runs_model: whether the model is run, layer by layer, if there is anything to calibrate.
     """
-    out = folder.folder
     beside = sum((work.source / path).stat().st_size for path in work.side_files)
-    needed, free = work.nbytes_after + beside - folder.nbytes_present(), free_bytes(out)
-    if needed > free:
-        raise PlanError(
-            f"{out}: {size(needed)} are needed, {size(free)} are free on that disk. "
-            "Free some room, or write to another one."
-        )
+    check_disk(folder.folder, work.nbytes_after + beside - folder.nbytes_present())
     memory = work.memory(threads) + (work.calibration_memory if runs_model else 0)
     memory, available = memory * ranks.local_size, memory_available()
     if memory > available:

@@ -77,11 +77,15 @@ def _observed(
     """What this process saw."""
     seen, all_experts = _Seen(), plan.recipe.calibration.all_experts
     given = forward_loop if isinstance(forward_loop, CalibrationData) else None
-    loop = forward_loop if given is None else partial(_read, source, given)
+    loop: ForwardLoop = (
+        partial(_read, source, forward_loop)
+        if isinstance(forward_loop, CalibrationData)
+        else forward_loop
+    )
     with _evaluating(source.model), ExitStack() as stack:
         observers = stack.enter_context(observing(plan, source.model, source.tree))
         stack.enter_context(_watching_calls(plan, source, observers, seen))
-        loop(source.model)  # type: ignore[operator]
+        loop(source.model)
     if not seen.samples:
         raise ObservationError(
             "forward_loop: the model itself was never called with input_ids. Call it on your data: "

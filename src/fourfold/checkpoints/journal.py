@@ -150,17 +150,17 @@ class Journal:
 
     def entries(self) -> list[dict[str, Any]]:
         """Every whole line of every rank."""
-        return [
-            entry
-            for path in sorted(self.folder.glob("journal-*.jsonl"))
-            if path.is_file()
-            for entry in _whole_lines(path.read_bytes())
-        ]
+        return list(self._entries())
+
+    def _entries(self) -> Iterator[dict[str, Any]]:
+        for path in sorted(self.folder.glob("journal-*.jsonl")):
+            if path.is_file():
+                yield from _whole_lines(path.read_bytes())
 
     @property
     def has_finished(self) -> bool:
         """Whether anything is finished that a run could go on from."""
-        return any("shard" in entry for entry in self.entries())
+        return any("shard" in entry for entry in self._entries())
 
     def close(self) -> None:
         """Give the lock back."""

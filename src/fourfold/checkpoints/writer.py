@@ -33,7 +33,8 @@ from fourfold.checkpoints.modelopt import QUANT_CONFIG
 from fourfold.checkpoints.safetensors_header import build_header, nbytes_of
 from fourfold.checkpoints.source import CONFIG, INDEX
 from fourfold.checkpoints.stamps import read_error
-from fourfold.errors import OutputError
+from fourfold.errors import OutputError, PlanError
+from fourfold.rendering import size
 
 PARTIAL = ".partial"
 """The ending of files that are not finished."""
@@ -65,13 +66,16 @@ class OutputFolder:
         self._made_folder = False
         self._written: list[Path] = []
 
-    def check(self, source: Path, *, overwrite: bool) -> None:
-        """Refuse a folder that lies in the source, or holds what is not ours. Changes nothing."""
+    def check(self, source: Path, *, overwrite: bool, what: str = "the model") -> None:
+        """Refuse a folder that lies in the source, or holds what is not ours. Changes nothing.
+
+        what: is read from the folder `source`.
+        """
         out, model = self.folder.resolve(), source.resolve()
         if out == model or model in out.parents:
-            raise OutputError(f"{self.folder}: lies inside the model's folder. Choose another.")
+            raise OutputError(f"{self.folder}: lies inside {what}'s folder. Choose another.")
         if out in model.parents:
-            raise OutputError(f"{self.folder}: the model lies inside it. Choose another folder.")
+            raise OutputError(f"{self.folder}: {what} lies inside it. Choose another folder.")
         if self.folder.exists() and not self.folder.is_dir():
             raise OutputError(f"{self.folder}: is a file. Choose a folder.")
         try:
@@ -231,7 +235,8 @@ class OutputFolder:
         except OSError as error:
             raise read_error(source / relative, error) from error
         with data as before, self._replacing(str(relative)) as after:
-            shutil.copyfileobj(before, after)
+            while piece := _piece_of(before, source / relative):
+                after.write(piece)
 
     def write_json(self, name: str, value: Mapping[str, Any], *, indent: int | None = 2) -> None:
         """Write a JSON file: temporary name, sync, rename."""
@@ -397,12 +402,30 @@ def index_of(shards: Iterable[tuple[str, Mapping[str, Any]]], total_size: int) -
     }
 
 
+def check_disk(folder: Path, needed: int) -> None:
+    """Raise `PlanError` where the disk that `folder` lies or will lie on has less room."""
+    free = free_bytes(folder)
+    if needed > free:
+        raise PlanError(
+            f"{folder}: {size(needed)} are needed, {size(free)} are free on that disk. "
+            "Free some room, or write to another one."
+        )
+
+
 def free_bytes(folder: Path) -> int:
     """Free bytes in the file system where `folder` lies or will lie."""
     folder = folder.absolute()
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
+
+
+def _piece_of(file: BinaryIO, path: Path) -> bytes:
+    """The next bytes of a file that is copied; its errors are not those of OUT."""
+    try:
+        return file.read(DIGEST_BYTES)
+    except OSError as error:
+        raise read_error(path, error) from error
 
 
 def output_error(path: Path, error: OSError) -> OutputError:
