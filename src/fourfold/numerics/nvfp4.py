@@ -194,6 +194,63 @@ def quantize_into(
     return _quantize_reference(weight_OI, codes, scales, s_value, algorithm, name)
 
 
+def amaxes(weight_NX: Tensor, kernel: Kernel | str = "auto") -> Tensor:
+    """The largest magnitude of each of N weights `[N, ...]`, not finite where one holds NaN or Inf:
+    float32 [N] on their device, which is not waited for."""
+    _check_dtype(weight_NX, "weight")
+    w_NX = weight_NX.detach().flatten(1)
+    if w_NX.numel() == 0:
+        return w_NX.new_zeros(len(w_NX), dtype=torch.float32)
+    if dispatch.choose(kernel, w_NX.device) is Kernel.NUMBA:
+        return torch.tensor([_cpu().amax(w_X) for w_X in w_NX], dtype=torch.float32)
+    return w_NX.abs().amax(dim=1).float()
+
+
+def quantize_batch_into(
+    weight_NX: Tensor,
+    codes_out: Tensor,
+    block_scale_out: Tensor,
+    *,
+    scale: ScaleAlgorithm | str,
+    global_scales: Tensor,
+    kernel: Kernel | str = "auto",
+) -> Tensor:
+    """Quantize N weights [N, 16·B], each with its own global scale, into uint8 buffers [N, 8·B] and
+    [N, B]; all of them contiguous and on one device, which is not waited for.
+
+    global_scales: float32 [N], each within the range of `global_scale` (not checked: that would
+    mean to wait).
+
+    Returns Σ(w − q·s·S)² and Σw² of each weight, float64 [N, 2]. Where one of them is not finite,
+    the bytes of that weight are void: it holds NaN or Inf, or lies far beyond its global scale;
+    `quantize_into` quantizes it, or says what is wrong with it.
+    """
+    algorithm = _parse_algorithm(scale)
+    _check_dtype(weight_NX, "weight")
+    _check_width(weight_NX, "weight")
+    _check_buffer(codes_out, weight_NX, 2, "codes_out")
+    _check_buffer(block_scale_out, weight_NX, BLOCK_SIZE, "block_scale_out")
+    if list(global_scales.shape) != [len(weight_NX)] or global_scales.dtype != torch.float32:
+        raise UsageError(
+            f"global_scales: needs float32 [{len(weight_NX)}], one for each weight, got "
+            f"{global_scales.dtype} {list(global_scales.shape)}"
+        )
+    w_NX = weight_NX.detach()
+    made = [
+        quantize_into(
+            w_NX[n : n + 1],
+            codes_out[n : n + 1],
+            block_scale_out[n : n + 1],
+            scale=algorithm,
+            global_scale=float(global_scales[n]),
+            kernel=kernel,
+        )
+        for n in range(len(w_NX))
+    ]
+    figures = [(stats.sum_sq_err, stats.sum_sq_w) for stats in made]
+    return torch.tensor(figures, dtype=torch.float64, device=w_NX.device).reshape(-1, 2)
+
+
 def dequantize(
     codes: Tensor,
     block_scale: Tensor,
