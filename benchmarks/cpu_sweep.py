@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from fourfold.numerics import amax, cpu, dequantize, global_scale, quantize
-from fourfold.numerics.sweep_cpu import MAX, MSE, MSE_FULL
+from fourfold.numerics.sweep import MAX, MSE, MSE_FULL
 
 WIDTH = 4096
 SAMPLE = 1 << 20  # weights for the PyTorch reference, and for the check against it

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fourfold.numerics import cpu, e2m1, reference
-from fourfold.numerics.sweep_cpu import MSE, MSE_FULL
+from fourfold.numerics.sweep import MSE, MSE_FULL
 
 from .blocks import FAMILIES
 from .oracle import full_search

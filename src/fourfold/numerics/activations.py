@@ -32,17 +32,26 @@ beyond 65504 is infinite.
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from fourfold.errors import UsageError
-from fourfold.numerics import e2m1, e4m3
+from fourfold.numerics import dispatch, e2m1, e4m3
+from fourfold.numerics.dispatch import Kernel
 from fourfold.numerics.nvfp4 import BLOCK_SIZE, FLOAT_DTYPES, GLOBAL_SCALE_MAX, GLOBAL_SCALE_MIN
 
 _ELEMENTS_AT_A_TIME = 1 << 20  # bounds the memory: some 20 bytes for each
 
 
-def fake_quantize(x: Tensor, input_scale: Tensor | float, out: Tensor | None = None) -> Tensor:
+def fake_quantize(
+    x: Tensor,
+    input_scale: Tensor | float,
+    out: Tensor | None = None,
+    kernel: Kernel | str = "auto",
+) -> Tensor:
     """x̂ of the module's head for activations [.., in]: of the same shape, dtype and device.
 
     input_scale: S, one positive number.
@@ -55,12 +64,20 @@ def fake_quantize(x: Tensor, input_scale: Tensor | float, out: Tensor | None = N
     if out is None:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
     _check_out(out, x)
+    if dispatch.choose(kernel, x.device) is Kernel.TRITON:
+        _cuda().fake_quantize(x.detach(), scale, out.detach())
+        return out
     width = x.shape[-1]
     x_TI, out_TI = x.detach().reshape(-1, width), out.detach().view(-1, width)
     step = max(1, _ELEMENTS_AT_A_TIME // max(1, width))
     for start in range(0, len(x_TI), step):
         out_TI[start : start + step] = _round(x_TI[start : start + step], scale)
     return out
+
+
+def _cuda() -> ModuleType:
+    """The Triton kernels; imported at first use."""
+    return importlib.import_module("fourfold.numerics.cuda")
 
 
 def _round(x_TI: Tensor, scale: float) -> Tensor:

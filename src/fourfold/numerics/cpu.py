@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fourfold.numerics import lanes, stream_cpu, sweep_cpu
+from fourfold.numerics import lanes, stream_cpu, sweep, sweep_cpu
 
 _KINDS = {
-    torch.bfloat16: lanes.BFLOAT16,
-    torch.float16: lanes.FLOAT16,
-    torch.float32: lanes.FLOAT32,
+    torch.bfloat16: sweep.BFLOAT16,
+    torch.float16: sweep.FLOAT16,
+    torch.float32: sweep.FLOAT32,
 }
 _INF_BITS = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}
 _INTEGERS = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32)}

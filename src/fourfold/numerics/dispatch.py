@@ -2,17 +2,22 @@
 
     reference   plain PyTorch, any device; the definition
     numba       compiled for this CPU at first use; the same bytes, some hundred times faster
+    triton      compiled for a CUDA device at first use; the same bytes
 
-`auto` takes numba for tensors in CPU memory where the package is installed, else the reference.
-The environment variable FOURFOLD_KERNELS (reference | numba) overrides `auto`, not an explicit
-choice. Numba is imported at first use: it costs a second that most commands need not pay.
+`auto` takes triton for tensors on a CUDA device and numba for those in CPU memory, where these can
+run, else the reference. The environment variable FOURFOLD_KERNELS (reference | numba | triton)
+overrides `auto`, not an explicit choice. Numba and Triton are imported at first use: they cost a
+second that most commands need not pay.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
+import warnings
+from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
@@ -21,6 +26,12 @@ from fourfold.errors import UsageError
 
 ENVIRONMENT_VARIABLE = "FOURFOLD_KERNELS"
 
+TRITON_NEEDED = (3, 6)
+"""The oldest Triton that compiles the kernels (tuples of tensors)."""
+
+CAPABILITY_NEEDED = (7, 5)
+"""The oldest NVIDIA GPU (compute capability) that the kernels are compiled for in tests."""
+
 
 class Kernel(StrEnum):
     """An implementation of the numerics."""
@@ -28,36 +39,140 @@ class Kernel(StrEnum):
     AUTO = "auto"
     REFERENCE = "reference"
     NUMBA = "numba"
+    TRITON = "triton"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which kernels run, and why."""
+
+    kernel: Kernel
+    reason: str
+    is_fallback: bool = False
+    """Whether faster ones exist for the device, and cannot run."""
+
+    def __str__(self) -> str:
+        return f"{self.kernel} kernels: {self.reason}"
 
 
 def choose(kernel: Kernel | str, device: torch.device) -> Kernel:
-    """REFERENCE or NUMBA for tensors on `device`.
+    """The kernels for tensors on `device`: REFERENCE, NUMBA or TRITON; see `choice`.
 
-    Raises UsageError for an unknown name, and for numba where it cannot run.
+    Warns, once for each reason, where `auto` has to fall back on a CUDA device.
+    """
+    found = choice(kernel, device)
+    if found.is_fallback and device.type == "cuda":
+        _warn_once(str(found))
+    return found.kernel
+
+
+def choice(kernel: Kernel | str, device: torch.device) -> Choice:
+    """The kernels for tensors on `device`, with the reason.
+
+    Raises UsageError for an unknown name, and for kernels that are asked for and cannot run there.
     """
     wanted = _parse(kernel, "kernel")
+    why = f"asked for by kernel={str(wanted)!r}"
     if wanted is Kernel.AUTO:
-        wanted = _parse(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
+        wanted, why = _from_environment(), f"asked for by {ENVIRONMENT_VARIABLE}"
     if wanted is Kernel.AUTO:
-        fits = device.type == "cpu" and has_numba()
-        return Kernel.NUMBA if fits else Kernel.REFERENCE
-    if wanted is Kernel.NUMBA and not has_numba():
-        raise UsageError(
-            "numba kernels were asked for, but numba is not installed: "
-            "pip install numba, or choose 'reference'"
-        )
-    if wanted is Kernel.NUMBA and device.type != "cpu":
-        raise UsageError(
-            f"numba kernels work on CPU tensors, and this one is on {device}: "
-            "move it to the CPU, or choose 'reference'"
-        )
-    return wanted
+        return _automatic(device)
+    problem = _problem(wanted, device)
+    if problem:
+        raise UsageError(f"{wanted} kernels were {why}, but {problem}, or choose 'reference'")
+    return Choice(wanted, why)
+
+
+def choice_for_weights(device: torch.device) -> Choice:
+    """The kernels for weights that lie in CPU memory and may be moved to `device`.
+
+    TRITON says that they should be; otherwise they are quantized where they are, by fast kernels of
+    the CPU rather than by the reference on the device.
+    """
+    if device.type != "cuda" or _from_environment() is not Kernel.AUTO:
+        target = device if _from_environment() is Kernel.TRITON else torch.device("cpu")
+        return choice(Kernel.AUTO, target)
+    found = choice(Kernel.AUTO, device)
+    if found.kernel is Kernel.TRITON:
+        return found
+    kernel = choice(Kernel.AUTO, torch.device("cpu")).kernel
+    return Choice(kernel, f"on the CPU, since {found.reason}", is_fallback=True)
 
 
 @functools.cache
 def has_numba() -> bool:
     """Whether numba is installed (it is not imported to find out)."""
     return importlib.util.find_spec("numba") is not None
+
+
+@functools.cache
+def triton_version() -> str | None:
+    """The version of Triton that is installed, if one is (it is not imported to find out)."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    for name in ("triton", "pytorch-triton", "triton-windows"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _automatic(device: torch.device) -> Choice:
+    fast = {"cpu": Kernel.NUMBA, "cuda": Kernel.TRITON}.get(device.type)
+    if fast is None:
+        return Choice(Kernel.REFERENCE, f"there are no others for {device.type} devices")
+    problem = _problem(fast, device)
+    if problem:
+        return Choice(Kernel.REFERENCE, problem, is_fallback=True)
+    if fast is Kernel.NUMBA:
+        return Choice(fast, "tensors are in CPU memory")
+    return Choice(fast, f"tensors are on {device}, {torch.cuda.get_device_name(device)}")
+
+
+def _problem(kernel: Kernel, device: torch.device) -> str | None:
+    """Why these kernels cannot run on a device, and what to do; None if they can."""
+    match kernel:
+        case Kernel.NUMBA if not has_numba():
+            return "numba is not installed: pip install numba"
+        case Kernel.NUMBA if device.type != "cpu":
+            return f"numba works on CPU tensors, and this one is on {device}: move it to the CPU"
+        case Kernel.TRITON:
+            return _problem_of_triton(device)
+        case _:
+            return None
+
+
+def _problem_of_triton(device: torch.device) -> str | None:
+    version = triton_version()
+    if version is None:
+        return "triton is not installed: pip install triton"
+    if tuple(int(part) for part in version.split(".")[:2]) < TRITON_NEEDED:
+        needed = ".".join(map(str, TRITON_NEEDED))
+        return f"triton {version} is too old: pip install 'triton>={needed}'"
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET", "0") not in ("0", ""):
+            return None
+        return "triton works on CUDA tensors, and this one is in CPU memory: move it to the GPU"
+    if device.type != "cuda":
+        return f"triton works on CUDA tensors, and this one is on {device}: move it to a GPU"
+    if torch.version.hip is not None:
+        return f"they were never run on AMD's GPUs ({torch.cuda.get_device_name(device)}): use CPU"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < CAPABILITY_NEEDED:
+        has, needed = (".".join(map(str, pair)) for pair in (capability, CAPABILITY_NEEDED))
+        name = torch.cuda.get_device_name(device)
+        return f"{name} has compute capability {has}, and {needed} is needed: use another GPU"
+    return None
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    warnings.warn(f"fourfold falls back to slow {text}.", RuntimeWarning, stacklevel=4)
+
+
+def _from_environment() -> Kernel:
+    return _parse(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
 
 
 def _parse(value: Kernel | str, origin: str) -> Kernel:

@@ -27,10 +27,11 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba import njit, types
 from numba.extending import intrinsic
 
+from fourfold.numerics.sweep import BFLOAT16, FLOAT32
+
 BLOCK_SIZE = 16
 LANES = 64
 
-BFLOAT16, FLOAT16, FLOAT32 = 0, 1, 2
 
 # Rows of the scratch buffer, as offsets.
 BMAX = 16 * LANES  # largest |w| of the block

@@ -22,14 +22,14 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fourfold.errors import NonFiniteError, UsageError
-from fourfold.numerics import dispatch, reference
+from fourfold.numerics import dispatch, reference, sweep
 from fourfold.numerics.dispatch import Kernel
 
 BLOCK_SIZE = reference.BLOCK_SIZE
@@ -45,6 +45,9 @@ class ScaleAlgorithm(StrEnum):
 
     MAX = "max"
     MSE = "mse"
+
+
+_NUMBERS = {ScaleAlgorithm.MAX: sweep.MAX, ScaleAlgorithm.MSE: sweep.MSE}
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ def amax(weight: Tensor, *, name: str = "weight", kernel: Kernel | str = "auto")
     if dispatch.choose(kernel, weight.device) is Kernel.NUMBA:
         largest = float(_cpu().amax(weight))
     else:
-        largest = float(weight.abs().amax())
+        largest = float(amaxes(weight.reshape(1, -1), kernel))
     if not math.isfinite(largest):
         _raise_non_finite(weight, name)
     return largest
@@ -186,11 +189,16 @@ def quantize_into(
     _check_buffer(scales, weight_OI, BLOCK_SIZE, "block_scale_out")
     if weight_OI.numel() == 0:
         return QuantizeStats(0.0, 0.0)
-    if dispatch.choose(kernel, weight_OI.device) is Kernel.NUMBA:
-        number = _cpu().sweep_cpu.MSE if algorithm is ScaleAlgorithm.MSE else _cpu().sweep_cpu.MAX
-        error, energy, _ = _cpu().quantize(weight_OI, codes, scales, s_value, number)
-        if math.isfinite(error) and math.isfinite(energy):
-            return QuantizeStats(error, energy)
+    error = energy = math.nan
+    match dispatch.choose(kernel, weight_OI.device):
+        case Kernel.NUMBA:
+            number = _NUMBERS[algorithm]
+            error, energy, _ = _cpu().quantize(weight_OI, codes, scales, s_value, number)
+        case Kernel.TRITON:
+            number = _NUMBERS[algorithm]
+            error, energy = _cuda().quantize_matrix(weight_OI, codes, scales, s_value, number)
+    if math.isfinite(error) and math.isfinite(energy):
+        return QuantizeStats(error, energy)
     return _quantize_reference(weight_OI, codes, scales, s_value, algorithm, name)
 
 
@@ -201,8 +209,11 @@ def amaxes(weight_NX: Tensor, kernel: Kernel | str = "auto") -> Tensor:
     w_NX = weight_NX.detach().flatten(1)
     if w_NX.numel() == 0:
         return w_NX.new_zeros(len(w_NX), dtype=torch.float32)
-    if dispatch.choose(kernel, w_NX.device) is Kernel.NUMBA:
-        return torch.tensor([_cpu().amax(w_X) for w_X in w_NX], dtype=torch.float32)
+    match dispatch.choose(kernel, w_NX.device):
+        case Kernel.NUMBA:
+            return torch.tensor([_cpu().amax(w_X) for w_X in w_NX], dtype=torch.float32)
+        case Kernel.TRITON if w_NX.shape[1] % BLOCK_SIZE == 0:
+            return cast(Tensor, _cuda().amaxes(w_NX))
     return w_NX.abs().amax(dim=1).float()
 
 
@@ -236,6 +247,10 @@ def quantize_batch_into(
             f"{global_scales.dtype} {list(global_scales.shape)}"
         )
     w_NX = weight_NX.detach()
+    if w_NX.numel() and dispatch.choose(kernel, w_NX.device) is Kernel.TRITON:
+        number = _NUMBERS[algorithm]
+        figures = _cuda().quantize(w_NX, codes_out, block_scale_out, global_scales, number)
+        return cast(Tensor, figures)
     made = [
         quantize_into(
             w_NX[n : n + 1],
@@ -284,11 +299,14 @@ def dequantize_into(
             f"out: {out.dtype} on {out.device}; give float32 or bfloat16 on {codes.device}"
         )
     scale_bytes = block_scale.view(torch.uint8)
-    if dispatch.choose(kernel, codes.device) is Kernel.NUMBA:
-        _cpu().dequantize(codes, scale_bytes, float(global_scale), out)
-    else:
-        scale = scale_bytes.view(torch.float8_e4m3fn)
-        out.copy_(reference.dequantize(codes, scale, float(global_scale)))
+    match dispatch.choose(kernel, codes.device):
+        case Kernel.NUMBA:
+            _cpu().dequantize(codes, scale_bytes, float(global_scale), out)
+        case Kernel.TRITON:
+            _cuda().dequantize(codes, scale_bytes, float(global_scale), out)
+        case _:
+            scale = scale_bytes.view(torch.float8_e4m3fn)
+            out.copy_(reference.dequantize(codes, scale, float(global_scale)))
 
 
 def error_energy(
@@ -334,9 +352,15 @@ def warm_up(
     dtype: torch.dtype = torch.bfloat16,
     scale: ScaleAlgorithm | str = ScaleAlgorithm.MSE,
     kernel: Kernel | str = "auto",
+    device: torch.device | str = "cpu",
 ) -> None:
-    """Compile what a job with weights of `dtype` will run, so that a thread can do so early."""
-    weight = torch.ones(1, BLOCK_SIZE, dtype=dtype)
+    """Compile what a job with weights of `dtype` will run, so that a thread can do so early.
+
+    With triton kernels on a CUDA device, some are timed, and the fastest is used from then on.
+    """
+    weight = torch.ones(1, BLOCK_SIZE, dtype=dtype, device=device)
+    if dispatch.choose(kernel, weight.device) is Kernel.TRITON:
+        _cuda().tune(weight.device, dtype, _NUMBERS[_parse_algorithm(scale)])
     made = quantize(weight, scale=scale, kernel=kernel)
     error_energy(weight, made.codes, made.block_scale, made.global_scale, kernel)
     block_scale_census(made.block_scale, kernel)
@@ -348,6 +372,11 @@ _own_global_scale = global_scale
 def _cpu() -> ModuleType:
     """The numba kernels; imported at first use, since numba takes its time."""
     return importlib.import_module("fourfold.numerics.cpu")
+
+
+def _cuda() -> ModuleType:
+    """The Triton kernels; imported at first use."""
+    return importlib.import_module("fourfold.numerics.cuda")
 
 
 def _quantize_reference(

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from fourfold.numerics.lanes import (
-    FLOAT32,
     LANES,
     SCRATCH_SIZE,
     SIGN_HIGH,
@@ -29,6 +28,7 @@ from fourfold.numerics.lanes import (
     put,
     store_u64,
 )
+from fourfold.numerics.sweep import FLOAT32
 
 f32, u8, u16, u32, u64 = np.float32, np.uint8, np.uint16, np.uint32, np.uint64
 
