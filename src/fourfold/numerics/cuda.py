@@ -22,7 +22,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 HAS_FMA = not INTERPRETED
 """Whether `tl.fma` fuses: the interpreter multiplies and adds."""
 
-TILES = ((32, 1), (64, 1), (64, 2), (128, 2), (128, 4), (256, 4))
+TILES = ((32, 1), (64, 1), (64, 2), (128, 2), (128, 4))
 """Blocks of a tile, and the warps that have them, among which `tune` chooses."""
 
 DEFAULT_TILE = (32, 1)

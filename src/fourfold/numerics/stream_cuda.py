@@ -49,9 +49,8 @@ def dequantize_kernel(
     valid = at < count
     word = tl.load(codes + at, mask=valid, other=0).to(tl.int32)
     byte = tl.load(scales + at // (4 if IS_BF16 else 8), mask=valid, other=0).to(tl.int32)
-    magnitude = scale_of(byte & 0x7F)
-    s = tl.where((byte & 0x7F) == 0x7F, _NAN, tl.where(byte < 0x80, magnitude, -magnitude))
-    m = s * global_scale
+    s = as_float(as_bits(scale_of(byte & 0x7F)) | ((byte & 0x80) << 24))
+    m = tl.where((byte & 0x7F) == 0x7F, _NAN, s) * global_scale
     result = tl.zeros_like(at)
     if IS_BF16:
         for k in tl.static_range(4):
