@@ -4,6 +4,7 @@
 #   make test-all  and the slow tests (an hour)
 #   make lint      ruff and mypy
 #   make bench     the figures in the README
+#   make test-gpu, make bench-gpu: the same of the GPU kernels, on a machine with a CUDA device
 
 PYTHON ?= python3
 # Installed first and alone: a looser range may bring gigabytes of another build.
@@ -14,7 +15,7 @@ STAMP := .venv/.installed
 # A process for each core, but not one for each of a hundred: each takes half a GB.
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: setup demo test test-all lint format bench clean
+.PHONY: setup demo test test-all test-gpu lint format bench bench-gpu clean
 
 setup: $(STAMP)
 
@@ -34,6 +35,10 @@ test: setup
 test-all: setup
 	$(BIN)/python -m pytest $(PARALLEL) -m 'not gpu and not network'
 
+# On a machine with a CUDA device, and another torch: TORCH=torch==2.13.0+cu130 or the like.
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu tests
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -49,6 +54,9 @@ bench: setup
 	$(BIN)/python benchmarks/calibration.py
 	$(BIN)/python benchmarks/ranks.py
 	$(BIN)/python benchmarks/quality.py
+
+bench-gpu: setup
+	$(BIN)/python benchmarks/gpu_sweep.py
 
 clean:
 	rm -rf .venv demo-out bench-synthetic bench-calibration bench-ranks build dist .pytest_cache .mypy_cache .ruff_cache

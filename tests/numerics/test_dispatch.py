@@ -23,23 +23,21 @@ def test_auto_takes_numba_on_the_cpu_and_the_reference_elsewhere(monkeypatch):
     assert dispatch.choose("auto", CPU) is Kernel.REFERENCE
 
 
-class Device:
-    """A CUDA device that is not there."""
-
-    def __init__(self, monkeypatch, *, capability=(9, 0), name="NVIDIA H200", hip=None):
-        monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-        monkeypatch.setattr(torch.version, "hip", hip)
-        monkeypatch.setattr(dispatch, "triton_version", lambda: "3.7.1")
-        dispatch._warn_once.cache_clear()
+def a_gpu(monkeypatch, *, capability=(9, 0), name="NVIDIA H200", hip=None):
+    """Let there seem to be a CUDA device."""
+    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(dispatch, "triton_version", lambda: "3.7.1")
+    dispatch._warn_once.cache_clear()
 
 
 CUDA = torch.device("cuda:0")
 
 
 def test_auto_takes_triton_on_a_gpu_and_says_which(monkeypatch):
-    Device(monkeypatch)
+    a_gpu(monkeypatch)
     found = dispatch.choice("auto", CUDA)
     assert (found.kernel, found.is_fallback) == (Kernel.TRITON, False)
     assert str(found) == "triton kernels: tensors are on cuda:0, NVIDIA H200"
@@ -59,7 +57,7 @@ def test_auto_takes_triton_on_a_gpu_and_says_which(monkeypatch):
 def test_a_gpu_that_cannot_run_triton_falls_back_and_says_so_once(
     monkeypatch, version, capability, hip, why
 ):
-    Device(monkeypatch, capability=capability, name="NVIDIA V100", hip=hip)
+    a_gpu(monkeypatch, capability=capability, name="NVIDIA V100", hip=hip)
     monkeypatch.setattr(dispatch, "triton_version", lambda: version)
     found = dispatch.choice("auto", CUDA)
     assert (found.kernel, found.is_fallback) == (Kernel.REFERENCE, True)
@@ -75,7 +73,7 @@ def test_a_gpu_that_cannot_run_triton_falls_back_and_says_so_once(
 
 
 def test_the_environment_decides_for_weights(monkeypatch):
-    Device(monkeypatch)
+    a_gpu(monkeypatch)
     assert dispatch.choice_for_weights(CPU).kernel is Kernel.NUMBA
     monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "numba")
     found = dispatch.choice_for_weights(CUDA)
