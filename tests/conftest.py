@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
+# Triton's kernels are interpreted, from its import on: transformers imports it, if it is there.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from families import FAMILIES, Truth, write_checkpoint
 
 # A suite that a shell starts in the background would ignore Ctrl-C, which tests raise.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-if not torch.cuda.is_available():  # Triton's kernels are interpreted, from its import on
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.pop("COLUMNS", None)  # what is printed is as wide as on no terminal
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the commands that tests run
 torch.set_num_threads(1)  # tiny models gain nothing, and lose much where cores are shared

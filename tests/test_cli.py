@@ -81,8 +81,8 @@ def options_of(command: str) -> set[str]:
         (
             "quantize",
             "model out --recipe -r --calib --calib-size --calib-seq --batch-size --packing --seed "
-            "--calibration --device --activation-memory --threads --shards --overwrite "
-            "--no-verify --trust-remote-code --json",
+            "--calibration --device --device-memory --activation-memory --threads --shards "
+            "--overwrite --no-verify --trust-remote-code --verbose --json",
         ),
         ("plan", "model --recipe -r --trust-remote-code --json"),
         ("verify", "out --source -s --threads --trust-remote-code --json"),
@@ -126,6 +126,54 @@ def test_json_is_one_document(run, written: Written, tmp_path: Path) -> None:
         assert code == 0, err
         assert isinstance(json.loads(text), dict)
         assert err == ""
+
+
+def test_verbose_says_which_kernels_and_why(run, written: Written, tmp_path: Path) -> None:
+    model = written("qwen3_moe")[0]
+    arguments = ["--threads", 3, "--device", "cpu", "--verbose"]
+    code, text, err = run("quantize", model, tmp_path / "out", *arguments)
+    assert code == 0
+    assert err.splitlines() == [
+        "numba kernels: tensors are in CPU memory",
+        "weights are quantized on the CPU, by 3 threads",
+    ]
+    code, text, err = run("quantize", model, tmp_path / "json", *arguments, "--json")
+    assert err.startswith("numba kernels: ")
+    assert json.loads(text)["kernels"] == "numba kernels: tensors are in CPU memory"
+
+
+@pytest.mark.parametrize("verbose", [[], ["--verbose"], ["--json"]])
+def test_slower_kernels_are_told_once(
+    verbose: list[str], run, written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fourfold.numerics.dispatch import Choice, Kernel
+
+    found = Choice(Kernel.NUMBA, "on the CPU, since triton is not installed", is_fallback=True)
+    monkeypatch.setattr("fourfold.numerics.dispatch.choice_for_weights", lambda _: found)
+    out = tmp_path / "out"
+    code, _, err = run("quantize", written("qwen3_moe")[0], out, "--threads", 1, *verbose)
+    assert code == 0
+    warning = "warning: numba kernels: on the CPU, since triton is not installed"
+    more = ["weights are quantized on the CPU, by 1 threads"] if "--verbose" in verbose else []
+    assert sorted(err.splitlines()) == sorted([warning, *more])
+
+
+def test_device_memory(
+    run, written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize = ("quantize", written("qwen3_moe")[0], tmp_path / "out", "--device", "cpu")
+    check_error(run(*quantize, "--device-memory", "0"), 2, "device_memory=0: give more than 0")
+    check_error(run(*quantize, "--device-memory=-1"), 2, "--device-memory -1.0: give a number")
+    check_error(run(*quantize, "--device-memory", "nan"), 2, "--device-memory nan: give a number")
+    check_error(run(*quantize, "--device-memory", "much"), 2, "Invalid value")
+    check_error(run(*quantize, "--device-memory", "4"), 2, "no memory of cpu is taken")
+    check_error(run(*quantize, "--device", "cuda:99"), 2, "this machine has")
+    check_error(run(*quantize, "--device", "tpu"), 2, "give cpu, cuda, cuda:N or auto")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr("fourfold.fold.choosing.uses_lanes", lambda _: True)
+    code, _, err = run(*quantize, "--device-memory", "0.0001", "--verbose", "--threads", 1)
+    assert code == 0
+    assert err.splitlines()[-1].startswith("weights are quantized on cpu, 2 batches at a time of ")
 
 
 def test_quiet_without_a_terminal(written: Written, tmp_path: Path) -> None:

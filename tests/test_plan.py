@@ -455,7 +455,7 @@ def test_large_groups_are_read_in_pieces(
 ) -> None:
     folder, _ = written("deepseek_v3")
     fourfold.quantize(folder, tmp_path / "whole", "w4a16_nvfp4_default_mse")
-    monkeypatch.setattr("fourfold.fold.GROUP_BYTES", 2048)
+    monkeypatch.setattr("fourfold.fold.host.GROUP_BYTES", 2048)
     monkeypatch.setattr("fourfold.planning.plan.GROUP_BYTES", 2048)
     fourfold.quantize(folder, tmp_path / "pieces", "w4a16_nvfp4_default_mse")
     for file in (tmp_path / "whole").glob("*.safetensors"):

@@ -94,8 +94,19 @@ def quantize(
         typer.Option(help="The calibration.safetensors of an earlier run, instead of running."),
     ] = None,
     device: Annotated[
-        str, typer.Option(help="Where the model runs for calibration: cpu, cuda, cuda:N, auto.")
+        str,
+        typer.Option(
+            help="Where weights are quantized, and the model runs for calibration: cpu, cuda, "
+            "cuda:N, auto."
+        ),
     ] = "auto",
+    device_memory: Annotated[
+        float | None,
+        typer.Option(
+            help="GB of the device that quantization may take; by default about 1, and no more "
+            "than half of what is free."
+        ),
+    ] = None,
     activation_memory: Annotated[
         float | None,
         typer.Option(help="GB of activations in memory; the rest waits in a file in OUT.", min=0),
@@ -107,6 +118,9 @@ def quantize(
         bool, typer.Option("--no-verify", help="Do not read OUT back to compare it with MODEL.")
     ] = False,
     trust_remote_code: Trust = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Say which kernels are used, and why.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Quantize MODEL into OUT, and verify what was written.
@@ -116,7 +130,7 @@ def quantize(
     """
     from fourfold.pipeline import quantize as run
 
-    with Display(quiet=as_json) as display:
+    with Display(quiet=as_json, verbose=verbose) as display:
         result = run(
             model,
             out,
@@ -129,13 +143,16 @@ def quantize(
             seed=seed,
             calibration=calibration,
             device=device,
-            activation_memory=_in_bytes(activation_memory),
+            device_memory=_in_bytes("--device-memory", device_memory),
+            activation_memory=_in_bytes("--activation-memory", activation_memory),
             threads=threads,
             shards=shards,
             overwrite=overwrite,
             verified=not no_verify,
             trust_remote_code=trust_remote_code,
             on_plan=display.show,
+            on_kernels=display.kernels,
+            on_warning=display.warn,
             on_begin=display.begin,
             on_resume=display.resume,
             on_data=display.data,
@@ -323,6 +340,7 @@ def demo(
             recipe,
             overwrite=again,
             on_plan=display.show,
+            on_warning=display.warn,
             on_begin=display.begin,
             on_data=display.data,
             calibration_progress=display.calibrating,
@@ -391,10 +409,12 @@ def generate(
         console().print(written)
 
 
-def _in_bytes(gigabytes: float | None) -> int | None:
+def _in_bytes(option: str, gigabytes: float | None) -> int | None:
     """Bytes of an option in GB; what is endless is no limit that must be kept."""
     if gigabytes is None:
         return None
+    if not gigabytes >= 0:
+        raise UsageError(f"{option} {gigabytes}: give a number of GB.")
     return int(min(gigabytes, 1e9) * 1e9)
 
 

@@ -30,7 +30,7 @@ from fourfold.errors import (
     SourceChangedError,
     UsageError,
 )
-from fourfold.fold import LinearResult, Progress, folding
+from fourfold.fold import Kernels, LinearResult, Progress, folding
 from fourfold.planning import Plan
 from fourfold.ranks import RankFailedError, Ranks
 from fourfold.report import page_of
@@ -66,10 +66,10 @@ class Job:
         folder: OutputFolder,
         run: Run,
         ranks: Ranks,
-        threads: int,
+        kernels: Kernels,
     ) -> None:
         self.work, self.source, self.folder, self.run = work, source, folder, run
-        self.ranks, self.threads = ranks, threads
+        self.ranks, self.kernels = ranks, kernels
         self.identity = identity_of(work, source, run)
 
     @property
@@ -97,7 +97,7 @@ class Job:
                         self.identity,
                         self.ranks,
                         overwrite=overwrite,
-                        threads=self.threads,
+                        threads=self.kernels.threads,
                     )
             if self.share.finished and on_resume is not None:
                 on_resume(self.share.finished, len(self.work.shards))
@@ -120,7 +120,8 @@ class Job:
                 self.folder,
                 scales=self.run.scales,
                 shards=self.share.shards,
-                threads=self.threads,
+                threads=self.kernels.threads,
+                lanes=self.kernels.lanes,
                 progress=progress,
                 check=self.ranks.check,
             ) as folded,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,8 +28,9 @@ from fourfold.errors import (
     PlanError,
     UsageError,
 )
-from fourfold.fold import LinearResult, Progress
+from fourfold.fold import Kernels, LinearResult, Progress, choose_kernels, warm_up_lanes
 from fourfold.job import Job
+from fourfold.launcher import launch
 from fourfold.machine import choose_device, memory_available, peak_resident, threads_available
 from fourfold.models.live import LiveSource
 from fourfold.numerics import nvfp4
@@ -70,6 +71,10 @@ class Result:
     ranks: int = 1
     is_part: bool = False
     """Whether `out` holds only what some of the ranks wrote; `merge` joins the parts."""
+    kernels: str = ""
+    """Which kernels quantized the weights, and why these."""
+    warnings: tuple[str, ...] = ()
+    """What went otherwise than it was meant: slower kernels, a device without the memory."""
 
     @property
     def clean(self) -> bool:
@@ -87,6 +92,8 @@ class Result:
             "bytes_after": self.plan.nbytes_after,
             "calibration": None if self.statistics is None else asdict(self.statistics.data),
             "unreached_experts": dict(self.unreached_experts),
+            "kernels": self.kernels,
+            "warnings": list(self.warnings),
             "seconds": round(self.seconds, 3),
             "peak_resident_bytes": self.peak_resident,
             "verification": None if self.report is None else self.report.to_dict(),
@@ -159,6 +166,7 @@ def quantize(
     forward_loop: ForwardLoop | None = None,
     tokenizer: Any = None,
     device: str = "auto",
+    device_memory: int | None = None,
     activation_memory: int | None = None,
     threads: int | None = None,
     shards: int | None = None,
@@ -166,6 +174,8 @@ def quantize(
     verified: bool = True,
     trust_remote_code: bool = False,
     on_plan: Callable[[Plan], None] | None = None,
+    on_kernels: Callable[[Kernels], None] | None = None,
+    on_warning: Callable[[str], None] | None = None,
     on_begin: Callable[[], None] | None = None,
     on_resume: Callable[[int, int], None] | None = None,
     on_data: Callable[[CalibrationData], None] | None = None,
@@ -182,16 +192,20 @@ def quantize(
     calibration: the statistics of an earlier run, or the file with them; nothing is run then.
     forward_loop: for a model in memory, calls it on calibration data, instead of `calib`.
     tokenizer: for a model in memory, lies beside the weights that are written.
-    device: where the model runs for calibration: cpu, cuda, cuda:N, or auto.
+    device: where weights are quantized, and where the model runs for calibration: cpu, cuda,
+    cuda:N, or auto. The output does not depend on where weights are quantized.
+    device_memory: bytes of the device that quantization may take; by default up to 1 GiB, and no
+    more than half of what is free.
     activation_memory: bytes of activations in memory; what is beyond waits in a file in `out`.
     threads: worker threads; one for each core by default. The output does not depend on it, but
     for what the matrix products of a calibration's run owe to it.
     shards: files that a decoder layer is cut into, at least; by default one for each rank.
     overwrite: replace a checkpoint that fourfold wrote into `out`, or an unfinished run.
     verified: read the output back and compare it with `model`, tensor by tensor.
-    on_plan, on_data, on_begin, calibration_progress, progress, on_written, verify_progress: called
-    as the job goes on; `out` is written from `on_begin` to `on_written`. on_resume: called with
-    how many shards of how many an earlier run has finished, if one has.
+    on_warning: called with what goes otherwise than it was meant, each once.
+    on_plan, on_kernels, on_data, on_begin, calibration_progress, progress, on_written,
+    verify_progress: called as the job goes on; `out` is written from `on_begin` to `on_written`.
+    on_resume: called with how many shards of how many an earlier run has finished, if one has.
 
     An unfinished run of the same job that `out` holds is continued. Under a launcher (torchrun),
     every rank calls this alike, and they share the work.
@@ -200,11 +214,20 @@ def quantize(
     holds what the same call goes on from.
     """
     begun = time.perf_counter()
+    warnings: list[str] = []
+
+    def warn(text: str) -> None:
+        warnings.append(text)
+        if on_warning is not None:
+            on_warning(text)
+
     with _sharing(model) as ranks:  # first of all: the others hear of any error
         if not str(out):
             raise UsageError("OUT is empty: give the folder to write.")
         if threads is not None and threads < 1:
             raise UsageError(f"threads={threads}: give 1 or more.")
+        if device_memory is not None and device_memory < 1:
+            raise UsageError(f"device_memory={device_memory}: give more than 0, in bytes.")
         chosen = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
         if shards is not None and shards < 1:
             raise UsageError(f"shards={shards}: give 1 or more.")
@@ -231,16 +254,30 @@ def quantize(
                 parts = parts_of(folder, ranks, shards, overwrite)
                 in_forward = forward_threads(folder, ranks, threads, overwrite)
                 observation = replace(observation, threads=in_forward)
-                with _warming_up(chosen, source):
+                with _warming_up(chosen, source, observation.device) as failures:
                     work = make_plan(
                         source, chosen, parts=parts, trust_remote_code=trust_remote_code
                     )
+                    kernels = choose_kernels(
+                        observation.device,
+                        work,
+                        workers,
+                        memory=device_memory,
+                        ranks=ranks.local_size,
+                        say=warn,
+                    )
                     runs_model = calibration is None and not is_live
-                    check_room(work, folder, workers, ranks, runs_model=runs_model)
+                    check_room(work, folder, kernels, ranks, runs_model=runs_model)
                 if on_plan is not None:
                     on_plan(work)
+                if failures:
+                    kernels = kernels.without_lanes(failures[0])
+                if on_kernels is not None:
+                    on_kernels(kernels)
+                if kernels.is_fallback and launch().local_rank == 0:
+                    warn(str(kernels.choice))
             run = choose_run(work, source, observation, folder.folder, ranks)
-            job = Job(work, source, folder, run, ranks, workers)
+            job = Job(work, source, folder, run, ranks, kernels)
             with together(source):
                 if run.is_writer and ranks.size == 1:
                     folder.check_continues(job.identity, overwrite=overwrite)
@@ -272,6 +309,8 @@ def quantize(
             unreached_experts={} if run.scales is None else run.scales.unreached(),
             ranks=ranks.size,
             is_part=not job.share.is_whole,
+            kernels=str(kernels.choice),
+            warnings=tuple(warnings),
         )
 
 
@@ -311,24 +350,34 @@ def _opened(
 
 
 @contextmanager
-def _warming_up(recipe: Recipe, source: Source) -> Iterator[None]:
-    """Compile the kernels on a thread meanwhile. An interpreter must not end while that runs."""
+def _warming_up(recipe: Recipe, source: Source, device: str) -> Iterator[list[Exception]]:
+    """Compile the kernels on a thread meanwhile. An interpreter must not end while that runs.
+
+    Yields what in the end holds the error of the device's kernels, where they cannot run.
+    """
     dtypes = {info.dtype for info in source.tensors.values() if len(info.shape) > 1}
+    known = [_DTYPES[dtype] for dtype in sorted(dtypes & _DTYPES.keys())]
+    failures: list[Exception] = []
 
     def run() -> None:
-        for dtype in sorted(dtypes & _DTYPES.keys()):
-            nvfp4.warm_up(_DTYPES[dtype], recipe.weights.scale)
+        with suppress(UsageError):  # kernels that cannot run: told where they should
+            for dtype in known:
+                nvfp4.warm_up(dtype, recipe.weights.scale)
+        try:
+            warm_up_lanes(device, known, recipe.weights.scale)
+        except Exception as error:
+            failures.append(error)
 
     thread = threading.Thread(target=run, name="warm-up")
     thread.start()
     try:
-        yield
+        yield failures
     finally:
         thread.join()
 
 
 def check_room(
-    work: Plan, folder: OutputFolder, threads: int, ranks: Ranks, *, runs_model: bool = False
+    work: Plan, folder: OutputFolder, kernels: Kernels, ranks: Ranks, *, runs_model: bool = False
 ) -> None:
     """Raise `PlanError` where the disk or the memory is too small for the plan.
 
@@ -336,13 +385,13 @@ def check_room(
     """
     beside = sum((work.source / path).stat().st_size for path in work.side_files)
     check_disk(folder.folder, work.nbytes_after + beside - folder.nbytes_present())
-    memory = work.memory(threads) + (work.calibration_memory if runs_model else 0)
+    memory = kernels.memory(work) + (work.calibration_memory if runs_model else 0)
     memory, available = memory * ranks.local_size, memory_available()
     if memory > available:
         among = f" on each of {ranks.local_size} ranks" if ranks.local_size > 1 else ""
         raise PlanError(
-            f"{size(memory)} of memory are needed for {threads} threads{among}, {size(available)} "
-            "are available. Use fewer --threads, or close other programs."
+            f"{size(memory)} of memory are needed for {kernels.threads} threads{among}, "
+            f"{size(available)} are available. Use fewer --threads, or close other programs."
         )
 
 

@@ -30,7 +30,8 @@ LONGEST_MESSAGE = 2000
 class Display:
     """Progress on stderr where that is a terminal, silent elsewhere."""
 
-    def __init__(self, *, quiet: bool) -> None:
+    def __init__(self, *, quiet: bool, verbose: bool = False) -> None:
+        self.verbose = verbose and launch().rank == 0
         quiet = quiet or launch().rank > 0
         self.console = Console(stderr=True, quiet=quiet or not sys.stderr.isatty())
         self.quiet = quiet
@@ -62,6 +63,25 @@ class Display:
         """Print the plan above the progress bars."""
         if not self.quiet:
             console().print(value)
+
+    def kernels(self, found: fold.Kernels) -> None:
+        """What quantizes weights; a fallback is told as a warning."""
+        if self.verbose:
+            if not found.is_fallback:
+                self._say(str(found.choice))
+            self._say(found.where)
+
+    def warn(self, text: str) -> None:
+        """What goes otherwise than it was meant: on stderr, also beside JSON."""
+        rank = launch().rank
+        self._say(f"warning: {f'rank {rank}: ' if rank else ''}{text}")
+
+    def _say(self, text: str) -> None:
+        """A line on stderr: above the progress bars, where there are any."""
+        if self.console.quiet:
+            print(text, file=sys.stderr)
+        else:
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def begin(self) -> None:
         """OUT is written from now on; the clock starts."""

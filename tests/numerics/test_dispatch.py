@@ -83,6 +83,20 @@ def test_the_environment_decides_for_weights(monkeypatch):
     assert dispatch.choice_for_weights(CUDA).kernel is Kernel.TRITON
 
 
+def test_the_environment_lets_a_job_have_both_devices(monkeypatch):
+    """What a job on a GPU does on the CPU, and the other way round, it still can do."""
+    a_gpu(monkeypatch)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "triton")
+    assert dispatch.choose("auto", CPU) is Kernel.NUMBA
+    assert dispatch.choose("auto", CUDA) is Kernel.TRITON
+    with pytest.raises(UsageError, match="asked for by FOURFOLD_KERNELS, but triton works on CUDA"):
+        dispatch.choice_for_weights(CPU)
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "numba")
+    assert dispatch.choose("auto", CPU) is Kernel.NUMBA
+    assert dispatch.choose("auto", CUDA) is Kernel.REFERENCE
+
+
 def test_triton_on_the_cpu_needs_its_interpreter(monkeypatch):
     monkeypatch.setattr(dispatch, "triton_version", lambda: "3.7.1")
     monkeypatch.setenv("TRITON_INTERPRET", "1")

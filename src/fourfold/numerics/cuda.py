@@ -163,34 +163,48 @@ def fake_quantize(x: Tensor, input_scale: float, out: Tensor) -> None:
 def tune(device: torch.device, dtype: torch.dtype, algorithm: int, packs: bool = True) -> None:
     """Compile the kernel for all `TILES`, and let later calls use the one that is fastest here.
 
-    Takes some seconds the first time on a machine (Triton keeps what it compiled), and waits for
-    the device. Call it before other threads use the kernels.
+    Takes some seconds the first time on a machine (Triton keeps what it compiled), a quarter of a
+    GB of the device's memory, and waits for the device. Without room the default stays. Call it
+    before other threads use the kernels.
     """
     key = (device.index, algorithm, _KINDS[dtype], packs)
     if INTERPRETED or key in _tuned:
         return
-    w_NX = torch.randn(64, 1 << 16, device=device).to(dtype)
-    scales = torch.empty(64, 1 << 12, dtype=torch.uint8, device=device)
-    codes = torch.empty(64, 1 << 15, dtype=torch.uint8, device=device) if packs else None
+    try:
+        with torch.cuda.device(device):
+            _tuned[key] = _fastest(key, device, dtype)
+    except torch.OutOfMemoryError:
+        _tuned[key] = DEFAULT_TILE
+
+
+def _fastest(
+    key: tuple[int | None, int, int, bool], device: torch.device, dtype: torch.dtype
+) -> tuple[int, int]:
+    generator = torch.Generator(device).manual_seed(0)
+    w_NX = torch.randn(64, 1 << 19, generator=generator, device=device).to(dtype)
+    scales = torch.empty(64, 1 << 15, dtype=torch.uint8, device=device)
+    codes = torch.empty(64, 1 << 18, dtype=torch.uint8, device=device) if key[3] else None
     s_N = amaxes(w_NX) / 2688
-    seconds: dict[tuple[int, int], float] = {}
+    milliseconds: dict[tuple[int, int], float] = {}
     for choice in TILES:
         _tuned[key] = choice
-        seconds[choice] = _median(lambda: quantize(w_NX, codes, scales, s_N, algorithm), device)
-    _tuned[key] = min(seconds, key=seconds.__getitem__)
+        milliseconds[choice] = _median(lambda: quantize(w_NX, codes, scales, s_N, key[1]))
+    return min(milliseconds, key=milliseconds.__getitem__)
 
 
-def _median(work: Callable[[], Any], device: torch.device) -> float:
-    """Milliseconds of a call, the median of five after one."""
+def _median(work: Callable[[], Any]) -> float:
+    """Milliseconds of eight calls, so many that the device does not wait for Python: the median of
+    five times, after one that compiles."""
     work()
     found = []
     for _ in range(5):
-        begin, end = (torch.Event(device, enable_timing=True) for _ in range(2))
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in "be")  # type: ignore[no-untyped-call]
         begin.record()
-        work()
+        for _ in range(8):
+            work()
         end.record()
         end.synchronize()
-        found.append(begin.elapsed_time(end))
+        found.append(float(begin.elapsed_time(end)))
     return statistics.median(found)
 
 

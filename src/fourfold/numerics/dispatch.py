@@ -6,8 +6,10 @@
 
 `auto` takes triton for tensors on a CUDA device and numba for those in CPU memory, where these can
 run, else the reference. The environment variable FOURFOLD_KERNELS (reference | numba | triton)
-overrides `auto`, not an explicit choice. Numba and Triton are imported at first use: they cost a
-second that most commands need not pay.
+overrides `auto`, not an explicit choice; where it names kernels that are not for a tensor's device,
+tensors of the CPU have numba beside triton, and those of a GPU the reference beside numba.
+
+Numba and Triton are imported at first use: they cost a second that most commands need not pay.
 """
 
 from __future__ import annotations
@@ -72,15 +74,14 @@ def choice(kernel: Kernel | str, device: torch.device) -> Choice:
     Raises UsageError for an unknown name, and for kernels that are asked for and cannot run there.
     """
     wanted = _parse(kernel, "kernel")
-    why = f"asked for by kernel={str(wanted)!r}"
-    if wanted is Kernel.AUTO:
-        wanted, why = _from_environment(), f"asked for by {ENVIRONMENT_VARIABLE}"
+    if wanted is not Kernel.AUTO:
+        return _forced(wanted, device, f"kernel={str(wanted)!r}")
+    wanted = _from_environment()
     if wanted is Kernel.AUTO:
         return _automatic(device)
-    problem = _problem(wanted, device)
-    if problem:
-        raise UsageError(f"{wanted} kernels were {why}, but {problem}, or choose 'reference'")
-    return Choice(wanted, why)
+    if wanted is not Kernel.REFERENCE and wanted is not _FAST.get(device.type):
+        return _beside(wanted, device)
+    return _forced(wanted, device, ENVIRONMENT_VARIABLE)
 
 
 def choice_for_weights(device: torch.device) -> Choice:
@@ -89,9 +90,11 @@ def choice_for_weights(device: torch.device) -> Choice:
     TRITON says that they should be; otherwise they are quantized where they are, by fast kernels of
     the CPU rather than by the reference on the device.
     """
-    if device.type != "cuda" or _from_environment() is not Kernel.AUTO:
-        target = device if _from_environment() is Kernel.TRITON else torch.device("cpu")
-        return choice(Kernel.AUTO, target)
+    wanted = _from_environment()
+    if wanted is Kernel.TRITON:
+        return _forced(wanted, device, ENVIRONMENT_VARIABLE)
+    if device.type != "cuda" or wanted is not Kernel.AUTO:
+        return choice(Kernel.AUTO, torch.device("cpu"))
     found = choice(Kernel.AUTO, device)
     if found.kernel is Kernel.TRITON:
         return found
@@ -118,8 +121,29 @@ def triton_version() -> str | None:
     return None
 
 
+_FAST = {"cpu": Kernel.NUMBA, "cuda": Kernel.TRITON}
+
+
+def _forced(wanted: Kernel, device: torch.device, origin: str) -> Choice:
+    problem = _problem(wanted, device)
+    if problem:
+        raise UsageError(
+            f"{wanted} kernels were asked for by {origin}, but {problem}, or choose 'reference'"
+        )
+    return Choice(wanted, f"asked for by {origin}")
+
+
+def _beside(wanted: Kernel, device: torch.device) -> Choice:
+    """For tensors of a device that the environment's choice is not made for: a job has such too."""
+    if _problem(wanted, device) is None:  # Triton's interpreter
+        return Choice(wanted, f"asked for by {ENVIRONMENT_VARIABLE}")
+    if wanted is Kernel.TRITON:
+        return _automatic(device)
+    return Choice(Kernel.REFERENCE, f"{ENVIRONMENT_VARIABLE}={wanted} is for others than {device}")
+
+
 def _automatic(device: torch.device) -> Choice:
-    fast = {"cpu": Kernel.NUMBA, "cuda": Kernel.TRITON}.get(device.type)
+    fast = _FAST.get(device.type)
     if fast is None:
         return Choice(Kernel.REFERENCE, f"there are no others for {device.type} devices")
     problem = _problem(fast, device)

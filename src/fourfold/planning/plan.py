@@ -86,14 +86,17 @@ class Plan:
     def nbytes_after(self) -> int:
         return sum(shard.nbytes for shard in self.shards)
 
-    def memory(self, threads: int) -> int:
-        """An estimate in bytes of what the job takes beside the interpreter and its libraries."""
+    def memory(self, threads: int, workers: int | None = None) -> int:
+        """An estimate in bytes of what the job takes beside the interpreter and its libraries.
+
+        workers: how many hold a job; by default a few more than `threads`, which compute.
+        """
         largest = COPY_BYTES
         for group in self.groups:
             held = job_bytes(group)
             plain = all(is_plain(linear.region) for linear in group.linears)
             largest = max(largest, min(held, GROUP_BYTES) if plain else 2 * held)
-        return (threads + WAITING) * largest * 3 // 2
+        return (threads + WAITING if workers is None else workers) * largest * 3 // 2
 
     @cached_property
     def sites(self) -> Mapping[str, tuple[LinearWeight, ...]]:

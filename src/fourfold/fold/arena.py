@@ -1,0 +1,67 @@
+"""Memory for one job at a time, used again by the next: no page is touched first twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+ALIGNMENT = 256
+"""Bytes: what a GPU likes best, and more than a CPU asks for."""
+
+
+def on_host(nbytes: int) -> torch.Tensor:
+    """`nbytes` of ordinary memory; NumPy asks the system for large pages, PyTorch does not."""
+    return torch.from_numpy(np.empty(nbytes, dtype=np.uint8))
+
+
+class Arena:
+    """A buffer that is handed out piece by piece, and taken back all at once."""
+
+    def __init__(self, allocate: Callable[[int], torch.Tensor] = on_host) -> None:
+        """allocate: gives so many bytes, as uint8."""
+        self._allocate = allocate
+        self._buffer: torch.Tensor | None = None
+        self._used = self._wanted = 0
+
+    def reset(self) -> None:
+        """Forget what was taken. Grows the buffer to what the last job wanted."""
+        if self._wanted > self._size:
+            self.resize(self._wanted)
+        self._used = self._wanted = 0
+
+    def resize(self, nbytes: int) -> None:
+        """Forget what was taken, and have a buffer of `nbytes` bytes, exactly."""
+        if self._size != nbytes:
+            self.free()  # before the new one is allocated: there may be no room for both
+            self._buffer = self._allocate(nbytes)
+        self._used = self._wanted = 0
+
+    def free(self) -> None:
+        """Give the buffer back."""
+        self._buffer = None
+        self._used = self._wanted = 0
+
+    def take(self, nbytes: int) -> torch.Tensor:
+        """`nbytes` bytes; not cleared. From elsewhere where the buffer has no room for them."""
+        begin = self._used
+        self._used += -(-nbytes // ALIGNMENT) * ALIGNMENT
+        self._wanted = max(self._wanted, self._used)
+        if self._buffer is None or begin + nbytes > len(self._buffer):
+            return self._allocate(nbytes)
+        return self._buffer[begin : begin + nbytes]
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """What is taken within is given back afterwards."""
+        used = self._used
+        try:
+            yield
+        finally:
+            self._used = used
+
+    @property
+    def _size(self) -> int:
+        return 0 if self._buffer is None else len(self._buffer)
