@@ -38,6 +38,7 @@ test-all: setup
 # On a machine with a CUDA device, and another torch: TORCH=torch==2.13.0+cu130 or the like.
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu tests
+	$(BIN)/python -m pytest -m 'not slow' tests/numerics/test_triton.py tests/numerics/test_activations.py
 
 lint: setup
 	$(BIN)/ruff check .

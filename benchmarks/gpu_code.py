@@ -31,7 +31,8 @@ TYPES = {
     "global_scales": "*fp32",
     "codes": "*i64",
     "scales": "*u8",
-    "figures": "*fp64",
+    "losses": "*fp64",
+    "energies": "*fp64",
     "blocks": "i32",
 }
 
@@ -43,7 +44,7 @@ def compile_search(capability: int, algorithm: int, kind: int, packs: bool, tile
         sweep_cuda.quantize_kernel,
         TYPES | dict.fromkeys(constants, "constexpr"),
         constants,
-        {(index,): [["tt.divisibility", 16]] for index in range(5)},
+        {(index,): [["tt.divisibility", 16]] for index in range(6)},
     )
     options = {"num_warps": warps, "enable_fp_fusion": False}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

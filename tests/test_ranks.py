@@ -387,7 +387,8 @@ def test_each_rank_has_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
         assert choose_device("cuda:1") == "cuda:1"
         assert choose_device("cpu") == "cpu"
     monkeypatch.delenv("WORLD_SIZE")
-    assert choose_device("auto") == "cuda"
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 1)
+    assert choose_device("auto") == choose_device("cuda") == "cuda:1"
 
 
 def test_an_environment_that_makes_no_sense(monkeypatch: pytest.MonkeyPatch) -> None:

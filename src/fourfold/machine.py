@@ -59,6 +59,8 @@ def choose_device(device: str) -> str:
     launched = launch()
     if device == "cuda" and launched.size > 1 and torch.cuda.device_count():
         device = f"cuda:{launched.local_rank % torch.cuda.device_count()}"
+    if device == "cuda" and torch.cuda.device_count():
+        device = f"cuda:{torch.cuda.current_device()}"  # other threads may have another one
     kind, _, number = device.partition(":")
     if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
         raise UsageError(f"device {device!r}: give cpu, cuda, cuda:N or auto.")

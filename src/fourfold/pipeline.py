@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -355,8 +356,11 @@ def _warming_up(recipe: Recipe, source: Source, device: str) -> Iterator[list[Ex
 
     Yields what in the end holds the error of the device's kernels, where they cannot run.
     """
-    dtypes = {info.dtype for info in source.tensors.values() if len(info.shape) > 1}
-    known = [_DTYPES[dtype] for dtype in sorted(dtypes & _DTYPES.keys())]
+    nbytes: Counter[str] = Counter()
+    for info in source.tensors.values():
+        if len(info.shape) > 1 and info.dtype in _DTYPES:
+            nbytes[info.dtype] += info.nbytes
+    known = [_DTYPES[dtype] for dtype, _ in nbytes.most_common()]
     failures: list[Exception] = []
 
     def run() -> None:
@@ -364,7 +368,7 @@ def _warming_up(recipe: Recipe, source: Source, device: str) -> Iterator[list[Ex
             for dtype in known:
                 nvfp4.warm_up(dtype, recipe.weights.scale)
         try:
-            warm_up_lanes(device, known, recipe.weights.scale)
+            warm_up_lanes(device, known[:1], recipe.weights.scale)  # others at their first use
         except Exception as error:
             failures.append(error)
 

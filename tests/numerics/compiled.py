@@ -21,7 +21,8 @@ SEARCH = {
     "global_scales": "*fp32",
     "codes": "*i64",
     "scales": "*u8",
-    "figures": "*fp64",
+    "losses": "*fp64",
+    "energies": "*fp64",
     "blocks": "i32",
 }
 AMAX = {"words": "*i64", "result": "*i32", "count": "i32"}
@@ -43,6 +44,10 @@ def kernels():
                 constants = {"ALGORITHM": algorithm, "KIND": kind, "PACK": True, "FMA": True}
                 name = f"quantize {algorithm} {kind} {tile}"
                 yield name, sweep_cuda.quantize_kernel, SEARCH, constants | {"TILE": tile}, warps
+    # Triton compiles a kernel anew where a number is 1.
+    types = {name: kind for name, kind in SEARCH.items() if name != "blocks"}
+    constants = {"blocks": 1, "ALGORITHM": sweep.MSE, "KIND": 0, "PACK": False, "FMA": True}
+    yield "quantize one", sweep_cuda.quantize_kernel, types, constants | {"TILE": 32}, 1
     for kind in (sweep.BFLOAT16, sweep.FLOAT32):
         constants = {"KIND": kind, "TILE": 4096}
         yield f"amax {kind}", stream_cuda.amax_kernel, AMAX, constants, 4

@@ -95,7 +95,16 @@ def check(weight_NX, scales, algorithm=sweep.MSE):
             f"expected {expected[1][wrong[0]]}"
         )
         assert torch.equal(codes[n], expected[0])
-        assert figures[n].tolist() == pytest.approx(expected[2], rel=1e-5)
+        loss, energy = figures[n].tolist()
+        assert energy == pytest.approx(expected[2][1], rel=1e-5)
+        assert loss == pytest.approx(expected[2][0], rel=1e-5, abs=reachable(*expected[2]))
+
+
+def reachable(loss, energy):
+    """How far two sums of losses may lie apart (`sweep.py`, part 4), with δ of GPU and CPU: on the
+    grid, where no weight has an error, they are nothing else."""
+    off = (8.3 + 5.2) * 2.0**-24
+    return 2 * off * math.sqrt(energy * loss) + off**2 * energy
 
 
 def fitting(dtype):
@@ -386,8 +395,10 @@ def check_code(found):
 
 
 def test_kernels_compile_for_a_hopper_without_one(tmp_path):
-    found = compile_for(tmp_path, r"quantize . 0 32|quantize 1 [12] 128|amax 0|fake 0|deq.* 0", 90)
-    assert len(found) == 8
+    found = compile_for(
+        tmp_path, r"quantize . 0 32|quantize 1 [12] 128|one|amax 0|fake 0|deq.* 0", 90
+    )
+    assert len(found) == 9
     check_code(found)
     assert found["sm_90 quantize 1 0 32"]["fused"] > 100
 

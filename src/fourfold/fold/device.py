@@ -110,6 +110,7 @@ class _Stack:
         self.w_NX = onboard.take(count * numel * dtype.itemsize).view(dtype).view(count, numel)
         self._made = [onboard.take(count * each).view(count, each) for each in sizes]
         self._global_scales = onboard.take(4 * count).view(torch.float32)
+        self._workspace = onboard.take(nvfp4.workspace_bytes(count, numel))
         self.codes_NC, self.scales_NB = (host.take(count * x).view(count, x) for x in sizes)
         self.global_scales = host.take(4 * count).view(torch.float32)
         self.amaxes = host.take(4 * count).view(torch.float32)
@@ -125,7 +126,11 @@ class _Stack:
         with self.lane.queueing():
             self._global_scales.copy_(self.global_scales, non_blocking=True)
             figures = nvfp4.quantize_batch_into(
-                self.w_NX, *self._made, scale=algorithm, global_scales=self._global_scales
+                self.w_NX,
+                *self._made,
+                scale=algorithm,
+                global_scales=self._global_scales,
+                workspace=self._workspace,
             )
             for host, made in zip((self.codes_NC, self.scales_NB), self._made, strict=True):
                 host.copy_(made, non_blocking=True)

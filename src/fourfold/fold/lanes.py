@@ -31,7 +31,7 @@ from fourfold.checkpoints.safetensors_header import BITS, TensorInfo
 from fourfold.fold.arena import ALIGNMENT, Arena, on_host
 from fourfold.fold.host import slab_bytes
 from fourfold.models.regions import Region
-from fourfold.numerics.nvfp4 import BLOCK_SIZE
+from fourfold.numerics.nvfp4 import BLOCK_SIZE, workspace_bytes
 from fourfold.planning import WAITING, Job, Plan, ScaleGroup
 from fourfold.rendering import size
 
@@ -74,7 +74,7 @@ def need_of(group: ScaleGroup, tensors: Mapping[str, TensorInfo]) -> Need:
         nbytes = slab_bytes(info, *region.slab)
         slabs[region.key, *region.slab] = nbytes
         numel = math.prod(linear.shape)
-        device += numel * BITS[info.dtype] // 8
+        device += numel * BITS[info.dtype] // 8 + workspace_bytes(1, numel)
         made += _made_bytes(numel)
         if not _is_contiguous(region, info):
             scratch = max(scratch, nbytes)
@@ -84,7 +84,8 @@ def need_of(group: ScaleGroup, tensors: Mapping[str, TensorInfo]) -> Need:
 
 def rows_that_fit(room: int, width: int, itemsize: int) -> int:
     """How many rows of so many elements, of so many bytes each, go through a lane at a time."""
-    return max(0, room - BESIDE) // (width * itemsize + _made_bytes(width))
+    sums = workspace_bytes(1, width)  # of one row; several have less each
+    return max(0, room - BESIDE) // (width * itemsize + _made_bytes(width) + sums)
 
 
 def _made_bytes(numel: int) -> int:
@@ -122,11 +123,18 @@ class Stream:
 
     def __init__(self, device: torch.device) -> None:
         cuda: Any = torch.cuda
+        self.device = device
         self._stream = cuda.Stream(device) if device.type == "cuda" else None
 
     def current(self) -> AbstractContextManager[Any]:
         """Within, this thread's copies and kernels go to this stream."""
-        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        return nullcontext() if self._stream is None else self._on_device()
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """Left alone, a stream's end would leave a context on whatever device was current."""
+        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+            yield
 
     def wait(self) -> None:
         """Wait until everything is done, without keeping a core busy meanwhile."""
@@ -224,6 +232,8 @@ class Lanes:
         """
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+            # Pinned blocks are kept by size, and a smaller one is not cut out of a larger.
+            getattr(torch._C, "_host_emptyCache", lambda: None)()
         with self._lock:
             if self.room < room:
                 return True

@@ -20,6 +20,7 @@ from fourfold.numerics.nvfp4 import (
     quantize_batch_into,
     quantize_into,
     warm_up,
+    workspace_bytes,
 )
 
 __all__ = [
@@ -39,4 +40,5 @@ __all__ = [
     "quantize_batch_into",
     "quantize_into",
     "warm_up",
+    "workspace_bytes",
 ]

@@ -142,10 +142,10 @@ def bf16_bits(x):
 def divide(x, m, inverse, FMA: tl.constexpr):
     """fl(x/m), correctly rounded, where it lies in [2⁻²⁰, 2²⁰] and x, m are in a kernel's units.
 
-    inverse: fl(1/m), correctly rounded. Two residuals, each exact by fused multiplication, make the
-    quotient first one of the two floats beside it, then the nearer (Markstein, 1990); IEEE division
-    spends more, on a reciprocal of its own and on the ends of the range. Smaller quotients may be
-    off by a unit, and have code 0 either way. FMA: whether `tl.fma` does fuse.
+    inverse: fl(1/m), correctly rounded. A residual, by fused multiplication, makes the quotient one
+    of the two floats beside it; another one, then exact, the nearer of them (Markstein, 1990). IEEE
+    division spends more, on a reciprocal of its own and on the ends of the range. Smaller quotients
+    may be off by a unit, and have code 0 either way. FMA: whether `tl.fma` does fuse.
     """
     if FMA:
         quotient = x * inverse

@@ -62,9 +62,10 @@ def quantize(
     block_scale_out: Tensor,
     global_scales: Tensor,
     algorithm: int,
+    workspace: Tensor | None = None,
 ) -> Tensor:
     """Fill uint8 codes [N, X/2], unless None, and block scales [N, X/16] of N weights, float32
-    global_scales [N]; `algorithm` is one of sweep's.
+    global_scales [N]; `algorithm` is one of sweep's. workspace: `nvfp4.workspace_bytes` of it.
 
     Returns Σ(w − q·s·S)² and Σw², float64 [N, 2]. Where one is not finite, the bytes are void.
     """
@@ -72,8 +73,10 @@ def quantize(
     count, blocks = len(w_NX), w_NX.shape[1] // 16
     scales = _own(block_scale_out, 1)
     codes = scales if codes_out is None else _own(codes_out, 8)
-    parts = triton.cdiv(blocks, sweep_cuda.FIGURES.value)
-    figures = torch.empty(count, parts, 2, dtype=torch.float64, device=w_NX.device)
+    if workspace is None:
+        parts = triton.cdiv(blocks, sweep_cuda.FIGURES.value)
+        workspace = torch.empty(16 * count * parts, dtype=torch.uint8, device=w_NX.device)
+    losses, energies = workspace.view(torch.float64).view(2, count, -1)
     kind, packs = _KINDS[w_NX.dtype], codes_out is not None
     tile, warps = _tuned.get((w_NX.device.index, algorithm, kind, packs), DEFAULT_TILE)
     if INTERPRETED:
@@ -86,7 +89,8 @@ def quantize(
                 s_N[some],
                 codes[some].view(torch.int64) if packs else scales,
                 scales[some],
-                figures[some],
+                losses[some],
+                energies[some],
                 blocks,
                 ALGORITHM=algorithm,
                 KIND=kind,
@@ -100,7 +104,7 @@ def quantize(
         block_scale_out.copy_(scales)
     if codes_out is not None and codes is not codes_out:
         codes_out.copy_(codes)
-    return figures.sum(dim=1)
+    return torch.stack((losses.sum(dim=1), energies.sum(dim=1)), dim=1)
 
 
 def quantize_matrix(
@@ -173,8 +177,12 @@ def tune(device: torch.device, dtype: torch.dtype, algorithm: int, packs: bool =
     try:
         with torch.cuda.device(device):
             _tuned[key] = _fastest(key, device, dtype)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:  # PyTorch and Triton have their own words for it
         _tuned[key] = DEFAULT_TILE
+        if "out of memory" not in str(error).lower():
+            raise
+    finally:
+        torch.cuda.empty_cache()
 
 
 def _fastest(
@@ -193,15 +201,19 @@ def _fastest(
 
 
 def _median(work: Callable[[], Any]) -> float:
-    """Milliseconds of eight calls, so many that the device does not wait for Python: the median of
-    five times, after one that compiles."""
+    """Milliseconds of eight calls, the median of five times. As a graph: Python would take longer
+    than the device, all the more where another thread is busy."""
     work()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for _ in range(8):
+            work()
+    graph.replay()
     found = []
     for _ in range(5):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in "be")  # type: ignore[no-untyped-call]
         begin.record()
-        for _ in range(8):
-            work()
+        graph.replay()
         end.record()
         end.synchronize()
         found.append(float(begin.elapsed_time(end)))

@@ -224,6 +224,7 @@ def quantize_batch_into(
     *,
     scale: ScaleAlgorithm | str,
     global_scales: Tensor,
+    workspace: Tensor | None = None,
     kernel: Kernel | str = "auto",
 ) -> Tensor:
     """Quantize N weights [N, 16·B], each with its own global scale, into uint8 buffers [N, 8·B] and
@@ -231,6 +232,7 @@ def quantize_batch_into(
 
     global_scales: float32 [N], each within the range of `global_scale` (not checked: that would
     mean to wait).
+    workspace: uint8, `workspace_bytes` of it, at an address that 8 divides; allocated by default.
 
     Returns Σ(w − q·s·S)² and Σw² of each weight, float64 [N, 2]. Where one of them is not finite,
     the bytes of that weight are void: it holds NaN or Inf, or lies far beyond its global scale;
@@ -249,8 +251,8 @@ def quantize_batch_into(
     w_NX = weight_NX.detach()
     if w_NX.numel() and dispatch.choose(kernel, w_NX.device) is Kernel.TRITON:
         number = _NUMBERS[algorithm]
-        figures = _cuda().quantize(w_NX, codes_out, block_scale_out, global_scales, number)
-        return cast(Tensor, figures)
+        parts = w_NX, codes_out, block_scale_out, global_scales
+        return cast(Tensor, _cuda().quantize(*parts, number, workspace))
     made = [
         quantize_into(
             w_NX[n : n + 1],
@@ -264,6 +266,13 @@ def quantize_batch_into(
     ]
     figures = [(stats.sum_sq_err, stats.sum_sq_w) for stats in made]
     return torch.tensor(figures, dtype=torch.float64, device=w_NX.device).reshape(-1, 2)
+
+
+def workspace_bytes(count: int, numel: int) -> int:
+    """Bytes that `quantize_batch_into` works in, beside its buffers, for `count` weights of `numel`
+    elements: two sums in float64 for every 32 blocks. The CPU needs none, and has the same answer.
+    """
+    return 16 * count * -(-numel // (32 * BLOCK_SIZE))
 
 
 def dequantize(
@@ -358,7 +367,7 @@ def warm_up(
 
     With triton kernels on a CUDA device, some are timed, and the fastest is used from then on.
     """
-    weight = torch.ones(1, BLOCK_SIZE, dtype=dtype, device=device)
+    weight = torch.ones(BLOCK_SIZE, BLOCK_SIZE, dtype=dtype, device=device)
     if dispatch.choose(kernel, weight.device) is Kernel.TRITON:
         _cuda().tune(weight.device, dtype, _NUMBERS[_parse_algorithm(scale)])
     made = quantize(weight, scale=scale, kernel=kernel)

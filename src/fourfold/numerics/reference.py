@@ -49,7 +49,7 @@ def quantize(weight: Tensor, global_scale: float, *, mse: bool) -> tuple[Tensor,
 
 def dequantize(codes: Tensor, block_scale: Tensor, global_scale: float) -> Tensor:
     """float32 weight [..., in] = fl32(q · fl32(s·S))."""
-    m_B = block_scale.float() * _fp32(global_scale)
+    m_B = block_scale.float() * _fp32(global_scale, block_scale.device)
     values = e2m1.decode(e2m1.unpack(codes)).reshape(*m_B.shape, BLOCK_SIZE)
     return (values * m_B.unsqueeze(-1)).flatten(-2)
 
@@ -57,7 +57,8 @@ def dequantize(codes: Tensor, block_scale: Tensor, global_scale: float) -> Tenso
 def mse_losses(blocks: Tensor, global_scale: float) -> Tensor:
     """The float64 loss of each of the 126 block scales: [n, 16] fp32 to [n, 126]."""
     w_NK = blocks.abs()
-    losses = [_loss(w_NK, s * _fp32(global_scale)) for s in e4m3.E4M3_POSITIVE]
+    steps = e4m3.E4M3_POSITIVE.to(blocks.device) * _fp32(global_scale, blocks.device)
+    losses = [_loss(w_NK, m) for m in steps]
     return torch.stack(losses, dim=-1)
 
 
@@ -78,17 +79,20 @@ def _mse_bytes(blocks: Tensor, global_scale: float) -> Tensor:
 
 
 def _max_bytes(blocks: Tensor, global_scale: float) -> Tensor:
-    quotient = blocks.abs().amax(dim=-1) / (6.0 * _fp32(global_scale))
+    divisor = 6.0 * _fp32(global_scale, blocks.device)
+    quotient = blocks.abs().amax(dim=-1) / divisor
     quotient = torch.where(quotient == 0, torch.ones_like(quotient), quotient)
     return e4m3.encode_clamped(quotient).view(torch.uint8)
 
 
 def _encode(blocks: Tensor, scale_bytes: Tensor, global_scale: float) -> tuple[Tensor, Tensor]:
-    m_N1 = (e4m3.from_bytes(scale_bytes).float() * _fp32(global_scale)).unsqueeze(-1)
-    magnitude = e2m1.round_magnitude(blocks.abs() / m_N1)
+    m_N = e4m3.from_bytes(scale_bytes).float() * _fp32(global_scale, blocks.device)
+    magnitude = e2m1.round_magnitude(blocks.abs() / m_N.unsqueeze(-1))
     sign = torch.signbit(blocks).to(torch.uint8) << 3
     return e2m1.pack(magnitude | sign), scale_bytes
 
 
-def _fp32(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float32)
+def _fp32(value: float, device: torch.device) -> Tensor:
+    """On the device: by a number in CPU memory, PyTorch's CUDA kernels divide by multiplying with
+    its reciprocal, which is off by a bit."""
+    return torch.tensor(value, dtype=torch.float32, device=device)

@@ -1,5 +1,5 @@
-"""The passes over tensors at the speed of a GPU's memory: amax, dequantize, and activations rounded
-to NVFP4 and back. Their definitions: `nvfp4.py`, `reference.py`, `activations.py`."""
+"""The passes that only read, or only make numbers of codes: amax and dequantize; and activations
+rounded to NVFP4 and back. Their definitions: `nvfp4.py`, `reference.py`, `activations.py`."""
 
 import triton
 import triton.language as tl
@@ -25,7 +25,7 @@ def amax_kernel(words, result, count, KIND: tl.constexpr, TILE: tl.constexpr):
     """The largest bits of a magnitude of each of N weights, the grid being (tiles of a weight, N):
     words [N, count] -> int32 [N], zero before. NaN lies above Inf, and that above all numbers."""
     n = tl.program_id(1)
-    word = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    word = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     bits = tl.load(words + (n.to(tl.int64) * count + word), mask=word < count, other=0)
     if KIND == FLOAT32:
         low = bits.to(tl.int32) & 0x7FFFFFFF

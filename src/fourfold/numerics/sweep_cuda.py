@@ -170,7 +170,8 @@ def quantize_kernel(
     global_scales,
     codes,
     scales,
-    figures,
+    losses,
+    energies,
     blocks,
     ALGORITHM: tl.constexpr,
     KIND: tl.constexpr,
@@ -181,11 +182,11 @@ def quantize_kernel(
     """Quantize N weights; the grid is (tiles of a weight, N).
 
     words [N, B, 4 or 8], float32 global_scales [N] -> scales uint8 [N, B], codes int64 [N, B] if
-    PACK, and figures float64 [N, ⌈B/32⌉, 2]: Σ loss and Σ w² of 32 blocks each. A sum is not
-    finite if a weight is not, or if one lies far beyond 6·448·S; the bytes are then void.
+    PACK, and float64 losses and energies [N, ⌈B/32⌉]: Σ loss and Σ w² of 32 blocks each. A sum is
+    not finite if a weight is not, or if one lies far beyond 6·448·S; the bytes are then void.
     """
     n = tl.program_id(1)
-    block = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    block = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     valid = block < blocks
     at = n.to(tl.int64) * blocks + block
     global_scale = tl.load(global_scales + n)
@@ -209,16 +210,15 @@ def quantize_kernel(
     tl.store(scales + at, byte.to(tl.uint8), mask=valid)
     if PACK:
         tl.store(codes + at, pack(y, raw, scale_of(byte) * scale, KIND, FMA), mask=valid)
-    _store_figures(figures, blocks, tl.where(valid, loss, 0.0), energy, unit, TILE)
+    square = unit.to(tl.float64) * unit.to(tl.float64)
+    _store_sums(losses, tl.where(valid, loss, 0.0), square, blocks, TILE)
+    _store_sums(energies, energy, square, blocks, TILE)
 
 
 @triton.jit
-def _store_figures(figures, blocks, loss, energy, unit, TILE: tl.constexpr):
-    part = tl.program_id(0) * (TILE // FIGURES) + tl.arange(0, TILE // FIGURES)
+def _store_sums(sums, values, square, blocks, TILE: tl.constexpr):
     parts = tl.cdiv(blocks, FIGURES)
-    to = figures + 2 * (tl.program_id(1).to(tl.int64) * parts + part)
-    square = unit.to(tl.float64) * unit.to(tl.float64)
-    loss_sum = tl.sum(tl.reshape(loss, (TILE // FIGURES, FIGURES)), axis=1)
-    energy_sum = tl.sum(tl.reshape(energy, (TILE // FIGURES, FIGURES)), axis=1)
-    tl.store(to, loss_sum.to(tl.float64) * square, mask=part < parts)
-    tl.store(to + 1, energy_sum.to(tl.float64) * square, mask=part < parts)
+    part = tl.program_id(0) * (TILE // FIGURES) + tl.arange(0, TILE // FIGURES)
+    found = tl.sum(tl.reshape(values, (TILE // FIGURES, FIGURES)), axis=1)
+    to = sums + (tl.program_id(1).to(tl.int64) * parts + part)
+    tl.store(to, found.to(tl.float64) * square, mask=part < parts)
