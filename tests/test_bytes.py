@@ -111,7 +111,9 @@ def check(family: str, truth: Truth, out: Path, choose) -> None:
         assert np.array_equal(tensors[f"{name}.weight"].numpy(), codes)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_5_moe_vl"])
+@pytest.mark.parametrize(
+    "family", ["qwen3_moe", pytest.param("qwen3_5_moe_vl", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     ("recipe", "choose"),
     [("w4a16_nvfp4_experts_only", max_byte), ("w4a16_nvfp4_experts_only_mse", mse_byte)],

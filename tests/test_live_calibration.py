@@ -245,7 +245,9 @@ def test_loops_that_hide_the_text(loop: Any, words: str, streamed, tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["qwen3_omni_moe", "switch_transformers"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("qwen3_omni_moe", marks=pytest.mark.slow), "switch_transformers"]
+)
 def test_calibration_data_for_models_that_are_called_otherwise(
     name: str, written: Written, tmp_path: Path
 ) -> None:

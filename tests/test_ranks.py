@@ -337,6 +337,7 @@ def test_a_rank_that_falls_silent(silent: int, monkeypatch: pytest.MonkeyPatch) 
     assert all(f"rank {silent}: has not answered" in str(error) for error in found)
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_slow_to_hear_of_the_end(written: Written, tmp_path: Path) -> None:
     """The first may have made OUT a checkpoint, and taken the run's state away, by then."""
     model, out = written("qwen3_moe")[0], tmp_path / "out"

@@ -48,7 +48,8 @@ NAMED = [
     "minimax_m2",
     "llama4",
 ]
-"""Every recipe for these; the widest one for all others."""
+"""Every recipe for these, but in turns: the widest and one other, the rest in the slow suite. The
+widest one for all others."""
 
 DENSE = ["qwen3", "llama", "qwen3_tied", "llama_unnamed"]
 
@@ -62,8 +63,10 @@ REFUSED = {
 }
 """Families that a text alone cannot calibrate, or only without a KV cache; and why."""
 
-CASES = [(name, recipe) for name in NAMED for recipe in RECIPES] + [
-    (name, RECIPES[-1]) for name in FAMILIES if name not in NAMED
+CASES = [(name, RECIPES[-1]) for name in FAMILIES] + [
+    pytest.param(name, recipe, marks=[] if turn == place % 4 else pytest.mark.slow)
+    for place, name in enumerate(NAMED)
+    for turn, recipe in enumerate(RECIPES[:-1])
 ]
 
 

@@ -187,8 +187,14 @@ def storages_in_memory() -> dict[int, torch.UntypedStorage]:
     return {storage._cdata: storage for storage in found if storage.nbytes() >= parking.SMALL}
 
 
+SLOW_FAMILIES = [
+    pytest.param(name, marks=pytest.mark.slow) for name in ("jamba", "kimi_linear", "llama4")
+]
+
+
 @pytest.mark.parametrize(
-    "name", ["qwen3_moe", "deepseek_v4", "gemma4", "jamba", "kimi_linear", "llama4"]
+    "name",
+    ["qwen3_moe", "deepseek_v4", "gemma4", *SLOW_FAMILIES],
 )
 def test_a_waiting_call_holds_nothing(name: str, written: Any, monkeypatch: Any) -> None:
     """At every door, but what calls share; also what only an earlier layer was given."""
