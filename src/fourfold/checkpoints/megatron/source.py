@@ -1,0 +1,221 @@
+"""A Megatron checkpoint as a `Source`: Hugging Face names and lazy tensors.
+
+    .metadata ─▶ stored tensors ─▶ parameters ─▶ rules of the family ─▶ Hugging Face tensors
+
+Configuration, tokenizer and the like come from a folder of the Hugging Face model, the one that
+`--hf-config` names. Opening reads no weight; a slab is read out of the chunks that hold it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fourfold.checkpoints.megatron.arguments import read_arguments
+from fourfold.checkpoints.megatron.boxes import Box
+from fourfold.checkpoints.megatron.families import rules_for
+from fourfold.checkpoints.megatron.keys import Parameter, is_bookkeeping, parameters_of
+from fourfold.checkpoints.megatron.metadata import (
+    METADATA_FILE,
+    StoredCheckpoint,
+    iteration_folder,
+    read_metadata,
+)
+from fourfold.checkpoints.megatron.presented import Presented, Range, present
+from fourfold.checkpoints.megatron.sizes import Sizes
+from fourfold.checkpoints.megatron.stored import StoredTensors
+from fourfold.checkpoints.safetensors_header import TensorInfo, nbytes_of, shown
+from fourfold.checkpoints.source import CONFIG, find_side_files, read_config
+from fourfold.checkpoints.stamps import FileStamp, Stamps
+from fourfold.errors import SourceError
+
+_LAYER = re.compile(r"(?:.*\.)?decoder\.layers\.([0-9]+)\.")
+_EXPERT = re.compile(r".*\.mlp\.experts\.([0-9]+)\.")
+_MTP = re.compile(r"(?:.*\.)?mtp\.layers\.([0-9]+)\.")
+
+SHOWN_KEYS = 3
+
+
+class MegatronFolder:
+    """A `torch_dist` directory, and the Hugging Face folder beside it. Safe for many threads."""
+
+    def __init__(self, checkpoint: Path, hf_config: Path) -> None:
+        """Raises `SourceError` where anything does not fit; reads no weight."""
+        found = iteration_folder(checkpoint)
+        if found is None:
+            raise SourceError(
+                f"{checkpoint}: no {METADATA_FILE}: no torch_dist checkpoint. "
+                "Give the folder that Megatron wrote."
+            )
+        self.checkpoint = found
+        self.folder = hf_config
+        """Where the configuration and the tokenizer lie."""
+        self._stamps, self._beside = Stamps(), Stamps()
+        config = read_config(hf_config, self._beside)
+        self._was_quantized = "quantization_config" in config
+        self.config: Mapping[str, Any] = {
+            name: value for name, value in config.items() if name != "quantization_config"
+        }
+        stored = read_metadata(found, self._stamps)
+        self._side_files = find_side_files(hf_config, frozenset(), self._beside)
+        self._stored = StoredTensors(stored, self._stamps)
+        self._presented = self._present(stored)
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: self._info(each) for name, each in sorted(self._presented.items())
+        }
+
+    @property
+    def origin_folders(self) -> tuple[Path, ...]:
+        """What is read: no output may lie in any of them."""
+        return self.checkpoint, self.folder
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of where names and weights come from."""
+        notes = [f"weights come from {self.checkpoint}, config.json from {self.folder}"]
+        if self._arguments.note is not None:
+            notes.append(self._arguments.note)
+        if self._was_quantized:
+            notes.append(
+                f"{self.folder / CONFIG}: its quantization_config is left out: it is not that of "
+                "these weights"
+            )
+        if self._lacks_mtp:
+            notes.append("the configuration speaks of MTP layers; the checkpoint has none")
+        return tuple(notes)
+
+    def slab(
+        self, key: str, start: int, stop: int, out: np.ndarray[Any, Any] | None = None
+    ) -> torch.Tensor:
+        info, presented = self.tensors[key], self._presented[key]
+        shape = (stop - start, *info.shape[1:]) if info.shape else ()
+        buffer = np.empty(nbytes_of(info.dtype, shape), dtype=np.uint8) if out is None else out
+        flat = buffer.reshape(-1).view(np.uint8)
+        first = start * presented.lines_each
+        last = first + (len(flat) // presented.line_bytes if presented.line_bytes else 0)
+        for each in presented.within(first, last):
+            at = (each.line - first) * presented.line_bytes
+            size = (each.stop - each.start) * presented.line_bytes
+            self._stored.read(each.parameter.stored, _box(each), flat[at : at + size])
+        tensor = torch.from_numpy(flat).view(info.torch_dtype).reshape(shape)
+        if presented.plus_one:
+            tensor.copy_(tensor.to(torch.float64) + 1.0)
+        return tensor
+
+    def read_bytes(self, key: str, start: int, out: np.ndarray[Any, Any]) -> None:
+        info = self.tensors[key]
+        if not len(out):
+            return
+        row = info.nbytes // info.shape[0] if info.shape else info.nbytes
+        first, last = start // row, -(-(start + len(out)) // row)
+        if start == first * row and len(out) == (last - first) * row:
+            self.slab(key, first, last, out)
+            return
+        data = self.slab(key, first, last).reshape(-1).view(torch.uint8).numpy()
+        out[:] = data[start - first * row :][: len(out)]
+
+    def will_need(self, key: str, start: int, stop: int) -> None:
+        presented = self._presented[key]
+        each = presented.lines_each
+        for found in presented.within(start * each, stop * each):
+            self._stored.will_need(found.parameter.stored, _box(found))
+
+    def side_files(self) -> tuple[list[Path], list[Path]]:
+        copied, dropped = self._side_files
+        return [*copied], [*dropped]
+
+    def stamps(self) -> Mapping[str, FileStamp]:
+        """Of the checkpoint's files, and of the Hugging Face folder's under `hf-config/`."""
+        beside = self._beside.relative_to(self.folder)
+        return {
+            **self._stamps.relative_to(self.checkpoint),
+            **{f"hf-config/{name}": stamp for name, stamp in beside.items()},
+        }
+
+    def check_unchanged(self) -> None:
+        self._stamps.check()
+        self._beside.check()
+
+    def close(self) -> None:
+        self._stored.close()
+
+    def _present(self, stored: StoredCheckpoint) -> dict[str, Presented]:
+        file = self.folder / CONFIG
+        book = rules_for(self.config.get("model_type"))
+        sizes = Sizes.of(self.config, file)
+        self._arguments = read_arguments(self.checkpoint, self._stamps)
+        self._arguments.check(book, sizes, file)
+        _check_objects(stored)
+        weights = {key: each for key, each in stored.tensors.items() if not is_bookkeeping(key)}
+        for key in weights:
+            self._stored.check(key)
+        parameters = list(parameters_of(weights))
+        mtp = _check_counts(parameters, sizes, file)
+        self._lacks_mtp = bool(sizes.mtp_layers) and not mtp
+        found = present(parameters, book, replace(sizes, mtp_layers=mtp))
+        return {each.name: each for each in found}
+
+    def _info(self, presented: Presented) -> TensorInfo:
+        """What a tensor is. It lies nowhere whole: its place is that of its first row."""
+        first = presented.ranges[0]
+        file, start = self._stored.first_place(first.parameter.stored, _box(first))
+        return TensorInfo(
+            presented.name, presented.dtype, presented.shape, file, start, start + presented.nbytes
+        )
+
+
+def _box(found: Range) -> Box:
+    """Rows of a parameter as a box of the stored tensor."""
+    parameter = found.parameter
+    index = tuple((number, number + 1) for number in parameter.index)
+    if not parameter.shape:
+        return index
+    return *index, (found.start, found.stop), *((0, size) for size in parameter.shape[1:])
+
+
+def _check_objects(stored: StoredCheckpoint) -> None:
+    """What is no tensor must be known bookkeeping: nothing else is left out."""
+    unknown = [key for key in stored.objects if not is_bookkeeping(key)]
+    if unknown:
+        raise SourceError(
+            f"{stored.folder / METADATA_FILE}: {', '.join(map(shown, unknown[:SHOWN_KEYS]))}: no "
+            "tensor, and no bookkeeping that is known, so it cannot be left out. "
+            "Which tool has saved it?"
+        )
+
+
+def _check_counts(parameters: Iterable[Parameter], sizes: Sizes, file: Path) -> int:
+    """Layers and experts are those of the configuration; how many MTP layers there are."""
+    layers: set[int] = set()
+    mtp: set[int] = set()
+    for parameter in parameters:
+        for pattern, found in ((_LAYER, layers), (_MTP, mtp)):
+            match = pattern.match(parameter.name)
+            if match is not None:
+                found.add(int(match[1]))
+        expert = _EXPERT.match(parameter.name)
+        if expert is not None and int(expert[1]) >= sizes.experts:
+            raise SourceError(
+                f"{parameter.stored}: has an expert {expert[1]}, {file} says {sizes.experts} "
+                "experts. Does --hf-config belong to this checkpoint?"
+            )
+    if layers != set(range(sizes.layers)):
+        raise SourceError(
+            f"{METADATA_FILE}: has decoder layers {_some(layers)}, {file} says "
+            f"num_hidden_layers {sizes.layers}. Does --hf-config belong to this checkpoint?"
+        )
+    if mtp != set(range(len(mtp))):
+        raise SourceError(f"{METADATA_FILE}: has MTP layers {_some(mtp)}, and not those before.")
+    return len(mtp)
+
+
+def _some(numbers: set[int]) -> str:
+    ordered: Iterator[str] = (str(number) for number in sorted(numbers))
+    text = ", ".join(ordered)
+    return text if len(text) < 60 else f"{text[:60]}… ({len(numbers)} of them)"
