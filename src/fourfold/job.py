@@ -53,6 +53,10 @@ FOR_GOOD = {
 """Errors that the same command would meet again, on this rank or another: there is nothing to go
 on from."""
 
+WriteRest = Callable[
+    [Plan, Source, OutputFolder, list[LinearResult], ActivationScales | None], None
+]
+
 
 class Job:
     """What is written into OUT: observe, fold, and make it a checkpoint."""
@@ -67,9 +71,11 @@ class Job:
         run: Run,
         ranks: Ranks,
         threads: int,
+        rest: WriteRest | None = None,
     ) -> None:
+        """rest: writes everything that is no shard, config.json last; by default `write_rest`."""
         self.work, self.source, self.folder, self.run = work, source, folder, run
-        self.ranks, self.threads = ranks, threads
+        self.ranks, self.threads, self.write_rest = ranks, threads, rest or write_rest
         self.identity = identity_of(work, source, run)
 
     @property
@@ -148,7 +154,7 @@ class Job:
         if self.share.is_whole:
             linears = linears_of(mine)
             check_whole(self.folder.folder, self.work, mine)
-            write_rest(self.work, self.source, self.folder, linears, self.run.scales)
+            self.write_rest(self.work, self.source, self.folder, linears, self.run.scales)
             self.folder.done()
             return linears
         everything: dict[str, Any] = {}
@@ -157,7 +163,7 @@ class Job:
         if self.ranks.rank == 0:
             rest = OutputFolder(self.folder.journal.folder / REST)
             linears = linears_of(everything)
-            write_rest(self.work, self.source, rest, linears, self.run.scales)
+            self.write_rest(self.work, self.source, rest, linears, self.run.scales)
         return linears_of(mine)
 
     def _stop(self, error: BaseException, overwrite: bool) -> None:

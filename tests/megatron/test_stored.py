@@ -196,9 +196,7 @@ def test_a_chunk_of_another_shape_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, "a at [0, 0]", "[6, 10]")
 
 
-def test_chunks_that_run_code_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chunks_that_run_code_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     metadata = write_torch_dist(tmp_path, {"a": TENSORS["matrix"]}, files=1)
     file = tmp_path / "__0_0.distcp"

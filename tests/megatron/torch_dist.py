@@ -91,7 +91,9 @@ def write_torch_dist(
         )
     for handle in handles:
         handle.close()
-    metadata = Metadata(entries, planner_data={key: (key,) for key in tensors}, storage_data=storage)
+    metadata = Metadata(
+        entries, planner_data={key: (key,) for key in tensors}, storage_data=storage
+    )
     write_metadata(folder, metadata)
     if common is not None:
         torch.save(common, folder / "common.pt")

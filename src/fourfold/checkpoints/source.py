@@ -316,6 +316,11 @@ def read_config(folder: Path, stamps: Stamps | None = None) -> dict[str, Any]:
                 f"{folder}: no config.json yet, as its run is not finished. The command that "
                 "began it goes on from there."
             )
+        if os.path.lexists(folder / ".metadata"):
+            raise SourceError(
+                f"{folder}: a Megatron checkpoint (torch_dist), not Hugging Face's. Convert it "
+                "first: `fourfold convert`; or give --hf-config where a command has it."
+            )
         seen = [_plain(path.name) for path in _listed(folder)[:5]]
         inside = f"it holds {', '.join(seen)}, …" if seen else "it is empty"
         raise SourceError(f"{folder}: no config.json ({inside}). Give a checkpoint's folder.")

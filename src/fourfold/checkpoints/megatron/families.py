@@ -171,9 +171,7 @@ def _mtp_qwen(language: str = "") -> tuple[Section, ...]:
 
 
 _VL = r"(?:language_model\.)?"
-_VISION = Section(
-    r"(?:vision_model|visual)\.", "model.visual.", (rename(r"(?P<all>.+)", "{all}"),)
-)
+_VISION = Section(r"(?:vision_model|visual)\.", "model.visual.", (rename(r"(?P<all>.+)", "{all}"),))
 
 FAMILIES: Mapping[str, RuleBook] = {
     "qwen3": RuleBook((*shell("model."), layers("model.", _QWEN3)), proof=LOGITS),

@@ -67,9 +67,7 @@ def iteration_folder(folder: Path) -> Path | None:
         if os.path.lexists(inside / METADATA_FILE):
             return inside
         _refuse_other(inside)
-        raise SourceError(
-            f"{inside}: no {METADATA_FILE}, though {LATEST} names it. {COPY_AGAIN}"
-        )
+        raise SourceError(f"{inside}: no {METADATA_FILE}, though {LATEST} names it. {COPY_AGAIN}")
     return None
 
 

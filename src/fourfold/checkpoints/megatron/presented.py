@@ -61,9 +61,7 @@ class Presented:
                 yield Range(each.line + skipped, each.parameter, each.start + skipped, stop)
 
 
-def present(
-    parameters: Iterable[Parameter], book: RuleBook, sizes: Sizes
-) -> Iterator[Presented]:
+def present(parameters: Iterable[Parameter], book: RuleBook, sizes: Sizes) -> Iterator[Presented]:
     """Every Hugging Face tensor that parameters make.
 
     Raises `SourceError` where a parameter has no rule, a tensor would be made twice, or a part of

@@ -53,7 +53,7 @@ class MegatronFolder:
                 f"{checkpoint}: no {METADATA_FILE}: no torch_dist checkpoint. "
                 "Give the folder that Megatron wrote."
             )
-        self.checkpoint = found
+        self.given, self.checkpoint = checkpoint, found
         self.folder = hf_config
         """Where the configuration and the tokenizer lie."""
         self._stamps, self._beside = Stamps(), Stamps()
@@ -73,7 +73,7 @@ class MegatronFolder:
     @property
     def origin_folders(self) -> tuple[Path, ...]:
         """What is read: no output may lie in any of them."""
-        return self.checkpoint, self.folder
+        return self.given, self.checkpoint, self.folder
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -93,38 +93,34 @@ class MegatronFolder:
     def slab(
         self, key: str, start: int, stop: int, out: np.ndarray[Any, Any] | None = None
     ) -> torch.Tensor:
-        info, presented = self.tensors[key], self._presented[key]
+        info, each = self.tensors[key], self._presented[key].lines_each
         shape = (stop - start, *info.shape[1:]) if info.shape else ()
         buffer = np.empty(nbytes_of(info.dtype, shape), dtype=np.uint8) if out is None else out
         flat = buffer.reshape(-1).view(np.uint8)
-        first = start * presented.lines_each
-        last = first + (len(flat) // presented.line_bytes if presented.line_bytes else 0)
-        for each in presented.within(first, last):
-            at = (each.line - first) * presented.line_bytes
-            size = (each.stop - each.start) * presented.line_bytes
-            self._stored.read(each.parameter.stored, _box(each), flat[at : at + size])
-        tensor = torch.from_numpy(flat).view(info.torch_dtype).reshape(shape)
-        if presented.plus_one:
-            tensor.copy_(tensor.to(torch.float64) + 1.0)
-        return tensor
+        self._read(key, start * each, flat)
+        return torch.from_numpy(flat).view(info.torch_dtype).reshape(shape)
 
     def read_bytes(self, key: str, start: int, out: np.ndarray[Any, Any]) -> None:
-        info = self.tensors[key]
         if not len(out):
             return
-        row = info.nbytes // info.shape[0] if info.shape else info.nbytes
-        first, last = start // row, -(-(start + len(out)) // row)
-        if start == first * row and len(out) == (last - first) * row:
-            self.slab(key, first, last, out)
+        line = self._presented[key].line_bytes
+        first, last = start // line, -(-(start + len(out)) // line)
+        if start == first * line and len(out) == (last - first) * line:
+            self._read(key, first, out)
             return
-        data = self.slab(key, first, last).reshape(-1).view(torch.uint8).numpy()
-        out[:] = data[start - first * row :][: len(out)]
+        data = np.empty((last - first) * line, dtype=np.uint8)
+        self._read(key, first, data)
+        out[:] = data[start - first * line :][: len(out)]
 
     def will_need(self, key: str, start: int, stop: int) -> None:
         presented = self._presented[key]
         each = presented.lines_each
         for found in presented.within(start * each, stop * each):
             self._stored.will_need(found.parameter.stored, _box(found))
+
+    def made_of(self, key: str) -> str:
+        """The stored key that a tensor's first rows come from, for messages."""
+        return self._presented[key].ranges[0].parameter.stored
 
     def side_files(self) -> tuple[list[Path], list[Path]]:
         copied, dropped = self._side_files
@@ -144,6 +140,19 @@ class MegatronFolder:
 
     def close(self) -> None:
         self._stored.close()
+
+    def _read(self, key: str, first: int, out: np.ndarray[Any, Any]) -> None:
+        """Fill `out` with lines of a tensor, from `first` on."""
+        presented = self._presented[key]
+        if not len(out):
+            return
+        for each in presented.within(first, first + len(out) // presented.line_bytes):
+            at = (each.line - first) * presented.line_bytes
+            size = (each.stop - each.start) * presented.line_bytes
+            self._stored.read(each.parameter.stored, _box(each), out[at : at + size])
+        if presented.plus_one:
+            values = torch.from_numpy(out).view(self.tensors[key].torch_dtype)
+            values.copy_(values.to(torch.float64) + 1.0)
 
     def _present(self, stored: StoredCheckpoint) -> dict[str, Presented]:
         file = self.folder / CONFIG
