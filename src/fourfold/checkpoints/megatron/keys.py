@@ -23,7 +23,7 @@ from fourfold.checkpoints.megatron.metadata import StoredTensor
 from fourfold.errors import SourceError
 
 BOOKKEEPING = re.compile(
-    r"(.*\.)?_extra_state(/shard_[0-9_]+)?"
+    r"(.*\.)?_extra_state(/shard_[0-9._]+)?"
     r"|(optimizer|chained_[0-9]+|opt_param_scheduler)([./].*)?"
     r"|(rng_state|rerun_state_machine_state)([./].*)?"
 )

@@ -78,6 +78,7 @@ def stand_in(name: str) -> type[Stored]:
 
 
 _METADATA = "torch.distributed.checkpoint.metadata"
+_PLANNER = "torch.distributed.checkpoint.planner"
 _FILES = "torch.distributed.checkpoint.filesystem"
 _MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
 
@@ -95,6 +96,12 @@ METADATA: Mapping[str, Any] = {
         for name in (
             "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
             "TensorProperties", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
+        )
+    },
+    **{
+        f"{_PLANNER} {name}": stand_in(name)
+        for name in (
+            "SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData",
         )
     },
     **{f"{_FILES} {name}": stand_in(name) for name in ("_StorageInfo", "_StoragePrefix")},
@@ -139,8 +146,8 @@ def read_pickle(data: bytes, file: Path, table: Mapping[str, Any]) -> Any:
 
     def refuse(name: str) -> Any:
         raise SourceError(
-            f"{file}: names {shown(name.replace(' ', '.'))}, which no checkpoint needs. "
-            "It would run code: do not use this checkpoint."
+            f"{file}: names {shown(name.replace(' ', '.'))}, which is no part of a checkpoint and "
+            "might run code. Do not use this checkpoint."
         )
 
     return _read(data, file, table, refuse)

@@ -66,9 +66,7 @@ class MegatronFolder:
         self._side_files = find_side_files(hf_config, frozenset(), self._beside)
         self._stored = StoredTensors(stored, self._stamps)
         self._presented = self._present(stored)
-        self.tensors: Mapping[str, TensorInfo] = {
-            name: self._info(each) for name, each in sorted(self._presented.items())
-        }
+        self.tensors: Mapping[str, TensorInfo] = dict(self._lay_out())
 
     @property
     def origin_folders(self) -> tuple[Path, ...]:
@@ -170,13 +168,21 @@ class MegatronFolder:
         found = present(parameters, book, replace(sizes, mtp_layers=mtp))
         return {each.name: each for each in found}
 
-    def _info(self, presented: Presented) -> TensorInfo:
-        """What a tensor is. It lies nowhere whole: its place is that of its first row."""
-        first = presented.ranges[0]
-        file, start = self._stored.first_place(first.parameter.stored, _box(first))
-        return TensorInfo(
-            presented.name, presented.dtype, presented.shape, file, start, start + presented.nbytes
-        )
+    def _lay_out(self) -> Iterator[tuple[str, TensorInfo]]:
+        """The tensors, as if they lay one after the other in the order of their names.
+
+        So what is written does not depend on how the checkpoint was sharded.
+        """
+        at, file = 0, self.checkpoint / METADATA_FILE
+        for name in sorted(self._presented, key=_natural):
+            each = self._presented[name]
+            yield name, TensorInfo(name, each.dtype, each.shape, file, at, at + each.nbytes)
+            at += each.nbytes
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Numbers in a name are ordered as numbers."""
+    return [(len(part), part) if part.isdecimal() else (0, part) for part in name.split(".")]
 
 
 def _box(found: Range) -> Box:

@@ -62,12 +62,6 @@ class StoredTensors:
             )
             self._copy(tensor, chunk, cell, whole[inner])
 
-    def first_place(self, key: str, box: Box) -> tuple[Path, int]:
-        """The file where a box begins, and a byte near it: to read in the order of the disk."""
-        self.check(key)
-        _, chunk = next(self._boxes[key].cells(box))
-        return chunk.file, chunk.start
-
     def will_need(self, key: str, box: Box) -> None:
         """A hint that these elements will be read soon; of large chunks nothing is said."""
         if not hasattr(os, "posix_fadvise"):

@@ -22,7 +22,7 @@ from fourfold.checkpoints.megatron.families import FAMILIES as BOOKS
 from fourfold.checkpoints.megatron.rules import Transform
 
 from .inverse import to_megatron
-from .torch_dist import Cut, halves, singles, whole, write_torch_dist
+from .writing import Cut, halves, singles, whole, write_torch_dist
 
 NAMES = ["qwen3", "qwen3_moe", "qwen3_5_moe", "qwen3_5_moe_text", "mixtral", "deepseek_v3"]
 WITH_MTP = ["qwen3_5_moe", "deepseek_v3"]

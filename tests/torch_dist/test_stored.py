@@ -18,7 +18,7 @@ from fourfold.checkpoints.megatron.stored import StoredTensors
 from fourfold.checkpoints.stamps import Stamps
 from fourfold.errors import SourceError
 
-from .torch_dist import halves, singles, whole, write_metadata, write_torch_dist
+from .writing import halves, singles, whole, write_metadata, write_torch_dist
 
 
 def opened(folder: Path) -> StoredTensors:
@@ -109,7 +109,7 @@ def test_metadata_that_names_functions_runs_nothing(
     metadata = write_torch_dist(tmp_path, TENSORS)
     setattr(metadata, where, {"x": Harmful()})
     write_metadata(tmp_path, metadata)
-    refused(tmp_path, ".metadata", "system", "do not use this checkpoint")
+    refused(tmp_path, ".metadata", "system", "Do not use this checkpoint")
     assert not (tmp_path / "harmed").exists()
 
 
@@ -203,7 +203,7 @@ def test_chunks_that_run_code_are_refused(tmp_path: Path, monkeypatch: pytest.Mo
     torch.save(Harmful(), file)
     next(iter(metadata.storage_data.values())).length = file.stat().st_size
     write_metadata(tmp_path, metadata)
-    refused(tmp_path, "__0_0.distcp", "system", "do not use this checkpoint")
+    refused(tmp_path, "__0_0.distcp", "system", "Do not use this checkpoint")
     assert not (tmp_path / "harmed").exists()
 
 

@@ -1,0 +1,110 @@
+"""Models of megatron-core itself, converted: transformers predicts what Megatron predicts.
+
+Each is built by megatron-core on the CPU, saved by it on one rank and again in other shardings,
+converted by us, and loaded by transformers. Transformer Engine's kernels are not here: its grouped
+layout is saved by megatron-core's own `TEGroupedMLP` around plain linear layers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import fourfold
+from families import FAMILIES
+
+from .core_jobs import Case, Ranks, Saved, run
+
+pytestmark = pytest.mark.skipif(
+    find_spec("megatron") is None or find_spec("megatron.core") is None,
+    reason="megatron-core is not installed (pip install 'fourfold[megatron]')",
+)
+
+CLOSE = 1e-5
+"""Logits are about 4 at most, in float32."""
+
+RECIPE = "w4a16_nvfp4_mlp_only_mse"
+
+FOUR_LAYERS = {"num_hidden_layers": 4}
+HYBRID = Case(
+    "qwen3_5_moe_text",
+    {"grouped": True, "padding": 32},
+    {
+        **FOUR_LAYERS,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "linear_num_value_heads": 8,
+    },
+)
+SEQUENTIAL = Case("qwen3_moe", {}, {**FOUR_LAYERS, "norm_topk_prob": True, "mlp_only_layers": []})
+DENSE_FIRST = {"moe_layer_freq": [0, 1, 1, 1]}
+
+CASES = {
+    "hybrid, grouped": HYBRID,
+    "experts apart": Case(HYBRID.family, {**HYBRID.options, "singleton": True}, HYBRID.changes),
+    "sequential": SEQUENTIAL,
+    "dense": Case("qwen3", {}, FOUR_LAYERS),
+    "tied": Case("qwen3", {}, {**FOUR_LAYERS, "tie_word_embeddings": True}),
+    "mixtral": Case("mixtral", {"grouped": True}, FOUR_LAYERS),
+    "latent attention": Case("deepseek_v3", {**DENSE_FIRST, "grouped": True}, FOUR_LAYERS),
+}
+
+ALL = [Ranks(tp=2), Ranks(ep=2), Ranks(pp=2), Ranks(tp=2, ep=2, pp=2)]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Of everything but the reports, which name the checkpoint."""
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.suffix != ".html" and path.name != "quant_summary.json"
+    }
+
+
+def check(case: Case, saved: Saved, folder: Path) -> None:
+    """Converted, transformers says what each sharding said; quantized, all are the same bytes."""
+    model_class = getattr(transformers, FAMILIES[case.family].model_class)
+    converted, quantized = [], []
+    for name, checkpoint in saved.checkpoints.items():
+        out = folder / f"hf {name}"
+        fourfold.convert(checkpoint, out, hf_config=saved.hf_config)
+        converted.append(digests(out))
+        model = model_class.from_pretrained(out, dtype=torch.float32, attn_implementation="eager")
+        ids = torch.arange(24).reshape(2, 12) * 7 % model.config.vocab_size
+        with torch.no_grad():
+            logits = model.eval()(ids).logits
+        theirs = saved.logits[name][..., : logits.shape[-1]]
+        assert float((logits - theirs).abs().max()) < CLOSE, name
+        assert float(logits.abs().max()) > 1
+        result = fourfold.quantize(
+            checkpoint, folder / f"nvfp4 {name}", RECIPE, hf_config=saved.hf_config
+        )
+        assert result.clean
+        quantized.append(digests(folder / f"nvfp4 {name}"))
+    assert all(each == converted[0] for each in converted)
+    assert all(each == quantized[0] for each in quantized)
+
+
+def test_a_hybrid_of_two_ranks(tmp_path: Path) -> None:
+    saved = run(HYBRID, [Ranks(tp=2, ep=2)], tmp_path)
+    check(HYBRID, saved, tmp_path)
+
+
+def test_sequential_experts_on_two_stages(tmp_path: Path) -> None:
+    saved = run(SEQUENTIAL, [Ranks(pp=2)], tmp_path)
+    check(SEQUENTIAL, saved, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_every_sharding(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    shardings: Sequence[Ranks] = ALL
+    if "Moe" not in FAMILIES[case.family].model_class and case.family == "qwen3":
+        shardings = [Ranks(tp=2), Ranks(pp=2), Ranks(tp=2, pp=2)]
+    check(case, run(case, shardings, tmp_path), tmp_path)
