@@ -28,7 +28,7 @@ def qkv(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def gated_qkv(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """As `qkv`; q holds each head's query and then its gate, Megatron all queries of a group first."""
+    """As `qkv`; q has each head's gate behind it, Megatron all gates of a group behind queries."""
     heads = q.reshape(GROUPS, -1, 2, SIZE, q.shape[-1])
     queries, gates = heads[:, :, 0], heads[:, :, 1]
     flat = [x.reshape(GROUPS, -1, q.shape[-1]) for x in (queries, gates, k, v)]
@@ -176,7 +176,8 @@ def to_megatron(raw: Mapping[str, Tensor], *, te: bool = True, dialect: str = "a
     made: Tensors = {}
     model = "model.language_model." if any("language_model" in key for key in raw) else "model."
     made["embedding.word_embeddings.weight"] = padded(left.pop(f"{model}embed_tokens.weight"))
-    made["output_layer.weight"] = padded(left.pop("lm_head.weight"))
+    if "lm_head.weight" in left:
+        made["output_layer.weight"] = padded(left.pop("lm_head.weight"))
     made["decoder.final_layernorm.weight"] = left.pop(f"{model}norm.weight")
     for key in [key for key in left if key.startswith("model.visual.")]:
         made[key.replace("model.visual.", "vision_model.")] = left.pop(key)

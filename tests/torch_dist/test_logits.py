@@ -8,6 +8,8 @@ layout is saved by megatron-core's own `TEGroupedMLP` around plain linear layers
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,7 +31,7 @@ pytestmark = pytest.mark.skipif(
 CLOSE = 1e-5
 """Logits are about 4 at most, in float32."""
 
-RECIPE = "w4a16_nvfp4_mlp_only_mse"
+RECIPE = "w4a16_nvfp4_default_mse"
 
 FOUR_LAYERS = {"num_hidden_layers": 4}
 HYBRID = Case(
@@ -42,16 +44,20 @@ HYBRID = Case(
     },
 )
 SEQUENTIAL = Case("qwen3_moe", {}, {**FOUR_LAYERS, "norm_topk_prob": True, "mlp_only_layers": []})
+DENSE = Case("qwen3", {}, {**FOUR_LAYERS, "layer_types": ["full_attention"] * 4})
 DENSE_FIRST = {"moe_layer_freq": [0, 1, 1, 1]}
+LATENT = Case("deepseek_v3", {**DENSE_FIRST, "grouped": True}, FOUR_LAYERS)
 
 CASES = {
     "hybrid, grouped": HYBRID,
     "experts apart": Case(HYBRID.family, {**HYBRID.options, "singleton": True}, HYBRID.changes),
     "sequential": SEQUENTIAL,
-    "dense": Case("qwen3", {}, FOUR_LAYERS),
-    "tied": Case("qwen3", {}, {**FOUR_LAYERS, "tie_word_embeddings": True}),
+    "dense": DENSE,
+    "tied": Case("qwen3", {}, {**DENSE.changes, "tie_word_embeddings": True}),
     "mixtral": Case("mixtral", {"grouped": True}, FOUR_LAYERS),
-    "latent attention": Case("deepseek_v3", {**DENSE_FIRST, "grouped": True}, FOUR_LAYERS),
+    "latent attention": LATENT,
+    "hybrid, MTP": Case(HYBRID.family, {**HYBRID.options, "mtp": True}, HYBRID.changes),
+    "latent attention, MTP": Case(LATENT.family, {**LATENT.options, "mtp": True}, FOUR_LAYERS),
 }
 
 ALL = [Ranks(tp=2), Ranks(ep=2), Ranks(pp=2), Ranks(tp=2, ep=2, pp=2)]
@@ -73,6 +79,7 @@ def check(case: Case, saved: Saved, folder: Path) -> None:
     for name, checkpoint in saved.checkpoints.items():
         out = folder / f"hf {name}"
         fourfold.convert(checkpoint, out, hf_config=saved.hf_config)
+        check_mtp(out, has_mtp=bool(case.options.get("mtp")))
         converted.append(digests(out))
         model = model_class.from_pretrained(out, dtype=torch.float32, attn_implementation="eager")
         ids = torch.arange(24).reshape(2, 12) * 7 % model.config.vocab_size
@@ -88,6 +95,25 @@ def check(case: Case, saved: Saved, folder: Path) -> None:
         quantized.append(digests(folder / f"nvfp4 {name}"))
     assert all(each == converted[0] for each in converted)
     assert all(each == quantized[0] for each in quantized)
+
+
+BESIDE = {
+    "fc", "norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden",
+    "eh_proj", "enorm", "hnorm", "embed_tokens", "shared_head.norm", "shared_head.head",
+}  # fmt: skip
+"""What an MTP layer has that no decoder layer has, by Qwen's names and by DeepSeek's."""
+
+
+def check_mtp(out: Path, *, has_mtp: bool) -> None:
+    """The MTP layer has what the last decoder layer has, and what ties it to the model."""
+    names = set(json.loads((out / "model.safetensors.index.json").read_text())["weight_map"])
+    mtp = {name for name in names if name.startswith(("mtp.", "model.layers.4."))}
+    assert bool(mtp) == has_mtp
+    rest = {re.sub(r"^(mtp\.layers\.0|mtp|model\.layers\.4)\.", "", name) for name in mtp}
+    beside = {name for name in rest if name.removesuffix(".weight") in BESIDE}
+    assert len(beside) in ((4, 6) if has_mtp else (0,))
+    layer = {name.removeprefix("model.layers.3.") for name in names if ".layers.3." in name}
+    assert rest - beside == (layer if has_mtp else set())
 
 
 def test_a_hybrid_of_two_ranks(tmp_path: Path) -> None:

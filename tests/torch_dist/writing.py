@@ -1,4 +1,4 @@
-"""Writes `torch_dist` directories with PyTorch's own classes, chunks cut as ranks would cut them."""
+"""Writes `torch_dist` directories with PyTorch's own classes, cut as ranks would cut them."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def write_torch_dist(
     objects: Iterable[str] = (),
     common: Any = None,
 ) -> Metadata:
-    """Write `tensors` into `folder`; the metadata is given back, to be changed and written again."""
+    """Write `tensors` into `folder`; gives the metadata, to be changed and written again."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"__{number}_0.distcp" for number in range(files)]
     handles = [(folder / name).open("wb") for name in names]

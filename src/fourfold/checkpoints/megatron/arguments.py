@@ -26,6 +26,10 @@ REFUSED: Mapping[str, str] = {
     "moe_mlp_glu_interleave_size": "gate and up are interleaved, which no rule undoes",
     "glu_interleave_size": "gate and up are interleaved, which no rule undoes",
     "moe_single_grouped_weight": "all experts are packed in one weight, which no rule takes apart",
+    "rotary_interleaved": "rotary embeddings pair neighbours, which no rule undoes",
+    "glu_linear_offset": "up is offset before it is multiplied, which these families do not do",
+    "activation_func_clamp_value": "activations are clamped, which these families do not do",
+    "moe_apply_probs_on_input": "experts' inputs are weighted, which these families do not do",
     "moe_latent_size": "experts work in a smaller latent space, which these families do not have",
     "apply_residual_connection_post_layernorm": "its residuals are not those of these families",
     "heterogeneous_layers_config_path": "its layers differ from each other in size",
@@ -50,8 +54,11 @@ class Arguments:
             "kept as w − 1 would not be seen; they are taken to be as --hf-config's family has them"
         )
 
-    def check(self, book: RuleBook, sizes: Sizes, file: Path) -> None:
-        """Raise `SourceError` for a layout that is not handled, or of another model than `file`."""
+    def check(self, book: RuleBook, sizes: Sizes, config: Mapping[str, Any], file: Path) -> None:
+        """Raise `SourceError` for a layout that is not handled, or for another model's `config`.
+
+        file: that `config` was read from.
+        """
         if self.values is None:
             return
         for name, why in REFUSED.items():
@@ -70,15 +77,25 @@ class Arguments:
                 f"{self.file}: norms are kept as {kept} (apply_layernorm_1p is {centered}), and "
                 "the family of --hf-config keeps them otherwise. Is it the right one?"
             )
-        for name, ours, theirs in self._differences(sizes):
+        for name, ours, theirs in self._differences(sizes, config):
             raise SourceError(
                 f"{self.file}: {name} is {shown(ours)}, {file} says {theirs}. "
                 "Does --hf-config belong to this checkpoint?"
             )
 
-    def _differences(self, sizes: Sizes) -> Iterator[tuple[str, Any, int]]:
+    def _differences(
+        self, sizes: Sizes, config: Mapping[str, Any]
+    ) -> Iterator[tuple[str, Any, float]]:
+        """Arguments that say otherwise than the configuration: of sizes, and how layers compute."""
         assert self.values is not None
+        text = config.get("text_config")
+        text = text if isinstance(text, Mapping) else config
+        rope = text.get("rope_parameters")
+        rope = rope if isinstance(rope, Mapping) else text
         wanted = {
+            "norm_epsilon": text.get("rms_norm_eps"),
+            "rotary_base": rope.get("rope_theta"),
+            "moe_router_topk": text.get("num_experts_per_tok"),
             "num_layers": sizes.layers,
             "hidden_size": sizes.hidden,
             "num_attention_heads": sizes.heads,
@@ -91,7 +108,7 @@ class Arguments:
             wanted["kv_channels"] = sizes.head_dim
         for name, theirs in wanted.items():
             ours = self.values.get(name)
-            if isinstance(ours, int) and theirs is not None and ours != theirs:
+            if isinstance(ours, int | float) and isinstance(theirs, int | float) and ours != theirs:
                 yield name, ours, theirs
 
 

@@ -157,12 +157,13 @@ class MegatronFolder:
         book = rules_for(self.config.get("model_type"))
         sizes = Sizes.of(self.config, file)
         self._arguments = read_arguments(self.checkpoint, self._stamps)
-        self._arguments.check(book, sizes, file)
+        self._arguments.check(book, sizes, self.config, file)
         _check_objects(stored)
         weights = {key: each for key, each in stored.tensors.items() if not is_bookkeeping(key)}
         for key in weights:
             self._stored.check(key)
         parameters = list(parameters_of(weights))
+        _check_head(parameters, sizes, file)
         mtp = _check_counts(parameters, sizes, file)
         self._lacks_mtp = bool(sizes.mtp_layers) and not mtp
         found = present(parameters, book, replace(sizes, mtp_layers=mtp))
@@ -228,6 +229,16 @@ def _check_counts(parameters: Iterable[Parameter], sizes: Sizes, file: Path) -> 
     if mtp != set(range(len(mtp))):
         raise SourceError(f"{METADATA_FILE}: has MTP layers {_some(mtp)}, and not those before.")
     return len(mtp)
+
+
+def _check_head(parameters: Iterable[Parameter], sizes: Sizes, file: Path) -> None:
+    """A head of its own is an error where the configuration says that the embedding is the head."""
+    head = [each.stored for each in parameters if each.name.endswith("output_layer.weight")]
+    if head and sizes.is_tied:
+        raise SourceError(
+            f"{head[0]}: the checkpoint has a head of its own, {file} says tie_word_embeddings. "
+            "Does --hf-config belong to this checkpoint?"
+        )
 
 
 def _some(numbers: set[int]) -> str:
