@@ -60,6 +60,8 @@ class Saved:
     hf_config: Path
     checkpoints: dict[str, Path]
     logits: dict[str, torch.Tensor]
+    mtp: dict[str, torch.Tensor]
+    """What MTP layers made of the same batch, where the model has some."""
 
 
 def run(case: Case, shardings: Sequence[Ranks], folder: Path) -> Saved:
@@ -83,7 +85,10 @@ def run(case: Case, shardings: Sequence[Ranks], folder: Path) -> Saved:
     hf.mkdir()
     (hf / "config.json").write_text(json.dumps(case.config()))
     logits = {name: torch.load(folder / f"{name}.logits.pt") for name in places}
-    return Saved(hf, places, logits)
+    mtp = {
+        name: torch.load(folder / f"{name}.mtp.pt") for name in places if case.options.get("mtp")
+    }
+    return Saved(hf, places, logits, mtp)
 
 
 def _run_ranks(jobs: Path, world: int) -> None:

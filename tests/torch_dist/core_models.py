@@ -289,17 +289,34 @@ def _metadata(options: dict[str, Any]) -> dict[str, Any]:
 @torch.no_grad()
 def logits(model: Any, ids: torch.Tensor, hidden: int) -> torch.Tensor | None:
     """The model's logits of a batch, on the last stage; None on the others."""
+    count, has_mtp = model.config.mtp_num_layers, model.mtp_process
+    model.config.mtp_num_layers, model.mtp_process = None, False
+    out = _forward(model, ids, hidden)
+    model.config.mtp_num_layers, model.mtp_process = count, has_mtp
+    return out
+
+
+@torch.no_grad()
+def mtp_states(model: Any, ids: torch.Tensor, hidden: int) -> torch.Tensor | None:
+    """What the MTP layer makes of a batch, `[batch, length, hidden]`, where it lies."""
+    found: list[torch.Tensor] = []
+    if model.mtp_process:
+        model.mtp.register_forward_hook(lambda _, __, out: found.append(out.chunk(2)[1]))
+    _forward(model, ids, hidden, labels=ids)
+    return found[0].transpose(0, 1) if found else None
+
+
+def _forward(model: Any, ids: torch.Tensor, hidden: int, **options: Any) -> torch.Tensor | None:
+    """One batch through all stages; what the last one gives, None on the others."""
     length = ids.shape[1]
     positions = torch.arange(length).expand_as(ids)
     mask = torch.triu(torch.ones(length, length, dtype=torch.bool), 1)[None, None]
-    stage = parallel_state.get_pipeline_model_parallel_rank()
     if not model.pre_process:
         before = torch.empty(length, ids.shape[0], hidden)
-        dist.recv(before, parallel_state.get_pipeline_model_parallel_prev_rank(), tag=stage - 1)
+        dist.recv(before, parallel_state.get_pipeline_model_parallel_prev_rank())
         model.set_input_tensor(before)
-    out = model(ids, positions, mask)
+    out = model(ids, positions, mask, **options)
     if not model.post_process:
-        after = parallel_state.get_pipeline_model_parallel_next_rank()
-        dist.send(out.contiguous(), after, tag=stage)
+        dist.send(out.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
         return None
     return out

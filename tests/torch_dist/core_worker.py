@@ -15,7 +15,7 @@ import torch
 
 def main() -> None:
     jobs, rank = Path(sys.argv[1]), int(sys.argv[2])
-    from .core_models import Ranks, build, load, logits, randomize, save, start, stop
+    from .core_models import Ranks, build, load, logits, mtp_states, randomize, save, start, stop
 
     torch.set_num_threads(1)
     for number, job in enumerate(json.loads(jobs.read_text())):
@@ -34,6 +34,10 @@ def main() -> None:
         found = logits(model, ids, hf["hidden_size"])
         if found is not None and rank == ranks.world - 1:
             torch.save(found.clone(), out.parent / f"{out.name}.logits.pt")
+        if options.get("mtp"):
+            found = mtp_states(model, ids, hf["hidden_size"])
+            if found is not None and rank == ranks.world - 1:
+                torch.save(found.clone(), out.parent / f"{out.name}.mtp.pt")
         stop()
 
 

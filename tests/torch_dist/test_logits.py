@@ -7,16 +7,19 @@ layout is saved by megatron-core's own `TEGroupedMLP` around plain linear layers
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 import fourfold
 from families import FAMILIES
@@ -79,7 +82,7 @@ def check(case: Case, saved: Saved, folder: Path) -> None:
     for name, checkpoint in saved.checkpoints.items():
         out = folder / f"hf {name}"
         fourfold.convert(checkpoint, out, hf_config=saved.hf_config)
-        check_mtp(out, has_mtp=bool(case.options.get("mtp")))
+        check_mtp_names(out, has_mtp=bool(case.options.get("mtp")))
         converted.append(digests(out))
         model = model_class.from_pretrained(out, dtype=torch.float32, attn_implementation="eager")
         ids = torch.arange(24).reshape(2, 12) * 7 % model.config.vocab_size
@@ -88,6 +91,9 @@ def check(case: Case, saved: Saved, folder: Path) -> None:
         theirs = saved.logits[name][..., : logits.shape[-1]]
         assert float((logits - theirs).abs().max()) < CLOSE, name
         assert float(logits.abs().max()) > 1
+        if case.options.get("mtp"):
+            difference = mtp_states(model, out, ids) - saved.mtp[name]
+            assert float(difference.abs().max()) < CLOSE, name
         result = fourfold.quantize(
             checkpoint, folder / f"nvfp4 {name}", RECIPE, hf_config=saved.hf_config
         )
@@ -104,7 +110,7 @@ BESIDE = {
 """What an MTP layer has that no decoder layer has, by Qwen's names and by DeepSeek's."""
 
 
-def check_mtp(out: Path, *, has_mtp: bool) -> None:
+def check_mtp_names(out: Path, *, has_mtp: bool) -> None:
     """The MTP layer has what the last decoder layer has, and what ties it to the model."""
     names = set(json.loads((out / "model.safetensors.index.json").read_text())["weight_map"])
     mtp = {name for name in names if name.startswith(("mtp.", "model.layers.4."))}
@@ -114,6 +120,58 @@ def check_mtp(out: Path, *, has_mtp: bool) -> None:
     assert len(beside) in ((4, 6) if has_mtp else (0,))
     layer = {name.removeprefix("model.layers.3.") for name in names if ".layers.3." in name}
     assert rest - beside == (layer if has_mtp else set())
+
+
+@torch.no_grad()
+def mtp_states(model: Any, out: Path, ids: torch.Tensor) -> torch.Tensor:
+    """What the converted MTP layer makes of a batch: a decoder layer of transformers alone.
+
+    What goes in is the next token's embedding and the model's last hidden state, both normalized.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for file in out.glob("*.safetensors"):
+        tensors |= load_file(file)
+    layer, names = ("mtp.layers.0.", QWEN) if "mtp.fc.weight" in tensors else (_DEEPSEEK, DEEPSEEK)
+    fc, first, second, last = (tensors[name] for name in names)
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = 1
+    config.layer_types = ["full_attention"]
+    config.first_k_dense_replace = 0
+    body = type(model.model)(config).eval()
+    norm = type(body.norm)(config.hidden_size, config.rms_norm_eps)
+    own = [name for name in tensors if name.startswith(layer)]
+    state = {f"layers.0.{name.removeprefix(layer)}": tensors[name] for name in own}
+    report = body.load_state_dict(_fused({**state, "norm.weight": last}), strict=False)
+    assert set(report.missing_keys) <= {"embed_tokens.weight"}
+    hidden = model.model(ids).last_hidden_state
+    following = model.model.embed_tokens(ids.roll(-1, 1).index_fill(1, torch.tensor([-1]), 0))
+    parts = []
+    for weight, states in ((first, following), (second, hidden)):
+        norm.weight.copy_(weight)
+        parts.append(norm(states))
+    return body(inputs_embeds=torch.cat(parts, -1) @ fc.T).last_hidden_state
+
+
+QWEN = (
+    "mtp.fc.weight", "mtp.pre_fc_norm_embedding.weight", "mtp.pre_fc_norm_hidden.weight",
+    "mtp.norm.weight",
+)  # fmt: skip
+_DEEPSEEK = "model.layers.4."
+DEEPSEEK = tuple(
+    f"{_DEEPSEEK}{name}.weight" for name in ("eh_proj", "enorm", "hnorm", "shared_head.norm")
+)
+
+
+def _fused(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Experts in the one tensor that transformers has in memory."""
+    made = {name: value for name, value in state.items() if not re.search(r"experts\.\d", name)}
+    if len(made) < len(state):
+        each = "layers.0.mlp.experts.{}.{}_proj.weight"
+        pairs = [[state[each.format(e, x)] for x in ("gate", "up")] for e in range(4)]
+        made["layers.0.mlp.experts.gate_up_proj"] = torch.stack([torch.cat(x) for x in pairs])
+        downs = [state[each.format(e, "down")] for e in range(4)]
+        made["layers.0.mlp.experts.down_proj"] = torch.stack(downs)
+    return made
 
 
 def test_a_hybrid_of_two_ranks(tmp_path: Path) -> None:
