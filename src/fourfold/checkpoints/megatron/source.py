@@ -221,7 +221,7 @@ def _check_counts(parameters: Iterable[Parameter], sizes: Sizes, file: Path) -> 
                 f"{parameter.stored}: has an expert {expert[1]}, {file} says {sizes.experts} "
                 "experts. Does --hf-config belong to this checkpoint?"
             )
-    if layers != set(range(sizes.layers)):
+    if len(layers) != sizes.layers or max(layers) >= sizes.layers:
         raise SourceError(
             f"{METADATA_FILE}: has decoder layers {_some(layers)}, {file} says "
             f"num_hidden_layers {sizes.layers}. Does --hf-config belong to this checkpoint?"
