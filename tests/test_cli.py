@@ -62,17 +62,8 @@ def test_help_imports_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in (
-        "quantize",
-        "plan",
-        "verify",
-        "convert",
-        "inspect",
-        "summary",
-        "recipes",
-        "demo",
-    ):
-        assert command in done.stdout
+    commands = "quantize plan verify convert inspect summary recipes demo"
+    assert all(command in done.stdout for command in commands.split())
 
 
 def options_of(command: str) -> set[str]:
@@ -89,9 +80,9 @@ def options_of(command: str) -> set[str]:
     [
         (
             "quantize",
-            "model out --recipe -r --hf-config --calib --calib-size --calib-seq --batch-size --packing --seed "
-            "--calibration --device --activation-memory --threads --shards --overwrite "
-            "--no-verify --trust-remote-code --json",
+            "model out --recipe -r --hf-config --calib --calib-size --calib-seq --batch-size "
+            "--packing --seed --calibration --device --activation-memory --threads --shards "
+            "--overwrite --no-verify --trust-remote-code --json",
         ),
         ("plan", "model --recipe -r --hf-config --trust-remote-code --json"),
         ("verify", "out --source -s --hf-config --threads --trust-remote-code --json"),

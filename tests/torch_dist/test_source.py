@@ -394,6 +394,30 @@ def test_a_head_beside_a_tied_embedding_is_named(
     refused(checkpoint, tied, "output_layer.weight", "tie_word_embeddings")
 
 
+def test_what_optimizers_keep_is_left_out(made: Callable[..., tuple[Path, Path]]) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[f"optimizer.state.exp_avg.{name}"] = tensors[name].float()
+        tensors["chained_0.optimizer.distributed.dp_group_idx_0.param"] = torch.zeros(4)
+
+    checkpoint, hf = made(change=change)
+    assert len(fourfold.plan(checkpoint, W4A16, hf_config=hf).rows) == 56
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "quantize", "generate"])
+def test_commands_that_want_another_kind_say_so(
+    command: str, made: Callable[..., tuple[Path, Path]], tmp_path: Path
+) -> None:
+    checkpoint, _ = made()
+    more = {
+        "quantize": [str(tmp_path / "out")],
+        "generate": ["--prompt", "x"],
+    }.get(command, [])
+    done = CliRunner().invoke(app, [command, str(checkpoint), *more])
+    assert isinstance(done.exception, FourfoldError)
+    assert "a Megatron checkpoint" in str(done.exception)
+
+
 def test_objects_that_are_no_bookkeeping_are_named(
     made: Callable[..., tuple[Path, Path]],
 ) -> None:

@@ -21,11 +21,11 @@ from typing import Any
 from fourfold.checkpoints.megatron.chunks import Chunk
 from fourfold.checkpoints.megatron.pickles import METADATA, Stored, read_pickle
 from fourfold.checkpoints.safetensors_header import BITS, MAX_DIMENSIONS, shown
+from fourfold.checkpoints.source import MEGATRON
 from fourfold.checkpoints.stamps import Stamps, opened, read_error
 from fourfold.errors import SourceError
 
-METADATA_FILE = ".metadata"
-LATEST = "latest_checkpointed_iteration.txt"
+METADATA_FILE, LATEST = MEGATRON
 COPY_AGAIN = "Copy the checkpoint again."
 
 _LIMIT = 1 << 62
