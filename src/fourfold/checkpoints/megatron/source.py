@@ -30,7 +30,7 @@ from fourfold.checkpoints.megatron.metadata import (
 from fourfold.checkpoints.megatron.presented import Presented, Range, present
 from fourfold.checkpoints.megatron.sizes import Sizes
 from fourfold.checkpoints.megatron.stored import StoredTensors
-from fourfold.checkpoints.safetensors_header import TensorInfo, nbytes_of, shown
+from fourfold.checkpoints.safetensors_header import BITS, TensorInfo, nbytes_of, shown
 from fourfold.checkpoints.source import CONFIG, find_side_files, read_config
 from fourfold.checkpoints.stamps import FileStamp, Stamps
 from fourfold.errors import SourceError
@@ -170,20 +170,19 @@ class MegatronFolder:
         return {each.name: each for each in found}
 
     def _lay_out(self) -> Iterator[tuple[str, TensorInfo]]:
-        """The tensors, as if they lay one after the other in the order of their names.
+        """The tensors, as if they lay one after the other in a single safetensors file.
 
-        So what is written does not depend on how the checkpoint was sharded.
+        So what is written does not depend on how the checkpoint was sharded, and is what would be
+        written from `convert`'s output.
         """
         at, file = 0, self.checkpoint / METADATA_FILE
-        for name in sorted(self._presented, key=_natural):
-            each = self._presented[name]
-            yield name, TensorInfo(name, each.dtype, each.shape, file, at, at + each.nbytes)
+        order = sorted(self._presented.values(), key=lambda each: (-BITS[each.dtype], each.name))
+        for each in order:
+            yield (
+                each.name,
+                TensorInfo(each.name, each.dtype, each.shape, file, at, at + each.nbytes),
+            )
             at += each.nbytes
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Numbers in a name are ordered as numbers."""
-    return [(len(part), part) if part.isdecimal() else (0, part) for part in name.split(".")]
 
 
 def _box(found: Range) -> Box:
