@@ -550,6 +550,29 @@ def test_names_that_the_model_has_no_place_for_are_refused(
     refused(*made(change=change), "k_proj.bias", "no place for it", kind=ModelError)
 
 
+FIELDS = [
+    "model_type", "num_hidden_layers", "num_key_value_heads", "head_dim", "vocab_size",
+    "num_experts", "rope_parameters", "text_config",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_configuration_of_nonsense_is_refused(
+    field: str, made: Callable[..., tuple[Path, Path]], tmp_path: Path
+) -> None:
+    checkpoint, hf = made(common={"args": argparse.Namespace(**ARGS)})
+    config = json.loads((hf / "config.json").read_text())
+    for number, value in enumerate(["x", 0, 10**15, [], {"a": []}]):
+        own = tmp_path / str(number)
+        own.mkdir()
+        (own / "config.json").write_text(json.dumps({**config, field: value}))
+        try:
+            fourfold.plan(checkpoint, W4A16, hf_config=own)
+        except FourfoldError as error:
+            lines = str(error).splitlines()
+            assert len(lines) <= 3, (value, lines)
+
+
 def test_peak_memory_is_that_of_a_slab(
     made: Callable[..., tuple[Path, Path]],
 ) -> None:
