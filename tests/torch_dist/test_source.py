@@ -421,14 +421,19 @@ def test_a_head_beside_a_tied_embedding_is_named(
     refused(checkpoint, tied, "output_layer.weight", "tie_word_embeddings")
 
 
-def test_what_optimizers_keep_is_left_out(made: Callable[..., tuple[Path, Path]]) -> None:
+def test_what_optimizers_keep_is_left_out(
+    made: Callable[..., tuple[Path, Path]], written: Written
+) -> None:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         for name in list(tensors):
             tensors[f"optimizer.state.exp_avg.{name}"] = tensors[name].float()
         tensors["chained_0.optimizer.distributed.dp_group_idx_0.param"] = torch.zeros(4)
 
     checkpoint, hf = made(change=change)
-    assert len(fourfold.plan(checkpoint, W4A16, hf_config=hf).rows) == 56
+    plan = fourfold.plan(checkpoint, W4A16, hf_config=hf)
+    assert len(plan.rows) == 56
+    left = len(to_megatron(written(FAMILY)[1].raw)) + 1
+    assert any(note.startswith(f"{left} keys that are no weights") for note in plan.notes)
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify", "quantize", "generate"])

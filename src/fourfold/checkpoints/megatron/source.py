@@ -77,6 +77,11 @@ class MegatronFolder:
     def notes(self) -> tuple[str, ...]:
         """What a user should know of where names and weights come from."""
         notes = [f"weights come from {self.checkpoint}, config.json from {self.folder}"]
+        if self._left_out:
+            notes.append(
+                f"{self._left_out:,} keys that are no weights are left out (_extra_state, "
+                "optimizers, random states)"
+            )
         if self._arguments.note is not None:
             notes.append(self._arguments.note)
         if self._was_quantized:
@@ -160,6 +165,7 @@ class MegatronFolder:
         self._arguments.check(book, sizes, self.config, file)
         _check_objects(stored)
         weights = {key: each for key, each in stored.tensors.items() if not is_bookkeeping(key)}
+        self._left_out = len(stored.objects) + len(stored.tensors) - len(weights)
         for key in weights:
             self._stored.check(key)
         parameters = list(parameters_of(weights))
