@@ -32,6 +32,7 @@ from fourfold.errors import (
 
 if TYPE_CHECKING:
     from fourfold.calibration.statistics import Statistics
+    from fourfold.conversion import Converted, convert
     from fourfold.loading import load
     from fourfold.merging import merge
     from fourfold.pipeline import Result, plan, quantize
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from fourfold.verification import Finding, Report, verify
 
 _LAZY = {
+    "convert": "fourfold.conversion",
+    "Converted": "fourfold.conversion",
     "load": "fourfold.loading",
     "merge": "fourfold.merging",
     "plan": "fourfold.pipeline",
@@ -55,6 +58,7 @@ _LAZY = {
 
 __all__ = [
     "CalibrationError",
+    "Converted",
     "Finding",
     "FourfoldError",
     "ModelError",
@@ -72,6 +76,7 @@ __all__ = [
     "UnreadableError",
     "UsageError",
     "__version__",
+    "convert",
     "load",
     "merge",
     "plan",

@@ -33,6 +33,13 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Argument(help="A checkpoint's folder, or its name on the hub.")]
+HfConfig = Annotated[
+    Path | None,
+    typer.Option(
+        "--hf-config",
+        help="For a Megatron checkpoint: the folder with config.json and the tokenizer.",
+    ),
+]
 RecipeName = Annotated[
     str, typer.Option("--recipe", "-r", help="A built-in recipe's name, or a YAML file.")
 ]
@@ -71,6 +78,7 @@ def quantize(
     model: Model,
     out: Annotated[str, typer.Argument(help="The folder to write.")],
     recipe: RecipeName = DEFAULT_RECIPE,
+    hf_config: HfConfig = None,
     calib: Annotated[
         list[str] | None,
         typer.Option(
@@ -135,6 +143,7 @@ def quantize(
             model,
             out,
             recipe,
+            hf_config=hf_config,
             calib=calib or (),
             calib_size=calib_size,
             calib_seq=calib_seq,
@@ -168,13 +177,14 @@ def quantize(
 def plan(
     model: Model,
     recipe: RecipeName = DEFAULT_RECIPE,
+    hf_config: HfConfig = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Show what would be done, to what, and what it takes. Reads no weight."""
     from fourfold.pipeline import plan as make_plan
 
-    made = make_plan(model, recipe, trust_remote_code=trust_remote_code)
+    made = make_plan(model, recipe, hf_config=hf_config, trust_remote_code=trust_remote_code)
     if as_json:
         print_json(made.to_dict())
     else:
@@ -187,6 +197,7 @@ def verify(
     source: Annotated[
         str | None, typer.Option("--source", "-s", help="The checkpoint that it was made from.")
     ] = None,
+    hf_config: HfConfig = None,
     threads: Threads = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -198,6 +209,7 @@ def verify(
         report = run(
             out,
             source=source,
+            hf_config=hf_config,
             threads=threads,
             progress=display.verifying,
             trust_remote_code=trust_remote_code,
@@ -208,6 +220,45 @@ def verify(
         console().print(report)
     if not report.clean:
         raise typer.Exit(1)
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="A Megatron checkpoint's folder (torch_dist).")],
+    out: Annotated[str, typer.Argument(help="The folder to write.")],
+    hf_config: HfConfig = None,
+    threads: Threads = None,
+    shards: Shards = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Begin anew where a run was stopped in OUT.")
+    ] = False,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Write MODEL as a Hugging Face checkpoint, unquantized, and compare what was written.
+
+    The same command goes on with what a run that was stopped has left in OUT.
+    """
+    from fourfold.conversion import convert as run
+
+    with Display(quiet=as_json) as display:
+        converted = run(
+            model,
+            out,
+            hf_config=hf_config,
+            threads=threads,
+            shards=shards,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            on_begin=display.begin,
+            on_resume=display.resume,
+            progress=display.folding,
+            on_written=display.written,
+        )
+    if as_json:
+        print_json(converted.to_dict())
+    else:
+        console().print(str(converted), style="bold", soft_wrap=True, markup=False)
 
 
 @app.command()

@@ -53,6 +53,10 @@ FOR_GOOD = {
 """Errors that the same command would meet again, on this rank or another: there is nothing to go
 on from."""
 
+WriteRest = Callable[
+    [Plan, Source, OutputFolder, list[LinearResult], ActivationScales | None], None
+]
+
 
 class Job:
     """What is written into OUT: observe, fold, and make it a checkpoint."""
@@ -67,9 +71,11 @@ class Job:
         run: Run,
         ranks: Ranks,
         kernels: Kernels,
+        rest: WriteRest | None = None,
     ) -> None:
+        """rest: writes everything that is no shard, config.json last; by default `write_rest`."""
         self.work, self.source, self.folder, self.run = work, source, folder, run
-        self.ranks, self.kernels = ranks, kernels
+        self.ranks, self.kernels, self.write_rest = ranks, kernels, rest or write_rest
         self.identity = identity_of(work, source, run)
 
     @property
@@ -149,7 +155,7 @@ class Job:
         if self.share.is_whole:
             linears = linears_of(mine)
             check_whole(self.folder.folder, self.work, mine)
-            write_rest(self.work, self.source, self.folder, linears, self.run.scales)
+            self.write_rest(self.work, self.source, self.folder, linears, self.run.scales)
             self.folder.done()
             return linears
         everything: dict[str, Any] = {}
@@ -158,7 +164,7 @@ class Job:
         if self.ranks.rank == 0:
             rest = OutputFolder(self.folder.journal.folder / REST)
             linears = linears_of(everything)
-            write_rest(self.work, self.source, rest, linears, self.run.scales)
+            self.write_rest(self.work, self.source, rest, linears, self.run.scales)
         return linears_of(mine)
 
     def _stop(self, error: BaseException, overwrite: bool) -> None:

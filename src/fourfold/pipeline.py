@@ -17,7 +17,9 @@ from fourfold.calibration.calibrate import CalibrationProgress
 from fourfold.calibration.data import CalibrationData, CalibrationOptions
 from fourfold.calibration.live import ForwardLoop
 from fourfold.calibration.statistics import Statistics
-from fourfold.checkpoints.source import Source, open_source
+from fourfold.checkpoints.megatron import MegatronFolder
+from fourfold.checkpoints.opening import open_model
+from fourfold.checkpoints.source import Source
 from fourfold.checkpoints.writer import (
     REPORT,
     SUMMARY,
@@ -26,6 +28,7 @@ from fourfold.checkpoints.writer import (
 )
 from fourfold.errors import (
     FourfoldError,
+    ModelError,
     PlanError,
     UsageError,
 )
@@ -33,7 +36,9 @@ from fourfold.fold import Kernels, LinearResult, Progress, choose_kernels, warm_
 from fourfold.job import Job
 from fourfold.launcher import launch
 from fourfold.machine import choose_device, memory_available, peak_resident, threads_available
+from fourfold.models.inventory import Inventory
 from fourfold.models.live import LiveSource
+from fourfold.models.roles import Role
 from fourfold.numerics import nvfp4
 from fourfold.planning import KVScales, Plan, ScaleGroup, make_plan
 from fourfold.ranks import Alone, Ranks, joining
@@ -138,18 +143,22 @@ def plan(
     model: str | Path | Source,
     recipe: str | Path | Recipe = DEFAULT_RECIPE,
     *,
+    hf_config: str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> Plan:
     """What `quantize` would do to every tensor of `model`; reads no weight.
 
     model: a checkpoint's folder, a hub name, or an open `Source`.
+    hf_config: for a Megatron checkpoint, the folder with the Hugging Face configuration.
     recipe: the name of a built-in recipe, a YAML file, or a `Recipe`.
 
     Raises `RecipeError`, `SourceError`, `ModelError` or `PlanError`.
     """
     chosen = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    with _opened(model) as source:
-        return make_plan(source, chosen, trust_remote_code=trust_remote_code)
+    with opened(model, hf_config) as source:
+        made = make_plan(source, chosen, trust_remote_code=trust_remote_code)
+        check_placed(source, made.inventory)
+        return made
 
 
 def quantize(
@@ -157,6 +166,7 @@ def quantize(
     out: str | Path,
     recipe: str | Path | Recipe = DEFAULT_RECIPE,
     *,
+    hf_config: str | Path | None = None,
     calib: Sequence[str | Path] = (),
     calib_size: int | None = None,
     calib_seq: int | None = None,
@@ -187,7 +197,7 @@ def quantize(
 ) -> Result:
     """Quantize the checkpoint `model` into the folder `out`, and verify what was written.
 
-    model, recipe: as in `plan`; or a model of transformers that is in memory.
+    model, recipe, hf_config: as in `plan`; or a model of transformers that is in memory.
     calib, calib_size, calib_seq, batch_size, packing, seed: what the model reads while its
     activations are observed, where the recipe needs that; see `calibration.data`.
     calibration: the statistics of an earlier run, or the file with them; nothing is run then.
@@ -244,7 +254,7 @@ def quantize(
             on_data,
             calibration_progress,
         )
-        with _opened(model, tokenizer, trust_remote_code) as source:
+        with opened(model, hf_config, tokenizer, trust_remote_code) as source:
             workers = threads or max(1, threads_available() // ranks.local_size)
             is_live = isinstance(source, LiveSource)
             observation.check(chosen, is_live=is_live)
@@ -259,6 +269,7 @@ def quantize(
                     work = make_plan(
                         source, chosen, parts=parts, trust_remote_code=trust_remote_code
                     )
+                    check_placed(source, work.inventory)
                     kernels = choose_kernels(
                         observation.device,
                         work,
@@ -333,12 +344,17 @@ def _packing(packing: str) -> Literal["packed", "padded"]:
 
 
 @contextmanager
-def _opened(
-    model: str | Path | Source | PreTrainedModel, tokenizer: Any = None, trust: bool = False
+def opened(
+    model: str | Path | Source | PreTrainedModel,
+    hf_config: str | Path | None = None,
+    tokenizer: Any = None,
+    trust: bool = False,
 ) -> Iterator[Source]:
     """The source that `model` names; closed afterwards, unless it was given open."""
     if isinstance(model, str | Path):
-        source: Source = open_source(model)
+        source = open_model(model, hf_config)
+    elif hf_config is not None:
+        raise UsageError("hf_config: only for a Megatron checkpoint's folder. Leave it out.")
     elif isinstance(model, torch.nn.Module):
         source = LiveSource(model, tokenizer=tokenizer, trust_remote_code=trust)
     else:
@@ -348,6 +364,21 @@ def _opened(
     finally:
         if source is not model:
             source.close()
+
+
+def check_placed(source: Source, inventory: Inventory) -> None:
+    """What rules have made of a Megatron checkpoint has a place in the model, or is an MTP layer's.
+
+    Raises `ModelError` for a name that transformers does not build.
+    """
+    if not isinstance(source, MegatronFolder):
+        return
+    left = [key for key in inventory.unknown if inventory.tensors[key].role is not Role.MTP]
+    if left:
+        raise ModelError(
+            f"{left[0]}: made of {source.made_of(left[0])}, but {inventory.architecture} has no "
+            f"place for it ({len(left)} such). Does --hf-config belong to this checkpoint?"
+        )
 
 
 @contextmanager

@@ -158,7 +158,8 @@ def together(source: Source) -> AbstractContextManager[None]:
 
 def origins(source: Source) -> tuple[Path, ...]:
     """The folders that a source reads from: OUT may lie in none of them."""
-    return source.origin_folders if isinstance(source, LiveSource) else (source.folder,)
+    found: tuple[Path, ...] = getattr(source, "origin_folders", (source.folder,))
+    return found
 
 
 def choose_run(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -46,6 +46,9 @@ MAX_JSON_BYTES = 1 << 28
 
 DOWNLOAD = "Download it again."
 OTHER_INDEX = "The index belongs to another checkpoint: download it again."
+
+MEGATRON = (".metadata", "latest_checkpointed_iteration.txt")
+"""Files of Megatron's checkpoints, which are another kind of source."""
 
 READ_AHEAD = 1 << 26
 """Bytes that the disk is told of at once: jobs follow each other in a file."""
@@ -103,7 +106,8 @@ class SafetensorsFolder:
         self._stamps = Stamps()
         self.config: dict[str, Any] = read_config(folder, self._stamps)
         self.tensors: dict[str, TensorInfo] = _read_tensors(folder, self._stamps)
-        self._side_files = self._find_side_files()
+        shards = frozenset(info.file for info in self.tensors.values())
+        self._side_files = find_side_files(folder, shards, self._stamps)
         self._files = OpenFiles(self._open)
         self._hinted: dict[Path, tuple[int, int]] = {}
 
@@ -147,23 +151,6 @@ class SafetensorsFolder:
     def check_unchanged(self) -> None:
         self._stamps.check()
 
-    def _find_side_files(self) -> tuple[list[Path], list[Path]]:
-        shards = {info.file for info in self.tensors.values()}
-        copied: list[Path] = []
-        dropped: list[Path] = []
-        for path in _walk(self.folder):
-            relative = path.relative_to(self.folder)
-            if path in shards or (len(relative.parts) == 1 and relative.name in OWN_FILES):
-                continue
-            is_weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
-            status = None if is_weights else _status_of_file(path)
-            if status is not None and _is_text(relative) and _stays_inside(self.folder, path):
-                self._stamps.add(path, status)
-                copied.append(relative)
-            else:
-                dropped.append(relative)
-        return copied, dropped
-
     def close(self) -> None:
         self._files.close()
 
@@ -192,6 +179,26 @@ def _byte_range(info: TensorInfo, start: int, stop: int) -> tuple[int, int]:
         return info.start, info.stop
     row = info.nbytes // info.shape[0]
     return info.start + start * row, info.start + stop * row
+
+
+def find_side_files(
+    folder: Path, shards: Collection[Path], stamps: Stamps
+) -> tuple[list[Path], list[Path]]:
+    """Files of a folder to copy, which `stamps` remember, and those that are not; see `Source`."""
+    copied: list[Path] = []
+    dropped: list[Path] = []
+    for path in _walk(folder):
+        relative = path.relative_to(folder)
+        if path in shards or (len(relative.parts) == 1 and relative.name in OWN_FILES):
+            continue
+        is_weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
+        status = None if is_weights else _status_of_file(path)
+        if status is not None and _is_text(relative) and _stays_inside(folder, path):
+            stamps.add(path, status)
+            copied.append(relative)
+        else:
+            dropped.append(relative)
+    return copied, dropped
 
 
 def _walk(folder: Path) -> Iterable[Path]:
@@ -311,6 +318,11 @@ def read_config(folder: Path, stamps: Stamps | None = None) -> dict[str, Any]:
             raise SourceError(
                 f"{folder}: no config.json yet, as its run is not finished. The command that "
                 "began it goes on from there."
+            )
+        if any(os.path.lexists(folder / name) for name in MEGATRON):
+            raise SourceError(
+                f"{folder}: a Megatron checkpoint (torch_dist), not Hugging Face's. Convert it "
+                "first: `fourfold convert`; or give --hf-config where a command has it."
             )
         seen = [_plain(path.name) for path in _listed(folder)[:5]]
         inside = f"it holds {', '.join(seen)}, …" if seen else "it is empty"

@@ -24,6 +24,11 @@ class Kernels:
     lanes: Lanes | None = None
     """None where the CPU quantizes."""
 
+    @classmethod
+    def none(cls, threads: int) -> Kernels:
+        """For a job that quantizes nothing."""
+        return cls(Choice(Kernel.REFERENCE, "nothing is quantized"), threads)
+
     @property
     def is_fallback(self) -> bool:
         """Whether there is a faster way on this device, which cannot be gone."""

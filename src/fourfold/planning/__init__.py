@@ -15,7 +15,7 @@ from fourfold.planning.rows import (
     job_bytes,
     raw_keys,
 )
-from fourfold.planning.shards import Spec, cut, deal, outputs_of, shard_names
+from fourfold.planning.shards import Spec, cut, deal, lay_out, outputs_of, shard_names
 
 __all__ = [
     "COPY_BYTES",
@@ -33,6 +33,7 @@ __all__ = [
     "deal",
     "is_plain",
     "job_bytes",
+    "lay_out",
     "make_plan",
     "outputs_of",
     "raw_keys",

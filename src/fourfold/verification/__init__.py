@@ -15,7 +15,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from fourfold.checkpoints.source import Source, open_source
+from fourfold.checkpoints.opening import open_model
+from fourfold.checkpoints.source import Source
 from fourfold.errors import UnreadableError
 from fourfold.models.inventory import Inventory, take_inventory
 from fourfold.models.roles import Role
@@ -60,6 +61,7 @@ def verify(
     out: Path | str,
     *,
     source: Path | str | Source | None = None,
+    hf_config: Path | str | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
     trust_remote_code: bool = False,
@@ -67,6 +69,8 @@ def verify(
     """Verify the NVFP4 checkpoint in the folder `out`, against `source` where it is given.
 
     source: the checkpoint that was quantized: a folder, a hub name, or an open `Source`.
+    hf_config: where the source is a Megatron checkpoint, the folder of its Hugging Face
+    configuration.
     threads: worker threads; one for each core by default. The report does not depend on it.
     progress: called with the bytes read so far and the bytes of the whole job.
 
@@ -77,7 +81,7 @@ def verify(
     with unreadable(), closing(open_checkpoint(Path(out).expanduser())) as checkpoint:
         if source is None:
             return _verify(checkpoint, None, None, workers)
-        opened = open_source(source) if isinstance(source, Path | str) else source
+        opened = open_model(source, hf_config) if isinstance(source, Path | str) else source
         try:
             inventory = take_inventory(opened, trust_remote_code=trust_remote_code)
             return _verify(checkpoint, opened, inventory, workers)

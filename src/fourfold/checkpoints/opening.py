@@ -1,0 +1,47 @@
+"""Which kind of source a name stands for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fourfold.checkpoints.megatron import MegatronFolder
+from fourfold.checkpoints.megatron.metadata import iteration_folder
+from fourfold.checkpoints.source import CONFIG, Source, open_source
+from fourfold.errors import UsageError
+
+
+def open_model(model: str | Path, hf_config: str | Path | None = None) -> Source:
+    """The checkpoint that `model` names: a folder, Hugging Face's or Megatron's, or a hub name.
+
+    hf_config: for Megatron's, the folder with the Hugging Face configuration and tokenizer.
+
+    Raises `UsageError` where it is missing, or given for another kind; `SourceError` as the
+    sources do.
+    """
+    folder = _local(model)
+    is_megatron = folder is not None and iteration_folder(folder) is not None
+    if hf_config is None:
+        if is_megatron and folder is not None and not (folder / CONFIG).is_file():
+            raise UsageError(
+                f"{folder}: a Megatron checkpoint. Give the folder with the model's Hugging Face "
+                "configuration and tokenizer, too: --hf-config DIR."
+            )
+        return open_source(model)
+    if not is_megatron or folder is None:
+        raise UsageError(
+            f"--hf-config: only for a Megatron checkpoint (torch_dist), which {model} is not. "
+            "Leave it out, or give the folder that Megatron wrote."
+        )
+    beside = _local(hf_config)
+    if beside is None:
+        raise UsageError(f"--hf-config {hf_config}: no such folder. Give one with {CONFIG}.")
+    return MegatronFolder(folder, beside)
+
+
+def _local(name: str | Path) -> Path | None:
+    """The folder of that name; None where there is none."""
+    try:
+        folder = Path(name).expanduser()
+        return folder if folder.is_dir() else None
+    except (OSError, RuntimeError, ValueError):
+        return None

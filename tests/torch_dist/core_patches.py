@@ -1,0 +1,137 @@
+"""What lets megatron-core build, run and save a model on a CPU. For worker processes only.
+
+Megatron asks CUDA for its device and its random states, and takes kernels of Transformer Engine
+and of flash-linear-attention where it has no code of its own. Here it gets the CPU, and plain
+modules of the same layout: the classes that hold and save the weights stay Megatron's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+warnings.filterwarnings("ignore")
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # what Megatron would compile takes half a minute
+
+torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment]
+torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign, assignment]
+torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
+
+from megatron.core.ssm import gated_delta_net  # noqa: E402
+from megatron.core.tensor_parallel import random as megatron_random  # noqa: E402
+from megatron.core.transformer import multi_latent_attention  # noqa: E402
+from megatron.core.transformer.moe import moe_utils  # noqa: E402
+from megatron.core.transformer.utils import (  # noqa: E402
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+)
+
+megatron_random.CudaRNGStatesTracker.fork = (  # type: ignore[method-assign]
+    lambda self, *_: contextlib.nullcontext()
+)
+moe_utils.te_general_gemm = None
+multi_latent_attention.HAVE_TE = False
+
+
+def l2norm(x: Tensor) -> Tensor:
+    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)
+
+
+gated_delta_net.HAVE_FLA = True
+gated_delta_net.l2norm = l2norm
+
+
+class Norm(nn.Module):
+    """RMS norm, as Transformer Engine's: multiplies with w, or with 1 + w."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        self.one = float(config.layernorm_zero_centered_gamma)
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size) - self.one)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
+        return (x.float() * scale * (self.weight + self.one)).to(x)
+
+
+class CoreAttention(nn.Module):
+    """Causal attention whose keys and values differ in size, as latent attention has them."""
+
+    def __init__(self, config: Any, *_: Any, softmax_scale: float | None = None, **__: Any) -> None:
+        super().__init__()
+        self.scale = softmax_scale
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
+        first, second, third = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+        found = nn.functional.scaled_dot_product_attention(
+            first, second, third, is_causal=True, scale=self.scale
+        )
+        return found.permute(2, 0, 1, 3).flatten(2)
+
+
+class _Grouped(nn.Module):
+    """The weights of local experts as Transformer Engine's grouped linear has them: `weight{i}`."""
+
+    axis: int
+    """Which dimension tensor parallelism cuts."""
+
+    def __init__(
+        self, num_gemms: int, ins: int, outs: int, *, config: Any, pg_collection: Any, **_: Any
+    ) -> None:
+        super().__init__()
+        self.num_gemms, self.groups = num_gemms, pg_collection
+        size = pg_collection.expt_tp.size()
+        shape = (outs // size, ins) if self.axis == 0 else (outs, ins // size)
+        for number in range(num_gemms):
+            weight = nn.Parameter(torch.empty(shape))
+            weight.allreduce = False  # type: ignore[attr-defined]
+            self.register_parameter(f"weight{number}", weight)
+
+    def forward(self, x: Tensor, tokens: list[int]) -> tuple[Tensor, None]:
+        parts = torch.split(x, tokens)
+        done = [part @ self.get_parameter(f"weight{n}").T for n, part in enumerate(parts)]
+        return torch.cat(done), None
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
+    ) -> dict[str, Any]:
+        """One key for all experts, or one for each, as the metadata asks for."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        apart = metadata.get("singleton_local_shards", False)
+        ep = self.groups.ep
+        found = {}
+        for number in range(self.num_gemms):
+            expert = ep.rank() * self.num_gemms + number
+            offsets = sharded_offsets
+            if not apart:
+                offsets = (*offsets, (len(offsets), expert, ep.size() * self.num_gemms))
+            made = make_sharded_tensors_for_checkpoint(
+                {"weight": self.get_parameter(f"weight{number}")},
+                f"{expert}.{prefix}" if apart else prefix,
+                {"weight": self.axis},
+                offsets,
+                tp_group=self.groups.expt_tp,
+                dp_cp_group=metadata["dp_cp_group"],
+            )
+            tensor = next(iter(made.values()))
+            tensor.replica_id = (*tensor.replica_id[:2], self.groups.expt_dp.rank())
+            found[f"{prefix}weight{number}"] = tensor
+        return found
+
+
+class GroupedColumn(_Grouped):
+    """Gate and up."""
+
+    axis = 0
+
+
+class GroupedRow(_Grouped):
+    """Down; its outputs are summed over the ranks by the dispatcher."""
+
+    axis = 1
