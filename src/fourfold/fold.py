@@ -41,6 +41,7 @@ from fourfold.planning import (
     ScaleGroup,
     is_plain,
     job_bytes,
+    slabs_of,
 )
 
 LOOKAHEAD = 16
@@ -195,7 +196,7 @@ class Folding:
                 item = next(self._jobs, None)
                 if item is None:
                     break
-                for key, start, stop in _slabs_of(item[1]):
+                for key, start, stop in slabs_of(item[1]):
                     self.source.will_need(key, start, stop)
                 self._ahead.append(item)
             return None if self._stopped or not self._ahead else self._ahead.popleft()
@@ -473,15 +474,3 @@ def _contiguous(matrix: torch.Tensor, arena: Arena) -> torch.Tensor:
     copy = arena.take(matrix.numel() * size).view(word).reshape(matrix.shape)
     np.copyto(copy, words)
     return torch.from_numpy(copy).view(matrix.dtype)
-
-
-def _slabs_of(job: Job) -> Iterator[tuple[str, int, int]]:
-    match job:
-        case ScaleGroup():
-            yield from dict.fromkeys((x.region.key, *x.region.slab) for x in job.linears)
-        case ExpertBias():
-            yield (job.region.key, *job.region.slab)
-        case RawTensor():
-            yield (job.info.key, 0, job.info.shape[0] if job.info.shape else 1)
-        case KVScales():
-            pass

@@ -27,7 +27,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from fourfold.errors import FourfoldError
-from fourfold.launcher import launch
+from fourfold.launcher import Launch, launch
 
 PULSE = 0.5
 """Seconds between two signs of life."""
@@ -206,9 +206,9 @@ _jobs = count()
 
 
 @contextmanager
-def joining() -> Iterator[Ranks]:
+def joining(found: Launch | None = None) -> Iterator[Ranks]:
     """The ranks that this process was started among; alone without a launcher."""
-    found = launch()
+    found = found or launch()
     if found.size == 1:
         yield Alone()
         return
@@ -219,10 +219,22 @@ def joining() -> Iterator[Ranks]:
         yield together
 
 
-@cache
+def of_process_group() -> Launch:
+    """The ranks of torch.distributed's default process group; alone without one."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return Launch()
+    launched = launch()
+    return Launch(dist.get_rank(), dist.get_world_size(), launched.local_rank, launched.local_size)
+
+
 def _store() -> Any:
     if dist.is_initialized():
         return dist.distributed_c10d._get_default_store()
+    return _launchers_store()
+
+
+@cache
+def _launchers_store() -> Any:
     try:
         store, _, _ = next(iter(rendezvous("env://", timeout=MEETING)))
     except (dist.DistError, RuntimeError, ValueError) as error:

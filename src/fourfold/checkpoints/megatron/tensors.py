@@ -82,7 +82,7 @@ class MegatronTensors:
         shape = (stop - start, *info.shape[1:]) if info.shape else ()
         buffer = np.empty(nbytes_of(info.dtype, shape), dtype=np.uint8) if out is None else out
         flat = buffer.reshape(-1).view(np.uint8)
-        self._read(key, start * each, flat)
+        self._fill(key, start * each, flat)
         return torch.from_numpy(flat).view(info.torch_dtype).reshape(shape)
 
     def read_bytes(self, key: str, start: int, out: np.ndarray[Any, Any]) -> None:
@@ -91,17 +91,15 @@ class MegatronTensors:
         line = self._presented[key].line_bytes
         first, last = start // line, -(-(start + len(out)) // line)
         if start == first * line and len(out) == (last - first) * line:
-            self._read(key, first, out)
+            self._fill(key, first, out)
             return
         data = np.empty((last - first) * line, dtype=np.uint8)
-        self._read(key, first, data)
+        self._fill(key, first, data)
         out[:] = data[start - first * line :][: len(out)]
 
     def will_need(self, key: str, start: int, stop: int) -> None:
-        presented = self._presented[key]
-        each = presented.lines_each
-        for found in presented.within(start * each, stop * each):
-            self._reader.will_need(found.parameter.stored, _box(found))
+        for found in self._within(key, start, stop):
+            self._reader.will_need(found.parameter.stored, box_of(found))
 
     def made_of(self, key: str) -> str:
         """The stored key that a tensor's first rows come from, for messages."""
@@ -129,7 +127,12 @@ class MegatronTensors:
         self._presented = {each.name: each for each in found}
         self.tensors = dict(self._lay_out(where))
 
-    def _read(self, key: str, first: int, out: np.ndarray[Any, Any]) -> None:
+    def _within(self, key: str, start: int, stop: int) -> Iterator[Range]:
+        """The rows of parameters that rows `start:stop` of a tensor are made of."""
+        presented = self._presented[key]
+        return presented.within(start * presented.lines_each, stop * presented.lines_each)
+
+    def _fill(self, key: str, first: int, out: np.ndarray[Any, Any]) -> None:
         """Fill `out` with lines of a tensor, from `first` on."""
         presented = self._presented[key]
         if not len(out):
@@ -137,7 +140,7 @@ class MegatronTensors:
         for each in presented.within(first, first + len(out) // presented.line_bytes):
             at = (each.line - first) * presented.line_bytes
             size = (each.stop - each.start) * presented.line_bytes
-            self._reader.read(each.parameter.stored, _box(each), out[at : at + size])
+            self._reader.read(each.parameter.stored, box_of(each), out[at : at + size])
         if presented.plus_one:
             values = torch.from_numpy(out).view(self.tensors[key].torch_dtype)
             values.copy_(values.to(torch.float64) + 1.0)
@@ -159,7 +162,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(len(part), part) if part.isdecimal() else (0, part) for part in name.split(".")]
 
 
-def _box(found: Range) -> Box:
+def box_of(found: Range) -> Box:
     """Rows of a parameter as a box of the stored tensor."""
     parameter = found.parameter
     index = tuple((number, number + 1) for number in parameter.index)
