@@ -202,7 +202,8 @@ class Together:
         return [f"left/{rank}" for rank in range(self.size)]
 
 
-_jobs = count()
+_jobs: list[Any] = []
+"""The store that jobs of this process have met at, once for each: another store begins anew."""
 
 
 @contextmanager
@@ -212,9 +213,11 @@ def joining(found: Launch | None = None) -> Iterator[Ranks]:
     if found.size == 1:
         yield Alone()
         return
+    store = _store()
+    _jobs[:] = [*(each for each in _jobs if each is store), store]
     # A launcher's store outlives its workers, and a job those before it.
-    name = f"fourfold/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_jobs)}"
-    together = Together(PrefixStore(name, _store()), found.rank, found.size, found.local_size)
+    name = f"fourfold/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{len(_jobs) - 1}"
+    together = Together(PrefixStore(name, store), found.rank, found.size, found.local_size)
     with together.taking_part():
         yield together
 

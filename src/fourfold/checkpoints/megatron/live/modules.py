@@ -239,7 +239,7 @@ def _cut_of(module: Any, name: str, leaf: str, tensor: torch.Tensor, here: _Here
     if here.sections and last == "conv1d":
         return _Cut(0, here.sections[:3], IN_PROJ[:3])
     is_heads = bool(here.sections) and leaf in ("A_log", "dt_bias")
-    dim = 0 if is_heads else _dim_of(module, leaf, tensor)
+    dim = 0 if is_heads else _dim_of(module, last, leaf, tensor)
     if dim is None or here.tp.size == 1:
         return _Cut()
     size = tensor.shape[dim]
@@ -248,12 +248,15 @@ def _cut_of(module: Any, name: str, leaf: str, tensor: torch.Tensor, here: _Here
     return _Cut(dim, (size // count,) * count)
 
 
-def _dim_of(module: Any, leaf: str, tensor: torch.Tensor) -> int | None:
+def _dim_of(module: Any, last: str, leaf: str, tensor: torch.Tensor) -> int | None:
     """Which dimension tensor parallelism cuts; None for what every rank has whole.
 
-    Classes come first: Transformer Engine marks weights that every rank has whole as cut, too.
+    Classes come first: Transformer Engine marks weights that every rank has whole as cut, too, and
+    grouped ones not at all; of these, the one of gate and up is cut by rows, the other by columns.
     """
     mode = getattr(module, "parallel_mode", None)
+    if hasattr(module, "num_gemms"):
+        mode = {"linear_fc1": "column", "linear_fc2": "row"}.get(last, mode)
     classes = [each.__name__ for each in type(module).__mro__]
     is_weight = leaf.startswith("weight")
     if is_weight or leaf.startswith("bias"):
