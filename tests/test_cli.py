@@ -62,8 +62,8 @@ def test_help_imports_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("quantize", "plan", "verify", "inspect", "summary", "recipes", "demo"):
-        assert command in done.stdout
+    commands = "quantize plan verify convert inspect summary recipes demo"
+    assert all(command in done.stdout for command in commands.split())
 
 
 def options_of(command: str) -> set[str]:
@@ -80,12 +80,16 @@ def options_of(command: str) -> set[str]:
     [
         (
             "quantize",
-            "model out --recipe -r --calib --calib-size --calib-seq --batch-size --packing --seed "
-            "--calibration --device --activation-memory --threads --shards --overwrite "
-            "--no-verify --trust-remote-code --json",
+            "model out --recipe -r --hf-config --calib --calib-size --calib-seq --batch-size "
+            "--packing --seed --calibration --device --activation-memory --threads --shards "
+            "--overwrite --no-verify --trust-remote-code --json",
         ),
-        ("plan", "model --recipe -r --trust-remote-code --json"),
-        ("verify", "out --source -s --threads --trust-remote-code --json"),
+        ("plan", "model --recipe -r --hf-config --trust-remote-code --json"),
+        ("verify", "out --source -s --hf-config --threads --trust-remote-code --json"),
+        (
+            "convert",
+            "model out --hf-config --threads --shards --overwrite --trust-remote-code --json",
+        ),
         ("inspect", "folder --json"),
         ("summary", "out --role --layer --all --worst --json"),
         ("recipes", "name --json"),

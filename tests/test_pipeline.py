@@ -27,12 +27,12 @@ EXPERTS = "w4a16_nvfp4_experts_only_mse"
 
 def test_public_names() -> None:
     assert set(fourfold.__all__) == {
-        "CalibrationError", "Finding", "FourfoldError", "ModelError", "NonFiniteError",
+        "CalibrationError", "Converted", "Finding", "FourfoldError", "ModelError", "NonFiniteError",
         "ObservationError", "OutputError", "Plan",
         "PlanError", "Recipe", "RecipeError", "Report", "Result", "SourceError", "Statistics",
         "UnreadableError",
         "UsageError",
-        "__version__", "load", "merge", "plan", "quantize", "verify",
+        "__version__", "convert", "load", "merge", "plan", "quantize", "verify",
     }  # fmt: skip
     for name in fourfold.__all__:
         assert getattr(fourfold, name) is not None

@@ -45,8 +45,6 @@ class Converted:
     seconds: float
     notes: tuple[str, ...]
 
-    report: None = None
-
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {

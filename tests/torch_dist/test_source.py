@@ -14,12 +14,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import fourfold
 from conftest import Written
 from fourfold.checkpoints.megatron import MegatronFolder
+from fourfold.checkpoints.megatron.families import rename
+from fourfold.checkpoints.megatron.keys import Parameter
+from fourfold.checkpoints.megatron.rules import RuleBook, Section
+from fourfold.checkpoints.megatron.sizes import Sizes
 from fourfold.cli import app
 from fourfold.errors import FourfoldError, ModelError, OutputError, SourceError, UsageError
 
@@ -68,15 +71,6 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
-def tensors_in(folder: Path) -> dict[str, bytes]:
-    """Every tensor's bytes, whatever its place in a file."""
-    return {
-        key: tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
-        for file in folder.glob("model-*.safetensors")
-        for key, tensor in load_file(file).items()
-    }
-
-
 # The flow.
 
 
@@ -118,7 +112,7 @@ def test_activations_are_calibrated_on_what_is_presented(
         assert result.clean
         assert result.report is not None
         assert result.report.counts.input_scales == len(result.linears)
-    assert tensors_in(tmp_path / "ours") == tensors_in(tmp_path / "theirs")
+    assert digests(tmp_path / "ours") == digests(tmp_path / "theirs")
 
 
 @pytest.fixture
@@ -188,6 +182,31 @@ def test_a_changed_checkpoint_is_not_gone_on_from(
     os.utime(file, (1, file.stat().st_mtime + 5))
     with pytest.raises(OutputError, match="Changed since"):
         run(checkpoint, tmp_path / "out", hf_config=own, **options)
+
+
+@pytest.mark.parametrize(("run", "options"), RUNS)
+@pytest.mark.parametrize("what", ["weights", "configuration"])
+def test_a_checkpoint_that_changes_meanwhile_ends_the_run(
+    what: str,
+    run: Any,
+    options: dict[str, Any],
+    made: Callable[..., tuple[Path, Path]],
+    tmp_path: Path,
+) -> None:
+    checkpoint, hf = made()
+    own = tmp_path / "hf"
+    own.mkdir()
+    shutil.copy(hf / "config.json", own)
+    file = checkpoint / "common.pt" if what == "weights" else own / "config.json"
+    if what == "weights":
+        torch.save({"iteration": 7}, file)
+
+    def change(_: Any) -> None:
+        os.utime(file, (1, 1))
+
+    with pytest.raises(SourceError, match="changed while it was read"):
+        run(checkpoint, tmp_path / "out", hf_config=own, threads=1, progress=change, **options)
+    assert not (tmp_path / "out" / "config.json").exists()
 
 
 def test_what_lies_beside_the_weights_comes_from_the_hugging_face_folder(
@@ -288,6 +307,14 @@ def test_a_name_made_twice_is_named_with_both_rules(
         "decoder.layers.1.input_layernorm.weight",
         "linear_qkv.layer_norm_weight",
     )
+
+
+def test_a_weight_with_two_rules_is_named() -> None:
+    parameter = Parameter("norm.weight", "stored.norm.weight", (), (4,), "BF16")
+    book = RuleBook((Section("", "", (rename(r"norm\.weight", "a"), rename(r"norm\..*", "b"))),))
+    sizes = Sizes(1, 4, 1, 1, 4, 4, 0, 0, is_tied=False)
+    with pytest.raises(SourceError, match=r"stored\.norm\.weight: more than one rule"):
+        list(book.pieces(parameter, sizes))
 
 
 @pytest.mark.parametrize("dialect", ["B", "C"])
@@ -392,6 +419,30 @@ def test_a_head_beside_a_tied_embedding_is_named(
     config = json.loads((hf / "config.json").read_text())
     (tied / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
     refused(checkpoint, tied, "output_layer.weight", "tie_word_embeddings")
+
+
+def test_what_optimizers_keep_is_left_out(made: Callable[..., tuple[Path, Path]]) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[f"optimizer.state.exp_avg.{name}"] = tensors[name].float()
+        tensors["chained_0.optimizer.distributed.dp_group_idx_0.param"] = torch.zeros(4)
+
+    checkpoint, hf = made(change=change)
+    assert len(fourfold.plan(checkpoint, W4A16, hf_config=hf).rows) == 56
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "quantize", "generate"])
+def test_commands_that_want_another_kind_say_so(
+    command: str, made: Callable[..., tuple[Path, Path]], tmp_path: Path
+) -> None:
+    checkpoint, _ = made()
+    more = {
+        "quantize": [str(tmp_path / "out")],
+        "generate": ["--prompt", "x"],
+    }.get(command, [])
+    done = CliRunner().invoke(app, [command, str(checkpoint), *more])
+    assert isinstance(done.exception, FourfoldError)
+    assert "a Megatron checkpoint" in str(done.exception)
 
 
 def test_objects_that_are_no_bookkeeping_are_named(

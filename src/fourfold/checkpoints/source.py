@@ -47,6 +47,9 @@ MAX_JSON_BYTES = 1 << 28
 DOWNLOAD = "Download it again."
 OTHER_INDEX = "The index belongs to another checkpoint: download it again."
 
+MEGATRON = (".metadata", "latest_checkpointed_iteration.txt")
+"""Files of Megatron's checkpoints, which are another kind of source."""
+
 READ_AHEAD = 1 << 26
 """Bytes that the disk is told of at once: jobs follow each other in a file."""
 
@@ -316,7 +319,7 @@ def read_config(folder: Path, stamps: Stamps | None = None) -> dict[str, Any]:
                 f"{folder}: no config.json yet, as its run is not finished. The command that "
                 "began it goes on from there."
             )
-        if os.path.lexists(folder / ".metadata"):
+        if any(os.path.lexists(folder / name) for name in MEGATRON):
             raise SourceError(
                 f"{folder}: a Megatron checkpoint (torch_dist), not Hugging Face's. Convert it "
                 "first: `fourfold convert`; or give --hf-config where a command has it."

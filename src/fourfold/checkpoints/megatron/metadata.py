@@ -10,6 +10,7 @@ rank held of a tensor.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -20,11 +21,11 @@ from typing import Any
 from fourfold.checkpoints.megatron.chunks import Chunk
 from fourfold.checkpoints.megatron.pickles import METADATA, Stored, read_pickle
 from fourfold.checkpoints.safetensors_header import BITS, MAX_DIMENSIONS, shown
+from fourfold.checkpoints.source import MEGATRON
 from fourfold.checkpoints.stamps import Stamps, opened, read_error
 from fourfold.errors import SourceError
 
-METADATA_FILE = ".metadata"
-LATEST = "latest_checkpointed_iteration.txt"
+METADATA_FILE, LATEST = MEGATRON
 COPY_AGAIN = "Copy the checkpoint again."
 
 _LIMIT = 1 << 62
@@ -166,9 +167,16 @@ class _Metadata:
         chunks = entry.get("chunks")
         if not isinstance(chunks, list) or not chunks:
             raise self.broken(f"{shown(key)} has no chunks")
-        return StoredTensor(
+        found = StoredTensor(
             key, dtype, shape, tuple(self._chunk(key, shape, chunk) for chunk in chunks)
         )
+        for chunk in found.chunks:
+            if math.prod(chunk.sizes) * BITS[dtype] // 8 > chunk.stop - chunk.start:
+                raise self.broken(
+                    f"{shown(key)}: its chunk at {list(chunk.offsets)} has "
+                    f"{chunk.stop - chunk.start:,} bytes, its shape {list(chunk.sizes)} needs more"
+                )
+        return found
 
     def _chunk(self, key: str, shape: tuple[int, ...], entry: Any) -> Chunk:
         if not isinstance(entry, Stored):

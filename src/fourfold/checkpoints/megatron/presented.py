@@ -99,25 +99,7 @@ def _twice(piece: Piece, other: Piece) -> SourceError:
 def _present(target: str, pieces: Mapping[tuple[int, ...], Piece], sizes: Sizes) -> Presented:
     first = _first(pieces)
     experts = (sizes.experts or _most(pieces)) if first.is_stacked else 1
-    wanted = [
-        (expert, part) if first.is_stacked else (part,)
-        for expert in range(experts)
-        for part in range(first.of)
-    ]
-    for slot in wanted:
-        if slot not in pieces:
-            what = f"part {slot[-1] + 1} of {first.of}"
-            where = f"expert {slot[0]}, {what}" if first.is_stacked else what
-            raise SourceError(
-                f"{target}: {where} is missing; the rule [{first.rule}] needs all of them. "
-                "Is the checkpoint complete, and --hf-config its own?"
-            )
-    beyond = next((piece for slot, piece in pieces.items() if slot[0] >= experts * first.of), None)
-    if beyond is not None and first.is_stacked:
-        raise SourceError(
-            f"{beyond.parameter.stored}: has more than the {experts} experts of --hf-config."
-        )
-    ordered = [pieces[slot] for slot in wanted]
+    ordered = list(_in_order(target, pieces, first, experts))
     _check_alike(target, ordered)
     ranges = tuple(_ranges(ordered))
     lines = sum(each.stop - each.start for each in ranges)
@@ -138,6 +120,23 @@ def _present(target: str, pieces: Mapping[tuple[int, ...], Piece], sizes: Sizes)
         begins=tuple(each.line for each in ranges),
         plus_one=first.plus_one,
     )
+
+
+def _in_order(
+    target: str, pieces: Mapping[tuple[int, ...], Piece], first: Piece, experts: int
+) -> Iterator[Piece]:
+    """The parts of a tensor, one expert after the other where it is a stack of them."""
+    for expert in range(experts):
+        for part in range(first.of):
+            slot = (expert, part) if first.is_stacked else (part,)
+            if slot not in pieces:
+                what = f"part {part + 1} of {first.of}"
+                where = f"expert {expert}, {what}" if first.is_stacked else what
+                raise SourceError(
+                    f"{target}: {where} is missing; the rule [{first.rule}] needs all of them. "
+                    "Is the checkpoint complete, and --hf-config its own?"
+                )
+            yield pieces[slot]
 
 
 def _most(pieces: Mapping[tuple[int, ...], Piece]) -> int:

@@ -23,7 +23,7 @@ from fourfold.checkpoints.megatron.keys import Parameter
 from fourfold.checkpoints.megatron.presented import Presented, Range, present
 from fourfold.checkpoints.megatron.rules import RuleBook
 from fourfold.checkpoints.megatron.sizes import Sizes
-from fourfold.checkpoints.safetensors_header import TensorInfo, nbytes_of
+from fourfold.checkpoints.safetensors_header import BITS, TensorInfo, nbytes_of
 from fourfold.checkpoints.source import CONFIG, find_side_files, read_config
 from fourfold.checkpoints.stamps import Stamps
 from fourfold.errors import SourceError
@@ -146,20 +146,19 @@ class MegatronTensors:
             values.copy_(values.to(torch.float64) + 1.0)
 
     def _lay_out(self, where: Path) -> Iterator[tuple[str, TensorInfo]]:
-        """The tensors, as if they lay in `where` one after the other in the order of their names.
+        """The tensors, as if they lay in `where` one after the other in a single safetensors file.
 
-        So what is written does not depend on how the model was sharded.
+        So what is written does not depend on how the model was sharded, and is what would be
+        written from `convert`'s output.
         """
         at = 0
-        for name in sorted(self._presented, key=_natural):
-            each = self._presented[name]
-            yield name, TensorInfo(name, each.dtype, each.shape, where, at, at + each.nbytes)
+        order = sorted(self._presented.values(), key=lambda each: (-BITS[each.dtype], each.name))
+        for each in order:
+            yield (
+                each.name,
+                TensorInfo(each.name, each.dtype, each.shape, where, at, at + each.nbytes),
+            )
             at += each.nbytes
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Numbers in a name are ordered as numbers."""
-    return [(len(part), part) if part.isdecimal() else (0, part) for part in name.split(".")]
 
 
 def box_of(found: Range) -> Box:
@@ -186,7 +185,7 @@ def _check_counts(parameters: Iterable[Parameter], sizes: Sizes, file: Path, whe
                 f"{parameter.stored}: has an expert {expert[1]}, {file} says {sizes.experts} "
                 "experts. Does --hf-config belong to this checkpoint?"
             )
-    if layers != set(range(sizes.layers)):
+    if len(layers) != sizes.layers or max(layers) >= sizes.layers:
         raise SourceError(
             f"{where}: has decoder layers {_some(layers)}, {file} says "
             f"num_hidden_layers {sizes.layers}. Does --hf-config belong to this checkpoint?"
