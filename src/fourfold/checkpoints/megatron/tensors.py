@@ -82,7 +82,7 @@ class MegatronTensors:
         shape = (stop - start, *info.shape[1:]) if info.shape else ()
         buffer = np.empty(nbytes_of(info.dtype, shape), dtype=np.uint8) if out is None else out
         flat = buffer.reshape(-1).view(np.uint8)
-        self._fill(key, start * each, flat)
+        self._read(key, start * each, flat)
         return torch.from_numpy(flat).view(info.torch_dtype).reshape(shape)
 
     def read_bytes(self, key: str, start: int, out: np.ndarray[Any, Any]) -> None:
@@ -91,10 +91,10 @@ class MegatronTensors:
         line = self._presented[key].line_bytes
         first, last = start // line, -(-(start + len(out)) // line)
         if start == first * line and len(out) == (last - first) * line:
-            self._fill(key, first, out)
+            self._read(key, first, out)
             return
         data = np.empty((last - first) * line, dtype=np.uint8)
-        self._fill(key, first, data)
+        self._read(key, first, data)
         out[:] = data[start - first * line :][: len(out)]
 
     def will_need(self, key: str, start: int, stop: int) -> None:
@@ -132,7 +132,7 @@ class MegatronTensors:
         presented = self._presented[key]
         return presented.within(start * presented.lines_each, stop * presented.lines_each)
 
-    def _fill(self, key: str, first: int, out: np.ndarray[Any, Any]) -> None:
+    def _read(self, key: str, first: int, out: np.ndarray[Any, Any]) -> None:
         """Fill `out` with lines of a tensor, from `first` on."""
         presented = self._presented[key]
         if not len(out):

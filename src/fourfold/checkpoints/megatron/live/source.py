@@ -46,7 +46,7 @@ class LiveMegatron(MegatronTensors):
         self._own: tempfile.TemporaryDirectory[str] | None = None
         self._exchange = Exchange()
         try:
-            locals_, arguments = self._read(model, hf_config, tokenizer)
+            locals_, arguments = self._found(model, hf_config, tokenizer)
         except Exception as error:
             self._exchange.agree(None, error)
             raise
@@ -97,7 +97,7 @@ class LiveMegatron(MegatronTensors):
         if self._own is not None:
             self._own.cleanup()
 
-    def _read(self, model: Any, hf_config: Any, tokenizer: Any) -> tuple[list[Any], Arguments]:
+    def _found(self, model: Any, hf_config: Any, tokenizer: Any) -> tuple[list[Any], Arguments]:
         """This rank's parameters, and the configurations."""
         if not is_megatron(model):
             raise UsageError(f"{type(model).__name__}: is no Megatron model, nor a list of chunks.")
