@@ -196,8 +196,9 @@ class Folding:
                 item = next(self._jobs, None)
                 if item is None:
                     break
-                for key, start, stop in slabs_of(item[1]):
-                    self.source.will_need(key, start, stop)
+                if job_bytes(item[1]) <= GROUP_BYTES:
+                    for key, start, stop in slabs_of(item[1]):
+                        self.source.will_need(key, start, stop)
                 self._ahead.append(item)
             return None if self._stopped or not self._ahead else self._ahead.popleft()
 
@@ -402,6 +403,8 @@ class _Group:
 
     def _load(self, piece: _Piece) -> torch.Tensor:
         """The piece's rows `[out, in]`, contiguous along `in`."""
+        if not self.is_held:
+            self.arena.reset()  # of a large group, one piece at a time
         region = piece.linear.region
         slab = self._slab(region.key, *piece.slab)
         if piece.slab == region.slab:
