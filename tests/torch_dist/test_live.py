@@ -147,7 +147,9 @@ def test_one_scale_for_all_experts_of_a_layer(two_ranks: Path) -> None:
 
 
 def test_an_error_of_one_rank_is_one_of_all(two_ranks: Path) -> None:
-    check_failed(two_ranks, "not finite", r"model\.layers\.0\.mlp\.experts\.2\.down_proj .*: nan at")
+    check_failed(
+        two_ranks, "not finite", r"model\.layers\.0\.mlp\.experts\.2\.down_proj .*: nan at"
+    )
     check_failed(two_ranks, "adapter", r"decoder\.layers\.0\.adapter\.\w+: no rule for it")
     check_failed(two_ranks, "meta", r"router\.weight: has no values in memory")
 
