@@ -49,12 +49,11 @@ def run(job: dict[str, Any], ranks: Any, rank: int) -> None:
     for chunk in chunks:
         if options.get("bf16"):
             chunk.bfloat16()
-        if job.get("load"):
-            load(chunk, Path(job["load"]), options)
-        else:
-            randomize(chunk)
-        if job.get("save"):
-            save(chunk, Path(job["save"]), options)
+    if job.get("load"):
+        load(chunks, Path(job["load"]), options)
+    else:
+        randomize(chunks[0])
+        save(chunks[0], Path(job["save"]), options)
     if job.get("out"):
         quantize([Wrapper(chunk) for chunk in chunks] if ranks.vp > 1 else chunks[0], job, rank)
 

@@ -277,14 +277,18 @@ def save(model: Any, folder: Path, options: dict[str, Any], args: Any = None) ->
 
 
 def load(model: Any, folder: Path, options: dict[str, Any]) -> None:
-    """Fill this rank's part from a checkpoint of any sharding."""
-    state = model.sharded_state_dict(metadata=_metadata(options))
+    """Fill this rank's part, or its chunks, from a checkpoint of any sharding."""
+    chunks = model if isinstance(model, list) else [model]
+    metadata = _metadata(options)
+    state = {str(n): chunk.sharded_state_dict(metadata=metadata) for n, chunk in enumerate(chunks)}
     loaded = dist_checkpointing.load(state, str(folder))
-    missing, unexpected = model.load_state_dict(
-        {key: value for key, value in loaded.items() if "_extra_state" not in key}, strict=False
-    )
-    wrong = [key for key in (*missing, *unexpected) if "_extra_state" not in key]
-    assert not wrong, wrong
+    for number, chunk in enumerate(chunks):
+        values = loaded[str(number)].items()
+        missing, unexpected = chunk.load_state_dict(
+            {key: value for key, value in values if "_extra_state" not in key}, strict=False
+        )
+        wrong = [key for key in (*missing, *unexpected) if "_extra_state" not in key]
+        assert not wrong, wrong
 
 
 def _metadata(options: dict[str, Any]) -> dict[str, Any]:
