@@ -109,9 +109,9 @@ SPREAD = {
     "tp2 ep2": Job(Ranks(tp=2, ep=2)),
     "pp2": Job(Ranks(pp=2)),
     "dp2": Job(Ranks(dp=2), given={"shards": 3}),
-    "layers": Job(Ranks(ep=2), given={"recipe": "layers.yaml"}),
     "own shards": Job(Ranks(ep=2), given={"shards": None}),
 }
+CALIBRATED = {"recipe": "nvfp4_default_mse-fp8_kv", "calib_seq": 16, "threads": 1}
 SPOILED = {
     "not finite": Job(Ranks(ep=2), "not finite"),
     "replica": Job(Ranks(tp=2), "replica"),
@@ -125,7 +125,16 @@ SPOILED = {
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("live")
-    spread = {**SPREAD, "layers": Job(Ranks(ep=2), given={"recipe": str(folder / "layers.yaml")})}
+    rows = [[(7 * row + 3 * n) % 90 + 3 for n in range(20)] for row in range(12)]
+    lines = [json.dumps({"input_ids": row}) + "\n" for row in rows]
+    (folder / "ids.jsonl").write_text("".join(lines))
+    spread = {
+        **SPREAD,
+        "layers": Job(Ranks(ep=2), given={"recipe": str(folder / "layers.yaml")}),
+        "calibrated": Job(
+            Ranks(tp=2, ep=2), given={**CALIBRATED, "calib": [str(folder / "ids.jsonl")]}
+        ),
+    }
     return launch(IN_BF16, {**spread, **SPOILED}, folder)
 
 
@@ -144,6 +153,11 @@ def test_replicas_write_once(two_ranks: Path) -> None:
 def test_one_scale_for_all_experts_of_a_layer(two_ranks: Path) -> None:
     wanted = offline(two_ranks, "layers", recipe=two_ranks / "layers.yaml")
     check(two_ranks, "layers", Ranks(ep=2), wanted)
+
+
+def test_activations_are_calibrated(two_ranks: Path) -> None:
+    wanted = offline(two_ranks, "calibrated", **CALIBRATED, calib=[two_ranks / "ids.jsonl"])
+    check(two_ranks, "calibrated", Ranks(tp=2, ep=2), wanted)
 
 
 def test_an_error_of_one_rank_is_one_of_all(two_ranks: Path) -> None:
