@@ -421,14 +421,19 @@ def test_a_head_beside_a_tied_embedding_is_named(
     refused(checkpoint, tied, "output_layer.weight", "tie_word_embeddings")
 
 
-def test_what_optimizers_keep_is_left_out(made: Callable[..., tuple[Path, Path]]) -> None:
+def test_what_optimizers_keep_is_left_out(
+    made: Callable[..., tuple[Path, Path]], written: Written
+) -> None:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         for name in list(tensors):
             tensors[f"optimizer.state.exp_avg.{name}"] = tensors[name].float()
         tensors["chained_0.optimizer.distributed.dp_group_idx_0.param"] = torch.zeros(4)
 
     checkpoint, hf = made(change=change)
-    assert len(fourfold.plan(checkpoint, W4A16, hf_config=hf).rows) == 56
+    plan = fourfold.plan(checkpoint, W4A16, hf_config=hf)
+    assert len(plan.rows) == 56
+    left = len(to_megatron(written(FAMILY)[1].raw)) + 1
+    assert any(note.startswith(f"{left} keys that are no weights") for note in plan.notes)
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify", "quantize", "generate"])
@@ -548,6 +553,29 @@ def test_names_that_the_model_has_no_place_for_are_refused(
         tensors["decoder.layers.0.self_attention.linear_qkv.bias"] = torch.zeros(128).bfloat16()
 
     refused(*made(change=change), "k_proj.bias", "no place for it", kind=ModelError)
+
+
+FIELDS = [
+    "model_type", "num_hidden_layers", "num_key_value_heads", "head_dim", "vocab_size",
+    "num_experts", "rope_parameters", "text_config",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_configuration_of_nonsense_is_refused(
+    field: str, made: Callable[..., tuple[Path, Path]], tmp_path: Path
+) -> None:
+    checkpoint, hf = made(common={"args": argparse.Namespace(**ARGS)})
+    config = json.loads((hf / "config.json").read_text())
+    for number, value in enumerate(["x", 0, 10**15, [], {"a": []}]):
+        own = tmp_path / str(number)
+        own.mkdir()
+        (own / "config.json").write_text(json.dumps({**config, field: value}))
+        try:
+            fourfold.plan(checkpoint, W4A16, hf_config=own)
+        except FourfoldError as error:
+            lines = str(error).splitlines()
+            assert len(lines) <= 3, (value, lines)
 
 
 def test_peak_memory_is_that_of_a_slab(

@@ -54,6 +54,11 @@ class MegatronFolder(MegatronTensors):
     @property
     def notes(self) -> tuple[str, ...]:
         notes = [f"weights come from {self.checkpoint}, config.json from {self.folder}"]
+        if self._left_out:
+            notes.append(
+                f"{self._left_out:,} keys that are no weights are left out (_extra_state, "
+                "optimizers, random states)"
+            )
         if self._arguments.note is not None:
             notes.append(self._arguments.note)
         return (*notes, *super().notes)
@@ -78,6 +83,7 @@ class MegatronFolder(MegatronTensors):
         book, sizes = self._fit(self._arguments)
         _check_objects(stored)
         weights = {key: each for key, each in stored.tensors.items() if not is_bookkeeping(key)}
+        self._left_out = len(stored.objects) + len(stored.tensors) - len(weights)
         for key in weights:
             self._stored.check(key)
         parameters = list(parameters_of(weights))
