@@ -216,8 +216,11 @@ def test_every_sharding(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_sequential_experts_of_eight_ranks(tmp_path: Path) -> None:
-    jobs = {"all": Job(Ranks(tp=2, ep=2, pp=2, dp=2)), "tp4": Job(Ranks(tp=4, ep=2))}
+    """More ranks than files: some write nothing, and serve the others all the same."""
+    ranks = Ranks(tp=2, ep=2, pp=2, dp=2)
+    jobs = {"all": Job(ranks, given={"shards": 1}), "tp4": Job(Ranks(tp=4, ep=2))}
     folder = launch(SEQUENTIAL, jobs, tmp_path / "live")
-    wanted = offline(folder, "two")
-    for name, job in jobs.items():
-        check(folder, name, job.ranks, wanted)
+    wanted = offline(folder, "one", shards=1)
+    assert sum(name.endswith(".safetensors") for name in wanted) < ranks.world
+    check(folder, "all", ranks, wanted)
+    check(folder, "tp4", jobs["tp4"].ranks, offline(folder, "two"))

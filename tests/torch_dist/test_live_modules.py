@@ -24,6 +24,7 @@ from fourfold.checkpoints.megatron import MegatronFolder
 from fourfold.checkpoints.megatron.live import LiveMegatron, is_megatron
 from fourfold.checkpoints.megatron.live.modules import local_parameters
 from fourfold.errors import ModelError, SourceError, UsageError
+from fourfold.planning import Shard, deal
 
 from .inverse import to_megatron
 from .stand_in import ALONE, Group, Rank, build, joined
@@ -142,6 +143,30 @@ def test_a_configuration_instead_of_a_folder(
         assert (out / "tokenizer.json").read_text() == "mine"
     file = "model-00001-of-00004.safetensors"
     assert (tmp_path / "0" / file).read_bytes() == (tmp_path / "1" / file).read_bytes()
+
+
+def test_who_has_most_of_a_shard_writes_it(written: Written) -> None:
+    shards = fourfold.plan(written("qwen3_moe")[0], W4A16).shards
+    owner = {id(shard): number % 3 for number, shard in enumerate(shards)}
+
+    def near(shard: Shard) -> list[int]:
+        return [5 if rank == owner[id(shard)] else 4 for rank in range(3)]
+
+    numbers = range(len(shards))
+    dealt = deal(shards, numbers, 3, near)
+    assert dealt == [[x for x in numbers if x % 3 == rank] for rank in range(3)]
+    # Where all have the same, nearness says nothing.
+    assert deal(shards, numbers, 3, lambda _: [1, 1, 1]) == deal(shards, numbers, 3)
+
+
+def test_what_is_near(made: Callable[..., tuple[Any, Path]]) -> None:
+    model, folder = made()
+    with closing(LiveMegatron(model, folder)) as live:
+        assert live.spread == 1
+        slabs = [(key, 0, info.shape[0]) for key, info in live.tensors.items()]
+        assert live.nearness(slabs) == [sum(info.nbytes for info in live.tensors.values())]
+        key = "model.embed_tokens.weight"
+        assert live.nearness([(key, 3, 5)]) == [2 * 2 * live.tensors[key].shape[1]]
 
 
 def test_wrapped_and_in_chunks(made: Callable[..., tuple[Any, Path]], written: Written) -> None:
