@@ -142,7 +142,7 @@ def test_what_does_not_go_together(streamed, tmp_path: Path) -> None:
     folder, _, batches = streamed("qwen3_moe")
     model, _ = read_back(FAMILIES["qwen3_moe"], folder)
     loop, to = loop_over(batches), tmp_path / "out"
-    with pytest.raises(fourfold.UsageError, match="only for a model in memory"):
+    with pytest.raises(fourfold.UsageError, match="only for a model of transformers in memory"):
         fourfold.quantize(folder, to, RECIPE, forward_loop=loop)
     with pytest.raises(fourfold.UsageError, match="quantizes no activations"):
         fourfold.quantize(model, to, "w4a16_nvfp4_experts_only", forward_loop=loop)

@@ -99,6 +99,7 @@ class Job:
                 if self.run.is_writer:
                     self.share = take_share(
                         self.work,
+                        self.source,
                         self.folder,
                         self.identity,
                         self.ranks,

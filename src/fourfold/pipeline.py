@@ -17,7 +17,8 @@ from fourfold.calibration.calibrate import CalibrationProgress
 from fourfold.calibration.data import CalibrationData, CalibrationOptions
 from fourfold.calibration.live import ForwardLoop
 from fourfold.calibration.statistics import Statistics
-from fourfold.checkpoints.megatron import MegatronFolder
+from fourfold.checkpoints.megatron.live import LiveMegatron, is_megatron
+from fourfold.checkpoints.megatron.tensors import MegatronTensors
 from fourfold.checkpoints.opening import open_model
 from fourfold.checkpoints.source import Source
 from fourfold.checkpoints.writer import (
@@ -41,7 +42,7 @@ from fourfold.models.live import LiveSource
 from fourfold.models.roles import Role
 from fourfold.numerics import nvfp4
 from fourfold.planning import KVScales, Plan, ScaleGroup, make_plan
-from fourfold.ranks import Alone, Ranks, joining
+from fourfold.ranks import Alone, Ranks, joining, of_process_group
 from fourfold.recipes import DEFAULT_RECIPE, Recipe
 from fourfold.rendering import size
 from fourfold.resuming import (
@@ -52,7 +53,7 @@ from fourfold.runs import Observation, choose_run, origins, together
 from fourfold.verification import Report, verify
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -140,16 +141,17 @@ def _verdict(report: Report | None) -> str:
 
 
 def plan(
-    model: str | Path | Source,
+    model: str | Path | Source | torch.nn.Module | Sequence[torch.nn.Module],
     recipe: str | Path | Recipe = DEFAULT_RECIPE,
     *,
-    hf_config: str | Path | None = None,
+    hf_config: str | Path | PretrainedConfig | None = None,
     trust_remote_code: bool = False,
 ) -> Plan:
     """What `quantize` would do to every tensor of `model`; reads no weight.
 
-    model: a checkpoint's folder, a hub name, or an open `Source`.
-    hf_config: for a Megatron checkpoint, the folder with the Hugging Face configuration.
+    model: a checkpoint's folder, a hub name, an open `Source`, or a model in memory.
+    hf_config: for Megatron's, the folder with the Hugging Face configuration; for its models in
+    memory, that configuration will do.
     recipe: the name of a built-in recipe, a YAML file, or a `Recipe`.
 
     Raises `RecipeError`, `SourceError`, `ModelError` or `PlanError`.
@@ -162,11 +164,11 @@ def plan(
 
 
 def quantize(
-    model: str | Path | Source | PreTrainedModel,
+    model: str | Path | Source | torch.nn.Module | Sequence[torch.nn.Module],
     out: str | Path,
     recipe: str | Path | Recipe = DEFAULT_RECIPE,
     *,
-    hf_config: str | Path | None = None,
+    hf_config: str | Path | PretrainedConfig | None = None,
     calib: Sequence[str | Path] = (),
     calib_size: int | None = None,
     calib_seq: int | None = None,
@@ -197,7 +199,8 @@ def quantize(
 ) -> Result:
     """Quantize the checkpoint `model` into the folder `out`, and verify what was written.
 
-    model, recipe, hf_config: as in `plan`; or a model of transformers that is in memory.
+    model, recipe, hf_config: as in `plan`; a model in memory is one of transformers, or of
+    Megatron: then each rank gives its part (a list, where it has several chunks).
     calib, calib_size, calib_seq, batch_size, packing, seed: what the model reads while its
     activations are observed, where the recipe needs that; see `calibration.data`.
     calibration: the statistics of an earlier run, or the file with them; nothing is run then.
@@ -254,6 +257,7 @@ def quantize(
             on_data,
             calibration_progress,
         )
+        ranks.gather("called")  # whoever fails before this leaves nobody waiting in a collective
         with opened(model, hf_config, tokenizer, trust_remote_code) as source:
             workers = threads or max(1, threads_available() // ranks.local_size)
             is_live = isinstance(source, LiveSource)
@@ -262,7 +266,7 @@ def quantize(
             with together(source):
                 for origin in origins(source):
                     folder.check(origin, overwrite=overwrite)
-                parts = parts_of(folder, ranks, shards, overwrite)
+                parts = parts_of(folder, ranks, shards, overwrite, source)
                 in_forward = forward_threads(folder, ranks, threads, overwrite)
                 observation = replace(observation, threads=in_forward)
                 with _warming_up(chosen, source, observation.device) as failures:
@@ -310,6 +314,7 @@ def quantize(
                 )
                 if is_readable:
                     _check_ledger(work, linears, report, folder)
+            ranks.gather("verified")  # until then others may need what this rank has in memory
         return Result(
             out=folder.folder,
             plan=work,
@@ -327,7 +332,9 @@ def quantize(
 
 
 def _sharing(model: Any) -> AbstractContextManager[Ranks]:
-    """The ranks of this job. Those of a model in memory are its own affair."""
+    """The ranks of this job. Those of a transformers model in memory are its own affair."""
+    if isinstance(model, LiveMegatron) or is_megatron(model):
+        return joining(of_process_group())
     is_live = isinstance(model, torch.nn.Module | LiveSource)
     return nullcontext(Alone()) if is_live else joining()
 
@@ -345,17 +352,26 @@ def _packing(packing: str) -> Literal["packed", "padded"]:
 
 @contextmanager
 def opened(
-    model: str | Path | Source | PreTrainedModel,
-    hf_config: str | Path | None = None,
+    model: str | Path | Source | torch.nn.Module | Sequence[torch.nn.Module],
+    hf_config: str | Path | PretrainedConfig | None = None,
     tokenizer: Any = None,
     trust: bool = False,
 ) -> Iterator[Source]:
     """The source that `model` names; closed afterwards, unless it was given open."""
     if isinstance(model, str | Path):
-        source = open_model(model, hf_config)
+        if not isinstance(hf_config, str | Path | None):
+            raise UsageError("hf_config: of a checkpoint's folder, give a folder, too.")
+        source: Source = open_model(model, hf_config)
+    elif is_megatron(model):
+        if hf_config is None:
+            raise UsageError(
+                "model: a Megatron model. Give the folder with its Hugging Face configuration and "
+                "tokenizer, too, or the configuration: hf_config=…"
+            )
+        source = LiveMegatron(model, hf_config, tokenizer=tokenizer)
     elif hf_config is not None:
-        raise UsageError("hf_config: only for a Megatron checkpoint's folder. Leave it out.")
-    elif isinstance(model, torch.nn.Module):
+        raise UsageError("hf_config: only for Megatron's. Leave it out.")
+    elif isinstance(model, torch.nn.Module | Sequence):
         source = LiveSource(model, tokenizer=tokenizer, trust_remote_code=trust)
     else:
         source = model
@@ -371,7 +387,7 @@ def check_placed(source: Source, inventory: Inventory) -> None:
 
     Raises `ModelError` for a name that transformers does not build.
     """
-    if not isinstance(source, MegatronFolder):
+    if not isinstance(source, MegatronTensors):
         return
     left = [key for key in inventory.unknown if inventory.tensors[key].role is not Role.MTP]
     if left:

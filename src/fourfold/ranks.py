@@ -27,7 +27,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from fourfold.errors import FourfoldError
-from fourfold.launcher import launch
+from fourfold.launcher import Launch, launch
 
 PULSE = 0.5
 """Seconds between two signs of life."""
@@ -202,27 +202,42 @@ class Together:
         return [f"left/{rank}" for rank in range(self.size)]
 
 
-_jobs = count()
+_jobs: list[Any] = []
+"""The store that jobs of this process have met at, once for each: another store begins anew."""
 
 
 @contextmanager
-def joining() -> Iterator[Ranks]:
+def joining(found: Launch | None = None) -> Iterator[Ranks]:
     """The ranks that this process was started among; alone without a launcher."""
-    found = launch()
+    found = found or launch()
     if found.size == 1:
         yield Alone()
         return
+    store = _store()
+    _jobs[:] = [*(each for each in _jobs if each is store), store]
     # A launcher's store outlives its workers, and a job those before it.
-    name = f"fourfold/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_jobs)}"
-    together = Together(PrefixStore(name, _store()), found.rank, found.size, found.local_size)
+    name = f"fourfold/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{len(_jobs) - 1}"
+    together = Together(PrefixStore(name, store), found.rank, found.size, found.local_size)
     with together.taking_part():
         yield together
 
 
-@cache
+def of_process_group() -> Launch:
+    """The ranks of torch.distributed's default process group; alone without one."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return Launch()
+    launched = launch()
+    return Launch(dist.get_rank(), dist.get_world_size(), launched.local_rank, launched.local_size)
+
+
 def _store() -> Any:
     if dist.is_initialized():
         return dist.distributed_c10d._get_default_store()
+    return _launchers_store()
+
+
+@cache
+def _launchers_store() -> Any:
     try:
         store, _, _ = next(iter(rendezvous("env://", timeout=MEETING)))
     except (dist.DistError, RuntimeError, ValueError) as error:

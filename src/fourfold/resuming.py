@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from fourfold.checkpoints.source import Source
 from fourfold.checkpoints.writer import OutputFolder, digest_of_file
 from fourfold.errors import FourfoldError
 from fourfold.fold import LinearResult
-from fourfold.planning import Plan, ScaleGroup, deal
+from fourfold.planning import Plan, ScaleGroup, Shard, deal, slabs_of
 from fourfold.ranks import Ranks
 from fourfold.runs import Run
 from fourfold.summary import versions
@@ -88,12 +88,15 @@ def without_times(identity: Mapping[str, Any]) -> dict[str, Any]:
     return {**identity, "source": {**source, "files": files}}
 
 
-def parts_of(folder: OutputFolder, ranks: Ranks, wanted: int | None, overwrite: bool) -> int:
+def parts_of(
+    folder: OutputFolder, ranks: Ranks, wanted: int | None, overwrite: bool, source: Source
+) -> int:
     """How many shards a layer is cut into: as it is wanted, or as an unfinished run has begun, or
-    one for each rank."""
+    one for each rank; of a model whose layers lie on some of the ranks, one for each of these."""
     begun = _begun(folder, overwrite, "shards", "for each layer")
     known = [parts for parts in ranks.gather(begun) if parts is not None]
-    return wanted or (known[0] if known else ranks.size)
+    spread: int = getattr(source, "spread", ranks.size)
+    return wanted or (known[0] if known else spread)
 
 
 def forward_threads(
@@ -122,6 +125,7 @@ def _begun(folder: OutputFolder, overwrite: bool, *names: str) -> int | None:
 
 def take_share(
     plan: Plan,
+    source: Source,
     folder: OutputFolder,
     identity: Mapping[str, Any] | None,
     ranks: Ranks,
@@ -130,7 +134,7 @@ def take_share(
     threads: int,
 ) -> Share:
     """Take OUT, read what is finished there, and share out the rest."""
-    _check_same(ranks, identity)
+    _check_same(ranks, identity or _plan_of(plan))
     leaders = _take_folders(folder, ranks)
     entries: list[dict[str, Any]] = []
     if leaders[ranks.rank] == ranks.rank:
@@ -146,15 +150,30 @@ def take_share(
         if (found := _observed(entry)) is not None
     )
     unfinished = [number for number, name in enumerate(plan.shard_names) if name not in done]
-    mine = deal(plan.shards, unfinished, ranks.size)[ranks.rank]
+    mine = deal(plan.shards, unfinished, ranks.size, _nearness(source))[ranks.rank]
     return Share(mine, len(done), kept, leaders)
 
 
-def _check_same(ranks: Ranks, identity: Mapping[str, Any] | None) -> None:
+def _plan_of(plan: Plan) -> dict[str, Any]:
+    """What ranks must have the same, where the source is no folder."""
+    recipe: Any = json.loads(json.dumps(plan.recipe.model_dump(mode="json")))
+    return {"versions": versions(), "recipe": recipe, "plan": plan.digest}
+
+
+def _nearness(source: Source) -> Callable[[Shard], Sequence[int]] | None:
+    """Bytes of a shard's source that each rank has in memory; None where they lie in files."""
+    near: Callable[[list[tuple[str, int, int]]], Sequence[int]] | None
+    near = getattr(source, "nearness", None)
+    if near is None:
+        return None
+    return lambda shard: near([slab for job in shard.jobs for slab in slabs_of(job)])
+
+
+def _check_same(ranks: Ranks, identity: Mapping[str, Any]) -> None:
     """Raise where ranks were given another source or recipe, or run other versions."""
-    if ranks.size == 1 or identity is None:
+    if ranks.size == 1:
         return
-    every = ranks.gather(without_times(identity))
+    every = ranks.gather(without_times(identity) if "source" in identity else dict(identity))
     for rank, other in enumerate(every):
         different = [what for what in other if other[what] != every[0][what]]
         if different:

@@ -62,7 +62,9 @@ class Observation:
         if len(given) > 1:
             raise UsageError(f"give {' or '.join(given)}, not both.")
         if self.forward_loop is not None and not is_live:
-            raise UsageError("forward_loop: only for a model in memory. Give --calib instead.")
+            raise UsageError(
+                "forward_loop: only for a model of transformers in memory. Give --calib instead."
+            )
         sizes = {"--calib-size": options.size, "--calib-seq": options.seq}
         given += [name for name, value in sizes.items() if value is not None]
         if given and not recipe.needs_calibration:

@@ -43,10 +43,13 @@ class Ranks:
     tp: int = 1
     pp: int = 1
     ep: int = 1
+    etp: int = 1
+    dp: int = 1
+    vp: int = 1
 
     @property
     def world(self) -> int:
-        return max(self.tp, self.ep) * self.pp
+        return max(self.tp, self.ep * self.etp) * self.pp * self.dp
 
     def __str__(self) -> str:
         sizes = [f"{name}{size}" for name, size in asdict(self).items() if size > 1]
@@ -80,7 +83,7 @@ def run(case: Case, shardings: Sequence[Ranks], folder: Path) -> Saved:
         for number, ranks in enumerate(every)
     ]
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    _run_ranks(folder / "jobs.json", max(ranks.world for ranks in every))
+    run_ranks(folder / "jobs.json", max(ranks.world for ranks in every))
     hf = folder / "hf"
     hf.mkdir()
     (hf / "config.json").write_text(json.dumps(case.config()))
@@ -91,13 +94,13 @@ def run(case: Case, shardings: Sequence[Ranks], folder: Path) -> Saved:
     return Saved(hf, places, logits, mtp)
 
 
-def _run_ranks(jobs: Path, world: int) -> None:
+def run_ranks(jobs: Path, world: int, worker: str = "core_worker") -> None:
     """One process for each rank; an error of one ends all of them."""
     outputs = [(jobs.parent / f"rank{rank}.txt").open("w+") for rank in range(world)]
     tests = Path(__file__).parent.parent
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", f"{__package__}.core_worker", str(jobs), str(rank)],
+            [sys.executable, "-m", f"{__package__}.{worker}", str(jobs), str(rank)],
             cwd=tests,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=output,

@@ -27,16 +27,19 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 @dataclass(frozen=True)
 class Ranks:
-    """How a model is spread: tensor, pipeline and expert parallel sizes."""
+    """How a model is spread: tensor, pipeline, expert and experts' tensor parallel sizes, replicas
+    and chunks of a stage."""
 
     tp: int = 1
     pp: int = 1
     ep: int = 1
-    etp: int | None = None
+    etp: int = 1
+    dp: int = 1
+    vp: int = 1
 
     @property
     def world(self) -> int:
-        return max(self.tp, self.ep * (self.etp or 1)) * self.pp
+        return max(self.tp, self.ep * self.etp) * self.pp * self.dp
 
 
 def start(ranks: Ranks, rank: int, store: Path) -> None:
@@ -47,8 +50,9 @@ def start(ranks: Ranks, rank: int, store: Path) -> None:
     parallel_state.initialize_model_parallel(
         ranks.tp,
         ranks.pp,
+        ranks.vp if ranks.vp > 1 else None,
         expert_model_parallel_size=ranks.ep,
-        expert_tensor_parallel_size=ranks.etp or 1,
+        expert_tensor_parallel_size=ranks.etp,
     )
 
 
@@ -88,7 +92,8 @@ def megatron_config(hf: dict[str, Any], ranks: Ranks, options: dict[str, Any]) -
         "tensor_model_parallel_size": ranks.tp,
         "pipeline_model_parallel_size": ranks.pp,
         "expert_model_parallel_size": ranks.ep,
-        "expert_tensor_parallel_size": ranks.etp or 1,
+        "expert_tensor_parallel_size": ranks.etp,
+        "virtual_pipeline_model_parallel_size": ranks.vp if ranks.vp > 1 else None,
         "qk_layernorm": family != "mixtral",
     }
     if options.get("mtp"):
@@ -159,24 +164,26 @@ def _latent(hf: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def build(hf: dict[str, Any], ranks: Ranks, options: dict[str, Any]) -> Any:
-    """This rank's part of the model, in evaluation mode."""
+def build(hf: dict[str, Any], ranks: Ranks, options: dict[str, Any], stage: int = 0) -> Any:
+    """This rank's part of the model, in evaluation mode. stage: which of its chunks."""
     config = megatron_config(hf, ranks, options)
     rope = hf["rope_parameters"]
     torch.manual_seed(0)
+    place = {"ignore_virtual": False, "vp_stage": stage}
     return GPTModel(
         config=config,
-        transformer_layer_spec=_layers(config),
+        transformer_layer_spec=_layers(config, stage),
         vocab_size=hf["vocab_size"] + options.get("padding", 0),
         max_sequence_length=64,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(**place),
+        post_process=parallel_state.is_pipeline_last_stage(**place),
         parallel_output=False,
         share_embeddings_and_output_weights=hf["tie_word_embeddings"],
         position_embedding_type="rope",
         rotary_base=rope["rope_theta"],
         rotary_percent=rope.get("partial_rotary_factor", 1.0),
         mtp_block_spec=_mtp(config),
+        vp_stage=stage if ranks.vp > 1 else None,
     ).eval()
 
 
@@ -194,14 +201,15 @@ def _mtp(config: Any) -> Any:
     return spec
 
 
-def _layers(config: Any) -> TransformerBlockSubmodules:
-    """The specs of this stage's layers."""
+def _layers(config: Any, stage: int) -> TransformerBlockSubmodules:
+    """The specs of this stage's layers, those of one chunk."""
     pattern = [1] * config.num_layers
     if isinstance(config.moe_layer_freq, list):
         pattern = config.moe_layer_freq
     linear = config.linear_attention_freq or [0] * config.num_layers
-    first = specs.get_transformer_layer_offset(config)
-    count = specs.get_num_layers_to_build(config)
+    chunk = stage if config.virtual_pipeline_model_parallel_size else None
+    first = specs.get_transformer_layer_offset(config, vp_stage=chunk)
+    count = specs.get_num_layers_to_build(config, vp_stage=chunk)
     found = [
         _layer(config, bool(config.num_moe_experts) and bool(pattern[n]), bool(linear[n]))
         for n in range(first, first + count)
@@ -269,14 +277,18 @@ def save(model: Any, folder: Path, options: dict[str, Any], args: Any = None) ->
 
 
 def load(model: Any, folder: Path, options: dict[str, Any]) -> None:
-    """Fill this rank's part from a checkpoint of any sharding."""
-    state = model.sharded_state_dict(metadata=_metadata(options))
+    """Fill this rank's part, or its chunks, from a checkpoint of any sharding."""
+    chunks = model if isinstance(model, list) else [model]
+    metadata = _metadata(options)
+    state = {str(n): chunk.sharded_state_dict(metadata=metadata) for n, chunk in enumerate(chunks)}
     loaded = dist_checkpointing.load(state, str(folder))
-    missing, unexpected = model.load_state_dict(
-        {key: value for key, value in loaded.items() if "_extra_state" not in key}, strict=False
-    )
-    wrong = [key for key in (*missing, *unexpected) if "_extra_state" not in key]
-    assert not wrong, wrong
+    for number, chunk in enumerate(chunks):
+        values = loaded[str(number)].items()
+        missing, unexpected = chunk.load_state_dict(
+            {key: value for key, value in values if "_extra_state" not in key}, strict=False
+        )
+        wrong = [key for key in (*missing, *unexpected) if "_extra_state" not in key]
+        assert not wrong, wrong
 
 
 def _metadata(options: dict[str, Any]) -> dict[str, Any]:

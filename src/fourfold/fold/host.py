@@ -8,7 +8,7 @@ thread, or a device that takes the pieces row by row (`device.ByRows`).
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -141,19 +141,6 @@ class HostWorker:
                 for name, value in zip((job.k_name, job.v_name), task.scales.kv(job), strict=True):
                     file.write(name, scalar(value))
         return []
-
-
-def slabs_of(job: Job) -> Iterator[tuple[str, int, int]]:
-    """What a job reads: raw keys, and ranges of their first dimension."""
-    match job:
-        case ScaleGroup():
-            yield from dict.fromkeys((x.region.key, *x.region.slab) for x in job.linears)
-        case ExpertBias():
-            yield (job.region.key, *job.region.slab)
-        case RawTensor():
-            yield (job.info.key, 0, job.info.shape[0] if job.info.shape else 1)
-        case KVScales():
-            pass
 
 
 def slab_bytes(info: TensorInfo, start: int, stop: int) -> int:

@@ -24,12 +24,12 @@ from fourfold.calibration.scales import ActivationScales
 from fourfold.checkpoints.source import Source
 from fourfold.checkpoints.writer import OutputFolder, ShardFile
 from fourfold.fold.device import DeviceWorker
-from fourfold.fold.host import HostWorker, Task, slabs_of
+from fourfold.fold.host import HostWorker, Task
 from fourfold.fold.lanes import Filling, Lanes
 from fourfold.fold.results import LinearResult
 from fourfold.machine import threads_available
 from fourfold.numerics.nvfp4 import ScaleAlgorithm
-from fourfold.planning import WAITING, Job, Plan, job_bytes
+from fourfold.planning import GROUP_BYTES, WAITING, Job, Plan, job_bytes, slabs_of
 
 LOOKAHEAD = 16
 """How many jobs ahead of the workers the disk is told what will be read."""
@@ -171,8 +171,9 @@ class Folding:
             item = next(self._jobs, None)
             if item is None:
                 break
-            for key, start, stop in slabs_of(item[1]):
-                self.source.will_need(key, start, stop)
+            if job_bytes(item[1]) <= GROUP_BYTES:  # what is larger is read twice, in pieces
+                for key, start, stop in slabs_of(item[1]):
+                    self.source.will_need(key, start, stop)
             self._ahead.append(item)
         return None if self._stopped or not self._ahead else self._ahead[0]
 

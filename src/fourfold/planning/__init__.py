@@ -14,6 +14,7 @@ from fourfold.planning.rows import (
     is_plain,
     job_bytes,
     raw_keys,
+    slabs_of,
 )
 from fourfold.planning.shards import Spec, cut, deal, lay_out, outputs_of, shard_names
 
@@ -38,4 +39,5 @@ __all__ = [
     "outputs_of",
     "raw_keys",
     "shard_names",
+    "slabs_of",
 ]

@@ -40,6 +40,7 @@ from fourfold.planning.rows import (
     is_plain,
     job_bytes,
     raw_keys,
+    slabs_of,
 )
 from fourfold.planning.selection import Selection
 from fourfold.planning.shards import check_kept, check_names, lay_out, outputs_of, shard_names
@@ -91,12 +92,18 @@ class Plan:
 
         workers: how many hold a job; by default a few more than `threads`, which compute.
         """
-        largest = COPY_BYTES
-        for group in self.groups:
-            held = job_bytes(group)
-            plain = all(is_plain(linear.region) for linear in group.linears)
-            largest = max(largest, min(held, GROUP_BYTES) if plain else 2 * held)
+        largest = max(COPY_BYTES, *map(self._memory_of, self.groups), 0)
         return (threads + WAITING if workers is None else workers) * largest * 3 // 2
+
+    def _memory_of(self, group: ScaleGroup) -> int:
+        """Bytes of a group that are in memory at a time; what is not plain is copied once more."""
+        held = job_bytes(group)
+        if all(is_plain(linear.region) for linear in group.linears):
+            return min(held, GROUP_BYTES)
+        if held <= GROUP_BYTES:
+            return 2 * held
+        slabs = ((self.inventory.tensors[key].info, rows) for key, *rows in slabs_of(group))
+        return 2 * max(info.nbytes // info.shape[0] * (b - a) for info, (a, b) in slabs)
 
     @cached_property
     def sites(self) -> Mapping[str, tuple[LinearWeight, ...]]:

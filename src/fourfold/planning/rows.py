@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -113,3 +113,16 @@ def raw_keys(job: Job) -> list[str]:
             return [job.info.key]
         case KVScales():
             return []
+
+
+def slabs_of(job: Job) -> Iterator[tuple[str, int, int]]:
+    """The slabs that a job reads: raw tensor, first row, the one past the last."""
+    match job:
+        case ScaleGroup():
+            yield from dict.fromkeys((x.region.key, *x.region.slab) for x in job.linears)
+        case ExpertBias():
+            yield (job.region.key, *job.region.slab)
+        case RawTensor():
+            yield (job.info.key, 0, job.info.shape[0] if job.info.shape else 1)
+        case KVScales():
+            pass

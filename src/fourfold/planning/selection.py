@@ -115,8 +115,10 @@ class Selection:
 
     def groups(self) -> list[ScaleGroup]:
         members: dict[str, list[LinearWeight]] = defaultdict(list)
+        of_layers = self.recipe.weights.scale_group == "layer"
         for linear in self.chosen.values():
-            members[linear.scale_group].append(linear)
+            is_shared = of_layers and linear.expert is not None
+            members[linear.input_site if is_shared else linear.scale_group].append(linear)
         return [ScaleGroup(name, tuple(linears)) for name, linears in members.items()]
 
     def biases(self) -> list[ExpertBias]:

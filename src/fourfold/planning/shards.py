@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from fourfold.checkpoints import modelopt
 from fourfold.checkpoints.safetensors_header import nbytes_of
@@ -84,8 +84,16 @@ def effort(tensors: Mapping[str, Spec]) -> int:
     return sum(nbytes_of(*spec) * (4 if spec[0] == PACKED else 1) for spec in tensors.values())
 
 
-def deal(shards: Sequence[Shard], unfinished: Iterable[int], ranks: int) -> list[list[int]]:
-    """The shards' numbers for each rank: even within each unit, and over all of them."""
+def deal(
+    shards: Sequence[Shard],
+    unfinished: Iterable[int],
+    ranks: int,
+    nearness: Callable[[Shard], Sequence[int]] | None = None,
+) -> list[list[int]]:
+    """The shards' numbers for each rank: even within each unit, and over all of them.
+
+    nearness: bytes of a shard's source that each rank has; the one with the most writes it.
+    """
     dealt: list[list[int]] = [[] for _ in range(ranks)]
     totals = [0] * ranks
     units: dict[int | None, list[int]] = defaultdict(list)
@@ -94,7 +102,8 @@ def deal(shards: Sequence[Shard], unfinished: Iterable[int], ranks: int) -> list
     for numbers in units.values():
         here = [0] * ranks
         for number in sorted(numbers, key=lambda number: (-effort(shards[number].tensors), number)):
-            rank = min(range(ranks), key=lambda rank: (here[rank], totals[rank], rank))
+            near = [0] * ranks if nearness is None else nearness(shards[number])
+            rank = min(range(ranks), key=lambda rank: (-near[rank], here[rank], totals[rank], rank))
             here[rank] += effort(shards[number].tensors)
             totals[rank] += effort(shards[number].tensors)
             dealt[rank].append(number)

@@ -1,7 +1,7 @@
 """Recipes: what to do, by role. Short YAML, checked when it is read.
 
     description: NVFP4 W4A16 for routed experts, MSE-chosen block scales
-    weights:     {format: nvfp4, scale: mse}   # scale: max | mse
+    weights:     {format: nvfp4, scale: mse}   # scale: max | mse; scale_group: expert | layer
     activations: none                          # W4A16; or {format: nvfp4, amax: max} (W4A4)
     kv_cache:    none                          # or {format: fp8, scale: cast | calibrated}
     calibration: {all_experts: false}          # true: every expert is shown every token
@@ -44,6 +44,9 @@ class Weights(_Strict):
 
     format: Literal["nvfp4"] = "nvfp4"
     scale: Literal["max", "mse"] = "mse"
+    scale_group: Literal["expert", "layer"] = "expert"
+    """What of the routed experts shares a global scale: gate and up of each expert, or gates and
+    ups of all experts of a layer, and their downs."""
 
 
 class Headroom(_Strict):
@@ -116,6 +119,12 @@ class Recipe(_Strict):
     def _something_to_calibrate(self) -> Recipe:
         if self.calibration.all_experts and not self.is_w4a4:
             raise ValueError("calibration.all_experts: only where activations are quantized")
+        return self
+
+    @model_validator(mode="after")
+    def _some_experts(self) -> Recipe:
+        if self.weights.scale_group == "layer" and not self.roles & {"experts", "mtp"}:
+            raise ValueError("weights.scale_group: layer is of routed experts: quantize experts")
         return self
 
     @property

@@ -66,7 +66,7 @@ class Arguments:
             if value is not None and value is not False and value != 0:
                 raise SourceError(
                     f"{self.file}: {name} is {shown(value)}: {why}. "
-                    "Save the model again without it."
+                    "Only models without it can be read."
                 )
         centered = self.values.get(
             "apply_layernorm_1p", self.values.get("layernorm_zero_centered_gamma")

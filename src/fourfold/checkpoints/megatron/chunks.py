@@ -47,6 +47,10 @@ class Chunk:
     start: int
     stop: int
 
+    @property
+    def place(self) -> str:
+        return self.file.name
+
 
 @dataclass(frozen=True, slots=True)
 class Archive:

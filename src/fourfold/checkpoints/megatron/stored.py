@@ -37,14 +37,15 @@ class StoredTensors:
         self.tensors = checkpoint.tensors
         self._stamps = stamps
         self._files = OpenFiles(self._open)
-        self._boxes: dict[str, Boxes] = {}
+        self._boxes: dict[str, Boxes[Chunk]] = {}
         self._begins: dict[tuple[Path, int], int] = {}
         self._lock = threading.Lock()
 
     def check(self, key: str) -> None:
         """Raise `SourceError` where chunks of a tensor overlap, or some are missing."""
         if key not in self._boxes:
-            boxes = Boxes(self.tensors[key])
+            tensor = self.tensors[key]
+            boxes = Boxes(key, tensor.shape, tensor.chunks)
             with self._lock:
                 self._boxes[key] = boxes
 
