@@ -236,15 +236,8 @@ def quantize(
             on_warning(text)
 
     with _sharing(model) as ranks:  # first of all: the others hear of any error
-        if not str(out):
-            raise UsageError("OUT is empty: give the folder to write.")
-        if threads is not None and threads < 1:
-            raise UsageError(f"threads={threads}: give 1 or more.")
-        if device_memory is not None and device_memory < 1:
-            raise UsageError(f"device_memory={device_memory}: give more than 0, in bytes.")
+        _check_arguments(out, threads, device_memory, shards)
         chosen = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-        if shards is not None and shards < 1:
-            raise UsageError(f"shards={shards}: give 1 or more.")
         files = tuple(map(str, calib))
         observation = Observation(
             CalibrationOptions(files, calib_size, calib_seq, batch_size, seed, _packing(packing)),
@@ -286,12 +279,7 @@ def quantize(
                     check_room(work, folder, kernels, ranks, runs_model=runs_model)
                 if on_plan is not None:
                     on_plan(work)
-                if failures:
-                    kernels = kernels.without_lanes(failures[0])
-                if on_kernels is not None:
-                    on_kernels(kernels)
-                if kernels.is_fallback and launch().local_rank == 0:
-                    warn(str(kernels.choice))
+                kernels = _told(kernels, failures, on_kernels, warn)
             run = choose_run(work, source, observation, folder.folder, ranks)
             job = Job(work, source, folder, run, ranks, kernels)
             with together(source):
@@ -304,16 +292,15 @@ def quantize(
                 on_written()
             report = None
             if verified and run.is_writer and job.is_finisher:
-                is_readable = not (isinstance(source, LiveSource) and source.is_sharded)
-                report = verify(
-                    folder.folder,
-                    source=source if is_readable else None,
+                report = _verify_written(
+                    work,
+                    linears,
+                    source,
+                    folder,
                     threads=_threads_to_verify(workers, ranks),
                     progress=verify_progress,
                     trust_remote_code=trust_remote_code,
                 )
-                if is_readable:
-                    _check_ledger(work, linears, report, folder)
             ranks.gather("verified")  # until then others may need what this rank has in memory
         return Result(
             out=folder.folder,
@@ -329,6 +316,60 @@ def quantize(
             kernels=str(kernels.choice),
             warnings=tuple(warnings),
         )
+
+
+def _check_arguments(
+    out: str | Path, threads: int | None, device_memory: int | None, shards: int | None
+) -> None:
+    if not str(out):
+        raise UsageError("OUT is empty: give the folder to write.")
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads={threads}: give 1 or more.")
+    if device_memory is not None and device_memory < 1:
+        raise UsageError(f"device_memory={device_memory}: give more than 0, in bytes.")
+    if shards is not None and shards < 1:
+        raise UsageError(f"shards={shards}: give 1 or more.")
+
+
+def _told(
+    kernels: Kernels,
+    failures: Sequence[Exception],
+    on_kernels: Callable[[Kernels], None] | None,
+    warn: Callable[[str], None],
+) -> Kernels:
+    """The kernels that will run, the CPU's where those of the device failed when they were tried;
+    whoever wants to know is told."""
+    if failures:
+        kernels = kernels.without_lanes(failures[0])
+    if on_kernels is not None:
+        on_kernels(kernels)
+    if kernels.is_fallback and launch().local_rank == 0:
+        warn(str(kernels.choice))
+    return kernels
+
+
+def _verify_written(
+    work: Plan,
+    linears: list[LinearResult],
+    source: Source,
+    folder: OutputFolder,
+    *,
+    threads: int,
+    progress: Callable[[int, int], None] | None,
+    trust_remote_code: bool,
+) -> Report:
+    """Read the output back; against the source, unless that is on several ranks of its own."""
+    is_readable = not (isinstance(source, LiveSource) and source.is_sharded)
+    report = verify(
+        folder.folder,
+        source=source if is_readable else None,
+        threads=threads,
+        progress=progress,
+        trust_remote_code=trust_remote_code,
+    )
+    if is_readable:
+        _check_ledger(work, linears, report, folder)
+    return report
 
 
 def _sharing(model: Any) -> AbstractContextManager[Ranks]:

@@ -286,8 +286,9 @@ def test_arguments_that_do_not_fit_are_named():
     scales = torch.zeros(3, 2, dtype=torch.uint8, device=DEVICE)
     s_N = torch.ones(3, device=DEVICE)
 
-    def call(weight=weight, codes=codes, scales=scales, s_N=s_N, scale="mse"):
-        quantize_batch_into(weight, codes, scales, scale=scale, global_scales=s_N, kernel="triton")
+    def call(weight=weight, codes=codes, scales=scales, s_N=s_N, scale="mse", workspace=None):
+        options = {"scale": scale, "global_scales": s_N, "workspace": workspace}
+        quantize_batch_into(weight, codes, scales, **options, kernel="triton")
 
     with pytest.raises(UsageError, match=r"global_scales: needs float32 \[3\]"):
         call(s_N=s_N[:2])
@@ -301,6 +302,15 @@ def test_arguments_that_do_not_fit_are_named():
         call(weight=weight[:, :24])
     with pytest.raises(UsageError, match=r"torch\.int8"):
         call(weight=weight.to(torch.int8))
+    wanted = nvfp4.workspace_bytes(3, 32)
+    for nbytes in (0, wanted - 16, wanted + 16):
+        workspace = torch.zeros(nbytes, dtype=torch.uint8, device=DEVICE)
+        with pytest.raises(UsageError, match=rf"workspace: needs uint8 \[{wanted}\]"):
+            call(workspace=workspace)
+    with pytest.raises(UsageError, match="workspace: needs uint8"):
+        call(workspace=torch.zeros(wanted, device=DEVICE))
+    with pytest.raises(UsageError, match="workspace: needs uint8"):
+        call(workspace=torch.zeros(wanted + 8, dtype=torch.uint8, device=DEVICE)[3 : wanted + 3])
     with pytest.raises(UsageError, match="unknown scale algorithm 'mean'"):
         call(scale="mean")
 

@@ -281,6 +281,15 @@ def test_a_weight_without_a_rule_is_named(made: Callable[..., tuple[Path, Path]]
     refused(*made(change=change), "self_attention.core_attention.sinks", "no rule for it")
 
 
+def test_a_name_with_an_asterisk_is_refused(made: Callable[..., tuple[Path, Path]]) -> None:
+    """It stands for a number of a layer or an expert where names are taken apart."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["decoder.layers.*.extra.weight"] = torch.zeros(4)
+
+    refused(*made(change=change), r"decoder.layers.*.extra.weight", "asterisk")
+
+
 def test_a_weight_of_another_family_is_named(
     made: Callable[..., tuple[Path, Path]], written: Written
 ) -> None:

@@ -69,13 +69,15 @@ class _Recording:
 
     record: Record
     remembers: bool
+    layers: Any  # of the cache class
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kw: Any
     ) -> Any:
         self.record(key_states, value_states)
         if self.remembers:
-            return super().update(key_states, value_states, *args, **kw)  # type: ignore[misc]
+            cache: Any = super()
+            return cache.update(key_states, value_states, *args, **kw)
         return key_states, value_states
 
     def update_indexer(self, indexer_key_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
@@ -84,20 +86,23 @@ class _Recording:
     def update_conv_state(
         self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kw: Any
     ) -> Any:
-        states = super().update_conv_state(conv_states, layer_idx, *args, **kw)  # type: ignore[misc]
-        _forget(self.layers[layer_idx].conv_states)  # type: ignore[attr-defined]
+        cache: Any = super()
+        states = cache.update_conv_state(conv_states, layer_idx, *args, **kw)
+        _forget(self.layers[layer_idx].conv_states)
         return states
 
     def update_recurrent_state(
         self, recurrent_states: torch.Tensor, layer_idx: int, *args: Any, **kw: Any
     ) -> Any:
-        states = super().update_recurrent_state(recurrent_states, layer_idx, *args, **kw)  # type: ignore[misc]
-        _forget(self.layers[layer_idx].recurrent_states)  # type: ignore[attr-defined]
+        cache: Any = super()
+        states = cache.update_recurrent_state(recurrent_states, layer_idx, *args, **kw)
+        _forget(self.layers[layer_idx].recurrent_states)
         return states
 
     def set_linear_cache(self, layer_idx: int, linear_cache: torch.Tensor) -> None:
         """MiniMax's recurrent states: large, and nobody reads them in a single pass."""
-        super().set_linear_cache(layer_idx, linear_cache.new_empty(0))  # type: ignore[misc]
+        cache: Any = super()
+        cache.set_linear_cache(layer_idx, linear_cache.new_empty(0))
 
 
 def _forget(states: Any) -> None:

@@ -248,6 +248,7 @@ def quantize_batch_into(
             f"global_scales: needs float32 [{len(weight_NX)}], one for each weight, got "
             f"{global_scales.dtype} {list(global_scales.shape)}"
         )
+    _check_workspace(workspace, weight_NX)
     w_NX = weight_NX.detach()
     if w_NX.numel() and dispatch.choose(kernel, w_NX.device) is Kernel.TRITON:
         number = _NUMBERS[algorithm]
@@ -458,6 +459,21 @@ def _check_pair(codes: Tensor, block_scale: Tensor) -> None:
             f"codes {codes.dtype} {list(codes.shape)} and block scales {block_scale.dtype} "
             f"{list(block_scale.shape)} do not belong together: bytes are needed, and one scale "
             f"for {_BLOCK_BYTES} bytes of codes"
+        )
+
+
+def _check_workspace(workspace: Tensor | None, weight_NX: Tensor) -> None:
+    """Kernels write into it unchecked."""
+    if workspace is None:
+        return
+    wanted = workspace_bytes(*weight_NX.shape)
+    fits = workspace.dtype == torch.uint8 and list(workspace.shape) == [wanted]
+    fits &= workspace.is_contiguous() and workspace.device == weight_NX.device
+    if not fits or workspace.data_ptr() % 8:
+        raise UsageError(
+            f"workspace: needs uint8 [{wanted}] on {weight_NX.device}, contiguous and at an "
+            f"address that 8 divides, got {workspace.dtype} {list(workspace.shape)} on "
+            f"{workspace.device}"
         )
 
 

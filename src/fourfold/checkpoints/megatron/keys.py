@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from fourfold.checkpoints.megatron.metadata import StoredTensor
+from fourfold.checkpoints.safetensors_header import shown
 from fourfold.errors import SourceError
 
 BOOKKEEPING = re.compile(
@@ -57,15 +58,20 @@ def is_bookkeeping(key: str) -> bool:
 def parameters_of(tensors: Mapping[str, StoredTensor]) -> Iterator[Parameter]:
     """Every parameter that stored tensors hold; bookkeeping must be left out before."""
     for key, tensor in tensors.items():
+        if "*" in key:
+            raise SourceError(
+                f"{shown(key)}: no name of a parameter has an asterisk. Which tool has saved it?"
+            )
         pattern, axes = _pattern_of(key)
         if len(tensor.shape) < axes:
             raise SourceError(
                 f"{key} {list(tensor.shape)}: too few dimensions for layers and experts of a "
                 "torch_dist checkpoint. Which tool has saved it?"
             )
+        head, *parts = pattern.split("*")
         for index in _indices(tensor.shape[:axes]):
-            numbers = iter(index)
-            name = re.sub(r"\*", lambda _, numbers=numbers: str(next(numbers)), pattern)  # type: ignore[misc]
+            numbered = zip(index, parts, strict=True)
+            name = head + "".join(f"{number}{part}" for number, part in numbered)
             yield Parameter(name, key, index, tensor.shape[axes:], tensor.dtype)
 
 
