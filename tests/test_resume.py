@@ -436,6 +436,64 @@ def test_processes_that_start_at_once(job, written: Written, tmp_path: Path) -> 
     assert_same(out, unbroken)
 
 
+def test_the_last_moments_of_a_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who comes while a state is taken away has what it took, and takes that away itself; nothing
+    of its own is removed by the other."""
+    first, second = Journal(tmp_path), Journal(tmp_path)
+    first.lock("first")
+    first.begin({"files": []})
+    first.add({"layer": 0})
+    unlink, rmdir = Path.unlink, os.rmdir
+
+    def take_it(path: Path, **options: Any) -> None:
+        unlink(path, **options)
+        if path.name == "lock-00000":
+            monkeypatch.undo()
+            second.lock("second")
+            second.begin({"files": ["mine"]})
+            second.add({"layer": 1})
+
+    monkeypatch.setattr(Path, "unlink", take_it)
+    first.remove()
+    assert second.is_mine
+    assert not first.is_mine
+    assert second.run == {"files": ["mine"]}
+    assert second.entries() == [{"layer": 1}]
+
+    def let_go(path: Any, **options: Any) -> None:
+        """It is empty again, and then gone, when somebody who could not remove it looks."""
+        monkeypatch.undo()
+        first.lock("first")
+        try:
+            rmdir(path, **options)
+        finally:
+            first.remove()
+
+    monkeypatch.setattr("os.rmdir", let_go)
+    second.remove()
+    assert not second.folder.exists()
+    assert tmp_path.is_dir()
+
+
+def test_a_state_that_goes_before_its_lock_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the folder and the lock in it, another process may take the folder away."""
+    journal, open_ = Journal(tmp_path), os.open
+
+    def too_late(path: Any, *rest: Any) -> int:
+        if Path(path).name == "lock-00000":
+            monkeypatch.undo()
+            journal.folder.rmdir()
+        return open_(path, *rest)
+
+    monkeypatch.setattr("os.open", too_late)
+    journal.lock("token")
+    assert journal.is_mine
+    journal.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_is_taken_away(job, written: Written, tmp_path: Path) -> None:
     """A run ends when its OUT was removed, and touches nothing that another wrote there since."""
     options, unbroken, _ = job(W4A16)

@@ -399,7 +399,8 @@ def check_code(found):
         assert code["flushes"] == 0, f"{name} flushes subnormal numbers to zero"
         assert code["fused_doubles"] == 0, f"{name} fuses what the definition rounds twice"
         assert code["spilled"] == 0, f"{name} spills registers"
-        assert code["registers"] <= 192, name
+        if name.endswith(f" {cuda.DEFAULT_TILE[0]}"):  # the one that no measurement chooses
+            assert code["registers"] <= 128, f"{name} leaves less than 16 warps on a multiprocessor"
         if " quantize" in name or "fake" in name:
             assert code["divisions"] > 0, f"{name} has no IEEE division"
 

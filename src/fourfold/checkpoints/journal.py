@@ -41,6 +41,9 @@ REST = "rest"
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 """What a file system answers that has no locks."""
 
+_NOT_EMPTY = {errno.ENOTEMPTY, errno.EEXIST}
+"""What a file system answers that is asked to remove a folder with something in it."""
+
 
 class Journal:
     """The state of an unfinished run, as one rank sees it."""
@@ -67,10 +70,6 @@ class Journal:
         found = (self.run or {}).get("identity")
         return found if isinstance(found, dict) else None
 
-    @property
-    def is_there(self) -> bool:
-        return self.folder.is_dir()
-
     def check_free(self) -> None:
         """Raise `OutputError` where a living process writes here. Changes nothing."""
         for path in sorted(self.folder.glob("lock-*")):
@@ -82,13 +81,18 @@ class Journal:
                 os.close(descriptor)  # and with it the lock, if it was free
 
     def lock(self, token: str) -> None:
-        """Take this rank's lock. Raises `OutputError` where another process has it.
+        """Make the folder and take this rank's lock. Raises `OutputError` where another process has
+        it.
 
         token: a word by which other ranks know the run again.
         """
         path = self.folder / f"lock-{self.rank:05d}"
         while True:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            except FileNotFoundError:  # another process was done, and took the folder away
+                continue
             if not _is_free(descriptor):
                 os.close(descriptor)
                 raise OutputError(_who_holds(path))
@@ -170,16 +174,32 @@ class Journal:
         self._lines = self._lock = -1
 
     def remove(self) -> None:
-        """Take the folder away: nothing is unfinished any more. First what makes it a run."""
+        """Take the folder away: nothing is unfinished any more. First what makes it a run; last the
+        locks, the first rank's after the others': from then on it may be another process's."""
         (self.folder / RUN).unlink(missing_ok=True)
-        for path in sorted(self.folder.glob("*"), reverse=True):  # locks after journals
+        names = sorted(self.folder.glob("*"), reverse=True)
+        for path in sorted(names, key=lambda path: path.name.startswith("lock-")):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
         self.close()
-        if self.is_there:
+        while not self._is_gone():
+            pass
+
+    def _is_gone(self) -> bool:
+        """Remove the folder, unless another process has it by now, to remove it itself."""
+        try:
             self.folder.rmdir()
+        except FileNotFoundError:
+            return True
+        except OSError as error:
+            inside = {path.name for path in self.folder.glob("*")}
+            if error.errno in _NOT_EMPTY and not inside:  # it has just let go of the folder
+                return False
+            if error.errno not in _NOT_EMPTY or f"lock-{0:05d}" not in inside:
+                raise
+        return True
 
 
 def _is_free(descriptor: int) -> bool:

@@ -129,9 +129,7 @@ class OutputFolder:
     def lock(self, token: str) -> None:
         """Make the folder, and let no other process write into it."""
         try:
-            is_new = not self.folder.exists()
-            self.journal.folder.mkdir(parents=True, exist_ok=True)
-            self._made_folder = is_new
+            self._made_folder = not self.folder.exists()
             self.journal.lock(token)
         except OSError as error:
             raise output_error(self.folder, error) from error
