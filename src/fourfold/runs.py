@@ -238,6 +238,7 @@ def _data(plan: Plan, source: Source, observation: Observation) -> CalibrationDa
         vocab_size=plan.inventory.vocab_size,
         max_positions=plan.inventory.max_positions,
         trust_remote_code=observation.trust_remote_code,
+        no_tokenizer=getattr(source, "no_tokenizer", None),
     )
     if observation.on_data is not None:
         observation.on_data(data)

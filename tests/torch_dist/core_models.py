@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from argparse import Namespace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +119,11 @@ def _moe(hf: dict[str, Any], experts: int, options: dict[str, Any]) -> dict[str,
         "moe_router_load_balancing_type": "none",
         "moe_grouped_gemm": options.get("grouped", False),
     }
-    if "moe_layer_freq" in options:
-        values["moe_layer_freq"] = options["moe_layer_freq"]
+    values |= {
+        name: options[name]
+        for name in ("moe_layer_freq", "moe_router_pre_softmax")
+        if name in options
+    }
     if hf.get("n_shared_experts"):
         values["moe_shared_expert_intermediate_size"] = (
             hf["n_shared_experts"] * hf["moe_intermediate_size"]
@@ -262,6 +266,40 @@ def randomize(model: Any) -> None:
     for name, value in model.named_buffers():
         if name.endswith("expert_bias"):
             value.copy_(torch.linspace(-0.2, 0.2, value.numel()))
+
+
+RENAMED = {
+    "layernorm_epsilon": "norm_epsilon",
+    "layernorm_zero_centered_gamma": "apply_layernorm_1p",
+    "num_moe_experts": "num_experts",
+    "gated_linear_unit": "swiglu",
+}
+"""Fields of Megatron's configuration that its training script calls otherwise."""
+
+
+def training_arguments(model: Any, hf: dict[str, Any]) -> Namespace:
+    """What Megatron's training script would keep of a model: the model's own configuration, under
+    the script's names, and what it gives to `GPTModel` beside that."""
+    config = model.config
+    named = {RENAMED.get(each.name, each.name): each.name for each in fields(config)}
+    plain = (int, float, str, list, type(None), torch.dtype)
+    values = {name: getattr(config, field) for name, field in named.items()}
+    values = {name: value for name, value in values.items() if isinstance(value, plain)}
+    return Namespace(
+        **values,
+        group_query_attention=config.num_query_groups != config.num_attention_heads,
+        position_embedding_type=model.position_embedding_type,
+        rotary_percent=hf["rope_parameters"].get("partial_rotary_factor", 1.0),
+        max_position_embeddings=hf["max_position_embeddings"],
+        untie_embeddings_and_output_weights=not model.share_embeddings_and_output_weights,
+        vocab_size=hf["vocab_size"],
+        padded_vocab_size=model.vocab_size,
+        **({} if config.multi_latent_attention else {"rotary_base": _rope_theta(hf)}),
+    )
+
+
+def _rope_theta(hf: dict[str, Any]) -> int:
+    return int(hf["rope_parameters"]["rope_theta"])
 
 
 METADATA = {"distrib_optim_sharding_type": "dp_reshardable"}

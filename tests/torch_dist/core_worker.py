@@ -15,7 +15,18 @@ import torch
 
 def main() -> None:
     jobs, rank = Path(sys.argv[1]), int(sys.argv[2])
-    from .core_models import Ranks, build, load, logits, mtp_states, randomize, save, start, stop
+    from .core_models import (
+        Ranks,
+        build,
+        load,
+        logits,
+        mtp_states,
+        randomize,
+        save,
+        start,
+        stop,
+        training_arguments,
+    )
 
     torch.set_num_threads(1)
     for number, job in enumerate(json.loads(jobs.read_text())):
@@ -29,7 +40,7 @@ def main() -> None:
             load(model, Path(job["load"]), options)
         else:
             randomize(model)
-        save(model, out, options)
+        save(model, out, options, training_arguments(model, hf))
         ids = torch.arange(24).reshape(2, 12) * 7 % hf["vocab_size"]
         found = logits(model, ids, hf["hidden_size"])
         if found is not None and rank == ranks.world - 1:

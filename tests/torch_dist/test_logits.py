@@ -48,6 +48,11 @@ HYBRID = Case(
 )
 SEQUENTIAL = Case("qwen3_moe", {}, {**FOUR_LAYERS, "norm_topk_prob": True, "mlp_only_layers": []})
 DENSE = Case("qwen3", {}, {**FOUR_LAYERS, "layer_types": ["full_attention"] * 4})
+NOT_NORMALIZED = Case(
+    "qwen3_moe",
+    {"moe_layer_freq": [0, 1, 1, 1], "moe_router_pre_softmax": True, "grouped": True},
+    {**FOUR_LAYERS, "norm_topk_prob": False, "mlp_only_layers": [0]},
+)
 DENSE_FIRST = {"moe_layer_freq": [0, 1, 1, 1]}
 LATENT = Case("deepseek_v3", {**DENSE_FIRST, "grouped": True}, FOUR_LAYERS)
 
@@ -55,6 +60,7 @@ CASES = {
     "hybrid, grouped": HYBRID,
     "experts apart": Case(HYBRID.family, {**HYBRID.options, "singleton": True}, HYBRID.changes),
     "sequential": SEQUENTIAL,
+    "experts' weights as they are": NOT_NORMALIZED,
     "dense": DENSE,
     "tied": Case("qwen3", {}, {**DENSE.changes, "tie_word_embeddings": True}),
     "mixtral": Case("mixtral", {"grouped": True}, FOUR_LAYERS),
@@ -75,22 +81,43 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
+SUFFICE = {"qwen3", "qwen3_moe", "mixtral"}
+"""Families whose configuration a checkpoint's own arguments make."""
+
+
+def predicted(case: Case, out: Path, theirs: torch.Tensor) -> tuple[Any, torch.Tensor]:
+    """The model that lies in `out`, and a batch of which it says what Megatron's said."""
+    model_class = getattr(transformers, FAMILIES[case.family].model_class)
+    model = model_class.from_pretrained(out, dtype=torch.float32, attn_implementation="eager")
+    ids = torch.arange(24).reshape(2, 12) * 7 % model.config.vocab_size
+    with torch.no_grad():
+        logits = model.eval()(ids).logits
+    assert float((logits - theirs[..., : logits.shape[-1]]).abs().max()) < CLOSE
+    assert float(logits.abs().max()) > 1
+    return model, ids
+
+
+def check_own_configuration(case: Case, checkpoint: Path, out: Path, theirs: torch.Tensor) -> None:
+    """Without `hf_config`: the configuration that the arguments make computes the same."""
+    if case.family in SUFFICE:
+        fourfold.convert(checkpoint, out)
+        predicted(case, out, theirs)
+        assert json.loads((out / "config.json").read_text())["eos_token_id"] is None
+    else:
+        with pytest.raises(fourfold.UsageError, match="--hf-config DIR"):
+            fourfold.convert(checkpoint, out)
+
+
 def check(case: Case, saved: Saved, folder: Path) -> None:
     """Converted, transformers says what each sharding said; quantized, all are the same bytes."""
-    model_class = getattr(transformers, FAMILIES[case.family].model_class)
     converted, quantized = [], []
     for name, checkpoint in saved.checkpoints.items():
         out = folder / f"hf {name}"
         fourfold.convert(checkpoint, out, hf_config=saved.hf_config)
         check_mtp_names(out, has_mtp=bool(case.options.get("mtp")))
         converted.append(digests(out))
-        model = model_class.from_pretrained(out, dtype=torch.float32, attn_implementation="eager")
-        ids = torch.arange(24).reshape(2, 12) * 7 % model.config.vocab_size
-        with torch.no_grad():
-            logits = model.eval()(ids).logits
-        theirs = saved.logits[name][..., : logits.shape[-1]]
-        assert float((logits - theirs).abs().max()) < CLOSE, name
-        assert float(logits.abs().max()) > 1
+        model, ids = predicted(case, out, saved.logits[name])
+        check_own_configuration(case, checkpoint, folder / f"own {name}", saved.logits[name])
         if case.options.get("mtp"):
             difference = mtp_states(model, out, ids) - saved.mtp[name]
             assert float(difference.abs().max()) < CLOSE, name

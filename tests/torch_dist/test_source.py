@@ -26,31 +26,11 @@ from fourfold.checkpoints.megatron.sizes import Sizes
 from fourfold.cli import app
 from fourfold.errors import FourfoldError, ModelError, OutputError, SourceError, UsageError
 
+from .conftest import FAMILY
 from .inverse import to_megatron
-from .writing import halves, singles, whole, write_torch_dist
+from .writing import halves, singles, whole
 
-FAMILY = "qwen3_moe"
 W4A16 = "w4a16_nvfp4_experts_only_mse"
-
-
-@pytest.fixture
-def made(written: Written, tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
-    """Writes a Megatron checkpoint of a family, changed; gives it and the Hugging Face folder."""
-
-    def make(
-        name: str = FAMILY,
-        change: Callable[[dict[str, torch.Tensor]], None] | None = None,
-        **options: Any,
-    ) -> tuple[Path, Path]:
-        folder, truth = written(name)
-        tensors = to_megatron(truth.raw, dialect=options.pop("dialect", "auto"))
-        if change is not None:
-            change(tensors)
-        checkpoint = tmp_path / "megatron"
-        write_torch_dist(checkpoint, tensors, options.pop("cut", halves(-2)), **options)
-        return checkpoint, folder
-
-    return make
 
 
 def refused(
@@ -520,6 +500,8 @@ def test_a_checkpoint_without_arguments_is_noted(made: Callable[..., tuple[Path,
         ("num_query_groups", 4, "num_query_groups is 4"),
         ("moe_router_topk", 4, "moe_router_topk is 4"),
         ("norm_epsilon", 1e-5, "norm_epsilon is 1e-05"),
+        ("moe_router_pre_softmax", False, "norm_topk_prob False"),
+        ("enable_mhc_connections", True, "residuals are not those"),
         ("rotary_base", 77, "rotary_base is 77"),
     ],
 )

@@ -125,17 +125,19 @@ def load_calibration(
     vocab_size: int,
     max_positions: int | None = None,
     trust_remote_code: bool = False,
+    no_tokenizer: str | None = None,
 ) -> CalibrationData:
     """Read what `options.calib` names, or the embedded text, for the model in `folder`.
 
     `vocab_size` is the number of rows of its embedding, `max_positions` the longest sequence it
-    takes; its tokenizer is loaded if a record needs one.
+    takes; its tokenizer is loaded if a record needs one. Where it is known to have none,
+    `no_tokenizer` says so, and what to do.
 
     Raises `CalibrationError` for data that cannot be read, does not fit the model, or is less than
     `options` ask for; `UsageError` for a sample longer than the model takes.
     """
     seq = _sample_length(options, max_positions)
-    encoder = Encoder(folder, vocab_size, trust_remote_code)
+    encoder = Encoder(folder, vocab_size, trust_remote_code, no_tokenizer)
     corpora = open_corpora(options.calib, seq * CHARACTERS_PER_TOKEN)
     documents = shuffled(_pool(corpora, encoder, options, seq), options.seed)
     if options.packing == "packed":

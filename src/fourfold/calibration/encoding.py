@@ -29,11 +29,21 @@ TODAY = (
 """What chat templates that print the date are told: the same data on every day."""
 
 
+NEEDS_NONE = "JSONL with input_ids needs none."
+
+
 class Encoder:
     """Makes ids of records. Loads the tokenizer with the first record that needs one."""
 
-    def __init__(self, folder: Path, vocab_size: int, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        vocab_size: int,
+        trust_remote_code: bool = False,
+        no_tokenizer: str | None = None,
+    ) -> None:
         self._folder = folder
+        self._no_tokenizer = no_tokenizer
         self._vocab_size = vocab_size
         self._trust_remote_code = trust_remote_code
 
@@ -55,6 +65,8 @@ class Encoder:
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer in the model's folder."""
+        if self._no_tokenizer is not None:
+            raise CalibrationError(f"{self._no_tokenizer} {NEEDS_NONE}")
         return load_tokenizer(self._folder, self._trust_remote_code)
 
     @property
@@ -141,7 +153,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     try:
         return tokenizer.load_tokenizer(folder, trust_remote_code=trust_remote_code)
     except SourceError as error:
-        raise CalibrationError(f"{error} JSONL with input_ids needs none.") from error
+        raise CalibrationError(f"{error} {NEEDS_NONE}") from error
 
 
 def plain_text(record: Record) -> str | None:

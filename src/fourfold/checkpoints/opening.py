@@ -13,19 +13,17 @@ from fourfold.errors import UsageError
 def open_model(model: str | Path, hf_config: str | Path | None = None) -> Source:
     """The checkpoint that `model` names: a folder, Hugging Face's or Megatron's, or a hub name.
 
-    hf_config: for Megatron's, the folder with the Hugging Face configuration and tokenizer.
+    hf_config: for Megatron's, the folder with the Hugging Face configuration and tokenizer; None to
+    make a configuration of the checkpoint's own arguments.
 
-    Raises `UsageError` where it is missing, or given for another kind; `SourceError` as the
-    sources do.
+    Raises `UsageError` where these do not suffice, or it is given for another kind; `SourceError`
+    as the sources do.
     """
     folder = _local(model)
     is_megatron = folder is not None and iteration_folder(folder) is not None
     if hf_config is None:
         if is_megatron and folder is not None and not (folder / CONFIG).is_file():
-            raise UsageError(
-                f"{folder}: a Megatron checkpoint. Give the folder with the model's Hugging Face "
-                "configuration and tokenizer, too: --hf-config DIR."
-            )
+            return MegatronFolder(folder)
         return open_source(model)
     if not is_megatron or folder is None:
         raise UsageError(

@@ -24,6 +24,7 @@ COMMON = "common.pt"
 
 REFUSED: Mapping[str, str] = {
     "moe_mlp_glu_interleave_size": "gate and up are interleaved, which no rule undoes",
+    "moe_shared_expert_glu_interleave_size": "gate and up are interleaved, which no rule undoes",
     "glu_interleave_size": "gate and up are interleaved, which no rule undoes",
     "moe_single_grouped_weight": "all experts are packed in one weight, which no rule takes apart",
     "rotary_interleaved": "rotary embeddings pair neighbours, which no rule undoes",
@@ -32,6 +33,8 @@ REFUSED: Mapping[str, str] = {
     "moe_apply_probs_on_input": "experts' inputs are weighted, which these families do not do",
     "moe_latent_size": "experts work in a smaller latent space, which these families do not have",
     "apply_residual_connection_post_layernorm": "its residuals are not those of these families",
+    "enable_mhc_connections": "its residuals are not those of these families",
+    "use_mup": "its outputs are scaled by width, which these families do not do",
     "heterogeneous_layers_config_path": "its layers differ from each other in size",
 }
 """Arguments that change what weights mean, where they are set: why they are not handled."""
@@ -81,6 +84,25 @@ class Arguments:
             raise SourceError(
                 f"{self.file}: {name} is {shown(ours)}, {file} says {theirs}. "
                 "Does --hf-config belong to this checkpoint?"
+            )
+        self._check_router(config, file)
+
+    def _check_router(self, config: Mapping[str, Any], file: Path) -> None:
+        """A softmax over all experts leaves the weights of a token's own with a sum below 1, one
+        over those alone does not: the configuration must say which it was."""
+        assert self.values is not None
+        before, sums_to_one = (
+            self.values.get("moe_router_pre_softmax"),
+            config.get("norm_topk_prob"),
+        )
+        is_softmax = self.values.get("moe_router_score_function", "softmax") == "softmax"
+        if not (is_softmax and isinstance(before, bool) and isinstance(sums_to_one, bool)):
+            return
+        if before is sums_to_one and config.get("num_experts_per_tok") != 1:
+            raise SourceError(
+                f"{self.file}: moe_router_pre_softmax is {before}, {file} says norm_topk_prob "
+                f"{sums_to_one}, which is another router. Does --hf-config belong to this "
+                "checkpoint?"
             )
 
     def _differences(

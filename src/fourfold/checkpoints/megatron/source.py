@@ -3,15 +3,20 @@
     .metadata ─▶ stored tensors ─▶ parameters ─▶ rules of the family ─▶ Hugging Face tensors
 
 Configuration, tokenizer and the like come from a folder of the Hugging Face model, the one that
-`--hf-config` names. Opening reads no weight; a slab is read out of the chunks that hold it.
+`--hf-config` names; without it the configuration is made of the checkpoint's own arguments, where
+they suffice. Opening reads no weight; a slab is read out of the chunks that hold it.
 """
 
 from __future__ import annotations
 
+import json
+import math
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from fourfold.checkpoints.megatron.arguments import read_arguments
+from fourfold.checkpoints.megatron.configuration import configuration_of
 from fourfold.checkpoints.megatron.keys import is_bookkeeping, parameters_of
 from fourfold.checkpoints.megatron.metadata import (
     METADATA_FILE,
@@ -22,6 +27,7 @@ from fourfold.checkpoints.megatron.metadata import (
 from fourfold.checkpoints.megatron.stored import StoredTensors
 from fourfold.checkpoints.megatron.tensors import MegatronTensors
 from fourfold.checkpoints.safetensors_header import shown
+from fourfold.checkpoints.source import CONFIG
 from fourfold.checkpoints.stamps import FileStamp, Stamps
 from fourfold.errors import SourceError
 
@@ -31,20 +37,30 @@ SHOWN_KEYS = 3
 class MegatronFolder(MegatronTensors):
     """A `torch_dist` directory, and the Hugging Face folder beside it. Safe for many threads."""
 
-    def __init__(self, checkpoint: Path, hf_config: Path) -> None:
-        """Raises `SourceError` where anything does not fit; reads no weight."""
+    def __init__(self, checkpoint: Path, hf_config: Path | None = None) -> None:
+        """hf_config: None to make a configuration of what the checkpoint says of itself.
+
+        Raises `SourceError` where anything does not fit, `UsageError` where the checkpoint does not
+        say enough; reads no weight.
+        """
         found = iteration_folder(checkpoint)
         if found is None:
             raise SourceError(
                 f"{checkpoint}: no {METADATA_FILE}: no torch_dist checkpoint. "
                 "Give the folder that Megatron wrote."
             )
-        super().__init__(hf_config)
         self.given, self.checkpoint = checkpoint, found
         self._stamps = Stamps()
+        self._arguments = read_arguments(found, self._stamps)
         stored = read_metadata(found, self._stamps)
         self._reader = self._stored = StoredTensors(stored, self._stamps)
-        self._present(stored)
+        self._made: tempfile.TemporaryDirectory[str] | None = None
+        try:
+            super().__init__(hf_config or self._configured(stored))
+            self._present(stored)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def origin_folders(self) -> tuple[Path, ...]:
@@ -53,7 +69,7 @@ class MegatronFolder(MegatronTensors):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        notes = [f"weights come from {self.checkpoint}, config.json from {self.folder}"]
+        notes = [f"weights come from {self.checkpoint}, {self._origin_of_config}"]
         if self._left_out:
             notes.append(
                 f"{self._left_out:,} keys that are no weights are left out (_extra_state, "
@@ -63,9 +79,28 @@ class MegatronFolder(MegatronTensors):
             notes.append(self._arguments.note)
         return (*notes, *super().notes)
 
+    @property
+    def no_tokenizer(self) -> str | None:
+        """What to say where one is needed and there cannot be one."""
+        if self._made is None:
+            return None
+        return f"{self.checkpoint}: has no tokenizer. Give a folder with one as --hf-config."
+
+    @property
+    def _origin_of_config(self) -> str:
+        if self._made is None:
+            return f"config.json from {self.folder}"
+        kind, said = self.config["architectures"][0], self._arguments.values or {}
+        trained = said.get("tokenizer_model")
+        which = f" (it was trained with {shown(trained)})" if isinstance(trained, str) else ""
+        return (
+            f"config.json is made of the arguments in {self._arguments.file}, as {kind}'s. Special "
+            f"tokens and the tokenizer{which} are not in them: add both before it is served"
+        )
+
     def stamps(self) -> Mapping[str, FileStamp]:
         """Of the checkpoint's files, and of the Hugging Face folder's under `hf-config/`."""
-        beside = self._beside.relative_to(self.folder)
+        beside = self._beside.relative_to(self.folder) if self._made is None else {}
         return {
             **self._stamps.relative_to(self.checkpoint),
             **{f"hf-config/{name}": stamp for name, stamp in beside.items()},
@@ -73,13 +108,26 @@ class MegatronFolder(MegatronTensors):
 
     def check_unchanged(self) -> None:
         self._stamps.check()
-        self._beside.check()
+        if self._made is None:
+            self._beside.check()
 
     def close(self) -> None:
         self._stored.close()
+        if self._made is not None:
+            self._made.cleanup()
+
+    def _configured(self, stored: StoredCheckpoint) -> Path:
+        """A temporary folder with the configuration that the arguments make."""
+        weights = [each for key, each in stored.tensors.items() if not is_bookkeeping(key)]
+        largest = max(weights, key=lambda each: math.prod(each.shape), default=None)
+        config = configuration_of(self._arguments, largest.dtype if largest else "")
+        self._made = tempfile.TemporaryDirectory(prefix="fourfold-")
+        folder = Path(self._made.name) / self.checkpoint.name
+        folder.mkdir()
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        return folder
 
     def _present(self, stored: StoredCheckpoint) -> None:
-        self._arguments = read_arguments(self.checkpoint, self._stamps)
         book, sizes = self._fit(self._arguments)
         _check_objects(stored)
         weights = {key: each for key, each in stored.tensors.items() if not is_bookkeeping(key)}
