@@ -206,6 +206,16 @@ def test_a_report_that_cannot_be_made_costs_no_checkpoint(
     assert "&lt;oops&gt;" in page
 
 
+def test_the_folder_that_one_stands_in(
+    written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = written("qwen3_moe")[0]
+    monkeypatch.chdir(folder)
+    assert fourfold.quantize(".", tmp_path / "out", "w4a16_nvfp4_experts_only").clean
+    name = json.loads((tmp_path / "out" / "quant_summary.json").read_text())["model"]
+    assert name == folder.name
+
+
 def test_names_that_are_no_unicode(written: Written, tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xe9")
     model = Path(shutil.copytree(written("qwen3_moe")[0], tmp_path / name))

@@ -37,7 +37,8 @@ HfConfig = Annotated[
     Path | None,
     typer.Option(
         "--hf-config",
-        help="For a Megatron checkpoint: the folder with config.json and the tokenizer.",
+        help="For a Megatron checkpoint: the folder with config.json and the tokenizer; without it "
+        "config.json is made of the training arguments, where they suffice.",
     ),
 ]
 RecipeName = Annotated[

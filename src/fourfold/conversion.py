@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from fourfold.calibration.scales import ActivationScales
-from fourfold.checkpoints.source import CONFIG, INDEX, SafetensorsFolder, Source
+from fourfold.checkpoints.source import CONFIG, INDEX, SafetensorsFolder, Source, place_of
 from fourfold.checkpoints.writer import OutputFolder, index_of
 from fourfold.errors import OutputError, UsageError
 from fourfold.fold import Kernels, LinearResult, Progress
@@ -130,7 +130,7 @@ def plan_conversion(source: Source, parts: int, trust_remote_code: bool) -> Conv
     kept = list(inventory.tensors.values())
     copied, dropped = source.side_files()
     return ConversionPlan(
-        source=source.folder,
+        source=place_of(source),
         recipe=Recipe.model_construct(name="convert", description="nothing is quantized"),
         inventory=inventory,
         rows=tuple(

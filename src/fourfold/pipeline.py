@@ -18,6 +18,7 @@ from fourfold.calibration.data import CalibrationData, CalibrationOptions
 from fourfold.calibration.live import ForwardLoop
 from fourfold.calibration.statistics import Statistics
 from fourfold.checkpoints.megatron.live import LiveMegatron, is_megatron
+from fourfold.checkpoints.megatron.sizes import OWN
 from fourfold.checkpoints.megatron.tensors import MegatronTensors
 from fourfold.checkpoints.opening import open_model
 from fourfold.checkpoints.source import Source
@@ -434,7 +435,7 @@ def check_placed(source: Source, inventory: Inventory) -> None:
     if left:
         raise ModelError(
             f"{left[0]}: made of {source.made_of(left[0])}, but {inventory.architecture} has no "
-            f"place for it ({len(left)} such). Does --hf-config belong to this checkpoint?"
+            f"place for it ({len(left)} such). {OWN}"
         )
 
 

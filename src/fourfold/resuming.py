@@ -68,7 +68,7 @@ def identity_of(plan: Plan, source: Source, run: Run) -> dict[str, Any] | None:
     identity = {
         "versions": versions(),
         "source": {
-            "name": plan.source.name,
+            "name": plan.model,
             "files": {
                 name: [stamp.size, stamp.mtime_ns, stamp.digest] for name, stamp in stamps.items()
             },

@@ -28,7 +28,7 @@ def summary_of(
     head: dict[str, Any] = {
         "producer": f"fourfold {__version__}",
         "versions": versions(),
-        "model": plain_text(plan.source.name),
+        "model": plain_text(plan.model),
         "recipe": plan.recipe.model_dump(mode="json"),
         "model_type": plan.inventory.model_types[0],
         "architecture": plan.inventory.architecture,

@@ -98,6 +98,12 @@ class Source(Protocol):
         """Give back every file that is open."""
 
 
+def place_of(source: Source) -> Path:
+    """The folder by which a source is known: its own, unless that is only a temporary one."""
+    place: Path = getattr(source, "place", source.folder)
+    return place
+
+
 class SafetensorsFolder:
     """A directory of safetensors, one file or several with an index. Safe for many threads."""
 

@@ -8,6 +8,7 @@ quantized, a module whose layout is not known, an ignore list that no engine wou
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from rich.console import Group
 from rich.text import Text
 
 from fourfold.checkpoints import modelopt
-from fourfold.checkpoints.source import CONFIG, INDEX, Source
+from fourfold.checkpoints.source import CONFIG, INDEX, Source, place_of
 from fourfold.checkpoints.writer import REPORT, STATISTICS, SUMMARY
 from fourfold.errors import SourceError
 from fourfold.machine import threads_available
@@ -67,6 +68,11 @@ class Plan:
     """Tensor-parallel size → why it will not load; empty where it will."""
     parts: int = 1
     """How many shards a decoder layer is cut into, at least."""
+
+    @property
+    def model(self) -> str:
+        """The name of the source's folder, also where it was given as `.`."""
+        return os.path.basename(os.path.abspath(self.source))
 
     @cached_property
     def groups(self) -> tuple[ScaleGroup, ...]:
@@ -295,7 +301,7 @@ def make_plan(
     check_kept(kept)
     copied, dropped = _side_files(source)
     return Plan(
-        source=source.folder,
+        source=place_of(source),
         recipe=recipe,
         inventory=inventory,
         rows=rows,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fourfold.checkpoints.opening import open_model
-from fourfold.checkpoints.source import Source
+from fourfold.checkpoints.source import Source, place_of
 from fourfold.errors import UnreadableError
 from fourfold.models.inventory import Inventory, take_inventory
 from fourfold.models.roles import Role
@@ -114,7 +114,7 @@ def _verify(
         findings += [*_config_changes(checkpoint, source), *_missing_files(checkpoint, source)]
     return Report(
         folder=str(checkpoint.folder),
-        source=None if source is None else str(source.folder),
+        source=None if source is None else str(place_of(source)),
         quant_algo=checkpoint.quant.algo,
         findings=tuple(sorted(findings, key=_order)),
         counts=_counts(checkpoint, counted, copied, len(errors), workers),

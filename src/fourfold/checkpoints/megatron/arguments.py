@@ -15,7 +15,7 @@ from typing import Any
 from fourfold.checkpoints.megatron.chunks import read_archive
 from fourfold.checkpoints.megatron.pickles import Stored, read_lenient_pickle
 from fourfold.checkpoints.megatron.rules import RuleBook
-from fourfold.checkpoints.megatron.sizes import Sizes
+from fourfold.checkpoints.megatron.sizes import OWN, Sizes
 from fourfold.checkpoints.safetensors_header import shown
 from fourfold.checkpoints.stamps import Stamps, opened, read_error
 from fourfold.errors import SourceError
@@ -81,10 +81,7 @@ class Arguments:
                 "the family of --hf-config keeps them otherwise. Is it the right one?"
             )
         for name, ours, theirs in self._differences(sizes, config):
-            raise SourceError(
-                f"{self.file}: {name} is {shown(ours)}, {file} says {theirs}. "
-                "Does --hf-config belong to this checkpoint?"
-            )
+            raise SourceError(f"{self.file}: {name} is {shown(ours)}, {file} says {theirs}. {OWN}")
         self._check_router(config, file)
 
     def _check_router(self, config: Mapping[str, Any], file: Path) -> None:
@@ -101,8 +98,7 @@ class Arguments:
         if before is sums_to_one and config.get("num_experts_per_tok") != 1:
             raise SourceError(
                 f"{self.file}: moe_router_pre_softmax is {before}, {file} says norm_topk_prob "
-                f"{sums_to_one}, which is another router. Does --hf-config belong to this "
-                "checkpoint?"
+                f"{sums_to_one}, which is another router. {OWN}"
             )
 
     def _differences(

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from fourfold.checkpoints.megatron.keys import Parameter
-from fourfold.checkpoints.megatron.sizes import Sizes
+from fourfold.checkpoints.megatron.sizes import OWN, Sizes
 from fourfold.errors import SourceError
 
 Rows = tuple[int, int]
@@ -134,8 +134,7 @@ def _check_heads(parameter: Parameter, sizes: Sizes, rule: Rule, in_group: int) 
 
 def _misfit(parameter: Parameter, rule: Rule, wanted: str) -> SourceError:
     return SourceError(
-        f"{parameter.stored} {list(parameter.shape)}: the rule [{rule}] wants {wanted}. "
-        "Does --hf-config belong to this checkpoint?"
+        f"{parameter.stored} {list(parameter.shape)}: the rule [{rule}] wants {wanted}. {OWN}"
     )
 
 

@@ -10,6 +10,9 @@ from typing import Any
 from fourfold.checkpoints.safetensors_header import shown
 from fourfold.errors import SourceError
 
+OWN = "If that is another model's configuration, give this one's: --hf-config DIR."
+"""What to do where a configuration and a checkpoint do not agree."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sizes:

@@ -80,6 +80,16 @@ class MegatronFolder(MegatronTensors):
         return (*notes, *super().notes)
 
     @property
+    def place(self) -> Path:
+        """The folder by which the model is known."""
+        return self.folder if self._made is None else self.given
+
+    @property
+    def config_file(self) -> Path:
+        """The arguments, where the configuration is made of them."""
+        return super().config_file if self._made is None else self._arguments.file
+
+    @property
     def no_tokenizer(self) -> str | None:
         """What to say where one is needed and there cannot be one."""
         if self._made is None:
@@ -122,7 +132,7 @@ class MegatronFolder(MegatronTensors):
         largest = max(weights, key=lambda each: math.prod(each.shape), default=None)
         config = configuration_of(self._arguments, largest.dtype if largest else "")
         self._made = tempfile.TemporaryDirectory(prefix="fourfold-")
-        folder = Path(self._made.name) / self.checkpoint.name
+        folder = Path(self._made.name) / "model"
         folder.mkdir()
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         return folder

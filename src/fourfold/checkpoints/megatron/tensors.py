@@ -22,7 +22,7 @@ from fourfold.checkpoints.megatron.families import rules_for
 from fourfold.checkpoints.megatron.keys import Parameter
 from fourfold.checkpoints.megatron.presented import Presented, Range, present
 from fourfold.checkpoints.megatron.rules import RuleBook
-from fourfold.checkpoints.megatron.sizes import Sizes
+from fourfold.checkpoints.megatron.sizes import OWN, Sizes
 from fourfold.checkpoints.safetensors_header import BITS, TensorInfo, nbytes_of
 from fourfold.checkpoints.source import CONFIG, find_side_files, read_config
 from fourfold.checkpoints.stamps import Stamps
@@ -63,12 +63,17 @@ class MegatronTensors:
         self._side_files = find_side_files(hf_config, frozenset(), self._beside)
 
     @property
+    def config_file(self) -> Path:
+        """What the configuration was read from."""
+        return self.folder / CONFIG
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What a user should know of where names and weights come from."""
         notes = []
         if self._was_quantized:
             notes.append(
-                f"{self.folder / CONFIG}: its quantization_config is left out: it is not that of "
+                f"{self.config_file}: its quantization_config is left out: it is not that of "
                 "these weights"
             )
         if self._lacks_mtp:
@@ -111,7 +116,7 @@ class MegatronTensors:
 
     def _fit(self, arguments: Arguments) -> tuple[RuleBook, Sizes]:
         """The rules and the sizes. Raises `SourceError` where `arguments` say otherwise."""
-        file = self.folder / CONFIG
+        file = self.config_file
         book = rules_for(self.config.get("model_type"))
         sizes = Sizes.of(self.config, file)
         arguments.check(book, sizes, self.config, file)
@@ -119,7 +124,7 @@ class MegatronTensors:
 
     def _take(self, parameters: list[Parameter], book: RuleBook, sizes: Sizes, where: Path) -> None:
         """Present `parameters`, which lie in `where`; `SourceError` where any does not fit."""
-        file = self.folder / CONFIG
+        file = self.config_file
         _check_head(parameters, sizes, file)
         mtp = _check_counts(parameters, sizes, file, where.name)
         self._lacks_mtp = bool(sizes.mtp_layers) and not mtp
@@ -183,12 +188,12 @@ def _check_counts(parameters: Iterable[Parameter], sizes: Sizes, file: Path, whe
         if expert is not None and int(expert[1]) >= sizes.experts:
             raise SourceError(
                 f"{parameter.stored}: has an expert {expert[1]}, {file} says {sizes.experts} "
-                "experts. Does --hf-config belong to this checkpoint?"
+                f"experts. {OWN}"
             )
     if len(layers) != sizes.layers or max(layers) >= sizes.layers:
         raise SourceError(
             f"{where}: has decoder layers {_some(layers)}, {file} says "
-            f"num_hidden_layers {sizes.layers}. Does --hf-config belong to this checkpoint?"
+            f"num_hidden_layers {sizes.layers}. {OWN}"
         )
     if mtp != set(range(len(mtp))):
         raise SourceError(f"{where}: has MTP layers {_some(mtp)}, and not those before.")
@@ -201,7 +206,7 @@ def _check_head(parameters: Iterable[Parameter], sizes: Sizes, file: Path) -> No
     if head and sizes.is_tied:
         raise SourceError(
             f"{head[0]}: the checkpoint has a head of its own, {file} says tie_word_embeddings. "
-            "Does --hf-config belong to this checkpoint?"
+            f"{OWN}"
         )
 
 
