@@ -337,6 +337,39 @@ def test_a_rank_that_falls_silent(silent: int, monkeypatch: pytest.MonkeyPatch) 
     assert all(f"rank {silent}: has not answered" in str(error) for error in found)
 
 
+@pytest.mark.parametrize("is_alive", [True, False])
+def test_who_failed_waits_for_those_who_live(
+    is_alive: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For as long as they give signs of life, and not long for one that gives none."""
+    monkeypatch.setattr("fourfold.ranks.FAREWELL", 0.5)
+    monkeypatch.setattr("fourfold.ranks.PULSE", 0.05)
+    at: dict[str, float] = {}
+
+    def act(rank: Together) -> None:
+        if rank.rank == 1:  # in the middle of a large shard
+            time.sleep(2)
+            at["done"] = time.monotonic()
+            rank.settle()
+            rank.check()
+        try:
+            raise fourfold.UsageError("no such thing.")
+        except fourfold.UsageError:
+            rank.settle()
+            at["settled"] = time.monotonic()
+            raise
+
+    with threads_of(2) as ranks:
+        begun = time.monotonic()
+        found = together(ranks if is_alive else ranks[:1], act)
+    texts = ["no such thing.", "rank 0: no such thing."]
+    assert [str(error) for error in found] == texts[: len(found)]
+    if is_alive:
+        assert at["settled"] >= at["done"]
+    else:
+        assert at["settled"] - begun < fourfold.ranks.SILENCE / 2
+
+
 @pytest.mark.slow
 def test_a_rank_that_is_slow_to_hear_of_the_end(written: Written, tmp_path: Path) -> None:
     """The first may have made OUT a checkpoint, and taken the run's state away, by then."""

@@ -39,7 +39,8 @@ MEETING = timedelta(minutes=2)
 """How long the first rank waits for the others at the start."""
 
 FAREWELL = 5.0
-"""Seconds that a rank that failed waits for the others to hear of it."""
+"""Seconds that a rank that failed waits for one that gives no sign of life to hear of it. For one
+that is alive it waits `SILENCE`: it may be in the middle of a large shard, on a busy machine."""
 
 
 class Ranks(Protocol):
@@ -115,11 +116,19 @@ class Together:
         with suppress(dist.DistError, RuntimeError):
             self._tell_of(sys.exc_info()[1])
             self._store.set(f"settled/{self.rank}", "")
-            self._wait_some([f"settled/{rank}" for rank in range(self.size)], FAREWELL)
+            self._wait_some("settled", SILENCE)
 
-    def _wait_some(self, keys: list[str], patience: float) -> None:
-        end = time.monotonic() + patience
-        while time.monotonic() < end and not self._store.check(keys):
+    def _wait_some(self, word: str, most: float) -> None:
+        """Until every rank has said `word`, for `most` seconds; not for one that seems dead."""
+        begun = time.monotonic()
+        heard = dict.fromkeys(range(self.size), (b"", begun))
+        while (now := time.monotonic()) - begun < most:
+            missing = [rank for rank in heard if not self._store.check([f"{word}/{rank}"])]
+            for rank in missing:
+                if (pulse := self._pulse_of(rank)) != heard[rank][0]:
+                    heard[rank] = pulse, now
+            if not any(now - heard[rank][1] < FAREWELL for rank in missing):
+                return
             time.sleep(0.02)
 
     def _wait_for(self, key: str) -> None:
@@ -136,9 +145,9 @@ class Together:
         try:
             for number in count():
                 self._store.set(f"pulse/{self.rank}", str(number))
-                if self._store.check(["failed"]):
+                if self._failure is None and self._store.check(["failed"]):
                     self._hear(json.loads(self._store.get("failed")))
-                    return
+                    last.clear()  # one failure is enough; and they leave now
                 for rank, (pulse, since) in last.items():
                     now = self._pulse_of(rank)
                     if now != pulse:
@@ -148,7 +157,7 @@ class Together:
                 if self._ended.wait(PULSE):
                     return
         except (dist.DistError, RuntimeError) as error:
-            if not self._ended.is_set():
+            if not self._ended.is_set() and self._failure is None:
                 text = f"the other ranks cannot be reached ({str(error).splitlines()[0][:200]})"
                 self._failure = RankFailedError(f"{text}. Were they stopped?")
 
@@ -185,21 +194,17 @@ class Together:
             with suppress(dist.DistError, RuntimeError):  # the store may be gone, too
                 self._tell_of(error)
                 self._store.set(f"left/{self.rank}", "")
-                self._wait_some(self._left, FAREWELL)
+                self._wait_some("left", SILENCE)
                 if not isinstance(error, RankFailedError):
                     time.sleep(PULSE)  # a launcher stops the others once this process has ended
             raise
         else:
             self._store.set(f"left/{self.rank}", "")
             if self.rank == 0:  # which may be the one that has the store
-                self._wait_some(self._left, 30 * FAREWELL)
+                self._wait_some("left", 5 * SILENCE)
         finally:
             self._ended.set()
             self._watcher.join(FAREWELL)
-
-    @property
-    def _left(self) -> list[str]:
-        return [f"left/{rank}" for rank in range(self.size)]
 
 
 _jobs: list[Any] = []
