@@ -4,9 +4,10 @@ Needs torch, triton and numpy, and a CUDA device; fourfold need not be installed
 search is checked against the full one, byte for byte, and both, in part, against the PyTorch
 reference on the same device: every dtype, several distributions, odd sizes. Only then every pass is
 timed on bf16 weights: 8192 × 4096, and 256 experts of 512 × 2048 with a global scale each, in one
-launch. Each pass is captured as a CUDA graph that goes around buffers larger than the L2 cache, so
-neither the cache nor Python has a part in it; reported are medians of CUDA events. A copy by the
-device of the same bytes is the measure. JSON goes to stdout with --json, or to a file with --out.
+launch. Each pass is captured as a CUDA graph that goes around and around buffers larger than the L2
+cache, so neither the cache nor Python has a part in it; reported are medians of CUDA events. A copy
+by the device of the same bytes is the measure. JSON goes to stdout with --json, or to a file with
+--out.
 
 `--rehearse` runs the script without a GPU, tiny and interpreted (set TRITON_INTERPRET=1), without
 graphs and with the pruned search in place of the full one, which would take minutes: to see that
@@ -40,6 +41,7 @@ SHAPES = {"8192 x 4096": (1, 8192 * 4096), "256 x 512 x 2048": (256, 512 * 2048)
 TINY = {"8 x 64": (1, 512), "3 x 4 x 32": (3, 128)}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LEAST_OVER_FULL, MOST_OVER_COPY = 8, 10  # what is aimed at
+CALLS = 32  # in a graph, at least: starting one takes longer than a copy
 FULL = sweep.MSE if cuda.INTERPRETED else sweep.MSE_FULL
 
 
@@ -157,8 +159,9 @@ def milliseconds(passes: list[Callable[[], Any]], rounds: int) -> float:
         return (time.perf_counter() - begin) * 1e3 / len(passes)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
+    times = max(1, math.ceil(CALLS / len(passes)))
     with torch.cuda.graph(graph):
-        for work in passes:
+        for work in passes * times:
             work()
     graph.replay()
     found = []
@@ -168,7 +171,7 @@ def milliseconds(passes: list[Callable[[], Any]], rounds: int) -> float:
         graph.replay()
         end.record()
         end.synchronize()
-        found.append(begin.elapsed_time(end) / len(passes))
+        found.append(begin.elapsed_time(end) / len(passes) / times)
     return statistics.median(found)
 
 

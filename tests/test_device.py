@@ -495,6 +495,38 @@ def test_memory_runs_out_while_kernels_are_compiled(
     assert quantized(written("mixtral")[0], tmp_path / "out").warnings == ()
 
 
+@pytest.mark.usefixtures("on_lanes")
+@pytest.mark.parametrize("memory", [None, 10**6])
+def test_a_device_that_cannot_be_used_at_all(
+    memory: int | None, written: Written, host_made: Callable[..., Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Another process has all its memory, or the device for itself."""
+
+    def busy(*_: Any) -> int:
+        raise torch.AcceleratorError("CUDA error: out of memory\nCompile with more flags.")
+
+    monkeypatch.setattr("fourfold.fold.lanes.free_bytes", busy)
+    result = quantized(written("mixtral")[0], tmp_path / "out", device_memory=memory)
+    assert_same(tmp_path / "out", host_made("mixtral", W4A16))
+    (warning,) = result.warnings
+    assert "cannot run on cpu: CUDA error: out of memory Compile with more flags." in warning
+
+
+@pytest.mark.usefixtures("on_lanes")
+def test_buffers_of_another_size_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the room was halved: nothing of the old size is in the way of the new one."""
+    emptied: list[int] = []
+    lane = lanes.Lanes(torch.device("cpu"), 1000, 1).lane()
+    monkeypatch.setattr(
+        lanes, "empty_caches", lambda _: emptied.append(lane.host.nbytes + lane.onboard.nbytes)
+    )
+    for room in (400, 400, 200, 200, 0):
+        lane.begin(room)
+        assert (lane.host.nbytes, lane.onboard.nbytes) == (room, room)
+    assert emptied == [0, 0]
+
+
 def test_device_memory_that_means_nothing(written: Written, tmp_path: Path) -> None:
     for memory in (0, -5):
         with pytest.raises(fourfold.UsageError, match=r"device_memory=.*give more than 0"):

@@ -14,6 +14,8 @@ import math
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -47,6 +49,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SCALES = (3.3e-4, 1.0, float(np.float32(1 / 3)), 2.0**-117, float(np.float32(1e34)))
 NAMES = [name for name in FAMILIES if name != "beyond_the_top"]  # it takes all 126 candidates
 
+on_a_device = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 interpreted_only = pytest.mark.skipif(not cuda.INTERPRETED, reason="needs Triton's interpreter")
 
 
@@ -375,6 +378,48 @@ def test_nothing_is_a_weight_too():
         )
 
 
+class Launched:
+    """A kernel that does nothing but count who launches it at a time, or fail."""
+
+    def __init__(self, error=None):
+        self.error, self.device_caches = error, {0: "half loaded"}
+        self.now = self.most = 0
+
+    def __getitem__(self, grid):
+        return self.launch
+
+    def launch(self, *arguments, **options):
+        self.now += 1
+        self.most = max(self.most, self.now)
+        time.sleep(0.002)
+        self.now -= 1
+        if self.error is not None:
+            raise self.error
+
+
+def test_one_thread_launches_at_a_time(monkeypatch):
+    """Triton hands out a kernel that another thread is loading still."""
+    kernel = Launched()
+    monkeypatch.setattr(cuda.sweep_cuda, "quantize_kernel", kernel)
+    monkeypatch.setattr(cuda.stream_cuda, "amax_kernel", kernel)
+    weight = torch.ones(1, 64)
+    with ThreadPoolExecutor(4) as pool:
+        for made in [pool.submit(by_triton, weight, [1.0]) for _ in range(8)]:
+            made.result()
+        for made in [pool.submit(cuda.amaxes, weight) for _ in range(8)]:
+            made.result()
+    assert kernel.most == 1
+
+
+def test_a_kernel_that_could_not_be_loaded_is_loaded_anew(monkeypatch):
+    """Where its module found no memory, Triton keeps it, and would launch what is not there."""
+    kernel = Launched(RuntimeError("Triton Error [CUDA]: out of memory"))
+    monkeypatch.setattr(cuda.sweep_cuda, "quantize_kernel", kernel)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        by_triton(torch.ones(1, 64), [1.0])
+    assert kernel.device_caches == {}
+
+
 def test_bytes_do_not_depend_on_the_tile(monkeypatch):
     weight = blocks_of(["gaussian", "tiny"], 70, 3.3e-4, torch.bfloat16, 11).view(1, -1)
     expected = by_triton(weight, [3.3e-4])
@@ -426,6 +471,7 @@ def test_more_blocks(dtype, scale):
 
 
 @pytest.mark.gpu
+@on_a_device
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ten_million_blocks_on_a_device(family, dtype):
@@ -442,6 +488,7 @@ def test_ten_million_blocks_on_a_device(family, dtype):
 
 
 @pytest.mark.gpu
+@on_a_device
 @pytest.mark.parametrize("tile", cuda.TILES, ids=str)
 @pytest.mark.parametrize("algorithm", [sweep.MAX, sweep.MSE, sweep.MSE_FULL])
 def test_every_tile_on_a_device(tile, algorithm, monkeypatch):
@@ -452,8 +499,11 @@ def test_every_tile_on_a_device(tile, algorithm, monkeypatch):
 
 
 @pytest.mark.gpu
+@on_a_device
 def test_tuning_on_a_device_changes_no_byte(monkeypatch):
     monkeypatch.setattr(cuda, "_tuned", {})
     cuda.tune(DEVICE, torch.bfloat16, sweep.MSE)
     assert next(iter(cuda._tuned.values())) in cuda.TILES
+    ((index, *_),) = cuda._tuned
+    assert index == torch.cuda.current_device()  # as the tensors that are quantized name it
     check(blocks_of(FAMILIES, 5_003, 3.3e-4, torch.bfloat16, 14).view(1, -1), [3.3e-4])

@@ -28,13 +28,13 @@ class Arena:
 
     def reset(self) -> None:
         """Forget what was taken. Grows the buffer to what the last job wanted."""
-        if self._wanted > self._size:
+        if self._wanted > self.nbytes:
             self.resize(self._wanted)
         self._used = self._wanted = 0
 
     def resize(self, nbytes: int) -> None:
         """Forget what was taken, and have a buffer of `nbytes` bytes, exactly."""
-        if self._size != nbytes:
+        if self.nbytes != nbytes:
             self.free()  # before the new one is allocated: there may be no room for both
             self._buffer = self._allocate(nbytes)
         self._used = self._wanted = 0
@@ -63,5 +63,6 @@ class Arena:
             self._used = used
 
     @property
-    def _size(self) -> int:
+    def nbytes(self) -> int:
+        """The size of the buffer."""
         return 0 if self._buffer is None else len(self._buffer)

@@ -47,10 +47,7 @@ class Kernels:
     def without_lanes(self, error: Exception) -> Kernels:
         """The CPU's kernels, since those of the device failed when they were tried."""
         assert self.lanes is not None
-        why = f"{self.choice.kernel} kernels cannot run on {self.lanes.device}: {error}"
-        kernel = dispatch.choice(Kernel.AUTO, torch.device("cpu")).kernel
-        choice = Choice(kernel, f"on the CPU, since {' '.join(why.split())}", is_fallback=True)
-        return Kernels(choice, self.threads)
+        return _on_cpu(self.choice, self.lanes.device, self.threads, error)
 
     @property
     def where(self) -> str:
@@ -86,7 +83,10 @@ def choose_kernels(
     target = _numbered(device)
     choice = dispatch.choice_for_weights(target)
     if uses_lanes(choice):
-        lanes = lanes_of(target, memory, threads, ranks, say)
+        try:
+            lanes = lanes_of(target, memory, threads, ranks, say)
+        except RuntimeError as error:  # no room for as much as a context, or another's device
+            return _on_cpu(choice, target, threads, error)
         lanes.fit(plan)
         return Kernels(choice, threads, lanes)
     if memory is not None and not choice.is_fallback:
@@ -94,6 +94,13 @@ def choose_kernels(
             f"--device-memory says nothing for {choice}: no memory of {target} is taken. "
             "Leave it out, or give another --device."
         )
+    return Kernels(choice, threads)
+
+
+def _on_cpu(wanted: Choice, device: torch.device, threads: int, error: Exception) -> Kernels:
+    why = f"{wanted.kernel} kernels cannot run on {device}: {error}"
+    kernel = dispatch.choice(Kernel.AUTO, torch.device("cpu")).kernel
+    choice = Choice(kernel, f"on the CPU, since {' '.join(why.split())}", is_fallback=True)
     return Kernels(choice, threads)
 
 

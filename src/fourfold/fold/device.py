@@ -118,12 +118,12 @@ class _Stack:
 
     def find_amaxes(self) -> None:
         """Queue the search for the largest magnitudes: in `amaxes`, after a wait."""
-        with self.lane.queueing():
+        with self.lane.stream.current():
             self.amaxes.copy_(nvfp4.amaxes(self.w_NX), non_blocking=True)
 
     def quantize(self, algorithm: ScaleAlgorithm) -> None:
         """Queue the quantization with `global_scales`: codes, scales, figures, after a wait."""
-        with self.lane.queueing():
+        with self.lane.stream.current():
             self._global_scales.copy_(self.global_scales, non_blocking=True)
             figures = nvfp4.quantize_batch_into(
                 self.w_NX,

@@ -118,6 +118,14 @@ def pinned(device: torch.device, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
 
+def empty_caches(device: torch.device) -> None:
+    """Give back what PyTorch keeps of memory that is not in use. Pinned blocks it keeps by size: no
+    smaller one is cut out of them."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        getattr(torch._C, "_host_emptyCache", lambda: None)()
+
+
 class Stream:
     """Work that a device does in order, beside that of other streams; on a CPU, at once."""
 
@@ -148,28 +156,20 @@ class Stream:
 class Lane:
     """A worker's stream and buffers."""
 
-    def __init__(self, device: torch.device, launching: threading.Lock) -> None:
-        """launching: held while kernels are queued."""
-        self.device, self.launching = device, launching
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.stream = Stream(device)
         self.host = Arena(partial(pinned, device))
         self.onboard = Arena(partial(on_device, device))
 
     def begin(self, room: int) -> None:
         """Forget what was taken; have buffers of this size."""
+        if self.host.nbytes not in (0, room):  # others are no longer of use, and may be in the way
+            self.free()
+            empty_caches(self.device)
         self.host.resize(room)
         with self.stream.current():
             self.onboard.resize(room)
-
-    @contextmanager
-    def queueing(self) -> Iterator[None]:
-        """Within, this thread's kernels go to the lane's stream, and no other thread queues any.
-
-        That takes microseconds, but for the first time: Triton compiles then, and does not say
-        that several threads may.
-        """
-        with self.launching, self.stream.current():
-            yield
 
     def free(self) -> None:
         """Give the buffers back; PyTorch keeps their memory for the next ones."""
@@ -198,7 +198,7 @@ class Lanes:
         self.count = min(wanted, workers)
         self.room = min(ROOM, memory // self.count)
         self._floor = self.room >> HALVINGS
-        self._lock, self._launching = threading.Lock(), threading.Lock()
+        self._lock = threading.Lock()
         self._say, self._said = say, set[str]()
 
     @property
@@ -223,17 +223,14 @@ class Lanes:
 
     def lane(self) -> Lane:
         """A lane for one worker."""
-        return Lane(self.device, self._launching)
+        return Lane(self.device)
 
     def halve(self, room: int) -> bool:
         """Halve the room, which was found too large; whether that could be done.
 
         room: what it was then. Another lane may have halved it meanwhile, which is enough.
         """
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            # Pinned blocks are kept by size, and a smaller one is not cut out of a larger.
-            getattr(torch._C, "_host_emptyCache", lambda: None)()
+        empty_caches(self.device)
         with self._lock:
             if self.room < room:
                 return True
@@ -293,11 +290,11 @@ def lanes_of(
 ) -> Lanes:
     """Lanes on a device: in `memory` bytes, by default half of what is free, for each of `ranks`.
 
-    The other half is for the model's run, and for others.
+    The other half is for the model's run, and for others. Raises `RuntimeError`, in CUDA's words,
+    where the device cannot be used at all.
     """
-    if memory is None:
-        memory = free_bytes(device) // 2 // ranks
-    return Lanes(device, memory, threads + WAITING, say)
+    free = free_bytes(device)  # uses it
+    return Lanes(device, free // 2 // ranks if memory is None else memory, threads + WAITING, say)
 
 
 def free_bytes(device: torch.device) -> int:

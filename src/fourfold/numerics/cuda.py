@@ -1,5 +1,8 @@
 """The Triton kernels, called with tensors: layouts, grids and tiles are sorted out here.
 
+Any thread may call them: one launches at a time. That takes microseconds, but for the first time,
+when Triton compiles and loads; it hands out a kernel that is not loaded yet.
+
 Import this module only through `nvfp4` and `activations`, at first use: it imports Triton. Nothing
 here waits for the device, but `tune`. With TRITON_INTERPRET set when Triton is imported, kernels
 are interpreted, on tensors in CPU memory.
@@ -8,8 +11,9 @@ are interpreted, on tensors in CPU memory.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -37,6 +41,7 @@ _KINDS = {
 _MOST_WEIGHTS = 65535  # of a grid's second dimension
 _AMAX_WORDS, _DEQUANTIZE_WORDS, _FAKE_BLOCKS = 4096, 1024, 128
 _MANY_WORDS = 1 << 16  # the interpreter has no threads, but wide vectors
+_launching = threading.RLock()
 _tuned: dict[tuple[int | None, int, int, bool], tuple[int, int]] = {}
 
 
@@ -171,6 +176,8 @@ def tune(device: torch.device, dtype: torch.dtype, algorithm: int, packs: bool =
     GB of the device's memory, and waits for the device. Without room the default stays. Call it
     before other threads use the kernels.
     """
+    if device.type == "cuda" and device.index is None:  # as tensors on it name it
+        device = torch.device("cuda", torch.cuda.current_device())
     key = (device.index, algorithm, _KINDS[dtype], packs)
     if INTERPRETED or key in _tuned:
         return
@@ -205,7 +212,9 @@ def _median(work: Callable[[], Any]) -> float:
     than the device, all the more where another thread is busy."""
     work()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    api: Any = torch.cuda
+    own = api.Stream()  # what PyTorch would take is of the device that was captured first
+    with torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local"):
         for _ in range(8):
             work()
     graph.replay()
@@ -232,9 +241,28 @@ def _own(buffer: Tensor, alignment: int) -> Tensor:
     return buffer if fits else torch.empty_like(buffer, memory_format=torch.contiguous_format)
 
 
-def _on(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Launch on the tensor's device."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+@contextmanager
+def _on(tensor: Tensor) -> Iterator[None]:
+    """Launch on the tensor's device, no other thread meanwhile."""
+    device = torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    with _launching, device:
+        try:
+            yield
+        except BaseException:
+            _forget()
+            raise
+
+
+def _forget() -> None:
+    """Let Triton load its kernels anew (it has them on disk): one that found no memory when it was
+    loaded stays as it is otherwise, and cannot be launched."""
+    for kernel in (
+        sweep_cuda.quantize_kernel,
+        stream_cuda.amax_kernel,
+        stream_cuda.dequantize_kernel,
+        stream_cuda.fake_quantize_kernel,
+    ):
+        getattr(kernel, "device_caches", {}).clear()  # the interpreter has none
 
 
 def _grids(count: int) -> list[slice]:
