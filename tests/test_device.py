@@ -497,20 +497,29 @@ def test_memory_runs_out_while_kernels_are_compiled(
 
 @pytest.mark.usefixtures("on_lanes")
 @pytest.mark.parametrize("memory", [None, 10**6])
+@pytest.mark.parametrize("words", ["out of memory", "all CUDA-capable devices are busy"])
 def test_a_device_that_cannot_be_used_at_all(
-    memory: int | None, written: Written, host_made: Callable[..., Path], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    words: str, memory: int | None, written: Written, host_made: Callable[..., Path],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Another process has all its memory, or the device for itself."""
 
+    warm_up = nvfp4.warm_up
+
     def busy(*_: Any) -> int:
-        raise torch.AcceleratorError("CUDA error: out of memory\nCompile with more flags.")
+        raise torch.AcceleratorError(f"CUDA error: {words}\nCompile with more flags.")
+
+    def warm_up_there(*arguments: Any, **options: Any) -> None:
+        if "device" in options:
+            busy()
+        warm_up(*arguments, **options)
 
     monkeypatch.setattr("fourfold.fold.lanes.free_bytes", busy)
+    monkeypatch.setattr(nvfp4, "warm_up", warm_up_there)
     result = quantized(written("mixtral")[0], tmp_path / "out", device_memory=memory)
     assert_same(tmp_path / "out", host_made("mixtral", W4A16))
     (warning,) = result.warnings
-    assert "cannot run on cpu: CUDA error: out of memory Compile with more flags." in warning
+    assert f"cannot run on cpu: CUDA error: {words} Compile with more flags." in warning
 
 
 @pytest.mark.usefixtures("on_lanes")

@@ -340,7 +340,7 @@ def _told(
 ) -> Kernels:
     """The kernels that will run, the CPU's where those of the device failed when they were tried;
     whoever wants to know is told."""
-    if failures:
+    if failures and kernels.lanes is not None:
         kernels = kernels.without_lanes(failures[0])
     if on_kernels is not None:
         on_kernels(kernels)

@@ -285,21 +285,17 @@ def training_arguments(model: Any, hf: dict[str, Any]) -> Namespace:
     plain = (int, float, str, list, type(None), torch.dtype)
     values = {name: getattr(config, field) for name, field in named.items()}
     values = {name: value for name, value in values.items() if isinstance(value, plain)}
-    return Namespace(
-        **values,
-        group_query_attention=config.num_query_groups != config.num_attention_heads,
-        position_embedding_type=model.position_embedding_type,
-        rotary_percent=hf["rope_parameters"].get("partial_rotary_factor", 1.0),
-        max_position_embeddings=hf["max_position_embeddings"],
-        untie_embeddings_and_output_weights=not model.share_embeddings_and_output_weights,
-        vocab_size=hf["vocab_size"],
-        padded_vocab_size=model.vocab_size,
-        **({} if config.multi_latent_attention else {"rotary_base": _rope_theta(hf)}),
-    )
-
-
-def _rope_theta(hf: dict[str, Any]) -> int:
-    return int(hf["rope_parameters"]["rope_theta"])
+    beside = {
+        "group_query_attention": config.num_query_groups != config.num_attention_heads,
+        "position_embedding_type": model.position_embedding_type,
+        "rotary_base": int(hf["rope_parameters"]["rope_theta"]),
+        "rotary_percent": hf["rope_parameters"].get("partial_rotary_factor", 1.0),
+        "max_position_embeddings": hf["max_position_embeddings"],
+        "untie_embeddings_and_output_weights": not model.share_embeddings_and_output_weights,
+        "vocab_size": hf["vocab_size"],
+        "padded_vocab_size": model.vocab_size,
+    }
+    return Namespace(**(values | beside))
 
 
 METADATA = {"distrib_optim_sharding_type": "dp_reshardable"}

@@ -40,10 +40,10 @@ OFF = (
     "add_qkv_bias", "apply_layernorm_1p", "attention_output_gate", "enable_mhc_connections",
     "experimental_attention_variant", "hybrid_layer_pattern", "hybrid_override_pattern",
     "is_hybrid_model", "linear_attention_freq", "moe_router_enable_expert_bias",
-    "moe_router_num_groups", "moe_shared_expert_intermediate_size", "mrope_section",
-    "mtp_num_layers", "multi_latent_attention", "no_rope_freq", "openai_gelu", "qk_l2_norm",
-    "quick_geglu", "softmax_scale", "spec", "squared_relu", "use_mup", "use_rope_scaling",
-    "window_size",
+    "moe_router_force_load_balancing", "moe_router_num_groups",
+    "moe_shared_expert_intermediate_size", "mrope_section", "mtp_num_layers",
+    "multi_latent_attention", "no_rope_freq", "openai_gelu", "qk_l2_norm", "quick_geglu",
+    "softmax_scale", "spec", "squared_relu", "use_mup", "use_rope_scaling", "window_size",
 )  # fmt: skip
 """What none of them does: to be absent, None, False or 0."""
 
