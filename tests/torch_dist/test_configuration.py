@@ -5,13 +5,16 @@ That what it says computes what Megatron computed is shown in `test_logits.py`.
 
 from __future__ import annotations
 
+import enum
 import json
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import transformers
 
 import fourfold
@@ -171,6 +174,13 @@ REFUSED: list[tuple[str, Any]] = [
     ("num_experts", -4),
     ("moe_layer_freq", [0, 1]),
     ("moe_layer_freq", 0),
+    ("moe_layer_freq", [0, 1, "x"]),
+    ("moe_layer_freq", [0, 1, 2]),
+    ("moe_router_topk", 5),
+    ("qk_layernorm", 1),
+    ("moe_router_pre_softmax", "yes"),
+    ("num_layers", 10**400),
+    ("rotary_base", 10**400),
 ]
 
 
@@ -179,7 +189,7 @@ def test_what_these_families_do_not_do_is_refused(name: str, value: Any) -> None
     with pytest.raises(UsageError) as error:
         made_of(ARGS | EXPERTS | {name: value})
     text = str(error.value)
-    assert text.startswith(f"iter_7/common.pt: {name} is {value!r}")
+    assert text.startswith(f"iter_7/common.pt: {name} is {value!r}"[:130])
     assert text.endswith("--hf-config DIR.")
     assert len(text.splitlines()) == 1
 
@@ -198,6 +208,35 @@ def test_what_is_not_said_is_named(name: str) -> None:
             values = {key: value for key, value in values.items() if key != name}
         with pytest.raises(UsageError, match=rf"do not say {name}\..*--hf-config DIR"):
             made_of(values)
+
+
+class Rope(enum.Enum):
+    YARN = 7
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("position_embedding_type", Rope.YARN, r"is Rope\(7\), and"),
+        ("hidden_size", torch.tensor(64), r"is _rebuild_tensor_v2\("),
+        ("hidden_size", np.int64(64), r"is scalar\("),
+        ("normalization", "a\n\x1b[31m", r"is 'a\\n\\x1b\[31m', and"),
+    ],
+)
+def test_objects_are_shown_as_what_they_were(name: str, value: Any, words: str, made: Made) -> None:
+    checkpoint, _ = made(common={"args": Namespace(**ARGS | EXPERTS | {name: value})})
+    with pytest.raises(UsageError, match=f"{name} {words}") as error:
+        fourfold.plan(checkpoint, W4A16)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_no_room_for_a_temporary_configuration(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, _ = made(common={"args": Namespace(**ARGS | EXPERTS)})
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(fourfold.SourceError, match=r"nowhere.*No such file.*Set TMPDIR"):
+        fourfold.plan(checkpoint, W4A16)
 
 
 def test_dense_models_without_normalized_queries_are_of_no_known_family() -> None:

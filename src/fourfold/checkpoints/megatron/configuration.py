@@ -8,7 +8,6 @@ error that names the argument. Tokenizer and special tokens are in no checkpoint
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -70,6 +69,9 @@ SAME: Mapping[str, Any] = {
 """Fields that are the same for all of them. The tokens' numbers are nowhere said, and classes of
 transformers have some of their own where a configuration has none."""
 
+LIMIT = 1 << 40
+"""No number of these is as large."""
+
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
@@ -82,7 +84,7 @@ def configuration_of(arguments: Arguments, dtype: str) -> dict[str, Any]:
     said = _Said(arguments)
     said.check()
     experts = said.size("num_experts") if said.get("num_experts") else 0
-    normalized = bool(said.get("qk_layernorm"))
+    normalized = said.switch("qk_layernorm")
     if not (experts or normalized):
         raise said.refused("qk_layernorm", said.get("qk_layernorm"))
     common = {
@@ -116,8 +118,8 @@ def _qwen3_moe(said: _Said, experts: int) -> dict[str, Any]:
         "intermediate_size": said.size("ffn_hidden_size"),
         "moe_intermediate_size": said.expert_size(),
         "num_experts": experts,
-        "num_experts_per_tok": said.size("moe_router_topk"),
-        "norm_topk_prob": not said.get("moe_router_pre_softmax"),
+        "num_experts_per_tok": said.experts_of_token(experts),
+        "norm_topk_prob": not said.switch("moe_router_pre_softmax"),
         "decoder_sparse_step": 1,
         "mlp_only_layers": said.dense_layers(),
         "attention_bias": False,
@@ -126,7 +128,7 @@ def _qwen3_moe(said: _Said, experts: int) -> dict[str, Any]:
 
 
 def _mixtral(said: _Said, experts: int) -> dict[str, Any]:
-    if said.get("moe_router_pre_softmax"):
+    if said.switch("moe_router_pre_softmax"):
         raise said.refused("moe_router_pre_softmax", True)
     if said.dense_layers():
         raise said.refused("moe_layer_freq", said.get("moe_layer_freq"))
@@ -135,7 +137,7 @@ def _mixtral(said: _Said, experts: int) -> dict[str, Any]:
         "model_type": "mixtral",
         "intermediate_size": said.expert_size(),
         "num_local_experts": experts,
-        "num_experts_per_tok": said.size("moe_router_topk"),
+        "num_experts_per_tok": said.experts_of_token(experts),
     }
 
 
@@ -181,7 +183,7 @@ class _Said:
         value = self.get(name)
         if value is None:
             raise self.missing(name)
-        if isinstance(value, int | float) and value is not True and 0 < value < math.inf:
+        if isinstance(value, int | float) and value is not True and 0 < value < LIMIT:
             return value
         raise self.refused(name, value)
 
@@ -197,6 +199,18 @@ class _Said:
         if not isinstance(value, bool):
             raise self.missing(name)
         return value
+
+    def switch(self, name: str) -> bool:
+        """Whether something is on; off where an older Megatron did not have it."""
+        value = self.get(name)
+        if not isinstance(value, bool | None):
+            raise self.refused(name, value)
+        return value is True
+
+    def experts_of_token(self, experts: int) -> int:
+        if self.size("moe_router_topk") > experts:
+            raise self.refused("moe_router_topk", self.get("moe_router_topk"))
+        return self.size("moe_router_topk")
 
     def key_heads(self) -> int:
         grouped = self.flag("group_query_attention")
@@ -215,7 +229,7 @@ class _Said:
         layers = range(self.size("num_layers"))
         every = self.get("moe_layer_freq")
         if isinstance(every, list):
-            if len(every) != len(layers):
+            if len(every) != len(layers) or not all(has in (0, 1) for has in every):
                 raise self.refused("moe_layer_freq", every)
             return [layer for layer in layers if not every[layer]]
         step = 1 if every is None else self.size("moe_layer_freq")

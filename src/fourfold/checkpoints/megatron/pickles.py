@@ -46,6 +46,10 @@ class Stored:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Pickles make objects without it."""
 
+    def __repr__(self) -> str:
+        """For messages: what it was, and of what."""
+        return f"{type(self).__name__}({', '.join(map(repr, self.args))})"
+
     def __setstate__(self, state: Any) -> None:
         if isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], dict):
             self.fields |= state[1]  # of a class with slots

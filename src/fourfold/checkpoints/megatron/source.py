@@ -131,10 +131,16 @@ class MegatronFolder(MegatronTensors):
         weights = [each for key, each in stored.tensors.items() if not is_bookkeeping(key)]
         largest = max(weights, key=lambda each: math.prod(each.shape), default=None)
         config = configuration_of(self._arguments, largest.dtype if largest else "")
-        self._made = tempfile.TemporaryDirectory(prefix="fourfold-")
-        folder = Path(self._made.name) / "model"
-        folder.mkdir()
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        try:
+            self._made = tempfile.TemporaryDirectory(prefix="fourfold-")
+            folder = Path(self._made.name) / "model"
+            folder.mkdir()
+            (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        except OSError as error:
+            raise SourceError(
+                f"{error.filename or 'TMPDIR'}: a configuration cannot be written there: "
+                f"{error.strerror}. Set TMPDIR to a folder that has room."
+            ) from error
         return folder
 
     def _present(self, stored: StoredCheckpoint) -> None:
