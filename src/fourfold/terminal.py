@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from fourfold.errors import FourfoldError
 from fourfold.launcher import launch
+from fourfold.temporary import remove_all
 
 if TYPE_CHECKING:
     from fourfold import fold
@@ -218,6 +219,7 @@ def _end(number: int, notes: Sequence[str] = ()) -> NoReturn:
     show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
     outcome = " ".join(notes) or f"{_outcome}."
     text = f"{show_cursor}error: stopped by {signal.Signals(number).name}; {outcome}\n"
+    remove_all()
     os.write(2, text.encode())
     os._exit(128 + number)
 

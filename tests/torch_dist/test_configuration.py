@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import enum
 import json
+import os
+import signal
+import subprocess
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -157,6 +161,41 @@ def test_nothing_temporary_is_left(
     )
     with pytest.raises(fourfold.SourceError, match="num_hidden_layers 4"):
         fourfold.plan(other, W4A16)
+    assert list(own.iterdir()) == []
+
+
+WAITING = """
+import sys, time
+from fourfold import pipeline
+def wait(*_, **__):
+    print("waits", flush=True)
+    time.sleep(60)
+pipeline.make_plan = wait
+from fourfold.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_nothing_temporary_is_left_by_a_signal(
+    number: signal.Signals, made: Made, tmp_path: Path
+) -> None:
+    """Before anything is written, a signal ends the process at once."""
+    own = tmp_path / "temporary"
+    own.mkdir()
+    checkpoint, _ = made(common={"args": Namespace(**ARGS | EXPERTS)})
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING, "quantize", str(checkpoint), str(tmp_path / "out")],
+        env={**os.environ, "TMPDIR": str(own)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "waits\n"
+    assert [path.name[:9] for path in own.iterdir()] == ["fourfold-"]
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert f"stopped by {number.name}; nothing was written" in err
     assert list(own.iterdir()) == []
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from fourfold.checkpoints.safetensors_header import shown
 from fourfold.checkpoints.source import CONFIG
 from fourfold.checkpoints.stamps import FileStamp, Stamps
 from fourfold.errors import SourceError
+from fourfold.temporary import TemporaryFolder
 
 SHOWN_KEYS = 3
 
@@ -54,7 +54,7 @@ class MegatronFolder(MegatronTensors):
         self._arguments = read_arguments(found, self._stamps)
         stored = read_metadata(found, self._stamps)
         self._reader = self._stored = StoredTensors(stored, self._stamps)
-        self._made: tempfile.TemporaryDirectory[str] | None = None
+        self._made: TemporaryFolder | None = None
         try:
             super().__init__(hf_config or self._configured(stored))
             self._present(stored)
@@ -124,7 +124,7 @@ class MegatronFolder(MegatronTensors):
     def close(self) -> None:
         self._stored.close()
         if self._made is not None:
-            self._made.cleanup()
+            self._made.remove()
 
     def _configured(self, stored: StoredCheckpoint) -> Path:
         """A temporary folder with the configuration that the arguments make."""
@@ -132,8 +132,8 @@ class MegatronFolder(MegatronTensors):
         largest = max(weights, key=lambda each: math.prod(each.shape), default=None)
         config = configuration_of(self._arguments, largest.dtype if largest else "")
         try:
-            self._made = tempfile.TemporaryDirectory(prefix="fourfold-")
-            folder = Path(self._made.name) / "model"
+            self._made = TemporaryFolder()
+            folder = self._made.path / "model"
             folder.mkdir()
             (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         except OSError as error:
