@@ -219,6 +219,7 @@ REFUSED: list[tuple[str, Any]] = [
     ("qk_layernorm", 1),
     ("moe_router_pre_softmax", "yes"),
     ("num_layers", 10**400),
+    ("num_layers", 10**9),
     ("rotary_base", 10**400),
 ]
 
@@ -301,7 +302,7 @@ def test_what_mixtral_alone_does_not_do_is_refused(name: str, value: Any) -> Non
         ({"moe_layer_freq": [1, 0, 1]}, {"mlp_only_layers": [1]}),
         ({"moe_ffn_hidden_size": None}, {"moe_intermediate_size": 96}),
         ({"group_query_attention": False}, {"num_key_value_heads": 4}),
-        ({"vocab_size": 100}, {"vocab_size": 100}),
+        ({"vocab_size": 100}, {"vocab_size": 128}),
         ({"vocab_size": None}, {"vocab_size": 128}),
         ({"untie_embeddings_and_output_weights": False}, {"tie_word_embeddings": True}),
         ({"rotary_percent": 1.0, "softmax_type": "vanilla"}, {"rope_theta": 10000}),

@@ -120,7 +120,10 @@ def _raw_header(file: Path, handle: BinaryIO, size: int) -> bytes:
 
 def shown(name: object) -> str:
     """A name from a file as a message has it: on one line, and not for ever."""
-    text = repr(name)
+    try:
+        text = repr(name)
+    except (ValueError, RecursionError):  # thousands of digits, lists in lists
+        text = f"a {type(name).__name__} that is too long"
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
 
 

@@ -39,6 +39,38 @@ REFUSED: Mapping[str, str] = {
 }
 """Arguments that change what weights mean, where they are set: why they are not handled."""
 
+UNLESS_SAID: Mapping[str, tuple[Any, ...]] = {
+    "rotary_percent": (1.0,),
+    "rotary_seq_len_interpolation_factor": (1,),
+    "rope_type": ("rope",),
+    "softmax_type": ("vanilla",),
+    "moe_router_score_function": ("softmax",),
+    "moe_router_topk_scaling_factor": (1.0,),
+}
+"""What plain families have where it is said at all: an older Megatron had nothing else."""
+
+OFF = (
+    "add_qkv_bias", "apply_layernorm_1p", "attention_output_gate", "enable_hyper_connections",
+    "enable_mhc_connections", "experimental_attention_variant", "hybrid_layer_pattern",
+    "hybrid_override_pattern", "is_hybrid_model", "linear_attention_freq",
+    "moe_n_hash_layers", "moe_router_enable_expert_bias", "moe_router_force_biased",
+    "moe_router_force_load_balancing", "moe_router_group_topk", "moe_router_num_groups",
+    "moe_router_topk_limited_devices", "moe_shared_expert_intermediate_size", "mrope_section",
+    "mtp_num_layers", "multi_latent_attention", "no_rope_freq", "openai_gelu", "qk_l2_norm",
+    "quick_geglu", "rotary_base_per_layer", "softmax_scale", "spec", "squared_relu", "use_mup",
+    "use_rope_scaling", "window_size",
+)  # fmt: skip
+"""What plain families do not do: to be absent, None, False or 0."""
+
+PLAIN = ("qwen3", "qwen3_moe", "mixtral")
+"""Families that compute nothing beyond that."""
+
+CONFIGURED = ("spec", "use_rope_scaling", "window_size")
+"""What a configuration that is given may say in its own way."""
+
+SUMS_TO_ONE = ("mixtral", "qwen3_5_moe", "qwen3_5_moe_text")
+"""Families whose routers always make the weights of a token's experts sum to one."""
+
 
 @dataclass(frozen=True)
 class Arguments:
@@ -82,23 +114,44 @@ class Arguments:
             )
         for name, ours, theirs in self._differences(sizes, config):
             raise SourceError(f"{self.file}: {name} is {shown(ours)}, {file} says {theirs}. {OWN}")
+        self._check_plain(config, file)
         self._check_router(config, file)
+
+    def _check_plain(self, config: Mapping[str, Any], file: Path) -> None:
+        """What a family does not compute, its model did not either."""
+        assert self.values is not None
+        if self.values.get("moe_router_load_balancing_type") == "sinkhorn":
+            raise SourceError(
+                f"{self.file}: moe_router_load_balancing_type is 'sinkhorn': its router is not "
+                "that of these families. Only models without it can be read."
+            )
+        kind = config.get("model_type")
+        if kind not in PLAIN:
+            return
+        for name in (*OFF, *UNLESS_SAID):
+            value = self.values.get(name)
+            is_off = not value or value in UNLESS_SAID.get(name, ())
+            if not is_off and name not in CONFIGURED:
+                raise SourceError(
+                    f"{self.file}: {name} is {shown(value)}, which {kind} models of {file} do not "
+                    f"do. {OWN}"
+                )
 
     def _check_router(self, config: Mapping[str, Any], file: Path) -> None:
         """A softmax over all experts leaves the weights of a token's own with a sum below 1, one
         over those alone does not: the configuration must say which it was."""
         assert self.values is not None
-        before, sums_to_one = (
-            self.values.get("moe_router_pre_softmax"),
-            config.get("norm_topk_prob"),
-        )
+        before = self.values.get("moe_router_pre_softmax")
+        sums_to_one = config.get("norm_topk_prob")
+        if config.get("model_type") in SUMS_TO_ONE:
+            sums_to_one = True
         is_softmax = self.values.get("moe_router_score_function", "softmax") == "softmax"
         if not (is_softmax and isinstance(before, bool) and isinstance(sums_to_one, bool)):
             return
-        if before is sums_to_one and config.get("num_experts_per_tok") != 1:
+        if before is sums_to_one and self.values.get("num_experts", 1) is not None:
             raise SourceError(
                 f"{self.file}: moe_router_pre_softmax is {before}, {file} says norm_topk_prob "
-                f"{sums_to_one}, which is another router. {OWN}"
+                f"{sums_to_one}, or its family does: another router. {OWN}"
             )
 
     def _differences(

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fourfold.checkpoints.megatron.arguments import Arguments
+from fourfold.checkpoints.megatron.arguments import OFF, UNLESS_SAID, Arguments
 from fourfold.checkpoints.safetensors_header import shown
 from fourfold.errors import UsageError
 
@@ -24,27 +24,6 @@ SAID: Mapping[str, Any] = {
     "add_bias_linear": False,
 }
 """How all of these families compute, which arguments must say."""
-
-UNLESS_SAID: Mapping[str, tuple[Any, ...]] = {
-    "rotary_percent": (1.0,),
-    "rotary_seq_len_interpolation_factor": (1,),
-    "rope_type": ("rope",),
-    "softmax_type": ("vanilla",),
-    "moe_router_score_function": ("softmax",),
-    "moe_router_topk_scaling_factor": (1.0,),
-}
-"""What they have where it is said at all: an older Megatron had nothing else."""
-
-OFF = (
-    "add_qkv_bias", "apply_layernorm_1p", "attention_output_gate", "enable_mhc_connections",
-    "experimental_attention_variant", "hybrid_layer_pattern", "hybrid_override_pattern",
-    "is_hybrid_model", "linear_attention_freq", "moe_router_enable_expert_bias",
-    "moe_router_force_load_balancing", "moe_router_num_groups",
-    "moe_shared_expert_intermediate_size", "mrope_section", "mtp_num_layers",
-    "multi_latent_attention", "no_rope_freq", "openai_gelu", "qk_l2_norm", "quick_geglu",
-    "softmax_scale", "spec", "squared_relu", "use_mup", "use_rope_scaling", "window_size",
-)  # fmt: skip
-"""What none of them does: to be absent, None, False or 0."""
 
 SIZES: Mapping[str, str] = {
     "hidden_size": "hidden_size",
@@ -69,7 +48,7 @@ SAME: Mapping[str, Any] = {
 """Fields that are the same for all of them. The tokens' numbers are nowhere said, and classes of
 transformers have some of their own where a configuration has none."""
 
-LIMIT = 1 << 40
+LIMIT, MOST_LAYERS = 1 << 40, 10**6
 """No number of these is as large."""
 
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
@@ -217,8 +196,9 @@ class _Said:
         return self.size("num_query_groups" if grouped else "num_attention_heads")
 
     def vocabulary(self) -> int:
-        """Without the padding where that is said: its rows are no tokens."""
-        return self.size("padded_vocab_size" if self.get("vocab_size") is None else "vocab_size")
+        """With the padding: which of its rows are tokens is not certain from `vocab_size`, which
+        leaves out the end of a text for some tokenizers."""
+        return self.size("padded_vocab_size")
 
     def expert_size(self) -> int:
         own = self.get("moe_ffn_hidden_size")
@@ -226,6 +206,8 @@ class _Said:
 
     def dense_layers(self) -> list[int]:
         """The layers without experts: every N-th has some, or a list says which."""
+        if self.size("num_layers") >= MOST_LAYERS:
+            raise self.refused("num_layers", self.get("num_layers"))
         layers = range(self.size("num_layers"))
         every = self.get("moe_layer_freq")
         if isinstance(every, list):

@@ -78,7 +78,7 @@ def _dict(*args: Any) -> dict[Any, Any]:
 
 def stand_in(name: str) -> type[Stored]:
     """A class whose objects keep what they are given."""
-    return type(name, (Stored,), {})
+    return type(name if name.isidentifier() else "unnamed", (Stored,), {})
 
 
 _METADATA = "torch.distributed.checkpoint.metadata"
@@ -175,7 +175,8 @@ def _read(
     except SourceError:
         raise
     except Exception as error:  # a broken pickle raises whatever its bytes lead to
-        cause = " ".join(str(error).split())[:120] or type(error).__name__
+        cause = "".join(x if x.isprintable() else "?" for x in " ".join(str(error).split())[:120])
+        cause = cause or type(error).__name__
         raise SourceError(
             f"{file}: damaged, its pickle cannot be read ({cause}). Copy the checkpoint again."
         ) from None
