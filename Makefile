@@ -2,7 +2,7 @@
 #   make demo      the whole job on the embedded model, offline
 #   make test      the test suite (minutes)
 #   make test-all  and the slow tests (an hour)
-#   make lint      ruff and mypy
+#   make lint      ruff, mypy and the order of imports
 #   make bench     the figures in the README
 #   make test-gpu, make bench-gpu: the same of the GPU kernels, on a machine with a CUDA device
 
@@ -44,6 +44,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: setup
 	$(BIN)/ruff check --fix .

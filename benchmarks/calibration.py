@@ -31,7 +31,7 @@ BATCH = 8
 COMMON = """
 import json, sys, time, torch
 from pathlib import Path
-from fourfold.machine import peak_resident
+from fourfold.distributed.machine import peak_resident
 torch.set_num_threads({threads})
 torch.manual_seed(0)
 batches = [torch.randint(0, {vocab}, ({batch}, {seq})) for _ in range({samples} // {batch})]
@@ -52,9 +52,9 @@ print(json.dumps(dict(load=loaded - begun, forward=done - loaded, peak=peak_resi
 """
 
 STREAMED = """
-from fourfold.calibration.calibrate import Calibration
+from fourfold.calibration.layerwise import Calibration
 from fourfold.calibration.data import Batch, CalibrationData
-from fourfold.checkpoints.source import open_source
+from fourfold.sources.safetensors import open_source
 from fourfold.planning import make_plan
 from fourfold.recipes import Recipe
 import transformers.models.qwen3_moe.modeling_qwen3_moe

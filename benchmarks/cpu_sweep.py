@@ -29,8 +29,8 @@ import numba
 import numpy as np
 import torch
 
-from fourfold.numerics import amax, cpu, dequantize, global_scale, quantize
-from fourfold.numerics.sweep import MAX, MSE, MSE_FULL
+from fourfold.formats.nvfp4 import amax, cpu, dequantize, global_scale, quantize
+from fourfold.formats.nvfp4.sweep import MAX, MSE, MSE_FULL
 
 WIDTH = 4096
 SAMPLE = 1 << 20  # weights for the PyTorch reference, and for the check against it

@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fourfold.numerics import sweep, sweep_cuda
+from fourfold.formats.nvfp4 import sweep, sweep_cuda
 
 SCHEDULERS, CLOCK = 132 * 4, 1.755e9  # of an H200, below its boost clock of 1.98 GHz
 BLOCKS = 8192 * 4096 // 16

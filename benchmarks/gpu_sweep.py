@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 import triton
 
-from fourfold.numerics import activations, cuda, reference, sweep
+from fourfold.formats.nvfp4 import activations, cuda, reference, sweep
 
 SHAPES = {"8192 x 4096": (1, 8192 * 4096), "256 x 512 x 2048": (256, 512 * 2048)}
 TINY = {"8 x 64": (1, 512), "3 x 4 x 32": (3, 128)}

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from fourfold import load, quantize
-from fourfold.demo import WINDOW, Comparison, compare
 from fourfold.embedded import heldout_text, model_dir
+from fourfold.evaluation.demo import WINDOW, Comparison, compare
 from fourfold.models.tokenizer import load_tokenizer
 
 RECIPES = (

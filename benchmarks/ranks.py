@@ -83,7 +83,7 @@ def same_tensors(one: Path, other: Path) -> bool:
     """Whether two checkpoints hold the same tensors, however they are cut."""
     import numpy as np
 
-    from fourfold.checkpoints.safetensors_header import TensorInfo, read_header
+    from fourfold.storage.safetensors_header import TensorInfo, read_header
 
     def infos(folder: Path) -> dict[str, TensorInfo]:
         return {

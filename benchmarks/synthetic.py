@@ -110,7 +110,7 @@ def kernel_alone(threads: int) -> float:
     import numpy as np
     import torch
 
-    from fourfold.numerics import nvfp4
+    from fourfold.formats import nvfp4
 
     weight = torch.empty(256 * 3 * 512, 2048).normal_(0, 0.02).to(torch.bfloat16)
     codes = np.zeros((weight.shape[0], 1024), dtype=np.uint8)
@@ -145,9 +145,10 @@ def median(
 def memory_of_fold(model: Path, out: Path, threads: int) -> tuple[float, float]:
     """Peak resident GB of the job in a process of its own, and of its imports and plan alone."""
     program = (
-        "import sys; from fourfold.machine import peak_resident; from fourfold import pipeline\n"
+        "import sys; from fourfold import api\n"
+        "from fourfold.distributed.machine import peak_resident\n"
         "base = peak_resident()\n"
-        f"pipeline.quantize({str(model)!r}, {str(out)!r}, {RECIPE!r}, threads={threads}, "
+        f"api.quantize({str(model)!r}, {str(out)!r}, {RECIPE!r}, threads={threads}, "
         "overwrite=True, verified=sys.argv[1] == 'verified')\n"
         "print(base / 1e9, peak_resident() / 1e9)"
     )
@@ -163,10 +164,10 @@ def memory_of_fold(model: Path, out: Path, threads: int) -> tuple[float, float]:
 
 def measure(folder: Path, layers: int, threads: int, runs: int) -> dict[str, float | int | str]:
     """All figures, in seconds and GB."""
-    from fourfold.checkpoints.source import open_source
-    from fourfold.checkpoints.writer import OutputFolder
-    from fourfold.fold import folding
-    from fourfold.pipeline import plan, quantize
+    from fourfold.api import plan, quantize
+    from fourfold.execution import folding
+    from fourfold.sources.safetensors import open_source
+    from fourfold.storage.output import OutputFolder
     from fourfold.verification import verify
 
     model, out = folder / "model", folder / "out"

@@ -164,7 +164,7 @@ def _example(scratch: Path) -> Path:
 
 def main() -> None:
     """Read the summary, take the picture, write it small."""
-    from fourfold.report import html_of, read_summary
+    from fourfold.reporting import html_of, read_summary
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("out", nargs="?", type=Path, help="a folder with a quant_summary.json")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import DeepseekV3Config
 
-from fourfold.checkpoints.safetensors_header import build_header, nbytes_of
+from fourfold.storage.safetensors_header import build_header, nbytes_of
 
 Shapes = dict[str, tuple[int, ...]]
 

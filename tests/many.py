@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from transformers import Qwen3MoeConfig
 
-from fourfold.checkpoints.safetensors_header import build_header, nbytes_of
+from fourfold.storage.safetensors_header import build_header, nbytes_of
 
 Spec = tuple[str, tuple[int, ...]]
 

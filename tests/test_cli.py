@@ -35,7 +35,7 @@ def fourfold(*arguments: object, **options: object) -> subprocess.CompletedProce
 
 def in_process(monkeypatch: pytest.MonkeyPatch, capsys, *arguments: object) -> tuple[int, str, str]:
     """As `fourfold`, without the price of a new interpreter."""
-    from fourfold.cli import main
+    from fourfold.cli.app import main
 
     monkeypatch.setattr(sys, "argv", ["fourfold", *map(str, arguments)])
     code = 0
@@ -55,7 +55,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys) -> Callable[..., tuple[int, str
 def test_help_imports_no_torch() -> None:
     code = (
         "import sys; sys.argv = ['fourfold', '--help']\n"
-        "from fourfold.cli import main\n"
+        "from fourfold.cli.app import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
         "assert not {'torch', 'transformers', 'numba', 'pydantic'} & set(sys.modules)\n"
@@ -69,7 +69,7 @@ def test_help_imports_no_torch() -> None:
 def options_of(command: str) -> set[str]:
     from typer.main import get_command
 
-    from fourfold.cli import app
+    from fourfold.cli.app import app
 
     found = get_command(app).commands[command]  # type: ignore[attr-defined]
     return {name for parameter in found.params for name in parameter.opts}
@@ -150,10 +150,10 @@ def test_verbose_says_which_kernels_and_why(run, written: Written, tmp_path: Pat
 def test_slower_kernels_are_told_once(
     verbose: list[str], run, written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fourfold.numerics.dispatch import Choice, Kernel
+    from fourfold.formats.dispatch import Choice, Kernel
 
     found = Choice(Kernel.NUMBA, "on the CPU, since triton is not installed", is_fallback=True)
-    monkeypatch.setattr("fourfold.numerics.dispatch.choice_for_weights", lambda _: found)
+    monkeypatch.setattr("fourfold.formats.dispatch.choice_for_weights", lambda _: found)
     out = tmp_path / "out"
     code, _, err = run("quantize", written("qwen3_moe")[0], out, "--threads", 1, *verbose)
     assert code == 0
@@ -174,7 +174,7 @@ def test_device_memory(
     check_error(run(*quantize, "--device", "cuda:99"), 2, "this machine has")
     check_error(run(*quantize, "--device", "tpu"), 2, "give cpu, cuda, cuda:N or auto")
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr("fourfold.fold.choosing.uses_lanes", lambda _: True)
+    monkeypatch.setattr("fourfold.execution.backend.uses_lanes", lambda _: True)
     code, _, err = run(*quantize, "--device-memory", "0.0001", "--verbose", "--threads", 1)
     assert code == 0
     assert err.splitlines()[-1].startswith("weights are quantized on cpu, 2 batches at a time of ")
@@ -418,7 +418,7 @@ def test_disk_too_small_for_the_plan(run, written: Written, tmp_path: Path) -> N
 
 
 def test_disk_that_fills_up_meanwhile(run, written: Written, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("fourfold.checkpoints.writer.free_bytes", lambda _: 10**12)
+    monkeypatch.setattr("fourfold.storage.output.free_bytes", lambda _: 10**12)
     with file_system(tmp_path / "small", "size=96k") as small:
         result = run("quantize", written("qwen3_moe")[0], small / "out")
         check_error(result, 1, "model-0000", "The disk is full")
@@ -426,14 +426,14 @@ def test_disk_that_fills_up_meanwhile(run, written: Written, tmp_path: Path, mon
 
 
 def test_read_only_file_system(run, written: Written, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("fourfold.checkpoints.writer.free_bytes", lambda _: 10**12)
+    monkeypatch.setattr("fourfold.storage.output.free_bytes", lambda _: 10**12)
     with file_system(tmp_path / "fixed", "ro") as fixed:
         result = run("quantize", written("qwen3_moe")[0], fixed / "out")
         check_error(result, 1, "out", "cannot be written", "choose another")
 
 
 def test_too_little_memory(run, written: Written, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("fourfold.pipeline.memory_available", lambda: 1000)
+    monkeypatch.setattr("fourfold.api.memory_available", lambda: 1000)
     result = run("quantize", written("qwen3_moe")[0], tmp_path / "out")
     check_error(result, 1, "of memory are needed", "--threads")
 
@@ -442,7 +442,7 @@ def test_a_defect_shows_no_traceback(run, written: Written, monkeypatch) -> None
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("oops")
 
-    monkeypatch.setattr("fourfold.pipeline.make_plan", broken)
+    monkeypatch.setattr("fourfold.api.make_plan", broken)
     check_error(run("plan", written("qwen3_moe")[0]), 1, "oops", "--debug")
     code, _, err = run("--debug", "plan", written("qwen3_moe")[0])
     assert code == 1
@@ -487,7 +487,7 @@ SLOW_WRITE = (
     "    return pwrite(*a)\n"
     "os.pwrite = slow\n"
     "sys.argv = ['fourfold', 'quantize', *sys.argv[1:], '--no-verify']\n"
-    "from fourfold.cli import main\n"
+    "from fourfold.cli.app import main\n"
     "main()\n"
 )
 

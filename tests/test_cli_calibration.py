@@ -121,7 +121,7 @@ SLOW_EXPERTS = (
     "    return see(*a, **k)\n"
     "Observers.__call__ = slow\n"
     "sys.argv = ['fourfold', 'quantize', *sys.argv[1:], '--batch-size', '1']\n"
-    "from fourfold.cli import main\n"
+    "from fourfold.cli.app import main\n"
     "main()\n"
 )
 

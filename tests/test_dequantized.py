@@ -17,9 +17,10 @@ import torch
 
 import fourfold
 from families import FAMILIES, Truth
-from fourfold.checkpoints.dequantized import DequantizedFolder
-from fourfold.checkpoints.source import Source, open_source
 from fourfold.errors import SourceError, UsageError
+from fourfold.sources.decoded import DequantizedFolder
+from fourfold.sources.safetensors import open_source
+from fourfold.storage.source import Source
 from nvfp4_folders import changed, dequantized, linears_in, tensors_of, with_input_scales
 
 Written = Callable[[str], tuple[Path, Truth]]

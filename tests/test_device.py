@@ -23,11 +23,13 @@ from safetensors.torch import load_file, save_file
 
 import fourfold
 from families import FAMILIES, Truth
-from fourfold.checkpoints.source import SafetensorsFolder
-from fourfold.fold import choosing, device, lanes
-from fourfold.fold.lanes import FEWEST_LANES, MOST_LANES, ROOM, Lanes
-from fourfold.numerics import dispatch, nvfp4
-from fourfold.numerics.dispatch import Choice, Kernel
+from fourfold.execution import backend as choosing
+from fourfold.execution import gpu as device
+from fourfold.execution import streams as lanes
+from fourfold.execution.streams import FEWEST_LANES, MOST_LANES, ROOM, Lanes
+from fourfold.formats import dispatch, nvfp4
+from fourfold.formats.dispatch import Choice, Kernel
+from fourfold.sources.safetensors import SafetensorsFolder
 from jobs import W4A4, W4A16, assert_same, ids_file
 
 Written = Callable[[str], tuple[Path, Truth]]
@@ -178,7 +180,7 @@ def test_groups_that_the_host_reads_in_pieces(
     written: Written, host_made: Callable[..., Path], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("fourfold.fold.host.GROUP_BYTES", 2048)
+    monkeypatch.setattr("fourfold.execution.cpu.GROUP_BYTES", 2048)
     quantized(written("deepseek_v3")[0], tmp_path / "out", DEFAULT, device_memory=8_000)
     assert_same(tmp_path / "out", host_made("deepseek_v3", DEFAULT))
 
@@ -471,7 +473,7 @@ def test_kernels_that_cannot_be_compiled_are_a_fallback(
     def warm_up(*_: Any) -> None:
         raise RuntimeError("Failed to find C compiler.\n  Set CC.")
 
-    monkeypatch.setattr("fourfold.pipeline.warm_up_lanes", warm_up)
+    monkeypatch.setattr("fourfold.api.warm_up_lanes", warm_up)
     result = quantized(written("mixtral")[0], tmp_path / "out")
     assert_same(tmp_path / "out", host_made("mixtral", W4A16))
     (warning,) = result.warnings
@@ -514,7 +516,7 @@ def test_a_device_that_cannot_be_used_at_all(
             busy()
         warm_up(*arguments, **options)
 
-    monkeypatch.setattr("fourfold.fold.lanes.free_bytes", busy)
+    monkeypatch.setattr("fourfold.execution.streams.free_bytes", busy)
     monkeypatch.setattr(nvfp4, "warm_up", warm_up_there)
     result = quantized(written("mixtral")[0], tmp_path / "out", device_memory=memory)
     assert_same(tmp_path / "out", host_made("mixtral", W4A16))
@@ -555,7 +557,7 @@ def test_pinned_memory_counts(
     assert kernels.lanes is not None
     needed = plan.memory(2) + kernels.lanes.pinned_bytes
     assert kernels.memory(plan) == needed
-    monkeypatch.setattr("fourfold.pipeline.memory_available", lambda: needed - 1)
+    monkeypatch.setattr("fourfold.api.memory_available", lambda: needed - 1)
     with pytest.raises(fourfold.PlanError, match="of memory are needed for 2 threads"):
         quantized(model, tmp_path / "out")
 

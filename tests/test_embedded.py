@@ -24,10 +24,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fourfold
-from fourfold import demo
 from fourfold.embedded import heldout_text, model_dir
 from fourfold.errors import UsageError
-from fourfold.numerics import nvfp4
+from fourfold.evaluation import demo
+from fourfold.formats import nvfp4
 
 LAYERS, EXPERTS, HIDDEN, INTERMEDIATE = 4, 16, 128, 64
 WINDOW = 512

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fourfold
 from families import Truth
-from fourfold import generation
 from fourfold.embedded import model_dir
 from fourfold.errors import ModelError, PlanError, SourceError, UsageError
-from fourfold.generation import Continuation, Generation, generate
+from fourfold.evaluation import generation
+from fourfold.evaluation.generation import Continuation, Generation, generate
 from nvfp4_folders import with_input_scales
 
 Written = Callable[[str], tuple[Path, Truth]]
@@ -167,7 +167,7 @@ def test_what_does_not_fit_into_memory_is_streamed(
     assert not generate(out, PROMPT, max_new_tokens=1).quantized.streamed
     monkeypatch.setattr(generation, "memory_available", lambda: 1_000_000)
     assert generate(out, PROMPT, max_new_tokens=1).quantized.streamed
-    monkeypatch.setattr("fourfold.loading.memory_available", lambda: 1_000_000)
+    monkeypatch.setattr("fourfold.evaluation.loading.memory_available", lambda: 1_000_000)
     with pytest.raises(PlanError, match="of memory are needed for the whole model"):
         generate(out, PROMPT, max_new_tokens=1, stream=False)
 
@@ -235,7 +235,7 @@ def test_plain_data() -> None:
 
 
 def run(monkeypatch: pytest.MonkeyPatch, capsys: Any, *arguments: object) -> tuple[int, str, str]:
-    from fourfold.cli import main
+    from fourfold.cli.app import main
 
     monkeypatch.setattr("sys.argv", ["fourfold", "generate", *map(str, arguments)])
     code = 0
@@ -249,7 +249,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: Any, *arguments: object) -> tup
 def test_the_commands_options() -> None:
     from typer.main import get_command
 
-    from fourfold.cli import app
+    from fourfold.cli.app import app
 
     command = get_command(app).commands["generate"]  # type: ignore[attr-defined]
     found = {name for each in command.params for name in (*each.opts, *each.secondary_opts)}

@@ -32,11 +32,12 @@ from torch.distributed.tensor import DTensor
 import fourfold
 from families import FAMILIES, quiet, read_back, write_checkpoint
 from families.configs import tiny_config
-from fourfold.checkpoints.source import SafetensorsFolder, Source
 from fourfold.errors import SourceError, UsageError
 from fourfold.models.inventory import take_inventory
-from fourfold.models.live import LiveSource
-from fourfold.models.live_values import KEPT, _ranks_of
+from fourfold.sources.live.source import LiveSource
+from fourfold.sources.live.values import KEPT, _ranks_of
+from fourfold.sources.safetensors import SafetensorsFolder
+from fourfold.storage.source import Source
 from ranks import leave_together
 
 RECIPE = "w4a16_nvfp4_experts_only_mse"

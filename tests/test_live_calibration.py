@@ -297,8 +297,8 @@ def run_failing(rank: int, failure: str, folder: Path, tmp_path: Path) -> None:
 def failing(rank: int, failure: str, folder: Path, tmp_path: Path) -> None:
     from torch.distributed.fsdp import fully_shard
 
-    from fourfold import pipeline
-    from fourfold.checkpoints.writer import ShardFile
+    from fourfold import api as pipeline
+    from fourfold.storage.output import ShardFile
 
     model, _ = read_back(FAMILIES["qwen3_moe"], folder)
     fully_shard(model)

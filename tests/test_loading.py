@@ -24,8 +24,8 @@ from torch import Tensor, nn
 import fourfold
 from families import FAMILIES, Truth
 from families.truth import experts_of, flatten, linears_of
-from fourfold import loading
 from fourfold.errors import ModelError, PlanError, SourceError, UsageError
+from fourfold.evaluation import loading
 from numerics.activation_oracle import rounded
 from nvfp4_folders import (
     Tensors,

@@ -13,9 +13,9 @@ import pytest
 
 import fourfold
 from families import Truth
-from fourfold.checkpoints.journal import Journal
+from fourfold.distributed.ranks import Alone
 from fourfold.planning import cut
-from fourfold.ranks import Alone
+from fourfold.storage.run_state import Journal
 from jobs import W4A16, assert_same, files_of
 
 Written = Callable[[str], tuple[Path, Truth]]
@@ -50,7 +50,7 @@ def parts(
         fourfold.quantize(written("qwen3_moe")[0], out / "whole", recipe, shards=2)
         names = sorted((out / "whole").glob("*.safetensors"))
         with monkeypatch.context() as patch:  # stop before OUT becomes a checkpoint
-            patch.setattr("fourfold.job.Job._finish", stop)
+            patch.setattr("fourfold.run.job.Job._finish", stop)
             with pytest.raises(KeyboardInterrupt):
                 fourfold.quantize(written("qwen3_moe")[0], out / "0", recipe, shards=2)
         shutil.copytree(out / "0", out / "1")
@@ -198,7 +198,7 @@ def test_a_part_that_cannot_be_read(parts, tmp_path: Path, monkeypatch: pytest.M
     def broken(*_: Any) -> int:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("fourfold.merging.digest_of_file", lambda file: digests[file.name])
+    monkeypatch.setattr("fourfold.run.merge.digest_of_file", lambda file: digests[file.name])
     monkeypatch.setattr(os, "preadv", broken)
     with pytest.raises(fourfold.SourceError, match=r"parts/\d/model-.*Input/output error"):
         fourfold.merge(folders, tmp_path / "out")

@@ -11,11 +11,11 @@ import pytest
 
 import fourfold
 from families import Truth
-from fourfold.checkpoints.source import SafetensorsFolder
-from fourfold.checkpoints.writer import ShardFile
-from fourfold.fold import LOOKAHEAD, UNSYNCED, Arena
-from fourfold.numerics import nvfp4
+from fourfold.execution import LOOKAHEAD, UNSYNCED, Arena
+from fourfold.formats import nvfp4
 from fourfold.planning import WAITING
+from fourfold.sources.safetensors import SafetensorsFolder
+from fourfold.storage.output import ShardFile
 from jobs import W4A16, assert_same
 
 Written = Callable[[str], tuple[Path, Truth]]

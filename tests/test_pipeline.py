@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 
 import fourfold
 from families import Truth
-from fourfold import job, pipeline
-from fourfold.fold import Progress
+from fourfold import api as pipeline
+from fourfold.execution import Progress
+from fourfold.run import job
 
 Written = Callable[[str], tuple[Path, Truth]]
 EXPERTS = "w4a16_nvfp4_experts_only_mse"
@@ -162,8 +163,8 @@ def test_a_shard_that_cannot_be_synced_ends_the_run_at_once(
     written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not after all other layers were run."""
-    from fourfold.checkpoints.writer import ShardFile
-    from fourfold.models.streaming import StreamedModel
+    from fourfold.calibration.streaming import StreamedModel
+    from fourfold.storage.output import ShardFile
 
     loaded: list[int | None] = []
     load = StreamedModel.load
@@ -199,7 +200,7 @@ def test_a_report_that_cannot_be_made_costs_no_checkpoint(
     def broken(_: object) -> str:
         raise ZeroDivisionError("<oops>")
 
-    monkeypatch.setattr("fourfold.report.page.html_of", broken)
+    monkeypatch.setattr("fourfold.reporting.page.html_of", broken)
     assert fourfold.quantize(written("qwen3_moe")[0], tmp_path / "out", EXPERTS).clean
     page = (tmp_path / "out" / "report.html").read_text()
     assert "could not be made" in page
@@ -249,7 +250,7 @@ def test_what_would_be_ignored_is_refused(
 def test_no_room_for_waiting_activations(
     written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fourfold import runs
+    from fourfold.run import strategies as runs
 
     monkeypatch.setattr(runs, "free_bytes", lambda _: 300_000)
     arguments = (written("qwen3_moe")[0], tmp_path / "out", "nvfp4_experts_only")

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 import fourfold
 import large
 from families import FAMILIES, Truth, write_checkpoint
-from fourfold.checkpoints.source import SafetensorsFolder
-from fourfold.inspection import inspect
-from fourfold.machine import peak_resident
+from fourfold.distributed.machine import peak_resident
+from fourfold.evaluation.inspection import inspect
 from fourfold.planning import Action
+from fourfold.sources.safetensors import SafetensorsFolder
 
 Written = Callable[[str], tuple[Path, Truth]]
 EXPERTS = "w4a16_nvfp4_experts_only_mse"
@@ -455,7 +455,7 @@ def test_large_groups_are_read_in_pieces(
 ) -> None:
     folder, _ = written("deepseek_v3")
     fourfold.quantize(folder, tmp_path / "whole", "w4a16_nvfp4_default_mse")
-    monkeypatch.setattr("fourfold.fold.host.GROUP_BYTES", 2048)
+    monkeypatch.setattr("fourfold.execution.cpu.GROUP_BYTES", 2048)
     monkeypatch.setattr("fourfold.planning.plan.GROUP_BYTES", 2048)
     fourfold.quantize(folder, tmp_path / "pieces", "w4a16_nvfp4_default_mse")
     for file in (tmp_path / "whole").glob("*.safetensors"):

@@ -21,18 +21,18 @@ from torch.distributed import TCPStore
 
 import fourfold
 from families import Truth
+from fourfold.distributed.launcher import Launch, launch
+from fourfold.distributed.machine import choose_device
+from fourfold.distributed.ranks import RankFailedError, Together
 from fourfold.errors import FourfoldError
-from fourfold.launcher import Launch, launch
-from fourfold.machine import choose_device
 from fourfold.planning import deal
 from fourfold.planning.shards import effort
-from fourfold.ranks import RankFailedError, Together
-from fourfold.resuming import _check_same
+from fourfold.run.resume import _check_same
 from jobs import W4A4, W4A16, assert_same, files_of, ids_file
 
 Written = Callable[[str], tuple[Path, Truth]]
 MODEL = "qwen3_5_moe_vl"
-LOADER = "from fourfold.cli import main\n"
+LOADER = "from fourfold.cli.app import main\n"
 
 
 def free_port() -> int:
@@ -167,7 +167,7 @@ def test_nodes_that_share_no_folder(recipe: str, written: Written, tmp_path: Pat
 
 SLOW_READS = """
 import os, time
-from fourfold.checkpoints.source import SafetensorsFolder
+from fourfold.sources.safetensors import SafetensorsFolder
 slab = SafetensorsFolder.slab
 def slow(*a, **k):
     time.sleep(0.3)
@@ -223,7 +223,7 @@ def test_a_rank_that_fails_ends_all(failure: str, written: Written, tmp_path: Pa
 NAN = """
 import os
 import torch
-from fourfold.checkpoints.source import SafetensorsFolder
+from fourfold.sources.safetensors import SafetensorsFolder
 slab = SafetensorsFolder.slab
 def spoilt(self, key, *a, **k):
     found = slab(self, key, *a, **k)
@@ -323,7 +323,7 @@ def test_an_error_reaches_those_who_wait_and_those_who_work() -> None:
 
 @pytest.mark.parametrize("silent", [0, 1])
 def test_a_rank_that_falls_silent(silent: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fourfold.ranks.SILENCE", 1.5)
+    monkeypatch.setattr("fourfold.distributed.ranks.SILENCE", 1.5)
     with threads_of(3) as ranks:
         mute = ranks[silent]
         alive = [rank for rank in ranks if rank is not mute]
@@ -342,8 +342,8 @@ def test_who_failed_waits_for_those_who_live(
     is_alive: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For as long as they give signs of life, and not long for one that gives none."""
-    monkeypatch.setattr("fourfold.ranks.FAREWELL", 0.5)
-    monkeypatch.setattr("fourfold.ranks.PULSE", 0.05)
+    monkeypatch.setattr("fourfold.distributed.ranks.FAREWELL", 0.5)
+    monkeypatch.setattr("fourfold.distributed.ranks.PULSE", 0.05)
     at: dict[str, float] = {}
 
     def act(rank: Together) -> None:
@@ -367,7 +367,7 @@ def test_who_failed_waits_for_those_who_live(
     if is_alive:
         assert at["settled"] >= at["done"]
     else:
-        assert at["settled"] - begun < fourfold.ranks.SILENCE / 2
+        assert at["settled"] - begun < fourfold.distributed.ranks.SILENCE / 2
 
 
 @pytest.mark.slow
@@ -376,7 +376,7 @@ def test_a_rank_that_is_slow_to_hear_of_the_end(written: Written, tmp_path: Path
     model, out = written("qwen3_moe")[0], tmp_path / "out"
     before = """
 import os, time
-from fourfold.job import Job
+from fourfold.run.job import Job
 finish = Job._finish
 def slow(self):
     if os.environ["RANK"] == "1":

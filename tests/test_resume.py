@@ -20,9 +20,9 @@ import pytest
 
 import fourfold
 from families import Truth
-from fourfold import pipeline
-from fourfold.checkpoints.journal import Journal
-from fourfold.checkpoints.source import SafetensorsFolder
+from fourfold import api as pipeline
+from fourfold.sources.safetensors import SafetensorsFolder
+from fourfold.storage.run_state import Journal
 from jobs import MODEL, W4A4, W4A16, assert_same, files_of, ids_file, start
 
 Written = Callable[[str], tuple[Path, Truth]]
@@ -180,7 +180,7 @@ def test_all_that_was_left_is_the_end(job, written: Written, tmp_path: Path, mon
     options, unbroken, _ = job(W4A4)
     model, out = written(MODEL)[0], tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("fourfold.job.write_rest", raise_full)
+        patch.setattr("fourfold.run.job.write_rest", raise_full)
         with pytest.raises(fourfold.OutputError):
             fourfold.quantize(model, out, **options)
     monkeypatch.setattr(SafetensorsFolder, "slab", None)
@@ -318,7 +318,7 @@ def test_another_version_does_not_go_on(
     options = job(W4A16)[0]
     model, out = written(MODEL)[0], tmp_path / "out"
     stopped(model, out, options, 2)
-    monkeypatch.setattr("fourfold.summary.__version__", "9.9")
+    monkeypatch.setattr("fourfold.reporting.summary.__version__", "9.9")
     with pytest.raises(fourfold.OutputError, match=r"versions\.fourfold: .* → 9\.9"):
         fourfold.quantize(model, out, **options)
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from families import FAMILIES, Truth
-from fourfold.checkpoints.source import open_source
 from fourfold.models.inventory import take_inventory
+from fourfold.sources.safetensors import open_source
 
 Written = Callable[[str], tuple[Path, Truth]]
 GOLDEN = Path(__file__).with_name("roles.json")

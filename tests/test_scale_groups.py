@@ -18,8 +18,8 @@ from conftest import Written
 from families import FAMILIES, Truth, write_checkpoint
 from families.configs import tiny_config
 from fourfold.errors import PlanError, RecipeError
-from fourfold.fold import Arena
-from fourfold.numerics import nvfp4
+from fourfold.execution import Arena
+from fourfold.formats import nvfp4
 from fourfold.recipes import Recipe
 from test_quantize_families import read_all
 
@@ -75,7 +75,7 @@ def test_in_pieces_it_is_the_same(
 ) -> None:
     folder, _ = written(name)
     fourfold.quantize(folder, tmp_path / "whole", recipe)
-    monkeypatch.setattr("fourfold.fold.host.GROUP_BYTES", 2048)
+    monkeypatch.setattr("fourfold.execution.cpu.GROUP_BYTES", 2048)
     monkeypatch.setattr("fourfold.planning.plan.GROUP_BYTES", 2048)
     fourfold.quantize(folder, tmp_path / "pieces", recipe)
     files = list((tmp_path / "whole").glob("*.safetensors"))
@@ -89,7 +89,7 @@ def test_memory_is_that_of_a_piece(
     name: str, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither what a worker takes nor what is planned for grows with the number of experts."""
-    monkeypatch.setattr("fourfold.fold.host.GROUP_BYTES", 1 << 18)
+    monkeypatch.setattr("fourfold.execution.cpu.GROUP_BYTES", 1 << 18)
     monkeypatch.setattr("fourfold.planning.plan.GROUP_BYTES", 1 << 18)
     monkeypatch.setattr("fourfold.planning.plan.COPY_BYTES", 1)
     experts = {"qwen3_moe": "num_experts", "gpt_oss": "num_local_experts"}[name]

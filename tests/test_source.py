@@ -18,10 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from fourfold.checkpoints.held import HeldTensors
-from fourfold.checkpoints.safetensors_header import build_header, read_header
-from fourfold.checkpoints.source import INDEX, open_source
 from fourfold.errors import SourceError
+from fourfold.sources.cached import HeldTensors
+from fourfold.sources.safetensors import open_source
+from fourfold.storage.names import INDEX
+from fourfold.storage.safetensors_header import build_header, read_header
 
 
 @pytest.fixture
@@ -205,7 +206,7 @@ def test_headers_come_back(tmp_path_factory: pytest.TempPathFactory, tensors) ->
     assert len(header) % 8 == 0
     sizes = dict.fromkeys(tensors, 0)
     file.write_bytes(header)
-    from fourfold.checkpoints.safetensors_header import nbytes_of
+    from fourfold.storage.safetensors_header import nbytes_of
 
     sizes = {name: nbytes_of(*spec) for name, spec in tensors.items()}
     with file.open("ab") as handle:

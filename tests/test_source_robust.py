@@ -22,12 +22,13 @@ from safetensors.torch import load_file, save_file
 
 import fourfold
 from families import Truth
-from fourfold.checkpoints import open_files
-from fourfold.checkpoints import source as source_module
-from fourfold.checkpoints import stamps as stamps_module
-from fourfold.checkpoints.safetensors_header import read_header
-from fourfold.checkpoints.source import INDEX, open_source
 from fourfold.errors import FourfoldError, SourceError
+from fourfold.sources.safetensors import open_source
+from fourfold.storage import fingerprints as stamps_module
+from fourfold.storage import open_files
+from fourfold.storage import source as source_module
+from fourfold.storage.names import INDEX
+from fourfold.storage.safetensors_header import read_header
 from many import write_many
 
 Written = Callable[[str], tuple[Path, Truth]]
@@ -45,7 +46,7 @@ def model(written: Written, tmp_path: Path) -> Path:
 @pytest.fixture
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Plan:
     """`fourfold plan` on a folder that it refuses: the message, a short one without a traceback."""
-    from fourfold.cli import main
+    from fourfold.cli.app import main
 
     def plan(folder: Path) -> str:
         monkeypatch.setattr(sys, "argv", ["fourfold", "plan", str(folder), "--recipe", RECIPE])
@@ -416,7 +417,7 @@ def test_odd_names_on_the_command_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from fourfold.cli import main
+    from fourfold.cli.app import main
 
     monkeypatch.chdir(tmp_path)
     model.rename(tmp_path / name)

@@ -19,8 +19,8 @@ from transformers import PreTrainedConfig
 
 import fourfold
 from families import FAMILIES, Truth, write_checkpoint
-from fourfold.checkpoints.source import open_source
-from fourfold.pipeline import plan
+from fourfold.api import plan
+from fourfold.sources.safetensors import open_source
 
 Written = Callable[[str], tuple[Path, Truth]]
 

@@ -31,23 +31,23 @@ from fourfold.errors import (
 )
 
 if TYPE_CHECKING:
+    from fourfold.api import Result, plan, quantize
     from fourfold.calibration.statistics import Statistics
-    from fourfold.conversion import Converted, convert
-    from fourfold.loading import load
-    from fourfold.merging import merge
-    from fourfold.pipeline import Result, plan, quantize
+    from fourfold.evaluation.loading import load
     from fourfold.planning import Plan
     from fourfold.recipes import Recipe
+    from fourfold.run.convert import Converted, convert
+    from fourfold.run.merge import merge
     from fourfold.verification import Finding, Report, verify
 
 _LAZY = {
-    "convert": "fourfold.conversion",
-    "Converted": "fourfold.conversion",
-    "load": "fourfold.loading",
-    "merge": "fourfold.merging",
-    "plan": "fourfold.pipeline",
-    "quantize": "fourfold.pipeline",
-    "Result": "fourfold.pipeline",
+    "convert": "fourfold.run.convert",
+    "Converted": "fourfold.run.convert",
+    "load": "fourfold.evaluation.loading",
+    "merge": "fourfold.run.merge",
+    "plan": "fourfold.api",
+    "quantize": "fourfold.api",
+    "Result": "fourfold.api",
     "Plan": "fourfold.planning",
     "Recipe": "fourfold.recipes",
     "Statistics": "fourfold.calibration.statistics",

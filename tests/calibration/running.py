@@ -21,15 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from families import FAMILIES, quiet, read_back
+from fourfold.calibration import parking
 from fourfold.calibration.kv_cache import recording_cache
 from fourfold.calibration.observers import Observers
+from fourfold.calibration.parking import Parking
 from fourfold.calibration.statistics import DataSummary, Statistics
-from fourfold.checkpoints.source import open_source
-from fourfold.models import parking
+from fourfold.calibration.streaming import StreamedModel
 from fourfold.models.internals import runnable
 from fourfold.models.module_tree import ModuleTree
-from fourfold.models.parking import Parking
-from fourfold.models.streaming import StreamedModel
+from fourfold.sources.safetensors import open_source
 
 Batch = dict[str, Tensor]
 

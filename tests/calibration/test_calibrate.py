@@ -24,10 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fourfold
+from fourfold.calibration import parking
 from fourfold.calibration.statistics import Statistics
-from fourfold.checkpoints.writer import STATISTICS, SUMMARY
 from fourfold.errors import CalibrationError, ObservationError, OutputError, PlanError, UsageError
-from fourfold.models import parking
+from fourfold.storage.output import STATISTICS, SUMMARY
 
 from .test_streaming import BoomError, open_files, running_threads
 

@@ -19,9 +19,9 @@ import pytest
 import torch
 from torch import nn
 
+from fourfold.calibration import parking
+from fourfold.calibration.parking import Parking, held_by_model, tensors_in
 from fourfold.errors import OutputError
-from fourfold.models import parking
-from fourfold.models.parking import Parking, held_by_model, tensors_in
 
 KIB = 1024
 

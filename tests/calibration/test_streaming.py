@@ -26,15 +26,15 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from families import FAMILIES, quiet, read_back
+from fourfold.calibration import parking
 from fourfold.calibration.observers import Observers
-from fourfold.checkpoints.held import HeldTensors
-from fourfold.checkpoints.safetensors_header import TORCH_DTYPES
-from fourfold.checkpoints.source import open_source
+from fourfold.calibration.parking import Parking
+from fourfold.calibration.streaming import StreamedModel
 from fourfold.errors import ModelError
-from fourfold.models import parking
 from fourfold.models.internals import runnable
-from fourfold.models.parking import Parking
-from fourfold.models.streaming import StreamedModel
+from fourfold.sources.cached import HeldTensors
+from fourfold.sources.safetensors import open_source
+from fourfold.storage.safetensors_header import TORCH_DTYPES
 
 from .running import (
     RUNNABLE,

@@ -1,6 +1,7 @@
 """One case: a seed's checkpoint, its mutations, the commands, and the promise.
 
-Commands run in this process, as `fourfold.terminal.run` has the console script run them. They end
+Commands run in this process, as `fourfold.cli.terminal.run` has the console script run them.
+They end
 
     with exit code 0: what was written verified against its source, and holds what it lists;
     or with 1 or 2, a message of at most two lines that is no defect's, and no checkpoint in OUT;
@@ -25,9 +26,9 @@ from random import Random
 from unittest import mock
 
 import fourfold
-from fourfold import terminal
-from fourfold.cli import app
-from fourfold.machine import peak_resident
+from fourfold.cli import terminal
+from fourfold.cli.app import app
+from fourfold.distributed.machine import peak_resident
 from fuzz.bases import CALIB_OPTIONS, FAMILY_SHARDS, W4A4, W4A16, Bases
 from fuzz.mutations import add_stray, mutate_file
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from fourfold.numerics.e2m1 import E2M1_VALUES
-from fourfold.numerics.e4m3 import E4M3_POSITIVE
+from fourfold.formats.nvfp4.e2m1 import E2M1_VALUES
+from fourfold.formats.nvfp4.e4m3 import E4M3_POSITIVE
 
 SCALES = E4M3_POSITIVE.numpy()
 VALUES = E2M1_VALUES[:8].numpy()

@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fourfold.numerics import stream_cuda, sweep, sweep_cuda
+from fourfold.formats.nvfp4 import stream_cuda, sweep, sweep_cuda
 
 SEARCH = {
     "words": "*i64",

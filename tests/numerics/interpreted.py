@@ -30,7 +30,7 @@ def like_a_gpu(seed: int) -> Iterator[None]:
     """Kernels run with FMA, and plain division is as far off as it may be, at random."""
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    from fourfold.numerics import cuda
+    from fourfold.formats.nvfp4 import cuda
 
     rng = np.random.default_rng(seed)
 

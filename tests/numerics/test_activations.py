@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from fourfold.errors import UsageError
-from fourfold.numerics import activations
-from fourfold.numerics.activations import fake_quantize
+from fourfold.formats.nvfp4 import activations
+from fourfold.formats.nvfp4.activations import fake_quantize
 
 from .activation_oracle import E2M1, E4M3, nearest, rounded
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fourfold.errors import UsageError
-from fourfold.numerics import dispatch
-from fourfold.numerics.dispatch import Kernel
+from fourfold.formats import dispatch
+from fourfold.formats.dispatch import Kernel
 
 CPU = torch.device("cpu")
 
@@ -126,5 +126,6 @@ def test_numba_where_it_cannot_run_is_refused(monkeypatch):
 
 
 def test_numba_and_triton_are_imported_at_first_use_only():
-    code = "import sys, fourfold.numerics; sys.exit(bool({'numba', 'triton'} & sys.modules.keys()))"
+    loaded = "bool({'numba', 'triton'} & sys.modules.keys())"
+    code = f"import sys, fourfold.formats.nvfp4; sys.exit({loaded})"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fourfold.errors import UsageError
-from fourfold.numerics import e2m1, e4m3
+from fourfold.formats.nvfp4 import e2m1, e4m3
 
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 

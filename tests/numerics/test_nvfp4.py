@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fourfold.errors import NonFiniteError, UsageError
-from fourfold.numerics import (
+from fourfold.formats.nvfp4 import (
     NVFP4Tensor,
     ScaleAlgorithm,
     amax,
@@ -23,7 +23,7 @@ from fourfold.numerics import (
     quantize_into,
     warm_up,
 )
-from fourfold.numerics.nvfp4 import GLOBAL_SCALE_MAX, GLOBAL_SCALE_MIN
+from fourfold.formats.nvfp4.tensors import GLOBAL_SCALE_MAX, GLOBAL_SCALE_MIN
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KERNELS = ("reference", "numba")

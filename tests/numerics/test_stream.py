@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fourfold.errors import UsageError
-from fourfold.numerics import (
+from fourfold.formats.nvfp4 import (
     block_scale_census,
     dequantize,
     dequantize_into,

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from fourfold.numerics import cpu, e2m1, reference
-from fourfold.numerics.sweep import MSE, MSE_FULL
+from fourfold.formats.nvfp4 import cpu, e2m1, reference
+from fourfold.formats.nvfp4.sweep import MSE, MSE_FULL
 
 from .blocks import FAMILIES
 from .oracle import full_search

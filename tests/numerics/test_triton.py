@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from fourfold.errors import NonFiniteError, UsageError
-from fourfold.numerics import (
+from fourfold.formats.nvfp4 import (
     activations,
     amax,
     amaxes,
@@ -42,7 +42,7 @@ from .blocks import FAMILIES
 from .interpreted import fused, like_a_gpu
 
 pytest.importorskip("triton", reason="triton is not installed")
-from fourfold.numerics import cuda
+from fourfold.formats.nvfp4 import cuda
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fourfold.report import html_of
-from fourfold.report.charts import Scale, level_of
-from fourfold.report.document import read_document
-from fourfold.report.style import DARK, LIGHT
-from fourfold.report.tally import by_site
-from fourfold.report.words import figure, runs
+from fourfold.reporting import html_of
+from fourfold.reporting.charts import Scale, level_of
+from fourfold.reporting.document import read_document
+from fourfold.reporting.style import DARK, LIGHT
+from fourfold.reporting.tally import by_site
+from fourfold.reporting.words import figure, runs
 
 from .browser import Page, needs_chromium, screenshot_report
 from .documents import document, first_version, weights_only
@@ -68,7 +68,7 @@ def test_bytes_do_not_depend_on_the_interpreter(calibrated, tmp_path: Path) -> N
     file = tmp_path / "summary.json"
     file.write_text(json.dumps(calibrated))
     code = (
-        "import json, sys\nfrom fourfold.report import html_of\n"
+        "import json, sys\nfrom fourfold.reporting import html_of\n"
         "sys.stdout.buffer.write(html_of(json.load(open(sys.argv[1]))).encode())\n"
         "assert 'torch' not in sys.modules\n"
     )

@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from fourfold.errors import SourceError, UsageError
-from fourfold.report import chosen_entries, read_summary, table_of
+from fourfold.reporting import chosen_entries, read_summary, table_of
 
 from .documents import document, first_version, weights_only
 
@@ -35,7 +35,7 @@ def out(calibrated, tmp_path: Path) -> Path:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys) -> Callable[..., tuple[int, str, str]]:
     def call(*arguments: object) -> tuple[int, str, str]:
-        from fourfold.cli import main
+        from fourfold.cli.app import main
 
         monkeypatch.setattr(sys, "argv", ["fourfold", "summary", *map(str, arguments)])
         code = 0
@@ -260,7 +260,7 @@ def test_wrong_usage(run, out: Path) -> None:
 def test_options() -> None:
     from typer.main import get_command
 
-    from fourfold.cli import app
+    from fourfold.cli.app import app
 
     found = get_command(app).commands["summary"]  # type: ignore[attr-defined]
     names = {name for parameter in found.params for name in parameter.opts}

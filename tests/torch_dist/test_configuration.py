@@ -23,8 +23,8 @@ import transformers
 
 import fourfold
 from fourfold import UsageError
-from fourfold.checkpoints.megatron.arguments import Arguments
-from fourfold.checkpoints.megatron.configuration import OFF, SAID, UNLESS_SAID, configuration_of
+from fourfold.sources.megatron.arguments import Arguments
+from fourfold.sources.megatron.configuration import OFF, SAID, UNLESS_SAID, configuration_of
 
 from .conftest import FAMILY
 from .test_source import W4A16, digests
@@ -166,12 +166,12 @@ def test_nothing_temporary_is_left(
 
 WAITING = """
 import sys, time
-from fourfold import pipeline
+from fourfold import api as pipeline
 def wait(*_, **__):
     print("waits", flush=True)
     time.sleep(60)
 pipeline.make_plan = wait
-from fourfold.cli import main
+from fourfold.cli.app import main
 main()
 """
 

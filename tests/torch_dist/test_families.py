@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 import fourfold
 from conftest import Written
 from families import FAMILIES, mtp, write_checkpoint
-from fourfold.checkpoints.megatron import MegatronFolder
-from fourfold.checkpoints.megatron.families import FAMILIES as BOOKS
-from fourfold.checkpoints.megatron.rules import Transform
+from fourfold.sources.megatron import MegatronFolder
+from fourfold.sources.megatron.families import FAMILIES as BOOKS
+from fourfold.sources.megatron.rules import Transform
 
 from .inverse import to_megatron
 from .writing import Cut, halves, singles, whole, write_torch_dist

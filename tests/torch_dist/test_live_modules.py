@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 import fourfold
 from conftest import Written
-from fourfold.checkpoints.megatron import MegatronFolder
-from fourfold.checkpoints.megatron.live import LiveMegatron, is_megatron
-from fourfold.checkpoints.megatron.live.modules import local_parameters
 from fourfold.errors import ModelError, SourceError, UsageError
 from fourfold.planning import Shard, deal
+from fourfold.sources.megatron import MegatronFolder
+from fourfold.sources.megatron.live import LiveMegatron, is_megatron
+from fourfold.sources.megatron.live.modules import local_parameters
 
 from .inverse import to_megatron
 from .stand_in import ALONE, Group, Rank, build, joined

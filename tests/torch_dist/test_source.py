@@ -18,13 +18,13 @@ from typer.testing import CliRunner
 
 import fourfold
 from conftest import Written
-from fourfold.checkpoints.megatron import MegatronFolder
-from fourfold.checkpoints.megatron.families import rename
-from fourfold.checkpoints.megatron.keys import Parameter
-from fourfold.checkpoints.megatron.rules import RuleBook, Section
-from fourfold.checkpoints.megatron.sizes import Sizes
-from fourfold.cli import app
+from fourfold.cli.app import app
 from fourfold.errors import FourfoldError, ModelError, OutputError, SourceError, UsageError
+from fourfold.sources.megatron import MegatronFolder
+from fourfold.sources.megatron.families import rename
+from fourfold.sources.megatron.keys import Parameter
+from fourfold.sources.megatron.rules import RuleBook, Section
+from fourfold.sources.megatron.sizes import Sizes
 
 from .conftest import FAMILY
 from .inverse import to_megatron

@@ -13,10 +13,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
-from fourfold.checkpoints.megatron.metadata import iteration_folder, read_metadata
-from fourfold.checkpoints.megatron.stored import StoredTensors
-from fourfold.checkpoints.stamps import Stamps
 from fourfold.errors import SourceError
+from fourfold.sources.megatron.metadata import iteration_folder, read_metadata
+from fourfold.sources.megatron.stored import StoredTensors
+from fourfold.storage.fingerprints import Stamps
 
 from .writing import halves, singles, whole, write_metadata, write_torch_dist
 

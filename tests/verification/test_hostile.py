@@ -70,7 +70,7 @@ def test_an_absurd_count_is_listed_up_to_a_limit(field: str, tmp_path: Path) -> 
 
 def test_the_name_verify_is_the_function_however_it_was_imported() -> None:
     code = (
-        "import fourfold, fourfold.pipeline, fourfold.verification.rules\n"
+        "import fourfold, fourfold.api, fourfold.verification.rules\n"
         "for _ in range(2):\n"
         "    try: fourfold.verify('nowhere')\n"
         "    except fourfold.SourceError as error: assert error.exit_code == 2\n"

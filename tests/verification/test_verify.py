@@ -11,8 +11,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from fourfold.checkpoints.source import open_source
 from fourfold.errors import SourceError
+from fourfold.sources.safetensors import open_source
 from fourfold.verification import Report, UnreadableError, verify
 
 from .build import LAYERS, ROUTERS, draft, pack, source_tensors, write_source

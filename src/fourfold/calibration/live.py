@@ -20,21 +20,21 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fourfold.calibration.calibrate import (
+from fourfold.calibration.data import CalibrationData, digest_batch
+from fourfold.calibration.kv_cache import record_updates, recording_cache, usual_cache
+from fourfold.calibration.layerwise import (
     AtTheHeadError,
     call_inputs,
     ending_at_the_head,
     observing,
 )
-from fourfold.calibration.data import CalibrationData, digest_batch
-from fourfold.calibration.kv_cache import record_updates, recording_cache, usual_cache
 from fourfold.calibration.observers import Observers
 from fourfold.calibration.scales import ActivationScales, model_summary
 from fourfold.calibration.statistics import DataSummary, Statistics, data_summary, merged
 from fourfold.errors import FourfoldError, ObservationError
 from fourfold.models.internals import runnable
-from fourfold.models.live import LiveSource
 from fourfold.planning import Plan, raw_keys
+from fourfold.sources.live.source import LiveSource
 
 ForwardLoop = Callable[[Any], object]
 """Calls the model on calibration data, as often as it likes."""

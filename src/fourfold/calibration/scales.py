@@ -15,11 +15,11 @@ from functools import cached_property
 import numpy as np
 
 from fourfold.calibration.statistics import ModelSummary, Statistics
-from fourfold.checkpoints.modelopt import FP8_MAX
 from fourfold.errors import CalibrationError, ObservationError
+from fourfold.formats import nvfp4
+from fourfold.layouts.modelopt import FP8_MAX
 from fourfold.models.inventory import SINGLE_EXPERT, LinearWeight, natural
 from fourfold.models.watching import Product
-from fourfold.numerics import nvfp4
 from fourfold.planning import KVScales, Plan
 from fourfold.recipes.schema import Activations
 

@@ -25,8 +25,8 @@ from pathlib import Path
 import torch
 
 from fourfold.calibration.data import CalibrationData
-from fourfold.checkpoints.writer import STATISTICS
 from fourfold.errors import CalibrationError
+from fourfold.storage.output import STATISTICS
 
 FORMAT = "fourfold calibration 1"
 

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 
 import torch
 
-from fourfold.checkpoints.safetensors_header import TensorInfo
 from fourfold.errors import ModelError, SourceError
 from fourfold.models.experts import ExpertsModule, Part, Projection, part_of
 from fourfold.models.families import DEFAULT, family_of
 from fourfold.models.internals import EXPERT_NUMBER
 from fourfold.models.module_tree import ModuleTree
 from fourfold.models.regions import Located, Region, Span, locate, number, reduction
+from fourfold.storage.safetensors_header import TensorInfo
 
 Sources = Mapping[str | None, Sequence[str]]
 """Raw keys of one parameter, by the conversion's source pattern, in the order of experts."""

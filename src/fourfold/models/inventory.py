@@ -17,8 +17,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from fourfold.checkpoints.safetensors_header import TensorInfo, shown
-from fourfold.checkpoints.source import Source
 from fourfold.errors import ModelError, SourceError
 from fourfold.models.engines import is_stack
 from fourfold.models.experts import Projection
@@ -35,6 +33,8 @@ from fourfold.models.roles import (
     Role,
     role_of_linear,
 )
+from fourfold.storage.safetensors_header import TensorInfo, shown
+from fourfold.storage.source import Source
 
 _FOLDABLE = {
     Role.EXPERTS, Role.SHARED_EXPERTS, Role.MLP, Role.ATTENTION, Role.LINEAR_ATTENTION,

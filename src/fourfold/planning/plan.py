@@ -19,16 +19,13 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
-from fourfold.checkpoints import modelopt
-from fourfold.checkpoints.source import CONFIG, INDEX, Source, place_of
-from fourfold.checkpoints.writer import REPORT, STATISTICS, SUMMARY
+from fourfold.distributed.machine import threads_available
 from fourfold.errors import SourceError
-from fourfold.machine import threads_available
+from fourfold.layouts import modelopt
 from fourfold.models.engines import write_ignore
 from fourfold.models.families import family_of
 from fourfold.models.inventory import SINGLE_EXPERT, Inventory, LinearWeight, take_inventory
 from fourfold.models.roles import Role
-from fourfold.parallel import marlin_note, tensor_parallel
 from fourfold.planning.rows import (
     COPY_BYTES,
     GROUP_BYTES,
@@ -46,8 +43,12 @@ from fourfold.planning.rows import (
 from fourfold.planning.selection import Selection
 from fourfold.planning.shards import check_kept, check_names, lay_out, outputs_of, shard_names
 from fourfold.planning.tables import role_table, tensor_parallel_lines
+from fourfold.planning.tensor_parallel import marlin_note, tensor_parallel
 from fourfold.recipes import Recipe
-from fourfold.rendering import plain, size
+from fourfold.storage.names import CONFIG, INDEX
+from fourfold.storage.output import REPORT, STATISTICS, SUMMARY
+from fourfold.storage.source import Source, place_of
+from fourfold.storage.units import plain, size
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 
-from fourfold.checkpoints.safetensors_header import BITS, nbytes_of
 from fourfold.models.inventory import ExpertBias, LinearWeight, RawTensor
 from fourfold.models.regions import Region
 from fourfold.models.roles import Role
+from fourfold.storage.safetensors_header import BITS, nbytes_of
 
 COPY_BYTES = 1 << 24
 """Tensors are copied in pieces of this size."""

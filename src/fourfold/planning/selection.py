@@ -9,14 +9,14 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from functools import cached_property
 
-from fourfold.checkpoints import modelopt
-from fourfold.checkpoints.safetensors_header import nbytes_of
 from fourfold.errors import PlanError, RecipeError
+from fourfold.layouts import modelopt
 from fourfold.models.families import kept_because
 from fourfold.models.inventory import ExpertBias, Inventory, LinearWeight, RawTensor
 from fourfold.models.roles import Role
 from fourfold.planning.rows import Action, KVScales, Row, ScaleGroup
 from fourfold.recipes import Recipe
+from fourfold.storage.safetensors_header import nbytes_of
 
 _NUMBER = re.compile(r"\d+")
 QUANTIZABLE_DTYPES = ("BF16", "F16", "F32")

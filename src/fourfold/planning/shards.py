@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from fourfold.checkpoints import modelopt
-from fourfold.checkpoints.safetensors_header import nbytes_of
 from fourfold.errors import PlanError
+from fourfold.layouts import modelopt
 from fourfold.models.inventory import ExpertBias, Inventory, RawTensor
 from fourfold.planning.rows import Job, KVScales, ScaleGroup, Shard
+from fourfold.storage.safetensors_header import nbytes_of
 
 SHARD_BYTES = 5_000_000_000
 PACKED = "U8"

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fourfold.planning.rows import Action, Row
-from fourfold.rendering import size
+from fourfold.storage.units import size
 
 
 def role_table(rows: Sequence[Row]) -> Table:

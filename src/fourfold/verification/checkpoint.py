@@ -22,13 +22,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from fourfold.checkpoints.open_files import OpenFiles
-from fourfold.checkpoints.safetensors_header import TensorInfo, read_header
-from fourfold.checkpoints.source import INDEX, read_config, read_json
-from fourfold.checkpoints.stamps import read_error
 from fourfold.errors import FourfoldError, SourceError, UnreadableError
 from fourfold.models.engines import is_stack
 from fourfold.models.roles import EMBEDDING_NAME
+from fourfold.storage.fingerprints import read_error
+from fourfold.storage.json_files import read_config, read_json
+from fourfold.storage.names import INDEX
+from fourfold.storage.open_files import OpenFiles
+from fourfold.storage.safetensors_header import TensorInfo, read_header
 from fourfold.verification.quant_config import (
     CONFIG,
     HF_CONFIG,

@@ -36,9 +36,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fourfold.checkpoints.source import Source
-from fourfold.models.regions import Region
-from fourfold.numerics.nvfp4 import (
+from fourfold.formats.nvfp4.tensors import (
     FLOAT_DTYPES,
     GLOBAL_SCALE_MAX,
     GLOBAL_SCALE_MIN,
@@ -46,6 +44,8 @@ from fourfold.numerics.nvfp4 import (
     error_energy,
     quantize_into,
 )
+from fourfold.models.regions import Region
+from fourfold.storage.source import Source
 from fourfold.verification.checkpoint import BLOCK_SCALE, GLOBAL_SCALE, WEIGHT, Checkpoint
 from fourfold.verification.groups import fused_groups
 from fourfold.verification.match import Copy, Matching, Pair

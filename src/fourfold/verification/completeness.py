@@ -14,9 +14,9 @@ from collections.abc import Container, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-from fourfold.checkpoints.modelopt import LEFTOVER
 from fourfold.verification.checkpoint import EXPERT, Checkpoint
 from fourfold.verification.rules import Finding, finding
+from fourfold.verification.structure import LEFTOVER
 
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """What configurations call the number of routed experts."""

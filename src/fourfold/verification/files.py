@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fourfold.checkpoints.source import INDEX
+from fourfold.storage.names import INDEX
 from fourfold.verification.checkpoint import Checkpoint
 from fourfold.verification.quant_config import (
     CONFIG,

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from fourfold.checkpoints.safetensors_header import TensorInfo
 from fourfold.models.inventory import Inventory, LinearWeight
 from fourfold.models.regions import Region, whole
+from fourfold.storage.safetensors_header import TensorInfo
 from fourfold.verification.checkpoint import KV_SCALES, PARTS, WEIGHT, Checkpoint, QuantizedLinear
 from fourfold.verification.rules import Finding, finding
 

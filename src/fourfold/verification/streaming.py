@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fourfold.machine import threads_available
+from fourfold.distributed.machine import threads_available
 from fourfold.verification.checkpoint import Checkpoint
 
 Work = TypeVar("Work")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
-from fourfold.checkpoints.modelopt import LEFTOVER
-from fourfold.checkpoints.safetensors_header import TensorInfo
+from fourfold.storage.safetensors_header import TensorInfo
 from fourfold.verification.checkpoint import (
     BLOCK_SCALE,
     DOWN,
@@ -21,6 +21,12 @@ from fourfold.verification.checkpoint import (
 )
 from fourfold.verification.quant_config import W4A4, W4A16
 from fourfold.verification.rules import Finding, finding
+
+LEFTOVER = re.compile(
+    r"(_amax|_quantizer(\..*)?|\.weight_packed|\.weight_global_scale|\.input_global_scale"
+    r"|\.pre_quant_scale|\.weight_zero_point)$"
+)
+"""Tensors of quantizers and of other layouts, which no loader of this one expects."""
 
 RULE_NAMES: Mapping[str, str] = {
     WEIGHT: "weight",

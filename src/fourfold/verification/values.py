@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fourfold.numerics.e4m3 import E4M3_MAX, E4M3_POSITIVE
+from fourfold.formats.nvfp4.e4m3 import E4M3_MAX, E4M3_POSITIVE
 from fourfold.verification.checkpoint import (
     BLOCK_SCALE,
     GLOBAL_SCALE,

@@ -1,1 +1,0 @@
-"""Where bytes come from and go to: sources that are read, layouts that are written."""

@@ -1,4 +1,0 @@
-"""A model of Megatron that is live in memory, on as many ranks as share it."""
-
-from fourfold.checkpoints.megatron.live.modules import is_megatron as is_megatron
-from fourfold.checkpoints.megatron.live.source import LiveMegatron as LiveMegatron

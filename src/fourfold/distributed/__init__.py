@@ -1,0 +1,1 @@
+"""Ranks, how they were launched, and the machine they run on."""

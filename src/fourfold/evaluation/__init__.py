@@ -1,0 +1,1 @@
+"""Load, run and look at quantized models."""

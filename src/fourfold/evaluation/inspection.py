@@ -1,0 +1,121 @@
+"""What lies in a checkpoint folder, at a glance: tensors, formats, sizes, scales.
+
+Reads headers and scalar scales only, so it takes a moment whatever the model's size. Works on
+any safetensors checkpoint. Names that differ in numbers alone are shown as one: `layers.*`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from fourfold.layouts import modelopt
+from fourfold.sources.safetensors import SafetensorsFolder, open_source
+from fourfold.storage.safetensors_header import TensorInfo
+from fourfold.storage.units import plain, size
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+@dataclass(frozen=True)
+class TensorKind:
+    """Tensors whose names differ in numbers alone, of one dtype and shape."""
+
+    pattern: str
+    dtype: str
+    shape: tuple[int, ...]
+    count: int
+    nbytes: int
+    scales: tuple[float, float] | None
+    """Smallest and largest value, for scalar float32 scales."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A checkpoint at a glance. Prints as the command prints."""
+
+    folder: str
+    model_type: str
+    quantization: str | None
+    ignored: int
+    """Entries of the ignore list."""
+    files: int
+    tensors: int
+    nbytes: int
+    kinds: tuple[TensorKind, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+    def __rich__(self) -> Group:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name in ("tensors", "dtype", "shape"):
+            table.add_column(name, overflow="fold")
+        for name in ("count", "bytes", "scales"):
+            table.add_column(name, justify="right")
+        for kind in self.kinds:
+            shape = "×".join(map(str, kind.shape)) or "scalar"
+            scales = "" if kind.scales is None else f"{kind.scales[0]:.3g} … {kind.scales[1]:.3g}"
+            table.add_row(
+                Text(kind.pattern), kind.dtype, shape, f"{kind.count:,}", size(kind.nbytes), scales
+            )
+        how = self.quantization or "not quantized"
+        ignored = f", {self.ignored:,} ignore entries" if self.ignored else ""
+        return Group(
+            Text.assemble((self.folder, "bold"), f": {self.model_type}, {how}{ignored}"),
+            table,
+            Text(f"{self.tensors:,} tensors in {self.files} files, {size(self.nbytes)}"),
+        )
+
+    def __str__(self) -> str:
+        return plain(self)
+
+
+def inspect(folder: str | Path) -> Inspection:
+    """Look at the checkpoint in `folder`. Raises `SourceError` where it cannot be read."""
+    source = open_source(folder)
+    try:
+        return _inspect(source)
+    finally:
+        source.close()
+
+
+def _inspect(source: SafetensorsFolder) -> Inspection:
+    kinds: dict[tuple[str, str, tuple[int, ...]], list[TensorInfo]] = defaultdict(list)
+    for info in source.tensors.values():
+        kinds[_NUMBER.sub("*", info.key), info.dtype, info.shape].append(info)
+    config = source.config.get("quantization_config")
+    ignore = config.get("ignore") if isinstance(config, dict) else None
+    return Inspection(
+        folder=str(source.folder),
+        model_type=str(source.config.get("model_type", "unknown")),
+        quantization=modelopt.is_quantized(source.config),
+        ignored=len(ignore) if isinstance(ignore, list) else 0,
+        files=len({info.file for info in source.tensors.values()}),
+        tensors=len(source.tensors),
+        nbytes=sum(info.nbytes for info in source.tensors.values()),
+        kinds=tuple(_kinds(source, kinds)),
+    )
+
+
+def _kinds(
+    source: SafetensorsFolder, kinds: dict[tuple[str, str, tuple[int, ...]], list[TensorInfo]]
+) -> Iterable[TensorKind]:
+    for (pattern, dtype, shape), infos in sorted(kinds.items()):
+        nbytes = sum(info.nbytes for info in infos)
+        scales = _scales(source, infos) if dtype == "F32" and infos[0].numel == 1 else None
+        yield TensorKind(pattern, dtype, shape, len(infos), nbytes, scales)
+
+
+def _scales(source: SafetensorsFolder, infos: Iterable[TensorInfo]) -> tuple[float, float]:
+    values = [float(source.slab(info.key, 0, 1).reshape(())) for info in infos]
+    return min(values), max(values)

@@ -1,0 +1,1 @@
+"""How a weight is stored: formats and their kernels."""

@@ -1,0 +1,1 @@
+"""Tensor names and configuration files that engines expect."""

@@ -1,0 +1,1 @@
+"""Carry out one command from beginning to end."""

@@ -1,0 +1,208 @@
+"""A Megatron checkpoint as a Hugging Face checkpoint, in its own dtypes: nothing is quantized.
+
+    source ─▶ inventory ─▶ shards of copies ─▶ write ─▶ compare byte for byte
+
+The job is that of `quantize` with a plan that only copies: whole or absent, and the same command
+goes on with what a run that was stopped has left.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fourfold.calibration.scales import ActivationScales
+from fourfold.distributed.machine import threads_available
+from fourfold.distributed.ranks import Alone
+from fourfold.errors import OutputError, UsageError
+from fourfold.execution import Kernels, LinearResult, Progress
+from fourfold.layouts.modelopt import QUANT_CONFIG
+from fourfold.models.inventory import take_inventory
+from fourfold.planning import COPY_BYTES, Action, Plan, Row, lay_out
+from fourfold.recipes import Recipe
+from fourfold.run.job import Job
+from fourfold.run.preflight import check_placed, check_room, opened
+from fourfold.run.strategies import AtOnce, origins
+from fourfold.sources.safetensors import SafetensorsFolder
+from fourfold.storage.names import CONFIG, INDEX
+from fourfold.storage.output import OutputFolder, index_of
+from fourfold.storage.source import Source, place_of
+from fourfold.storage.units import size
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was written. Prints as the command's closing line."""
+
+    out: Path
+    tensors: int
+    shards: int
+    nbytes: int
+    seconds: float
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "out": str(self.out),
+            "tensors": self.tensors,
+            "shards": self.shards,
+            "bytes": self.nbytes,
+            "seconds": round(self.seconds, 3),
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        notes = "".join(f"note: {note}\n" for note in self.notes)
+        return (
+            f"{notes}{self.tensors:,} tensors in {self.shards} shards in {self.out} · "
+            f"{size(self.nbytes)} · {self.seconds:,.1f} s · compared byte for byte"
+        )
+
+
+def convert(
+    model: str | Path | Source,
+    out: str | Path,
+    *,
+    hf_config: str | Path | None = None,
+    threads: int | None = None,
+    shards: int | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    on_begin: Callable[[], None] | None = None,
+    on_resume: Callable[[int, int], None] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    on_written: Callable[[], None] | None = None,
+) -> Converted:
+    """Write the Megatron checkpoint `model` into `out` as Hugging Face's, and compare the two.
+
+    hf_config: the folder with the Hugging Face configuration and tokenizer.
+    shards: files that a decoder layer is cut into, at least.
+    overwrite: begin anew where an unfinished run has left something in `out`.
+
+    Raises `FourfoldError`; `out` is then as before, or holds what the same call goes on from.
+    """
+    begun = time.perf_counter()
+    if not str(out):
+        raise UsageError("OUT is empty: give the folder to write.")
+    for name, count in (("threads", threads), ("shards", shards)):
+        if count is not None and count < 1:
+            raise UsageError(f"{name}={count}: give 1 or more.")
+    workers, folder = (
+        threads or threads_available(),
+        OutputFolder(Path(out).expanduser(), markers=[QUANT_CONFIG]),
+    )
+    with opened(model, hf_config) as source:
+        for origin in origins(source):
+            folder.check(origin, overwrite=overwrite)
+        plan = plan_conversion(source, shards or 1, trust_remote_code)
+        kernels = Kernels.none(workers)
+        check_room(plan, folder, kernels, Alone())
+        run = AtOnce(source, None)
+        job = Job(plan, source, folder, run, Alone(), kernels, rest=_write_rest)
+        folder.check_continues(job.identity, overwrite=overwrite)
+        if on_begin is not None:
+            on_begin()
+        job.write(overwrite, progress, on_resume)
+        if on_written is not None:
+            on_written()
+        _compare(folder.folder, source, workers)
+        taken = time.perf_counter() - begun
+        return Converted(
+            folder.folder, len(plan.rows), len(plan.shards), plan.nbytes, taken, plan.notes
+        )
+
+
+class ConversionPlan(Plan):
+    """A plan that copies everything."""
+
+    @cached_property
+    def files(self) -> list[str]:
+        """Every file of the output, relative to its folder."""
+        return [*self.shard_names, *(path.as_posix() for path in self.side_files), INDEX, CONFIG]
+
+
+def plan_conversion(source: Source, parts: int, trust_remote_code: bool) -> ConversionPlan:
+    """Which tensors lie in which shard; reads no weight."""
+    inventory = take_inventory(source, trust_remote_code=trust_remote_code)
+    check_placed(source, inventory)
+    kept = list(inventory.tensors.values())
+    copied, dropped = source.side_files()
+    return ConversionPlan(
+        source=place_of(source),
+        recipe=Recipe.model_construct(name="convert", description="nothing is quantized"),
+        inventory=inventory,
+        rows=tuple(
+            Row(
+                raw.info.key, Action.COPY, raw.role, "converted",
+                raw.info.numel, raw.info.nbytes, raw.info.nbytes, 0,
+            )
+            for raw in kept
+        ),
+        shards=tuple(lay_out([], [], kept, [], inventory, activations=False, parts=parts)),
+        ignore=(),
+        side_files=tuple(copied),
+        dropped_files=tuple(dropped),
+        notes=tuple(getattr(source, "notes", ())),
+        tensor_parallel={},
+        parts=parts,
+    )  # fmt: skip
+
+
+def _write_rest(
+    work: Plan,
+    source: Source,
+    folder: OutputFolder,
+    linears: list[LinearResult],
+    scales: ActivationScales | None,
+) -> None:
+    """The files beside the weights; what makes it a checkpoint comes last."""
+    for path in work.side_files:
+        folder.copy(source.folder, path)
+    source.check_unchanged()
+    shards = [
+        (name, shard.tensors) for name, shard in zip(work.shard_names, work.shards, strict=True)
+    ]
+    folder.write_json(INDEX, index_of(shards, work.nbytes_after))
+    folder.write_json(CONFIG, source.config)
+
+
+def _compare(out: Path, source: Source, threads: int) -> None:
+    """Raise where OUT has other tensors than the source, or other bytes."""
+    written = SafetensorsFolder(out)
+    try:
+        for name in sorted(written.tensors.keys() ^ source.tensors.keys()):
+            raise OutputError(f"{out}: {name}: only in one of source and output. {_REPORT}")
+        with ThreadPoolExecutor(threads) as pool:
+            same = pool.map(lambda name: _is_same(name, written, source), source.tensors)
+            for name, is_same in zip(source.tensors, same, strict=True):
+                if not is_same:
+                    raise OutputError(
+                        f"{out}: {name}: not what the source has. Is the disk sound? {_REPORT}"
+                    )
+    finally:
+        written.close()
+
+
+_REPORT = "Convert again; if it stays so, it is a defect of fourfold: please report it."
+
+
+def _is_same(name: str, written: Source, source: Source) -> bool:
+    ours, theirs = written.tensors[name], source.tensors[name]
+    if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
+        return False
+    for begin in range(0, ours.nbytes, COPY_BYTES):
+        count = min(COPY_BYTES, ours.nbytes - begin)
+        one, other = (np.empty(count, dtype=np.uint8) for _ in range(2))
+        written.read_bytes(name, begin, one)
+        source.read_bytes(name, begin, other)
+        if not np.array_equal(one, other):
+            return False
+    return True

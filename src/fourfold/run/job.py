@@ -1,0 +1,240 @@
+"""Write a plan into OUT: take the folder, observe, fold, and make it a checkpoint.
+
+    take_share ─▶ steps of the run ─▶ fold ─▶ everything that is no shard, config.json last
+        │                                        │
+    an earlier run's journal               one OUT: a checkpoint · several: parts, for `merge`
+
+A job that ends early leaves what the same job goes on from, or nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from typing import Any
+
+from fourfold.calibration.scales import ActivationScales
+from fourfold.calibration.statistics import Statistics
+from fourfold.distributed.ranks import RankFailedError, Ranks
+from fourfold.errors import (
+    CalibrationError,
+    FourfoldError,
+    ModelError,
+    NonFiniteError,
+    ObservationError,
+    PlanError,
+    RecipeError,
+    SourceChangedError,
+    UsageError,
+)
+from fourfold.execution import Kernels, LinearResult, Progress, folding
+from fourfold.layouts.modelopt import QUANT_CONFIG
+from fourfold.planning import Plan
+from fourfold.reporting import page_of
+from fourfold.reporting.summary import summary_of
+from fourfold.run.resume import Share, check_whole, identity_of, shard_entries, take_share
+from fourfold.run.strategies import Kept, Run, together
+from fourfold.storage.names import CONFIG, INDEX
+from fourfold.storage.output import REPORT, STATISTICS, SUMMARY, OutputFolder, index_of
+from fourfold.storage.run_state import REST
+from fourfold.storage.source import Source
+
+FOR_GOOD = {
+    error.__name__
+    for error in (
+        NonFiniteError,
+        ObservationError,
+        UsageError,
+        CalibrationError,
+        RecipeError,
+        ModelError,
+        PlanError,
+    )
+}
+"""Errors that the same command would meet again, on this rank or another: there is nothing to go
+on from."""
+
+WriteRest = Callable[
+    [Plan, Source, OutputFolder, list[LinearResult], ActivationScales | None], None
+]
+
+
+class Job:
+    """What is written into OUT: observe, fold, and make it a checkpoint."""
+
+    share: Share
+
+    def __init__(
+        self,
+        work: Plan,
+        source: Source,
+        folder: OutputFolder,
+        run: Run,
+        ranks: Ranks,
+        kernels: Kernels,
+        rest: WriteRest | None = None,
+    ) -> None:
+        """rest: writes everything that is no shard, config.json last; by default `write_rest`."""
+        self.work, self.source, self.folder, self.run = work, source, folder, run
+        self.ranks, self.kernels, self.write_rest = ranks, kernels, rest or write_rest
+        self.identity = identity_of(work, source, run)
+
+    @property
+    def is_finisher(self) -> bool:
+        """Whether this rank makes OUT a checkpoint, which it is only where all ranks share it."""
+        return self.share.is_whole and self.share.is_leader(self.ranks.rank)
+
+    def write(
+        self,
+        overwrite: bool,
+        progress: Callable[[Progress], None] | None,
+        on_resume: Callable[[int, int], None] | None,
+    ) -> list[LinearResult]:
+        """Do this rank's share; the figures of all weights that are in this rank's OUT.
+
+        After an error or a signal nothing is left, or what the same job goes on from.
+        """
+        try:
+            self.share = Share.of_all(self.work)
+            with together(self.source):
+                if self.run.is_writer:
+                    self.share = take_share(
+                        self.work,
+                        self.source,
+                        self.folder,
+                        self.identity,
+                        self.ranks,
+                        overwrite=overwrite,
+                        threads=self.kernels.threads,
+                    )
+            if self.share.finished and on_resume is not None:
+                on_resume(self.share.finished, len(self.work.shards))
+            self._fold(progress)
+            self.ranks.gather("folded")
+            with together(self.source):
+                linears = self._finish() if self.run.is_writer else []
+        except BaseException as error:
+            self._stop(error, overwrite)
+            raise
+        self.folder.close()
+        return linears
+
+    def _fold(self, progress: Callable[[Progress], None] | None) -> None:
+        kept = Kept(self.share.kept, self._note_observed)
+        with (
+            folding(
+                self.work,
+                self.run.source,
+                self.folder,
+                scales=self.run.scales,
+                shards=self.share.shards,
+                threads=self.kernels.threads,
+                lanes=self.kernels.lanes,
+                progress=progress,
+                check=self.ranks.check,
+            ) as folded,
+            closing(self.run.steps(kept)) as steps,
+        ):
+            for shards in steps:
+                with together(self.source):
+                    if self.run.is_writer:
+                        folded.run(shards)
+            with together(self.source):
+                folded.finish()
+
+    def _note_observed(self, layer: int | None, found: Statistics) -> None:
+        if self.share.is_leader(self.ranks.rank):
+            self.folder.add_to_journal({"layer": layer, "statistics": found.to_text()})
+
+    def _finish(self) -> list[LinearResult]:
+        """Everything that is not a shard, by the leaders; what makes it a checkpoint comes last."""
+        is_leader = self.share.is_leader(self.ranks.rank)
+        if self.share.is_whole and not is_leader:
+            return []  # and look at nothing: the leader may have taken the state away by now
+        entries = self.folder.journal.entries() if is_leader else []
+        mine = shard_entries(entries, self.work)
+        self.folder.check_mine()
+        if self.share.is_whole:
+            linears = linears_of(mine)
+            check_whole(self.folder.folder, self.work, mine)
+            self.write_rest(self.work, self.source, self.folder, linears, self.run.scales)
+            self.folder.done()
+            return linears
+        everything: dict[str, Any] = {}
+        for each in self.ranks.gather(mine):
+            everything |= each
+        if self.ranks.rank == 0:
+            rest = OutputFolder(self.folder.journal.folder / REST, markers=[QUANT_CONFIG])
+            linears = linears_of(everything)
+            self.write_rest(self.work, self.source, rest, linears, self.run.scales)
+        return linears_of(mine)
+
+    def _stop(self, error: BaseException, overwrite: bool) -> None:
+        """Leave what the same job can go on from, where there is anything, or nothing at all."""
+        if not (self.run.is_writer and self.folder.journal.is_mine):
+            return
+        self.ranks.settle()
+        is_leader = self.share.is_leader(self.ranks.rank)
+        if is_leader and not self.folder.is_begun:
+            self.folder.leave()
+            return
+        finished = {x["shard"] for x in self.folder.journal.entries() if "shard" in x}
+        kind = error.kind if isinstance(error, RankFailedError) else type(error).__name__
+        if self.identity is None or not finished or kind in FOR_GOOD:
+            self.folder.discard()
+            if self.folder.has_cleared:
+                error.add_note(
+                    f"Nothing is left in {self.folder.folder}: --overwrite has removed the "
+                    "checkpoint that was there."
+                )
+            return
+        self.folder.keep_unfinished()
+        if not is_leader:
+            return
+        if kind == SourceChangedError.__name__:
+            how = "made of the source as it was: --overwrite starts anew"
+        else:
+            how = "finished: the same command goes on from there"
+        without = ", without --overwrite" if overwrite and "same" in how else ""
+        error.add_note(
+            f"{self.folder.folder} keeps {len(finished)} of {len(self.work.shards)} shards that "
+            f"are {how}{without}."
+        )
+
+
+def linears_of(entries: Mapping[str, Mapping[str, Any]]) -> list[LinearResult]:
+    """The figures of the weights in some shards, by name."""
+    found = [
+        LinearResult.from_dict(each) for entry in entries.values() for each in entry["linears"]
+    ]
+    return sorted(found, key=lambda result: result.name)
+
+
+def write_rest(
+    work: Plan,
+    source: Source,
+    folder: OutputFolder,
+    linears: list[LinearResult],
+    scales: ActivationScales | None,
+) -> None:
+    """Everything that is not a shard; what makes it a checkpoint comes last."""
+    if len(linears) != len(work.linears):
+        raise FourfoldError(
+            f"{folder.folder}: {len(work.linears)} linear weights planned, {len(linears)} written. "
+            "This is a defect of fourfold; please report it."
+        )
+    for path in work.side_files:
+        folder.copy(source.folder, path)
+    source.check_unchanged()  # what was copied is of the same source, too
+    if scales is not None and work.needs_calibration:
+        folder.write_bytes(STATISTICS, scales.statistics.to_bytes())
+    summary = summary_of(work, linears, scales)
+    folder.write_text(SUMMARY, summary)
+    folder.write_text(REPORT, page_of(summary))
+    folder.write_json(QUANT_CONFIG, work.hf_quant_config)
+    shards = [
+        (name, shard.tensors) for name, shard in zip(work.shard_names, work.shards, strict=True)
+    ]
+    folder.write_json(INDEX, index_of(shards, work.nbytes_after))
+    config = dict(source.config) | {"quantization_config": work.quantization_config}
+    folder.write_json(CONFIG, config)

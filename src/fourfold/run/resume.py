@@ -1,0 +1,275 @@
+"""Who writes which shards into which folder, and what of them is finished already.
+
+Ranks find out which of them see the same OUT. The first of those is its leader: it takes OUT,
+reads the journal that an earlier run left, and makes the folder a checkpoint in the end. Where
+all ranks share one OUT that is the whole; otherwise each OUT holds parts, and `merge` joins them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+
+from fourfold.calibration.statistics import Statistics
+from fourfold.distributed.ranks import Ranks
+from fourfold.errors import FourfoldError
+from fourfold.execution import LinearResult
+from fourfold.planning import Plan, ScaleGroup, Shard, deal, slabs_of
+from fourfold.reporting.summary import versions
+from fourfold.run.strategies import Run
+from fourfold.storage.output import OutputFolder, digest_of_file
+from fourfold.storage.safetensors_header import read_header
+from fourfold.storage.source import Source
+
+
+@dataclass(frozen=True)
+class Share:
+    """What this rank does, and what was done before."""
+
+    shards: Sequence[int]
+    """Numbers of those that this rank writes."""
+    finished: int
+    """How many an earlier run has finished, on all ranks."""
+    kept: Mapping[int | None, Statistics]
+    """What an earlier run has observed, by layer."""
+    leaders: Sequence[int]
+    """By rank, the first of those that write into the same folder."""
+
+    @classmethod
+    def of_all(cls, plan: Plan) -> Share:
+        """Everything, by one rank, from the beginning."""
+        return cls(range(len(plan.shards)), 0, {}, [0])
+
+    def is_leader(self, rank: int) -> bool:
+        return rank < len(self.leaders) and self.leaders[rank] == rank
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all ranks write into one folder."""
+        return not any(self.leaders)
+
+
+def identity_of(plan: Plan, source: Source, run: Run) -> dict[str, Any] | None:
+    """What must be as it was for a run to go on, so that the bytes are those of an unbroken one.
+
+    None for a source that cannot say whether it is still the same.
+    """
+    stamps = source.stamps()
+    if stamps is None:
+        return None
+    identity = {
+        "versions": versions(),
+        "source": {
+            "name": plan.model,
+            "files": {
+                name: [stamp.size, stamp.mtime_ns, stamp.digest] for name, stamp in stamps.items()
+            },
+        },
+        "recipe": plan.recipe.model_dump(mode="json"),
+        "calibration": run.identity,
+        "shards": {"for each layer": plan.parts, "plan": plan.digest},
+    }
+    found: dict[str, Any] = json.loads(json.dumps(identity))  # as it will be read again
+    return found
+
+
+def without_times(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity as several machines share it: copies of a file differ in when they were made."""
+    source = identity["source"]
+    files = {name: [size, digest] for name, (size, _, digest) in source["files"].items()}
+    return {**identity, "source": {**source, "files": files}}
+
+
+def parts_of(
+    folder: OutputFolder, ranks: Ranks, wanted: int | None, overwrite: bool, source: Source
+) -> int:
+    """How many shards a layer is cut into: as it is wanted, or as an unfinished run has begun, or
+    one for each rank; of a model whose layers lie on some of the ranks, one for each of these."""
+    begun = _begun(folder, overwrite, "shards", "for each layer")
+    known = [parts for parts in ranks.gather(begun) if parts is not None]
+    spread: int = getattr(source, "spread", ranks.size)
+    return wanted or (known[0] if known else spread)
+
+
+def forward_threads(
+    folder: OutputFolder, ranks: Ranks, wanted: int | None, overwrite: bool
+) -> int | None:
+    """Threads of a calibration's matrix products, which what is found may depend on: as it is
+    wanted, or as an unfinished run has begun, or as the first rank has them; None for its own."""
+    begun = _begun(folder, overwrite, "calibration", "threads")
+    every = ranks.gather([begun, torch.get_num_threads()])
+    known = [threads for threads, _ in every if threads is not None]
+    return wanted or (known[0] if known else every[0][1] if ranks.size > 1 else None)
+
+
+def _begun(folder: OutputFolder, overwrite: bool, *names: str) -> int | None:
+    """A number that an unfinished run has begun with."""
+    if overwrite or not folder.journal.has_finished:
+        return None
+    try:
+        value: Any = (folder.journal.run or {})["identity"]
+        for name in names:
+            value = value[name]
+        return int(value)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+
+
+def take_share(
+    plan: Plan,
+    source: Source,
+    folder: OutputFolder,
+    identity: Mapping[str, Any] | None,
+    ranks: Ranks,
+    *,
+    overwrite: bool,
+    threads: int,
+) -> Share:
+    """Take OUT, read what is finished there, and share out the rest."""
+    _check_same(ranks, identity or _plan_of(plan))
+    leaders = _take_folders(folder, ranks)
+    entries: list[dict[str, Any]] = []
+    if leaders[ranks.rank] == ranks.rank:
+        entries = folder.begin(identity, plan.files, overwrite=overwrite)
+    finished = _finished(entries, folder.folder, plan, threads)
+    observed = [entry for entry in entries if "statistics" in entry]
+    everything = ranks.gather({"finished": sorted(finished), "observed": observed})
+    done = {name for each in everything for name in each["finished"]}
+    kept = dict(
+        found
+        for each in reversed(everything)
+        for entry in each["observed"]
+        if (found := _observed(entry)) is not None
+    )
+    unfinished = [number for number, name in enumerate(plan.shard_names) if name not in done]
+    mine = deal(plan.shards, unfinished, ranks.size, _nearness(source))[ranks.rank]
+    return Share(mine, len(done), kept, leaders)
+
+
+def _plan_of(plan: Plan) -> dict[str, Any]:
+    """What ranks must have the same, where the source is no folder."""
+    recipe: Any = json.loads(json.dumps(plan.recipe.model_dump(mode="json")))
+    return {"versions": versions(), "recipe": recipe, "plan": plan.digest}
+
+
+def _nearness(source: Source) -> Callable[[Shard], Sequence[int]] | None:
+    """Bytes of a shard's source that each rank has in memory; None where they lie in files."""
+    near: Callable[[list[tuple[str, int, int]]], Sequence[int]] | None
+    near = getattr(source, "nearness", None)
+    if near is None:
+        return None
+    return lambda shard: near([slab for job in shard.jobs for slab in slabs_of(job)])
+
+
+def _check_same(ranks: Ranks, identity: Mapping[str, Any]) -> None:
+    """Raise where ranks were given another source or recipe, or run other versions."""
+    if ranks.size == 1:
+        return
+    every = ranks.gather(without_times(identity) if "source" in identity else dict(identity))
+    for rank, other in enumerate(every):
+        different = [what for what in other if other[what] != every[0][what]]
+        if different:
+            raise FourfoldError(
+                f"rank {rank} has another {' and another '.join(different)} than rank 0. "
+                "Give every rank the same checkpoint, options and versions."
+            )
+
+
+def _take_folders(folder: OutputFolder, ranks: Ranks) -> list[int]:
+    """By rank, the leader of those that see the same folder; it is theirs afterwards."""
+    token = ranks.gather(uuid4().hex)[0]
+    leaders: list[int | None] = [None] * ranks.size
+    while None in leaders:
+        first = leaders.index(None)
+        if ranks.rank == first:
+            folder.lock(token)
+        ranks.gather("locked")
+        is_mine = ranks.rank == first or _sees(folder.folder, first, folder, token)
+        for rank, sees in enumerate(ranks.gather(is_mine)):
+            if sees and leaders[rank] is None:
+                leaders[rank] = first
+    found = [leader for leader in leaders if leader is not None]
+    if found[ranks.rank] != ranks.rank:
+        folder.lock(token)
+    ranks.gather("taken")
+    return found
+
+
+def _sees(out: Path, rank: int, folder: OutputFolder, token: str) -> bool:
+    for path in (out.parent, out):  # asks a network's file system what is there by now
+        if path.is_dir():
+            os.listdir(path)
+    return folder.journal.token_of(rank) == token
+
+
+def _finished(
+    entries: Sequence[Mapping[str, Any]], out: Path, plan: Plan, threads: int
+) -> dict[str, Mapping[str, Any]]:
+    """The shards that a journal speaks of and that are still what it says, by name."""
+    noted = shard_entries(entries, plan)
+    with ThreadPoolExecutor(threads) as pool:
+        digests = pool.map(digest_of_file, (out / name for name in noted))
+        return {
+            name: entry
+            for (name, entry), digest in zip(noted.items(), digests, strict=True)
+            if digest == entry["digest"]
+        }
+
+
+def shard_entries(entries: Sequence[Mapping[str, Any]], plan: Plan) -> dict[str, Mapping[str, Any]]:
+    """What a journal says of the plan's shards, by name; not what makes no sense."""
+    planned = {
+        name: sorted(
+            linear.name
+            for job in shard.jobs
+            if isinstance(job, ScaleGroup)
+            for linear in job.linears
+        )
+        for name, shard in zip(plan.shard_names, plan.shards, strict=True)
+    }
+    found = {}
+    for entry in entries:
+        name = entry.get("shard")
+        if not isinstance(name, str) or not isinstance(entry.get("digest"), str):
+            continue
+        try:
+            linears = sorted(LinearResult.from_dict(each).name for each in entry["linears"])
+        except (KeyError, TypeError, ValueError):
+            continue
+        if planned.get(name) == linears:
+            found[name] = entry
+    return found
+
+
+def _observed(entry: Mapping[str, Any]) -> tuple[int | None, Statistics] | None:
+    """What a journal says was observed of a layer; None for what makes no sense."""
+    try:
+        layer = entry["layer"]
+        found = Statistics.from_text(entry["statistics"])
+    except Exception:  # whatever safetensors raises for bytes that are none
+        return None
+    return (layer, found) if layer is None or isinstance(layer, int) else None
+
+
+def check_whole(out: Path, plan: Plan, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise where a shard is missing, or is not what the plan says: the last look at OUT."""
+    for name, shard in zip(plan.shard_names, plan.shards, strict=True):
+        if name not in entries:
+            raise FourfoldError(
+                f"{out / name}: planned, but no rank wrote it. "
+                "This is a defect of fourfold; please report it."
+            )
+        found = read_header(out / name)
+        if {key: (info.dtype, info.shape) for key, info in found.items()} != shard.tensors:
+            raise FourfoldError(
+                f"{out / name}: holds other tensors than planned. "
+                "Does another program write into the folder?"
+            )

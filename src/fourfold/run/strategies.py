@@ -1,0 +1,245 @@
+"""Ways to go through a plan: which shards can be folded now, and from what.
+
+AtOnce       all of them: weights only, or the statistics of an earlier run
+Streamed     layer by layer, as calibration passes through the model
+Live         layer by layer, out of a model that somebody else has in memory
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from fourfold.calibration.data import CalibrationData, CalibrationOptions, load_calibration
+from fourfold.calibration.layerwise import Calibration, CalibrationProgress
+from fourfold.calibration.live import ForwardLoop, agreeing, observe_live, units_of
+from fourfold.calibration.scales import ActivationScales
+from fourfold.calibration.statistics import Statistics
+from fourfold.distributed.machine import choose_device, memory_available
+from fourfold.distributed.ranks import Ranks
+from fourfold.errors import PlanError, UsageError
+from fourfold.planning import Plan
+from fourfold.recipes import Recipe
+from fourfold.sources.live.source import LiveSource
+from fourfold.storage.output import free_bytes
+from fourfold.storage.source import Source
+from fourfold.storage.units import size
+
+LEAST_ACTIVATION_MEMORY = 1 << 28
+
+
+@dataclass(frozen=True)
+class Observation:
+    """How activations are observed, where a recipe wants them quantized."""
+
+    options: CalibrationOptions
+    given: str | Path | Statistics | None = None
+    """The statistics of an earlier run, or the file with them."""
+    forward_loop: ForwardLoop | None = None
+    device: str = "cpu"
+    activation_memory: int | None = None
+    threads: int | None = None
+    """PyTorch's threads while the model runs; as it has been told by default."""
+    trust_remote_code: bool = False
+    on_data: Callable[[CalibrationData], None] | None = None
+    progress: Callable[[CalibrationProgress], None] | None = None
+
+    def check(self, recipe: Recipe, *, is_live: bool) -> None:
+        """Raise `UsageError` for what does not go together, or would be ignored."""
+        options = self.options
+        sources = {
+            "--calib": bool(options.calib),
+            "--calibration": self.given is not None,
+            "forward_loop": self.forward_loop is not None,
+        }
+        given = [name for name, is_given in sources.items() if is_given]
+        if len(given) > 1:
+            raise UsageError(f"give {' or '.join(given)}, not both.")
+        if self.forward_loop is not None and not is_live:
+            raise UsageError(
+                "forward_loop: only for a model of transformers in memory. Give --calib instead."
+            )
+        sizes = {"--calib-size": options.size, "--calib-seq": options.seq}
+        given += [name for name, value in sizes.items() if value is not None]
+        if given and not recipe.needs_calibration:
+            raise UsageError(
+                f"recipe {recipe.name} quantizes no activations: leave {given[0]} out, "
+                "or choose another recipe."
+            )
+        if len(given) > 1 and given[0] in ("--calibration", "forward_loop"):
+            raise UsageError(f"{given[1]} says nothing beside {given[0]}: leave it out.")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What an earlier run has observed, and who wants to know of what is observed now."""
+
+    statistics: Mapping[int | None, Statistics] = field(default_factory=dict)
+    """By layer; None for the shell."""
+    on_observed: Callable[[int | None, Statistics], None] | None = None
+
+
+class Run(Protocol):
+    """One way to go through a plan."""
+
+    source: Source
+    """What the fold reads from."""
+    scales: ActivationScales | None
+    is_writer: bool
+    """Whether this process writes; other ranks of a sharded model only take part."""
+    identity: Mapping[str, Any]
+    """What the bytes that are written depend on, beside source, recipe and plan."""
+
+    def steps(self, kept: Kept) -> Generator[Sequence[int] | None]:
+        """Numbers of the shards that can be folded now; None for all of them."""
+
+
+class AtOnce:
+    """Every shard can be folded at any time."""
+
+    def __init__(self, source: Source, scales: ActivationScales | None) -> None:
+        self.source, self.scales, self.is_writer = source, scales, True
+        statistics = None if scales is None else scales.statistics
+        self.identity: Mapping[str, Any] = (
+            {} if statistics is None else {"statistics": _digest(statistics)}
+        )
+
+    def steps(self, kept: Kept) -> Generator[None]:
+        yield None
+
+
+class Streamed:
+    """Calibration loads a layer and observes it; then it is folded, from memory."""
+
+    def __init__(self, plan: Plan, calibration: Calibration) -> None:
+        self.plan, self.calibration = plan, calibration
+        self.source: Source = calibration.held
+        self.scales: ActivationScales | None = calibration.scales
+        self.is_writer = True
+        data = asdict(calibration.statistics.data)
+        threads = calibration.threads or torch.get_num_threads()
+        device = calibration.streamed.device.type
+        self.identity: Mapping[str, Any] = {"data": data, "device": device, "threads": threads}
+
+    def steps(self, kept: Kept) -> Generator[Sequence[int]]:
+        with closing(self.calibration.units(kept.statistics, kept.on_observed)) as units:
+            for layer in units:
+                yield self.plan.shards_of(layer)
+
+
+class Live:
+    """A model in memory, on the disk, or in parts on several ranks: brought together by layers."""
+
+    identity: Mapping[str, Any] = {}  # such a run cannot go on
+
+    def __init__(self, plan: Plan, source: LiveSource, scales: ActivationScales | None) -> None:
+        self.plan, self.live = plan, source
+        self.source: Source = source
+        self.scales = scales
+        self.is_writer = source.rank == 0
+
+    def steps(self, kept: Kept) -> Generator[Sequence[int]]:
+        for layer in units_of(self.plan, self.live):
+            yield self.plan.shards_of(layer)
+
+
+def _digest(statistics: Statistics) -> str:
+    return hashlib.sha256(statistics.to_bytes()).hexdigest()
+
+
+def together(source: Source) -> AbstractContextManager[None]:
+    """Within, an error of one rank that shares a live model is one of all of them."""
+    return agreeing(source) if isinstance(source, LiveSource) else nullcontext()
+
+
+def origins(source: Source) -> tuple[Path, ...]:
+    """The folders that a source reads from: OUT may lie in none of them."""
+    found: tuple[Path, ...] = getattr(source, "origin_folders", (source.folder,))
+    return found
+
+
+def choose_run(
+    plan: Plan, source: Source, observation: Observation, scratch: Path, ranks: Ranks
+) -> Run:
+    """Everything ready to go through `plan`; a live model is observed here already.
+
+    scratch: a folder for activations that memory has no room for.
+    ranks: with whom the calibration is shared.
+    """
+    scales = None
+    if observation.given is not None:
+        scales = _given_scales(plan, observation.given)
+    if isinstance(source, LiveSource):
+        if plan.needs_calibration and scales is None:
+            with agreeing(source):
+                loop = observation.forward_loop or _data(plan, source, observation)
+            scales = observe_live(plan, source, loop)
+        return Live(plan, source, scales)
+    if scales is not None or not plan.needs_calibration:
+        return AtOnce(source, scales)
+    available = memory_available() // ranks.local_size
+    room = max((available - plan.calibration_memory) // 2, LEAST_ACTIVATION_MEMORY)
+    limit = observation.activation_memory
+    data = _data(plan, source, observation)
+    _check_spill(plan, data, room if limit is None else limit, scratch, ranks)
+    calibration = Calibration(
+        plan,
+        source,
+        data,
+        device=choose_device(observation.device),
+        activation_memory=room if limit is None else limit,
+        scratch=scratch,
+        threads=observation.threads,
+        trust_remote_code=observation.trust_remote_code,
+        ranks=ranks,
+        progress=observation.progress,
+    )
+    return Streamed(plan, calibration)
+
+
+def _check_spill(
+    plan: Plan, data: CalibrationData, limit: int, scratch: Path, ranks: Ranks
+) -> None:
+    """Raise `PlanError` where the disk has no room for OUT and the activations beyond `limit`.
+
+    A waiting sample holds its hidden states, and what it was embedded as: 4 bytes an element serve
+    for both, in 16 bits.
+    """
+    mine = data.batches[ranks.rank :: ranks.size]
+    elements = sum(batch.input_ids.numel() for batch in mine) * plan.inventory.hidden_size
+    spill = max(0, 4 * elements - limit) * ranks.local_size
+    needed, free = plan.nbytes_after + spill, free_bytes(scratch)
+    if spill and needed > free:
+        raise PlanError(
+            f"{scratch}: {size(needed)} are needed, {size(spill)} of them for waiting activations; "
+            f"{size(free)} are free on that disk. Use fewer or shorter samples, or more "
+            "--activation-memory."
+        )
+
+
+def _given_scales(plan: Plan, given: str | Path | Statistics) -> ActivationScales:
+    """The scales that the statistics of an earlier run give, all of them checked."""
+    statistics = given if isinstance(given, Statistics) else Statistics.load(Path(given))
+    scales = ActivationScales(plan, statistics)
+    scales.check_fit()
+    return scales
+
+
+def _data(plan: Plan, source: Source, observation: Observation) -> CalibrationData:
+    data = load_calibration(
+        source.folder,
+        observation.options,
+        vocab_size=plan.inventory.vocab_size,
+        max_positions=plan.inventory.max_positions,
+        trust_remote_code=observation.trust_remote_code,
+        no_tokenizer=getattr(source, "no_tokenizer", None),
+    )
+    if observation.on_data is not None:
+        observation.on_data(data)
+    return data

@@ -1,0 +1,1 @@
+"""A transformers model in memory as a source."""

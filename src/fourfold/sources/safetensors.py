@@ -1,0 +1,287 @@
+"""A checkpoint's folder as a source: config.json and one safetensors file, or several."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+
+from fourfold.errors import SourceError
+from fourfold.storage.fingerprints import START_AGAIN, FileStamp, Stamps, opened, read_error
+from fourfold.storage.json_files import DOWNLOAD, list_folder, plain_name, read_config, read_json
+from fourfold.storage.names import INDEX, OTHER_WEIGHTS, OWN_FILES, SINGLE, WEIGHT_SUFFIXES
+from fourfold.storage.open_files import OpenFiles
+from fourfold.storage.safetensors_header import TensorInfo, read_header, shown
+
+OTHER_INDEX = "The index belongs to another checkpoint: download it again."
+
+READ_AHEAD = 1 << 26
+"""Bytes that the disk is told of at once: jobs follow each other in a file."""
+
+
+class SafetensorsFolder:
+    """A directory of safetensors, one file or several with an index. Safe for many threads."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._stamps = Stamps()
+        self.config: dict[str, Any] = read_config(folder, self._stamps)
+        self.tensors: dict[str, TensorInfo] = _read_tensors(folder, self._stamps)
+        shards = frozenset(info.file for info in self.tensors.values())
+        self._side_files = find_side_files(folder, shards, self._stamps)
+        self._files = OpenFiles(self._open)
+        self._hinted: dict[Path, tuple[int, int]] = {}
+
+    def slab(
+        self, key: str, start: int, stop: int, out: np.ndarray[Any, Any] | None = None
+    ) -> torch.Tensor:
+        info = self.tensors[key]
+        first, last = _byte_range(info, start, stop)
+        shape = (stop - start, *info.shape[1:]) if info.shape else ()
+        if first == last:
+            return torch.empty(shape, dtype=info.torch_dtype)
+        buffer = np.empty(last - first, dtype=np.uint8) if out is None else out
+        self._read(info, first, buffer.data.cast("B"))
+        return torch.from_numpy(buffer).view(info.torch_dtype).reshape(shape)
+
+    def read_bytes(self, key: str, start: int, out: np.ndarray[Any, Any]) -> None:
+        info = self.tensors[key]
+        self._read(info, info.start + start, out.data.cast("B"))
+
+    def will_need(self, key: str, start: int, stop: int) -> None:
+        if not hasattr(os, "posix_fadvise"):
+            return
+        info = self.tensors[key]
+        first, last = _byte_range(info, start, stop)
+        hinted = self._hinted.get(info.file, (0, 0))
+        if hinted[0] <= first and last <= hinted[1]:
+            return
+        ahead = max(last, first + READ_AHEAD)
+        self._hinted[info.file] = (first, ahead)
+        # What is wrong with a file is told when it is read.
+        with suppress(OSError, SourceError), self._files.descriptor(info.file) as descriptor:
+            os.posix_fadvise(descriptor, first, ahead - first, os.POSIX_FADV_WILLNEED)
+
+    def side_files(self) -> tuple[list[Path], list[Path]]:
+        copied, dropped = self._side_files
+        return [*copied], [*dropped]
+
+    def stamps(self) -> Mapping[str, FileStamp]:
+        return self._stamps.relative_to(self.folder)
+
+    def check_unchanged(self) -> None:
+        self._stamps.check()
+
+    def close(self) -> None:
+        self._files.close()
+
+    def _open(self, file: Path) -> int:
+        with opened(file) as (handle, status):
+            self._stamps.same(file, status)
+            return os.dup(handle.fileno())
+
+    def _read(self, info: TensorInfo, position: int, view: memoryview) -> None:
+        done = 0
+        try:
+            with self._files.descriptor(info.file) as descriptor:
+                while done < len(view):
+                    count = os.preadv(descriptor, [view[done:]], position + done)
+                    if count == 0:
+                        raise SourceError(
+                            f"{info.file}: ended while {plain_name(info.key)} was read. "
+                            f"{START_AGAIN}"
+                        )
+                    done += count
+        except OSError as error:
+            raise read_error(info.file, error, plain_name(info.key)) from error
+
+
+def _byte_range(info: TensorInfo, start: int, stop: int) -> tuple[int, int]:
+    if not info.shape or not info.shape[0]:
+        return info.start, info.stop
+    row = info.nbytes // info.shape[0]
+    return info.start + start * row, info.start + stop * row
+
+
+def find_side_files(
+    folder: Path, shards: Collection[Path], stamps: Stamps
+) -> tuple[list[Path], list[Path]]:
+    """Files of a folder to copy, which `stamps` remember, and those that are not; see `Source`."""
+    copied: list[Path] = []
+    dropped: list[Path] = []
+    for path in _walk(folder):
+        relative = path.relative_to(folder)
+        if path in shards or (len(relative.parts) == 1 and relative.name in OWN_FILES):
+            continue
+        is_weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
+        status = None if is_weights else _status_of_file(path)
+        if status is not None and _is_text(relative) and _stays_inside(folder, path):
+            stamps.add(path, status)
+            copied.append(relative)
+        else:
+            dropped.append(relative)
+    return copied, dropped
+
+
+def _walk(folder: Path) -> Iterable[Path]:
+    """Everything in a folder that is not a folder; links to folders are not followed."""
+    for path in list_folder(folder):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            yield from _walk(path)
+        else:
+            yield path
+
+
+def _status_of_file(path: Path) -> os.stat_result | None:
+    """A regular file's status, links followed; None for anything else, and what cannot be seen."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return None
+    return status if stat.S_ISREG(status.st_mode) else None
+
+
+def _is_text(path: Path) -> bool:
+    """Whether a name can be written into a JSON document."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _stays_inside(folder: Path, path: Path) -> bool:
+    """Whether a file is the folder's own: no link, or one into it or into its hub cache's blobs."""
+    if not path.is_symlink():
+        return True
+    target, root = path.resolve(), folder.resolve()
+    blobs = root.parent.parent / "blobs"
+    return target.is_relative_to(root) or (
+        root.parent.name == "snapshots" and target.parent == blobs
+    )
+
+
+def open_source(model: str | Path) -> SafetensorsFolder:
+    """The checkpoint that `model` names: a local directory, or a name on the Hugging Face hub."""
+    name = str(model)
+    try:
+        folder = Path(model).expanduser()
+        is_folder, exists = folder.is_dir(), folder.exists()
+    except (OSError, RuntimeError) as error:  # a name too long, a loop of links, ~nobody
+        cause = error.strerror if isinstance(error, OSError) else error
+        raise SourceError(f"{plain_name(name)}: {cause}. Give a checkpoint's folder.") from error
+    if is_folder:
+        return SafetensorsFolder(folder)
+    if exists:
+        raise SourceError(f"{folder}: is a file. Give the folder that holds config.json.")
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return SafetensorsFolder(_download(name))
+    raise SourceError(f"{folder}: no such folder. Give a checkpoint's folder, or a hub name.")
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(
+            name, ignore_patterns=["original/*", *(f"*{x}" for x in OTHER_WEIGHTS)]
+        )
+    except Exception as error:  # the hub client raises errors of many libraries
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SourceError(
+            f"{name}: no such folder, and the hub does not give it: {cause[:200]}"
+        ) from error
+    return Path(folder)
+
+
+def _read_tensors(folder: Path, stamps: Stamps) -> dict[str, TensorInfo]:
+    if os.path.lexists(folder / INDEX):
+        return _read_indexed(folder, stamps)
+    tensors = read_header(_single_file(folder), stamps)
+    if not tensors:
+        raise SourceError(f"{folder}: its safetensors file holds no tensor")
+    return tensors
+
+
+def _single_file(folder: Path) -> Path:
+    if (folder / SINGLE).is_file():
+        return folder / SINGLE
+    present = list_folder(folder)
+    files = [path for path in present if path.suffix == ".safetensors"]
+    if len(files) == 1:
+        return files[0]
+    if files:
+        raise SourceError(
+            f"{folder}: {len(files)} safetensors files but no {INDEX} that says what they hold. "
+            "Download the index, too."
+        )
+    if any(path.suffix in {".bin", ".pt", ".pth"} for path in present):
+        raise SourceError(
+            f"{folder}: only pickled weights, which can run code when they are read. "
+            "Save the model again as safetensors (save_pretrained does)."
+        )
+    raise SourceError(f"{folder}: no safetensors file. Give a folder that holds the weights.")
+
+
+def _read_indexed(folder: Path, stamps: Stamps) -> dict[str, TensorInfo]:
+    index = read_json(folder / INDEX, stamps)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise SourceError(f"{folder / INDEX}: has no weight_map. Download the index again.")
+    for key, name in weight_map.items():
+        if not isinstance(name, str) or not name:
+            where = f"{folder / INDEX}: {plain_name(key)}"
+            raise SourceError(f"{where} has no shard name but {shown(name)}. {DOWNLOAD}")
+    for name, key in {name: key for key, name in weight_map.items()}.items():
+        _check_inside(folder, key, name)
+    found: dict[str, TensorInfo] = {}
+    for name in sorted(set(weight_map.values())):
+        for key, info in read_header(folder / name, stamps).items():
+            if key in found:
+                raise SourceError(
+                    f"{plain_name(key)}: lies both in {found[key].file.name} and in {name}. "
+                    "One of the shards belongs to another checkpoint."
+                )
+            found[key] = info
+    _check_index(folder, weight_map, found)
+    return found
+
+
+def _check_inside(folder: Path, key: str, name: str) -> None:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
+        raise SourceError(
+            f"{folder / INDEX}: {plain_name(key)} points to {shown(name)}, outside the "
+            "checkpoint's folder. Do not use this checkpoint."
+        )
+
+
+def _check_index(
+    folder: Path, weight_map: Mapping[str, str], found: Mapping[str, TensorInfo]
+) -> None:
+    files = {name: folder / name for name in set(weight_map.values())}
+    for key, name in weight_map.items():
+        if key not in found:
+            raise SourceError(
+                f"{plain_name(key)}: {INDEX} puts it in {name}, but it is not there. {OTHER_INDEX}"
+            )
+        if found[key].file != files[name]:
+            raise SourceError(
+                f"{plain_name(key)}: {INDEX} puts it in {name}, it is in {found[key].file.name}. "
+                f"{OTHER_INDEX}"
+            )
+    unlisted = found.keys() - weight_map.keys()
+    if unlisted:
+        key = min(unlisted)
+        raise SourceError(
+            f"{plain_name(key)}: lies in {found[key].file.name} but {INDEX} does not list it "
+            f"({len(unlisted)} such). {OTHER_INDEX}"
+        )

@@ -1,0 +1,1 @@
+"""Files: safetensors, fingerprints, atomic output, the state of a run."""

@@ -1,0 +1,74 @@
+"""Read a checkpoint's JSON files, with errors that say what to do."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from fourfold.errors import SourceError
+from fourfold.storage.fingerprints import Stamps, opened, read_error
+from fourfold.storage.names import CONFIG, MEGATRON
+from fourfold.storage.run_state import RUN, STATE
+from fourfold.storage.safetensors_header import SHOWN_CHARACTERS, load_json, shown
+
+MAX_JSON_BYTES = 1 << 28
+"""No configuration or index is larger: room for two million tensors."""
+
+DOWNLOAD = "Download it again."
+
+
+def list_folder(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise read_error(folder, error) from error
+
+
+def plain_name(name: str) -> str:
+    """A name as it is where it can stand in a line, quoted where it cannot."""
+    return name if name.isprintable() and len(name) <= SHOWN_CHARACTERS else shown(name)
+
+
+def read_json(file: Path, stamps: Stamps | None = None) -> dict[str, Any]:
+    """A JSON object from a file, which `stamps` remember.
+
+    Raises `SourceError` where it is missing or something else.
+    """
+    try:
+        with opened(file) as (handle, status):
+            raw = handle.read(MAX_JSON_BYTES + 1)
+        if len(raw) > MAX_JSON_BYTES:
+            raise SourceError(f"{file}: larger than {MAX_JSON_BYTES:,} bytes. {DOWNLOAD}")
+        value = load_json(raw)
+    except FileNotFoundError:
+        raise SourceError(f"{file}: missing. {DOWNLOAD}") from None
+    except OSError as error:
+        raise read_error(file, error) from error
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{file}: not valid JSON: {error}. {DOWNLOAD}") from None
+    if not isinstance(value, dict):
+        kind = type(value).__name__
+        raise SourceError(f"{file}: holds a JSON {kind}, not an object. {DOWNLOAD}")
+    if stamps is not None:
+        stamps.add(file, status, raw)
+    return value
+
+
+def read_config(folder: Path, stamps: Stamps | None = None) -> dict[str, Any]:
+    """A checkpoint folder's config.json."""
+    if not os.path.lexists(folder / CONFIG):
+        if (folder / STATE / RUN).is_file():
+            raise SourceError(
+                f"{folder}: no config.json yet, as its run is not finished. The command that "
+                "began it goes on from there."
+            )
+        if any(os.path.lexists(folder / name) for name in MEGATRON):
+            raise SourceError(
+                f"{folder}: a Megatron checkpoint (torch_dist), not Hugging Face's. Convert it "
+                "first: `fourfold convert`; or give --hf-config where a command has it."
+            )
+        seen = [plain_name(path.name) for path in list_folder(folder)[:5]]
+        inside = f"it holds {', '.join(seen)}, …" if seen else "it is empty"
+        raise SourceError(f"{folder}: no config.json ({inside}). Give a checkpoint's folder.")
+    return read_json(folder / CONFIG, stamps)

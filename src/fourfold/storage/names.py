@@ -1,0 +1,20 @@
+"""Names of the files of a checkpoint."""
+
+from __future__ import annotations
+
+CONFIG = "config.json"
+
+INDEX = "model.safetensors.index.json"
+
+SINGLE = "model.safetensors"
+
+OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".tflite")
+
+WEIGHT_SUFFIXES = frozenset({".safetensors", *OTHER_WEIGHTS})
+"""Files that hold weights. Those that are not shards of the checkpoint are other copies of it."""
+
+MEGATRON = (".metadata", "latest_checkpointed_iteration.txt")
+"""Files of Megatron's checkpoints, which are another kind of source."""
+
+OWN_FILES = frozenset({CONFIG, INDEX, "hf_quant_config.json"})
+"""Files that describe a checkpoint's weights: the output has its own."""

@@ -1,0 +1,190 @@
+"""Verify: read back an NVFP4 checkpoint in the ModelOpt layout, and prove it tensor by tensor.
+
+Knows nothing of how the checkpoint was made, and works on anybody's. Without a source it judges
+what can be judged from the files alone: names, dtypes, shapes, scales, groups, configuration.
+With one, it compares every copied tensor bit for bit, and every dequantized weight.
+
+Memory: a few buffers for each thread, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from fourfold.models.inventory import Inventory, take_inventory
+from fourfold.models.roles import Role
+from fourfold.sources.opening import open_model
+from fourfold.storage.source import Source, place_of
+from fourfold.verification import completeness, files, groups, structure, values
+from fourfold.verification.checkpoint import (
+    INPUT_SCALE,
+    KV_SCALES,
+    Checkpoint,
+    open_checkpoint,
+    unreadable,
+)
+from fourfold.verification.compare import Comparison
+from fourfold.verification.match import match
+from fourfold.verification.quant_config import CONFIG
+from fourfold.verification.report import Counts, Report
+from fourfold.verification.rules import RULES, Finding, Severity, finding
+from fourfold.verification.streaming import Progress, Workers
+
+CHECKS = (
+    *files.CHECKS,
+    *structure.CHECKS,
+    *values.CHECKS,
+    *groups.CHECKS,
+)
+"""Checks that need headers and scalars only."""
+
+
+def verify(
+    out: Path | str,
+    *,
+    source: Path | str | Source | None = None,
+    hf_config: Path | str | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    trust_remote_code: bool = False,
+) -> Report:
+    """Verify the NVFP4 checkpoint in the folder `out`, against `source` where it is given.
+
+    source: the checkpoint that was quantized: a folder, a hub name, or an open `Source`.
+    hf_config: where the source is a Megatron checkpoint, the folder of its Hugging Face
+    configuration.
+    threads: worker threads; one for each core by default. The report does not depend on it.
+    progress: called with the bytes read so far and the bytes of the whole job.
+
+    Raises UnreadableError (exit code 2) where `out` or `source` cannot be read, or `out` is no
+    NVFP4 checkpoint in the ModelOpt layout. Everything else is a finding of the report.
+    """
+    workers = Workers(threads, progress)
+    with unreadable(), closing(open_checkpoint(Path(out).expanduser())) as checkpoint:
+        if source is None:
+            return _verify(checkpoint, None, None, workers)
+        opened = open_model(source, hf_config) if isinstance(source, Path | str) else source
+        try:
+            inventory = take_inventory(opened, trust_remote_code=trust_remote_code)
+            return _verify(checkpoint, opened, inventory, workers)
+        finally:
+            if opened is not source:
+                opened.close()
+
+
+def _verify(
+    checkpoint: Checkpoint, source: Source | None, inventory: Inventory | None, workers: Workers
+) -> Report:
+    checks = CHECKS if source is not None else (*CHECKS, *completeness.CHECKS)
+    findings = [found for check in checks for found in check(checkpoint)]
+    findings += groups.check_ignore(checkpoint, _embeddings(inventory))
+    scales = sum(linear.parts["weight_scale"].nbytes for linear in checkpoint.sound)
+    workers.total = scales
+    copied, errors = 0, []
+    if source is None or inventory is None:
+        counted, found = values.check_block_scales(checkpoint, workers)
+        findings += found
+    else:
+        matching = match(checkpoint, source.tensors, inventory)
+        comparison = Comparison(checkpoint, source, workers)
+        workers.total += comparison.total_bytes(matching)
+        counted, found = values.check_block_scales(checkpoint, workers)
+        errors = comparison.errors(matching.pairs)
+        copied = len(matching.copies)
+        findings += [*found, *matching.findings, *comparison.copies(matching.copies)]
+        findings += comparison.judge(matching.pairs, errors)
+        findings += [*_config_changes(checkpoint, source), *_missing_files(checkpoint, source)]
+    return Report(
+        folder=str(checkpoint.folder),
+        source=None if source is None else str(place_of(source)),
+        quant_algo=checkpoint.quant.algo,
+        findings=tuple(sorted(findings, key=_order)),
+        counts=_counts(checkpoint, counted, copied, len(errors), workers),
+        errors=tuple(sorted(errors, key=lambda error: error.name)),
+    )
+
+
+def _order(found: Finding) -> tuple[bool, int, str, str]:
+    """Errors first, then as in the table of rules."""
+    return found.severity is Severity.WARNING, _PLACES[found.id], found.tensor, found.found
+
+
+_PLACES = {rule_id: place for place, rule_id in enumerate(RULES)}
+
+
+def _counts(
+    checkpoint: Checkpoint,
+    scales: values.ScaleCounts,
+    copied: int,
+    compared: int,
+    workers: Workers,
+) -> Counts:
+    return Counts(
+        tensors=len(checkpoint.tensors),
+        quantized_linears=len(checkpoint.linears),
+        quantized_weights=sum(outs * ins for outs, ins in (q.shape for q in checkpoint.sound)),
+        unquantized_linears=len(checkpoint.kept),
+        block_scales=scales.total,
+        zero_block_scales=scales.zero,
+        nan_block_scales=scales.nan,
+        negative_block_scales=scales.negative,
+        subnormal_block_scales=scales.subnormal,
+        input_scales=sum(INPUT_SCALE in linear.parts for linear in checkpoint.linears.values()),
+        kv_scales=sum(name.rpartition(".")[2] in KV_SCALES for name in checkpoint.tensors),
+        copied_tensors=copied,
+        compared_linears=compared,
+        bytes_read=workers.done,
+    )
+
+
+def _embeddings(inventory: Inventory | None) -> frozenset[str]:
+    """Embeddings that do not look like it by their names."""
+    if inventory is None:
+        return frozenset()
+    return frozenset(
+        key.removesuffix(".weight")
+        for key, tensor in inventory.tensors.items()
+        if tensor.role is Role.EMBEDDING
+    )
+
+
+def _config_changes(checkpoint: Checkpoint, source: Source) -> Iterator[Finding]:
+    """config.json is the source's, but for what it says of quantization."""
+    ours, theirs = (_unquantized(config) for config in (checkpoint.config, source.config))
+    wrong = sorted(_contradictions(ours, theirs))
+    if wrong:
+        yield finding("config-contradicts", CONFIG, f"differs in {', '.join(wrong[:8])}")
+    changed = sorted(
+        key
+        for key in ours.keys() | theirs.keys()
+        if ours.get(key) != theirs.get(key) and not any(x.split(".")[0] == key for x in wrong)
+    )
+    if changed:
+        yield finding("config-changed", CONFIG, f"differs in {', '.join(changed[:8])}")
+
+
+_SIZES = re.compile(r"^(num_|n_)\w+$|_(size|dim|layers|rank|heads)$|^(architectures|model_type)$")
+
+
+def _contradictions(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[str]:
+    """Sizes, counts and names of the model that both sides state, and state differently."""
+    for key in ours.keys() & theirs.keys():
+        if isinstance(ours[key], Mapping) and isinstance(theirs[key], Mapping):
+            yield from (f"{key}.{inner}" for inner in _contradictions(ours[key], theirs[key]))
+        elif _SIZES.search(key) and ours[key] != theirs[key]:
+            yield key
+
+
+def _missing_files(checkpoint: Checkpoint, source: Source) -> Iterator[Finding]:
+    """Tokenizer, chat template and the like; what they say is not compared."""
+    for path in source.side_files()[0]:
+        if not (checkpoint.folder / path).is_file():
+            yield finding("side-file-missing", path.as_posix(), "lies in the source's folder only")
+
+
+def _unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != "quantization_config"}
