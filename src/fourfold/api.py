@@ -41,7 +41,7 @@ from fourfold.run.resume import (
 )
 from fourfold.run.strategies import Observation, choose_run, origins, together
 from fourfold.sources.live.source import LiveSource
-from fourfold.sources.megatron.live import LiveMegatron, is_megatron
+from fourfold.sources.megatron import LiveMegatron, is_megatron
 from fourfold.storage.output import (
     REPORT,
     SUMMARY,

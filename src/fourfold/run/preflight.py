@@ -17,9 +17,7 @@ from fourfold.models.inventory import Inventory
 from fourfold.models.roles import Role
 from fourfold.planning import Plan
 from fourfold.sources.live.source import LiveSource
-from fourfold.sources.megatron.live import LiveMegatron, is_megatron
-from fourfold.sources.megatron.sizes import OWN
-from fourfold.sources.megatron.tensors import MegatronTensors
+from fourfold.sources.megatron import OWN, LiveMegatron, MegatronTensors, is_megatron
 from fourfold.sources.opening import open_model
 from fourfold.storage.output import OutputFolder, check_disk
 from fourfold.storage.source import Source

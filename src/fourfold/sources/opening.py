@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fourfold.errors import UsageError
-from fourfold.sources.megatron import MegatronFolder
-from fourfold.sources.megatron.metadata import iteration_folder
+from fourfold.sources.megatron import MegatronFolder, iteration_folder
 from fourfold.sources.safetensors import open_source
 from fourfold.storage.names import CONFIG
 from fourfold.storage.source import Source
