@@ -1,8 +1,9 @@
-"""What this machine has, and what this process takes of it."""
+"""The memory, cores and devices that this process may use, and the memory that it uses."""
 
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import resource
 import sys
@@ -10,31 +11,45 @@ from pathlib import Path
 
 import psutil
 
+from fourfold.distributed.cgroups import Cgroups
 from fourfold.distributed.launcher import launch
 from fourfold.errors import UsageError
 
 
-def threads_available() -> int:
-    """The cores that this process may use."""
+def threads_available(cgroups: Cgroups | None = None) -> int:
+    """Return the number of cores that this process may use.
+
+    Args:
+        cgroups: Where CPU quotas are looked up; the system's by default. A quota of 1.5 cores
+            counts as 2.
+    """
     affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    quota = (cgroups or Cgroups()).cpus()
+    return cores if quota is None else min(cores, math.ceil(quota))
 
 
-def memory_available() -> int:
-    """Bytes of memory that can be taken without swapping."""
-    return int(psutil.virtual_memory().available)
+def memory_available(cgroups: Cgroups | None = None) -> int:
+    """Return the bytes of memory that this process can take without swapping or being killed.
+
+    Args:
+        cgroups: Where memory limits are looked up; the system's by default.
+    """
+    available = int(psutil.virtual_memory().available)
+    limit = (cgroups or Cgroups()).memory_available()
+    return available if limit is None else min(available, limit)
 
 
 def resident() -> int:
-    """This process's resident memory in bytes, now."""
+    """Return this process's resident memory in bytes."""
     return int(psutil.Process().memory_info().rss)
 
 
 def peak_resident() -> int:
-    """This process's peak resident memory in bytes.
+    """Return this process's peak resident memory in bytes.
 
-    Linux's own high-water mark where there is one: `getrusage` counts the parent's memory at the
-    time of the fork, too.
+    On Linux this is the kernel's own high-water mark: `getrusage` also counts the parent's memory
+    at the time of the fork.
     """
     status = Path("/proc/self/status")
     if status.exists():
@@ -46,11 +61,15 @@ def peak_resident() -> int:
 
 
 def choose_device(device: str) -> str:
-    """A device of PyTorch's; `auto` is a CUDA device, or the CPU.
+    """Return the name of a PyTorch device, with its number.
 
-    Among several ranks of a machine, each has a CUDA device of its own, as far as there are any.
+    Each rank of a machine gets a CUDA device of its own, as far as there are enough.
 
-    Raises `UsageError` for a device that this machine lacks.
+    Args:
+        device: `cpu`, `cuda`, `cuda:N`, or `auto`: a CUDA device if there is one, else the CPU.
+
+    Raises:
+        UsageError: This machine has no such device.
     """
     import torch
 
@@ -66,21 +85,23 @@ def choose_device(device: str) -> str:
         raise UsageError(f"device {device!r}: give cpu, cuda, cuda:N or auto.")
     count = torch.cuda.device_count() if kind == "cuda" else 1
     if int(number or 0) >= count:
-        raise UsageError(f"device {device!r}: this machine has {count} such. Give cpu or auto.")
+        raise UsageError(
+            f"device {device!r}: this machine has {count} of that kind. Give cpu or auto."
+        )
     return device
 
 
 def give_back_memory() -> None:
-    """Return what was freed to the system. The C library keeps it otherwise, in pieces."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc alone
+    """Return freed memory to the system; otherwise the C library keeps it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it
     if trim is not None:
         trim(0)
 
 
 def cache_few_kernels() -> None:
-    """Let oneDNN keep few compiled kernels, unless the user has said how many.
+    """Limit the kernels that oneDNN keeps compiled, unless the user has set a limit.
 
-    It keeps 1024 by default, one for each count of tokens that an expert ever saw: half a GB, and
-    the next count is another one. It reads this when it is first used.
+    Its default is 1024, one for each number of tokens that an expert has seen: half a GB that is
+    rarely reused. oneDNN reads the variable when it is first used.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8")
