@@ -209,9 +209,14 @@ def test_a_summary_that_does_not_say_how(written: Written, tmp_path: Path) -> No
     made = tmp_path / "made"
     fourfold.quantize(written("qwen3_moe")[0], made, W4A16)
     summary = json.loads((made / "quant_summary.json").read_text())
-    for shards in (None, 7, [], [{}], [{"file": "../x", "unit": "shell", "jobs": [1]}]):
+    outside = {"file": "../x", "unit": "shell", "layer": None, "jobs": [1]}
+    for shards, message in (
+        ([], "does not say how the shards were cut"),
+        (None, r"quant_summary.json: shards: "),
+        ([outside], r"quant_summary.json: shards.0.file: "),
+    ):
         (made / "quant_summary.json").write_text(json.dumps(summary | {"shards": shards}))
-        with pytest.raises(fourfold.SourceError, match="does not say how the shards were cut"):
+        with pytest.raises(fourfold.SourceError, match=message):
             fourfold.merge([made], tmp_path / "out")
 
 

@@ -43,6 +43,7 @@ def document(
     linears.sort(key=lambda each: each["name"])
     return {
         "producer": "fourfold 0.2.0",
+        "schema_version": 1,
         "versions": {"fourfold": "0.2.0", "torch": "2.13.0", "numpy": "2.4.0"},
         "model": "Folded-30B-A3B",
         "model_type": "qwen3_moe",
@@ -65,6 +66,7 @@ def document(
         ],
         "kv_cache": [_kv_scale(dice, layer) for layer in range(layers)],
         "files": ["model-00001-of-00001.safetensors"],
+        **{name: [] for name in ("shards", "raw_tensors", "biases")},
         "linears": linears,
     }
 

@@ -31,7 +31,7 @@ from fourfold.execution import Kernels, LinearResult, Progress, folding
 from fourfold.layouts.modelopt import QUANT_CONFIG
 from fourfold.planning import Plan
 from fourfold.reporting import page_of
-from fourfold.reporting.summary import summary_of
+from fourfold.reporting.summary import summarize
 from fourfold.run.resume import Share, check_whole, identity_of, shard_entries, take_share
 from fourfold.run.strategies import Kept, Run, together
 from fourfold.storage.names import CONFIG, INDEX
@@ -228,7 +228,7 @@ def write_rest(
     source.check_unchanged()  # what was copied is of the same source, too
     if scales is not None and work.needs_calibration:
         folder.write_bytes(STATISTICS, scales.statistics.to_bytes())
-    summary = summary_of(work, linears, scales)
+    summary = summarize(work, linears, scales).to_json()
     folder.write_text(SUMMARY, summary)
     folder.write_text(REPORT, page_of(summary))
     folder.write_json(QUANT_CONFIG, work.hf_quant_config)

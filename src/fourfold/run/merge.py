@@ -20,8 +20,7 @@ from typing import Any
 from fourfold.errors import SourceError, UsageError
 from fourfold.layouts.modelopt import QUANT_CONFIG
 from fourfold.planning import Spec, cut, shard_names
-from fourfold.reporting import page_of, read_summary
-from fourfold.reporting.summary import text_of
+from fourfold.reporting import page_of
 from fourfold.run.resume import without_times
 from fourfold.storage.fingerprints import read_error
 from fourfold.storage.json_files import read_json
@@ -36,7 +35,8 @@ from fourfold.storage.output import (
     digest_of_file,
     index_of,
 )
-from fourfold.storage.run_state import REST, RUN, STATE, Journal, differences, names_in
+from fourfold.storage.quant_summary import QuantSummary, ShardEntry, read_summary
+from fourfold.storage.run_state import REST, RUN, STATE, Journal, differences, is_inside
 from fourfold.storage.safetensors_header import TensorInfo, read_header
 from fourfold.storage.units import size
 from fourfold.verification import Report, verify
@@ -106,7 +106,11 @@ def merge(
         raise UsageError("no folder to merge: give those that the nodes wrote, and then OUT.")
     rest = _same_run(parts)
     summary = read_summary(rest)
-    units = list(_units(rest, summary, _places(parts, rest, summary)))
+    if not summary.shards:
+        raise SourceError(
+            f"{rest / SUMMARY}: does not say how the shards were cut. Quantize the model again."
+        )
+    units = list(_units(summary.shards, _places(parts, summary)))
     layout = [(unit, *each) for unit in units for each in unit.cut(shards)]
     target = OutputFolder(Path(out).expanduser(), markers=[QUANT_CONFIG])
     for part in parts:
@@ -204,11 +208,9 @@ def _same_run(parts: Sequence[_Part]) -> Path:
     )
 
 
-def _places(
-    parts: Sequence[_Part], rest: Path, summary: Mapping[str, Any]
-) -> Mapping[str, tuple[Path, str | None]]:
+def _places(parts: Sequence[_Part], summary: QuantSummary) -> Mapping[str, tuple[Path, str | None]]:
     """Shard → the folder it lies in, and its digest. Raises for gaps and for duplicates."""
-    names = [str(shard["file"]) for shard in _shards_of(rest, summary)]
+    names = [shard.file for shard in summary.shards]
     if parts[0].identity is None:
         return dict.fromkeys(names, (parts[0].folder, None))
     found: dict[str, tuple[Path, str | None]] = {}
@@ -227,24 +229,6 @@ def _places(
             "Give the folder of every node."
         )
     return found
-
-
-def _shards_of(rest: Path, summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    shards = summary.get("shards")
-    try:
-        for shard in shards or [None]:
-            if not (isinstance(shard["file"], str) and isinstance(shard["unit"], str)):
-                raise TypeError
-            if not all(isinstance(count, int) and count >= 0 for count in shard["jobs"]):
-                raise TypeError
-            if Path(shard["file"]).name != shard["file"]:
-                raise TypeError
-    except (TypeError, KeyError):
-        raise SourceError(
-            f"{rest / SUMMARY}: does not say how the shards were cut, as fourfold 0.2 does. "
-            "Quantize again."
-        ) from None
-    return list(shards or ())
 
 
 @dataclass(frozen=True)
@@ -272,25 +256,24 @@ class _Unit:
 
 
 def _units(
-    rest: Path, summary: Mapping[str, Any], places: Mapping[str, tuple[Path, str | None]]
+    shards: Sequence[ShardEntry], places: Mapping[str, tuple[Path, str | None]]
 ) -> Iterator[_Unit]:
-    shards = _shards_of(rest, summary)
-    for (name, layer), group in groupby(shards, lambda x: (x["unit"], x.get("layer"))):
-        files, tensors, jobs = [], [], []
+    for (name, layer), group in groupby(shards, lambda shard: (shard.unit, shard.layer)):
+        files, tensors, jobs = [], [], list[int]()
         for shard in group:
-            folder, digest = places[shard["file"]]
-            file = folder / shard["file"]
+            folder, digest = places[shard.file]
+            file = folder / shard.file
             inside = list(read_header(file).values())  # in the order of the jobs
-            if len(inside) != sum(shard["jobs"]):
+            if len(inside) != sum(shard.jobs):
                 raise SourceError(
-                    f"{file}: holds {len(inside)} tensors, {sum(shard['jobs'])} were written. "
+                    f"{file}: holds {len(inside)} tensors, {sum(shard.jobs)} were written. "
                     "Quantize again."
                 )
             if digest is not None and digest_of_file(file) != digest:
                 raise SourceError(f"{file}: damaged since it was written. Quantize again.")
             files.append(file)
             tensors += inside
-            jobs += shard["jobs"]
+            jobs += shard.jobs
         yield _Unit(name, layer, files, tensors, jobs)
 
 
@@ -339,10 +322,10 @@ def _copy(info: TensorInfo, shard: ShardFile, files: OpenFiles) -> None:
         done += count
 
 
-def _files(rest: Path, summary: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+def _files(rest: Path, summary: QuantSummary, names: Sequence[str]) -> list[str]:
     """What the joined checkpoint consists of: other shards, the same beside them."""
-    before = {shard["file"] for shard in summary["shards"]}
-    listed = [name for name in names_in(summary) if name not in before]
+    before = {shard.file for shard in summary.shards}
+    listed = [name for name in summary.files if is_inside(name) and name not in before]
     present = [path.relative_to(rest).as_posix() for path in _walk(rest)]
     added = [name for name in present if name not in before and name not in listed]
     for name in listed:
@@ -364,22 +347,22 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 def _write_rest(
     rest: Path,
-    summary: Mapping[str, Any],
+    summary: QuantSummary,
     layout: _Layout,
     files: Sequence[str],
     target: OutputFolder,
 ) -> None:
     """Everything that is no shard; what makes it a checkpoint comes last."""
     names = shard_names(len(layout))
-    shards = [
-        {"file": name, "unit": unit.name, "layer": unit.layer, "jobs": list(jobs)}
+    shards = tuple(
+        ShardEntry(file=name, unit=unit.name, layer=unit.layer, jobs=tuple(jobs))
         for name, (unit, jobs, _) in zip(names, layout, strict=True)
-    ]
+    )
     own = {SUMMARY, REPORT, INDEX, CONFIG, *names}
     for name in files:
         if name not in own:
             target.copy(rest, Path(name))
-    text = text_of({**summary, "files": list(files), "shards": shards})
+    text = summary.model_copy(update={"files": tuple(files), "shards": shards}).to_json()
     target.write_text(SUMMARY, text)
     target.write_text(REPORT, page_of(text))
     infos = [

@@ -1,0 +1,252 @@
+"""`quant_summary.json`: the record of a quantization run that lies beside every checkpoint.
+
+The models below are the file's schema, for writing and for reading. Keys that they do not name are
+kept, so that a later version may add some; a key that is missing takes its default, so that files
+of earlier versions stay readable. Anything else that does not fit is one `SourceError` that names
+the field.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from fourfold.errors import SourceError
+from fourfold.storage.fingerprints import read_error
+from fourfold.storage.output import SUMMARY
+
+SCHEMA_VERSION = 1
+"""Raised only when a reader of the present version would misunderstand the file."""
+
+
+def _check_span(span: tuple[int, int, int]) -> tuple[int, int, int]:
+    if not (span[0] >= 0 and span[2] > 0 and len(range(*span))):
+        raise ValueError("a span needs a start, a stop beyond it and a positive step")
+    return span
+
+
+Count = Annotated[int, Field(ge=0)]
+Shape = tuple[Count, ...]
+FloatDtype = Literal["BF16", "F16", "F32"]
+Span = Annotated[tuple[int, int, int], AfterValidator(_check_span)]
+"""Start, stop and step of a range of rows or columns with at least one member."""
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
+
+
+class Ledger(_Entry):
+    """Totals: what was planned must be what was quantized."""
+
+    source_tensors: Count
+    linear_weights_planned: Count
+    linear_weights_quantized: Count
+    tensors_written: Count
+    bytes_before: Count
+    bytes_after: Count
+
+
+class RoleEntry(_Entry):
+    """All tensors of one role that were treated alike."""
+
+    role: str
+    what: str
+    """What happened to them: quantized, kept, dropped, and why."""
+    tensors: Count
+    linear_weights: Count
+    numel: Count
+    bytes_before: Count
+    bytes_after: Count
+
+
+class CalibrationEntry(_Entry):
+    """The data that activations were observed on."""
+
+    origin: str
+    digest: str
+    """SHA-256 of the token ids."""
+    samples: Count
+    seq: Count
+    """Tokens of the longest sample."""
+    tokens: Count
+    all_experts: bool = False
+    """True if every expert computed every token, routed to it or not."""
+    unreached_experts: Count = 0
+
+
+class KVCacheEntry(_Entry):
+    """The FP8 scales of one attention module's keys and values."""
+
+    name: str
+    k_scale: float
+    v_scale: float
+
+
+class ShardEntry(_Entry):
+    """A shard, and how many tensors each of its jobs wrote: it may be cut between jobs."""
+
+    file: Annotated[str, Field(pattern=r"^[^/]+$")]
+    unit: str
+    layer: Count | None
+    jobs: tuple[Count, ...]
+
+
+class ExpertsEntry(_Entry):
+    """The calibration tokens that were routed to each expert of one experts module."""
+
+    module: str
+    layer: Count | None
+    tokens: tuple[Count, ...]
+
+
+class RawTensorEntry(_Entry):
+    """A tensor of the source that the checkpoint holds only in parts."""
+
+    key: str
+    dtype: FloatDtype
+    shape: Shape
+
+
+class RawRegion(_Entry):
+    """The part of a source tensor that became a linear weight or a bias.
+
+    `expert` indexes the tensor's first dimension; `rows` and `cols` are spans of its last two
+    dimensions, or of the last one for a bias (`cols` is None). `transposed`: the source has
+    [in, out] there.
+    """
+
+    key: str
+    expert: Count | None
+    rows: Span
+    cols: Span | None
+    transposed: bool
+
+
+class BiasEntry(_Entry):
+    """A bias that was cut out of a tensor of the source. `name` lacks the `.bias`."""
+
+    name: str
+    raw: RawRegion
+
+
+class LinearEntry(_Entry):
+    """One quantized linear weight. Fields on activations are None if they were not calibrated."""
+
+    name: str
+    role: str
+    shape: Shape
+    """[out, in]."""
+    format: str = "nvfp4"
+    layer: Count | None = None
+    expert: Count | None = None
+    global_scale: float
+    amax: float
+    input_amax: float | None = None
+    input_scale: float | None = None
+    tokens: Count | None = None
+    """Calibration tokens that this weight saw."""
+    relative_error: float
+    """‖w − ŵ‖ / ‖w‖ in the Frobenius norm."""
+    dtype: FloatDtype | None = None
+    """The weight's dtype in the source."""
+    raw: RawRegion | None = None
+    """The weight's place in the source; None if it was a tensor of its own."""
+
+
+class QuantSummary(_Entry):
+    """The contents of `quant_summary.json`, its keys in the order in which they are written."""
+
+    producer: str = "fourfold"
+    schema_version: Annotated[int, Field(ge=1, le=SCHEMA_VERSION)] = SCHEMA_VERSION
+    versions: dict[str, str] = {}
+    model: str = ""
+    recipe: dict[str, Any]
+    model_type: str
+    architecture: str
+    ledger: Ledger
+    roles: tuple[RoleEntry, ...] = ()
+    calibration: CalibrationEntry | None = None
+    kv_cache: tuple[KVCacheEntry, ...] = ()
+    files: tuple[str, ...] = ()
+    """Every file of the checkpoint."""
+    shards: tuple[ShardEntry, ...] = ()
+    experts: tuple[ExpertsEntry, ...] = ()
+    raw_tensors: tuple[RawTensorEntry, ...] = ()
+    biases: tuple[BiasEntry, ...] = ()
+    linears: tuple[LinearEntry, ...]
+    """Sorted by name."""
+
+    @property
+    def title(self) -> str:
+        """The model's name, or else its architecture."""
+        return self.model or self.architecture
+
+    @property
+    def recipe_name(self) -> str:
+        """The recipe's name."""
+        return str(self.recipe.get("name", "recipe"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON: exactly the keys that were read or set."""
+        return self.model_dump(exclude_unset=True)
+
+    def to_json(self) -> str:
+        """Return the file's text. The same summary gives the same bytes.
+
+        Long lists have one entry a line, so that the file can be searched line by line.
+        """
+        document = self.to_dict()
+        lists = {name: document.pop(name, ()) for name in _ONE_ENTRY_A_LINE}
+        head = json.dumps(document, indent=2, ensure_ascii=False).removesuffix("\n}")
+        return head + "".join(_lines(name, entries) for name, entries in lists.items()) + "}\n"
+
+
+_ONE_ENTRY_A_LINE = ("shards", "experts", "raw_tensors", "biases", "linears")
+
+
+def _lines(name: str, entries: Sequence[dict[str, Any]]) -> str:
+    lines = ",\n".join(map(json.dumps, entries))
+    return f',\n  "{name}": [\n{lines}\n]' if lines else f',\n  "{name}": []'
+
+
+def read_summary(folder: str | Path) -> QuantSummary:
+    """Read the summary of the checkpoint in `folder`.
+
+    Raises:
+        SourceError: If there is no folder, no summary, or one that does not fit the schema.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        problem = "is a file" if folder.exists() else "no such folder"
+        raise SourceError(f"{folder}: {problem}. Give the folder that `fourfold quantize` wrote.")
+    summary = find_summary(folder)
+    if summary is None:
+        raise SourceError(
+            f"{folder}: no {SUMMARY}, which `fourfold quantize` writes. Other checkpoints can be "
+            "examined with `fourfold inspect` and `fourfold verify`."
+        )
+    return summary
+
+
+def find_summary(folder: Path) -> QuantSummary | None:
+    """Like `read_summary`, but None if the folder has no summary."""
+    file = folder / SUMMARY
+    if not file.is_file():
+        return None
+    try:
+        return QuantSummary.model_validate_json(file.read_bytes())
+    except OSError as error:
+        raise read_error(file, error) from error
+    except ValidationError as error:
+        raise SourceError(f"{file}: {_first_problem(error)}. Quantize the model again.") from None
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    field = ".".join(map(str, problem["loc"]))
+    return f"{field}: {problem['msg']}" if field else problem["msg"]
