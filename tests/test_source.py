@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from fourfold.errors import SourceError
-from fourfold.sources.cached import HeldTensors
+from fourfold.sources.cached import CachedTensors
 from fourfold.sources.safetensors import open_source
 from fourfold.storage.names import INDEX
 from fourfold.storage.safetensors_header import build_header, read_header
@@ -289,10 +289,10 @@ def test_stamps_tell_what_every_file_looked_like(folder: Path) -> None:
     assert stamps["config.json"].digest == digest((folder / "config.json").read_bytes())
     assert stamps[INDEX].digest == digest((folder / INDEX).read_bytes())
     assert stamps["1.safetensors"].digest == digest(header_of(folder / "1.safetensors"))
-    assert HeldTensors(source).stamps() == stamps
+    assert CachedTensors(source).stamps() == stamps
     assert stamps == open_source(folder).stamps()
     source.check_unchanged()
-    HeldTensors(source).check_unchanged()
+    CachedTensors(source).check_unchanged()
 
 
 def test_stamps_are_those_of_the_opening(folder: Path) -> None:

@@ -6,7 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,7 +23,7 @@ from fourfold.distributed.machine import (
     peak_resident,
     threads_available,
 )
-from fourfold.distributed.ranks import Alone, Ranks, joining, of_process_group
+from fourfold.distributed.ranks import Ranks
 from fourfold.errors import (
     FourfoldError,
     UsageError,
@@ -34,14 +34,13 @@ from fourfold.layouts.modelopt import QUANT_CONFIG
 from fourfold.planning import KVScales, Plan, ScaleGroup, make_plan
 from fourfold.recipes import DEFAULT_RECIPE, Recipe
 from fourfold.run.job import Job
-from fourfold.run.preflight import check_placed, check_room, opened
+from fourfold.run.preflight import check_placed, check_room
 from fourfold.run.resume import (
     forward_threads,
     parts_of,
 )
-from fourfold.run.strategies import Observation, choose_run, origins, together
-from fourfold.sources.live.source import LiveSource
-from fourfold.sources.megatron import LiveMegatron, is_megatron
+from fourfold.run.strategies import Observation, choose_run
+from fourfold.sources.opening import Model, job_ranks, opened
 from fourfold.storage.output import (
     REPORT,
     SUMMARY,
@@ -140,7 +139,7 @@ def _verdict(report: Report | None) -> str:
 
 
 def plan(
-    model: str | Path | Source | torch.nn.Module | Sequence[torch.nn.Module],
+    model: Model,
     recipe: str | Path | Recipe = DEFAULT_RECIPE,
     *,
     hf_config: str | Path | PretrainedConfig | None = None,
@@ -156,14 +155,14 @@ def plan(
     Raises `RecipeError`, `SourceError`, `ModelError` or `PlanError`.
     """
     chosen = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-    with opened(model, hf_config) as source:
+    with opened(model, hf_config, trust_remote_code=trust_remote_code) as source:
         made = make_plan(source, chosen, trust_remote_code=trust_remote_code)
         check_placed(source, made.inventory)
         return made
 
 
 def quantize(
-    model: str | Path | Source | torch.nn.Module | Sequence[torch.nn.Module],
+    model: Model,
     out: str | Path,
     recipe: str | Path | Recipe = DEFAULT_RECIPE,
     *,
@@ -234,7 +233,7 @@ def quantize(
         if on_warning is not None:
             on_warning(text)
 
-    with _sharing(model) as ranks:  # first of all: the others hear of any error
+    with job_ranks(model) as ranks:  # first of all: the others hear of any error
         _check_arguments(out, threads, device_memory, shards)
         chosen = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
         files = tuple(map(str, calib))
@@ -250,13 +249,15 @@ def quantize(
             calibration_progress,
         )
         ranks.gather("called")  # whoever fails before this leaves nobody waiting in a collective
-        with opened(model, hf_config, tokenizer, trust_remote_code) as source:
+        with opened(
+            model, hf_config, tokenizer=tokenizer, trust_remote_code=trust_remote_code
+        ) as source:
             workers = threads or max(1, threads_available() // ranks.local_size)
-            is_live = isinstance(source, LiveSource)
+            is_live = source.model is not None
             observation.check(chosen, is_live=is_live)
             folder = OutputFolder(Path(out).expanduser(), ranks.rank, markers=[QUANT_CONFIG])
-            with together(source):
-                for origin in origins(source):
+            with source.agreeing():
+                for origin in source.origin_folders:
                     folder.check(origin, overwrite=overwrite)
                 parts = parts_of(folder, ranks, shards, overwrite, source)
                 in_forward = forward_threads(folder, ranks, threads, overwrite)
@@ -281,7 +282,7 @@ def quantize(
                 kernels = _told(kernels, failures, on_kernels, warn)
             run = choose_run(work, source, observation, folder.folder, ranks)
             job = Job(work, source, folder, run, ranks, kernels)
-            with together(source):
+            with source.agreeing():
                 if run.is_writer and ranks.size == 1:
                     folder.check_continues(job.identity, overwrite=overwrite)
             if on_begin is not None:
@@ -358,7 +359,7 @@ def _verify_written(
     trust_remote_code: bool,
 ) -> Report:
     """Read the output back; against the source, unless that is on several ranks of its own."""
-    is_readable = not (isinstance(source, LiveSource) and source.is_sharded)
+    is_readable = not source.is_sharded
     report = verify(
         folder.folder,
         source=source if is_readable else None,
@@ -369,14 +370,6 @@ def _verify_written(
     if is_readable:
         _check_ledger(work, linears, report, folder)
     return report
-
-
-def _sharing(model: Any) -> AbstractContextManager[Ranks]:
-    """The ranks of this job. Those of a transformers model in memory are its own affair."""
-    if isinstance(model, LiveMegatron) or is_megatron(model):
-        return joining(of_process_group())
-    is_live = isinstance(model, torch.nn.Module | LiveSource)
-    return nullcontext(Alone()) if is_live else joining()
 
 
 def _threads_to_verify(workers: int, ranks: Ranks) -> int:

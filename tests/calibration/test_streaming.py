@@ -32,7 +32,7 @@ from fourfold.calibration.parking import Parking
 from fourfold.calibration.streaming import StreamedModel
 from fourfold.errors import ModelError
 from fourfold.models.internals import runnable
-from fourfold.sources.cached import HeldTensors
+from fourfold.sources.cached import CachedTensors
 from fourfold.sources.safetensors import open_source
 from fourfold.storage.safetensors_header import TORCH_DTYPES
 
@@ -331,8 +331,8 @@ def test_bytes_of_a_held_tensor_are_read_once(dtype: str, shape: Any, tmp_path: 
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
     source = open_source(tmp_path)
-    held, nbytes = HeldTensors(source), source.tensors["held"].nbytes
-    held.whole("held")
+    held, nbytes = CachedTensors(source), source.tensors["held"].nbytes
+    held.read("held")
     source.close()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(source, "_read", boom)
@@ -447,7 +447,7 @@ class Trouble:
         }
         if self.where == "while layer 1 is read":
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(self.streamed.held, "whole", partial(self._read, "layers.1."))
+                patch.setattr(self.streamed.held, "read", partial(self._read, "layers.1."))
                 yield
             return
         if self.where not in modules:
@@ -464,7 +464,7 @@ class Trouble:
     def _read(self, part: str, key: str) -> torch.Tensor:
         if part in key:
             self._at(3)
-        return HeldTensors.whole(self.streamed.held, key)
+        return CachedTensors.read(self.streamed.held, key)
 
     def resume(self, number: int) -> None:
         if self.where == "on_resume":

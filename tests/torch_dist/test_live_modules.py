@@ -162,11 +162,11 @@ def test_who_has_most_of_a_shard_writes_it(written: Written) -> None:
 def test_what_is_near(made: Callable[..., tuple[Any, Path]]) -> None:
     model, folder = made()
     with closing(LiveMegatron(model, folder)) as live:
-        assert live.spread == 1
+        assert live.ranks_per_layer == 1
         slabs = [(key, 0, info.shape[0]) for key, info in live.tensors.items()]
-        assert live.nearness(slabs) == [sum(info.nbytes for info in live.tensors.values())]
+        assert live.rank_affinity(slabs) == [sum(info.nbytes for info in live.tensors.values())]
         key = "model.embed_tokens.weight"
-        assert live.nearness([(key, 3, 5)]) == [2 * 2 * live.tensors[key].shape[1]]
+        assert live.rank_affinity([(key, 3, 5)]) == [2 * 2 * live.tensors[key].shape[1]]
 
 
 def test_wrapped_and_in_chunks(made: Callable[..., tuple[Any, Path]], written: Written) -> None:

@@ -34,7 +34,7 @@ from fourfold.models.internals import output_embeddings, runnable
 from fourfold.models.module_tree import ModuleTree
 from fourfold.models.watching import unwatchable
 from fourfold.planning import Plan
-from fourfold.sources.cached import HeldTensors
+from fourfold.sources.cached import CachedTensors
 from fourfold.storage.source import Source
 
 END = -1
@@ -107,7 +107,7 @@ class Calibration:
         self.scales = ActivationScales(plan, self.statistics)
 
     @property
-    def held(self) -> HeldTensors:
+    def held(self) -> CachedTensors:
         """The source, with the present layer's tensors in memory."""
         return self.streamed.held
 

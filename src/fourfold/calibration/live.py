@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from fourfold.calibration.data import CalibrationData, digest_batch
@@ -31,16 +30,16 @@ from fourfold.calibration.layerwise import (
 from fourfold.calibration.observers import Observers
 from fourfold.calibration.scales import ActivationScales, model_summary
 from fourfold.calibration.statistics import DataSummary, Statistics, data_summary, merged
-from fourfold.errors import FourfoldError, ObservationError
+from fourfold.errors import ObservationError
 from fourfold.models.internals import runnable
 from fourfold.planning import Plan, raw_keys
-from fourfold.sources.live.source import LiveSource
+from fourfold.storage.source import Source
 
 ForwardLoop = Callable[[Any], object]
 """Calls the model on calibration data, as often as it likes."""
 
 
-def units_of(plan: Plan, source: LiveSource) -> Iterator[int | None]:
+def units_of(plan: Plan, source: Source) -> Iterator[int | None]:
     """Every decoder layer, then the shell (None); each in memory while it is the present one."""
     for layer in (*range(len(plan.inventory.layer_paths)), None):
         shards = (plan.shards[number] for number in plan.shards_of(layer))
@@ -54,14 +53,14 @@ def units_of(plan: Plan, source: LiveSource) -> Iterator[int | None]:
 
 
 def observe_live(
-    plan: Plan, source: LiveSource, forward_loop: ForwardLoop | CalibrationData
+    plan: Plan, source: Source, forward_loop: ForwardLoop | CalibrationData
 ) -> ActivationScales:
     """Run the caller's loop, or calibration data, with observers attached; the scales of that.
 
     The model is in evaluation mode meanwhile, and without gradients; afterwards it is as before.
     Raises what the loop raises, and `ObservationError` where an input site saw nothing.
     """
-    with agreeing(source):
+    with source.agreeing():
         statistics = _observed(plan, source, forward_loop)
     if source.is_sharded:
         statistics = merged(_of_all_ranks(source, statistics))
@@ -72,7 +71,7 @@ def observe_live(
 
 
 def _observed(
-    plan: Plan, source: LiveSource, forward_loop: ForwardLoop | CalibrationData
+    plan: Plan, source: Source, forward_loop: ForwardLoop | CalibrationData
 ) -> Statistics:
     """What this process saw."""
     seen, all_experts = _Seen(), plan.recipe.calibration.all_experts
@@ -83,7 +82,7 @@ def _observed(
         else forward_loop
     )
     with _evaluating(source.model), ExitStack() as stack:
-        observers = stack.enter_context(observing(plan, source.model, source.tree))
+        observers = stack.enter_context(observing(plan, source.model, source.module_tree))
         stack.enter_context(_watching_calls(plan, source, observers, seen))
         loop(source.model)
     if not seen.samples:
@@ -99,7 +98,7 @@ def _observed(
     return statistics
 
 
-def _read(source: LiveSource, data: CalibrationData, model: Any) -> None:
+def _read(source: Source, data: CalibrationData, model: Any) -> None:
     """Call the model on calibration data. On every rank all of it, where several share the model:
     its layers are brought together for a call, and what is found is then the same everywhere."""
     part = runnable(model)
@@ -151,7 +150,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _watching_calls(
-    plan: Plan, source: LiveSource, observers: Observers, seen: _Seen
+    plan: Plan, source: Source, observers: Observers, seen: _Seen
 ) -> Iterator[None]:
     """See each call's ids and mask; where the KV cache is calibrated, its keys and values."""
     present = [""]
@@ -201,27 +200,7 @@ def _mask_of(ids: Any, mask: Any) -> torch.Tensor | None:
     return mask[:, -ids.shape[1] :]
 
 
-def _of_all_ranks(source: LiveSource, statistics: Statistics) -> list[Statistics]:
-    everyone: list[bytes] = [b""] * source.world_size
-    dist.all_gather_object(everyone, statistics.to_bytes(), group=source.group)
-    found = [Statistics.from_bytes(each) for each in everyone]
+def _of_all_ranks(source: Source, statistics: Statistics) -> list[Statistics]:
+    found = [Statistics.from_bytes(each) for each in source.gather(statistics.to_bytes())]
     same = all(each.data.digest == found[0].data.digest for each in found)
     return found[:1] if same else found  # all that read the same text: it counts once
-
-
-@contextmanager
-def agreeing(source: LiveSource) -> Iterator[None]:
-    """Within, an error of one rank becomes one of all ranks, instead of a wait without end."""
-    error: BaseException | None = None
-    try:
-        yield
-    except Exception as caught:
-        error = caught
-    if source.is_sharded:
-        everyone: list[str | None] = [None] * source.world_size
-        dist.all_gather_object(everyone, None if error is None else str(error), group=source.group)
-        failed = [(rank, text) for rank, text in enumerate(everyone) if text is not None]
-        if failed and error is None:
-            raise FourfoldError(f"rank {failed[0][0]}: {failed[0][1]}")
-    if error is not None:
-        raise error

@@ -39,7 +39,7 @@ from fourfold.errors import ModelError
 from fourfold.models.internals import Conversion, LazyTensor, build_model, load_tensors
 from fourfold.models.module_tree import ModuleTree, describe
 from fourfold.models.roles import TOWER
-from fourfold.sources.cached import HeldTensors
+from fourfold.sources.cached import CachedTensors
 from fourfold.storage.source import Source
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -74,7 +74,7 @@ class StreamedModel:
             they are tied to the input embeddings, freed with those.
         """
         cache_few_kernels()
-        self.held = HeldTensors(source)
+        self.held = CachedTensors(source)
         self.device, self.dtype = torch.device(device), dtype or main_dtype(source)
         self._has_head = head
         self.model = build_model(
@@ -93,7 +93,7 @@ class StreamedModel:
     def load(self, layer: int | None) -> None:
         """Load a decoder layer, or the shell for None."""
         keys = self._keys[layer]
-        lazy = {key: LazyTensor(partial(self.held.whole, key)) for key in keys}
+        lazy = {key: LazyTensor(partial(self.held.read, key)) for key in keys}
         load_tensors(self.tree.conversion, lazy, device=self.device, dtype=self.dtype)
         if layer is None:
             self.model.tie_weights()

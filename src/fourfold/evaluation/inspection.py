@@ -117,5 +117,5 @@ def _kinds(
 
 
 def _scales(source: SafetensorsFolder, infos: Iterable[TensorInfo]) -> tuple[float, float]:
-    values = [float(source.slab(info.key, 0, 1).reshape(())) for info in infos]
+    values = [float(source.read(info.key).reshape(())) for info in infos]
     return min(values), max(values)

@@ -47,7 +47,7 @@ from fourfold.planning.tensor_parallel import marlin_note, tensor_parallel
 from fourfold.recipes import Recipe
 from fourfold.storage.names import CONFIG, INDEX
 from fourfold.storage.output import REPORT, STATISTICS, SUMMARY
-from fourfold.storage.source import Source, place_of
+from fourfold.storage.source import Source
 from fourfold.storage.units import plain, size
 
 
@@ -302,7 +302,7 @@ def make_plan(
     check_kept(kept)
     copied, dropped = _side_files(source)
     return Plan(
-        source=place_of(source),
+        source=source.place,
         recipe=recipe,
         inventory=inventory,
         rows=rows,
@@ -311,7 +311,7 @@ def make_plan(
         side_files=tuple(copied),
         dropped_files=tuple(dropped),
         notes=(
-            *getattr(source, "notes", ()),  # of a live model: where its names come from
+            *source.notes,
             *_notes(inventory, quantized, dropped, selection.kv_notes()),
         ),
         tensor_parallel=tensor_parallel(quantized, source.config),

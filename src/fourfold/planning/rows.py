@@ -123,6 +123,6 @@ def slabs_of(job: Job) -> Iterator[tuple[str, int, int]]:
         case ExpertBias():
             yield (job.region.key, *job.region.slab)
         case RawTensor():
-            yield (job.info.key, 0, job.info.shape[0] if job.info.shape else 1)
+            yield (job.info.key, 0, job.info.rows)
         case KVScales():
             pass

@@ -88,7 +88,7 @@ def deal(
     shards: Sequence[Shard],
     unfinished: Iterable[int],
     ranks: int,
-    nearness: Callable[[Shard], Sequence[int]] | None = None,
+    nearness: Callable[[Shard], Sequence[int] | None] = lambda shard: None,
 ) -> list[list[int]]:
     """The shards' numbers for each rank: even within each unit, and over all of them.
 
@@ -102,7 +102,7 @@ def deal(
     for numbers in units.values():
         here = [0] * ranks
         for number in sorted(numbers, key=lambda number: (-effort(shards[number].tensors), number)):
-            near = [0] * ranks if nearness is None else nearness(shards[number])
+            near = nearness(shards[number]) or [0] * ranks
             rank = min(range(ranks), key=lambda rank: (-near[rank], here[rank], totals[rank], rank))
             here[rank] += effort(shards[number].tensors)
             totals[rank] += effort(shards[number].tensors)

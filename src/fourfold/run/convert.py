@@ -28,12 +28,13 @@ from fourfold.models.inventory import take_inventory
 from fourfold.planning import COPY_BYTES, Action, Plan, Row, lay_out
 from fourfold.recipes import Recipe
 from fourfold.run.job import Job
-from fourfold.run.preflight import check_placed, check_room, opened
-from fourfold.run.strategies import AtOnce, origins
+from fourfold.run.preflight import check_placed, check_room
+from fourfold.run.strategies import AtOnce
+from fourfold.sources.opening import opened
 from fourfold.sources.safetensors import SafetensorsFolder
 from fourfold.storage.names import CONFIG, INDEX
 from fourfold.storage.output import OutputFolder, index_of
-from fourfold.storage.source import Source, place_of
+from fourfold.storage.source import Source
 from fourfold.storage.units import size
 
 
@@ -99,8 +100,8 @@ def convert(
         threads or threads_available(),
         OutputFolder(Path(out).expanduser(), markers=[QUANT_CONFIG]),
     )
-    with opened(model, hf_config) as source:
-        for origin in origins(source):
+    with opened(model, hf_config, trust_remote_code=trust_remote_code) as source:
+        for origin in source.origin_folders:
             folder.check(origin, overwrite=overwrite)
         plan = plan_conversion(source, shards or 1, trust_remote_code)
         kernels = Kernels.none(workers)
@@ -136,7 +137,7 @@ def plan_conversion(source: Source, parts: int, trust_remote_code: bool) -> Conv
     kept = list(inventory.tensors.values())
     copied, dropped = source.side_files()
     return ConversionPlan(
-        source=place_of(source),
+        source=source.place,
         recipe=Recipe.model_construct(name="convert", description="nothing is quantized"),
         inventory=inventory,
         rows=tuple(
@@ -150,7 +151,7 @@ def plan_conversion(source: Source, parts: int, trust_remote_code: bool) -> Conv
         ignore=(),
         side_files=tuple(copied),
         dropped_files=tuple(dropped),
-        notes=tuple(getattr(source, "notes", ())),
+        notes=source.notes,
         tensor_parallel={},
         parts=parts,
     )  # fmt: skip

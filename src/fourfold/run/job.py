@@ -33,7 +33,7 @@ from fourfold.planning import Plan
 from fourfold.reporting import page_of
 from fourfold.reporting.summary import summarize
 from fourfold.run.resume import Share, check_whole, identity_of, shard_entries, take_share
-from fourfold.run.strategies import Kept, Run, together
+from fourfold.run.strategies import Kept, Run
 from fourfold.storage.names import CONFIG, INDEX
 from fourfold.storage.output import REPORT, STATISTICS, SUMMARY, OutputFolder, index_of
 from fourfold.storage.run_state import REST
@@ -96,7 +96,7 @@ class Job:
         """
         try:
             self.share = Share.of_all(self.work)
-            with together(self.source):
+            with self.source.agreeing():
                 if self.run.is_writer:
                     self.share = take_share(
                         self.work,
@@ -111,7 +111,7 @@ class Job:
                 on_resume(self.share.finished, len(self.work.shards))
             self._fold(progress)
             self.ranks.gather("folded")
-            with together(self.source):
+            with self.source.agreeing():
                 linears = self._finish() if self.run.is_writer else []
         except BaseException as error:
             self._stop(error, overwrite)
@@ -136,10 +136,10 @@ class Job:
             closing(self.run.steps(kept)) as steps,
         ):
             for shards in steps:
-                with together(self.source):
+                with self.source.agreeing():
                     if self.run.is_writer:
                         folded.run(shards)
-            with together(self.source):
+            with self.source.agreeing():
                 folded.finish()
 
     def _note_observed(self, layer: int | None, found: Statistics) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,8 +95,7 @@ def parts_of(
     one for each rank; of a model whose layers lie on some of the ranks, one for each of these."""
     begun = _begun(folder, overwrite, "shards", "for each layer")
     known = [parts for parts in ranks.gather(begun) if parts is not None]
-    spread: int = getattr(source, "spread", ranks.size)
-    return wanted or (known[0] if known else spread)
+    return wanted or (known[0] if known else source.ranks_per_layer or ranks.size)
 
 
 def forward_threads(
@@ -149,8 +148,12 @@ def take_share(
         for entry in each["observed"]
         if (found := _observed(entry)) is not None
     )
+
+    def nearness(shard: Shard) -> Sequence[int] | None:
+        return source.rank_affinity(slab for job in shard.jobs for slab in slabs_of(job))
+
     unfinished = [number for number, name in enumerate(plan.shard_names) if name not in done]
-    mine = deal(plan.shards, unfinished, ranks.size, _nearness(source))[ranks.rank]
+    mine = deal(plan.shards, unfinished, ranks.size, nearness)[ranks.rank]
     return Share(mine, len(done), kept, leaders)
 
 
@@ -158,15 +161,6 @@ def _plan_of(plan: Plan) -> dict[str, Any]:
     """What ranks must have the same, where the source is no folder."""
     recipe: Any = json.loads(json.dumps(plan.recipe.model_dump(mode="json")))
     return {"versions": versions(), "recipe": recipe, "plan": plan.digest}
-
-
-def _nearness(source: Source) -> Callable[[Shard], Sequence[int]] | None:
-    """Bytes of a shard's source that each rank has in memory; None where they lie in files."""
-    near: Callable[[list[tuple[str, int, int]]], Sequence[int]] | None
-    near = getattr(source, "nearness", None)
-    if near is None:
-        return None
-    return lambda shard: near([slab for job in shard.jobs for slab in slabs_of(job)])
 
 
 def _check_same(ranks: Ranks, identity: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ import torch
 
 from fourfold.calibration.data import CalibrationData, CalibrationOptions, load_calibration
 from fourfold.calibration.layerwise import Calibration, CalibrationProgress
-from fourfold.calibration.live import ForwardLoop, agreeing, observe_live, units_of
+from fourfold.calibration.live import ForwardLoop, observe_live, units_of
 from fourfold.calibration.scales import ActivationScales
 from fourfold.calibration.statistics import Statistics
 from fourfold.distributed.machine import choose_device, memory_available
@@ -26,7 +26,6 @@ from fourfold.distributed.ranks import Ranks
 from fourfold.errors import PlanError, UsageError
 from fourfold.planning import Plan
 from fourfold.recipes import Recipe
-from fourfold.sources.live.source import LiveSource
 from fourfold.storage.output import free_bytes
 from fourfold.storage.source import Source
 from fourfold.storage.units import size
@@ -138,30 +137,18 @@ class Live:
 
     identity: Mapping[str, Any] = {}  # such a run cannot go on
 
-    def __init__(self, plan: Plan, source: LiveSource, scales: ActivationScales | None) -> None:
-        self.plan, self.live = plan, source
-        self.source: Source = source
+    def __init__(self, plan: Plan, source: Source, scales: ActivationScales | None) -> None:
+        self.plan, self.source = plan, source
         self.scales = scales
         self.is_writer = source.rank == 0
 
     def steps(self, kept: Kept) -> Generator[Sequence[int]]:
-        for layer in units_of(self.plan, self.live):
+        for layer in units_of(self.plan, self.source):
             yield self.plan.shards_of(layer)
 
 
 def _digest(statistics: Statistics) -> str:
     return hashlib.sha256(statistics.to_bytes()).hexdigest()
-
-
-def together(source: Source) -> AbstractContextManager[None]:
-    """Within, an error of one rank that shares a live model is one of all of them."""
-    return agreeing(source) if isinstance(source, LiveSource) else nullcontext()
-
-
-def origins(source: Source) -> tuple[Path, ...]:
-    """The folders that a source reads from: OUT may lie in none of them."""
-    found: tuple[Path, ...] = getattr(source, "origin_folders", (source.folder,))
-    return found
 
 
 def choose_run(
@@ -175,9 +162,9 @@ def choose_run(
     scales = None
     if observation.given is not None:
         scales = _given_scales(plan, observation.given)
-    if isinstance(source, LiveSource):
+    if source.model is not None:
         if plan.needs_calibration and scales is None:
-            with agreeing(source):
+            with source.agreeing():
                 loop = observation.forward_loop or _data(plan, source, observation)
             scales = observe_live(plan, source, loop)
         return Live(plan, source, scales)
@@ -238,7 +225,7 @@ def _data(plan: Plan, source: Source, observation: Observation) -> CalibrationDa
         vocab_size=plan.inventory.vocab_size,
         max_positions=plan.inventory.max_positions,
         trust_remote_code=observation.trust_remote_code,
-        no_tokenizer=getattr(source, "no_tokenizer", None),
+        no_tokenizer=source.tokenizer_hint,
     )
     if observation.on_data is not None:
         observation.on_data(data)

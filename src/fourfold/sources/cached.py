@@ -1,6 +1,6 @@
-"""A source that holds what was read of the present unit, so that the disk is read once.
+"""A source that keeps the tensors of the present layer in memory, so that they are read once.
 
-Calibration runs a layer, then the fold quantizes it: both take the same raw tensors.
+Calibration runs a layer, and then the layer is quantized: both read the same raw tensors.
 """
 
 from __future__ import annotations
@@ -8,68 +8,55 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
 from fourfold.storage.fingerprints import FileStamp
-from fourfold.storage.safetensors_header import TensorInfo
-from fourfold.storage.source import Source
+from fourfold.storage.source import Bytes, Source
 
 
-class HeldTensors:
+class CachedTensors(Source):
     """Another source, with some of its tensors in memory. Safe for many threads."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self._held: dict[str, torch.Tensor] = {}
+        self.folder, self.config, self.tensors = source.folder, source.config, source.tensors
+        self.trust_remote_code = source.trust_remote_code
+        self._cache: dict[str, torch.Tensor] = {}
         self._lock = threading.Lock()
 
-    @property
-    def folder(self) -> Path:
-        return self.source.folder
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        return self.source.config
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        return self.source.tensors
-
-    def whole(self, key: str) -> torch.Tensor:
-        """All of a tensor; held until `release`. It must not be changed."""
-        if key not in self._held:
-            shape = self.tensors[key].shape
-            tensor = self.source.slab(key, 0, shape[0] if shape else 1)
+    def read(self, key: str) -> torch.Tensor:
+        """Return the whole tensor, and keep it until `release`. It must not be changed."""
+        if key not in self._cache:
+            tensor = self.source.read(key)
             with self._lock:
-                self._held[key] = tensor
-        return self._held[key]
+                self._cache[key] = tensor
+        return self._cache[key]
 
     def release(self) -> None:
-        """Hold nothing any more."""
+        """Forget all tensors."""
         with self._lock:
-            self._held.clear()
+            self._cache.clear()
 
-    def slab(
-        self, key: str, start: int, stop: int, out: np.ndarray[Any, Any] | None = None
-    ) -> torch.Tensor:
-        held = self._held.get(key)
-        if held is None:
+    def slab(self, key: str, start: int, stop: int, out: Bytes | None = None) -> torch.Tensor:
+        tensor = self._cache.get(key)
+        if tensor is None:
             return self.source.slab(key, start, stop, out)
-        return held[start:stop] if held.ndim else held
+        rows = tensor[start:stop] if tensor.ndim else tensor
+        if out is None:
+            return rows
+        return torch.from_numpy(out).view(rows.dtype).view(rows.shape).copy_(rows)
 
-    def read_bytes(self, key: str, start: int, out: np.ndarray[Any, Any]) -> None:
-        held = self._held.get(key)
-        if held is None:
+    def read_bytes(self, key: str, start: int, out: Bytes) -> None:
+        tensor = self._cache.get(key)
+        if tensor is None:
             self.source.read_bytes(key, start, out)
-            return
-        data = held.reshape(-1).view(torch.uint8).numpy()
-        out[:] = data[start : start + len(out)]
+        else:
+            data = tensor.reshape(-1).view(torch.uint8).numpy()
+            out[:] = data[start : start + len(out)]
 
     def will_need(self, key: str, start: int, stop: int) -> None:
-        if key not in self._held:
+        if key not in self._cache:
             self.source.will_need(key, start, stop)
 
     def side_files(self) -> tuple[list[Path], list[Path]]:

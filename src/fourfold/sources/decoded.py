@@ -46,11 +46,12 @@ from fourfold.storage.fingerprints import FileStamp
 from fourfold.storage.json_files import read_json
 from fourfold.storage.output import REPORT, STATISTICS, SUMMARY
 from fourfold.storage.safetensors_header import TORCH_DTYPES, TensorInfo, nbytes_of
+from fourfold.storage.source import Bytes, Source
 
 FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
-class DequantizedFolder:
+class DequantizedFolder(Source):
     """A folder in the ModelOpt layout, dequantized. Safe for many threads."""
 
     def __init__(self, out: str | Path, *, dtype: torch.dtype | None = None) -> None:
@@ -60,13 +61,13 @@ class DequantizedFolder:
         holds no NVFP4 weight, or holds what cannot be dequantized.
         """
         self._packed = open_source(out)
-        self.folder: Path = self._packed.folder
-        self.config: Mapping[str, Any] = _without_quantization(self._packed.config)
+        self.folder = self._packed.folder
+        self.config = _without_quantization(self._packed.config)
         self.linears: Mapping[str, tuple[int, int]] = _find_linears(self._packed)
         """Every linear layer in NVFP4 by its name: [out, in]."""
         layout = _Layout(self._packed, self.linears, dtype)
         self._pieces = layout.pieces
-        self.tensors: Mapping[str, TensorInfo] = layout.tensors
+        self.tensors = layout.tensors
         self._global_scales: dict[str, float] = {}
 
     @cached_property
@@ -79,9 +80,7 @@ class DequantizedFolder:
             if name in self._packed.tensors
         }
 
-    def slab(
-        self, key: str, start: int, stop: int, out: np.ndarray[Any, Any] | None = None
-    ) -> torch.Tensor:
+    def slab(self, key: str, start: int, stop: int, out: Bytes | None = None) -> torch.Tensor:
         pieces = self._pieces.get(key)
         if pieces is None:
             return self._packed.slab(key, start, stop, out)
@@ -93,15 +92,11 @@ class DequantizedFolder:
             self._fill(slab, start, piece)
         return slab
 
-    def read_bytes(self, key: str, start: int, out: np.ndarray[Any, Any]) -> None:
-        if key not in self._pieces:
+    def read_bytes(self, key: str, start: int, out: Bytes) -> None:
+        if key in self._pieces:
+            super().read_bytes(key, start, out)
+        else:
             self._packed.read_bytes(key, start, out)
-            return
-        info = self.tensors[key]
-        row = info.nbytes // info.shape[0]
-        first, last = start // row, -(-(start + len(out)) // row)
-        data = self.slab(key, first, last).reshape(-1).view(torch.uint8).numpy()
-        out[:] = data[start - first * row :][: len(out)]
 
     def will_need(self, key: str, start: int, stop: int) -> None:
         if key not in self._pieces:
@@ -158,8 +153,7 @@ class DequantizedFolder:
         return self._global_scales[linear]
 
     def _scalar(self, name: str) -> float:
-        shape = self._packed.tensors[name].shape
-        value = float(self._packed.slab(name, 0, shape[0] if shape else 1))
+        value = float(self._packed.read(name))
         if not (math.isfinite(value) and value > 0):
             raise SourceError(
                 f"{name}: {value}; a scale must be positive and finite. Quantize the model again."

@@ -7,7 +7,6 @@ import stat
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from fourfold.storage.json_files import DOWNLOAD, list_folder, plain_name, read_
 from fourfold.storage.names import INDEX, OTHER_WEIGHTS, OWN_FILES, SINGLE, WEIGHT_SUFFIXES
 from fourfold.storage.open_files import OpenFiles
 from fourfold.storage.safetensors_header import TensorInfo, read_header, shown
+from fourfold.storage.source import Bytes, Source
 
 OTHER_INDEX = "The index belongs to another checkpoint: download it again."
 
@@ -25,22 +25,20 @@ READ_AHEAD = 1 << 26
 """Bytes that the disk is told of at once: jobs follow each other in a file."""
 
 
-class SafetensorsFolder:
+class SafetensorsFolder(Source):
     """A directory of safetensors, one file or several with an index. Safe for many threads."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._stamps = Stamps()
-        self.config: dict[str, Any] = read_config(folder, self._stamps)
-        self.tensors: dict[str, TensorInfo] = _read_tensors(folder, self._stamps)
+        self.config = read_config(folder, self._stamps)
+        self.tensors = _read_tensors(folder, self._stamps)
         shards = frozenset(info.file for info in self.tensors.values())
         self._side_files = find_side_files(folder, shards, self._stamps)
         self._files = OpenFiles(self._open)
         self._hinted: dict[Path, tuple[int, int]] = {}
 
-    def slab(
-        self, key: str, start: int, stop: int, out: np.ndarray[Any, Any] | None = None
-    ) -> torch.Tensor:
+    def slab(self, key: str, start: int, stop: int, out: Bytes | None = None) -> torch.Tensor:
         info = self.tensors[key]
         first, last = _byte_range(info, start, stop)
         shape = (stop - start, *info.shape[1:]) if info.shape else ()
@@ -50,7 +48,7 @@ class SafetensorsFolder:
         self._read(info, first, buffer.data.cast("B"))
         return torch.from_numpy(buffer).view(info.torch_dtype).reshape(shape)
 
-    def read_bytes(self, key: str, start: int, out: np.ndarray[Any, Any]) -> None:
+    def read_bytes(self, key: str, start: int, out: Bytes) -> None:
         info = self.tensors[key]
         self._read(info, info.start + start, out.data.cast("B"))
 
@@ -103,10 +101,7 @@ class SafetensorsFolder:
 
 
 def _byte_range(info: TensorInfo, start: int, stop: int) -> tuple[int, int]:
-    if not info.shape or not info.shape[0]:
-        return info.start, info.stop
-    row = info.nbytes // info.shape[0]
-    return info.start + start * row, info.start + stop * row
+    return info.start + start * info.row_bytes, info.start + stop * info.row_bytes
 
 
 def find_side_files(

@@ -73,6 +73,16 @@ class TensorInfo:
         return math.prod(self.shape)
 
     @property
+    def rows(self) -> int:
+        """The size of the first dimension; a scalar has one row."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row; of the whole tensor if it has none."""
+        return self.nbytes // (self.rows or 1)
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         try:
             return TORCH_DTYPES[self.dtype]

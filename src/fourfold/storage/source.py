@@ -1,66 +1,226 @@
-"""A checkpoint seen as Hugging Face names and lazy tensors: the `Source` interface.
+"""A checkpoint seen as Hugging Face names and lazy tensors: the `Source` base class.
 
-Everything above it knows no other view of a model. Its members are in `fourfold.sources`.
+Everything above this module sees a model only through `Source`. Its members are in
+`fourfold.sources`: folders of safetensors, Megatron checkpoints, models in memory, and quantized
+checkpoints that are decoded while they are read.
 
 A tensor is read by **slabs**: a range of its first dimension, which is one run of bytes. One expert
-of a fused parameter is a slab, and so are some rows of a matrix, and the whole.
+of a fused parameter is a slab, and so are some rows of a matrix, and the whole tensor.
+
+A member must implement `slab`, `side_files`, `stamps`, `check_unchanged` and `close`. Everything
+else has a default that suits a checkpoint on disk which every rank can read by itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from fourfold.distributed.ranks import Ranks, joining
 from fourfold.storage.fingerprints import FileStamp
 from fourfold.storage.safetensors_header import TensorInfo
 
+Bytes = npt.NDArray[np.uint8]
+"""A contiguous, one-dimensional buffer."""
 
-class Source(Protocol):
-    """A checkpoint: names, shapes, dtypes, lazy slabs, and the files beside the weights."""
+Slab = tuple[str, int, int]
+"""A raw tensor's name, the first row of the slab, and the row after its last."""
 
-    @property
-    def folder(self) -> Path:
-        """Where config, tokenizer and custom code lie."""
 
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """The source's config.json, as it is."""
+class Source(ABC):
+    """A checkpoint: names, shapes, dtypes, lazy slabs, and the files beside the weights.
 
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """Every tensor by its raw key, in the order of the keys' files."""
+    Attributes:
+        folder: The directory that holds config.json, the tokenizer and custom code.
+        config: The content of config.json, as the model's architecture is built from it.
+        tensors: Every tensor by its raw key, in the order in which the keys lie in their files.
+        trust_remote_code: True if code that the checkpoint brings may run.
+    """
 
-    def slab(
-        self, key: str, start: int, stop: int, out: np.ndarray[Any, Any] | None = None
-    ) -> torch.Tensor:
-        """Rows `start:stop` of the first dimension of `key`, into `out` (uint8) where given."""
+    folder: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    trust_remote_code: bool = False
 
-    def read_bytes(self, key: str, start: int, out: np.ndarray[Any, Any]) -> None:
-        """Fill `out` (uint8) with bytes of `key`, from byte `start` on, whatever its dtype."""
+    # ------------------------------------------------------------------------------ reading
 
-    def will_need(self, key: str, start: int, stop: int) -> None:
-        """A hint that this slab will be read soon."""
+    @abstractmethod
+    def slab(self, key: str, start: int, stop: int, out: Bytes | None = None) -> torch.Tensor:
+        """Read rows `start:stop` of the first dimension of a tensor. Safe for many threads.
 
+        Args:
+            key: The tensor's raw key.
+            start: The first row. A scalar has one row.
+            stop: The row after the last.
+            out: A buffer of exactly the slab's size in bytes. The rows are then written into it,
+                and the returned tensor is a view of it. Without one the source may return a view
+                of memory that it owns, which must not be changed.
+
+        Returns:
+            The rows, contiguous, in the dtype of `tensors[key]`.
+        """
+
+    def read(self, key: str) -> torch.Tensor:
+        """Return the whole tensor; it must not be changed."""
+        return self.slab(key, 0, self.tensors[key].rows)
+
+    def read_bytes(self, key: str, start: int, out: Bytes) -> None:
+        """Fill `out` with bytes of a tensor, from byte `start` on, whatever its dtype."""
+
+        def read_rows(first: int, last: int, rows: Bytes) -> None:
+            self.slab(key, first, last, rows)
+
+        read_rounded(read_rows, self.tensors[key].row_bytes, start, out)
+
+    def will_need(self, key: str, start: int, stop: int) -> None:  # noqa: B027  # a hook
+        """Say that this slab will be read soon, so that the disk can read ahead."""
+
+    # ------------------------------------------------------- files, and where they come from
+
+    @abstractmethod
     def side_files(self) -> tuple[list[Path], list[Path]]:
-        """Files to copy, and those that are not: other weights, links that leave the folder, what
-        is no file (a socket, a dangling link). Relative paths."""
+        """Return the files to copy beside quantized weights, and the files that are left out.
 
+        Left out are other weights, links that leave the folder, and what is not a regular file.
+        Paths are relative to `folder`.
+        """
+
+    @abstractmethod
     def stamps(self) -> Mapping[str, FileStamp] | None:
-        """What the files looked like when the source was opened, by relative name, sorted:
-        config.json, the index, shards, and the files to copy. None for what is no folder."""
+        """Return the state of every file when the source was opened, by relative name, sorted.
 
+        These are config.json, the index, the shards, and the files to copy. None if the weights do
+        not lie in files: a run cannot be resumed then.
+        """
+
+    @abstractmethod
     def check_unchanged(self) -> None:
-        """Raise `SourceError` where one of these files changed or disappeared since then."""
+        """Raise `SourceChangedError` if one of these files changed or disappeared since then."""
 
+    @abstractmethod
     def close(self) -> None:
-        """Give back every file that is open."""
+        """Close every open file, and remove what was created for this source alone."""
+
+    @property
+    def place(self) -> Path:
+        """The folder that names the source in reports: the one that a user gave or knows."""
+        return self.folder
+
+    @property
+    def origin_folders(self) -> tuple[Path, ...]:
+        """The folders that are read; no output may lie in any of them."""
+        return (self.folder,)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of where names, weights and configuration come from."""
+        return ()
+
+    @property
+    def tokenizer_hint(self) -> str | None:
+        """Why there cannot be a tokenizer in `folder`, and how to give one; None if there can."""
+        return None
+
+    def check_placed(  # noqa: B027  # a hook
+        self, unplaced: Sequence[str], architecture: str
+    ) -> None:
+        """Judge the tensors, MTP layers aside, that `architecture` has no parameter for.
+
+        A checkpoint as it was published may hold such tensors, and they are copied. A source that
+        makes up the names itself raises `ModelError`.
+        """
+
+    # ------------------------------------------------------------------------ several ranks
+
+    @classmethod
+    def job_ranks(cls) -> AbstractContextManager[Ranks]:
+        """Join the ranks that share a job on such a source: by default those of the launcher."""
+        return joining()
+
+    @property
+    def ranks_per_layer(self) -> int | None:
+        """The most ranks that hold a part of one layer; None if every rank can read all of it.
+
+        A layer is written as that many shards, so that each rank can write what it holds.
+        """
+        return None
+
+    def rank_affinity(self, slabs: Iterable[Slab]) -> Sequence[int] | None:
+        """Return how many bytes of some slabs each rank holds; None if all read the same files."""
+        return None
+
+    # --------------------------------------------------------- a transformers model in memory
+
+    @property
+    def model(self) -> Any:
+        """The transformers model that holds the weights, which calibration calls; None for files.
+
+        Such a source runs its own job: its layers are brought into memory one after the other.
+        """
+        return None
+
+    @property
+    def module_tree(self) -> Any:
+        """The `ModuleTree` of `model`."""
+        return None
+
+    @property
+    def is_sharded(self) -> bool:
+        """True if parameters of `model` lie on several ranks: `hold` must come before `slab`."""
+        return False
+
+    @property
+    def rank(self) -> int:
+        """This process's number among the ranks that share `model`; rank 0 writes."""
+        return 0
+
+    def hold(self, keys: Iterable[str], *, keep: bool = True) -> None:  # noqa: B027  # a hook
+        """Bring what these tensors are made of into memory, until `release`.
+
+        If `model` is sharded, all ranks must call this with the same keys in the same order, one
+        layer at a time.
+
+        Args:
+            keys: Raw keys.
+            keep: False on ranks that take part in the exchange but will not read.
+        """
+
+    def release(self) -> None:  # noqa: B027  # a hook
+        """Give back the memory of what was held."""
+
+    def agreeing(self) -> AbstractContextManager[None]:
+        """Within this context, an error on one rank that shares `model` is raised on all ranks."""
+        return nullcontext()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return what each rank that shares `model` gave, by rank."""
+        return [value]
 
 
-def place_of(source: Source) -> Path:
-    """The folder by which a source is known: its own, unless that is only a temporary one."""
-    place: Path = getattr(source, "place", source.folder)
-    return place
+def read_rounded(
+    read: Callable[[int, int, Bytes], None], unit: int, start: int, out: Bytes
+) -> None:
+    """Fill `out` from byte `start` on, where only whole units of `unit` bytes can be read.
+
+    Args:
+        read: Called with the first unit, the unit after the last, and a buffer for them.
+        unit: Bytes of a unit: a row of a tensor, for example.
+        start: A byte position, counted from the first unit.
+        out: The buffer to fill. It is passed to `read` as it is if it begins and ends with a unit.
+    """
+    if not len(out):
+        return
+    first, last = start // unit, -(-(start + len(out)) // unit)
+    if len(out) == (last - first) * unit:
+        read(first, last, out)
+        return
+    buffer = np.empty((last - first) * unit, dtype=np.uint8)
+    read(first, last, buffer)
+    out[:] = buffer[start - first * unit :][: len(out)]

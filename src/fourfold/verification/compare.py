@@ -149,17 +149,15 @@ class Comparison:
         if copy.region is not None:
             yield _Piece(copy, *copy.region.slab)
             return
-        shape = self.source.tensors[copy.key].shape
-        rows = shape[0] if shape else 1
-        if not self.source.tensors[copy.key].nbytes:
+        info = self.source.tensors[copy.key]
+        if not info.nbytes:
             return
         each = max(1, CHUNK_BYTES // max(1, self._row_bytes(copy.key)))
-        for start in range(0, rows, each):
-            yield _Piece(copy, start, min(start + each, rows))
+        for start in range(0, info.rows, each):
+            yield _Piece(copy, start, min(start + each, info.rows))
 
     def _row_bytes(self, key: str) -> int:
-        info = self.source.tensors[key]
-        return info.nbytes // info.shape[0] if info.shape and info.shape[0] else info.nbytes
+        return self.source.tensors[key].row_bytes
 
     def piece_bytes(self, piece: _Piece) -> int:
         """Bytes that the comparison of `piece` reads, of both sides."""

@@ -18,7 +18,7 @@ from typing import Any
 from fourfold.models.inventory import Inventory, take_inventory
 from fourfold.models.roles import Role
 from fourfold.sources.opening import open_model
-from fourfold.storage.source import Source, place_of
+from fourfold.storage.source import Source
 from fourfold.verification import completeness, files, groups, structure, values
 from fourfold.verification.checkpoint import (
     INPUT_SCALE,
@@ -100,7 +100,7 @@ def _verify(
         findings += [*_config_changes(checkpoint, source), *_missing_files(checkpoint, source)]
     return Report(
         folder=str(checkpoint.folder),
-        source=None if source is None else str(place_of(source)),
+        source=None if source is None else str(source.place),
         quant_algo=checkpoint.quant.algo,
         findings=tuple(sorted(findings, key=_order)),
         counts=_counts(checkpoint, counted, copied, len(errors), workers),

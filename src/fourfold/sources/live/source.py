@@ -22,13 +22,14 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from fourfold.distributed.ranks import Alone, Ranks
 from fourfold.errors import FourfoldError, ModelError, SourceError, UsageError
 from fourfold.models.internals import blueprint_of, raw_tensors, saved_config
 from fourfold.models.inventory import natural
@@ -39,7 +40,7 @@ from fourfold.sources.live.values import LiveValues
 from fourfold.sources.safetensors import open_source
 from fourfold.storage.names import CONFIG, OWN_FILES
 from fourfold.storage.safetensors_header import TORCH_DTYPES, TensorInfo
-from fourfold.storage.source import Source
+from fourfold.storage.source import Bytes, Source
 
 NO_FILE = Path("the live model")
 """Stands for a tensor's file where there is none."""
@@ -64,7 +65,7 @@ SHOWN_LENGTH = 60
 """How much of two configurations that differ a message shows: fields, characters of a value."""
 
 
-class LiveSource:
+class LiveSource(Source):
     """A live model as a `Source`. Safe for many threads, but `hold` and `release`."""
 
     def __init__(
@@ -87,19 +88,18 @@ class LiveSource:
         _check_model(model)
         blueprint = blueprint_of(model)
         _check_same(model, blueprint)
-        self.model = model
-        self.tree: ModuleTree = describe(blueprint)
-        """The model's module tree; its parameters are on the meta device."""
-        origin = _origin_of(model, self.tree, checkpoint, trust_remote_code)
+        self._model = model
+        self._tree = describe(blueprint)
+        origin = _origin_of(model, self._tree, checkpoint, trust_remote_code)
         self._checkpoint = origin.source
         self._values = LiveValues(model)
-        self._unloading = origin.unloading or _from_model(model, blueprint, self.tree)
+        self._unloading = origin.unloading or _from_model(model, blueprint, self._tree)
         self._copied = dict.fromkeys(self._unloading.unplaced, origin.source)
         self._own: tempfile.TemporaryDirectory[str] | None = None
-        self._name = _name_of(origin.folder) or self.tree.architecture
-        self.tensors: Mapping[str, TensorInfo] = self._unloading.infos
+        self._name = _name_of(origin.folder) or self._tree.architecture
+        self.tensors = self._unloading.infos
         if origin.source is not None and origin.unloading is not None:
-            self.config: Mapping[str, Any] = origin.source.config
+            self.config = origin.source.config
             self.folder = origin.source.folder
         else:
             self.config = saved_config(model)
@@ -113,49 +113,66 @@ class LiveSource:
         if self._own is not None:
             (self.folder / CONFIG).write_text(json.dumps(dict(self.config), indent=2) + "\n")
         folders = (self.folder, *([] if origin.folder is None else [origin.folder]))
-        self.origin_folders: tuple[Path, ...] = tuple(dict.fromkeys(folders))
-        """What is read: `folder`, and where the model came from. No output may lie in either."""
-        self.notes = tuple(self._notes(origin))
-        """What a user should know of where names and tensors come from."""
+        self._origin_folders = tuple(dict.fromkeys(folders))
+        self._notes = tuple(self._describe_origin(origin))
+
+    @property
+    def origin_folders(self) -> tuple[Path, ...]:
+        return self._origin_folders
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self._notes
+
+    @classmethod
+    def job_ranks(cls) -> AbstractContextManager[Ranks]:
+        """One rank: those that share a sharded model meet in `hold` and `gather`."""
+        return nullcontext(Alone())
+
+    @property
+    def model(self) -> Any:
+        return self._model
+
+    @property
+    def module_tree(self) -> ModuleTree:
+        """The model's module tree; its parameters are on the meta device."""
+        return self._tree
 
     @property
     def is_sharded(self) -> bool:
-        """Whether parameters lie on several ranks, so that `hold` must come before `slab`."""
         return self._values.is_sharded
 
     @property
     def rank(self) -> int:
-        """This process's number among those that share the model; 0 writes."""
         return self._values.ranks.rank
 
-    @property
-    def world_size(self) -> int:
-        """How many processes share the model; 1 where it is not sharded."""
-        return self._values.ranks.size
+    def gather(self, value: Any) -> list[Any]:
+        return self._values.gather(value)
 
-    @property
-    def group(self) -> Any:
-        """The process group of those that share the model; None for the default one."""
-        return self._values.ranks.group
+    @contextmanager
+    def agreeing(self) -> Iterator[None]:
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        texts = self.gather(None if error is None else str(error))
+        failed = [(rank, text) for rank, text in enumerate(texts) if text is not None]
+        if error is not None:
+            raise error
+        if failed:
+            raise FourfoldError(f"rank {failed[0][0]}: {failed[0][1]}")
 
     def hold(self, keys: Iterable[str], *, keep: bool = True) -> None:
-        """Bring what these raw tensors are made of into memory, until `release`.
-
-        For a sharded model all ranks call it with the same keys in the same order, one unit
-        at a time; `keep=False` for ranks that will not read. For an offloaded model it reads
-        each parameter once. For any other it does nothing.
-        """
+        """See `Source.hold`. Parameters that are offloaded to disk are read once, here."""
         own = (key for key in keys if key not in self._copied)
         names = (name for key in own for name in self._unloading.parameters(key))
         self._values.hold(names, keep=keep)
 
     def release(self) -> None:
-        """Give back what was held."""
         self._values.release()
 
-    def slab(
-        self, key: str, start: int, stop: int, out: np.ndarray[Any, Any] | None = None
-    ) -> torch.Tensor:
+    def slab(self, key: str, start: int, stop: int, out: Bytes | None = None) -> torch.Tensor:
         copied = self._copied.get(key)
         if copied is not None:
             return copied.slab(key, start, stop, out)
@@ -165,16 +182,12 @@ class LiveSource:
             return rows.cpu().contiguous()
         return torch.from_numpy(out).view(rows.dtype).reshape(rows.shape).copy_(rows)
 
-    def read_bytes(self, key: str, start: int, out: np.ndarray[Any, Any]) -> None:
+    def read_bytes(self, key: str, start: int, out: Bytes) -> None:
         copied = self._copied.get(key)
         if copied is not None:
             copied.read_bytes(key, start, out)
-        elif len(out):
-            info = self.tensors[key]
-            row = info.nbytes // info.shape[0] if info.shape else info.nbytes
-            first, last = start // row, -(-(start + len(out)) // row)
-            slab = self.slab(key, first, last).reshape(-1).view(torch.uint8)
-            torch.from_numpy(out).copy_(slab[start - first * row :][: len(out)])
+        else:
+            super().read_bytes(key, start, out)
 
     def will_need(self, key: str, start: int, stop: int) -> None:
         copied = self._copied.get(key)
@@ -213,7 +226,7 @@ class LiveSource:
                     shutil.copyfile(self._checkpoint.folder / path, copy)
         return Path(self._own.name) / self._name
 
-    def _notes(self, origin: _Origin) -> Iterable[str]:
+    def _describe_origin(self, origin: _Origin) -> Iterable[str]:
         if origin.why_not is not None:
             yield f"names and config.json are made from the model in memory: {origin.why_not}"
         if origin.unlike is not None:

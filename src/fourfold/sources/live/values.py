@@ -83,6 +83,14 @@ class LiveValues:
             elif tensor.is_meta and keep:
                 self._held[name] = self._offloaded(name)
 
+    def gather(self, value: Any) -> list[Any]:
+        """Return what each rank gave, by rank; a collective if the model is sharded."""
+        if not self.is_sharded:
+            return [value]
+        values: list[Any] = [None] * self.ranks.size
+        dist.all_gather_object(values, value, group=self.ranks.group)
+        return values
+
     def release(self) -> None:
         """Hold nothing any more."""
         with self._lock:

@@ -90,7 +90,7 @@ class MegatronFolder(MegatronTensors):
         return super().config_file if self._made is None else self._arguments.file
 
     @property
-    def no_tokenizer(self) -> str | None:
+    def tokenizer_hint(self) -> str | None:
         """What to say where one is needed and there cannot be one."""
         if self._made is None:
             return None

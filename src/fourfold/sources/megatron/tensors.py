@@ -8,7 +8,7 @@ Where the parameters lie, in files or in memory of several ranks, is the reader'
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from fourfold.errors import SourceError
+from fourfold.errors import ModelError, SourceError
 from fourfold.sources.megatron.arguments import Arguments
 from fourfold.sources.megatron.boxes import Box
 from fourfold.sources.megatron.families import rules_for
@@ -29,6 +29,7 @@ from fourfold.storage.fingerprints import Stamps
 from fourfold.storage.json_files import read_config
 from fourfold.storage.names import CONFIG
 from fourfold.storage.safetensors_header import BITS, TensorInfo, nbytes_of
+from fourfold.storage.source import Bytes, Source, read_rounded
 
 _LAYER = re.compile(r"(?:.*\.)?decoder\.layers\.([0-9]+)\.")
 _EXPERT = re.compile(r".*\.mlp\.experts\.([0-9]+)\.")
@@ -45,10 +46,9 @@ class Reader(Protocol):
         """A hint that these elements will be read soon."""
 
 
-class MegatronTensors:
+class MegatronTensors(Source):
     """Megatron's parameters under Hugging Face's names, and the Hugging Face folder beside them."""
 
-    tensors: Mapping[str, TensorInfo]
     _presented: Mapping[str, Presented]
     _reader: Reader
     _lacks_mtp: bool
@@ -59,7 +59,7 @@ class MegatronTensors:
         self._beside = Stamps()
         config = read_config(hf_config, self._beside)
         self._was_quantized = "quantization_config" in config
-        self.config: Mapping[str, Any] = {
+        self.config = {
             name: value for name, value in config.items() if name != "quantization_config"
         }
         self._side_files = find_side_files(hf_config, frozenset(), self._beside)
@@ -82,9 +82,7 @@ class MegatronTensors:
             notes.append("the configuration speaks of MTP layers; the checkpoint has none")
         return tuple(notes)
 
-    def slab(
-        self, key: str, start: int, stop: int, out: np.ndarray[Any, Any] | None = None
-    ) -> torch.Tensor:
+    def slab(self, key: str, start: int, stop: int, out: Bytes | None = None) -> torch.Tensor:
         info, each = self.tensors[key], self._presented[key].lines_each
         shape = (stop - start, *info.shape[1:]) if info.shape else ()
         buffer = np.empty(nbytes_of(info.dtype, shape), dtype=np.uint8) if out is None else out
@@ -92,25 +90,24 @@ class MegatronTensors:
         self._read(key, start * each, flat)
         return torch.from_numpy(flat).view(info.torch_dtype).reshape(shape)
 
-    def read_bytes(self, key: str, start: int, out: np.ndarray[Any, Any]) -> None:
-        if not len(out):
-            return
-        line = self._presented[key].line_bytes
-        first, last = start // line, -(-(start + len(out)) // line)
-        if start == first * line and len(out) == (last - first) * line:
-            self._read(key, first, out)
-            return
-        data = np.empty((last - first) * line, dtype=np.uint8)
-        self._read(key, first, data)
-        out[:] = data[start - first * line :][: len(out)]
+    def read_bytes(self, key: str, start: int, out: Bytes) -> None:
+        def read_lines(first: int, last: int, lines: Bytes) -> None:
+            self._read(key, first, lines)
+
+        read_rounded(read_lines, self._presented[key].line_bytes, start, out)
 
     def will_need(self, key: str, start: int, stop: int) -> None:
         for found in self._within(key, start, stop):
             self._reader.will_need(found.parameter.stored, box_of(found))
 
-    def made_of(self, key: str) -> str:
-        """The stored key that a tensor's first rows come from, for messages."""
-        return self._presented[key].ranges[0].parameter.stored
+    def check_placed(self, unplaced: Sequence[str], architecture: str) -> None:
+        """Every name that the rules have made must be one of the model's."""
+        if unplaced:
+            stored = self._presented[unplaced[0]].ranges[0].parameter.stored
+            raise ModelError(
+                f"{unplaced[0]}: made of {stored}, but {architecture} has no place for it "
+                f"({len(unplaced)} such). {OWN}"
+            )
 
     def side_files(self) -> tuple[list[Path], list[Path]]:
         copied, dropped = self._side_files

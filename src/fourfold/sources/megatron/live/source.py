@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from fourfold.distributed.ranks import Ranks, joining, of_process_group
 from fourfold.errors import UsageError
 from fourfold.sources.megatron.arguments import Arguments
 from fourfold.sources.megatron.live.exchange import Exchange
@@ -28,6 +30,7 @@ from fourfold.sources.megatron.tensors import MegatronTensors, box_of
 from fourfold.sources.safetensors import find_side_files
 from fourfold.storage.fingerprints import Stamps
 from fourfold.storage.names import CONFIG
+from fourfold.storage.source import Slab
 
 NO_FILE = Path("the live model")
 """Stands for a tensor's file where there is none."""
@@ -60,23 +63,21 @@ class LiveMegatron(MegatronTensors):
             raise
 
     @property
-    def origin_folders(self) -> tuple[Path, ...]:
-        """What is read: no output may lie in it."""
-        return (self.folder,)
-
-    @property
     def notes(self) -> tuple[str, ...]:
         ranks = self._exchange.size
         where = "the live model" + (f" on {ranks} ranks" if ranks > 1 else "")
         return (f"weights come from {where}, config.json from {self.folder}", *super().notes)
 
+    @classmethod
+    def job_ranks(cls) -> AbstractContextManager[Ranks]:
+        """Join the ranks of torch.distributed's process group, which hold the model together."""
+        return joining(of_process_group())
+
     @property
-    def spread(self) -> int:
-        """The most ranks that a layer is spread over: as many shards leave each its own."""
+    def ranks_per_layer(self) -> int:
         return self._shared.spread
 
-    def nearness(self, slabs: Sequence[tuple[str, int, int]]) -> list[int]:
-        """Bytes that each rank has of some slabs."""
+    def rank_affinity(self, slabs: Iterable[Slab]) -> list[int]:
         owned = (
             each
             for key, start, stop in slabs
