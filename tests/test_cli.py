@@ -433,7 +433,7 @@ def test_read_only_file_system(run, written: Written, tmp_path: Path, monkeypatc
 
 
 def test_too_little_memory(run, written: Written, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("fourfold.api.memory_available", lambda: 1000)
+    monkeypatch.setattr("fourfold.run.preflight.memory_available", lambda: 1000)
     result = run("quantize", written("qwen3_moe")[0], tmp_path / "out")
     check_error(result, 1, "of memory are needed", "--threads")
 

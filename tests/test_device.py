@@ -557,7 +557,7 @@ def test_pinned_memory_counts(
     assert kernels.lanes is not None
     needed = plan.memory(2) + kernels.lanes.pinned_bytes
     assert kernels.memory(plan) == needed
-    monkeypatch.setattr("fourfold.api.memory_available", lambda: needed - 1)
+    monkeypatch.setattr("fourfold.run.preflight.memory_available", lambda: needed - 1)
     with pytest.raises(fourfold.PlanError, match="of memory are needed for 2 threads"):
         quantized(model, tmp_path / "out")
 

@@ -14,6 +14,10 @@ import pytest
 from .cases import JOBS, digests_of, probe
 
 FILE = Path(__file__).with_name("digests.json")
+VARIABLE = {"qwen3_5_moe_vl"}
+"""Families with gated linear attention: the last bits of its float32 sums differ from process to
+process on one machine, and so do the scales that are calibrated from them."""
+
 FROZEN = json.loads(FILE.read_text()) if FILE.exists() else {}
 
 
@@ -27,10 +31,10 @@ def rounds_alike(tmp_path_factory: pytest.TempPathFactory) -> bool:
 def test_output_is_unchanged(name: str, rounds_alike: bool, tmp_path: Path) -> None:
     run, family, recipe = JOBS[name]
     run(family, recipe, tmp_path)
-    found, frozen = digests_of(tmp_path / "out"), dict(FROZEN["outputs"][name])
-    if not rounds_alike:
-        del found["calibrated"], frozen["calibrated"]
-    assert found == frozen
+    digests, frozen = digests_of(tmp_path / "out"), dict(FROZEN["outputs"][name])
+    if not rounds_alike or family in VARIABLE:
+        del digests["calibrated"], frozen["calibrated"]
+    assert digests == frozen
 
 
 def test_every_job_is_frozen() -> None:

@@ -22,13 +22,13 @@ import pytest
 import torch
 
 from fourfold.errors import NonFiniteError, UsageError
+from fourfold.formats import nvfp4
 from fourfold.formats.nvfp4 import (
     activations,
     amax,
     amaxes,
     cpu,
     dequantize,
-    nvfp4,
     quantize,
     quantize_batch_into,
     quantize_into,
