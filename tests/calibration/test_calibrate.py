@@ -306,13 +306,14 @@ def test_statistics_that_do_not_fit(first: Path, written: Any, tmp_path: Path) -
     refused("the statistics are of another model", written("mixtral")[0], EXPERTS)
     statistics = Statistics.load(first / STATISTICS)
     path = "model.layers.2.mlp.experts"
-    experts = statistics.experts[path]
-    statistics.experts[path] = type(experts)(*(value[:3] for value in vars(experts).values()))
+    sites = dict(statistics.sites)
+    for site in (f"{path}.gate_up", f"{path}.down"):
+        statistics.sites[site] = {name: value[:3] for name, value in sites[site].items()}
     statistics.save(file)
     refused(rf"{path}: the statistics are of 3 experts, the model has 4")
-    statistics.experts[path] = experts
+    statistics.sites = sites
     linear = "model.layers.0.self_attn.o_proj"
-    del statistics.linears[linear]
+    del sites[linear]
     statistics.save(file)
     refused(rf"{linear}: the statistics have nothing of it")
 

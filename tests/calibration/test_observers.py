@@ -232,7 +232,7 @@ def test_every_implementation_gives_the_same(
     numbers = [tuple(value.item() for value in row) for row in table]
     assert numbers == wanted(experts, x, index, is_kept, every)
     assert numbers[3][0] == 0, "one expert is never chosen"
-    assert observers.experts == {}
+    assert observers.states == {}
 
 
 # --- what observers do with rows ------------------------------------------------------------
@@ -326,7 +326,7 @@ def test_nan_names_the_layer_of_keys_and_values() -> None:
     keys = torch.zeros(1, 2, 3, 4)
     keys[0, 1, 2, 3] = math.nan
     observers.see_kv("layers.7", keys, torch.ones(1, 2, 3, 4))
-    with pytest.raises(ObservationError, match=r"^layers\.7: keys and values: NaN or Inf"):
+    with pytest.raises(ObservationError, match=r"^layers\.7\.kv: NaN or Inf"):
         observers.take(none_yet())
 
 

@@ -1,16 +1,16 @@
-"""Observers: they see what linear layers, experts and caches are given, and change nothing.
+"""Observers: hooks that update statistics with what linear layers, experts and caches read.
 
-Everything is a running maximum or a count on the model's own device; values are read once, when a
-layer is done. NaN and Inf are kept as Inf, so that they are found then. Rows of padding are left
-out wherever a row's token is known.
+They change nothing that the model computes. Statistics are accumulated on the model's own device
+and moved to the CPU once, when a layer is done. Rows of padding are left out wherever it is known
+which token a row belongs to.
 
-Shapes: T tokens of a call, R rows, E experts, K experts of a token.
+Shapes: B samples of a call, S tokens of a sample, T = B·S tokens, R rows, I input features,
+E experts, K experts of a token.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -18,14 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fourfold.calibration.statistics import ExpertsStatistics, LinearStatistics, Statistics
+from fourfold.calibration.statistics import Statistics
 from fourfold.errors import ObservationError
 from fourfold.models.experts import ExpertsModule
-from fourfold.models.watching import Product, Rows, watch_experts
+from fourfold.models.watching import Rows, watch_experts
+from fourfold.statistics import STATISTICS, Site, State, Statistic
+
+SMALL = frozenset(name for name, statistic in STATISTICS.items() if statistic.is_small)
+"""The statistics that are collected where nothing else is asked for."""
 
 
 class Observers:
-    """Takes statistics of the experts modules and linear layers at some paths of a model."""
+    """Collects statistics at experts modules, linear layers and KV caches of one model."""
 
     def __init__(
         self,
@@ -34,23 +38,34 @@ class Observers:
         linears: Iterable[str],
         *,
         all_experts: bool = False,
+        statistics: Mapping[str, Collection[str]] | None = None,
     ) -> None:
+        """Prepare to observe a model; `attached` does it.
+
+        Args:
+            model: The model that will be called.
+            experts: The experts modules to observe, by module path.
+            linears: Paths of the linear layers to observe.
+            all_experts: Whether every token is shown to every expert, besides those it is routed
+                to. Token counts stay those of the router.
+            statistics: Names of the statistics to collect, by site name; by default `SMALL` at
+                every site.
+        """
         self.model, self.all_experts = model, all_experts
-        self.layouts, self.paths = dict(experts), tuple(linears)
-        self.experts: dict[str, dict[str, Tensor]] = {}
-        self.linears: dict[str, Tensor] = {}
-        self.rows: dict[str, int] = {}
-        self.kv: dict[str, Tensor] = {}
+        self.layouts, self.linears = dict(experts), tuple(linears)
+        self.wanted = statistics
+        self.states: dict[str, State] = {}
+        """By site name, the tensors of all its statistics."""
         self.mask_T: Tensor | None = None
-        """Which tokens of the present call are no padding; None where all are."""
-        self.shape = torch.Size()
-        """[B, S] of the present call, where some are padding."""
+        """True for the tokens of the current call that are not padding; None if none is."""
+        self.mask_shape = torch.Size()
+        """[B, S] of the current call, if it has padding."""
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Within, the model is observed; afterwards it is as it was before, also after an error."""
+        """Observe the model inside the block; restore it afterwards, also after an error."""
         with ExitStack() as stack:
-            for path in self.paths:
+            for path in self.linears:
                 hook = self.model.get_submodule(path).register_forward_pre_hook(
                     partial(self._see_linear, path), with_kwargs=True
                 )
@@ -59,90 +74,100 @@ class Observers:
             yield
 
     def see(self, attention_mask: Tensor | None) -> None:
-        """A call goes on whose tokens are these. attention_mask: [B, S]; 0 where padded."""
+        """Note which tokens the call that runs from now on reads.
+
+        Args:
+            attention_mask: `[B, S]`, 0 for padding; None if no token is padding.
+        """
         self.mask_T = None
         if attention_mask is not None and not bool(attention_mask.all()):
-            self.mask_T, self.shape = attention_mask.reshape(-1).bool(), attention_mask.shape
+            self.mask_T, self.mask_shape = attention_mask.reshape(-1).bool(), attention_mask.shape
 
     def __call__(self, rows: Rows, *, is_routed: bool) -> Tensor:
-        """An experts module is about to multiply."""
-        amax_R = _row_amax(rows.x.detach())
-        experts = rows.experts
-        if experts.ndim == 2:
-            amax_R = amax_R[:, None].expand(experts.shape)
-        valid = (experts >= 0) & (experts < self.layouts[rows.path].num_experts)
+        """Observe rows that an experts module is about to multiply (`models.watching.Watch`)."""
+        x, experts = rows.x.detach(), rows.experts
+        num_experts = self.layouts[rows.path].num_experts
+        counts = (experts >= 0) & (experts < num_experts)
         if self.mask_T is not None and rows.tokens is not None and rows.of == len(self.mask_T):
-            kept_R = self.mask_T.to(valid.device)[rows.tokens]
-            valid &= kept_R[:, None] if experts.ndim == 2 else kept_R
-        found = self._of(rows.path, rows.x.device)
-        chosen = experts[valid]
-        found[rows.product].scatter_reduce_(0, chosen, amax_R[valid], "amax")
-        if rows.is_counted and is_routed:
-            found["tokens"] += torch.bincount(chosen, minlength=len(found["tokens"]))
+            is_text_R = self.mask_T.to(counts.device)[rows.tokens]
+            counts &= is_text_R[:, None] if experts.ndim == 2 else is_text_R
+        site = Site(f"{rows.path}.{rows.product}", x.shape[-1], num_experts)
+        experts = experts.masked_fill(~counts, -1)
+        for statistic, state in self._states_of(site, x.device, rows.product):
+            if self._applies(statistic, rows, is_routed):
+                statistic.update(state, x, experts)
         return rows.x
 
-    def _of(self, path: str, device: torch.device) -> dict[str, Tensor]:
-        if path not in self.experts:
-            count = self.layouts[path].num_experts
-            self.experts[path] = {
-                product: torch.zeros(count, dtype=torch.float32, device=device)
-                for product in Product
-            } | {"tokens": torch.zeros(count, dtype=torch.int64, device=device)}
-        return self.experts[path]
+    def _applies(self, statistic: Statistic, rows: Rows, is_routed: bool) -> bool:
+        """True if these rows count. A maximum may see a row twice; a sum may not."""
+        if statistic.reduction == "max":
+            return True
+        counts_routing = statistic.is_routing or not self.all_experts
+        return rows.is_counted and is_routed == counts_routing
 
     def _see_linear(self, path: str, _: nn.Module, args: Any, kwargs: Any) -> None:
-        x: Tensor = args[0] if args else kwargs["input"]
-        amax = _row_amax(x.detach())
-        amax_R = amax.reshape(-1)
-        if self.mask_T is not None and amax.shape[:2] == self.shape:
-            rows_of_a_token = amax[0, 0].numel()  # several, where a layer works on groups
-            amax_R = amax_R[self.mask_T.to(amax.device).repeat_interleave(rows_of_a_token)]
-        elif self.mask_T is not None and len(amax_R) == len(self.mask_T):
-            amax_R = amax_R[self.mask_T.to(amax.device)]
-        if amax_R.numel():
-            self.rows[path] = self.rows.get(path, 0) + amax_R.numel()
-            self.linears[path] = _larger(self.linears.get(path), amax_R.max())
+        x: Tensor = (args[0] if args else kwargs["input"]).detach()
+        rows = self._without_padding(x)
+        if not len(rows):
+            return
+        for statistic, state in self._states_of(Site(path, x.shape[-1]), x.device):
+            statistic.update(state, rows, None)
+
+    def _without_padding(self, x: Tensor) -> Tensor:
+        """The rows `[R, I]` of a linear layer's input, without padding where tokens are known."""
+        rows = x.reshape(-1, x.shape[-1])
+        if self.mask_T is None:
+            return rows
+        if x.ndim >= 3 and x.shape[:2] == self.mask_shape:
+            groups = len(rows) // len(self.mask_T)  # several rows a token, in a grouped layer
+            return rows[self.mask_T.to(x.device).repeat_interleave(groups)]
+        if len(rows) == len(self.mask_T):
+            return rows[self.mask_T.to(x.device)]
+        return rows
 
     def see_kv(self, layer: str, keys: Tensor, values: Tensor) -> None:
-        """Attention gives its cache these keys and values, `[B, heads, S, width]` each."""
-        pair = torch.stack([self._kv_amax(keys), self._kv_amax(values)])
-        self.kv[layer] = _larger(self.kv.get(layer), pair)
+        """Observe what attention puts into its cache.
 
-    def _kv_amax(self, states: Tensor) -> Tensor:
-        amax_BS = _row_amax(states.transpose(1, 2).flatten(2)).reshape(-1)
-        if self.mask_T is not None and len(amax_BS) == len(self.mask_T):
-            amax_BS = amax_BS[self.mask_T.to(amax_BS.device)]
-        return amax_BS.max() if amax_BS.numel() else amax_BS.new_zeros(())
+        Args:
+            layer: Path of the decoder layer.
+            keys: `[B, heads, S, width]`, after rotary embedding.
+            values: `[B, heads, S, width]`; the width may be another.
+        """
+        for expert, states in enumerate((keys, values)):
+            x = states.transpose(1, 2).flatten(2)
+            rows = self._without_padding(x)
+            site = Site(f"{layer}.kv", x.shape[-1], 2)
+            for statistic, state in self._states_of(site, x.device, "kv"):
+                numbers = torch.full((len(rows),), expert, device=x.device)
+                statistic.update(state, rows, numbers)
+
+    def _states_of(
+        self, site: Site, device: torch.device, product: str | None = None
+    ) -> Iterator[tuple[Statistic, State]]:
+        """Each statistic that is collected at a site, and its state, which is made if need be."""
+        for name in SMALL if self.wanted is None else self.wanted.get(site.name, ()):
+            statistic = STATISTICS[name]
+            if product is None or statistic.products is None or product in statistic.products:
+                states, shapes = self.states.setdefault(site.name, {}), statistic.shapes(site)
+                if not shapes.keys() <= states.keys():
+                    states |= statistic.new(site, device)
+                yield statistic, {tensor: states[tensor] for tensor in shapes}
 
     def take(self, statistics: Statistics) -> None:
-        """Move what was found into `statistics`. Raises `ObservationError` for NaN and Inf."""
-        for path, found in self.experts.items():
-            amaxes = [_finite(f"{path}.{each}", found[each]) for each in Product]
-            statistics.experts[path] = ExpertsStatistics(found["tokens"].cpu(), *amaxes)
-        for path, amax in self.linears.items():
-            value = float(_finite(path, amax))
-            statistics.linears[path] = LinearStatistics(value, self.rows[path])
-        for path, pair in self.kv.items():
-            key, value = _finite(f"{path}: keys and values", pair).tolist()
-            statistics.kv[path] = (key, value)
-        for each in (self.experts, self.linears, self.rows, self.kv):
-            each.clear()
+        """Move what was collected into `statistics`, on the CPU.
+
+        Raises:
+            ObservationError: A site read NaN or Inf.
+        """
+        for site, states in self.states.items():
+            statistics.sites[site] = {name: _finite(site, states[name]) for name in sorted(states)}
+        self.states.clear()
 
 
-def _row_amax(x: Tensor) -> Tensor:
-    """The largest magnitude of each row, float32; NaN becomes Inf."""
-    amax: Tensor = torch.linalg.vector_norm(x, math.inf, dim=-1).float()
-    return amax.nan_to_num(nan=math.inf, posinf=math.inf)
-
-
-def _larger(before: Tensor | None, now: Tensor) -> Tensor:
-    return now if before is None else torch.maximum(before, now)
-
-
-def _finite(what: str, amax: Tensor) -> Tensor:
-    if not bool(torch.isfinite(amax).all()):
+def _finite(site: str, tensor: Tensor) -> Tensor:
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         raise ObservationError(
-            f"{what}: NaN or Inf among the activations. "
+            f"{site}: NaN or Inf among the activations. "
             "Is the checkpoint damaged, or does the model overflow in its dtype?"
         )
-    return amax.cpu()
+    return tensor.cpu()

@@ -1,15 +1,17 @@
-"""What calibration found: the largest inputs of every site, tokens of every expert, keys, values.
+"""The statistics that a calibration run has collected, and the file they are stored in.
 
-Stored beside a checkpoint as `calibration.safetensors`, and read back to make it again:
+The small ones (amaxes and token counts) are written beside a checkpoint as
+`calibration.safetensors`, and can be read again to make the same checkpoint without running the
+model:
 
     <experts module>.tokens          I64  [E]  tokens that were routed to each expert
     <experts module>.gate_up.amax    F32  [E]  largest input of gate and up, by expert
     <experts module>.down.amax       F32  [E]  largest input of down, by expert
     <linear module>.amax             F32  []   largest input of a linear layer
-    <linear module>.rows             I64  []   how many rows it saw
+    <linear module>.rows             I64  []   number of rows it saw
     <layer>.kv.amax                  F32  [2]  largest key (after rotary embedding) and value
 
-All names are module paths in memory. The file's metadata say what data it was, by digest.
+Names are module paths in transformers' model. The file's metadata describe data and model.
 """
 
 from __future__ import annotations
@@ -18,22 +20,27 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fourfold.calibration.data import CalibrationData
 from fourfold.errors import CalibrationError
+from fourfold.statistics import State, Statistic, statistic_of
 from fourfold.storage.output import STATISTICS
 
 FORMAT = "fourfold calibration 1"
 
+Sites = dict[str, State]
+"""By site name, the tensors of all statistics there."""
+
 
 @dataclass(frozen=True)
 class DataSummary:
-    """Which data the statistics were taken from."""
+    """The data that statistics were collected from."""
 
     origin: str
     digest: str
@@ -45,7 +52,7 @@ class DataSummary:
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """Which model the statistics were taken of."""
+    """The model that statistics were collected in."""
 
     architecture: str = ""
     digest: str = ""
@@ -54,11 +61,11 @@ class ModelSummary:
 
 @dataclass(frozen=True)
 class ExpertsStatistics:
-    """Of one experts module, for each of its E experts."""
+    """Amaxes and counts of one experts module, for each of its E experts."""
 
-    tokens: torch.Tensor
-    gate_up_amax: torch.Tensor
-    down_amax: torch.Tensor
+    tokens: Tensor
+    gate_up_amax: Tensor
+    down_amax: Tensor
 
     @property
     def unreached(self) -> list[int]:
@@ -68,7 +75,7 @@ class ExpertsStatistics:
 
 @dataclass(frozen=True)
 class LinearStatistics:
-    """Of one linear layer's input."""
+    """Amax and number of rows of one linear layer's input."""
 
     amax: float
     rows: int
@@ -76,70 +83,111 @@ class LinearStatistics:
 
 @dataclass
 class Statistics:
-    """Everything that calibration found; it grows while layers pass."""
+    """Everything that calibration has collected; it grows layer by layer."""
 
     data: DataSummary
-    experts: dict[str, ExpertsStatistics] = field(default_factory=dict)
-    linears: dict[str, LinearStatistics] = field(default_factory=dict)
-    kv: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """By decoder layer's path: the largest key and the largest value."""
+    sites: Sites = field(default_factory=dict)
     model: ModelSummary = ModelSummary()
 
+    @property
+    def experts(self) -> dict[str, ExpertsStatistics]:
+        """Amaxes and counts of the experts modules, by module path."""
+        paths = (name.removesuffix(".gate_up") for name in self.sites if _is_gate_up(name))
+        return {path: experts for path in paths if (experts := self.experts_of(path)) is not None}
+
+    @property
+    def linears(self) -> dict[str, LinearStatistics]:
+        """Amax and row count of the linear layers, by module path."""
+        return {
+            name: LinearStatistics(float(state["amax"]), int(state["tokens"]))
+            for name, state in self.sites.items()
+            if _is_small(state) and state["amax"].ndim == 0
+        }
+
+    @property
+    def kv(self) -> dict[str, tuple[float, float]]:
+        """The largest key and the largest value, by path of the decoder layer."""
+        return {
+            name.removesuffix(".kv"): self.kv_of(name.removesuffix(".kv"))
+            for name, state in self.sites.items()
+            if name.endswith(".kv") and not _is_small(state)
+        }
+
+    def experts_of(self, path: str) -> ExpertsStatistics | None:
+        """Amaxes and counts of one experts module; None if they were not collected."""
+        state = self.sites.get(f"{path}.gate_up", {})
+        if not _is_small(state) or state["amax"].ndim == 0:
+            return None
+        down = self.sites.get(f"{path}.down", {}).get("amax", torch.zeros_like(state["amax"]))
+        return ExpertsStatistics(state["tokens"], state["amax"], down)
+
+    def linear_of(self, path: str) -> LinearStatistics | None:
+        """Amax and row count of one linear layer; None if it saw nothing."""
+        state = self.sites.get(path, {})
+        if not _is_small(state) or state["amax"].ndim != 0:
+            return None
+        return LinearStatistics(float(state["amax"]), int(state["tokens"]))
+
+    def kv_of(self, layer: str) -> tuple[float, float]:
+        """The largest key and the largest value in one decoder layer; KeyError if none was seen."""
+        key, value = self.sites[f"{layer}.kv"]["amax"].tolist()
+        return key, value
+
     def add(self, other: Statistics) -> None:
-        """Take in what another rank, or another layer, has found: maxima, and sums of counts."""
-        for path, experts in other.experts.items():
-            self.experts[path] = _both(self.experts.get(path), experts)
-        for path, linear in other.linears.items():
-            before = self.linears.get(path, LinearStatistics(0.0, 0))
-            amax = max(before.amax, linear.amax)
-            self.linears[path] = LinearStatistics(amax, before.rows + linear.rows)
-        for path, (key, value) in other.kv.items():
-            old_key, old_value = self.kv.get(path, (0.0, 0.0))
-            self.kv[path] = max(old_key, key), max(old_value, value)
+        """Merge in the statistics of another layer, or of other data."""
+        for name, state in other.sites.items():
+            mine = self.sites.get(name, {})
+            self.sites[name] = merged_states([mine, state])
+
+    def drop_large(self, sites: Iterable[str]) -> None:
+        """Drop the statistics of some sites that are not kept for the whole run."""
+        for site in sites:
+            state = self.sites.get(site, {})
+            for tensor in [name for name in state if not statistic_of(name).is_small]:
+                del state[tensor]
 
     def save(self, file: Path) -> None:
-        """Write the statistics; the same statistics give the same bytes."""
+        """Write the small statistics; the same statistics give the same bytes."""
         file.write_bytes(self.to_bytes())
 
     def to_bytes(self) -> bytes:
-        """The contents of `calibration.safetensors`."""
+        """Return the contents of `calibration.safetensors`."""
         from safetensors.torch import save
 
-        tensors: dict[str, torch.Tensor] = {}
-        for path, experts in sorted(self.experts.items()):
-            tensors[f"{path}.tokens"] = experts.tokens
-            tensors[f"{path}.gate_up.amax"] = experts.gate_up_amax
-            tensors[f"{path}.down.amax"] = experts.down_amax
-        for path, linear in sorted(self.linears.items()):
-            tensors[f"{path}.amax"] = torch.tensor(linear.amax, dtype=torch.float32)
-            tensors[f"{path}.rows"] = torch.tensor(linear.rows)
-        for path, pair in sorted(self.kv.items()):
-            tensors[f"{path}.kv.amax"] = torch.tensor(pair, dtype=torch.float32)
+        tensors = {
+            _name_in_file(site, name, tensor): tensor
+            for site, state in sorted(self.sites.items())
+            for name, tensor in sorted(state.items())
+            if statistic_of(name).is_small
+        }
         summaries = {"data": asdict(self.data), "model": asdict(self.model)}
         head = json.dumps(summaries, ensure_ascii=False, sort_keys=True)
-        return bytes(save(tensors, metadata={FORMAT: head}))  # one key: their order is random
+        # One key only: safetensors writes several in random order.
+        return bytes(save(tensors, metadata={FORMAT: head}))
 
     def to_text(self) -> str:
-        """`to_bytes` as text, for what travels or is kept as JSON."""
+        """Return the small statistics as text, for JSON."""
         return base64.b64encode(self.to_bytes()).decode()
 
     @classmethod
     def from_text(cls, text: str) -> Statistics:
-        """What `to_text` gave."""
+        """Parse what `to_text` returned."""
         return cls.from_bytes(base64.b64decode(text))
 
     @classmethod
     def load(cls, file: Path) -> Statistics:
-        """Read what `save` wrote. Raises `CalibrationError` for anything else."""
-        if file.exists() and not file.is_file():  # a pipe would be waited for
-            raise CalibrationError(f"{file}: is no file. Give the {STATISTICS} of an earlier run.")
+        """Read a `calibration.safetensors`. Raises `CalibrationError` for any other file."""
+        if file.exists() and not file.is_file():  # reading a pipe would block
+            raise CalibrationError(
+                f"{file}: is not a regular file. Give the {STATISTICS} of an earlier run."
+            )
         try:
             return cls.from_bytes(file.read_bytes())
         except FileNotFoundError:
             raise CalibrationError(f"{file}: no such file.") from None
         except OSError as error:
             raise CalibrationError(f"{file}: cannot be read: {error.strerror}.") from error
-        except Exception as error:  # whatever safetensors raises for bytes that are none
+        except Exception as error:  # safetensors raises several kinds for a file of another format
             raise CalibrationError(
                 f"{file}: not the statistics of a calibration: {error}. "
                 f"Give the {STATISTICS} of an earlier run."
@@ -147,7 +195,7 @@ class Statistics:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Statistics:
-        """What `to_bytes` gave. Raises many kinds of errors for anything else."""
+        """Parse what `to_bytes` returned. Raises many kinds of errors for anything else."""
         from safetensors.torch import load
 
         tensors = load(data)
@@ -156,60 +204,83 @@ class Statistics:
         if head is None:
             raise ValueError(f"it is no {FORMAT!r}")
         summaries = json.loads(head)
-        found = Statistics(
-            DataSummary(**summaries["data"]), model=ModelSummary(**summaries["model"])
-        )
-        _parse(found, tensors)
-        return found
+        data_summary, model = DataSummary(**summaries["data"]), ModelSummary(**summaries["model"])
+        return Statistics(data_summary, _sites_in_file(tensors), model)
 
 
-def _parse(found: Statistics, tensors: Mapping[str, torch.Tensor]) -> None:
+def merged_states(states: Sequence[State]) -> State:
+    """Merge the states of one site, in order. Some may lack a statistic: they saw no row."""
+    merged: State = {}
+    for state in states:
+        by_statistic: dict[Statistic, State] = {}
+        for name, tensor in state.items():
+            by_statistic.setdefault(statistic_of(name), {})[name] = tensor
+        for statistic, tensors in by_statistic.items():
+            mine = {name: merged[name] for name in tensors if name in merged}
+            merged |= statistic.merge(mine, tensors) if mine else tensors
+    return merged
+
+
+def _is_small(state: State) -> bool:
+    return state.keys() >= {"amax", "tokens"}
+
+
+def _is_gate_up(site: str) -> bool:
+    return site.endswith(".gate_up")
+
+
+# --- calibration.safetensors --------------------------------------------------------------------
+
+
+def _name_in_file(site: str, name: str, tensor: Tensor) -> str:
+    if name == "tokens":
+        return f"{site}.rows" if tensor.ndim == 0 else f"{site.removesuffix('.gate_up')}.tokens"
+    return f"{site}.{name}"
+
+
+def _sites_in_file(tensors: Mapping[str, Tensor]) -> Sites:
+    sites: Sites = {}
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
         if leaf == "tokens":
-            amaxes = _amaxes(tensors, f"{path}.gate_up"), _amaxes(tensors, f"{path}.down")
-            if tensor.ndim != 1 or any(each.shape != tensor.shape for each in amaxes):
+            amaxes = [_amax(tensors, f"{path}.{product}") for product in ("gate_up", "down")]
+            if tensor.ndim != 1 or any(amax.shape != tensor.shape for amax in amaxes):
                 raise ValueError(f"{path}: counts and amaxes of several shapes")
-            found.experts[path] = ExpertsStatistics(tensor, *amaxes)
+            sites[f"{path}.gate_up"] = {"amax": amaxes[0], "tokens": tensor}
+            sites[f"{path}.down"] = {"amax": amaxes[1]}
         elif leaf == "rows":
-            found.linears[path] = LinearStatistics(float(_amaxes(tensors, path)), int(tensor))
-        elif name.endswith(".kv.amax"):
-            key, value = _amaxes(tensors, f"{path}").tolist()
-            found.kv[path.removesuffix(".kv")] = (key, value)
+            sites[path] = {"amax": _amax(tensors, path), "tokens": tensor.reshape(())}
+        elif name.endswith(".kv.amax") and f"{path}.rows" not in tensors:
+            sites[path] = {"amax": _amax(tensors, path)}
+    return sites
 
 
-def _amaxes(tensors: Mapping[str, torch.Tensor], path: str) -> torch.Tensor:
+def _amax(tensors: Mapping[str, Tensor], path: str) -> Tensor:
     amax = tensors[f"{path}.amax"]
     if not bool(((amax >= 0) & (amax < math.inf)).all()):
         raise ValueError(f"{path}.amax holds {amax.flatten()[:4].tolist()}")
     return amax
 
 
+# --- several runs -------------------------------------------------------------------------------
+
+
 def data_summary(data: CalibrationData, *, all_experts: bool) -> DataSummary:
-    """The summary of a `CalibrationData`."""
+    """Return the summary of a `CalibrationData`."""
     return DataSummary(data.origin, data.digest, data.samples, data.seq, data.tokens, all_experts)
 
 
 def merged(parts: Sequence[Statistics]) -> Statistics:
-    """Statistics of all the data that several ranks saw: amaxes by maximum, counts by sum.
+    """Merge the statistics of several ranks.
 
-    Parts of the same data, which the ranks have shared out among them, are still of that.
+    Parts that were collected from the same data, which the ranks have shared out, are statistics of
+    that data; otherwise the summaries of the data are merged, too.
     """
-    data = {part.data: part.data for part in parts}
-    found = Statistics(_merged_data(list(data)), model=parts[0].model)
+    summaries = {part.data: part.data for part in parts}
+    statistics = Statistics(_merged_data(list(summaries)), model=parts[0].model)
     for part in parts:
-        found.add(part)
-    return found
-
-
-def _both(first: ExpertsStatistics | None, second: ExpertsStatistics) -> ExpertsStatistics:
-    if first is None:
-        return second
-    return ExpertsStatistics(
-        first.tokens + second.tokens,
-        torch.maximum(first.gate_up_amax, second.gate_up_amax),
-        torch.maximum(first.down_amax, second.down_amax),
-    )
+        statistics.add(part)
+    return statistics
 
 
 def _merged_data(parts: Sequence[DataSummary]) -> DataSummary:

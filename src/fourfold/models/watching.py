@@ -56,7 +56,8 @@ class Rows:
     of: int
     """How many tokens there are in all."""
     is_counted: bool
-    """Whether these rows are the ones to count tokens by; a product may be made in parts."""
+    """True for exactly one showing of each row to each product: gate and up may be computed one
+    after the other, from the same rows."""
 
 
 class Watch(Protocol):
@@ -116,7 +117,7 @@ def _watched(
         shown_TH = watch(rows, is_routed=routed)
 
         def inner(inner_RI: Tensor) -> Tensor:
-            rows = Rows(path, Product.DOWN, inner_RI, expert_R, token_R + begin, tokens, False)
+            rows = Rows(path, Product.DOWN, inner_RI, expert_R, token_R + begin, tokens, True)
             return watch(rows, is_routed=routed)
 
         return default(_Proxy(module, inner), shown_TH, index_TK, weights_TK)
@@ -261,7 +262,7 @@ class _KnownWeights(TorchFunctionMode):
 
     def _show(self, x: Tensor, weight: Tensor, parameter: Tensor, part: Part) -> Tensor:
         product = Product.DOWN if part.projection is Projection.DOWN else Product.GATE_UP
-        is_counted = part.parameter == self.layout.parts[0].parameter
+        is_counted = product is Product.DOWN or part.parameter == self.layout.parts[0].parameter
         shown = x.reshape(-1, x.shape[-1])
         experts, tokens, of = self._rows(x, weight, parameter)
         rows = Rows(self.layout.path, product, shown, experts, tokens, of, is_counted)

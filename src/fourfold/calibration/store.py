@@ -1,0 +1,80 @@
+"""A store of statistics: one safetensors file for each layer.
+
+An unfinished run keeps its statistics here, so that a run that resumes does not observe a layer
+again. Unlike `calibration.safetensors`, a file holds every statistic, also large ones.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from fourfold.calibration.statistics import DataSummary, ModelSummary, Sites, Statistics
+
+NON_LAYER = "non-layer"
+"""The name of the file for what lies outside the decoder layers."""
+
+SUMMARY = "summary"
+SEPARATOR = ":"
+
+
+class StatisticsStore:
+    """Statistics by decoder layer; None stands for what lies outside the layers."""
+
+    def __init__(self, folder: Path) -> None:
+        """Use `folder`, which `save` creates if it does not exist."""
+        self.folder = folder
+
+    def save(self, layer: int | None, statistics: Statistics) -> None:
+        """Store a layer's statistics. After a crash the file is there and complete, or absent."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            f"{site}{SEPARATOR}{name}": tensor.contiguous()
+            for site, state in statistics.sites.items()
+            for name, tensor in state.items()
+        }
+        summary = {"data": asdict(statistics.data), "model": asdict(statistics.model)}
+        file = self._file(layer)
+        partial = file.with_name(f".{file.name}.partial")
+        save_file(tensors, partial, metadata={SUMMARY: json.dumps(summary)})
+        _sync(partial)
+        partial.replace(file)
+        _sync(self.folder)
+
+    def load(self) -> dict[int | None, Statistics]:
+        """Read every layer that was stored. A damaged file counts as absent."""
+        statistics: dict[int | None, Statistics] = {}
+        for file in sorted(self.folder.glob("*.safetensors")):
+            with suppress(SafetensorError, KeyError):
+                name = file.stem.removeprefix("layer-")
+                statistics[None if name == NON_LAYER else int(name)] = _read(file)
+        return statistics
+
+    def _file(self, layer: int | None) -> Path:
+        name = NON_LAYER if layer is None else f"layer-{layer:05d}"
+        return self.folder / f"{name}.safetensors"
+
+
+def _read(file: Path) -> Statistics:
+    sites: Sites = {}
+    with safe_open(file, framework="pt") as opened:
+        summary = json.loads(opened.metadata()[SUMMARY])
+        for key in opened.keys():  # noqa: SIM118 (not a mapping)
+            site, _, name = key.rpartition(SEPARATOR)
+            sites.setdefault(site, {})[name] = opened.get_tensor(key)
+    return Statistics(DataSummary(**summary["data"]), sites, ModelSummary(**summary["model"]))
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,32 @@
+"""Statistics of activations: what a calibration run can accumulate at the inputs of a layer.
+
+A plan names the statistics that it needs, observers update them with the rows that a layer reads,
+and ranks merge what each of them has seen. To add one, write a subclass of `Statistic` in a file
+of its own and add it to `STATISTICS`.
+
+This package lies below `planning`, which counts the memory that statistics take.
+"""
+
+from fourfold.statistics.amax import Amax
+from fourfold.statistics.base import Reduction, Site, State, Statistic
+from fourfold.statistics.tokens import Tokens
+
+STATISTICS: dict[str, Statistic] = {statistic.name: statistic for statistic in (Amax(), Tokens())}
+"""Every statistic, by the name with which an algorithm asks for it."""
+
+
+def statistic_of(tensor: str) -> Statistic:
+    """Return the statistic that a tensor of a state belongs to, by the tensor's name."""
+    return STATISTICS[tensor.partition(".")[0]]
+
+
+__all__ = [
+    "STATISTICS",
+    "Amax",
+    "Reduction",
+    "Site",
+    "State",
+    "Statistic",
+    "Tokens",
+    "statistic_of",
+]
