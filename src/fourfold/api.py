@@ -156,7 +156,7 @@ def plan(
     """
     chosen = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     with opened(model, hf_config, trust_remote_code=trust_remote_code) as source:
-        made = make_plan(source, chosen, trust_remote_code=trust_remote_code)
+        made = make_plan(source, chosen)
         check_placed(source, made.inventory)
         return made
 
@@ -244,7 +244,6 @@ def quantize(
             choose_device(device),
             activation_memory,
             threads,
-            trust_remote_code,
             on_data,
             calibration_progress,
         )
@@ -263,9 +262,7 @@ def quantize(
                 in_forward = forward_threads(folder, ranks, threads, overwrite)
                 observation = replace(observation, threads=in_forward)
                 with _warming_up(chosen, source, observation.device) as failures:
-                    work = make_plan(
-                        source, chosen, parts=parts, trust_remote_code=trust_remote_code
-                    )
+                    work = make_plan(source, chosen, parts=parts)
                     check_placed(source, work.inventory)
                     kernels = choose_kernels(
                         observation.device,
@@ -299,7 +296,6 @@ def quantize(
                     folder,
                     threads=_threads_to_verify(workers, ranks),
                     progress=verify_progress,
-                    trust_remote_code=trust_remote_code,
                 )
             ranks.gather("verified")  # until then others may need what this rank has in memory
         return Result(
@@ -356,7 +352,6 @@ def _verify_written(
     *,
     threads: int,
     progress: Callable[[int, int], None] | None,
-    trust_remote_code: bool,
 ) -> Report:
     """Read the output back; against the source, unless that is on several ranks of its own."""
     is_readable = not source.is_sharded
@@ -365,7 +360,6 @@ def _verify_written(
         source=source if is_readable else None,
         threads=threads,
         progress=progress,
-        trust_remote_code=trust_remote_code,
     )
     if is_readable:
         _check_ledger(work, linears, report, folder)

@@ -83,7 +83,6 @@ class Calibration:
         activation_memory: int | None = None,
         scratch: Path | None = None,
         threads: int | None = None,
-        trust_remote_code: bool = False,
         ranks: Ranks | None = None,
         progress: Callable[[CalibrationProgress], None] | None = None,
     ) -> None:
@@ -97,9 +96,7 @@ class Calibration:
         self.ranks: Ranks = ranks or Alone()
         self.batches = data.batches[self.ranks.rank :: self.ranks.size]
         self.plan, self.data, self.progress = plan, data, progress
-        self.streamed = StreamedModel(
-            source, device=device, head=False, trust_remote_code=trust_remote_code
-        )
+        self.streamed = StreamedModel(source, device=device, head=False)
         self.parking = Parking(limit=activation_memory, folder=scratch)
         all_experts = plan.recipe.calibration.all_experts
         summary = data_summary(data, all_experts=all_experts)

@@ -65,7 +65,6 @@ class StreamedModel:
         dtype: torch.dtype | None = None,
         towers: bool = False,
         head: bool = True,
-        trust_remote_code: bool = False,
     ) -> None:
         """`dtype`: of the parameters; by default that of most of the checkpoint's weights.
 
@@ -78,7 +77,7 @@ class StreamedModel:
         self.device, self.dtype = torch.device(device), dtype or main_dtype(source)
         self._has_head = head
         self.model = build_model(
-            source.folder, dtype=self.dtype, trust_remote_code=trust_remote_code
+            source.folder, dtype=self.dtype, trust_remote_code=source.trust_remote_code
         )
         _move_buffers(self.model, self.device)
         self.tree: ModuleTree = describe(self.model)

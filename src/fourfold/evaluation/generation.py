@@ -32,7 +32,7 @@ from fourfold.layouts.modelopt import is_quantized
 from fourfold.models.internals import quiet, runnable
 from fourfold.models.tokenizer import load_tokenizer
 from fourfold.sources.decoded import DequantizedFolder
-from fourfold.sources.safetensors import open_source
+from fourfold.sources.opening import opened
 from fourfold.storage.source import Source
 from fourfold.storage.units import plain
 
@@ -133,7 +133,7 @@ def generate(
     checkpoint cannot be read or run, or lacks a tokenizer.
     """
     _check_options(prompt, max_new_tokens, temperature)
-    checkpoint = DequantizedFolder(out)
+    checkpoint = DequantizedFolder(out, trust_remote_code=trust_remote_code)
     try:
         simulated = bool(checkpoint.input_scales)
         if simulate_activations is not None:
@@ -146,10 +146,9 @@ def generate(
             tokenizer,
             choose_device(device),
             stream,
-            trust_remote_code,
             progress,
         )
-        theirs = None if source is None else _from_source(writer, source)
+        theirs = None if source is None else _from_source(writer, source, trust_remote_code)
         ours = writer.write("quantized", checkpoint, simulated=simulated)
     finally:
         checkpoint.close()
@@ -165,9 +164,10 @@ def _check_options(prompt: str, max_new_tokens: int, temperature: float) -> None
         raise UsageError(f"a temperature of {temperature}: give 0, for the likeliest, or more.")
 
 
-def _from_source(writer: _Writer, model: str | Path | Source) -> Continuation:
-    source = open_source(model) if isinstance(model, str | Path) else model
-    try:
+def _from_source(
+    writer: _Writer, model: str | Path | Source, trust_remote_code: bool
+) -> Continuation:
+    with opened(model, trust_remote_code=trust_remote_code) as source:
         algorithm = is_quantized(source.config)
         if algorithm is not None:
             raise SourceError(
@@ -175,9 +175,6 @@ def _from_source(writer: _Writer, model: str | Path | Source) -> Continuation:
                 "was made of as --source."
             )
         return writer.write("source", source, simulated=False)
-    finally:
-        if source is not model:
-            source.close()
 
 
 @dataclass(frozen=True)
@@ -198,23 +195,21 @@ class _Writer:
     tokenizer: Any
     device: str
     stream: bool | None
-    trust_remote_code: bool
     progress: Progress | None
 
     def write(self, label: str, source: Source, *, simulated: bool) -> Continuation:
         """What the model of `source` writes. Nothing of it stays in memory."""
         begun = time.perf_counter()
-        trusted = self.trust_remote_code
-        opened = OpenedModel(source, device=self.device, trust_remote_code=trusted)
+        runner = OpenedModel(source, device=self.device)
         streamed = self.stream
         if streamed is None:
-            streamed = opened.nbytes > _available(self.device)
+            streamed = runner.nbytes > _available(self.device)
         with ExitStack() as stack:
             if simulated:
-                simulation = Simulation(opened.model, opened.streamed.tree, opened.sites())
+                simulation = Simulation(runner.model, runner.streamed.tree, runner.sites())
                 stack.callback(simulation.remove)
-            ids = _run(opened, partial(self._continue, label), streamed)
-        del opened
+            ids = _run(runner, partial(self._continue, label), streamed)
+        del runner
         gc.collect()
         seconds = time.perf_counter() - begun
         return Continuation(str(source.folder), self._text(ids), tuple(ids), streamed, seconds)
@@ -241,12 +236,12 @@ class _Writer:
         return str(self.tokenizer.decode(new_ids, skip_special_tokens=True))
 
 
-def _run(opened: OpenedModel, call: Callable[[Any], list[int]], streamed: bool) -> list[int]:
+def _run(runner: OpenedModel, call: Callable[[Any], list[int]], streamed: bool) -> list[int]:
     """What `call` makes of the model, loaded whole or layer by layer."""
     if not streamed:
-        return call(opened.load())
+        return call(runner.load())
     found: list[list[int]] = []
-    for _ in opened.streamed.run([lambda model: found.append(call(model))]):
+    for _ in runner.streamed.run([lambda model: found.append(call(model))]):
         pass
     return found[0]
 

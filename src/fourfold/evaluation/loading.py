@@ -52,11 +52,9 @@ def load(
     where checkpoint and architecture do not fit, naming a key; UsageError for a W4A16 checkpoint
     whose activations should be simulated; PlanError where the memory is too small.
     """
-    checkpoint = DequantizedFolder(out, dtype=dtype)
+    checkpoint = DequantizedFolder(out, dtype=dtype, trust_remote_code=trust_remote_code)
     try:
-        opened = OpenedModel(
-            checkpoint, dtype=dtype, device=device, trust_remote_code=trust_remote_code
-        )
+        opened = OpenedModel(checkpoint, dtype=dtype, device=device)
         sites = opened.sites() if simulate_activations else None
         model: Any = opened.load()
         if sites is not None:
@@ -75,15 +73,12 @@ class OpenedModel:
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
-        trust_remote_code: bool = False,
     ) -> None:
         """Raises ModelError for a key without a place in the model, SourceError the other way."""
         self.source = source
-        self.inventory: Inventory = take_inventory(source, trust_remote_code=trust_remote_code)
+        self.inventory: Inventory = take_inventory(source)
         _check_known(source, self.inventory)
-        self.streamed = StreamedModel(
-            source, device=device, dtype=dtype, towers=True, trust_remote_code=trust_remote_code
-        )
+        self.streamed = StreamedModel(source, device=device, dtype=dtype, towers=True)
         self.model = self.streamed.model
         _take_generation_config(self.model, source.folder)
 

@@ -150,14 +150,14 @@ class Inventory:
         return Counter(linear.role for linear in self.linears)
 
 
-def take_inventory(source: Source, *, trust_remote_code: bool = False) -> Inventory:
+def take_inventory(source: Source) -> Inventory:
     """Find every linear weight of `source`; reads headers and configuration only.
 
     Raises `ModelError` for an architecture that cannot be built or taken apart, `SourceError`
     where the checkpoint lacks a parameter of its architecture.
     """
     _check_config(source)
-    tree = build_tree(source.folder, trust_remote_code=trust_remote_code)
+    tree = build_tree(source.folder, trust_remote_code=source.trust_remote_code)
     return _Taking(source, tree).run()
 
 

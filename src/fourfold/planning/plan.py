@@ -266,9 +266,7 @@ class Plan:
         return plain(self)
 
 
-def make_plan(
-    source: Source, recipe: Recipe, *, parts: int = 1, trust_remote_code: bool = False
-) -> Plan:
+def make_plan(source: Source, recipe: Recipe, *, parts: int = 1) -> Plan:
     """Decide what becomes of every tensor of `source`; no weight is read.
 
     parts: how many shards a decoder layer is cut into, at least.
@@ -276,7 +274,7 @@ def make_plan(
     Raises `RecipeError`, `PlanError`, `ModelError` or `SourceError`: see the module's head.
     """
     _check_not_quantized(source)
-    inventory = take_inventory(source, trust_remote_code=trust_remote_code)
+    inventory = take_inventory(source)
     selection = Selection(recipe, inventory)
     groups = selection.groups()
     rows = tuple(selection.row(raw) for raw in inventory.tensors.values())

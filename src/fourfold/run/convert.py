@@ -103,7 +103,7 @@ def convert(
     with opened(model, hf_config, trust_remote_code=trust_remote_code) as source:
         for origin in source.origin_folders:
             folder.check(origin, overwrite=overwrite)
-        plan = plan_conversion(source, shards or 1, trust_remote_code)
+        plan = plan_conversion(source, shards or 1)
         kernels = Kernels.none(workers)
         check_room(plan, folder, kernels, Alone())
         run = AtOnce(source, None)
@@ -130,9 +130,9 @@ class ConversionPlan(Plan):
         return [*self.shard_names, *(path.as_posix() for path in self.side_files), INDEX, CONFIG]
 
 
-def plan_conversion(source: Source, parts: int, trust_remote_code: bool) -> ConversionPlan:
+def plan_conversion(source: Source, parts: int) -> ConversionPlan:
     """Which tensors lie in which shard; reads no weight."""
-    inventory = take_inventory(source, trust_remote_code=trust_remote_code)
+    inventory = take_inventory(source)
     check_placed(source, inventory)
     kept = list(inventory.tensors.values())
     copied, dropped = source.side_files()

@@ -45,7 +45,6 @@ class Observation:
     activation_memory: int | None = None
     threads: int | None = None
     """PyTorch's threads while the model runs; as it has been told by default."""
-    trust_remote_code: bool = False
     on_data: Callable[[CalibrationData], None] | None = None
     progress: Callable[[CalibrationProgress], None] | None = None
 
@@ -183,7 +182,6 @@ def choose_run(
         activation_memory=room if limit is None else limit,
         scratch=scratch,
         threads=observation.threads,
-        trust_remote_code=observation.trust_remote_code,
         ranks=ranks,
         progress=observation.progress,
     )
@@ -224,7 +222,7 @@ def _data(plan: Plan, source: Source, observation: Observation) -> CalibrationDa
         observation.options,
         vocab_size=plan.inventory.vocab_size,
         max_positions=plan.inventory.max_positions,
-        trust_remote_code=observation.trust_remote_code,
+        trust_remote_code=source.trust_remote_code,
         no_tokenizer=source.tokenizer_hint,
     )
     if observation.on_data is not None:

@@ -54,14 +54,20 @@ FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 class DequantizedFolder(Source):
     """A folder in the ModelOpt layout, dequantized. Safe for many threads."""
 
-    def __init__(self, out: str | Path, *, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        out: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
         """`dtype`: of the dequantized weights; by default each has the dtype of its source.
 
         float32 gives their values unrounded. Raises SourceError where the folder cannot be read,
         holds no NVFP4 weight, or holds what cannot be dequantized.
         """
         self._packed = open_source(out)
-        self.folder = self._packed.folder
+        self.folder, self.trust_remote_code = self._packed.folder, trust_remote_code
         self.config = _without_quantization(self._packed.config)
         self.linears: Mapping[str, tuple[int, int]] = _find_linears(self._packed)
         """Every linear layer in NVFP4 by its name: [out, in]."""

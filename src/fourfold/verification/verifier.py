@@ -17,7 +17,7 @@ from typing import Any
 
 from fourfold.models.inventory import Inventory, take_inventory
 from fourfold.models.roles import Role
-from fourfold.sources.opening import open_model
+from fourfold.sources.opening import opened
 from fourfold.storage.source import Source
 from fourfold.verification import completeness, files, groups, structure, values
 from fourfold.verification.checkpoint import (
@@ -67,13 +67,8 @@ def verify(
     with unreadable(), closing(open_checkpoint(Path(out).expanduser())) as checkpoint:
         if source is None:
             return _verify(checkpoint, None, None, workers)
-        opened = open_model(source, hf_config) if isinstance(source, Path | str) else source
-        try:
-            inventory = take_inventory(opened, trust_remote_code=trust_remote_code)
-            return _verify(checkpoint, opened, inventory, workers)
-        finally:
-            if opened is not source:
-                opened.close()
+        with opened(source, hf_config, trust_remote_code=trust_remote_code) as original:
+            return _verify(checkpoint, original, take_inventory(original), workers)
 
 
 def _verify(

@@ -88,7 +88,7 @@ class LiveSource(Source):
         _check_model(model)
         blueprint = blueprint_of(model)
         _check_same(model, blueprint)
-        self._model = model
+        self._model, self.trust_remote_code = model, trust_remote_code
         self._tree = describe(blueprint)
         origin = _origin_of(model, self._tree, checkpoint, trust_remote_code)
         self._checkpoint = origin.source
