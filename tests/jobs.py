@@ -9,12 +9,14 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+from fourfold.events import Event
 
 MODEL = "qwen3_moe"
 W4A16, W4A4 = "w4a16_nvfp4_experts_only_mse", "nvfp4_default_mse-fp8_kv"
@@ -68,6 +70,16 @@ def _kill_at(number: int) -> None:
 
     for name in DURABLE:
         setattr(os, name, counting(getattr(os, name)))
+
+
+def only(kind: type[Event], call: Callable[[Any], object]) -> Callable[[Event], None]:
+    """An `on_event` that passes on the events of one kind."""
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, kind):
+            call(event)
+
+    return on_event
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 import fourfold
 from families import FAMILIES, Truth
+from fourfold.events import BackendChosen, Event, Resumed, ShardWritten, WarningIssued
 from fourfold.execution import backend as choosing
 from fourfold.execution import gpu as device
 from fourfold.execution import streams as lanes
@@ -30,7 +31,7 @@ from fourfold.execution.streams import FEWEST_LANES, MOST_LANES, ROOM, Lanes
 from fourfold.formats import dispatch, nvfp4
 from fourfold.formats.dispatch import Choice, Kernel
 from fourfold.sources.safetensors import SafetensorsFolder
-from jobs import W4A4, W4A16, assert_same, ids_file
+from jobs import W4A4, W4A16, assert_same, ids_file, only
 
 Written = Callable[[str], tuple[Path, Truth]]
 DEFAULT = "w4a16_nvfp4_default_mse"
@@ -406,17 +407,19 @@ def test_what_is_stopped_goes_on_wherever(
     model, out = written("qwen3_moe")[0], tmp_path / "out"
     options = {"shards": 4, "threads": 1}
 
-    def stop(event: Any) -> None:
-        if event.shards_done == 2:
+    resumed: list[int] = []
+
+    def stop(event: Event) -> None:
+        if isinstance(event, Resumed):
+            resumed.append(event.finished)
+        if isinstance(event, ShardWritten) and event.shards_done == 2:
             raise KeyboardInterrupt
 
-    resumed: list[int] = []
-    options["on_resume"] = lambda done, _: resumed.append(done)
     with pytest.raises(KeyboardInterrupt):
-        quantized(model, out, progress=stop, **options)
+        quantized(model, out, on_event=stop, **options)
     with on_host(), pytest.raises(KeyboardInterrupt):
-        quantized(model, out, progress=stop, **options)
-    quantized(model, out, **options)
+        quantized(model, out, on_event=stop, **options)
+    quantized(model, out, on_event=only(Resumed, lambda e: resumed.append(e.finished)), **options)
     assert len(resumed) == 2
     assert 2 <= resumed[0] < resumed[1]
     with on_host():
@@ -453,16 +456,18 @@ def test_a_fallback_is_told_once(
 ) -> None:
     fallback = Choice(Kernel.NUMBA, "on the CPU, since triton is not installed", is_fallback=True)
     monkeypatch.setattr(dispatch, "choice_for_weights", lambda target: fallback)
-    heard: list[str] = []
-    found: list[Any] = []
+    events: list[Event] = []
     result = quantized(
-        written("mixtral")[0], tmp_path / "out", device_memory=1_000_000, on_warning=heard.append,
-        on_kernels=found.append,
+        written("mixtral")[0], tmp_path / "out", device_memory=1_000_000, on_event=events.append,
     )  # fmt: skip
+    heard = [event.text for event in events if isinstance(event, WarningIssued)]
     assert heard == ["numba kernels: on the CPU, since triton is not installed"]
     assert result.warnings == tuple(heard)
     assert result.kernels == result.to_dict()["kernels"] == heard[0]
-    assert str(found[0]) == f"{heard[0]}\nweights are quantized on the CPU, by 2 threads"
+    (chosen,) = [event for event in events if isinstance(event, BackendChosen)]
+    assert chosen == BackendChosen(
+        heard[0], "weights are quantized on the CPU, by 2 threads", is_fallback=True
+    )
 
 
 @pytest.mark.usefixtures("on_lanes")

@@ -21,6 +21,7 @@ from fourfold.embedded import model_dir
 from fourfold.errors import ModelError, PlanError, SourceError, UsageError
 from fourfold.evaluation import generation
 from fourfold.evaluation.generation import Continuation, Generation, generate
+from fourfold.events import Event, TokenGenerated
 from nvfp4_folders import with_input_scales
 
 Written = Callable[[str], tuple[Path, Truth]]
@@ -173,15 +174,17 @@ def test_what_does_not_fit_into_memory_is_streamed(
 
 
 def test_progress_counts_tokens(out: Path) -> None:
-    seen: list[tuple[str, int, int]] = []
+    seen: list[Event] = []
     generate(
         out,
         PROMPT,
         source=model_dir(),
         max_new_tokens=3,
-        progress=lambda *event: seen.append(event),
+        on_event=seen.append,
     )
-    assert seen == [(label, n, 3) for label in ("source", "quantized") for n in range(4)]
+    assert seen == [
+        TokenGenerated(label, n, 3) for label in ("source", "quantized") for n in range(4)
+    ]
 
 
 # --- what is shown ------------------------------------------------------------------------

@@ -19,7 +19,15 @@ from safetensors.torch import load_file, save_file
 import fourfold
 from families import Truth
 from fourfold import api as pipeline
-from fourfold.execution import Progress
+from fourfold.events import (
+    BackendChosen,
+    BytesVerified,
+    Event,
+    OutputComplete,
+    PlanMade,
+    ShardWritten,
+    WritingBegan,
+)
 from fourfold.run import job
 
 Written = Callable[[str], tuple[Path, Truth]]
@@ -28,7 +36,8 @@ EXPERTS = "w4a16_nvfp4_experts_only_mse"
 
 def test_public_names() -> None:
     assert set(fourfold.__all__) == {
-        "CalibrationError", "Converted", "Finding", "FourfoldError", "ModelError", "NonFiniteError",
+        "CalibrationError", "Converted", "Event", "Finding", "FourfoldError", "ModelError",
+        "NonFiniteError",
         "ObservationError", "OutputError", "Plan",
         "PlanError", "Recipe", "RecipeError", "Report", "Result", "SourceError", "Statistics",
         "UnreadableError",
@@ -68,21 +77,20 @@ def test_results_are_typed_and_print(written: Written, tmp_path: Path) -> None:
         assert linear.relative_error == pytest.approx(errors[linear.name], rel=1e-4)
 
 
-def test_callbacks(written: Written, tmp_path: Path) -> None:
-    plans: list[fourfold.Plan] = []
-    events: list[Progress] = []
+def test_events(written: Written, tmp_path: Path) -> None:
+    events: list[Event] = []
     fourfold.quantize(
-        written("mixtral")[0],
-        tmp_path / "out",
-        EXPERTS,
-        threads=2,
-        on_plan=plans.append,
-        progress=events.append,
+        written("mixtral")[0], tmp_path / "out", EXPERTS, threads=2, on_event=events.append
     )
-    (plan,) = plans
-    assert [event.shards_done for event in events] == list(range(1, len(plan.shards) + 1))
-    assert {event.unit for event in events} == {"shell", "layer 0", "layer 1", "layer 2"}
-    assert events[-1].bytes_done == events[-1].bytes_total == plan.nbytes
+    kinds = list(dict.fromkeys(type(event) for event in events))
+    assert kinds == [
+        PlanMade, BackendChosen, WritingBegan, ShardWritten, OutputComplete, BytesVerified
+    ]  # fmt: skip
+    plan = events[0].plan  # type: ignore[attr-defined]
+    shards = [event for event in events if isinstance(event, ShardWritten)]
+    assert [event.shards_done for event in shards] == list(range(1, len(plan.shards) + 1))
+    assert {event.unit for event in shards} == {"shell", "layer 0", "layer 1", "layer 2"}
+    assert shards[-1].bytes_done == shards[-1].bytes_total == plan.nbytes
 
 
 @pytest.mark.parametrize("field", ["compared_linears", "copied_tensors"])

@@ -25,10 +25,11 @@ from fourfold.distributed.launcher import Launch, launch
 from fourfold.distributed.machine import choose_device
 from fourfold.distributed.ranks import RankFailedError, Together
 from fourfold.errors import FourfoldError
+from fourfold.events import ShardWritten
 from fourfold.planning import deal
 from fourfold.planning.shards import effort
 from fourfold.run.resume import _check_same
-from jobs import W4A4, W4A16, assert_same, files_of, ids_file
+from jobs import W4A4, W4A16, assert_same, files_of, ids_file, only
 
 Written = Callable[[str], tuple[Path, Truth]]
 MODEL = "qwen3_5_moe_vl"
@@ -238,7 +239,7 @@ def test_ranks_that_go_on_with_another_job(written: Written, tmp_path: Path) -> 
     """It is refused, and what is there stays as it is."""
     model, out = written(MODEL)[0], tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        fourfold.quantize(model, out, W4A16, shards=2, progress=stop)
+        fourfold.quantize(model, out, W4A16, shards=2, on_event=only(ShardWritten, stop))
     before = {name: data for name, data in files_of(out).items() if "lock" not in name}
     assert before
     code, _, err = ended(torchrun(["quantize", model, out, "-r", "w4a16_nvfp4_experts_only"]))

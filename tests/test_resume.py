@@ -21,9 +21,10 @@ import pytest
 import fourfold
 from families import Truth
 from fourfold import api as pipeline
+from fourfold.events import Event, Resumed, ShardWritten
 from fourfold.sources.safetensors import SafetensorsFolder
 from fourfold.storage.run_state import Journal
-from jobs import MODEL, W4A4, W4A16, assert_same, files_of, ids_file, start
+from jobs import MODEL, W4A4, W4A16, assert_same, files_of, ids_file, only, start
 
 Written = Callable[[str], tuple[Path, Truth]]
 
@@ -130,12 +131,12 @@ def run(model: Path, out: Path, kill_at: int, options: dict[str, Any]) -> int:
 def stopped(model: Path, out: Path, options: dict[str, Any], shards: int) -> None:
     """Leave a run that has finished so many shards."""
 
-    def stop(progress: Any) -> None:
+    def stop(progress: ShardWritten) -> None:
         if progress.shards_done == shards:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt) as caught:
-        fourfold.quantize(model, out, progress=stop, **options)
+        fourfold.quantize(model, out, on_event=only(ShardWritten, stop), **options)
     without = ", without --overwrite" if options.get("overwrite") else ""
     assert caught.value.__notes__[0].endswith(f"the same command goes on from there{without}.")
 
@@ -150,7 +151,7 @@ def test_what_is_finished_is_not_made_again(
     stopped(model, out, options, 2)
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
     assert 2 <= len(before) <= 8  # some were on their way to the disk
-    quantized, read = [], []
+    read = []
     slab = SafetensorsFolder.slab
 
     def counted(self: Any, key: str, *arguments: Any) -> Any:
@@ -158,15 +159,17 @@ def test_what_is_finished_is_not_made_again(
         return slab(self, key, *arguments)
 
     monkeypatch.setattr(SafetensorsFolder, "slab", counted)
-    resumed: list[tuple[int, int]] = []
+    events: list[Event] = []
     fourfold.quantize(
-        model, out, progress=lambda done: quantized.append(done.unit),
-        on_resume=lambda *numbers: resumed.append(numbers), **options,
+        model, out, on_event=events.append, **options
     )  # fmt: skip
     assert_same(out, unbroken)
     summary = json.loads((out / "quant_summary.json").read_bytes())["shards"]
-    assert resumed == [(len(before), len(summary))]
-    assert len(quantized) == len(summary) - len(before)
+    assert [event for event in events if isinstance(event, Resumed)] == [
+        Resumed(len(before), len(summary))
+    ]
+    written_now = [event for event in events if isinstance(event, ShardWritten)]
+    assert len(written_now) == len(summary) - len(before)
     assert all((out / name).stat().st_mtime_ns == then for name, then in before.items())
     if recipe == W4A16:  # for calibration, a text must pass the layers again
         left = {shard["layer"] for shard in summary if shard["file"] not in before}
@@ -362,8 +365,8 @@ def test_threads_are_those_that_a_run_began_with(job, written: Written, tmp_path
     model, out = written(MODEL)[0], tmp_path / "out"
     stopped(model, out, options, 2)
     del options["threads"]
-    resumed: list[int] = []
-    fourfold.quantize(model, out, on_resume=lambda done, _: resumed.append(done), **options)
+    resumed: list[Resumed] = []
+    fourfold.quantize(model, out, on_event=only(Resumed, resumed.append), **options)
     assert resumed
     fourfold.quantize(model, tmp_path / "other", threads=2, **options)
     assert_same(out, tmp_path / "other")
@@ -507,7 +510,7 @@ def test_a_folder_that_is_taken_away(job, written: Written, tmp_path: Path) -> N
             assert process.exitcode == 0
 
     with pytest.raises(fourfold.OutputError, match="removed or moved away while it was written"):
-        fourfold.quantize(model, out, progress=replace, **options)
+        fourfold.quantize(model, out, on_event=only(ShardWritten, replace), **options)
     assert_same(out, unbroken)
 
 
@@ -617,8 +620,8 @@ def test_clocks_do_not_matter(job, written: Written, tmp_path: Path) -> None:
     stopped(model, out, options, 2)
     for number, path in enumerate(sorted(out.rglob("*"))):
         os.utime(path, (4e9, 4e9) if number % 2 else (0, 0))
-    resumed: list[int] = []
-    fourfold.quantize(model, out, on_resume=lambda done, _: resumed.append(done), **options)
+    resumed: list[Resumed] = []
+    fourfold.quantize(model, out, on_event=only(Resumed, resumed.append), **options)
     assert resumed
     fourfold.quantize(model, tmp_path / "other", **options)
     assert_same(out, tmp_path / "other")
@@ -639,7 +642,7 @@ def test_a_source_that_changes_meanwhile(how: str, job, written: Written, tmp_pa
                 touched(model, options)
 
     with pytest.raises(fourfold.SourceError, match=r"model\.safetensors: (changed|disappeared)"):
-        fourfold.quantize(model, out, progress=change, **options)
+        fourfold.quantize(model, out, on_event=only(ShardWritten, change), **options)
     assert not list(out.glob("*.json"))
     if how == "changed":
         with pytest.raises(fourfold.OutputError, match="Changed since"):

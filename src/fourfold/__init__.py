@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from fourfold.api import Result, plan, quantize
     from fourfold.calibration.statistics import Statistics
     from fourfold.evaluation.loading import load
+    from fourfold.events import Event
     from fourfold.planning import Plan
     from fourfold.recipes import Recipe
     from fourfold.run.convert import Converted, convert
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "convert": "fourfold.run.convert",
     "Converted": "fourfold.run.convert",
+    "Event": "fourfold.events",
     "load": "fourfold.evaluation.loading",
     "merge": "fourfold.run.merge",
     "plan": "fourfold.api",
@@ -59,6 +61,7 @@ _LAZY = {
 __all__ = [
     "CalibrationError",
     "Converted",
+    "Event",
     "Finding",
     "FourfoldError",
     "ModelError",

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from fourfold.calibration.data import CalibrationData, CalibrationOptions
-from fourfold.calibration.layerwise import CalibrationProgress
+from fourfold.calibration.data import CalibrationOptions
 from fourfold.calibration.live import ForwardLoop
 from fourfold.calibration.statistics import Statistics
 from fourfold.distributed.launcher import launch
@@ -28,7 +27,8 @@ from fourfold.errors import (
     FourfoldError,
     UsageError,
 )
-from fourfold.execution import Kernels, LinearResult, Progress, choose_kernels, warm_up_lanes
+from fourfold.events import BackendChosen, OnEvent, PlanMade, WarningIssued, ignore
+from fourfold.execution import Kernels, LinearResult, choose_kernels, warm_up_lanes
 from fourfold.formats import nvfp4
 from fourfold.layouts.modelopt import QUANT_CONFIG
 from fourfold.planning import KVScales, Plan, ScaleGroup, make_plan
@@ -184,16 +184,7 @@ def quantize(
     overwrite: bool = False,
     verified: bool = True,
     trust_remote_code: bool = False,
-    on_plan: Callable[[Plan], None] | None = None,
-    on_kernels: Callable[[Kernels], None] | None = None,
-    on_warning: Callable[[str], None] | None = None,
-    on_begin: Callable[[], None] | None = None,
-    on_resume: Callable[[int, int], None] | None = None,
-    on_data: Callable[[CalibrationData], None] | None = None,
-    calibration_progress: Callable[[CalibrationProgress], None] | None = None,
-    progress: Callable[[Progress], None] | None = None,
-    on_written: Callable[[], None] | None = None,
-    verify_progress: Callable[[int, int], None] | None = None,
+    on_event: OnEvent = ignore,
 ) -> Result:
     """Quantize the checkpoint `model` into the folder `out`, and verify what was written.
 
@@ -214,10 +205,7 @@ def quantize(
     shards: files that a decoder layer is cut into, at least; by default one for each rank.
     overwrite: replace a checkpoint that fourfold wrote into `out`, or an unfinished run.
     verified: read the output back and compare it with `model`, tensor by tensor.
-    on_warning: called with what goes otherwise than it was meant, each once.
-    on_plan, on_kernels, on_data, on_begin, calibration_progress, progress, on_written,
-    verify_progress: called as the job goes on; `out` is written from `on_begin` to `on_written`.
-    on_resume: called with how many shards of how many an earlier run has finished, if one has.
+    on_event: receives every event of the run; see `fourfold.events`.
 
     An unfinished run of the same job that `out` holds is continued. Under a launcher (torchrun),
     every rank calls this alike, and they share the work.
@@ -230,8 +218,7 @@ def quantize(
 
     def warn(text: str) -> None:
         warnings.append(text)
-        if on_warning is not None:
-            on_warning(text)
+        on_event(WarningIssued(text))
 
     with job_ranks(model) as ranks:  # first of all: the others hear of any error
         _check_arguments(out, threads, device_memory, shards)
@@ -244,8 +231,7 @@ def quantize(
             choose_device(device),
             activation_memory,
             threads,
-            on_data,
-            calibration_progress,
+            on_event,
         )
         ranks.gather("called")  # whoever fails before this leaves nobody waiting in a collective
         with opened(
@@ -274,19 +260,14 @@ def quantize(
                     )
                     runs_model = calibration is None and not is_live
                     check_room(work, folder, kernels, ranks, runs_model=runs_model)
-                if on_plan is not None:
-                    on_plan(work)
-                kernels = _told(kernels, failures, on_kernels, warn)
+                on_event(PlanMade(work))
+                kernels = _told(kernels, failures, on_event, warn)
             run = choose_run(work, source, observation, folder.folder, ranks)
             job = Job(work, source, folder, run, ranks, kernels)
             with source.agreeing():
                 if run.is_writer and ranks.size == 1:
                     folder.check_continues(job.identity, overwrite=overwrite)
-            if on_begin is not None:
-                on_begin()
-            linears = job.write(overwrite, progress, on_resume)
-            if on_written is not None:
-                on_written()
+            linears = job.write(overwrite, on_event)
             report = None
             if verified and run.is_writer and job.is_finisher:
                 report = _verify_written(
@@ -295,7 +276,7 @@ def quantize(
                     source,
                     folder,
                     threads=_threads_to_verify(workers, ranks),
-                    progress=verify_progress,
+                    on_event=on_event,
                 )
             ranks.gather("verified")  # until then others may need what this rank has in memory
         return Result(
@@ -330,15 +311,14 @@ def _check_arguments(
 def _told(
     kernels: Kernels,
     failures: Sequence[Exception],
-    on_kernels: Callable[[Kernels], None] | None,
+    on_event: OnEvent,
     warn: Callable[[str], None],
 ) -> Kernels:
     """The kernels that will run, the CPU's where those of the device failed when they were tried;
     whoever wants to know is told."""
     if failures and kernels.lanes is not None:
         kernels = kernels.without_lanes(failures[0])
-    if on_kernels is not None:
-        on_kernels(kernels)
+    on_event(BackendChosen(str(kernels.choice), kernels.where, kernels.is_fallback))
     if kernels.is_fallback and launch().local_rank == 0:
         warn(str(kernels.choice))
     return kernels
@@ -351,7 +331,7 @@ def _verify_written(
     folder: OutputFolder,
     *,
     threads: int,
-    progress: Callable[[int, int], None] | None,
+    on_event: OnEvent,
 ) -> Report:
     """Read the output back; against the source, unless that is on several ranks of its own."""
     is_readable = not source.is_sharded
@@ -359,7 +339,7 @@ def _verify_written(
         folder.folder,
         source=source if is_readable else None,
         threads=threads,
-        progress=progress,
+        on_event=on_event,
     )
     if is_readable:
         _check_ledger(work, linears, report, folder)

@@ -23,8 +23,10 @@ import transformers
 
 import fourfold
 from fourfold import UsageError
+from fourfold.events import Resumed, ShardWritten
 from fourfold.sources.megatron.arguments import Arguments
 from fourfold.sources.megatron.configuration import OFF, SAID, UNLESS_SAID, configuration_of
+from jobs import only
 
 from .conftest import FAMILY
 from .test_source import W4A16, digests
@@ -130,12 +132,14 @@ def test_a_run_without_a_configuration_goes_on(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fourfold.quantize(checkpoint, tmp_path / "out", W4A16, threads=1, progress=stop)
-    found: list[tuple[int, int]] = []
-    options: dict[str, Any] = {"on_resume": lambda *counts: found.append(counts)}
+        fourfold.quantize(
+            checkpoint, tmp_path / "out", W4A16, threads=1, on_event=only(ShardWritten, stop)
+        )
+    found: list[Resumed] = []
+    options: dict[str, Any] = {"on_event": only(Resumed, found.append)}
     fourfold.quantize(checkpoint, tmp_path / "out", W4A16, threads=1, **options)
     assert found
-    assert found[0][0] >= 2
+    assert found[0].finished >= 2
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 

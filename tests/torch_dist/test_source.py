@@ -20,11 +20,13 @@ import fourfold
 from conftest import Written
 from fourfold.cli.app import app
 from fourfold.errors import FourfoldError, ModelError, OutputError, SourceError, UsageError
+from fourfold.events import Resumed, ShardWritten
 from fourfold.sources.megatron import MegatronFolder
 from fourfold.sources.megatron.families import rename
 from fourfold.sources.megatron.keys import Parameter
 from fourfold.sources.megatron.rules import RuleBook, Section
 from fourfold.sources.megatron.sizes import Sizes
+from jobs import only
 
 from .conftest import FAMILY
 from .inverse import to_megatron
@@ -135,7 +137,7 @@ def test_a_run_that_was_stopped_goes_on(
         checkpoint,
         tmp_path / "out",
         hf_config=hf,
-        on_resume=lambda done, of: resumed.append((done, of)),
+        on_event=only(Resumed, lambda event: resumed.append((event.finished, event.shards))),
         **options,
     )
     assert resumed == [(3, 4)]
@@ -181,11 +183,10 @@ def test_a_checkpoint_that_changes_meanwhile_ends_the_run(
     if what == "weights":
         torch.save({"iteration": 7}, file)
 
-    def change(_: Any) -> None:
-        os.utime(file, (1, 1))
+    on_event = only(ShardWritten, lambda _: os.utime(file, (1, 1)))
 
     with pytest.raises(SourceError, match="changed while it was read"):
-        run(checkpoint, tmp_path / "out", hf_config=own, threads=1, progress=change, **options)
+        run(checkpoint, tmp_path / "out", hf_config=own, threads=1, on_event=on_event, **options)
     assert not (tmp_path / "out" / "config.json").exists()
 
 

@@ -6,6 +6,7 @@ import json
 import os
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -94,14 +95,14 @@ def test_an_open_source_may_be_given(tmp_path: Path) -> None:
 
 
 def test_progress_ends_at_the_total(tmp_path: Path) -> None:
-    calls: list[tuple[int, int]] = []
+    calls: list[Any] = []
     d = draft()
     d.write(tmp_path / "out")
     source = write_source(tmp_path / "source", d.source)
-    verify(tmp_path / "out", source=source, progress=lambda *call: calls.append(call))
-    assert calls == sorted(calls)
-    assert len({total for _, total in calls}) == 1
-    assert calls[-1][0] == calls[-1][1]
+    verify(tmp_path / "out", source=source, on_event=calls.append)
+    done = [event.bytes_done for event in calls]
+    assert done == sorted(done)
+    assert {event.bytes_total for event in calls} == {done[-1]}
 
 
 # ------------------------------------------------------------------------- legal, but unusual

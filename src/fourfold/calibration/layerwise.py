@@ -13,7 +13,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from fourfold.calibration.statistics import Statistics, data_summary, merged
 from fourfold.calibration.streaming import StreamedModel
 from fourfold.distributed.ranks import Alone, Ranks
 from fourfold.errors import ModelError, PlanError
+from fourfold.events import LayerCalibrated, OnEvent, ignore
 from fourfold.models.internals import output_embeddings, runnable
 from fourfold.models.module_tree import ModuleTree
 from fourfold.models.watching import unwatchable
@@ -42,15 +42,6 @@ END = -1
 
 IDLE = -2
 """Where a rank is that has no batch: wherever the others are."""
-
-
-@dataclass(frozen=True)
-class CalibrationProgress:
-    """A layer was run."""
-
-    layer: int
-    layers: int
-    tokens: int
 
 
 @contextmanager
@@ -84,7 +75,7 @@ class Calibration:
         scratch: Path | None = None,
         threads: int | None = None,
         ranks: Ranks | None = None,
-        progress: Callable[[CalibrationProgress], None] | None = None,
+        on_event: OnEvent = ignore,
     ) -> None:
         """activation_memory: bytes of waiting activations in memory; the rest goes to `scratch`.
 
@@ -95,7 +86,7 @@ class Calibration:
         self.threads = threads
         self.ranks: Ranks = ranks or Alone()
         self.batches = data.batches[self.ranks.rank :: self.ranks.size]
-        self.plan, self.data, self.progress = plan, data, progress
+        self.plan, self.data, self.on_event = plan, data, on_event
         self.streamed = StreamedModel(source, device=device, head=False)
         self.parking = Parking(limit=activation_memory, folder=scratch)
         all_experts = plan.recipe.calibration.all_experts
@@ -166,8 +157,7 @@ class Calibration:
             )
             stack.callback(steps.close)
             for layer in steps:
-                if self.progress is not None:
-                    self.progress(CalibrationProgress(layer, len(tree.layers), self.data.tokens))
+                self.on_event(LayerCalibrated(layer, len(tree.layers)))
                 yield layer, self._taken(observers)
             self._last = self._taken(observers)
         self._meet(END)

@@ -160,16 +160,7 @@ def quantize(
             overwrite=overwrite,
             verified=not no_verify,
             trust_remote_code=trust_remote_code,
-            on_plan=display.show,
-            on_kernels=display.kernels,
-            on_warning=display.warn,
-            on_begin=display.begin,
-            on_resume=display.resume,
-            on_data=display.data,
-            calibration_progress=display.calibrating,
-            progress=display.folding,
-            on_written=display.written,
-            verify_progress=display.verifying,
+            on_event=display,
         )
     _conclude(result, as_json)
 
@@ -212,8 +203,8 @@ def verify(
             source=source,
             hf_config=hf_config,
             threads=threads,
-            progress=display.verifying,
             trust_remote_code=trust_remote_code,
+            on_event=display,
         )
     if as_json:
         print(report.to_json())
@@ -251,10 +242,7 @@ def convert(
             shards=shards,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
-            on_begin=display.begin,
-            on_resume=display.resume,
-            progress=display.folding,
-            on_written=display.written,
+            on_event=display,
         )
     if as_json:
         print_json(converted.to_dict())
@@ -291,10 +279,7 @@ def merge(
             overwrite=overwrite,
             verified=not no_verify,
             threads=threads,
-            on_begin=display.begin,
-            progress=display.copying,
-            on_written=display.written,
-            verify_progress=display.verifying,
+            on_event=display,
         )
     _conclude(result, as_json)
 
@@ -391,12 +376,7 @@ def demo(
             out,
             recipe,
             overwrite=again,
-            on_plan=display.show,
-            on_warning=display.warn,
-            on_begin=display.begin,
-            on_data=display.data,
-            calibration_progress=display.calibrating,
-            on_written=display.written,
+            on_event=display,
         )
     shown = demonstrate(model_dir(), out)
     if as_json:
@@ -453,7 +433,7 @@ def generate(
             stream=stream,
             device=device,
             trust_remote_code=trust_remote_code,
-            progress=display.writing,
+            on_event=display,
         )
     if as_json:
         print_json(written.to_dict())

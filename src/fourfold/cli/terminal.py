@@ -16,13 +16,25 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from fourfold.distributed.launcher import launch
 from fourfold.errors import FourfoldError
+from fourfold.events import (
+    BackendChosen,
+    BytesCopied,
+    BytesVerified,
+    DataLoaded,
+    Event,
+    LayerCalibrated,
+    OutputComplete,
+    PlanMade,
+    Resumed,
+    ShardWritten,
+    TokenGenerated,
+    WarningIssued,
+    WritingBegan,
+)
 from fourfold.storage.temporary import remove_all
 
 if TYPE_CHECKING:
-    from fourfold import execution as fold
     from fourfold.api import Result
-    from fourfold.calibration.data import CalibrationData
-    from fourfold.calibration.layerwise import CalibrationProgress
     from fourfold.run.merge import Merged
 
 LONGEST_MESSAGE = 2000
@@ -55,27 +67,44 @@ class Display:
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
 
-    def written(self) -> None:
-        """OUT is whole; what follows only reads it."""
+    def __call__(self, event: Event) -> None:
+        """Show an event."""
         global _outcome, _is_writing
-        _outcome, _is_writing = "OUT is written, but not verified", False
+        match event:
+            case PlanMade(plan):
+                self._print(plan)
+            case BackendChosen():
+                self._show_backend(event)
+            case WarningIssued(text):
+                rank = launch().rank
+                self._say(f"warning: {f'rank {rank}: ' if rank else ''}{text}")
+            case DataLoaded():
+                self._show_data(event)
+            case WritingBegan():
+                _is_writing = True
+                self.begun["quantizing"] = time.perf_counter()
+            case Resumed(finished, shards):
+                self._print(
+                    f"going on with an unfinished run: {finished:,} of {shards:,} shards are "
+                    "finished"
+                )
+            case LayerCalibrated(layer, layers):
+                self._count("calibrating", layer + 1, layers, "layer")
+            case ShardWritten():
+                self._show_shard(event)
+            case BytesCopied(done, total):
+                self._update("copying", done, total)
+            case OutputComplete():
+                _outcome, _is_writing = "OUT is written, but not verified", False
+            case BytesVerified(done, total):
+                self._update("verifying", done, total)
+            case TokenGenerated(model, done, total):
+                self._count(model, done, total, "token")
 
-    def show(self, value: object) -> None:
-        """Print the plan above the progress bars."""
+    def _print(self, value: object) -> None:
+        """On stdout, above the progress bars."""
         if not self.quiet:
             console().print(value)
-
-    def kernels(self, found: fold.Kernels) -> None:
-        """What quantizes weights; a fallback is told as a warning."""
-        if self.verbose:
-            if not found.is_fallback:
-                self._say(str(found.choice))
-            self._say(found.where)
-
-    def warn(self, text: str) -> None:
-        """What goes otherwise than it was meant: on stderr, also beside JSON."""
-        rank = launch().rank
-        self._say(f"warning: {f'rank {rank}: ' if rank else ''}{text}")
 
     def _say(self, text: str) -> None:
         """A line on stderr: above the progress bars, where there are any."""
@@ -84,44 +113,26 @@ class Display:
         else:
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def begin(self) -> None:
-        """OUT is written from now on; the clock starts."""
-        global _is_writing
-        _is_writing = True
-        self.begun["quantizing"] = time.perf_counter()
+    def _show_backend(self, event: BackendChosen) -> None:
+        """With --verbose; a fallback is a warning, too, which says the same."""
+        if self.verbose:
+            if not event.is_fallback:
+                self._say(event.backend)
+            self._say(event.where)
 
-    def resume(self, finished: int, shards: int) -> None:
-        """An earlier run has done a part."""
-        if not self.quiet:
-            console().print(
-                f"going on with an unfinished run: {finished:,} of {shards:,} shards are finished"
-            )
+    def _show_data(self, event: DataLoaded) -> None:
+        if self.quiet:
+            return
+        own = " (--calib gives it your own)" if event.is_embedded else ""
+        console().print(
+            f"calibrating on {event.samples:,} samples of {event.seq:,} tokens from "
+            f"{event.origin}{own}",
+            markup=False,
+        )
+        beginning = " ".join(event.beginning.split())[:100]
+        console().print(f"the first begins: {beginning} …", markup=False, style="dim")
 
-    def data(self, data: CalibrationData) -> None:
-        """What the model will read."""
-        if not self.quiet:
-            own = " (--calib gives it your own)" if data.is_embedded else ""
-            console().print(
-                f"calibrating on {data.samples:,} samples of {data.seq:,} tokens from {data.origin}"
-                f"{own}",
-                markup=False,
-            )
-            beginning = " ".join(data.beginning.split())[:100]
-            console().print(f"the first begins: {beginning} …", markup=False, style="dim")
-
-    def calibrating(self, event: CalibrationProgress) -> None:
-        """A layer was run."""
-        if "calibrating" not in self.tasks:
-            self.tasks["calibrating"] = self.progress.add_task(
-                "calibrating", total=event.layers, rate="", rss=""
-            )
-        self.progress.update(
-            self.tasks["calibrating"], completed=event.layer + 1,
-            rate=f"layer {event.layer + 1}/{event.layers}", rss=_resident(),
-        )  # fmt: skip
-
-    def folding(self, event: fold.Progress) -> None:
-        """A shard is finished."""
+    def _show_shard(self, event: ShardWritten) -> None:
         self._update("quantizing", event.bytes_done, event.bytes_total)
         rate, rss = self._rate("quantizing", event.bytes_done), _resident()
         self.console.print(
@@ -130,20 +141,11 @@ class Display:
             highlight=False,
         )
 
-    def copying(self, done: int, total: int) -> None:
-        """Some bytes were copied."""
-        self._update("copying", done, total)
-
-    def verifying(self, done: int, total: int) -> None:
-        """Some bytes were verified."""
-        self._update("verifying", done, total)
-
-    def writing(self, model: str, done: int, total: int) -> None:
-        """A model wrote a token; `model` says which."""
-        if model not in self.tasks:
-            self.tasks[model] = self.progress.add_task(model, total=total, rate="", rss="")
+    def _count(self, name: str, done: int, total: int, what: str) -> None:
+        if name not in self.tasks:
+            self.tasks[name] = self.progress.add_task(name, total=total, rate="", rss="")
         self.progress.update(
-            self.tasks[model], completed=done, rate=f"token {done}/{total}", rss=_resident()
+            self.tasks[name], completed=done, rate=f"{what} {done}/{total}", rss=_resident()
         )
 
     def _update(self, name: str, done: int, total: int) -> None:

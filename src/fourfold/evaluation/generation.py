@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Group
@@ -28,6 +28,7 @@ from fourfold.distributed.machine import choose_device, memory_available
 from fourfold.errors import ModelError, SourceError, UsageError
 from fourfold.evaluation.loading import OpenedModel
 from fourfold.evaluation.simulation import Simulation, check_w4a4
+from fourfold.events import OnEvent, TokenGenerated, ignore
 from fourfold.layouts.modelopt import is_quantized
 from fourfold.models.internals import quiet, runnable
 from fourfold.models.tokenizer import load_tokenizer
@@ -38,8 +39,7 @@ from fourfold.storage.units import plain
 
 MAX_NEW_TOKENS = 64
 
-Progress = Callable[[str, int, int], None]
-"""Called with "source" or "quantized", the tokens written so far, and the most there will be."""
+Label = Literal["source", "quantized"]
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def generate(
     stream: bool | None = None,
     device: str = "cpu",
     trust_remote_code: bool = False,
-    progress: Progress | None = None,
+    on_event: OnEvent = ignore,
 ) -> Generation:
     """What the NVFP4 checkpoint `out`, and its `source` where given, make of `prompt`.
 
@@ -146,7 +146,7 @@ def generate(
             tokenizer,
             choose_device(device),
             stream,
-            progress,
+            on_event,
         )
         theirs = None if source is None else _from_source(writer, source, trust_remote_code)
         ours = writer.write("quantized", checkpoint, simulated=simulated)
@@ -195,9 +195,9 @@ class _Writer:
     tokenizer: Any
     device: str
     stream: bool | None
-    progress: Progress | None
+    on_event: OnEvent
 
-    def write(self, label: str, source: Source, *, simulated: bool) -> Continuation:
+    def write(self, label: Label, source: Source, *, simulated: bool) -> Continuation:
         """What the model of `source` writes. Nothing of it stays in memory."""
         begun = time.perf_counter()
         runner = OpenedModel(source, device=self.device)
@@ -214,8 +214,8 @@ class _Writer:
         seconds = time.perf_counter() - begun
         return Continuation(str(source.folder), self._text(ids), tuple(ids), streamed, seconds)
 
-    def _continue(self, label: str, model: Any) -> list[int]:
-        count = _Count(label, self.request.max_new_tokens, self.progress)
+    def _continue(self, label: Label, model: Any) -> list[int]:
+        count = _Count(label, self.request.max_new_tokens, self.on_event)
         return continue_prompt(
             model,
             self.tokenizer,
@@ -249,13 +249,12 @@ def _run(runner: OpenedModel, call: Callable[[Any], list[int]], streamed: bool) 
 class _Count:
     """A streamer of transformers' kind: is given the prompt, then each token."""
 
-    def __init__(self, label: str, total: int, progress: Progress | None) -> None:
-        self.label, self.total, self.progress, self.done = label, total, progress, -1
+    def __init__(self, label: Label, total: int, on_event: OnEvent) -> None:
+        self.label, self.total, self.on_event, self.done = label, total, on_event, -1
 
     def put(self, _: Any) -> None:
         self.done += 1
-        if self.progress is not None:
-            self.progress(self.label, self.done, self.total)
+        self.on_event(TokenGenerated(self.label, self.done, self.total))
 
     def end(self) -> None:
         """Nothing is left to do."""

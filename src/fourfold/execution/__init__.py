@@ -12,7 +12,7 @@ arena      memory that is used again
 from fourfold.execution.backend import Kernels, choose_kernels, warm_up_lanes
 from fourfold.execution.buffers import Arena
 from fourfold.execution.results import LinearResult
-from fourfold.execution.scheduler import LOOKAHEAD, UNSYNCED, Folding, Progress, folding
+from fourfold.execution.scheduler import LOOKAHEAD, UNSYNCED, Folding, folding
 
 __all__ = [
     "LOOKAHEAD",
@@ -21,7 +21,6 @@ __all__ = [
     "Folding",
     "Kernels",
     "LinearResult",
-    "Progress",
     "choose_kernels",
     "folding",
     "warm_up_lanes",

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field
 
 from fourfold.calibration.scales import ActivationScales
 from fourfold.distributed.machine import threads_available
+from fourfold.events import OnEvent, ShardWritten, ignore
 from fourfold.execution.cpu import HostWorker, Task
 from fourfold.execution.gpu import DeviceWorker
 from fourfold.execution.results import LinearResult
@@ -38,18 +39,6 @@ UNSYNCED = 2
 """How many full shards may wait for the disk; the workers wait for it beyond that."""
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """A shard was finished: its unit, and how far the whole is."""
-
-    unit: str
-    shards_done: int
-    shards: int
-    bytes_done: int
-    """Bytes of the source that were dealt with."""
-    bytes_total: int
-
-
 @contextmanager
 def folding(
     plan: Plan,
@@ -60,7 +49,7 @@ def folding(
     shards: Iterable[int] | None = None,
     threads: int | None = None,
     lanes: Lanes | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    on_event: OnEvent = ignore,
     check: Callable[[], None] | None = None,
 ) -> Iterator[Folding]:
     """Write shards of `plan` into `out`, all at once or unit by unit.
@@ -73,7 +62,7 @@ def folding(
     """
     mine = range(len(plan.shards)) if shards is None else shards
     count = threads or threads_available()
-    work = Folding(plan, source, out, scales, mine, count, lanes, progress, check)
+    work = Folding(plan, source, out, scales, mine, count, lanes, on_event, check)
     try:
         yield work
     finally:
@@ -92,10 +81,10 @@ class Folding:
         shards: Iterable[int],
         threads: int,
         lanes: Lanes | None,
-        progress: Callable[[Progress], None] | None,
+        on_event: OnEvent,
         check: Callable[[], None] | None,
     ) -> None:
-        self.plan, self.source, self.out, self.progress = plan, source, out, progress
+        self.plan, self.source, self.out, self.on_event = plan, source, out, on_event
         self.lanes, self.check = lanes, check
         algorithm = ScaleAlgorithm(plan.recipe.weights.scale)
         task = Task(
@@ -221,9 +210,10 @@ class Folding:
     def _tell(self, shard: _OpenShard) -> None:
         self._done[0] += 1
         self._done[1] += shard.source_bytes
-        if self.progress is not None:
-            done = Progress(shard.unit, self._done[0], len(self.shards), self._done[1], self._total)
-            self.progress(done)
+        shards_done, bytes_done = self._done
+        self.on_event(
+            ShardWritten(shard.unit, shards_done, len(self.shards), bytes_done, self._total)
+        )
 
     def _stop(self) -> None:
         """Let no worker take another job."""

@@ -9,7 +9,6 @@ goes on with what a run that was stopped has left.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +21,8 @@ from fourfold.calibration.scales import ActivationScales
 from fourfold.distributed.machine import threads_available
 from fourfold.distributed.ranks import Alone
 from fourfold.errors import OutputError, UsageError
-from fourfold.execution import Kernels, LinearResult, Progress
+from fourfold.events import OnEvent, ignore
+from fourfold.execution import Kernels, LinearResult
 from fourfold.layouts.modelopt import QUANT_CONFIG
 from fourfold.models.inventory import take_inventory
 from fourfold.planning import COPY_BYTES, Action, Plan, Row, lay_out
@@ -77,10 +77,7 @@ def convert(
     shards: int | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
-    on_begin: Callable[[], None] | None = None,
-    on_resume: Callable[[int, int], None] | None = None,
-    progress: Callable[[Progress], None] | None = None,
-    on_written: Callable[[], None] | None = None,
+    on_event: OnEvent = ignore,
 ) -> Converted:
     """Write the Megatron checkpoint `model` into `out` as Hugging Face's, and compare the two.
 
@@ -109,11 +106,7 @@ def convert(
         run = AtOnce(source, None)
         job = Job(plan, source, folder, run, Alone(), kernels, rest=_write_rest)
         folder.check_continues(job.identity, overwrite=overwrite)
-        if on_begin is not None:
-            on_begin()
-        job.write(overwrite, progress, on_resume)
-        if on_written is not None:
-            on_written()
+        job.write(overwrite, on_event)
         _compare(folder.folder, source, workers)
         taken = time.perf_counter() - begun
         return Converted(

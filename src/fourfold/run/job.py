@@ -27,7 +27,8 @@ from fourfold.errors import (
     SourceChangedError,
     UsageError,
 )
-from fourfold.execution import Kernels, LinearResult, Progress, folding
+from fourfold.events import OnEvent, OutputComplete, Resumed, WritingBegan, ignore
+from fourfold.execution import Kernels, LinearResult, folding
 from fourfold.layouts.modelopt import QUANT_CONFIG
 from fourfold.planning import Plan
 from fourfold.reporting import page_of
@@ -84,16 +85,13 @@ class Job:
         """Whether this rank makes OUT a checkpoint, which it is only where all ranks share it."""
         return self.share.is_whole and self.share.is_leader(self.ranks.rank)
 
-    def write(
-        self,
-        overwrite: bool,
-        progress: Callable[[Progress], None] | None,
-        on_resume: Callable[[int, int], None] | None,
-    ) -> list[LinearResult]:
+    def write(self, overwrite: bool, on_event: OnEvent = ignore) -> list[LinearResult]:
         """Do this rank's share; the figures of all weights that are in this rank's OUT.
 
+        Emits `WritingBegan`, `Resumed`, `ShardWritten` and `OutputComplete`.
         After an error or a signal nothing is left, or what the same job goes on from.
         """
+        on_event(WritingBegan(self.folder.folder))
         try:
             self.share = Share.of_all(self.work)
             with self.source.agreeing():
@@ -107,9 +105,9 @@ class Job:
                         overwrite=overwrite,
                         threads=self.kernels.threads,
                     )
-            if self.share.finished and on_resume is not None:
-                on_resume(self.share.finished, len(self.work.shards))
-            self._fold(progress)
+            if self.share.finished:
+                on_event(Resumed(self.share.finished, len(self.work.shards)))
+            self._fold(on_event)
             self.ranks.gather("folded")
             with self.source.agreeing():
                 linears = self._finish() if self.run.is_writer else []
@@ -117,9 +115,10 @@ class Job:
             self._stop(error, overwrite)
             raise
         self.folder.close()
+        on_event(OutputComplete(self.folder.folder))
         return linears
 
-    def _fold(self, progress: Callable[[Progress], None] | None) -> None:
+    def _fold(self, on_event: OnEvent) -> None:
         kept = Kept(self.share.kept, self._note_observed)
         with (
             folding(
@@ -130,7 +129,7 @@ class Job:
                 shards=self.share.shards,
                 threads=self.kernels.threads,
                 lanes=self.kernels.lanes,
-                progress=progress,
+                on_event=on_event,
                 check=self.ranks.check,
             ) as folded,
             closing(self.run.steps(kept)) as steps,

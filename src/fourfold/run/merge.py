@@ -10,7 +10,7 @@ of a few MB: the result is that of one rank, byte for byte, whatever wrote the p
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fourfold.errors import SourceError, UsageError
+from fourfold.events import BytesCopied, OnEvent, OutputComplete, WritingBegan, ignore
 from fourfold.layouts.modelopt import QUANT_CONFIG
 from fourfold.planning import Spec, cut, shard_names
 from fourfold.reporting import page_of
@@ -84,17 +85,13 @@ def merge(
     overwrite: bool = False,
     verified: bool = True,
     threads: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    on_begin: Callable[[], None] | None = None,
-    on_written: Callable[[], None] | None = None,
-    verify_progress: Callable[[int, int], None] | None = None,
+    on_event: OnEvent = ignore,
 ) -> Merged:
     """Join the parts of a checkpoint that lie in several `folders` into the folder `out`.
 
     folders: what the nodes of one run wrote where they share no file system; or one checkpoint,
     to cut it anew.
     shards: files that a decoder layer is cut into, at least.
-    progress: called with the bytes that are copied, of how many.
 
     Raises `SourceError` where a shard is missing, lies in two folders, is damaged, or the parts are
     of different runs; `OutputError` for `out`, which is then as before.
@@ -120,20 +117,18 @@ def merge(
     files = _files(rest, summary, shard_names(len(layout)))
     try:
         target.lock("merge")
-        if on_begin is not None:
-            on_begin()
+        on_event(WritingBegan(target.folder))
         target.begin(None, files, overwrite=overwrite)
-        _copy_all(layout, target, total, progress)
+        _copy_all(layout, target, total, on_event)
         _write_rest(rest, summary, layout, files, target)
         target.done()
     except BaseException:
         target.discard()
         raise
-    if on_written is not None:
-        on_written()
+    on_event(OutputComplete(target.folder))
     report = None
     if verified:
-        report = verify(target.folder, threads=threads, progress=verify_progress)
+        report = verify(target.folder, threads=threads, on_event=on_event)
     before = sum(len(unit.files) for unit in units)
     return Merged(target.folder, len(parts), before, len(layout), total, report)
 
@@ -284,7 +279,7 @@ def _copy_all(
     layout: _Layout,
     target: OutputFolder,
     total: int,
-    progress: Callable[[int, int], None] | None,
+    on_event: OnEvent,
 ) -> None:
     copied = 0
     for name, (_, _, infos) in zip(shard_names(len(layout)), layout, strict=True):
@@ -300,8 +295,7 @@ def _copy_all(
             shard.abandon()
             raise
         copied += sum(info.nbytes for info in infos)
-        if progress is not None:
-            progress(copied, total)
+        on_event(BytesCopied(copied, total))
 
 
 def _copy(info: TensorInfo, shard: ShardFile, files: OpenFiles) -> None:

@@ -17,13 +17,14 @@ from typing import Any, Protocol
 import torch
 
 from fourfold.calibration.data import CalibrationData, CalibrationOptions, load_calibration
-from fourfold.calibration.layerwise import Calibration, CalibrationProgress
+from fourfold.calibration.layerwise import Calibration
 from fourfold.calibration.live import ForwardLoop, observe_live, units_of
 from fourfold.calibration.scales import ActivationScales
 from fourfold.calibration.statistics import Statistics
 from fourfold.distributed.machine import choose_device, memory_available
 from fourfold.distributed.ranks import Ranks
 from fourfold.errors import PlanError, UsageError
+from fourfold.events import DataLoaded, OnEvent, ignore
 from fourfold.planning import Plan
 from fourfold.recipes import Recipe
 from fourfold.storage.output import free_bytes
@@ -45,8 +46,7 @@ class Observation:
     activation_memory: int | None = None
     threads: int | None = None
     """PyTorch's threads while the model runs; as it has been told by default."""
-    on_data: Callable[[CalibrationData], None] | None = None
-    progress: Callable[[CalibrationProgress], None] | None = None
+    on_event: OnEvent = ignore
 
     def check(self, recipe: Recipe, *, is_live: bool) -> None:
         """Raise `UsageError` for what does not go together, or would be ignored."""
@@ -183,7 +183,7 @@ def choose_run(
         scratch=scratch,
         threads=observation.threads,
         ranks=ranks,
-        progress=observation.progress,
+        on_event=observation.on_event,
     )
     return Streamed(plan, calibration)
 
@@ -225,6 +225,9 @@ def _data(plan: Plan, source: Source, observation: Observation) -> CalibrationDa
         trust_remote_code=source.trust_remote_code,
         no_tokenizer=source.tokenizer_hint,
     )
-    if observation.on_data is not None:
-        observation.on_data(data)
+    observation.on_event(
+        DataLoaded(
+            data.samples, data.seq, data.tokens, data.origin, data.is_embedded, data.beginning
+        )
+    )
     return data

@@ -14,12 +14,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from fourfold.distributed.machine import threads_available
+from fourfold.events import BytesVerified, OnEvent, ignore
 from fourfold.verification.checkpoint import Checkpoint
 
 Work = TypeVar("Work")
 Result = TypeVar("Result")
-Progress = Callable[[int, int], None]
-"""Called with the bytes done and the bytes of the whole job."""
 
 CHUNK_BYTES = 1 << 23
 """What a worker reads at once where it has the choice."""
@@ -50,11 +49,11 @@ class Buffers(threading.local):
 class Workers:
     """A pool of threads that reports progress in bytes."""
 
-    def __init__(self, threads: int | None, progress: Progress | None) -> None:
+    def __init__(self, threads: int | None, on_event: OnEvent = ignore) -> None:
         self.threads = threads or threads_available()
         self.buffers = Buffers()
         self.done = self.total = 0
-        self._progress = progress
+        self._on_event = on_event
 
     def run(
         self,
@@ -68,7 +67,6 @@ class Workers:
             for piece, result in zip(work, pool.map(function, work), strict=True):
                 yield piece, result
                 self.done += nbytes(piece)
-                if self._progress is not None:
-                    self._progress(self.done, max(self.done, self.total))
+                self._on_event(BytesVerified(self.done, max(self.done, self.total)))
         finally:
             pool.shutdown(cancel_futures=True)

@@ -15,6 +15,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from fourfold.events import OnEvent, ignore
 from fourfold.models.inventory import Inventory, take_inventory
 from fourfold.models.roles import Role
 from fourfold.sources.opening import opened
@@ -32,7 +33,7 @@ from fourfold.verification.match import match
 from fourfold.verification.quant_config import CONFIG
 from fourfold.verification.report import Counts, Report
 from fourfold.verification.rules import RULES, Finding, Severity, finding
-from fourfold.verification.streaming import Progress, Workers
+from fourfold.verification.streaming import Workers
 
 CHECKS = (
     *files.CHECKS,
@@ -49,8 +50,8 @@ def verify(
     source: Path | str | Source | None = None,
     hf_config: Path | str | None = None,
     threads: int | None = None,
-    progress: Progress | None = None,
     trust_remote_code: bool = False,
+    on_event: OnEvent = ignore,
 ) -> Report:
     """Verify the NVFP4 checkpoint in the folder `out`, against `source` where it is given.
 
@@ -58,12 +59,12 @@ def verify(
     hf_config: where the source is a Megatron checkpoint, the folder of its Hugging Face
     configuration.
     threads: worker threads; one for each core by default. The report does not depend on it.
-    progress: called with the bytes read so far and the bytes of the whole job.
+    on_event: receives a `BytesVerified` after each piece.
 
     Raises UnreadableError (exit code 2) where `out` or `source` cannot be read, or `out` is no
     NVFP4 checkpoint in the ModelOpt layout. Everything else is a finding of the report.
     """
-    workers = Workers(threads, progress)
+    workers = Workers(threads, on_event)
     with unreadable(), closing(open_checkpoint(Path(out).expanduser())) as checkpoint:
         if source is None:
             return _verify(checkpoint, None, None, workers)

@@ -1,0 +1,152 @@
+"""Everything that a caller can observe while fourfold works.
+
+    def on_event(event: fourfold.Event) -> None:
+        match event:
+            case ShardWritten(shards_done=done, shards=count):
+                print(f"{done} of {count} shards")
+
+    fourfold.quantize(model, out, recipe, on_event=on_event)
+
+The order in `quantize`: `PlanMade`, `BackendChosen`, `DataLoaded` where the recipe calibrates,
+`WritingBegan`, `Resumed` where an earlier run has finished some shards, then `LayerCalibrated` and
+`ShardWritten` until `OutputComplete`, and `BytesVerified` after it. A `WarningIssued` can come at
+any time. `ShardWritten` comes from worker threads, one at a time.
+
+This module lies below all others, so events carry plain values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Base of all events."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanMade(Event):
+    """The plan is made, and disk and memory suffice for it."""
+
+    plan: Any
+    """The `fourfold.Plan`."""
+
+
+@dataclass(frozen=True, slots=True)
+class BackendChosen(Event):
+    """It is known which backend will quantize the weights."""
+
+    backend: str
+    """The backend, and why this one."""
+    where: str
+    """The device or the threads, and how much memory they take."""
+    is_fallback: bool
+    """True if a faster backend exists for this device but cannot be used."""
+
+
+@dataclass(frozen=True, slots=True)
+class WarningIssued(Event):
+    """Something goes otherwise than it was meant; each warning is issued once."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class DataLoaded(Event):
+    """The calibration data is read and cut into samples."""
+
+    samples: int
+    seq: int
+    """Tokens of a sample, at most."""
+    tokens: int
+    """Tokens of all samples, without padding."""
+    origin: str
+    """Names of the files or datasets that the text comes from."""
+    is_embedded: bool
+    """True if it is the text that comes with fourfold."""
+    beginning: str
+    """How the first sample begins."""
+
+
+@dataclass(frozen=True, slots=True)
+class WritingBegan(Event):
+    """From now on `out` holds an unfinished run, which must be cleaned up if the run ends early."""
+
+    out: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed(Event):
+    """An earlier run has finished some of the shards; this run does the others."""
+
+    finished: int
+    shards: int
+    """How many there are in all."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCalibrated(Event):
+    """All calibration data has passed a decoder layer."""
+
+    layer: int
+    """From 0."""
+    layers: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShardWritten(Event):
+    """A shard is on the disk."""
+
+    unit: str
+    """The part of the model that it belongs to: "layer 3", for instance."""
+    shards_done: int
+    """By this run and rank."""
+    shards: int
+    bytes_done: int
+    """Bytes of the source."""
+    bytes_total: int
+
+
+@dataclass(frozen=True, slots=True)
+class BytesCopied(Event):
+    """Tensors were copied into a merged checkpoint."""
+
+    bytes_done: int
+    bytes_total: int
+
+
+@dataclass(frozen=True, slots=True)
+class OutputComplete(Event):
+    """`out` is a whole checkpoint; what follows only reads it."""
+
+    out: Path
+
+
+@dataclass(frozen=True, slots=True)
+class BytesVerified(Event):
+    """Some of the output was verified."""
+
+    bytes_done: int
+    bytes_total: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenGenerated(Event):
+    """A model has generated a token."""
+
+    model: Literal["source", "quantized"]
+    tokens_done: int
+    tokens: int
+    """How many there will be, at most."""
+
+
+OnEvent = Callable[[Event], None]
+"""A callback that receives every event."""
+
+
+def ignore(event: Event) -> None:
+    """Do nothing: the callback where nobody listens."""
