@@ -1,4 +1,4 @@
-"""The contract with transformers: everything that `models/internals.py` takes for granted.
+"""The contract with transformers: everything that `models/*internals.py` takes for granted.
 
 Names, signatures and behaviours, one by one, each with a word on what it is used for. Where
 transformers changes, these tests fail before anything else and say what did.
@@ -36,7 +36,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from families import FAMILIES, build_model, quiet
 from families.configs import tiny_config
 from fourfold.errors import ModelError
-from fourfold.models import internals
+from fourfold.models import internals, live_internals
 from fourfold.models.internals import LazyTensor, conversion_of, load_tensors
 
 CPU = torch.device("cpu")
@@ -99,13 +99,13 @@ def test_names(module: str, names: Iterable[str]) -> None:
 
 
 def test_every_import_is_in_this_contract() -> None:
-    """internals.py imports nothing of transformers or accelerate that is not listed above."""
+    """Both files import nothing of transformers or accelerate that is not listed above."""
     listed = {f"{module}.{name}" for module, names in NAMES.items() for name in names}
     listed |= {f"{module}.{name}" for module in NAMES for name in ("modeling_auto", "logging")}
     listed |= {"transformers.models.auto.modeling_auto", "transformers.utils.logging"}
-    source = Path(internals.__file__).read_text(encoding="utf-8")
+    files = [Path(str(module.__file__)) for module in (internals, live_internals)]
     imported = set()
-    for line in source.splitlines():
+    for line in "\n".join(file.read_text(encoding="utf-8") for file in files).splitlines():
         words = line.split()
         if words[:1] == ["from"] and words[1].startswith(("transformers", "accelerate")):
             imported |= {f"{words[1]}.{name.strip(',')}" for name in words[3:] if name != "as"}
@@ -550,8 +550,8 @@ def test_accelerates_hook_knows_where_offloaded_values_are() -> None:
     values = {"weight": torch.ones(2, 2)}
     hook = AlignDevicesHook(execution_device="cpu", offload=True, weights_map=values)
     add_hook_to_module(module.inner, SequentialHook(hook))
-    assert internals.offloaded_value(module, "inner.weight") is values["weight"]
-    assert internals.offloaded_value(module, "inner.bias") is None
+    assert live_internals.offloaded_value(module, "inner.weight") is values["weight"]
+    assert live_internals.offloaded_value(module, "inner.bias") is None
 
 
 def test_raw_tensors_come_back_from_a_loaded_model(written: Any) -> None:
@@ -560,7 +560,9 @@ def test_raw_tensors_come_back_from_a_loaded_model(written: Any) -> None:
     with quiet():
         model = transformers.Qwen3MoeForCausalLM.from_pretrained(folder)
     assert model._weight_conversions
-    found = next(iter(internals.raw_tensors(model, internals.blueprint_of(model), fused=False)))
+    found = next(
+        iter(live_internals.raw_tensors(model, live_internals.blueprint_of(model), fused=False))
+    )
     assert {key: value.shape for key, value in found.items()} == {
         key: value.shape for key, value in truth.raw.items()
     }

@@ -33,7 +33,7 @@ import fourfold
 from families import FAMILIES, quiet, read_back, write_checkpoint
 from families.configs import tiny_config
 from fourfold.errors import SourceError, UsageError
-from fourfold.models.inventory import take_inventory
+from fourfold.models.inventory_builder import take_inventory
 from fourfold.sources.live.source import LiveSource
 from fourfold.sources.live.values import KEPT, _ranks_of
 from fourfold.sources.safetensors import SafetensorsFolder

@@ -240,7 +240,7 @@ def test_layouts_that_cannot_be_told_apart(tmp_path: Path) -> None:
         return config
 
     write_checkpoint(replace(family, build_config=square), tmp_path)
-    with pytest.raises(fourfold.ModelError, match="whether it is transposed cannot be told"):
+    with pytest.raises(fourfold.ModelError, match="this shape fits both ways"):
         fourfold.plan(tmp_path, EXPERTS)
 
 

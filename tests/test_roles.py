@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from families import FAMILIES, Truth
-from fourfold.models.inventory import take_inventory
+from fourfold.models.inventory_builder import take_inventory
 from fourfold.sources.safetensors import open_source
 
 Written = Callable[[str], tuple[Path, Truth]]

@@ -19,10 +19,10 @@ from fourfold.calibration.kv_cache import recording_cache
 from fourfold.calibration.observers import Observers
 from fourfold.calibration.statistics import DataSummary, Statistics
 from fourfold.errors import ObservationError
+from fourfold.models.expert_hooks import Product, Rows, unwatchable
 from fourfold.models.experts import Half, Part, Projection
 from fourfold.models.internals import runnable
 from fourfold.models.module_tree import describe
-from fourfold.models.watching import Product, Rows, unwatchable
 
 from .running import NO_CACHE, RUNNABLE, batches_of, compare, differences
 from .whole_numbers import DECORATED, EAGER_ONLY, KINDS, Experts, experts_with, tokens

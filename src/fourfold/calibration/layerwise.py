@@ -30,9 +30,9 @@ from fourfold.calibration.streaming import StreamedModel
 from fourfold.distributed.ranks import Alone, Ranks
 from fourfold.errors import ModelError, PlanError
 from fourfold.events import LayerCalibrated, OnEvent, ignore
+from fourfold.models.expert_hooks import unwatchable
 from fourfold.models.internals import output_embeddings, runnable
 from fourfold.models.module_tree import ModuleTree
-from fourfold.models.watching import unwatchable
 from fourfold.planning import Plan
 from fourfold.sources.cached import CachedTensors
 from fourfold.storage.source import Source

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from fourfold.calibration.statistics import Statistics
 from fourfold.errors import ObservationError
+from fourfold.models.expert_hooks import Rows, watch_experts
 from fourfold.models.experts import ExpertsModule
-from fourfold.models.watching import Rows, watch_experts
 from fourfold.statistics import STATISTICS, Site, State, Statistic
 
 SMALL = frozenset(name for name, statistic in STATISTICS.items() if statistic.is_small)
@@ -84,7 +84,7 @@ class Observers:
             self.mask_T, self.mask_shape = attention_mask.reshape(-1).bool(), attention_mask.shape
 
     def __call__(self, rows: Rows, *, is_routed: bool) -> Tensor:
-        """Observe rows that an experts module is about to multiply (`models.watching.Watch`)."""
+        """Observe rows that an experts module is about to multiply (`expert_hooks.Watch`)."""
         x, experts = rows.x.detach(), rows.experts
         num_experts = self.layouts[rows.path].num_experts
         counts = (experts >= 0) & (experts < num_experts)

@@ -18,8 +18,9 @@ from fourfold.calibration.statistics import ModelSummary, Statistics
 from fourfold.errors import CalibrationError, ObservationError
 from fourfold.formats import nvfp4
 from fourfold.layouts.modelopt import FP8_MAX
-from fourfold.models.inventory import SINGLE_EXPERT, LinearWeight, natural
-from fourfold.models.watching import Product
+from fourfold.models.expert_hooks import Product
+from fourfold.models.inventory import LinearWeight
+from fourfold.models.names import SINGLE_EXPERT, natural
 from fourfold.planning import KVScales, Plan
 from fourfold.recipes.schema import Activations
 

@@ -18,7 +18,8 @@ from fourfold.distributed.machine import memory_available
 from fourfold.errors import ModelError, PlanError, SourceError
 from fourfold.evaluation.simulation import Simulation, Sites, find_sites
 from fourfold.models.internals import quiet
-from fourfold.models.inventory import Inventory, take_inventory
+from fourfold.models.inventory import Inventory
+from fourfold.models.inventory_builder import take_inventory
 from fourfold.models.roles import Role
 from fourfold.sources.decoded import DequantizedFolder
 from fourfold.storage.source import Source

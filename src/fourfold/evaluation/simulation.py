@@ -3,8 +3,8 @@
 Every quantized layer has an `input_scale`; engines fuse layers that read the same activation, and
 take the largest scale of a layer's experts. So here each input site has one scale, the largest.
 An `nn.Linear` is given rounded inputs by a hook. An experts module runs transformers' own
-function, shown what its two matrix products are about to read (`models/watching.py`). That is set
-up anew for each call of the module, so that nothing of it is left in the model's configuration,
+function, shown what its two matrix products are about to read (`models/expert_hooks.py`). That is
+set up anew for each call of the module, so that nothing of it is left in the model's configuration,
 and several models can be simulated at once.
 
 Weights must be dequantized ones. The KV cache stays as it is.
@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from fourfold.errors import ModelError, SourceError, UsageError
 from fourfold.formats.nvfp4.activations import fake_quantize
+from fourfold.models.expert_hooks import Product, Rows, watch_experts
 from fourfold.models.experts import ExpertsModule, Projection
 from fourfold.models.inventory import Inventory, LinearWeight
 from fourfold.models.module_tree import ModuleTree
 from fourfold.models.roles import Role
-from fourfold.models.watching import Product, Rows, watch_experts
 from fourfold.sources.decoded import DequantizedFolder
 
 

@@ -1,9 +1,9 @@
 """Experts modules: how routed experts lie in the parameters that transformers holds in memory.
 
-transformers keeps a layer's experts as fused parameters. Its decorated classes say how in
-`has_gate`, `is_transposed`, `is_concatenated`, `has_bias`; the few that are not decorated are in
-the table `UNDECORATED`. Both become `Part`s: one for each projection, which slice any tensor of
-the parameter's shape (`part_of`).
+transformers keeps a layer's experts as fused parameters. Its decorated classes describe them with
+`has_gate`, `is_transposed`, `is_concatenated` and `has_bias`; the few classes without these flags
+are in the table `UNDECORATED`. Both become `Part`s, one for each projection, each of which slices
+any tensor of the parameter's shape (`part_of`).
 
 Axes: e expert, o out, i in; `(eo)i` is a 2-D parameter with experts one below the other.
 """
@@ -26,7 +26,7 @@ class Projection(StrEnum):
 
 
 class Half(StrEnum):
-    """Which rows of a shared gate-and-up parameter a projection takes."""
+    """The rows that a projection takes of a parameter shared by gate and up."""
 
     FIRST = "first half"
     SECOND = "second half"
@@ -36,11 +36,12 @@ class Half(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One projection as a part of an experts parameter in memory."""
+    """One projection, as a part of an experts parameter in memory."""
 
     projection: Projection
     parameter: str
     axes: str
+    """Axes of the parameter, in order; see the legend of this module."""
     half: Half | None = None
 
     @property
@@ -50,7 +51,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class ExpertsModule:
-    """One layer's routed experts: where the module stands, and its projections."""
+    """One layer's routed experts: the module's path in memory, and its projections."""
 
     path: str
     class_name: str
@@ -61,7 +62,7 @@ class ExpertsModule:
 def decorated_parts(
     *, has_gate: bool, has_bias: bool, is_transposed: bool, is_concatenated: bool
 ) -> tuple[Part, ...]:
-    """The parts of an experts class that carries transformers' experts flags."""
+    """Return the parts of an experts class that carries transformers' experts flags."""
     axes = "eio" if is_transposed else "eoi"
     first: list[tuple[Projection, str, Half | None]]
     if has_gate:
@@ -100,7 +101,7 @@ UNDECORATED: Mapping[str, tuple[Part, ...]] = {
 
 
 def part_of(parameter: torch.Tensor, part: Part, expert: int, num_experts: int) -> torch.Tensor:
-    """One expert's projection `[out, in]` (bias: `[out]`), a view of the whole parameter."""
+    """Return one expert's projection `[out, in]` (bias: `[out]`), a view of the parameter."""
     if part.axes.startswith("("):
         parameter = parameter.reshape(num_experts, -1, parameter.shape[-1])
     matrix = parameter[expert]

@@ -1,9 +1,9 @@
 """Cut a layer's routed experts out of their raw tensors, whatever the family's layout on disk.
 
-Works on small stand-ins of the raw tensors (see `regions`): transformers' conversion makes the
-experts parameter of them, the module's parts are sliced out of that, and the positions tell
-where each part lies in the raw tensor. Two experts are tried; the others follow their pattern,
-and the count of elements proves that every byte of the raw tensors has its place.
+This works on small stand-ins for the raw tensors (see `regions`). transformers' conversion turns
+them into the experts parameter, the module's parts are sliced out of that, and the positions in a
+slice say where that part lies in the raw tensor. Two experts are probed and the others follow their
+pattern; the number of elements proves that every byte of the raw tensors belongs to one part.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ import torch
 from fourfold.errors import ModelError, SourceError
 from fourfold.models.experts import ExpertsModule, Part, Projection, part_of
 from fourfold.models.families import DEFAULT, family_of
-from fourfold.models.internals import EXPERT_NUMBER
 from fourfold.models.module_tree import ModuleTree
+from fourfold.models.names import EXPERT_NUMBER
 from fourfold.models.regions import Located, Region, Span, locate, number, reduction
 from fourfold.storage.safetensors_header import TensorInfo
 
 Sources = Mapping[str | None, Sequence[str]]
-"""Raw keys of one parameter, by the conversion's source pattern, in the order of experts."""
+"""Raw keys of one parameter, by the conversion's source pattern, ordered by expert."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertPart:
-    """One expert's projection (or its bias): its name in the output, and where it lies.
+    """One expert's projection (or its bias): its name in the output, and its place on disk.
 
-    `name` is None for a bias that has a raw tensor of its own and needs no splitting.
+    `name` is None for a bias with a raw tensor of its own, which is copied as it is.
     """
 
     name: str | None
@@ -47,37 +47,46 @@ def cut_experts(
     sources: Mapping[str, Sources],
     infos: Mapping[str, TensorInfo],
 ) -> list[ExpertPart]:
-    """Every expert's projections of one experts module. Raises `ModelError`, `SourceError`."""
-    found: list[ExpertPart] = []
+    """Return all projections of all experts of one experts module.
+
+    Args:
+        module: the experts module.
+        tree: the module tree that it belongs to.
+        sources: the raw keys of each parameter.
+        infos: all raw tensors, by key.
+
+    Raises:
+        ModelError: if the layout on disk is not one of slices, strides and transpositions.
+        SourceError: if experts are missing or have different shapes.
+    """
+    experts: list[ExpertPart] = []
     for parameter in dict.fromkeys(part.parameter for part in module.parts):
         target = f"{module.path}.{parameter}"
         parts = [part for part in module.parts if part.parameter == parameter]
         try:
-            found += _Cut(module, tree, target, parts, sources[target], infos).run()
+            experts += _Cut(module, tree, target, parts, sources[target], infos).run()
         except ModelError as error:
             raise ModelError(f"{target}: {error}") from error
-    return found
+    return experts
 
 
 def fused_name(model_types: Sequence[str], key: str, expert: int, projection: Projection) -> str:
-    """What one expert's projection of the fused tensor `key` is called in the output."""
+    """Return the output name of one expert's projection in the fused tensor `key`."""
     family = family_of(*model_types)
     for stack in (*family.stacks, *DEFAULT.stacks):
         match = re.match(stack.key, key)
         if match:
             names = family.names
-            leaf = {Projection.GATE: names.gate, Projection.UP: names.up}.get(
-                projection, names.down
-            )
+            leaf = getattr(names, projection)
             if leaf is None:
                 raise ModelError(f"{key}: the family's experts have no {projection}")
             experts = stack.experts.format(stem=match.group("stem"))
-            return names.export.format(experts=experts, expert=expert, projection=leaf)
+            return f"{experts}.{expert}.{leaf}"
     raise ModelError(f"{key}: no name is known for the single experts of this tensor")
 
 
 class _Cut:
-    """The cutting of one experts parameter."""
+    """Cuts one experts parameter."""
 
     def __init__(
         self,
@@ -98,14 +107,15 @@ class _Cut:
         place = tree.conversion.place(self.keys[0])
         self.targets = tree.conversion.targets(place)
         self.is_mixed = len(self.targets) > 1
-        """One list of experts on disk, several experts modules in memory (ERNIE 4.5 VL)."""
+        """One list of experts on disk becomes several modules in memory (ERNIE 4.5 VL)."""
 
     def run(self) -> list[ExpertPart]:
         if not self.is_mixed:
             self._check_alike()
-        found = self._stacked() if self.parts[0].axes.startswith("(") else self._probed()
-        self._check_cover(found)
-        return found
+        is_stacked = self.parts[0].axes.startswith("(")
+        experts = self._stacked() if is_stacked else self._probed()
+        self._check_cover(experts)
+        return experts
 
     def _check_alike(self) -> None:
         for group in self.sources.values():
@@ -120,38 +130,37 @@ class _Cut:
             self._check_count(group)
 
     def _check_count(self, group: Sequence[str]) -> None:
-        """As many experts on disk as in the architecture, numbered without a gap."""
-        wanted = self.module.num_experts
+        """There are as many experts on disk as in the architecture, numbered without a gap."""
+        expected = self.module.num_experts
         if self.parts[0].axes.startswith("("):
             return
         if self.is_fused:
-            found, complete = self.infos[group[0]].shape[0], True
+            count, complete = self.infos[group[0]].shape[0], True
         else:
             numbers = [int(number) for key in group for number in EXPERT_NUMBER.findall(key)]
-            found = len(group)
-            complete = found == wanted and numbers == list(range(wanted))
-        if found != wanted or not complete:
+            count, complete = len(group), numbers == list(range(expected))
+        if count != expected or not complete:
             raise SourceError(
-                f"{group[0]}: {found} experts on disk, {wanted} in the architecture "
+                f"{group[0]}: {count} experts on disk, {expected} in the architecture "
                 f"({self.module.path}). Is a shard missing, or the config another model's?"
             )
 
     def _stacked(self) -> list[ExpertPart]:
-        """Experts one below the other in a 2-D tensor."""
+        """Cut experts that lie one below the other in a 2-D tensor."""
         (part,), (key,) = self.parts, self.keys
         rows, cols = self.infos[key].shape
         if (rows, cols) != self.memory_shape:
             raise ModelError(f"{key} has shape {[rows, cols]}, not {list(self.memory_shape)}")
-        each, transposed = rows // self.module.num_experts, part.axes == "(ei)o"
+        height, transposed = rows // self.module.num_experts, part.axes == "(ei)o"
         regions = [
-            Region(key, None, Span(e * each, (e + 1) * each), Span(0, cols), transposed)
+            Region(key, None, Span(e * height, (e + 1) * height), Span(0, cols), transposed)
             for e in range(self.module.num_experts)
         ]
         return [self._expert_part(part, e, region) for e, region in enumerate(regions)]
 
     def _probed(self) -> list[ExpertPart]:
-        """Ask the conversion, on stand-ins of two experts (of all, where they are mixed)."""
-        tried = self._how_many_to_try()
+        """Run the conversion on stand-ins for two experts (for all, if they are mixed)."""
+        probed = self._how_many_to_probe()
         skip = 1 if self.is_fused else 0
         memory_dims = [self.tree.parameters[target][1:] for target in self.targets]
         raw_dims = [self.infos[key].shape[skip:] for key in self.keys]
@@ -159,18 +168,21 @@ class _Cut:
         layout: list[tuple[str | None, int]] = []
         shapes: list[tuple[int, ...]] = []
         for pattern, group in self.sources.items():
-            for ordinal, key in enumerate(group if self.is_mixed else group[:tried]):
+            for ordinal, key in enumerate(group if self.is_mixed else group[:probed]):
                 dims = tuple(size // scale for size in self.infos[key].shape[skip:])
                 layout.append((pattern, ordinal))
-                shapes.append((tried, *dims) if self.is_fused else dims)
-        memory = self._convert(layout, number(shapes), tried, scale)
-        found = []
+                shapes.append((probed, *dims) if self.is_fused else dims)
+        memory = self._convert(layout, number(shapes), probed, scale)
+        experts = []
         for part in self.parts:
-            places = [locate(part_of(memory, part, e, tried), shapes, scale) for e in range(tried)]
-            found += self._all_experts(part, places, layout)
-        return found
+            places = [
+                locate(part_of(memory, part, expert, probed), shapes, scale)
+                for expert in range(probed)
+            ]
+            experts += self._all_experts(part, places, layout)
+        return experts
 
-    def _how_many_to_try(self) -> int:
+    def _how_many_to_probe(self) -> int:
         if self.is_mixed:
             return self.memory_shape[0]
         groups = [] if self.is_fused else [len(group) for group in self.sources.values()]
@@ -180,12 +192,12 @@ class _Cut:
         self,
         layout: Sequence[tuple[str | None, int]],
         numbers: Sequence[torch.Tensor],
-        tried: int,
+        probed: int,
         scale: int,
     ) -> torch.Tensor:
-        """What the parameter in memory becomes, made of the stand-ins `numbers`."""
+        """The parameter in memory that the stand-ins `numbers` become."""
         shapes = {
-            target: (tried, *(size // scale for size in self.tree.parameters[target][1:]))
+            target: (probed, *(size // scale for size in self.tree.parameters[target][1:]))
             for target in self.targets
         }
         pattern = layout[0][0]
@@ -193,8 +205,8 @@ class _Cut:
             pattern, self.infos[self.keys[0]].shape
         ):
             raise ModelError(
-                f"{self.keys[0]} has shape {list(self.infos[self.keys[0]].shape)}: whether it is "
-                "transposed cannot be told, as transformers tells by the shape"
+                f"{self.keys[0]} has shape {list(self.infos[self.keys[0]].shape)}: transformers "
+                "tells by the shape whether it is transposed, and this shape fits both ways"
             )
         if pattern is None:
             (memory,) = numbers
@@ -202,8 +214,8 @@ class _Cut:
             tensors: dict[str, list[torch.Tensor]] = {}
             for (name, _), tensor in zip(layout, numbers, strict=True):
                 tensors.setdefault(str(name), []).append(tensor)
-            made = self.tree.conversion.convert(self.targets[0], pattern, tensors, shapes)
-            memory = made[self.target]
+            converted = self.tree.conversion.convert(self.targets[0], pattern, tensors, shapes)
+            memory = converted[self.target]
         if tuple(memory.shape) != shapes[self.target]:
             raise ModelError(
                 f"{self.keys[0]} has shape {list(self.infos[self.keys[0]].shape)}, which does not "
@@ -214,16 +226,16 @@ class _Cut:
     def _all_experts(
         self, part: Part, places: Sequence[Located], layout: Sequence[tuple[str | None, int]]
     ) -> list[ExpertPart]:
-        """Follow the pattern of the experts that were tried."""
+        """Extend the pattern of the probed experts to all experts."""
         first = places[0]
         pattern, start = layout[first.ordinal]
         keys = self.sources[pattern]
         for expert, place in enumerate(places):
-            where = place.lead if self.is_fused else layout[place.ordinal][1] - start
-            same = (place.rows, place.cols, place.transposed) == (
+            index = place.lead if self.is_fused else layout[place.ordinal][1] - start
+            same_spans = (place.rows, place.cols, place.transposed) == (
                 first.rows, first.cols, first.transposed
             )  # fmt: skip
-            if where != expert or not same or layout[place.ordinal][0] != pattern:
+            if index != expert or not same_spans or layout[place.ordinal][0] != pattern:
                 raise ModelError("its experts do not lie in order")
         if self.is_fused:
             count = self.infos[keys[0]].shape[0]
@@ -249,10 +261,10 @@ class _Cut:
             name = None if part.is_bias else region.key.removesuffix(".weight")
         return ExpertPart(name, expert, part.projection, region, part.is_bias)
 
-    def _check_cover(self, found: Sequence[ExpertPart]) -> None:
+    def _check_cover(self, experts: Sequence[ExpertPart]) -> None:
         """Every element of the raw tensors belongs to exactly one part."""
-        parts = sum(math.prod(part.region.shape) for part in found)
-        keys = {part.region.key for part in found} if self.is_mixed else self.keys
+        parts = sum(math.prod(part.region.shape) for part in experts)
+        keys = {part.region.key for part in experts} if self.is_mixed else self.keys
         raw = sum(self.infos[key].numel for key in keys)
-        if parts != raw or len({part.region for part in found}) != len(found):
+        if parts != raw or len({part.region for part in experts}) != len(experts):
             raise ModelError(f"its experts cover {parts:,} of {raw:,} elements")

@@ -1,25 +1,22 @@
-"""The one file on transformers' internals: build a model, place raw keys, load, watch experts.
+"""transformers' internals: build a model, place raw keys, load tensors, replace experts' forward.
 
 transformers builds the model with parameters on the meta device (`build_model`). Its conversion
-rules say which raw keys become which parameter (`Conversion.place`); its conversion operations,
-run on small integer tensors, say where each part lies (`Conversion.convert`), and, run on the
-real ones, fill the parameters of one layer at a time (`load_tensors`). Its experts interface lets
-a function of ours run in place of an experts module's forward (`experts_function`). At the end:
-what a model that is live in memory is asked.
+rules say which raw keys become which parameter (`Conversion.place`). Its conversion operations,
+run on small integer tensors, say where each part lies (`Conversion.convert`); run on the real
+tensors, they fill the parameters of one layer at a time (`load_tensors`). Its experts interface
+lets a function of ours run in place of an experts module's forward (`experts_function`).
 
 Internals used: `PreTrainedModel._from_config`, `_no_split_modules`, `_tied_weights_keys`,
 `_get_dtype_plan`, `config._experts_implementation_internal`, `ALL_EXPERTS_FUNCTIONS`,
 `get_model_conversion_mapping`, `rename_source_key`, `WeightConverter.convert`,
-`convert_and_load_state_dict_in_model`, `revert_weight_conversion` and `_weight_conversions`,
-accelerate's `module._hf_hook.weights_map`. `tests/test_internals.py` fails first where one changes.
+`convert_and_load_state_dict_in_model`. Those that models in memory need are in `live_internals`.
+`tests/test_internals.py` pins them all, so that it fails first when one changes.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,13 +31,12 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from fourfold.errors import ModelError
-
-EXPERT_NUMBER = re.compile(r"(?<=\.experts\.)[0-9]{1,9}(?=\.)")
+from fourfold.models.names import EXPERT_NUMBER
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a raw key goes: a parameter or buffer in memory, or nowhere."""
+    """The parameter or buffer in memory that a raw key becomes; `target` is None if none."""
 
     key: str
     target: str | None
@@ -50,7 +46,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Conversion:
-    """transformers' rules from raw keys to memory, of one model."""
+    """transformers' rules that map raw keys to the parameters of one model."""
 
     model: Any
     rules: Sequence[Any]
@@ -77,7 +73,7 @@ class Conversion:
         return {pattern: rule for rule in self._converters for pattern in rule.source_patterns}
 
     def place(self, key: str) -> Place:
-        """Where `key` goes. Experts' numbers do not matter for that, so one expert decides."""
+        """Return the place of a raw key. It is found once for all experts of a layer."""
         probe = EXPERT_NUMBER.sub("0", key)
         if probe not in self._cache:
             self._cache[probe] = self._place(probe)
@@ -98,7 +94,7 @@ class Conversion:
         return (target, pattern) if target in self._state else (None, None)
 
     def targets(self, place: Place) -> list[str]:
-        """Every parameter that this key's conversion produces."""
+        """Return every parameter that this key's conversion produces."""
         if place.target is None:
             return []
         if place.pattern is None:
@@ -108,7 +104,7 @@ class Conversion:
         return [name for name in names if name in self._state] or [place.target]
 
     def is_ambiguous(self, pattern: str, shape: Sequence[int]) -> bool:
-        """Whether an operation tells two layouts apart by a shape that is the same in both."""
+        """True if an operation tells two layouts apart by a shape that both of them have."""
         operations = self._by_pattern[pattern].operations
         return any(
             getattr(operation, "check_dims", False)
@@ -125,8 +121,17 @@ class Conversion:
     ) -> dict[str, torch.Tensor]:
         """Run the conversion that `pattern` belongs to on stand-ins for the raw tensors.
 
-        `tensors` are lists by source pattern; `shapes` are what the parameters in memory would
-        have at that scale. Returns the parameters by name.
+        Args:
+            target: a parameter that the conversion produces.
+            pattern: a source pattern of the conversion.
+            tensors: the stand-ins, in lists by source pattern.
+            shapes: the shapes of the parameters in memory, at the scale of the stand-ins.
+
+        Returns:
+            The parameters by name.
+
+        Raises:
+            ModelError: if the conversion fails on these tensors.
         """
         rule = deepcopy(self._by_pattern[pattern])
         for source_pattern, group in tensors.items():
@@ -142,7 +147,7 @@ class Conversion:
 
 @dataclass(frozen=True)
 class _StandIn:
-    """Answers `get_parameter(name).shape` at the scale of the stand-in tensors."""
+    """Stands in for the model and knows shapes only, at the scale of the stand-in tensors."""
 
     shapes: Mapping[str, Sequence[int]]
 
@@ -152,17 +157,24 @@ class _StandIn:
 
 def _with_numbers_of(target: str, key: str) -> str:
     numbers = iter(EXPERT_NUMBER.findall(key))
-    return EXPERT_NUMBER.sub(lambda found: next(numbers, found.group()), target)
+    return EXPERT_NUMBER.sub(lambda number: next(numbers, number.group()), target)
 
 
 def build_model(
     folder: Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
 ) -> Any:
-    """The model of the checkpoint in `folder`, from its config.json; no weight is read.
+    """Build the model of the checkpoint in `folder` from its config.json; no weight is read.
 
-    Its parameters are on the meta device, its buffers are real, and it is in evaluation mode.
-    dtype: of the parameters; the config's own by default. Raises `ModelError` where transformers
-    does not know the architecture or cannot build it.
+    Args:
+        folder: folder with the config.json.
+        dtype: dtype of the parameters; the config's own by default.
+        trust_remote_code: whether the checkpoint's own modeling code may run.
+
+    Returns:
+        The model in evaluation mode: its parameters on the meta device, its buffers real.
+
+    Raises:
+        ModelError: if transformers does not know the architecture or cannot build it.
     """
     with quiet():
         config = _load_config(folder, trust_remote_code)
@@ -174,29 +186,32 @@ def build_model(
 
 
 def conversion_of(model: Any) -> Conversion:
-    """transformers' rules from raw keys to the parameters of `model`."""
+    """Return transformers' rules that map raw keys to the parameters of `model`."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     return Conversion(model, get_model_conversion_mapping(model))
 
 
 def unsplit_classes(model: Any) -> frozenset[str]:
-    """Names of the classes that transformers never splits over devices: the decoder layers'."""
+    """Return the class names that transformers never splits over devices: decoder layers."""
     return frozenset(model._no_split_modules or ())
 
 
 def runnable(model: Any) -> Any:
-    """What to call with a text: the model, or a part that has a forward (Qwen3-Omni's thinker)."""
+    """Return the module to call with a text: the model, or its first part with a forward.
+
+    Qwen3-Omni as a whole has none; its thinker has.
+    """
     if type(model).forward is not nn.Module.forward:
         return model
     parts = [part for part in model.children() if hasattr(part, "get_input_embeddings")]
     if not parts:
-        raise ModelError(f"{type(model).__name__}: has no forward, and no part that has one.")
+        raise ModelError(f"{type(model).__name__}: neither it nor any part of it has a forward.")
     return parts[0]
 
 
 def embedding_shape(model: Any) -> tuple[int, int]:
-    """How many token ids the model knows, and how wide they are; zeros where it does not tell."""
+    """Return the vocabulary size and hidden size, or zeros if the model has no embedding."""
     try:
         rows, columns = runnable(model).get_input_embeddings().weight.shape
     except (AttributeError, NotImplementedError, ModelError, ValueError):
@@ -205,7 +220,7 @@ def embedding_shape(model: Any) -> tuple[int, int]:
 
 
 def output_embeddings(model: Any) -> nn.Module | None:
-    """The layer that makes logits; None where a model has none, or does not tell."""
+    """Return the layer that computes the logits, or None if the model does not say."""
     try:
         head = model.get_output_embeddings()
     except (AttributeError, NotImplementedError):
@@ -214,7 +229,7 @@ def output_embeddings(model: Any) -> nn.Module | None:
 
 
 def tied_parameters(model: Any) -> frozenset[str]:
-    """Parameters that share another one's storage and need no key of their own."""
+    """Return the parameters that share another one's storage and need no key of their own."""
     if not getattr(model.config.get_text_config(), "tie_word_embeddings", False) and not getattr(
         model.config, "tie_word_embeddings", False
     ):
@@ -231,8 +246,16 @@ def load_tensors(
 ) -> None:
     """Fill the parameters that the raw `tensors` become, through transformers' own conversion.
 
-    The tensors of a parameter must come together; other parameters stay as they are, so a model
-    can be filled part by part. Raises `ModelError`, naming a key, where one does not fit.
+    Parameters of other tensors keep their values, so a model can be filled part by part.
+
+    Args:
+        conversion: the model and its rules.
+        tensors: raw tensors by key; all those of one parameter must come in one call.
+        device: device of the parameters.
+        dtype: dtype of the parameters, except for those that transformers keeps in float32.
+
+    Raises:
+        ModelError: if a tensor does not fit; the message names its key.
     """
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
@@ -248,16 +271,16 @@ def load_tensors(
         report, _ = convert_and_load_state_dict_in_model(model, dict(tensors), config)
     problems = [f"{key}: {text}" for key, text in report.conversion_errors.items()]
     problems += [
-        f"{key}: shape {tuple(found)}, the architecture says {tuple(wanted)}"
-        for key, found, wanted in report.mismatched_keys
+        f"{key}: shape {tuple(shape)}, the architecture says {tuple(expected)}"
+        for key, shape, expected in report.mismatched_keys
     ]
     problems += [f"{key}: the model has no place for it" for key in report.unexpected_keys]
     if problems:
-        raise ModelError(f"{_first_line(Exception(min(problems)))} ({len(problems)} such)")
+        raise ModelError(f"{first_line(Exception(min(problems)))} ({len(problems)} such)")
 
 
 class LazyTensor:
-    """Stands in a state dict for a tensor that is read when transformers asks for it."""
+    """Stands in a state dict for a tensor that is read only when transformers indexes it."""
 
     def __init__(self, read: Callable[[], torch.Tensor]) -> None:
         self._read = read
@@ -277,10 +300,12 @@ _NUMBERS = itertools.count()
 def experts_function(
     modules: Iterable[nn.Module], make: Callable[[ExpertsFunction, str], ExpertsFunction]
 ) -> Iterator[None]:
-    """Within, `make(default, kind)` runs in place of each module's forward.
+    """Run `make(default, kind)` in place of each module's forward inside the context.
 
-    `default` is what ran before, and `kind` its name (`experts_kind`). modules: those that have a
-    kind. Everything is as before afterwards.
+    Args:
+        modules: experts modules for which `experts_kind` is not None.
+        make: called with the implementation that ran before and its name (`experts_kind`);
+            returns the one to run.
     """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -302,13 +327,15 @@ def experts_function(
 
 
 ROW_KINDS = ("grouped_mm", "batched_mm")
-"""Implementations whose rows are known: sorted by expert, or as they are routed."""
+"""Implementations whose order of rows is known: sorted by expert, or as routed."""
 
 
 def experts_kind(module: Any) -> str | None:
-    """Which registered implementation runs as this experts module's forward.
+    """Return the name of the implementation that runs as this experts module's forward.
 
-    None for classes that transformers does not decorate, and for models that only know `eager`.
+    Returns:
+        One of `ROW_KINDS`; None for classes that transformers does not decorate, and for models
+        that have the eager forward only.
     """
     if not hasattr(module, "is_transposed"):
         return None
@@ -317,13 +344,13 @@ def experts_kind(module: Any) -> str | None:
 
 
 def _origin(kind: str) -> str:
-    """What a function of ours stands in for; two may stand one behind the other."""
+    """The kind that a function of ours replaced; one may have replaced another of ours."""
     return kind.split(":")[1] if kind.startswith("fourfold:") else kind
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' log lines, progress bars and warnings: what matters is raised."""
+    """Silence transformers' logging, progress bars and warnings inside the context."""
     from transformers.utils import logging
 
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -339,16 +366,16 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-class _LargeOnMeta(TorchFunctionMode):
-    """Tensors too large for a buffer are never allocated, not even for a moment.
+class LargeOnMeta(TorchFunctionMode):
+    """Creates every tensor that is too large to be a buffer on the meta device.
 
-    `init_empty_weights` moves a parameter to meta after it was made, and one layer's experts can
-    be larger than the memory.
+    `init_empty_weights` moves a parameter to meta only after it was allocated, and the experts of
+    one layer can be larger than the memory.
     """
 
     FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.full)
     LARGE = 1 << 24
-    """Elements; what is smaller may be a buffer, whose values a model computes with."""
+    """Elements. A smaller tensor may be a buffer, whose values the model needs."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -373,7 +400,7 @@ def _load_config(folder: Path, trust_remote_code: bool) -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
-        cause = _first_line(error)
+        cause = first_line(error)
         if "trust_remote_code" in str(error):
             cause = "it needs the checkpoint's own code; pass --trust-remote-code if you trust it"
         raise ModelError(
@@ -382,7 +409,8 @@ def _load_config(folder: Path, trust_remote_code: bool) -> Any:
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, for use in one of ours."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:240]
 
@@ -393,21 +421,22 @@ def _build(folder: Path, config: Any, trust_remote_code: bool) -> Any:
 
     name, factory = _factory(config, trust_remote_code)
     try:
-        with _LargeOnMeta(), init_empty_weights(include_buffers=False):
+        with LargeOnMeta(), init_empty_weights(include_buffers=False):
             return factory(config)
     except Exception as error:
         raise ModelError(
             f"{folder / 'config.json'}: transformers {transformers.__version__} cannot build "
-            f"{name}: {_first_line(error)}"
+            f"{name}: {first_line(error)}"
         ) from error
 
 
 def _factory(config: Any, trust_remote_code: bool) -> tuple[str, Any]:
-    """What builds the model: the class that the config names, or the Auto class that fits."""
+    """The class that the config names, or the Auto class that fits, and how it builds."""
     import transformers
     from transformers.models.auto import modeling_auto as auto
 
-    names = [name for name in _as_list(config.architectures) if isinstance(name, str)]
+    stated = config.architectures if isinstance(config.architectures, list | tuple) else ()
+    names = [name for name in stated if isinstance(name, str)]
     for name in names:
         model_class: Any = getattr(transformers, name, None)
         if _is_model_class(model_class):
@@ -435,119 +464,6 @@ def _is_model_class(value: object) -> bool:
     return isinstance(value, type) and issubclass(value, PreTrainedModel)
 
 
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else []
-
-
-# A model that is live in memory: its blueprint, its raw names, what accelerate put elsewhere.
-
-
 def plain_class(module: Any) -> type:
-    """A module's class, without the subclass that FSDP2 makes of it on the fly."""
-    return next(each for each in type(module).__mro__ if not each.__name__.startswith("FSDP"))
-
-
-def blueprint_of(model: Any) -> Any:
-    """The architecture of a live model once more, on the meta device, from its configuration."""
-    from accelerate import init_empty_weights
-
-    model_class: Any = plain_class(model)
-    try:
-        with quiet(), _LargeOnMeta(), init_empty_weights(include_buffers=False):
-            return model_class._from_config(deepcopy(model.config)).eval()
-    except Exception as error:
-        raise ModelError(
-            f"{model_class.__name__}: its configuration does not build it again: "
-            f"{_first_line(error)}"
-        ) from error
-
-
-def raw_tensors(model: Any, blueprint: Any, *, fused: bool) -> Iterator[dict[str, torch.Tensor]]:
-    """A live model's tensors on meta, as transformers thinks they lie on disk; guesses, best first.
-
-    What `from_pretrained` saw on disk comes first. For a model that was not loaded from disk,
-    `fused` says that the family's checkpoints do not hold one tensor per expert.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import PrefixChange
-
-    seen = getattr(model, "_weight_conversions", None)
-    if seen is not None:
-        yield _reversed(model, blueprint, seen)
-    known = get_model_conversion_mapping(blueprint, add_legacy=False)
-    yield _reversed(
-        model,
-        blueprint,
-        [
-            rule
-            for rule in known
-            if not isinstance(rule, PrefixChange) and not (fused and _merges_experts(rule))
-        ],
-    )
-
-
-def _reversed(model: Any, blueprint: Any, rules: Sequence[Any]) -> dict[str, torch.Tensor]:
-    """The tensors on disk that `rules` made a model of; nothing where there is no way back."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    empty = {
-        name: torch.empty(value.shape, dtype=value.dtype, device="meta")
-        for name, value in model.state_dict().items()
-        if name not in tied
-    }
-    blueprint._weight_conversions = list(rules)
-    try:
-        with quiet():
-            return dict(revert_weight_conversion(blueprint, empty))
-    except Exception:  # whatever an operation of transformers, or of a quantizer's, may raise
-        return {}
-
-
-def _merges_experts(rule: Any) -> bool:
-    return any(re.search(r"experts\.\*\.", pattern) for pattern in rule.source_patterns)
-
-
-def offloaded_value(model: Any, name: str) -> torch.Tensor | None:
-    """The value of a parameter that accelerate offloaded (to disk); None where no hook has it."""
-    path = name
-    while path:
-        path = path.rpartition(".")[0]
-        hook = getattr(model.get_submodule(path), "_hf_hook", None)
-        for each in getattr(hook, "hooks", (hook,)):
-            values = getattr(each, "weights_map", None) or {}
-            try:  # `in` would read the value
-                value: torch.Tensor = values[name.removeprefix(f"{path}.")]
-            except KeyError:
-                continue
-            return value
-    return None
-
-
-def saved_config(model: Any) -> dict[str, Any]:
-    """What config.json says of a live model: as transformers saves it, with upstream's names, too.
-
-    transformers 5 renamed fields (`num_experts` → `num_local_experts`, `rope_theta` and
-    `rope_scaling` → `rope_parameters`); a reader of either kind finds what it looks for.
-    """
-    config = deepcopy(model.config)
-    config.architectures = [plain_class(model).__name__]
-    config.dtype = model.dtype
-    saved: dict[str, Any] = json.loads(config.to_json_string())
-    _add_older_names(saved, config)
-    return saved
-
-
-def _add_older_names(saved: dict[str, Any], config: Any) -> None:
-    for name in config.sub_configs:
-        if isinstance(saved.get(name), dict):
-            _add_older_names(saved[name], getattr(config, name))
-    for older, name in config.attribute_map.items():
-        if name in saved:
-            saved.setdefault(older, saved[name])
-    rope = saved.get("rope_parameters")
-    if isinstance(rope, dict) and "rope_theta" in rope:
-        saved.setdefault("rope_theta", rope["rope_theta"])
-        if rope.get("rope_type", "default") != "default":
-            scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
-            saved.setdefault("rope_scaling", scaling)
+    """Return a module's class, without the subclass that FSDP2 makes of it at run time."""
+    return next(base for base in type(module).__mro__ if not base.__name__.startswith("FSDP"))

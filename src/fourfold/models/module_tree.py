@@ -1,6 +1,6 @@
-"""The architecture's own module tree: linear layers, experts modules, routers, decoder layers.
+"""The architecture's module tree: linear layers, experts modules, routers, decoder layers.
 
-transformers' classes say what is what; nothing here is known of a family by its name.
+All of it is read off transformers' classes; nothing here depends on a family's name.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from fourfold.models.internals import (
     conversion_of,
     embedding_shape,
     output_embeddings,
+    plain_class,
     tied_parameters,
     unsplit_classes,
 )
@@ -38,7 +39,7 @@ class LinearModule:
 
 @dataclass(frozen=True)
 class ModuleTree:
-    """What the architecture is made of; every path is a module path in memory."""
+    """The modules of an architecture; every path is a module path in memory."""
 
     model_types: tuple[str, ...]
     """`model_type` of the whole, then of its text model."""
@@ -49,45 +50,45 @@ class ModuleTree:
     """Experts modules whose layout is not known: path → class name."""
     embeddings: frozenset[str]
     routers: frozenset[str]
-    """Modules with a bare weight that choose experts (not `nn.Linear` in transformers)."""
+    """Routers with a bare weight, which are not `nn.Linear` in transformers."""
     parameters: Mapping[str, tuple[int, ...]]
     buffers: frozenset[str]
-    """Persistent buffers: a checkpoint holds them (a router's correction bias)."""
+    """Persistent buffers, which a checkpoint holds (such as a router's correction bias)."""
     tied: frozenset[str]
     """Parameters that share another one's storage and need no key of their own."""
     layers: tuple[str, ...]
     """Paths of the decoder layers, in order."""
     num_hidden_layers: int
     vocab_size: int
-    """Rows of the text model's embedding; 0 where neither it nor the config tells."""
+    """Rows of the text model's embedding; 0 if neither it nor the config states them."""
     hidden_size: int
     """Columns of that embedding."""
     max_positions: int | None
-    """The longest text, by its config."""
+    """The longest input in tokens, as the config states it."""
     conversion: Conversion
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """The layers that make logits."""
+        """Paths of the layers that compute logits."""
         return tuple(x.path for x in self.linears.values() if x.role is Role.LM_HEAD)
 
 
 def build_tree(folder: Path, *, trust_remote_code: bool = False) -> ModuleTree:
-    """The module tree of the checkpoint in `folder`, from its config.json; no weight is read.
+    """Return the module tree of the checkpoint in `folder`, from its config.json alone.
 
-    Raises `ModelError` where transformers does not know the architecture or cannot build it.
+    Raises:
+        ModelError: if transformers does not know the architecture or cannot build it.
     """
     return describe(build_model(folder, trust_remote_code=trust_remote_code))
 
 
 def class_name(module: Any) -> str:
-    """The name of a module's class, without the subclass that FSDP2 makes of it on the fly."""
-    names = (each.__name__ for each in type(module).__mro__)
-    return next(name for name in names if not name.startswith("FSDP"))
+    """Return the name of a module's class, without the subclass that FSDP2 makes of it."""
+    return plain_class(module).__name__
 
 
 def describe(model: Any) -> ModuleTree:
-    """What a model of transformers is made of, wherever its parameters are."""
+    """Return the module tree of a transformers model, whatever device its parameters are on."""
     modules = dict(model.named_modules())
     experts, unknown = _experts(modules)
     text_config = model.config.get_text_config()
@@ -122,19 +123,19 @@ def describe(model: Any) -> ModuleTree:
 
 def _linears(model: Any, modules: Mapping[str, Any]) -> dict[str, LinearModule]:
     head = output_embeddings(model)
-    found = {}
+    linears = {}
     for path, module in modules.items():
         if isinstance(module, nn.Linear):
             is_head = module is head or path.rpartition(".")[2] == "lm_head"
             own = [] if type(module) is nn.Linear else [class_name(module)]
             classes = own + _enclosing(path, modules)
             role = Role.LM_HEAD if is_head else role_of_linear(path, classes)
-            found[path] = LinearModule(path, module.out_features, module.in_features, role)
-    return found
+            linears[path] = LinearModule(path, module.out_features, module.in_features, role)
+    return linears
 
 
 def _enclosing(path: str, modules: Mapping[str, Any]) -> list[str]:
-    """Class names of the modules around `path`, from the inside out, the model itself left out."""
+    """Class names of the modules around `path`, innermost first, without the model itself."""
     names = []
     while "." in path:
         path = path.rpartition(".")[0]
@@ -170,7 +171,7 @@ def _experts(modules: Mapping[str, Any]) -> tuple[dict[str, ExpertsModule], dict
 
 
 def _num_experts(module: Any, parts: Sequence[Part]) -> int:
-    """How many experts have weights (LongCat's zero experts have none, but rows in one tensor)."""
+    """The number of experts with weights. LongCat's zero experts have none in some tensors."""
     values = [getattr(module, part.parameter) for part in parts if not part.is_bias]
     counts = [value.shape[0] for value in values if value.ndim == 3]
     return int(min(counts)) if counts else int(module.moe_num_experts)
@@ -179,14 +180,14 @@ def _num_experts(module: Any, parts: Sequence[Part]) -> int:
 def _layers(model: Any, modules: Mapping[str, Any]) -> tuple[str, ...]:
     """Decoder layers: elements of module lists whose class transformers never splits."""
     classes = unsplit_classes(model)
-    found = []
+    layers: list[str] = []
     for path, module in modules.items():
         if isinstance(module, nn.ModuleList) and role_of_linear(path, []) is not Role.VISION:
             names = _enclosing(f"{path}.0", modules)
             if any(re.search(r"Vision|Audio", name) for name in names):
                 continue
-            found += [
+            layers += [
                 f"{path}.{index}" for index, layer in enumerate(module)
                 if class_name(layer) in classes
             ]  # fmt: skip
-    return tuple(found)
+    return tuple(layers)

@@ -1,14 +1,14 @@
-"""Where a matrix lies inside a raw tensor: slices, strides and transpositions, not copies.
+"""The place of a matrix inside a raw tensor: slices, strides and transpositions, no copies.
 
 A **region** is one logical matrix `[out, in]` (or one bias vector `[out]`) as a part of a tensor
 on disk: a whole 2-D tensor, one expert of a fused 3-D tensor, a half of its rows or columns,
 every second of them, possibly transposed.
 
-How a family's disk layout relates to the parameters in memory is known to transformers, as
-conversion operations. We do not interpret them, we ask: the operations run on small integer
-tensors whose entries are their own positions (`number`), and the region is read off the result
-(`locate`). Whatever operation is no plain slice, stride or transposition is found out that way,
-too, and refused.
+transformers knows how a family's disk layout relates to the parameters in memory, as conversion
+operations. We do not interpret these operations but probe them: they run on small integer tensors
+whose entries are their own positions (`number`), and the region is read off the result (`locate`).
+An operation that is not a plain slice, stride or transposition shows in the result as well, and is
+refused.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Span:
 class Region:
     """A matrix `[out, in]`, or a vector `[out]` where `cols` is None, inside the tensor `key`.
 
-    `expert` indexes the first dimension of a fused tensor and is None where there is none.
+    `expert` indexes the first dimension of a fused tensor; it is None for other tensors.
     `rows` and `cols` are spans of the two last dimensions (of the last one for a vector), before
     the transposition that `transposed` asks for.
     """
@@ -62,13 +62,13 @@ class Region:
 
     @property
     def slab(self) -> tuple[int, int]:
-        """The range of the raw tensor's first dimension that holds this region."""
+        """Start and stop of the range of the raw tensor's first dimension with this region."""
         if self.expert is not None:
             return self.expert, self.expert + 1
         return self.rows.start, self.rows.stop
 
     def view(self, slab: torch.Tensor) -> torch.Tensor:
-        """This region as a view of its slab."""
+        """Return this region as a view of its slab."""
         rows = slab[:: self.rows.step] if self.expert is None else slab[0][self.rows.slice]
         if self.cols is None:
             return rows
@@ -77,26 +77,26 @@ class Region:
 
 
 def whole(key: str, shape: Sequence[int]) -> Region:
-    """The region that is all of a 2-D tensor."""
+    """Return the region that covers a whole 2-D tensor."""
     rows, cols = shape
     return Region(key, None, Span(0, rows), Span(0, cols))
 
 
 def number(shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """Tensors of these shapes whose entries count 0, 1, 2, … through all of them."""
-    tensors, at = [], 0
+    """Return tensors of these shapes whose entries count 0, 1, 2, … through all of them."""
+    tensors, start = [], 0
     for shape in shapes:
         size = math.prod(shape)
-        tensors.append(torch.arange(at, at + size).reshape(tuple(shape)))
-        at += size
+        tensors.append(torch.arange(start, start + size).reshape(tuple(shape)))
+        start += size
     return tensors
 
 
 def reduction(*shapes: Sequence[int]) -> int:
-    """A number that divides every dimension of `shapes` and leaves at least 4 of each.
+    """Return a divisor of every dimension of `shapes` that leaves at least 4 of each.
 
-    Layouts are told apart on small stand-ins: 4 is enough to tell the second half (start 2)
-    from every second element (start 1), and keeps the proportions of all dimensions.
+    Layouts are told apart on small stand-ins with the same proportions. Dimensions of 4 are enough
+    to tell the second half (start 2) from every second element (start 1).
     """
     common = math.gcd(*(size for shape in shapes for size in shape))
     return max(common // 4, 1) if common % 4 == 0 else 1
@@ -104,7 +104,7 @@ def reduction(*shapes: Sequence[int]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """Which tensor (ordinal), which leading index, and which spans a matrix was found at."""
+    """The place of a matrix: ordinal of the tensor, leading index, and spans."""
 
     ordinal: int
     lead: int | None
@@ -114,11 +114,16 @@ class Located:
 
 
 def locate(numbers: torch.Tensor, shapes: Sequence[Sequence[int]], scale: int) -> Located:
-    """Read off where `numbers`, a part of what became of `number(shapes)`, came from.
+    """Find where `numbers`, cut out of a conversion of `number(shapes)`, came from.
 
-    `numbers` is `[out, in]`, or `[out]` for a bias. Spans come back multiplied by `scale`, for
-    tensors whose dimensions (but a leading expert dimension) are that much larger.
-    Raises `ModelError` where it is not a plain strided part of one tensor.
+    Args:
+        numbers: `[out, in]`, or `[out]` for a bias.
+        shapes: shapes of the numbered tensors.
+        scale: factor for the spans, for real tensors whose dimensions (except a leading expert
+            dimension) are that much larger.
+
+    Raises:
+        ModelError: if it is not a plain strided part of one tensor.
     """
     bounds = torch.tensor([0, *(math.prod(shape) for shape in shapes)]).cumsum(0)
     ordinals = torch.bucketize(numbers.contiguous(), bounds[1:], right=True)
@@ -149,7 +154,7 @@ def locate(numbers: torch.Tensor, shapes: Sequence[Sequence[int]], scale: int) -
 
 
 def _span(positions: torch.Tensor, size: int, scale: int) -> Span:
-    """`positions` as a span of a dimension of `size`, both seen through `1 / scale`."""
+    """`positions` in a dimension of `size` as a span, multiplied by `scale`."""
     first, count = int(positions[0]), len(positions)
     step = int(positions[1]) - first if count > 1 else 1
     if step < 1 or not bool((positions == first + step * torch.arange(count)).all()):

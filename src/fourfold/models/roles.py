@@ -1,8 +1,8 @@
-"""Roles: what a linear layer is for, read off its place in the module tree. All of it is data.
+"""The roles of linear layers, read off their places in the module tree. All of it is data.
 
-A layer's role is decided by the first rule that matches, walking from the layer outwards: the
-names on its path first, then the classes of the modules around it. What no rule knows is
-`other`: it is kept as it is, and the plan shows it.
+The first rule that matches decides a layer's role: rules on its path come first, then rules on the
+classes of the modules around it, innermost first. A layer that no rule matches has the role
+`other`; it is not quantized, and the plan shows it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import re
 from collections.abc import Sequence
 from enum import StrEnum
 
+from fourfold.models.names import SINGLE_EXPERT
+
 
 class Role(StrEnum):
-    """What a tensor is for; a recipe chooses by it."""
+    """The purpose of a tensor; recipes select tensors by it."""
 
     EXPERTS = "experts"
     SHARED_EXPERTS = "shared_experts"
@@ -38,10 +40,10 @@ PATH_RULES: Sequence[tuple[re.Pattern[str], Role]] = (
         Role.VISION,
     ),
     (re.compile(r"\.shared_expert_gate$"), Role.ROUTER),
-    (re.compile(r"\.experts\.(expert_)?\d+\."), Role.EXPERTS),
+    (SINGLE_EXPERT, Role.EXPERTS),
     (re.compile(r"\.(shared_experts?|shared_mlp)(\.|$)"), Role.SHARED_EXPERTS),
 )
-"""Module path → role. Tried first, in this order."""
+"""Module path → role. These are tried first, in this order."""
 
 CLASS_RULES: Sequence[tuple[re.Pattern[str], Role]] = (
     (re.compile(r"Vision|Audio|MultiModal|PatchMerger|Projector|Resampler|Talker"), Role.VISION),
@@ -73,10 +75,12 @@ EXPERTS_CLASS = re.compile(r"Expert")
 
 
 def role_of_linear(path: str, enclosing_classes: Sequence[str]) -> Role:
-    """The role of the linear layer at `path`.
+    """Return the role of the linear layer at `path`.
 
-    `enclosing_classes`: its own class where that is more than `nn.Linear`, then those of the
-    modules around it, from the inside out.
+    Args:
+        path: the layer's path in the module tree.
+        enclosing_classes: names of its own class if that is a subclass of `nn.Linear`, then of
+            the modules around it, innermost first.
     """
     for pattern, role in PATH_RULES:
         if pattern.search(path):
@@ -91,13 +95,13 @@ def role_of_linear(path: str, enclosing_classes: Sequence[str]) -> Role:
 MAY_LACK = re.compile(
     r"(inv_freq|freqs_cis|position_ids|num_batches_tracked|masked_bias|rotary_emb\.\w+)$"
 )
-"""Persistent buffers that older checkpoints do not hold; they follow from the config."""
+"""Persistent buffers that older checkpoints lack, because they follow from the config."""
 
 EMBEDDING_NAME = re.compile(
     r"(^|\.)(wte|wpe|tok_embeddings|(\w+_)?embed(ding)?s?(_(tokens|in|positions|per_layer|table))*)"
     r"(\.\d+)?$"
 )
-"""Names by which anybody knows an embedding: an engine never builds it as a linear layer."""
+"""Usual names of embeddings, which engines never build as linear layers."""
 
 MTP_KEY = re.compile(r"(^|\.)(mtp|mtp_\w+|nextn\w*|eagle\w*)(\.|$)")
-"""Raw keys of multi-token-prediction layers, by name. Those past the last layer are too."""
+"""Names of multi-token-prediction layers. Layers past the last decoder layer are MTP, too."""

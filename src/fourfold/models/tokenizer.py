@@ -1,4 +1,4 @@
-"""The tokenizer in a checkpoint's folder."""
+"""Load the tokenizer of a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from fourfold.models.internals import quiet
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer that lies in `folder`. Raises `SourceError` where there is none that works."""
+    """Load the tokenizer in `folder`.
+
+    Args:
+        folder: a checkpoint's folder; nothing is downloaded.
+        trust_remote_code: whether the checkpoint's own tokenizer code may run.
+
+    Raises:
+        SourceError: if there is no tokenizer, or it does not load.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -18,12 +26,13 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=trust_remote_code, local_files_only=True
             )
-    except Exception as error:  # files that are missing or broken, custom code, absent libraries
+    except Exception as error:  # missing or broken files, custom code, missing libraries
         cause = " ".join(str(error).split())[:200] or type(error).__name__
-        own = "" if trust_remote_code else " (--trust-remote-code if it brings its own code)"
+        hint = "" if trust_remote_code else " (--trust-remote-code if it brings its own code)"
         raise SourceError(
-            f"{folder}: its tokenizer cannot be loaded: {cause}. Put its files there{own}."
+            f"{folder}: its tokenizer cannot be loaded: {cause}. Put its files there{hint}."
         ) from error
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes without files
+    # Without files, transformers returns a tokenizer that has special tokens only.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise SourceError(f"{folder}: has no tokenizer. Put the tokenizer's files there.")
     return tokenizer

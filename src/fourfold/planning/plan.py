@@ -24,7 +24,9 @@ from fourfold.errors import SourceError
 from fourfold.layouts import modelopt
 from fourfold.models.engines import write_ignore
 from fourfold.models.families import family_of
-from fourfold.models.inventory import SINGLE_EXPERT, Inventory, LinearWeight, take_inventory
+from fourfold.models.inventory import Inventory, LinearWeight
+from fourfold.models.inventory_builder import take_inventory
+from fourfold.models.names import SINGLE_EXPERT
 from fourfold.models.roles import Role
 from fourfold.planning.rows import (
     COPY_BYTES,

@@ -11,7 +11,7 @@ from functools import cached_property
 
 from fourfold.errors import PlanError, RecipeError
 from fourfold.layouts import modelopt
-from fourfold.models.families import kept_because
+from fourfold.models.fusion import kept_because
 from fourfold.models.inventory import ExpertBias, Inventory, LinearWeight, RawTensor
 from fourfold.models.roles import Role
 from fourfold.planning.rows import Action, KVScales, Row, ScaleGroup

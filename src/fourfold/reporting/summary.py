@@ -10,7 +10,8 @@ from fourfold._version import __version__
 from fourfold.calibration.data import plain_text
 from fourfold.calibration.scales import ActivationScales
 from fourfold.execution import LinearResult
-from fourfold.models.inventory import ExpertBias, LinearWeight, natural
+from fourfold.models.inventory import ExpertBias, LinearWeight
+from fourfold.models.names import natural
 from fourfold.models.regions import Region, Span, whole
 from fourfold.planning import Plan, outputs_of
 from fourfold.planning.tables import by_role

@@ -24,7 +24,7 @@ from fourfold.errors import OutputError, UsageError
 from fourfold.events import OnEvent, ignore
 from fourfold.execution import Kernels, LinearResult
 from fourfold.layouts.modelopt import QUANT_CONFIG
-from fourfold.models.inventory import take_inventory
+from fourfold.models.inventory_builder import take_inventory
 from fourfold.planning import COPY_BYTES, Action, Plan, Row, lay_out
 from fourfold.recipes import Recipe
 from fourfold.run.job import Job

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from fourfold.errors import FourfoldError, SourceError, UnreadableError
-from fourfold.models.engines import is_stack
+from fourfold.models.families import is_stack
 from fourfold.models.roles import EMBEDDING_NAME
 from fourfold.storage.fingerprints import read_error
 from fourfold.storage.json_files import read_config, read_json

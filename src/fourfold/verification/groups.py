@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 from fourfold.models.engines import Mismatch, Module, Verdict, check, modules_of
-from fourfold.models.families import KEEP_ALWAYS, fuse
+from fourfold.models.fusion import KEEP_ALWAYS, fuse
 from fourfold.verification.checkpoint import DOWN, EXPERT, GLOBAL_SCALE, INPUT_SCALE, Checkpoint
 from fourfold.verification.quant_config import MIXED
 from fourfold.verification.rules import Finding, finding

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from fourfold.events import OnEvent, ignore
-from fourfold.models.inventory import Inventory, take_inventory
+from fourfold.models.inventory import Inventory
+from fourfold.models.inventory_builder import take_inventory
 from fourfold.models.roles import Role
 from fourfold.sources.opening import opened
 from fourfold.storage.source import Source

@@ -31,9 +31,9 @@ import torch
 
 from fourfold.distributed.ranks import Alone, Ranks
 from fourfold.errors import FourfoldError, ModelError, SourceError, UsageError
-from fourfold.models.internals import blueprint_of, raw_tensors, saved_config
-from fourfold.models.inventory import natural
+from fourfold.models.live_internals import blueprint_of, raw_tensors, saved_config
 from fourfold.models.module_tree import ModuleTree, build_tree, describe
+from fourfold.models.names import natural
 from fourfold.sources.live.unloading import Unloading
 from fourfold.sources.live.upstream import upstream_of
 from fourfold.sources.live.values import LiveValues

@@ -25,8 +25,8 @@ import torch
 from fourfold.errors import ModelError
 from fourfold.models.experts import Part, part_of
 from fourfold.models.fused_experts import cut_experts
-from fourfold.models.inventory import natural
 from fourfold.models.module_tree import ModuleTree
+from fourfold.models.names import natural
 from fourfold.models.regions import Region, number
 from fourfold.storage.safetensors_header import TensorInfo
 

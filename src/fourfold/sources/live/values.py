@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fourfold.errors import SourceError, UsageError
-from fourfold.models.internals import offloaded_value
+from fourfold.models.live_internals import offloaded_value
 
 KEPT = 4
 """Offloaded parameters that are kept after they were read: gate and up, down, and their biases."""

@@ -19,10 +19,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from families import FAMILIES, build_model, quiet
 from families.configs import tiny_config
-from fourfold.models import watching
+from fourfold.models.expert_hooks import Product, Rows, unwatchable, watch_experts
 from fourfold.models.internals import experts_kind
 from fourfold.models.module_tree import describe
-from fourfold.models.watching import Product, Rows, unwatchable, watch_experts
 
 from .whole_numbers import DECORATED, EAGER_ONLY, KINDS, Experts, T, experts_with, tokens
 
@@ -187,13 +186,11 @@ def test_a_model_that_refuses_to_be_told_an_implementation() -> None:
 @pytest.mark.parametrize("rows_at_a_time", [1, 8, 1 << 14])
 @pytest.mark.parametrize("kind", ["grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("name", DECORATED)
-def test_every_token_through_every_expert(
-    name: str, kind: str, rows_at_a_time: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(watching, "ALL_EXPERTS_ROWS", rows_at_a_time)
+def test_every_token_through_every_expert(name: str, kind: str, rows_at_a_time: int) -> None:
     experts, recorder = experts_with(name, kind), Recorder(all_experts=True)
     x, index, weights = tokens()
-    with watch_experts(experts.model, {experts.path: experts.layout}, recorder):
+    layouts = {experts.path: experts.layout}
+    with watch_experts(experts.model, layouts, recorder, rows_at_a_time=rows_at_a_time):
         watched = experts(x, index, weights)
     assert torch.equal(watched, experts.wanted(x, index, weights))
     check_rows(experts, recorder.routed, x, index)
@@ -238,7 +235,7 @@ def test_what_a_watch_gives_is_multiplied(name: str, kind: str, product: Product
 
 
 def left_behind(model: nn.Module) -> dict[str, Any]:
-    """What watching changes for a while."""
+    """What the hooks change for a while."""
     modules = dict(model.named_modules())
     return {
         "functions": dict(ALL_EXPERTS_FUNCTIONS.items()),

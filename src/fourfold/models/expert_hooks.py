@@ -1,14 +1,14 @@
-"""See, and change if need be, what the matrix products of an experts module are given.
+"""Hooks on the inputs of the matrix products inside an experts module.
 
-Two products follow each other in every expert: gate and up read the hidden states, down reads
-what the activation made of them. Both inputs are shown to a `Watch`, whatever the class:
+Every expert computes two products in a row: gate and up read the hidden states, down reads the
+activation's output. Both inputs are passed to a `Watch`, which may replace them, in all classes:
 
-- Decorated classes run transformers' own function with a proxy as the module. The proxy answers
-  as the module does, but what its activation gives is shown before the function goes on. Nothing
-  is computed anew, so the outputs are those of the default implementation, bit for bit.
-- Classes that transformers does not decorate, and models that only know the eager forward, run
-  their own forward under a mode that recognizes products with their parameters, and which rows
-  of the tokens were taken for them.
+- Decorated classes run transformers' own function with a proxy as the module. The proxy behaves
+  as the module does, but passes the activation's output to the watch before it returns it. Nothing
+  is computed twice, so the outputs are those of the default implementation, bit for bit.
+- Classes that transformers does not decorate, and models that have the eager forward only, run
+  their own forward under a mode that recognizes products with the experts' parameters, and the
+  indexing that selected the tokens' rows for them.
 
 Shapes: T tokens, H hidden size, K experts of a token, R rows (a token and one of its experts),
 E experts.
@@ -43,43 +43,60 @@ class Product(StrEnum):
 
 @dataclass(frozen=True)
 class Rows:
-    """What one matrix product of an experts module is given."""
+    """The input rows of one matrix product of an experts module."""
 
     path: str
     product: Product
     x: Tensor
-    """[R, in], or [T, in] where a row goes to several experts."""
+    """[R, in], or [T, in] if a row goes to several experts."""
     experts: Tensor
     """int64 [R], or [T, K]: the experts of each row."""
     tokens: Tensor | None
-    """int64 [R]: which token each row is; None where that is not known."""
+    """int64 [R]: the token of each row; None if that is not known."""
     of: int
-    """How many tokens there are in all."""
+    """The number of tokens in the whole input."""
     is_counted: bool
-    """True for exactly one showing of each row to each product: gate and up may be computed one
-    after the other, from the same rows."""
+    """True for exactly one call per row and product: gate and up may be computed separately, from
+    the same rows."""
 
 
 class Watch(Protocol):
-    """Is shown every product's rows, and gives what the product is to be given instead."""
+    """Receives the input rows of every product, and returns those to compute with."""
 
     all_experts: bool
-    """Whether to show also, beside what is routed, every token to every expert."""
+    """True to send every token to every expert as well, besides the routed rows."""
 
     def __call__(self, rows: Rows, *, is_routed: bool) -> Tensor:
-        """`rows.x`, or what to use in its place (of the same shape and dtype)."""
+        """Return `rows.x`, or a replacement of the same shape and dtype."""
+
+
+ALL_EXPERTS_ROWS = 1 << 14
+"""Rows at a time when every token is sent through every expert."""
 
 
 @contextmanager
 def watch_experts(
-    model: nn.Module, experts: Mapping[str, ExpertsModule], watch: Watch
+    model: nn.Module,
+    experts: Mapping[str, ExpertsModule],
+    watch: Watch,
+    *,
+    rows_at_a_time: int = ALL_EXPERTS_ROWS,
 ) -> Iterator[None]:
-    """Within, `watch` is shown what the experts modules at these paths are given."""
+    """Call `watch` with the inputs of the experts modules at these paths inside the context.
+
+    Args:
+        model: the model.
+        experts: the experts modules by their paths in `model`.
+        watch: called with the rows of each matrix product.
+        rows_at_a_time: rows of one product when every token is sent through every expert.
+    """
     modules = {path: model.get_submodule(path) for path in experts}
     paths = {id(module): path for path, module in modules.items()}
     decorated = [module for module in modules.values() if experts_kind(module) is not None]
     with ExitStack() as stack:
-        stack.enter_context(experts_function(decorated, partial(_watched, watch, paths)))
+        stack.enter_context(
+            experts_function(decorated, partial(_watched, watch, paths, rows_at_a_time))
+        )
         for path, module in modules.items():
             if experts_kind(module) is None:
                 whole = _outermost(model, path)
@@ -88,28 +105,30 @@ def watch_experts(
 
 
 def _outermost(model: nn.Module, path: str) -> nn.Module:
-    """The experts module at a path, or the one around it, which chooses its rows (DBRX)."""
+    """The experts module at a path, or the one around it, if that selects the rows (DBRX)."""
     around = model.get_submodule(path.rpartition(".")[0])
     is_experts = EXPERTS_CLASS.search(type(around).__name__) is not None
     return around if is_experts else model.get_submodule(path)
 
 
 def unwatchable(model: nn.Module, experts: Iterable[str]) -> list[str]:
-    """Paths of experts modules that cannot show every token to every expert."""
+    """Return the paths of experts modules that cannot send every token to every expert."""
     return [path for path in experts if experts_kind(model.get_submodule(path)) is None]
 
 
-ALL_EXPERTS_ROWS = 1 << 14
-"""Rows at a time when every token is sent through every expert."""
-
-
 def _watched(
-    watch: Watch, paths: Mapping[int, str], default: ExpertsFunction, kind: str
+    watch: Watch,
+    paths: Mapping[int, str],
+    rows_at_a_time: int,
+    default: ExpertsFunction,
+    kind: str,
 ) -> ExpertsFunction:
+    """The function that runs in place of `default` as the experts modules' forward."""
+
     def run(
         module: Any, hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor, first: int | None
     ) -> Tensor:
-        """Show and run; `first` is the first token's number where all experts are wanted."""
+        """Call the watch and compute. `first`: the first token's index in an all-experts pass."""
         path, routed = paths[id(module)], first is None
         expert_R, token_R = _row_order(kind, index_TK)
         every_T, begin = torch.arange(len(hidden_TH), device=hidden_TH.device), first or 0
@@ -133,7 +152,7 @@ def _watched(
         if watch.all_experts:
             count = int(module.num_experts)
             every_E = torch.arange(count, device=index_TK.device, dtype=index_TK.dtype)
-            step = max(1, ALL_EXPERTS_ROWS // count)
+            step = max(1, rows_at_a_time // count)
             for first in range(0, tokens, step):
                 part_TH = hidden_TH[first : first + step]
                 index_TE = every_E.expand(len(part_TH), count)
@@ -145,7 +164,7 @@ def _watched(
 
 
 def _row_order(kind: str, index_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """The expert and the token of each row, in the order in which an implementation has them."""
+    """The expert and the token of each row, in the order of an implementation's rows."""
     count = index_TK.shape[-1]
     expert_R = index_TK.reshape(-1)
     if kind == "batched_mm":
@@ -156,7 +175,7 @@ def _row_order(kind: str, index_TK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Proxy:
-    """An experts module, whose activation's result is shown to `inner` first."""
+    """Behaves as an experts module, but passes the activation's output through `inner`."""
 
     def __init__(self, module: Any, inner: Callable[[Tensor], Tensor]) -> None:
         self._module, self._inner = module, inner
@@ -168,7 +187,7 @@ class _Proxy:
         return self._inner(self._module._apply_gate(gate_up))
 
     def act_fn(self, up: Tensor) -> Tensor:
-        """Only functions without a gate call it; with one, `_apply_gate` is the module's own."""
+        """Called only by functions without a gate; otherwise `_apply_gate` calls the module's."""
         return self._inner(self._module.act_fn(up))
 
 
@@ -176,7 +195,7 @@ class _Proxy:
 def _under_mode(
     whole: nn.Module, module: nn.Module, layout: ExpertsModule, watch: Watch
 ) -> Iterator[None]:
-    """The forward of `whole`, under a mode that knows the parameters of `module`."""
+    """Run the forward of `whole` under a mode that recognizes the parameters of `module`."""
     before = whole.__dict__.get("forward")
     forward = whole.forward
 
@@ -198,7 +217,7 @@ Note = TypeVar("Note")
 
 
 class _Notes(Generic[Note]):
-    """What is known of tensors, for as long as they live."""
+    """Notes on tensors, which are dropped with the tensors."""
 
     def __init__(self) -> None:
         self._notes: dict[int, tuple[weakref.ref[Tensor], Note]] = {}
@@ -213,36 +232,36 @@ class _Notes(Generic[Note]):
 
 
 class _KnownWeights(TorchFunctionMode):
-    """Recognizes products `x @ w` where `w` is one of the experts' parameters, or a part of one."""
+    """Recognizes products `x @ w` in which `w` is (a part of) one of the experts' parameters."""
 
     def __init__(self, module: nn.Module, layout: ExpertsModule, watch: Watch) -> None:
         super().__init__()
         self.module, self.layout, self.watch = module, layout, watch
         self.casts = _Notes[Tensor]()
-        """Of a part in another dtype: the part itself."""
+        """A part cast to another dtype → the part itself."""
         self.taken = _Notes[tuple[Tensor, int]]()
-        """Of rows that were taken from a matrix: their numbers, and how many it has."""
+        """Rows indexed out of a matrix → their indices, and the number of rows of the matrix."""
         self.last: tuple[int, tuple[Tensor, int]] | None = None
-        """The expert whose rows were shown last, and what is known of them."""
+        """The expert whose rows came last, and the note on these rows."""
 
     @property
     def parts(self) -> Mapping[int, tuple[Tensor, Part]]:
-        """The parameters by their storage: as it is now, for an offloaded one comes and goes."""
-        found: dict[int, tuple[Tensor, Part]] = {}
+        """The parameters by their present storage, which changes if they are offloaded."""
+        by_storage: dict[int, tuple[Tensor, Part]] = {}
         for part in self.layout.parts:
             if not part.is_bias:
                 parameter = getattr(self.module, part.parameter)
-                found.setdefault(parameter.untyped_storage()._cdata, (parameter, part))
-        return found
+                by_storage.setdefault(parameter.untyped_storage()._cdata, (parameter, part))
+        return by_storage
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in _PRODUCTS and len(args) >= 2 and isinstance(args[1], Tensor):
             weight = self._original(args[1])
-            found = self.parts.get(weight.untyped_storage()._cdata)
-            if found is not None:
-                args = (self._show(args[0], weight, *found), *args[1:])
+            known = self.parts.get(weight.untyped_storage()._cdata)
+            if known is not None:
+                args = (self._show(args[0], weight, *known), *args[1:])
         result = func(*args, **(kwargs or {}))
         if func in _CASTS and result is not args[0]:
             self._follow(args[0], result)
@@ -266,13 +285,14 @@ class _KnownWeights(TorchFunctionMode):
         shown = x.reshape(-1, x.shape[-1])
         experts, tokens, of = self._rows(x, weight, parameter)
         rows = Rows(self.layout.path, product, shown, experts, tokens, of, is_counted)
-        given = self.watch(rows, is_routed=True)
-        return x if given is shown else given.reshape(x.shape)  # x: another mode may know it
+        replaced = self.watch(rows, is_routed=True)
+        # If nothing was replaced, return `x` itself: another mode may have a note on it.
+        return x if replaced is shown else replaced.reshape(x.shape)
 
     def _rows(
         self, x: Tensor, weight: Tensor, parameter: Tensor
     ) -> tuple[Tensor, Tensor | None, int]:
-        """Each row's expert, its token if that is known, and of how many tokens they are."""
+        """Each row's expert, its token if that is known, and the number of tokens."""
         if weight.ndim == 3:
             return _every_token(x)
         expert = self._expert(weight, parameter)
@@ -281,13 +301,13 @@ class _KnownWeights(TorchFunctionMode):
 
     def _expert(self, weight: Tensor, parameter: Tensor) -> int:
         start = int(weight.storage_offset()) - int(parameter.storage_offset())
-        each = parameter[0].numel() if parameter.ndim == 3 else (
-            parameter.numel() // self.layout.num_experts
-        )  # fmt: skip
-        return start // each
+        elements = parameter.numel() // (
+            len(parameter) if parameter.ndim == 3 else self.layout.num_experts
+        )
+        return start // elements
 
     def _tokens(self, expert: int, x: Tensor) -> tuple[Tensor, int] | None:
-        """The tokens of an expert's rows, and of how many they are, as far as that is known.
+        """The tokens of an expert's rows and the number of all tokens, or None if unknown.
 
         Down reads the rows that gate and up have read.
         """
@@ -300,16 +320,16 @@ class _KnownWeights(TorchFunctionMode):
 
 
 def _every_token(x_ETI: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Where all tokens go through all experts: each row's expert and token, and how many tokens."""
+    """If all tokens go through all experts: each row's expert and token, and the token count."""
     count, of = x_ETI.shape[:2]
     expert_ET = torch.arange(count, device=x_ETI.device)[:, None].expand(count, of)
     token_ET = torch.arange(of, device=x_ETI.device).expand(count, of)
-    is_used_ET = x_ETI.ne(0).any(-1)  # a token's row is zero where it is not routed
+    is_used_ET = x_ETI.ne(0).any(-1)  # rows of tokens that are not routed to the expert are zero
     return expert_ET.masked_fill(~is_used_ET, -1).reshape(-1), token_ET.reshape(-1), of
 
 
 def _is_rows(matrix: object, index: object) -> bool:
-    """Whether `matrix[index]` takes some rows of a matrix."""
+    """True if `matrix[index]` selects rows of a matrix."""
     return (
         isinstance(matrix, Tensor)
         and isinstance(index, Tensor)

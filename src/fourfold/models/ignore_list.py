@@ -1,0 +1,130 @@
+"""An ignore list, indexed by what the engines' rules ask of it.
+
+A checkpoint of 60 layers asks some hundred thousand questions of a list of thousands of entries.
+With the index, a question costs a few lookups and not a walk over the list.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+
+_MAGIC = re.compile(r"[*?\[]")
+_PLAIN = re.compile(r"[\w.\-]+")
+_QUOTED = re.compile(r"(?:[\w.\-]|\[\w\])*\[\w\](?:[\w.\-]|\[\w\])*")
+
+SGLANG_MLA = frozenset({"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"})
+"""SGLang applies an entry that ends in one of these to every layer."""
+
+Matcher = Callable[[str], object]
+
+
+def quote(name: str) -> str:
+    """Return a pattern that matches `name` only, and that is not itself a name."""
+    return f"{name[:-1]}[{name[-1]}]"
+
+
+def _unquote(entry: str) -> str:
+    return entry.replace("[", "").replace("]", "")
+
+
+@dataclass(slots=True)
+class IgnoreList:
+    """The entries of an ignore list, and indexes over them."""
+
+    entries: frozenset[str]
+    paths: frozenset[str] = frozenset()
+    """The entries as SGLang's paths: without trailing dots."""
+    quoted: dict[str, str] = field(default_factory=dict)
+    """The name that a quoted entry stands for → the entry."""
+    globs: list[tuple[str, Matcher]] = field(default_factory=list)
+    regexes: list[tuple[str, Matcher]] = field(default_factory=list)
+    """Entries that SGLang has to match as regular expressions."""
+    broken: str | None = None
+    """An entry that SGLang cannot compile."""
+    mla: dict[str, str] = field(default_factory=dict)
+    """Last name of an MLA projection → the first entry that ends in it."""
+    short: list[str] = field(default_factory=list)
+    """Entries of at most two dotted parts; `by_inner` has the longer ones."""
+    by_inner: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    """An entry without its first and last dotted part → the entries.
+
+    An entry can be a substring of a name only if these inner parts are a run of whole parts of
+    that name, whereas the first and the last part may be cut anywhere.
+    """
+    with_experts: list[str] = field(default_factory=list)
+    experts_text: str = ""
+
+    @classmethod
+    def of(cls, entries: Iterable[str]) -> IgnoreList:
+        """Index `entries`."""
+        ordered = list(dict.fromkeys(entries))
+        ignore = cls(frozenset(ordered), frozenset(entry.rstrip(".") for entry in ordered))
+        for entry in ordered:
+            ignore._add(entry)
+        ignore.with_experts = [entry for entry in ordered if "experts" in entry]
+        ignore.experts_text = "\n".join(ignore.with_experts)
+        return ignore
+
+    def _add(self, entry: str) -> None:
+        if (tail := entry.rpartition(".")[2]) in SGLANG_MLA:
+            self.mla.setdefault(tail, entry)
+        if _QUOTED.fullmatch(entry):
+            self.quoted.setdefault(_unquote(entry), entry)
+            return
+        if not _MAGIC.search(entry):
+            _, _, inner = entry.partition(".")
+            inner = inner.rpartition(".")[0]
+            (self.by_inner[inner] if inner else self.short).append(entry)
+        else:
+            self.globs.append((entry, re.compile(fnmatch.translate(entry)).match))
+        if not _PLAIN.fullmatch(entry):
+            self._add_regex(entry)
+
+    def _add_regex(self, entry: str) -> None:
+        try:
+            regex = re.compile(entry.replace(".", r"\.").replace("*", ".*"))
+        except re.error:
+            self.broken = self.broken or entry
+        else:
+            self.regexes.append((entry, regex.fullmatch))
+
+    def inside(self, name: str) -> str | None:
+        """Return an entry that is a proper substring of `name`, or None."""
+        for inner in subpaths(name):
+            for entry in self.by_inner.get(inner, ()):
+                if entry in name and entry != name:
+                    return entry
+        return next((entry for entry in self.short if entry in name and entry != name), None)
+
+    def expert_entry(self, name: str) -> str | None:
+        """Return an entry that contains both `name` and the word "experts", or None."""
+        if name not in self.experts_text:
+            return None
+        return next((entry for entry in self.with_experts if name in entry), None)
+
+    def matching(self, name: str) -> str | None:
+        """Return an entry that equals `name` or matches it under fnmatch, or None."""
+        if name in self.entries:
+            return name
+        return self.quoted.get(name) or _first(self.globs, name)
+
+    def matching_regex(self, text: str) -> str | None:
+        """Return an entry that equals `text` or matches it as SGLang's regex, or None."""
+        if text in self.entries:
+            return text
+        return self.quoted.get(text) or _first(self.regexes, text)
+
+
+def _first(matchers: Sequence[tuple[str, Matcher]], name: str) -> str | None:
+    return next((entry for entry, match in matchers if match(name)), None)
+
+
+def subpaths(name: str) -> Iterator[str]:
+    """Yield every run of whole dotted parts of `name`: a.b.c → a, a.b, a.b.c, b, b.c, c."""
+    cuts = [-1, *(i for i, char in enumerate(name) if char == "."), len(name)]
+    return (name[start + 1 : stop] for start, stop in combinations(cuts, 2))
