@@ -418,7 +418,7 @@ def test_disk_too_small_for_the_plan(run, written: Written, tmp_path: Path) -> N
 
 
 def test_disk_that_fills_up_meanwhile(run, written: Written, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("fourfold.storage.output.free_bytes", lambda _: 10**12)
+    monkeypatch.setattr("fourfold.storage.disk.free_bytes", lambda _: 10**12)
     with file_system(tmp_path / "small", "size=96k") as small:
         result = run("quantize", written("qwen3_moe")[0], small / "out")
         check_error(result, 1, "model-0000", "The disk is full")
@@ -426,7 +426,7 @@ def test_disk_that_fills_up_meanwhile(run, written: Written, tmp_path: Path, mon
 
 
 def test_read_only_file_system(run, written: Written, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("fourfold.storage.output.free_bytes", lambda _: 10**12)
+    monkeypatch.setattr("fourfold.storage.disk.free_bytes", lambda _: 10**12)
     with file_system(tmp_path / "fixed", "ro") as fixed:
         result = run("quantize", written("qwen3_moe")[0], fixed / "out")
         check_error(result, 1, "out", "cannot be written", "choose another")

@@ -298,7 +298,7 @@ def failing(rank: int, failure: str, folder: Path, tmp_path: Path) -> None:
     from torch.distributed.fsdp import fully_shard
 
     from fourfold import api as pipeline
-    from fourfold.storage.output import ShardFile
+    from fourfold.storage.shard_file import ShardFile
 
     model, _ = read_back(FAMILIES["qwen3_moe"], folder)
     fully_shard(model)

@@ -15,7 +15,7 @@ import fourfold
 from families import Truth
 from fourfold.distributed.ranks import Alone
 from fourfold.planning import cut
-from fourfold.storage.run_state import Journal
+from fourfold.storage.run_state import RunState
 from jobs import W4A16, assert_same, files_of
 
 Written = Callable[[str], tuple[Path, Truth]]
@@ -70,9 +70,7 @@ def stop(*_: Any) -> None:
 def forget(part: Path, shard: str) -> None:
     """A part as if another node had written this shard."""
     (part / shard).unlink()
-    file = part / ".fourfold" / "journal-00000.jsonl"
-    lines = [line for line in file.read_bytes().split(b"\n") if shard.encode() not in line]
-    file.write_bytes(b"\n".join(lines))
+    (part / ".fourfold" / "shards" / f"{shard}.json").unlink()
 
 
 def test_parts(parts, written: Written, tmp_path: Path) -> None:
@@ -152,11 +150,11 @@ def test_times_of_copies_of_the_source_do_not_count(parts, tmp_path: Path) -> No
 
 def test_a_part_that_is_still_written(parts, tmp_path: Path) -> None:
     folders = parts()
-    journal = Journal(folders[1])
-    journal.lock("token")
+    state = RunState(folders[1])
+    state.lock("token")
     with pytest.raises(fourfold.OutputError, match=f"process {os.getpid()} on .* is writing it"):
         fourfold.merge(folders, tmp_path / "out")
-    journal.close()
+    state.release()
 
 
 def test_where_it_is_written(written: Written, parts, tmp_path: Path) -> None:
@@ -189,10 +187,9 @@ def test_a_part_that_cannot_be_read(parts, tmp_path: Path, monkeypatch: pytest.M
     """The part is named, not OUT."""
     folders = parts()
     digests = {
-        entry["shard"]: entry["digest"]
+        name: record["digest"]
         for folder in folders
-        for entry in Journal(folder).entries()
-        if "shard" in entry
+        for name, record in RunState(folder).finished_shards().items()
     }
 
     def broken(*_: Any) -> int:

@@ -15,7 +15,7 @@ from fourfold.execution import LOOKAHEAD, UNSYNCED, Arena
 from fourfold.formats import nvfp4
 from fourfold.planning import WAITING
 from fourfold.sources.safetensors import SafetensorsFolder
-from fourfold.storage.output import ShardFile
+from fourfold.storage.shard_file import ShardFile
 from jobs import W4A16, assert_same
 
 Written = Callable[[str], tuple[Path, Truth]]

@@ -172,7 +172,7 @@ def test_a_shard_that_cannot_be_synced_ends_the_run_at_once(
 ) -> None:
     """Not after all other layers were run."""
     from fourfold.calibration.streaming import StreamedModel
-    from fourfold.storage.output import ShardFile
+    from fourfold.storage.shard_file import ShardFile
 
     loaded: list[int | None] = []
     load = StreamedModel.load

@@ -240,12 +240,12 @@ def test_ranks_that_go_on_with_another_job(written: Written, tmp_path: Path) -> 
     model, out = written(MODEL)[0], tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         fourfold.quantize(model, out, W4A16, shards=2, on_event=only(ShardWritten, stop))
-    before = {name: data for name, data in files_of(out).items() if "lock" not in name}
+    before = {name: data for name, data in files_of(out).items() if "rank-" not in name}
     assert before
     code, _, err = ended(torchrun(["quantize", model, out, "-r", "w4a16_nvfp4_experts_only"]))
     assert code != 0
     assert "holds an unfinished run of something else. Changed since: recipe.name" in err
-    now = {name: data for name, data in files_of(out).items() if "lock" not in name}
+    now = {name: data for name, data in files_of(out).items() if "rank-" not in name}
     assert now == before
 
 
@@ -381,7 +381,7 @@ from fourfold.run.job import Job
 finish = Job._finish
 def slow(self):
     if os.environ["RANK"] == "1":
-        while os.path.exists(self.folder.journal.folder):
+        while os.path.exists(self.folder.state.folder):
             time.sleep(0.05)
     return finish(self)
 Job._finish = slow

@@ -7,11 +7,7 @@ import json
 import os
 import random
 import shutil
-import socket
-import subprocess
-import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +19,7 @@ from families import Truth
 from fourfold import api as pipeline
 from fourfold.events import Event, Resumed, ShardWritten
 from fourfold.sources.safetensors import SafetensorsFolder
-from fourfold.storage.run_state import Journal
+from fourfold.storage.run_state import RunState
 from jobs import MODEL, W4A4, W4A16, assert_same, files_of, ids_file, only, start
 
 Written = Callable[[str], tuple[Path, Truth]]
@@ -238,16 +234,37 @@ def remove_shard(out: Path) -> None:
     next(iter(sorted(out.glob("*.safetensors")))).unlink()
 
 
-def tear_journal(out: Path) -> None:
-    file = out / ".fourfold" / "journal-00000.jsonl"
-    os.truncate(file, file.stat().st_size - 20)
+def record_of(out: Path) -> Path:
+    """The record of a finished shard."""
+    return next(iter(sorted((out / ".fourfold" / "shards").iterdir())))
 
 
-def garble_journal(out: Path) -> None:
-    file = out / ".fourfold" / "journal-00000.jsonl"
-    lines = file.read_bytes().split(b"\n")
-    lines[-2] = lines[-2].replace(b"0", b"1", 1)
-    file.write_bytes(b"\n".join([*lines, b"\xff\x00 garbage"]))
+def remove_record(out: Path) -> None:
+    record_of(out).unlink()
+
+
+def tear_record(out: Path) -> None:
+    os.truncate(record_of(out), record_of(out).stat().st_size - 20)
+
+
+def empty_record(out: Path) -> None:
+    record_of(out).write_bytes(b"")
+
+
+def garble_record(out: Path) -> None:
+    record_of(out).write_bytes(b"\xff\x00 garbage")
+
+
+def list_as_record(out: Path) -> None:
+    record_of(out).write_bytes(b"[1]")
+
+
+def record_without_digest(out: Path) -> None:
+    record_of(out).write_bytes(b'{"linears": []}')
+
+
+def record_of_another_file(out: Path) -> None:
+    record_of(out).rename(out / ".fourfold" / "shards" / "model-1.safetensors.json")
 
 
 def leave_partial(out: Path) -> None:
@@ -256,7 +273,8 @@ def leave_partial(out: Path) -> None:
 
 
 SPOILERS = [
-    spoil_shard, truncate_shard, remove_shard, tear_journal, garble_journal, leave_partial
+    spoil_shard, truncate_shard, remove_shard, remove_record, tear_record, empty_record,
+    garble_record, list_as_record, record_without_digest, record_of_another_file, leave_partial,
 ]  # fmt: skip
 
 
@@ -307,7 +325,7 @@ def test_another_job_does_not_go_on(change: str, job, written: Written, tmp_path
     with pytest.raises(fourfold.OutputError, match=words) as caught:
         fourfold.quantize(model, out, **options)
     assert "unfinished run of something else" in str(caught.value)
-    assert "--overwrite to start anew" in str(caught.value)
+    assert "--overwrite to start over" in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 2
     assert files_of(out) == before
     fourfold.quantize(model, out, overwrite=True, **options)
@@ -377,51 +395,21 @@ def test_a_command_that_overwrites_is_told(job, written: Written, tmp_path: Path
     stopped(written(MODEL)[0], tmp_path / "out", options, 2)
 
 
-@pytest.mark.parametrize("host", ["here", "elsewhere"])
-def test_a_file_system_without_locks(
-    host: str, job, written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Who is named as its writer counts as alive where he is, or where nobody can ask."""
-
-    def none(*_: Any) -> None:
-        raise OSError(38, "Function not implemented")
-
-    monkeypatch.setattr("fcntl.flock", none)
-    options, unbroken, _ = job(W4A16)
-    model, out = written(MODEL)[0], tmp_path / "out"
-    lock = out / ".fourfold" / "lock-00000"
-    lock.parent.mkdir(parents=True)
-    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"],
-                          capture_output=True, text=True, check=True)  # fmt: skip
-    name = socket.gethostname() if host == "here" else "another"
-    if host == "here":
-        lock.write_text(json.dumps({"pid": os.getppid(), "host": name}))
-        with pytest.raises(fourfold.OutputError, match=f"process {os.getppid()} on {name}"):
-            fourfold.quantize(model, out, **options)
-    lock.write_text(json.dumps({"pid": int(gone.stdout), "host": name}))
-    if host == "here":
-        fourfold.quantize(model, out, **options)
-        assert_same(out, unbroken)
-    else:
-        with pytest.raises(fourfold.OutputError, match="on another is writing it"):
-            fourfold.quantize(model, out, **options)
-
-
 def test_two_processes_on_one_folder(job, written: Written, tmp_path: Path) -> None:
-    """The second names the first, and changes nothing; the lock goes with its process."""
+    """The second names the first, and changes nothing; the lock ends with its process."""
     options, unbroken, _ = job(W4A16)
     model, out = written(MODEL)[0], tmp_path / "out"
-    first = Journal(out)
-    first.folder.mkdir(parents=True)
+    first = RunState(out)
     first.lock("token")
     for overwrite in (False, True):
         with pytest.raises(fourfold.OutputError) as caught:
             fourfold.quantize(model, out, overwrite=overwrite, **options)
         text = str(caught.value)
-        assert f"process {os.getpid()} on {os.uname().nodename} is writing it since" in text
+        assert f"process {os.getpid()} on {os.uname().nodename} is writing it." in text
         assert "Wait for it, stop it, or choose another folder." in text
-    assert [path.name for path in out.rglob("*")] == [".fourfold", "lock-00000"]
-    first.close()
+    state = [".fourfold", "rank-00000.json", "rank-00000.lock"]
+    assert sorted(path.name for path in out.rglob("*")) == state
+    first.release()
     fourfold.quantize(model, out, **options)
     assert_same(out, unbroken)
 
@@ -440,39 +428,27 @@ def test_processes_that_start_at_once(job, written: Written, tmp_path: Path) -> 
 
 
 def test_the_last_moments_of_a_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who comes while a state is taken away has what it took, and takes that away itself; nothing
-    of its own is removed by the other."""
-    first, second = Journal(tmp_path), Journal(tmp_path)
+    """A run that starts while another removes its state loses nothing of its own."""
+    first, second = RunState(tmp_path), RunState(tmp_path)
     first.lock("first")
     first.begin({"files": []})
-    first.add({"layer": 0})
-    unlink, rmdir = Path.unlink, os.rmdir
+    first.add_shard("one", {})
+    unlink = Path.unlink
 
     def take_it(path: Path, **options: Any) -> None:
         unlink(path, **options)
-        if path.name == "lock-00000":
+        if path.name == "rank-00000.lock":
             monkeypatch.undo()
             second.lock("second")
             second.begin({"files": ["mine"]})
-            second.add({"layer": 1})
+            second.add_shard("two", {})
 
     monkeypatch.setattr(Path, "unlink", take_it)
     first.remove()
     assert second.is_mine
     assert not first.is_mine
     assert second.run == {"files": ["mine"]}
-    assert second.entries() == [{"layer": 1}]
-
-    def let_go(path: Any, **options: Any) -> None:
-        """It is empty again, and then gone, when somebody who could not remove it looks."""
-        monkeypatch.undo()
-        first.lock("first")
-        try:
-            rmdir(path, **options)
-        finally:
-            first.remove()
-
-    monkeypatch.setattr("os.rmdir", let_go)
+    assert second.finished_shards() == {"two": {}}
     second.remove()
     assert not second.folder.exists()
     assert tmp_path.is_dir()
@@ -482,18 +458,17 @@ def test_a_state_that_goes_before_its_lock_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the folder and the lock in it, another process may take the folder away."""
-    journal, open_ = Journal(tmp_path), os.open
+    state, mkdir = RunState(tmp_path), Path.mkdir
 
-    def too_late(path: Any, *rest: Any) -> int:
-        if Path(path).name == "lock-00000":
-            monkeypatch.undo()
-            journal.folder.rmdir()
-        return open_(path, *rest)
+    def too_late(path: Path, **options: Any) -> None:
+        mkdir(path, **options)
+        monkeypatch.undo()
+        path.rmdir()
 
-    monkeypatch.setattr("os.open", too_late)
-    journal.lock("token")
-    assert journal.is_mine
-    journal.remove()
+    monkeypatch.setattr(Path, "mkdir", too_late)
+    state.lock("token")
+    assert state.is_mine
+    state.remove()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -555,28 +530,14 @@ def test_a_checkpoint_about_to_be_replaced(job, written: Written, tmp_path: Path
     assert_same(out, unbroken)
 
 
-NONSENSE: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "no linears": lambda entry: entry.update(linears=[]),
-    "linears of another": lambda entry: entry.update(linears=[{"name": "x"}]),
-    "a path": lambda entry: entry.update(shard="../model/model.safetensors"),
-    "a list": lambda entry: entry.update(shard=[1]),
-    "no digest": lambda entry: entry.pop("digest"),
-    "statistics": lambda entry: entry.update(statistics="@@@", layer=0),
-}
-
-
-@pytest.mark.parametrize("what", NONSENSE)
-def test_lines_that_make_no_sense(what: str, job, written: Written, tmp_path: Path) -> None:
-    """A journal that somebody wrote: what it says of a shard is not believed."""
-    options, unbroken, _ = job(W4A16)
+def test_statistics_that_cannot_be_read(job, written: Written, tmp_path: Path) -> None:
+    """The layer is observed again."""
+    options, unbroken, _ = job(W4A4)
     model, out = written(MODEL)[0], tmp_path / "out"
     stopped(model, out, options, 2)
-    file = out / ".fourfold" / "journal-00000.jsonl"
-    lines = [line.partition(b" ")[2] for line in file.read_bytes().splitlines()]
-    entries = [json.loads(line) for line in lines]
-    NONSENSE[what](entries[1])
-    texts = [*(json.dumps(entry).encode() for entry in entries), b"[]", b"7", b"{", b'"x"']
-    file.write_bytes(b"".join(b"%08x %b\n" % (zlib.crc32(text), text) for text in texts))
+    files = sorted((out / ".fourfold" / "statistics").iterdir())
+    assert [file.name for file in files[:2]] == ["layer-0.safetensors", "layer-1.safetensors"]
+    os.truncate(files[1], 100)
     fourfold.quantize(model, out, **options)
     assert_same(out, unbroken)
 

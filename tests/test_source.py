@@ -243,7 +243,7 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_pipe_is_no_shard(folder: Path) -> None:
     (folder / "2.safetensors").unlink()
     os.mkfifo(folder / "2.safetensors")
-    refused(folder, "2.safetensors", "is no regular file")
+    refused(folder, "2.safetensors", "is not a regular file")
 
 
 @pytest.mark.parametrize("name", ["\\ud800", "a\\udfff"])
@@ -318,10 +318,10 @@ def touched(file: Path) -> None:
 
 
 def replaced(file: Path) -> None:
-    """By another file of the same size and time."""
+    """By another file of the same size."""
     copy = file.with_name(".copy")
-    shutil.copy2(file, copy)
-    os.utime(copy, ns=(0, file.stat().st_mtime_ns))
+    shutil.copyfile(file, copy)
+    os.utime(copy, ns=(0, file.stat().st_mtime_ns + 1))
     copy.replace(file)
 
 
@@ -339,7 +339,7 @@ FILES = ["1.safetensors", "2.safetensors", "config.json", INDEX, "tokenizer.json
     [
         (grown, r"changed while it was read \(size [\d,]+ → [\d,]+ bytes\)"),
         (touched, r"changed while it was read \(modified meanwhile\)"),
-        (replaced, r"changed while it was read \(replaced meanwhile\)"),
+        (replaced, r"changed while it was read \(modified meanwhile\)"),
         (removed, "disappeared while it was read"),
     ],
 )
@@ -369,7 +369,8 @@ def test_links_are_followed(folder: Path, tmp_path_factory: pytest.TempPathFacto
     """What a link points to counts; and where it points."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     shard, target = folder / "1.safetensors", elsewhere / "blob"
-    shutil.copy2(shard, elsewhere / "other")
+    shutil.copyfile(shard, elsewhere / "other")
+    os.utime(elsewhere / "other", ns=(0, 1))
     shard.rename(target)
     shard.symlink_to(target)
     source = open_source(folder)
@@ -377,7 +378,7 @@ def test_links_are_followed(folder: Path, tmp_path_factory: pytest.TempPathFacto
     source.check_unchanged()
     shard.unlink()
     shard.symlink_to(elsewhere / "other")
-    with pytest.raises(SourceError, match="replaced meanwhile"):
+    with pytest.raises(SourceError, match="modified meanwhile"):
         source.check_unchanged()
 
 

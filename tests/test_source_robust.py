@@ -205,9 +205,9 @@ def _make_empty(path: Path) -> None:
 
 
 ODD_FILES = {
-    _make_pipe: "is no regular file. Download",
-    _make_folder: "is no regular file. Download",
-    _make_device: "is no regular file. Download",
+    _make_pipe: "is not a regular file. Download",
+    _make_folder: "is not a regular file. Download",
+    _make_device: "is not a regular file. Download",
     _make_loop: "cannot be read: Too many levels of symbolic links",
     _make_dangling: "missing. Download",
     _make_empty: "Download",
@@ -290,8 +290,8 @@ INDEXES: dict[str, tuple[object, str]] = {
     "up": ({"a": "x/../../model.safetensors"}, "outside the checkpoint's folder"),
     "backslash": ({"a": "..\\model.safetensors"}, "outside the checkpoint's folder"),
     "NUL": ({"a": "model\0.safetensors"}, "outside the checkpoint's folder"),
-    "folder": ({"a": "."}, "is no regular file"),
-    "folder below": ({"a": "folder"}, "is no regular file"),
+    "folder": ({"a": "."}, "is not a regular file"),
+    "folder below": ({"a": "folder"}, "is not a regular file"),
     "no safetensors": ({"a": "config.json"}, "not safetensors"),
     "too long": ({"a": "n" * 5000}, "File name too long"),
     "missing": ({"a": "other.safetensors"}, "other.safetensors: shard is missing. Download"),

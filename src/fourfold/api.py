@@ -41,11 +41,8 @@ from fourfold.run.resume import (
 )
 from fourfold.run.strategies import Observation, choose_run
 from fourfold.sources.opening import Model, job_ranks, opened
-from fourfold.storage.output import (
-    REPORT,
-    SUMMARY,
-    OutputFolder,
-)
+from fourfold.storage.names import REPORT, SUMMARY
+from fourfold.storage.output import OutputFolder
 from fourfold.storage.source import Source
 from fourfold.storage.units import size
 from fourfold.verification import Report, verify

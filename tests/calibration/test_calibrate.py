@@ -27,7 +27,7 @@ import fourfold
 from fourfold.calibration import parking
 from fourfold.calibration.statistics import Statistics
 from fourfold.errors import CalibrationError, ObservationError, OutputError, PlanError, UsageError
-from fourfold.storage.output import STATISTICS, SUMMARY
+from fourfold.storage.names import STATISTICS, SUMMARY
 
 from .test_streaming import BoomError, open_files, running_threads
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from fourfold.calibration.data import CalibrationData
 from fourfold.errors import CalibrationError
 from fourfold.statistics import State, Statistic, statistic_of
-from fourfold.storage.output import STATISTICS
+from fourfold.storage.names import STATISTICS
 
 FORMAT = "fourfold calibration 1"
 

@@ -33,7 +33,7 @@ from fourfold.evaluation.loading import load
 from fourfold.models.internals import quiet
 from fourfold.sources.decoded import DequantizedFolder
 from fourfold.sources.safetensors import open_source
-from fourfold.storage.output import SUMMARY
+from fourfold.storage.names import SUMMARY
 
 PROMPT = "import os\nimport sys\n\ndef main():\n    "
 NEW_TOKENS = 200

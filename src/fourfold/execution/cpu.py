@@ -32,8 +32,8 @@ from fourfold.planning import (
     is_plain,
     job_bytes,
 )
-from fourfold.storage.output import ShardFile
 from fourfold.storage.safetensors_header import TensorInfo
+from fourfold.storage.shard_file import ShardFile
 from fourfold.storage.source import Source
 
 

@@ -36,8 +36,8 @@ from fourfold.layouts import modelopt
 from fourfold.models.inventory import LinearWeight
 from fourfold.models.regions import Region
 from fourfold.planning import Job, ScaleGroup
-from fourfold.storage.output import ShardFile
 from fourfold.storage.safetensors_header import TensorInfo
+from fourfold.storage.shard_file import ShardFile
 from fourfold.storage.units import size
 
 

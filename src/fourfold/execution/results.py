@@ -14,7 +14,7 @@ from fourfold.calibration.scales import ActivationScales
 from fourfold.errors import PlanError
 from fourfold.layouts import modelopt
 from fourfold.models.inventory import LinearWeight
-from fourfold.storage.output import ShardFile
+from fourfold.storage.shard_file import ShardFile
 
 WORST_ERROR = 0.35
 """Relative error of a weight that NVFP4 cannot hold; real ones have 0.1, and heavy tails 0.2."""

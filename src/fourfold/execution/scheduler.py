@@ -29,7 +29,8 @@ from fourfold.execution.results import LinearResult
 from fourfold.execution.streams import Filling, Lanes
 from fourfold.formats.nvfp4.tensors import ScaleAlgorithm
 from fourfold.planning import GROUP_BYTES, WAITING, Job, Plan, job_bytes, slabs_of
-from fourfold.storage.output import OutputFolder, ShardFile
+from fourfold.storage.output import OutputFolder
+from fourfold.storage.shard_file import ShardFile
 from fourfold.storage.source import Source
 
 LOOKAHEAD = 16
@@ -58,7 +59,7 @@ def folding(
     shards: numbers of those that are written here, all by default.
     lanes: on the device that quantizes; the CPU does where there are none.
     check: called before each job; what it raises ends the work.
-    Shards that are not finished at the end are removed.
+    Shards that are not finished at the end keep their temporary names.
     """
     mine = range(len(plan.shards)) if shards is None else shards
     count = threads or threads_available()
@@ -189,16 +190,9 @@ class Folding:
 
     def _finish(self, shard: _OpenShard) -> None:
         try:
-            digest = shard.file.finish()
             self.source.check_unchanged()
-            self.out.add_to_journal(
-                {
-                    "shard": self.plan.shard_names[shard.number],
-                    "nbytes": shard.file.nbytes,
-                    "digest": digest,
-                    "linears": [asdict(result) for result in shard.results],
-                }
-            )
+            linears = [asdict(result) for result in shard.results]
+            self.out.finish_shard(shard.file, {"linears": linears})
             self._open.remove(shard)
             self._tell(shard)
         except BaseException:
@@ -221,10 +215,10 @@ class Folding:
             self._stopped = True
 
     def close(self) -> None:
-        """Wait for the shards that are being synced; remove those that will never be full."""
+        """Wait for the shards that are being synced; close those that will never be full."""
         self._syncer.shutdown(wait=True)
         for shard in self._open:
-            shard.file.abandon()
+            shard.file.close()
 
     def finish(self) -> None:
         """Wait until every shard is on the disk. Raises what went wrong there."""

@@ -47,8 +47,7 @@ from fourfold.planning.shards import check_kept, check_names, lay_out, outputs_o
 from fourfold.planning.tables import role_table, tensor_parallel_lines
 from fourfold.planning.tensor_parallel import marlin_note, tensor_parallel
 from fourfold.recipes import Recipe
-from fourfold.storage.names import CONFIG, INDEX
-from fourfold.storage.output import REPORT, STATISTICS, SUMMARY
+from fourfold.storage.names import CONFIG, INDEX, REPORT, STATISTICS, SUMMARY
 from fourfold.storage.source import Source
 from fourfold.storage.units import plain, size
 

@@ -32,8 +32,10 @@ from fourfold.run.preflight import check_placed, check_room
 from fourfold.run.strategies import AtOnce
 from fourfold.sources.opening import opened
 from fourfold.sources.safetensors import SafetensorsFolder
+from fourfold.storage.atomic import FileWriter
 from fourfold.storage.names import CONFIG, INDEX
-from fourfold.storage.output import OutputFolder, index_of
+from fourfold.storage.output import OutputFolder
+from fourfold.storage.shard_file import index_of
 from fourfold.storage.source import Source
 from fourfold.storage.units import size
 
@@ -153,7 +155,7 @@ def plan_conversion(source: Source, parts: int) -> ConversionPlan:
 def _write_rest(
     work: Plan,
     source: Source,
-    folder: OutputFolder,
+    folder: FileWriter,
     linears: list[LinearResult],
     scales: ActivationScales | None,
 ) -> None:

@@ -33,11 +33,13 @@ from fourfold.layouts.modelopt import QUANT_CONFIG
 from fourfold.planning import Plan
 from fourfold.reporting import page_of
 from fourfold.reporting.summary import summarize
-from fourfold.run.resume import Share, check_whole, identity_of, shard_entries, take_share
+from fourfold.run.resume import Share, check_whole, identity_of, take_share
 from fourfold.run.strategies import Kept, Run
-from fourfold.storage.names import CONFIG, INDEX
-from fourfold.storage.output import REPORT, STATISTICS, SUMMARY, OutputFolder, index_of
+from fourfold.storage.atomic import FileWriter
+from fourfold.storage.names import CONFIG, INDEX, REPORT, STATISTICS, SUMMARY
+from fourfold.storage.output import OutputFolder
 from fourfold.storage.run_state import REST
+from fourfold.storage.shard_file import index_of
 from fourfold.storage.source import Source
 
 FOR_GOOD = {
@@ -55,9 +57,7 @@ FOR_GOOD = {
 """Errors that the same command would meet again, on this rank or another: there is nothing to go
 on from."""
 
-WriteRest = Callable[
-    [Plan, Source, OutputFolder, list[LinearResult], ActivationScales | None], None
-]
+WriteRest = Callable[[Plan, Source, FileWriter, list[LinearResult], ActivationScales | None], None]
 
 
 class Job:
@@ -143,15 +143,14 @@ class Job:
 
     def _note_observed(self, layer: int | None, found: Statistics) -> None:
         if self.share.is_leader(self.ranks.rank):
-            self.folder.add_to_journal({"layer": layer, "statistics": found.to_text()})
+            self.folder.add_statistics(layer, found.to_bytes())
 
     def _finish(self) -> list[LinearResult]:
         """Everything that is not a shard, by the leaders; what makes it a checkpoint comes last."""
         is_leader = self.share.is_leader(self.ranks.rank)
         if self.share.is_whole and not is_leader:
             return []  # and look at nothing: the leader may have taken the state away by now
-        entries = self.folder.journal.entries() if is_leader else []
-        mine = shard_entries(entries, self.work)
+        mine = self.folder.state.finished_shards() if is_leader else {}
         self.folder.check_mine()
         if self.share.is_whole:
             linears = linears_of(mine)
@@ -163,21 +162,20 @@ class Job:
         for each in self.ranks.gather(mine):
             everything |= each
         if self.ranks.rank == 0:
-            rest = OutputFolder(self.folder.journal.folder / REST, markers=[QUANT_CONFIG])
-            linears = linears_of(everything)
-            self.write_rest(self.work, self.source, rest, linears, self.run.scales)
+            linears, files = linears_of(everything), FileWriter(self.folder.state.folder / REST)
+            self.write_rest(self.work, self.source, files, linears, self.run.scales)
         return linears_of(mine)
 
     def _stop(self, error: BaseException, overwrite: bool) -> None:
         """Leave what the same job can go on from, where there is anything, or nothing at all."""
-        if not (self.run.is_writer and self.folder.journal.is_mine):
+        if not (self.run.is_writer and self.folder.state.is_mine):
             return
         self.ranks.settle()
         is_leader = self.share.is_leader(self.ranks.rank)
         if is_leader and not self.folder.is_begun:
-            self.folder.leave()
+            self.folder.release()
             return
-        finished = {x["shard"] for x in self.folder.journal.entries() if "shard" in x}
+        finished = self.folder.state.finished_shards()
         kind = error.kind if isinstance(error, RankFailedError) else type(error).__name__
         if self.identity is None or not finished or kind in FOR_GOOD:
             self.folder.discard()
@@ -212,7 +210,7 @@ def linears_of(entries: Mapping[str, Mapping[str, Any]]) -> list[LinearResult]:
 def write_rest(
     work: Plan,
     source: Source,
-    folder: OutputFolder,
+    folder: FileWriter,
     linears: list[LinearResult],
     scales: ActivationScales | None,
 ) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from fourfold.errors import SourceError, UsageError
 from fourfold.events import BytesCopied, OnEvent, OutputComplete, WritingBegan, ignore
@@ -23,22 +24,16 @@ from fourfold.layouts.modelopt import QUANT_CONFIG
 from fourfold.planning import Spec, cut, shard_names
 from fourfold.reporting import page_of
 from fourfold.run.resume import without_times
+from fourfold.storage.disk import check_disk
 from fourfold.storage.fingerprints import read_error
 from fourfold.storage.json_files import read_json
-from fourfold.storage.names import CONFIG, INDEX
+from fourfold.storage.names import CONFIG, INDEX, REPORT, SUMMARY
 from fourfold.storage.open_files import OpenFiles
-from fourfold.storage.output import (
-    REPORT,
-    SUMMARY,
-    OutputFolder,
-    ShardFile,
-    check_disk,
-    digest_of_file,
-    index_of,
-)
+from fourfold.storage.output import OutputFolder
 from fourfold.storage.quant_summary import QuantSummary, ShardEntry, read_summary
-from fourfold.storage.run_state import REST, RUN, STATE, Journal, differences, is_inside
+from fourfold.storage.run_state import REST, RUN, STATE, RunState, differences, is_inside
 from fourfold.storage.safetensors_header import TensorInfo, read_header
+from fourfold.storage.shard_file import ShardFile, digest_of_file, index_of
 from fourfold.storage.units import size
 from fourfold.verification import Report, verify
 
@@ -116,7 +111,7 @@ def merge(
     check_disk(target.folder, total)
     files = _files(rest, summary, shard_names(len(layout)))
     try:
-        target.lock("merge")
+        target.lock(uuid4().hex)
         on_event(WritingBegan(target.folder))
         target.begin(None, files, overwrite=overwrite)
         _copy_all(layout, target, total, on_event)
@@ -150,19 +145,14 @@ def _read_part(folder: Path) -> _Part:
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "no such folder"
         raise SourceError(f"{folder}: {what}. Give the folders that the nodes wrote.")
-    journal = Journal(folder)
-    run = journal.run
-    if run is None:
+    state = RunState(folder)
+    if state.run is None:
         return _Part(folder, folder, None)
-    journal.check_free()
-    rest = journal.folder / REST
-    digests = {
-        each["shard"]: str(each.get("digest"))
-        for each in journal.entries()
-        if isinstance(each.get("shard"), str)
-    }
+    state.check_free()
+    rest = state.folder / REST
+    digests = {name: str(record.get("digest")) for name, record in state.finished_shards().items()}
     is_there = (rest / CONFIG).is_file()
-    identity = journal.identity
+    identity = state.identity
     try:
         known = None if identity is None else without_times(identity)
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -290,10 +280,9 @@ def _copy_all(
             ) as files:
                 for info in infos:
                     _copy(info, shard, files)
-            shard.finish()
-        except BaseException:
-            shard.abandon()
-            raise
+            target.finish_shard(shard, {})
+        finally:
+            shard.close()
         copied += sum(info.nbytes for info in infos)
         on_event(BytesCopied(copied, total))
 

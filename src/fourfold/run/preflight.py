@@ -9,7 +9,8 @@ from fourfold.execution import Kernels
 from fourfold.models.inventory import Inventory
 from fourfold.models.roles import Role
 from fourfold.planning import Plan
-from fourfold.storage.output import OutputFolder, check_disk
+from fourfold.storage.disk import check_disk
+from fourfold.storage.output import OutputFolder
 from fourfold.storage.source import Source
 from fourfold.storage.units import size
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,13 @@ import torch
 
 from fourfold.calibration.statistics import Statistics
 from fourfold.distributed.ranks import Ranks
-from fourfold.errors import FourfoldError
-from fourfold.execution import LinearResult
-from fourfold.planning import Plan, ScaleGroup, Shard, deal, slabs_of
+from fourfold.errors import CalibrationError, FourfoldError
+from fourfold.planning import Plan, Shard, deal, slabs_of
 from fourfold.reporting.summary import versions
 from fourfold.run.strategies import Run
-from fourfold.storage.output import OutputFolder, digest_of_file
+from fourfold.storage.output import OutputFolder
 from fourfold.storage.safetensors_header import read_header
+from fourfold.storage.shard_file import digest_of_file
 from fourfold.storage.source import Source
 
 
@@ -111,10 +112,10 @@ def forward_threads(
 
 def _begun(folder: OutputFolder, overwrite: bool, *names: str) -> int | None:
     """A number that an unfinished run has begun with."""
-    if overwrite or not folder.journal.has_finished:
+    if overwrite or not folder.state.has_finished_shards:
         return None
     try:
-        value: Any = (folder.journal.run or {})["identity"]
+        value: Any = folder.state.identity or {}
         for name in names:
             value = value[name]
         return int(value)
@@ -135,19 +136,19 @@ def take_share(
     """Take OUT, read what is finished there, and share out the rest."""
     _check_same(ranks, identity or _plan_of(plan))
     leaders = _take_folders(folder, ranks)
-    entries: list[dict[str, Any]] = []
+    finished: list[str] = []
+    observed: list[tuple[int | None, str]] = []
     if leaders[ranks.rank] == ranks.rank:
-        entries = folder.begin(identity, plan.files, overwrite=overwrite)
-    finished = _finished(entries, folder.folder, plan, threads)
-    observed = [entry for entry in entries if "statistics" in entry]
-    everything = ranks.gather({"finished": sorted(finished), "observed": observed})
+        folder.begin(identity, plan.files, overwrite=overwrite)
+        finished = _finished(folder, plan, threads)
+        observed = [(unit, found.to_text()) for unit, found in _observed(folder)]
+    everything = ranks.gather({"finished": finished, "observed": observed})
     done = {name for each in everything for name in each["finished"]}
-    kept = dict(
-        found
+    kept = {
+        unit: Statistics.from_text(text)
         for each in reversed(everything)
-        for entry in each["observed"]
-        if (found := _observed(entry)) is not None
-    )
+        for unit, text in each["observed"]
+    }
 
     def nearness(shard: Shard) -> Sequence[int] | None:
         return source.rank_affinity(slab for job in shard.jobs for slab in slabs_of(job))
@@ -201,56 +202,27 @@ def _sees(out: Path, rank: int, folder: OutputFolder, token: str) -> bool:
     for path in (out.parent, out):  # asks a network's file system what is there by now
         if path.is_dir():
             os.listdir(path)
-    return folder.journal.token_of(rank) == token
+    return folder.state.token_of(rank) == token
 
 
-def _finished(
-    entries: Sequence[Mapping[str, Any]], out: Path, plan: Plan, threads: int
-) -> dict[str, Mapping[str, Any]]:
-    """The shards that a journal speaks of and that are still what it says, by name."""
-    noted = shard_entries(entries, plan)
+def _finished(folder: OutputFolder, plan: Plan, threads: int) -> list[str]:
+    """The shards with a record whose files still have the recorded digest."""
+    records = folder.state.finished_shards()
+    names = [name for name in plan.shard_names if name in records]
     with ThreadPoolExecutor(threads) as pool:
-        digests = pool.map(digest_of_file, (out / name for name in noted))
-        return {
-            name: entry
-            for (name, entry), digest in zip(noted.items(), digests, strict=True)
-            if digest == entry["digest"]
-        }
+        digests = pool.map(digest_of_file, (folder.folder / name for name in names))
+        return [
+            name
+            for name, digest in zip(names, digests, strict=True)
+            if digest is not None and digest == records[name].get("digest")
+        ]
 
 
-def shard_entries(entries: Sequence[Mapping[str, Any]], plan: Plan) -> dict[str, Mapping[str, Any]]:
-    """What a journal says of the plan's shards, by name; not what makes no sense."""
-    planned = {
-        name: sorted(
-            linear.name
-            for job in shard.jobs
-            if isinstance(job, ScaleGroup)
-            for linear in job.linears
-        )
-        for name, shard in zip(plan.shard_names, plan.shards, strict=True)
-    }
-    found = {}
-    for entry in entries:
-        name = entry.get("shard")
-        if not isinstance(name, str) or not isinstance(entry.get("digest"), str):
-            continue
-        try:
-            linears = sorted(LinearResult.from_dict(each).name for each in entry["linears"])
-        except (KeyError, TypeError, ValueError):
-            continue
-        if planned.get(name) == linears:
-            found[name] = entry
-    return found
-
-
-def _observed(entry: Mapping[str, Any]) -> tuple[int | None, Statistics] | None:
-    """What a journal says was observed of a layer; None for what makes no sense."""
-    try:
-        layer = entry["layer"]
-        found = Statistics.from_text(entry["statistics"])
-    except Exception:  # whatever safetensors raises for bytes that are none
-        return None
-    return (layer, found) if layer is None or isinstance(layer, int) else None
+def _observed(folder: OutputFolder) -> Iterator[tuple[int | None, Statistics]]:
+    """The statistics of layers that an earlier run has observed, those that can be read."""
+    for unit, file in folder.state.observed().items():
+        with suppress(CalibrationError):
+            yield unit, Statistics.load(file)
 
 
 def check_whole(out: Path, plan: Plan, entries: Mapping[str, Mapping[str, Any]]) -> None:

@@ -27,7 +27,7 @@ from fourfold.errors import PlanError, UsageError
 from fourfold.events import DataLoaded, OnEvent, ignore
 from fourfold.planning import Plan
 from fourfold.recipes import Recipe
-from fourfold.storage.output import free_bytes
+from fourfold.storage.disk import free_bytes
 from fourfold.storage.source import Source
 from fourfold.storage.units import size
 

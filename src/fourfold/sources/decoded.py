@@ -44,7 +44,7 @@ from fourfold.layouts.modelopt import (
 from fourfold.sources.safetensors import SafetensorsFolder, open_source
 from fourfold.storage.fingerprints import FileStamp
 from fourfold.storage.json_files import read_json
-from fourfold.storage.output import REPORT, STATISTICS, SUMMARY
+from fourfold.storage.names import REPORT, STATISTICS, SUMMARY
 from fourfold.storage.safetensors_header import TORCH_DTYPES, TensorInfo, nbytes_of
 from fourfold.storage.source import Bytes, Source
 

@@ -1,8 +1,8 @@
-"""What a source's files looked like when they were read, so that a change is seen.
+"""How a source's files looked when they were read, so that a change is noticed.
 
-A file is opened once, its status taken from the open descriptor and its contents read from the
-same: no other file can slip in between. Later only equality counts, of size, time of modification
-and inode, never which time is earlier: clocks may be skewed, and times lie in the future or at 0.
+Size and time of modification are compared, and only for equality: clocks may be wrong. Inodes are
+not: network and FUSE file systems renumber them. A file's status is taken from the descriptor that
+its contents are read from, so no other file can slip in between.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ START_AGAIN = "Start again with a source that stays as it is."
 
 @dataclass(frozen=True)
 class FileStamp:
-    """What a file looked like, in numbers that a later run can compare."""
+    """How a file looked, in numbers that a later run can compare."""
 
     size: int
     mtime_ns: int
@@ -34,41 +34,40 @@ class FileStamp:
 
 
 class Stamps:
-    """The files that were read, as they were. `check` and `same` are safe for many threads."""
+    """The stamps of all files that were read. `check` and `same` are safe for many threads."""
 
     def __init__(self) -> None:
-        self._seen: dict[Path, tuple[FileStamp, int]] = {}
+        self._stamps: dict[Path, FileStamp] = {}
 
     def add(self, file: Path, status: os.stat_result, contents: bytes | None = None) -> None:
-        """Remember a file by its status; `contents` are digested."""
+        """Remember a file by its status, and by the digest of `contents`."""
         digest = "" if contents is None else hashlib.blake2b(contents, digest_size=16).hexdigest()
-        self._seen[file] = FileStamp(status.st_size, status.st_mtime_ns, digest), status.st_ino
+        self._stamps[file] = FileStamp(status.st_size, status.st_mtime_ns, digest)
 
     def relative_to(self, folder: Path) -> Mapping[str, FileStamp]:
-        """The stamps by names relative to `folder`, sorted."""
-        stamps = ((file.relative_to(folder).as_posix(), seen[0]) for file, seen in self)
-        return dict(sorted(stamps))
-
-    def __iter__(self) -> Iterator[tuple[Path, tuple[FileStamp, int]]]:
-        return iter(self._seen.items())
+        """Return the stamps by names relative to `folder`, sorted."""
+        stamps = {file.relative_to(folder).as_posix(): x for file, x in self._stamps.items()}
+        return dict(sorted(stamps.items()))
 
     def check(self) -> None:
-        """Raise `SourceError` where a file is gone, or is not as it was."""
-        for file in self._seen:
+        """Check that every file is as it was.
+
+        Raises:
+            SourceError: A file is gone, or has changed.
+        """
+        for file in self._stamps:
             try:
                 self.same(file, file.stat())
             except OSError as error:
                 raise read_error(file, error) from error
 
     def same(self, file: Path, status: os.stat_result) -> None:
-        """Raise `SourceError` where `status`, of a file that was read, is not as it was."""
-        stamp, inode = self._seen[file]
+        """Raise `SourceChangedError` if the present `status` of a file is not as it was."""
+        stamp = self._stamps[file]
         if status.st_size != stamp.size:
             how = f"size {stamp.size:,} → {status.st_size:,} bytes"
         elif status.st_mtime_ns != stamp.mtime_ns:
             how = "modified meanwhile"
-        elif status.st_ino != inode:
-            how = "replaced meanwhile"
         else:
             return
         raise SourceChangedError(f"{file}: changed while it was read ({how}). {START_AGAIN}")
@@ -76,12 +75,14 @@ class Stamps:
 
 @contextmanager
 def opened(file: Path) -> Iterator[tuple[BinaryIO, os.stat_result]]:
-    """A regular file, open for reading, and its status: never a pipe, which would wait for ever.
+    """Open a regular file for reading; yield it and its status. A pipe would block forever.
 
-    Raises `SourceError` for what is no regular file, `OSError` as `open` does.
+    Raises:
+        SourceError: It is not a regular file.
+        OSError: As `open` does.
     """
-    _check_regular(file, file.stat())  # before it is opened: devices may act on that
-    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))
+    _check_regular(file, file.stat())  # opening a device can have effects
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(descriptor, "rb") as handle:
         status = os.fstat(descriptor)
         _check_regular(file, status)
@@ -91,20 +92,20 @@ def opened(file: Path) -> Iterator[tuple[BinaryIO, os.stat_result]]:
 
 def _check_regular(file: Path, status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
-        raise SourceError(f"{file}: is no regular file. Download the checkpoint again.")
+        raise SourceError(f"{file}: is not a regular file. Download the checkpoint again.")
 
 
 def read_error(file: Path, error: OSError, key: str | None = None) -> SourceError:
-    """What went wrong with a file of an open source, or with a tensor in it."""
+    """Return the error for a file of an open source, or for the tensor `key` in it."""
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return SourceError(f"{file}: disappeared while it was read. {START_AGAIN}")
-    what = "" if key is None else f"{key} "
+    tensor = "" if key is None else f"{key} "
     match error.errno:
         case errno.EMFILE | errno.ENFILE:
             remedy = "Raise the limit of open files (ulimit -n)"
         case errno.EACCES | errno.EPERM:
             remedy = "Change its permissions"
         case _:
-            remedy = "Check the disk or the network that it lies on"
+            remedy = "Check the disk or network it is on"
     cause = error.strerror or error
-    return SourceError(f"{file}: {what}cannot be read: {cause}. {remedy}, then start again.")
+    return SourceError(f"{file}: {tensor}cannot be read: {cause}. {remedy}, then start again.")

@@ -16,5 +16,13 @@ WEIGHT_SUFFIXES = frozenset({".safetensors", *OTHER_WEIGHTS})
 MEGATRON = (".metadata", "latest_checkpointed_iteration.txt")
 """Files of Megatron's checkpoints, which are another kind of source."""
 
+SUMMARY = "quant_summary.json"
+"""Lies in the folder of a finished run, and lists what the run wrote under `files`."""
+
+STATISTICS = "calibration.safetensors"
+"""The statistics of calibration. Engines ignore the file, as the index does not name it."""
+
+REPORT = "report.html"
+
 OWN_FILES = frozenset({CONFIG, INDEX, "hf_quant_config.json"})
 """Files that describe a checkpoint's weights: the output has its own."""

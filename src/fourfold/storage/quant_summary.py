@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from fourfold.errors import SourceError
 from fourfold.storage.fingerprints import read_error
-from fourfold.storage.output import SUMMARY
+from fourfold.storage.names import SUMMARY
 
 SCHEMA_VERSION = 1
 """Raised only when a reader of the present version would misunderstand the file."""

@@ -1,0 +1,107 @@
+"""Write files so that each is whole or absent: temporary name, fsync, rename."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from fourfold.storage.disk import output_error
+from fourfold.storage.fingerprints import read_error
+
+COPY_BYTES = 1 << 22
+"""Files are copied in pieces of this size."""
+
+PARTIAL = ".partial"
+"""The suffix of files that are not finished."""
+
+
+def partial_of(path: Path) -> Path:
+    """Return the temporary name under which a file is written."""
+    return path.with_name(f".{path.name}{PARTIAL}")
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing; it gets its name and replaces an earlier one at the end.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    partial = partial_of(path)
+    try:
+        with partial.open("wb") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise output_error(path, error) from error
+
+
+class FileWriter:
+    """Writes the files of one folder, each of them whole or absent."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.written: list[Path] = []
+        """Files that were begun, in this order; some of them may not exist."""
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Write a JSON object, indented."""
+        self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text in UTF-8."""
+        self.write_bytes(name, text.encode())
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Write bytes."""
+        with self._replacing(name) as handle:
+            handle.write(data)
+
+    def copy(self, source: Path, relative: Path) -> None:
+        """Copy the contents of one file of the folder `source`.
+
+        Raises:
+            SourceError: The file in `source` cannot be read.
+            OutputError: The copy cannot be written.
+        """
+        try:
+            original = (source / relative).open("rb")
+        except OSError as error:
+            raise read_error(source / relative, error) from error
+        with original, self._replacing(str(relative)) as copy:
+            while piece := _read_piece(original, source / relative):
+                copy.write(piece)
+
+    @contextmanager
+    def _replacing(self, name: str) -> Iterator[BinaryIO]:
+        path = self.folder / name
+        self.written.append(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise output_error(path, error) from error
+        with replacing(path) as handle:
+            yield handle
+
+
+def _read_piece(file: BinaryIO, path: Path) -> bytes:
+    """Read on in a file that is copied: its errors are the source's, not the output's."""
+    try:
+        return file.read(COPY_BYTES)
+    except OSError as error:
+        raise read_error(path, error) from error

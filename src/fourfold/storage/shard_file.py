@@ -1,0 +1,116 @@
+"""Safetensors files that are written in any order, and the digests of finished ones.
+
+A shard's header follows from the plan, so the position of every tensor is known before a byte is
+computed, and many threads write straight to their places.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from fourfold._version import __version__
+from fourfold.storage.atomic import partial_of, sync_folder
+from fourfold.storage.disk import output_error
+from fourfold.storage.safetensors_header import build_header, nbytes_of
+
+DIGEST_BYTES = 1 << 22
+"""Files are read in pieces of this size for their digest."""
+
+METADATA = {"format": "pt", "producer": f"fourfold {__version__}"}
+
+
+class ShardFile:
+    """One safetensors file while it is filled. `write` may be called from many threads."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+        """Create the file under a temporary name, in full size and with its header.
+
+        Args:
+            path: The file's final name.
+            tensors: Dtype and shape of each tensor, in the file's order.
+
+        Raises:
+            OutputError: The file cannot be written.
+        """
+        self.path = path
+        header, self._begins = build_header(tensors, METADATA)
+        nbytes = len(header) + sum(nbytes_of(*spec) for spec in tensors.values())
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+            self._descriptor = os.open(partial_of(path), flags, 0o644)
+            os.ftruncate(self._descriptor, nbytes)
+        except OSError as error:
+            raise output_error(path, error) from error
+        self._pwrite(header, 0)
+
+    def write(self, name: str, data: Any, offset: int = 0) -> None:
+        """Write bytes of the tensor `name`, from `offset` bytes after its beginning."""
+        self._pwrite(data, self._begins[name] + offset)
+
+    def _pwrite(self, data: Any, position: int) -> None:
+        view = memoryview(data).cast("B")
+        done = 0
+        try:
+            while done < len(view):
+                done += os.pwrite(self._descriptor, view[done:], position + done)
+        except OSError as error:
+            raise output_error(self.path, error) from error
+
+    def finish(self) -> str:
+        """Flush the file to the disk and give it its name; return the digest of its bytes."""
+        try:
+            digest = _digest_of(self._descriptor)
+            os.fsync(self._descriptor)
+            self.close()
+            partial_of(self.path).replace(self.path)
+            sync_folder(self.path.parent)
+        except OSError as error:
+            raise output_error(self.path, error) from error
+        return digest
+
+    def close(self) -> None:
+        """Close the file; if it is not finished, it keeps its temporary name."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def digest_of_file(path: Path) -> str | None:
+    """Return the XXH3 digest of a file's bytes; None for a link and for what cannot be read."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return _digest_of(descriptor)
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+
+
+def _digest_of(descriptor: int) -> str:
+    digest, buffer, position = xxhash.xxh3_128(), bytearray(DIGEST_BYTES), 0
+    while count := os.preadv(descriptor, [buffer], position):
+        digest.update(memoryview(buffer)[:count])
+        position += count
+    return digest.hexdigest()
+
+
+def index_of(shards: Iterable[tuple[str, Mapping[str, Any]]], total_size: int) -> dict[str, Any]:
+    """Return the contents of model.safetensors.index.json.
+
+    Args:
+        shards: File name and tensors of each shard.
+        total_size: Bytes of all tensors.
+    """
+    weight_map = {name: file for file, tensors in shards for name in tensors}
+    return {
+        "metadata": {"total_size": total_size},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
