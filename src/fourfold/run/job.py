@@ -189,7 +189,7 @@ class Job:
         if not is_leader:
             return
         if kind == SourceChangedError.__name__:
-            how = "made of the source as it was: --overwrite starts anew"
+            how = "made of the source as it was: --overwrite starts over"
         else:
             how = "finished: the same command goes on from there"
         without = ", without --overwrite" if overwrite and "same" in how else ""
