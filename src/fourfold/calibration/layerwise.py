@@ -25,7 +25,7 @@ from fourfold.calibration.kv_cache import recording_cache
 from fourfold.calibration.observers import Observers
 from fourfold.calibration.parking import Parking
 from fourfold.calibration.scales import ActivationScales, model_summary
-from fourfold.calibration.statistics import Statistics, data_summary, merged
+from fourfold.calibration.statistics import Statistics, data_summary, reduced
 from fourfold.calibration.streaming import StreamedModel
 from fourfold.distributed.ranks import Alone, Ranks
 from fourfold.errors import ModelError, PlanError
@@ -183,8 +183,8 @@ class Calibration:
             return self._complete(unit, self._kept[unit])
         if self.batches and unit is not None:
             self._meet(unit)
-        every = self.ranks.gather(found.to_text())
-        return self._complete(unit, merged([Statistics.from_text(each) for each in every]))
+        found.sites = reduced(self.ranks, found.sites)
+        return self._complete(unit, found)
 
     def _meet(self, unit: int) -> int:
         """Where the ranks are that have batches; they all are at the same layer."""

@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 
 from fourfold.calibration.data import CalibrationData
+from fourfold.distributed.ranks import Ranks
 from fourfold.errors import CalibrationError
-from fourfold.statistics import State, Statistic, statistic_of
+from fourfold.statistics import Reduction, State, Statistic, statistic_of
 from fourfold.storage.names import STATISTICS
 
 FORMAT = "fourfold calibration 1"
@@ -219,6 +220,23 @@ def merged_states(states: Sequence[State]) -> State:
             mine = {name: merged[name] for name in tensors if name in merged}
             merged |= statistic.merge(mine, tensors) if mine else tensors
     return merged
+
+
+def reduced(ranks: Ranks, sites: Sites) -> Sites:
+    """Merge the states that all ranks have collected; each rank may have seen other sites."""
+    result: Sites = {}
+    operations: tuple[Reduction, ...] = ("max", "sum")
+    for op in operations:
+        tensors = {
+            f"{site}:{name}": tensor
+            for site, state in sites.items()
+            for name, tensor in state.items()
+            if statistic_of(name).reduction == op
+        }
+        for key, tensor in ranks.reduce(tensors, op).items():
+            site, _, name = key.rpartition(":")
+            result.setdefault(site, {})[name] = tensor
+    return result
 
 
 def _is_small(state: State) -> bool:

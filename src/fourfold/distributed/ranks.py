@@ -1,9 +1,8 @@
 """Several processes that do one job: `torchrun --nproc-per-node N -m fourfold …`.
 
-Ranks tell each other little: what each has observed of a layer, a few kB, and that one of them has
-failed. That travels through the store of torch.distributed, which every launcher sets up; no
-tensor does, so there is no process group, no backend to choose, and nothing that differs between
-CPUs and GPUs. A rank that waits for the others looks for their failure meanwhile, and a thread
+Small values travel as JSON through the store of torch.distributed, which every launcher sets up;
+tensors are reduced over a gloo group (see `reduction`), which works alike with and without GPUs.
+A rank that waits for the others looks for their failure meanwhile, and a thread
 watches that they live: an error of one is an error of all within seconds.
 """
 
@@ -14,7 +13,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,12 +21,16 @@ from functools import cache
 from itertools import count
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from fourfold.distributed.launcher import Launch, launch
+from fourfold.distributed.reduction import TensorGroup
 from fourfold.errors import FourfoldError
+from fourfold.statistics import Reduction
 
 PULSE = 0.5
 """Seconds between two signs of life."""
@@ -54,6 +57,17 @@ class Ranks(Protocol):
     def gather(self, value: Any) -> list[Any]:
         """What every rank gives, by rank. `value` is what JSON can hold."""
 
+    def reduce(self, tensors: Mapping[str, Tensor], op: Reduction) -> dict[str, Tensor]:
+        """Combine the tensors of all ranks element by element, in the order of ranks.
+
+        Args:
+            tensors: CPU tensors by name. A tensor that some ranks lack counts as zeros there.
+            op: "sum" or "max".
+
+        Returns:
+            The combined tensors, the same bytes on all ranks.
+        """
+
     def check(self) -> None:
         """Raise `RankFailedError` where another rank has failed."""
 
@@ -71,6 +85,9 @@ class Alone:
 
     def gather(self, value: Any) -> list[Any]:
         return [value]
+
+    def reduce(self, tensors: Mapping[str, Tensor], op: Reduction) -> dict[str, Tensor]:
+        return dict(tensors)
 
     def check(self) -> None:
         pass
@@ -93,6 +110,7 @@ class Together:
         self.rank, self.size, self.local_size = rank, size, local_size
         self._store = store
         self._round = 0
+        self._tensor_group: TensorGroup | None = None
         self._failure: RankFailedError | None = None
         self._ended = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="ranks", daemon=True)
@@ -107,6 +125,20 @@ class Together:
         if self._round > 1:  # everybody is here, so everybody has read what came before
             self._store.delete_key(f"{self._round - 1}/{self.rank}")
         return found
+
+    def reduce(self, tensors: Mapping[str, Tensor], op: Reduction) -> dict[str, Tensor]:
+        layouts: dict[str, list[Any]] = {}
+        for theirs in self.gather({name: _layout(tensor) for name, tensor in tensors.items()}):
+            layouts |= theirs
+        if not layouts:
+            return {}
+        complete = {
+            name: tensors[name] if name in tensors else torch.zeros(shape, dtype=_dtype(dtype))
+            for name, (dtype, shape) in layouts.items()
+        }
+        if self._tensor_group is None:
+            self._tensor_group = TensorGroup(self._store, self.rank, self.size, self.check)
+        return self._tensor_group.reduce(complete, op)
 
     def check(self) -> None:
         if self._failure is not None:
@@ -205,6 +237,15 @@ class Together:
         finally:
             self._ended.set()
             self._watcher.join(FAREWELL)
+
+
+def _layout(tensor: Tensor) -> list[Any]:
+    return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 _jobs: list[Any] = []

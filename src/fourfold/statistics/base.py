@@ -92,7 +92,7 @@ class Statistic(ABC):
         }
 
     def merge(self, first: State, second: State) -> State:
-        """Return the state of all the rows that either state has seen."""
+        """Return the state of all the rows that either state has seen, as `reduction` says."""
         operation = torch.maximum if self.reduction == "max" else torch.add
         return {name: operation(tensor, second[name]) for name, tensor in first.items()}
 
