@@ -165,7 +165,7 @@ def memory_of_fold(model: Path, out: Path, threads: int) -> tuple[float, float]:
 def measure(folder: Path, layers: int, threads: int, runs: int) -> dict[str, float | int | str]:
     """All figures, in seconds and GB."""
     from fourfold.api import plan, quantize
-    from fourfold.execution import folding
+    from fourfold.execution import ExecutionContext, Scheduler
     from fourfold.sources.safetensors import open_source
     from fourfold.storage.output import OutputFolder
     from fourfold.verification import verify
@@ -178,7 +178,7 @@ def measure(folder: Path, layers: int, threads: int, runs: int) -> dict[str, flo
         target = OutputFolder(out)
         target.lock("benchmark")
         target.begin(None, work.files, overwrite=True)
-        with folding(work, source, target, threads=threads) as job:
+        with Scheduler(ExecutionContext(work, source, target, threads)) as job:
             job.run()
             job.finish()
         target.close()

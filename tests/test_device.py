@@ -22,14 +22,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fourfold
+from executing import assert_same_shards, execute
 from families import FAMILIES, Truth
 from fourfold.events import BackendChosen, Event, Resumed, ShardWritten, WarningIssued
-from fourfold.execution import backend as choosing
-from fourfold.execution import gpu as device
-from fourfold.execution import streams as lanes
-from fourfold.execution.streams import FEWEST_LANES, MOST_LANES, ROOM, Lanes
+from fourfold.execution import backend, streams
+from fourfold.execution import gpu as gpu_backend
+from fourfold.execution.streams import FEWEST_SETS, MOST_SETS, ROOM, BufferPool
 from fourfold.formats import dispatch, nvfp4
 from fourfold.formats.dispatch import Choice, Kernel
+from fourfold.planning import Limits
 from fourfold.sources.safetensors import SafetensorsFolder
 from jobs import W4A4, W4A16, assert_same, ids_file, only
 
@@ -41,16 +42,16 @@ LAYOUTS = ["mixtral", "qwen3_5_moe", "gpt_oss", "llama4", "deepseek_v3"]
 
 
 @pytest.fixture
-def on_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
+def on_gpu_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything that is quantized goes to a device, which is the CPU."""
-    monkeypatch.setattr(choosing, "uses_lanes", lambda choice: True)
+    monkeypatch.setattr(backend, "uses_device", lambda choice: True)
 
 
 @contextmanager
 def on_host() -> Iterator[None]:
     """Within, the CPU quantizes as ever."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(choosing, "uses_lanes", lambda choice: False)
+        patch.setattr(backend, "uses_device", lambda choice: False)
         yield
 
 
@@ -95,7 +96,7 @@ def quantized(model: Path, out: Path, recipe: str = W4A16, **options: Any) -> fo
     return fourfold.quantize(model, out, recipe, **options)
 
 
-@pytest.mark.usefixtures("on_lanes")
+@pytest.mark.usefixtures("on_gpu_path")
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("memory", [None, 200_000, 20_000])
 def test_the_bytes_of_the_cpu(
@@ -104,7 +105,7 @@ def test_the_bytes_of_the_cpu(
 ) -> None:  # fmt: skip
     """All of a shard at a time; some groups at a time; groups that go row by row."""
     batches = Counted(monkeypatch, nvfp4, "quantize_batch_into")
-    by_rows = Counted(monkeypatch, device, "ByRows")
+    by_rows = Counted(monkeypatch, gpu_backend, "GPUKernels")
     result = quantized(written(name)[0], tmp_path / "out", DEFAULT, device_memory=memory)
     assert_same(tmp_path / "out", host_made(name, DEFAULT))
     assert result.warnings == ()
@@ -130,7 +131,7 @@ def test_the_bytes_of_the_cpu_by_interpreted_kernels(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("on_lanes")
+@pytest.mark.usefixtures("on_gpu_path")
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "jetmoe"])
 @pytest.mark.parametrize("memory", [None, 20_000])
 def test_the_bytes_of_the_cpu_for_every_family(
@@ -140,7 +141,7 @@ def test_the_bytes_of_the_cpu_for_every_family(
     assert_same(tmp_path / "out", host_made(name, DEFAULT))
 
 
-@pytest.mark.usefixtures("on_lanes")
+@pytest.mark.usefixtures("on_gpu_path")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
     from families import write_checkpoint
@@ -154,7 +155,7 @@ def test_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
     assert_same(tmp_path / "20000", tmp_path / "host")
 
 
-@pytest.mark.usefixtures("on_lanes")
+@pytest.mark.usefixtures("on_gpu_path")
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 def test_w4a4(name: str, written: Written, tmp_path: Path) -> None:
     """Weights come out of the layers that calibration holds, and have input scales."""
@@ -165,7 +166,7 @@ def test_w4a4(name: str, written: Written, tmp_path: Path) -> None:
     assert_same(tmp_path / "out", tmp_path / "host")
 
 
-@pytest.mark.usefixtures("on_lanes")
+@pytest.mark.usefixtures("on_gpu_path")
 def test_a_model_in_memory(written: Written, tmp_path: Path) -> None:
     from families import read_back
 
@@ -176,17 +177,17 @@ def test_a_model_in_memory(written: Written, tmp_path: Path) -> None:
     assert_same(tmp_path / "out", tmp_path / "host")
 
 
-@pytest.mark.usefixtures("on_lanes")
+@pytest.mark.usefixtures("on_gpu_path")
 def test_groups_that_the_host_reads_in_pieces(
-    written: Written, host_made: Callable[..., Path], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.setattr("fourfold.execution.cpu.GROUP_BYTES", 2048)
-    quantized(written("deepseek_v3")[0], tmp_path / "out", DEFAULT, device_memory=8_000)
-    assert_same(tmp_path / "out", host_made("deepseek_v3", DEFAULT))
+    written: Written, host_made: Callable[..., Path], tmp_path: Path
+) -> None:
+    model, limits = written("deepseek_v3")[0], Limits(group_bytes=2048)
+    pool = BufferPool(torch.device("cpu"), 8_000, 4)
+    execute(model, tmp_path / "out", DEFAULT, limits, pool=pool)
+    assert_same_shards(tmp_path / "out", host_made("deepseek_v3", DEFAULT))
 
 
-@pytest.mark.usefixtures("on_lanes")
+@pytest.mark.usefixtures("on_gpu_path")
 def test_one_launch_for_experts_of_one_size(
     written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,7 +197,7 @@ def test_one_launch_for_experts_of_one_size(
     assert len(result.linears) == 36
 
 
-@pytest.mark.usefixtures("on_lanes")
+@pytest.mark.usefixtures("on_gpu_path")
 @pytest.mark.parametrize("memory", [20_000, 60_000, 200_000])
 @pytest.mark.parametrize("runs_out", [False, True])
 def test_no_more_memory_than_was_allowed(
@@ -225,20 +226,21 @@ def test_no_more_memory_than_was_allowed(
             made[0] += 1
         return torch.from_numpy(buffer)
 
-    monkeypatch.setattr(lanes, "on_device", counted)
+    monkeypatch.setattr(streams, "on_device", counted)
     quantized(written("gpt_oss")[0], tmp_path / "out", DEFAULT, device_memory=memory, threads=8)
     assert 0 < most[0] <= memory
-    assert runs_out or made[0] <= MOST_LANES
+    assert runs_out or made[0] <= MOST_SETS
 
 
-def test_lanes_and_their_room() -> None:
+def test_buffer_sets_and_their_room() -> None:
     cpu = torch.device("cpu")
-    assert (Lanes(cpu, 1 << 40, 64).count, Lanes(cpu, 1 << 40, 64).room) == (MOST_LANES, ROOM)
-    assert Lanes(cpu, 1 << 40, 3).count == 3
-    assert (Lanes(cpu, 3 * ROOM, 64).count, Lanes(cpu, 3 * ROOM, 64).room) == (3, ROOM)
-    small = Lanes(cpu, ROOM, 64)
-    assert (small.count, small.room, small.nbytes) == (FEWEST_LANES, ROOM // 2, ROOM)
-    assert Lanes(cpu, 3 * ROOM - 2, 64).pinned_bytes == 2 * ROOM  # as PyTorch rounds it
+    large = BufferPool(cpu, 1 << 40, 64)
+    assert (large.count, large.room) == (MOST_SETS, ROOM)
+    assert BufferPool(cpu, 1 << 40, 3).count == 3
+    assert (BufferPool(cpu, 3 * ROOM, 64).count, BufferPool(cpu, 3 * ROOM, 64).room) == (3, ROOM)
+    small = BufferPool(cpu, ROOM, 64)
+    assert (small.count, small.room, small.nbytes) == (FEWEST_SETS, ROOM // 2, ROOM)
+    assert BufferPool(cpu, 3 * ROOM - 2, 64).pinned_bytes == 2 * ROOM  # as PyTorch rounds it
 
 
 def out_of_memory(number: int) -> Exception:
@@ -251,14 +253,14 @@ def out_of_memory(number: int) -> Exception:
 
 
 MOMENTS = [
-    (lanes, "on_device"),
-    (lanes, "pinned"),
+    (streams, "on_device"),
+    (streams, "pinned"),
     (nvfp4, "amaxes"),
     (nvfp4, "quantize_batch_into"),
 ]
 
 
-@pytest.mark.usefixtures("on_lanes")
+@pytest.mark.usefixtures("on_gpu_path")
 @pytest.mark.parametrize(("where", "name"), MOMENTS)
 @pytest.mark.parametrize("first", [1, 2])
 def test_out_of_memory_once(
@@ -275,7 +277,7 @@ def test_out_of_memory_once(
     assert len(call.calls) > first
 
 
-@pytest.mark.usefixtures("on_lanes")
+@pytest.mark.usefixtures("on_gpu_path")
 def test_out_of_memory_until_it_fits(
     written: Written, host_made: Callable[..., Path], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -291,7 +293,7 @@ def test_out_of_memory_until_it_fits(
     assert max(fitted) > 1
 
 
-@pytest.mark.usefixtures("on_lanes")
+@pytest.mark.usefixtures("on_gpu_path")
 @pytest.mark.parametrize(("where", "name"), MOMENTS)
 def test_never_enough_memory(
     where: Any, name: str, written: Written, host_made: Callable[..., Path], tmp_path: Path,
@@ -307,7 +309,7 @@ def test_never_enough_memory(
     assert "are quantized on the CPU. The output is the same." in left
 
 
-@pytest.mark.usefixtures("on_lanes")
+@pytest.mark.usefixtures("on_gpu_path")
 def test_other_errors_of_the_device_end_the_run(
     written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -318,7 +320,7 @@ def test_other_errors_of_the_device_end_the_run(
     assert not (tmp_path / "out" / "config.json").exists()
 
 
-@pytest.mark.usefixtures("on_lanes")
+@pytest.mark.usefixtures("on_gpu_path")
 def test_too_little_for_a_row(
     written: Written, host_made: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -328,7 +330,7 @@ def test_too_little_for_a_row(
     assert "of its memory are too little: model.layers.0" in warning
 
 
-@pytest.mark.usefixtures("on_lanes")
+@pytest.mark.usefixtures("on_gpu_path")
 def test_figures_that_the_device_does_not_find(
     written: Written, host_made: Callable[..., Path], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -358,7 +360,7 @@ def edited(model: Path, folder: Path, name: str, change: Callable[[torch.Tensor]
     return folder
 
 
-@pytest.mark.usefixtures("on_lanes")
+@pytest.mark.usefixtures("on_gpu_path")
 @pytest.mark.parametrize(
     ("family", "name", "place"),
     [
@@ -388,18 +390,18 @@ def test_errors_name_what_they_name_on_the_cpu(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.usefixtures("on_lanes")
+@pytest.mark.usefixtures("on_gpu_path")
 def test_a_weight_that_is_lost_is_refused(written: Written, tmp_path: Path) -> None:
     def outlier(tensor: torch.Tensor) -> None:
         tensor[0, 0] = 3e38
 
     name = "layers.1.block_sparse_moe.experts.0.w3.weight"
     model = edited(written("mixtral")[0], tmp_path / "model", name, outlier)
-    with pytest.raises(fourfold.PlanError, match=r"experts\.0\.w1: lost in NVFP4: .*0\.w3, "):
+    with pytest.raises(fourfold.WeightLostError, match=r"experts\.0\.w1: lost in NVFP4: .*0\.w3, "):
         quantized(model, tmp_path / "out")
 
 
-@pytest.mark.usefixtures("on_lanes")
+@pytest.mark.usefixtures("on_gpu_path")
 def test_what_is_stopped_goes_on_wherever(
     written: Written, host_made: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -427,13 +429,13 @@ def test_what_is_stopped_goes_on_wherever(
     assert_same(out, tmp_path / "unbroken")
 
 
-@pytest.mark.usefixtures("on_lanes")
+@pytest.mark.usefixtures("on_gpu_path")
 def test_a_batch_on_its_way_does_not_stop_the_others(
     written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first read takes until other batches were quantized and written."""
     others = threading.Semaphore(0)
-    write, slab = device._Batch._write, SafetensorsFolder.slab
+    write, slab = gpu_backend._Batch._write, SafetensorsFolder.slab
     first = [True]
 
     def written_one(batch: Any) -> None:
@@ -446,7 +448,7 @@ def test_a_batch_on_its_way_does_not_stop_the_others(
                 assert others.acquire(timeout=20)
         return slab(*arguments)
 
-    monkeypatch.setattr(device._Batch, "_write", written_one)
+    monkeypatch.setattr(gpu_backend._Batch, "_write", written_one)
     monkeypatch.setattr(SafetensorsFolder, "slab", slow)
     quantized(written("mixtral")[0], tmp_path / "out", threads=1)
 
@@ -470,7 +472,7 @@ def test_a_fallback_is_told_once(
     )
 
 
-@pytest.mark.usefixtures("on_lanes")
+@pytest.mark.usefixtures("on_gpu_path")
 def test_kernels_that_cannot_be_compiled_are_a_fallback(
     written: Written, host_made: Callable[..., Path], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -478,7 +480,7 @@ def test_kernels_that_cannot_be_compiled_are_a_fallback(
     def warm_up(*_: Any) -> None:
         raise RuntimeError("Failed to find C compiler.\n  Set CC.")
 
-    monkeypatch.setattr("fourfold.api.warm_up_lanes", warm_up)
+    monkeypatch.setattr("fourfold.api.warm_up_device", warm_up)
     result = quantized(written("mixtral")[0], tmp_path / "out")
     assert_same(tmp_path / "out", host_made("mixtral", W4A16))
     (warning,) = result.warnings
@@ -486,15 +488,15 @@ def test_kernels_that_cannot_be_compiled_are_a_fallback(
     assert warning.endswith("kernels cannot run on cpu: Failed to find C compiler. Set CC.")
 
 
-@pytest.mark.usefixtures("on_lanes")
+@pytest.mark.usefixtures("on_gpu_path")
 def test_memory_runs_out_while_kernels_are_compiled(
     written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No reason to leave the device: the lanes find out how much there is."""
+    """No reason to leave the device: smaller buffers may fit."""
     warm_up = nvfp4.warm_up
 
     def greedy(*arguments: Any, **options: Any) -> None:
-        if "device" in options:
+        if isinstance(options["device"], torch.device):  # not the CPU's own, a string
             raise torch.OutOfMemoryError("CUDA out of memory.")
         warm_up(*arguments, **options)
 
@@ -502,7 +504,7 @@ def test_memory_runs_out_while_kernels_are_compiled(
     assert quantized(written("mixtral")[0], tmp_path / "out").warnings == ()
 
 
-@pytest.mark.usefixtures("on_lanes")
+@pytest.mark.usefixtures("on_gpu_path")
 @pytest.mark.parametrize("memory", [None, 10**6])
 @pytest.mark.parametrize("words", ["out of memory", "all CUDA-capable devices are busy"])
 def test_a_device_that_cannot_be_used_at_all(
@@ -517,7 +519,7 @@ def test_a_device_that_cannot_be_used_at_all(
         raise torch.AcceleratorError(f"CUDA error: {words}\nCompile with more flags.")
 
     def warm_up_there(*arguments: Any, **options: Any) -> None:
-        if "device" in options:
+        if isinstance(options["device"], torch.device):  # not the CPU's own, a string
             busy()
         warm_up(*arguments, **options)
 
@@ -529,17 +531,19 @@ def test_a_device_that_cannot_be_used_at_all(
     assert f"cannot run on cpu: CUDA error: {words} Compile with more flags." in warning
 
 
-@pytest.mark.usefixtures("on_lanes")
+@pytest.mark.usefixtures("on_gpu_path")
 def test_buffers_of_another_size_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """After the room was halved: nothing of the old size is in the way of the new one."""
     emptied: list[int] = []
-    lane = lanes.Lanes(torch.device("cpu"), 1000, 1).lane()
+    buffers = streams.BufferPool(torch.device("cpu"), 1000, 1).buffer_set()
     monkeypatch.setattr(
-        lanes, "empty_caches", lambda _: emptied.append(lane.host.nbytes + lane.onboard.nbytes)
+        streams,
+        "empty_caches",
+        lambda _: emptied.append(buffers.host.nbytes + buffers.onboard.nbytes),
     )
     for room in (400, 400, 200, 200, 0):
-        lane.begin(room)
-        assert (lane.host.nbytes, lane.onboard.nbytes) == (room, room)
+        buffers.begin(room)
+        assert (buffers.host.nbytes, buffers.onboard.nbytes) == (room, room)
     assert emptied == [0, 0]
 
 
@@ -547,23 +551,23 @@ def test_device_memory_that_means_nothing(written: Written, tmp_path: Path) -> N
     for memory in (0, -5):
         with pytest.raises(fourfold.UsageError, match=r"device_memory=.*give more than 0"):
             quantized(written("mixtral")[0], tmp_path / "out", device_memory=memory)
-    with pytest.raises(fourfold.UsageError, match=r"no memory of cpu is taken\. Leave it out"):
+    with pytest.raises(fourfold.UsageError, match=r"no memory of cpu is taken\. Remove it"):
         quantized(written("mixtral")[0], tmp_path / "out", device_memory=10**9)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.usefixtures("on_lanes")
+@pytest.mark.usefixtures("on_gpu_path")
 def test_pinned_memory_counts(
     written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = written("mixtral")[0]
-    kernels = choosing.choose_kernels("cpu", fourfold.plan(model, W4A16), 2)
+    kernels = backend.choose_kernels("cpu", fourfold.plan(model, W4A16), 2)
     plan = fourfold.plan(model, W4A16)
-    assert kernels.lanes is not None
-    needed = plan.memory(2) + kernels.lanes.pinned_bytes
+    assert kernels.pool is not None
+    needed = plan.memory(2) + kernels.pool.pinned_bytes
     assert kernels.memory(plan) == needed
     monkeypatch.setattr("fourfold.run.preflight.memory_available", lambda: needed - 1)
-    with pytest.raises(fourfold.PlanError, match="of memory are needed for 2 threads"):
+    with pytest.raises(fourfold.ResourceError, match="of memory are needed for 2 threads"):
         quantized(model, tmp_path / "out")
 
 
@@ -615,10 +619,3 @@ def test_a_device_that_is_full(written: Written, tmp_path: Path) -> None:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert len(result.warnings) == 2
     assert_same_shards(tmp_path / "gpu", tmp_path / "cpu")
-
-
-def assert_same_shards(one: Path, other: Path) -> None:
-    names = sorted(path.name for path in other.glob("*.safetensors"))
-    assert names == sorted(path.name for path in one.glob("*.safetensors"))
-    for name in names:
-        assert (one / name).read_bytes() == (other / name).read_bytes(), name

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import fourfold
 from families import Truth
 from fourfold.embedded import model_dir
-from fourfold.errors import ModelError, PlanError, SourceError, UsageError
+from fourfold.errors import ModelError, ResourceError, SourceError, UsageError
 from fourfold.evaluation import generation
 from fourfold.evaluation.generation import Continuation, Generation, generate
 from fourfold.events import Event, TokenGenerated
@@ -169,7 +169,7 @@ def test_what_does_not_fit_into_memory_is_streamed(
     monkeypatch.setattr(generation, "memory_available", lambda: 1_000_000)
     assert generate(out, PROMPT, max_new_tokens=1).quantized.streamed
     monkeypatch.setattr("fourfold.evaluation.loading.memory_available", lambda: 1_000_000)
-    with pytest.raises(PlanError, match="of memory are needed for the whole model"):
+    with pytest.raises(ResourceError, match="of memory are needed for the whole model"):
         generate(out, PROMPT, max_new_tokens=1, stream=False)
 
 

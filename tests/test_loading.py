@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import fourfold
 from families import FAMILIES, Truth
 from families.truth import experts_of, flatten, linears_of
-from fourfold.errors import ModelError, PlanError, SourceError, UsageError
+from fourfold.errors import ModelError, ResourceError, SourceError, UsageError
 from fourfold.evaluation import loading
 from numerics.activation_oracle import rounded
 from nvfp4_folders import (
@@ -210,7 +210,9 @@ def test_too_little_memory_is_said_before_weights_are_read(
     made: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loading, "memory_available", lambda: 100_000)
-    with pytest.raises(PlanError, match=r"of memory are needed for the whole model, 100\.0 kB are"):
+    with pytest.raises(
+        ResourceError, match=r"of memory are needed for the whole model, 100\.0 kB are"
+    ):
         fourfold.load(made("qwen3_moe"))
 
 

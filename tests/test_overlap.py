@@ -11,9 +11,9 @@ import pytest
 
 import fourfold
 from families import Truth
-from fourfold.execution import LOOKAHEAD, UNSYNCED, Arena
+from fourfold.execution import Arena
 from fourfold.formats import nvfp4
-from fourfold.planning import WAITING
+from fourfold.planning import DEFAULT_LIMITS
 from fourfold.sources.safetensors import SafetensorsFolder
 from fourfold.storage.shard_file import ShardFile
 from jobs import W4A16, assert_same
@@ -71,7 +71,7 @@ def test_a_slow_disk_does_not_stop_who_computes(
     fourfold.quantize(written("mixtral")[0], tmp_path / "out", W4A16, threads=threads)
     monkeypatch.undo()
     assert computing.most <= threads
-    assert reading.most <= threads + WAITING
+    assert reading.most <= threads + DEFAULT_LIMITS.waiting
     fourfold.quantize(written("mixtral")[0], tmp_path / "plain", W4A16, threads=1)
     assert_same(tmp_path / "out", tmp_path / "plain")
 
@@ -89,7 +89,7 @@ def test_who_reads_does_not_run_ahead(
 
     monkeypatch.setattr(Arena, "__init__", counted)
     fourfold.quantize(written("mixtral")[0], tmp_path / "out", W4A16, threads=2)
-    assert len(arenas) == 2 + WAITING
+    assert len(arenas) == 2 + DEFAULT_LIMITS.waiting
 
 
 def test_a_disk_that_syncs_slowly_holds_the_workers_up(
@@ -120,6 +120,7 @@ def test_a_disk_that_syncs_slowly_holds_the_workers_up(
     monkeypatch.setattr(ShardFile, "finish", slow)
     model = written("qwen3_moe")[0]
     result = fourfold.quantize(model, tmp_path / "out", W4A16, shards=40, threads=1)
-    most = LOOKAHEAD + 1 + WAITING + UNSYNCED
+    limits = DEFAULT_LIMITS
+    most = limits.lookahead + 1 + limits.waiting + limits.unsynced
     assert unsynced[1] <= most + 1
     assert len(result.plan.shards) > 2 * most

@@ -39,9 +39,8 @@ def test_public_names() -> None:
         "CalibrationError", "Converted", "Event", "Finding", "FourfoldError", "ModelError",
         "NonFiniteError",
         "ObservationError", "OutputError", "Plan",
-        "PlanError", "Recipe", "RecipeError", "Report", "Result", "SourceError", "Statistics",
-        "UnreadableError",
-        "UsageError",
+        "PlanError", "Recipe", "RecipeError", "Report", "ResourceError", "Result", "SourceError",
+        "Statistics", "UnreadableError", "UsageError", "WeightLostError",
         "__version__", "convert", "load", "merge", "plan", "quantize", "verify",
     }  # fmt: skip
     for name in fourfold.__all__:
@@ -162,7 +161,7 @@ def test_an_outlier_that_ruins_its_neighbour_is_refused(written: Written, tmp_pa
 
     model = edited(written("mixtral")[0], tmp_path / "model", change)
     words = r"experts\.0\.w1: lost in NVFP4: .* those of .*experts\.0\.w3, .* 3e\+38"
-    with pytest.raises(fourfold.PlanError, match=words):
+    with pytest.raises(fourfold.WeightLostError, match=words):
         fourfold.quantize(model, tmp_path / "out", EXPERTS)
     assert not (tmp_path / "out").exists()
 
@@ -264,5 +263,5 @@ def test_no_room_for_waiting_activations(
     arguments = (written("qwen3_moe")[0], tmp_path / "out", "nvfp4_experts_only")
     options = {"calib": [ids(tmp_path)], "calib_seq": 24, "threads": 1}
     assert fourfold.quantize(*arguments, **options).clean
-    with pytest.raises(fourfold.PlanError, match="for waiting activations"):
+    with pytest.raises(fourfold.ResourceError, match="for waiting activations"):
         fourfold.quantize(*arguments, **options, activation_memory=0, overwrite=True)

@@ -15,11 +15,13 @@ from safetensors.torch import load_file, save_file
 
 import fourfold
 import large
+from executing import assert_same_shards, execute
 from families import FAMILIES, Truth, write_checkpoint
 from fourfold.distributed.machine import peak_resident
 from fourfold.evaluation.inspection import inspect
-from fourfold.planning import Action
+from fourfold.planning import Action, Limits
 from fourfold.sources.safetensors import SafetensorsFolder
+from test_quantize_families import read_all
 
 Written = Callable[[str], tuple[Path, Truth]]
 EXPERTS = "w4a16_nvfp4_experts_only_mse"
@@ -440,26 +442,26 @@ def test_fp8_cast_kv_cache_is_configuration_only(written: Written, tmp_path: Pat
     assert other["kv_cache_quant_algo"] == "FP8"
 
 
-def test_shards_are_split_at_their_limit(
-    written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fourfold.planning.shards.SHARD_BYTES", 10_000)
-    result = fourfold.quantize(written("qwen3_moe")[0], tmp_path / "out", EXPERTS)
-    assert result.clean, result.report
-    assert len(result.plan.shards) > 10
-    assert len(list((tmp_path / "out").glob("*.safetensors"))) == len(result.plan.shards)
+def test_shards_are_split_at_their_limit(written: Written, tmp_path: Path) -> None:
+    model = written("qwen3_moe")[0]
+    plan = execute(model, tmp_path / "split", EXPERTS, Limits(shard_bytes=10_000))
+    shards = list((tmp_path / "split").glob("*.safetensors"))
+    assert len(shards) == len(plan.shards) > 10
+    fourfold.quantize(model, tmp_path / "whole", EXPERTS, verified=False)
+    tensors = [load_file(file) for file in shards]
+    split = {name: tensor for each in tensors for name, tensor in each.items()}
+    whole = read_all(tmp_path / "whole")
+    assert sum(map(len, tensors)) == len(split) == len(whole)
+    for name, tensor in whole.items():
+        assert torch.equal(tensor.view(torch.uint8), split[name].view(torch.uint8)), name
 
 
-def test_large_groups_are_read_in_pieces(
-    written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_groups_are_read_in_pieces(written: Written, tmp_path: Path) -> None:
     folder, _ = written("deepseek_v3")
     fourfold.quantize(folder, tmp_path / "whole", "w4a16_nvfp4_default_mse")
-    monkeypatch.setattr("fourfold.execution.cpu.GROUP_BYTES", 2048)
-    monkeypatch.setattr("fourfold.planning.plan.GROUP_BYTES", 2048)
-    fourfold.quantize(folder, tmp_path / "pieces", "w4a16_nvfp4_default_mse")
-    for file in (tmp_path / "whole").glob("*.safetensors"):
-        assert file.read_bytes() == (tmp_path / "pieces" / file.name).read_bytes()
+    limits = Limits(group_bytes=2048)
+    execute(folder, tmp_path / "pieces", "w4a16_nvfp4_default_mse", limits)
+    assert_same_shards(tmp_path / "whole", tmp_path / "pieces")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

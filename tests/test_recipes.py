@@ -30,8 +30,8 @@ def test_builtin_recipes() -> None:
         recipe = fourfold.Recipe.load(name)
         assert recipe.name == name
         assert recipe.weights.scale == ("mse" if "_mse" in name else "max")
-        assert recipe.is_w4a4 == (not name.startswith("w4a16"))
-        assert recipe.needs_calibration == recipe.is_w4a4
+        assert recipe.observes_inputs == (not name.startswith("w4a16"))
+        assert recipe.needs_calibration == recipe.observes_inputs
         assert (recipe.kv_cache == "none") == ("-fp8" not in name)
         assert recipe.calibrates_kv == name.endswith("-fp8_kv")
         assert recipe.description

@@ -15,11 +15,13 @@ import torch
 
 import fourfold
 from conftest import Written
+from executing import assert_same_shards, execute
 from families import FAMILIES, Truth, write_checkpoint
 from families.configs import tiny_config
-from fourfold.errors import PlanError, RecipeError
+from fourfold.errors import RecipeError, WeightLostError
 from fourfold.execution import Arena
 from fourfold.formats import nvfp4
+from fourfold.planning import Limits
 from fourfold.recipes import Recipe
 from test_quantize_families import read_all
 
@@ -71,17 +73,12 @@ def test_one_scale_for_a_layer(name: str, written: Written, recipe: Path, tmp_pa
 
 @pytest.mark.parametrize("name", FAMILIES_OF_EACH_KIND)
 def test_in_pieces_it_is_the_same(
-    name: str, written: Written, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, written: Written, recipe: Path, tmp_path: Path
 ) -> None:
     folder, _ = written(name)
     fourfold.quantize(folder, tmp_path / "whole", recipe)
-    monkeypatch.setattr("fourfold.execution.cpu.GROUP_BYTES", 2048)
-    monkeypatch.setattr("fourfold.planning.plan.GROUP_BYTES", 2048)
-    fourfold.quantize(folder, tmp_path / "pieces", recipe)
-    files = list((tmp_path / "whole").glob("*.safetensors"))
-    assert files
-    for file in files:
-        assert file.read_bytes() == (tmp_path / "pieces" / file.name).read_bytes()
+    execute(folder, tmp_path / "pieces", recipe, Limits(group_bytes=2048))
+    assert_same_shards(tmp_path / "whole", tmp_path / "pieces")
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
@@ -89,9 +86,7 @@ def test_memory_is_that_of_a_piece(
     name: str, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither what a worker takes nor what is planned for grows with the number of experts."""
-    monkeypatch.setattr("fourfold.execution.cpu.GROUP_BYTES", 1 << 18)
-    monkeypatch.setattr("fourfold.planning.plan.GROUP_BYTES", 1 << 18)
-    monkeypatch.setattr("fourfold.planning.plan.COPY_BYTES", 1)
+    limits = Limits(group_bytes=1 << 18, copy_bytes=1 << 12)
     experts = {"qwen3_moe": "num_experts", "gpt_oss": "num_local_experts"}[name]
     planned, taken = [], [0]
     take = Arena.take
@@ -108,8 +103,8 @@ def test_memory_is_that_of_a_piece(
         config = partial(tiny_config, name, {**sizes, experts: count})
         folder = tmp_path / str(count)
         write_checkpoint(replace(FAMILIES[name], build_config=config), folder)
-        planned.append(fourfold.plan(folder, recipe).memory(1))
-        fourfold.quantize(folder, tmp_path / f"out {count}", recipe, threads=1, verified=False)
+        plan = execute(folder, tmp_path / f"out {count}", recipe, limits, threads=1)
+        planned.append(plan.memory(1))
         peaks.append(max(taken))
         taken.clear()
     assert planned[0] == planned[1]
@@ -128,7 +123,9 @@ def test_an_expert_that_the_others_drown_is_named(
     from safetensors.torch import save_file
 
     save_file(small, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(PlanError, match=r"experts\.2\.down_proj: lost in NVFP4: .* share its glo"):
+    with pytest.raises(
+        WeightLostError, match=r"experts\.2\.down_proj: lost in NVFP4: .* share its glo"
+    ):
         fourfold.quantize(folder, tmp_path / "out", recipe)
     fourfold.quantize(folder, tmp_path / "out", "w4a16_nvfp4_experts_only_mse")
 

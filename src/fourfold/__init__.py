@@ -25,9 +25,11 @@ from fourfold.errors import (
     OutputError,
     PlanError,
     RecipeError,
+    ResourceError,
     SourceError,
     UnreadableError,
     UsageError,
+    WeightLostError,
 )
 
 if TYPE_CHECKING:
@@ -73,11 +75,13 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Report",
+    "ResourceError",
     "Result",
     "SourceError",
     "Statistics",
     "UnreadableError",
     "UsageError",
+    "WeightLostError",
     "__version__",
     "convert",
     "load",

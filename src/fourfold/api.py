@@ -28,9 +28,14 @@ from fourfold.errors import (
     UsageError,
 )
 from fourfold.events import BackendChosen, OnEvent, PlanMade, WarningIssued, ignore
-from fourfold.execution import Kernels, LinearResult, choose_kernels, warm_up_lanes
-from fourfold.formats import nvfp4
-from fourfold.layouts.modelopt import QUANT_CONFIG
+from fourfold.execution import (
+    Kernels,
+    LinearResult,
+    choose_kernels,
+    warm_up,
+    warm_up_device,
+)
+from fourfold.layouts import marker_files
 from fourfold.planning import KVScales, Plan, ScaleGroup, make_plan
 from fourfold.recipes import DEFAULT_RECIPE, Recipe
 from fourfold.run.job import Job
@@ -237,7 +242,7 @@ def quantize(
             workers = threads or max(1, threads_available() // ranks.local_size)
             is_live = source.model is not None
             observation.check(chosen, is_live=is_live)
-            folder = OutputFolder(Path(out).expanduser(), ranks.rank, markers=[QUANT_CONFIG])
+            folder = OutputFolder(Path(out).expanduser(), ranks.rank, markers=marker_files())
             with source.agreeing():
                 for origin in source.origin_folders:
                     folder.check(origin, overwrite=overwrite)
@@ -253,7 +258,7 @@ def quantize(
                         workers,
                         memory=device_memory,
                         ranks=ranks.local_size,
-                        say=warn,
+                        warn=warn,
                     )
                     runs_model = calibration is None and not is_live
                     check_room(work, folder, kernels, ranks, runs_model=runs_model)
@@ -313,8 +318,8 @@ def _told(
 ) -> Kernels:
     """The kernels that will run, the CPU's where those of the device failed when they were tried;
     whoever wants to know is told."""
-    if failures and kernels.lanes is not None:
-        kernels = kernels.without_lanes(failures[0])
+    if failures and kernels.pool is not None:
+        kernels = kernels.on_cpu(failures[0])
     on_event(BackendChosen(str(kernels.choice), kernels.where, kernels.is_fallback))
     if kernels.is_fallback and launch().local_rank == 0:
         warn(str(kernels.choice))
@@ -369,10 +374,9 @@ def _warming_up(recipe: Recipe, source: Source, device: str) -> Iterator[list[Ex
 
     def run() -> None:
         with suppress(UsageError):  # kernels that cannot run: told where they should
-            for dtype in known:
-                nvfp4.warm_up(dtype, recipe.weights.scale)
+            warm_up(recipe.schemes, known)
         try:
-            warm_up_lanes(device, known[:1], recipe.weights.scale)  # others at their first use
+            warm_up_device(device, recipe.schemes, known[:1])  # others at their first use
         except Exception as error:
             failures.append(error)
 

@@ -10,7 +10,9 @@
     │   └── UnreadableError       exit code 2: what should be verified is no NVFP4 checkpoint
     ├── ModelError                an architecture that cannot be taken apart
     ├── ObservationError          activations with NaN or Inf; an input that no token reached
-    ├── PlanError                 recipe × model cannot work: shapes, groups, disk, memory
+    ├── PlanError                 recipe × model cannot work: shapes, groups, schemes
+    ├── WeightLostError           a weight that its format cannot hold
+    ├── ResourceError             the machine has too little memory, or the disk too little room
     └── OutputError               the folder that is written
 
 A message names the object, the cause and the remedy, in one or two lines. `assert` is for
@@ -25,11 +27,15 @@ class FourfoldError(Exception):
 
     exit_code = 1
 
+    resumable = True
+    """True if the same command may succeed later, so that an unfinished run is kept for it."""
+
 
 class UsageError(FourfoldError):
     """An option or an argument is wrong."""
 
     exit_code = 2
+    resumable = False
 
 
 class RecipeError(UsageError):
@@ -47,6 +53,8 @@ class SourceError(FourfoldError):
 class NonFiniteError(SourceError):
     """A weight holds NaN or Inf."""
 
+    resumable = False
+
 
 class SourceChangedError(SourceError):
     """A file of the source is not as it was when it was opened."""
@@ -61,13 +69,29 @@ class UnreadableError(SourceError):
 class ModelError(FourfoldError):
     """The architecture is unknown, or has a part that cannot be taken apart."""
 
+    resumable = False
+
 
 class ObservationError(FourfoldError):
     """What calibration observed gives no scale: NaN or Inf, or nothing at all."""
 
+    resumable = False
+
 
 class PlanError(FourfoldError):
-    """The recipe cannot be carried out on this model or this machine."""
+    """The recipe cannot be carried out on this model."""
+
+    resumable = False
+
+
+class WeightLostError(FourfoldError):
+    """A weight is so small beside others of its scale group that its format cannot hold it."""
+
+    resumable = False
+
+
+class ResourceError(FourfoldError):
+    """The machine has too little memory for the plan, or the disk too little room."""
 
 
 class OutputError(FourfoldError):

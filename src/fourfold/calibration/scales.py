@@ -9,20 +9,18 @@ is an error. A site that saw only zeros gets the scale 1, as an all-zero weight 
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import numpy as np
 from torch import Tensor
 
 from fourfold.calibration.statistics import ModelSummary, Statistics
 from fourfold.errors import CalibrationError, ObservationError
-from fourfold.formats import nvfp4
-from fourfold.layouts.modelopt import FP8_MAX
+from fourfold.formats.base import FORMATS
+from fourfold.formats.nvfp4.e4m3 import E4M3_MAX
 from fourfold.models.expert_hooks import Product
 from fourfold.models.inventory import LinearWeight
 from fourfold.models.names import SINGLE_EXPERT, natural
 from fourfold.planning import KVScales, Plan
-from fourfold.recipes.schema import Activations
+from fourfold.statistics import statistic_of
 
 
 def model_summary(plan: Plan) -> ModelSummary:
@@ -35,11 +33,6 @@ class ActivationScales:
 
     def __init__(self, plan: Plan, statistics: Statistics) -> None:
         self.plan, self.statistics = plan, statistics
-
-    @cached_property
-    def _factor(self) -> float:
-        activations = self.plan.recipe.activations
-        return activations.factor if isinstance(activations, Activations) else 1.0
 
     def amax(self, site: str) -> float:
         """Return the largest input that anything at an input site saw.
@@ -76,7 +69,10 @@ class ActivationScales:
 
     def input_scale(self, site: str) -> float:
         """Return the `input_scale` of every linear weight at a site; never 0."""
-        return nvfp4.global_scale(self.amax(site) * self._factor)
+        scheme = self.plan.scheme_of(self.plan.sites[site][0])
+        assert scheme.activations is not None
+        factor = 2.0**scheme.headroom
+        return FORMATS[scheme.activations].input_scale(self.amax(site) * factor)
 
     def tokens(self, linear: LinearWeight) -> int | None:
         """Return how many tokens were routed to an expert, or how many rows a linear layer saw."""
@@ -92,6 +88,26 @@ class ActivationScales:
             return self._amax(linear)
         amaxes = self._expert_amaxes(linear) if self.tokens(linear) else None
         return None if amaxes is None else float(amaxes[linear.expert])
+
+    def statistics_of(self, linear: LinearWeight, needs: frozenset[str]) -> dict[str, Tensor]:
+        """Return the statistics of the inputs that a linear weight itself saw.
+
+        Args:
+            linear: The linear weight. The inputs of a routed expert are the rows routed to it.
+            needs: Names of statistics.
+
+        Returns:
+            The tensors of the statistics' states, by the tensors' names.
+        """
+        site = linear.module
+        if linear.expert is not None:
+            is_down = linear.input_site.endswith(f".{Product.DOWN}")
+            site = f"{site}.{Product.DOWN if is_down else Product.GATE_UP}"
+        state = self.statistics.sites.get(site, {})
+        tensors = {name: x for name, x in state.items() if statistic_of(name).name in needs}
+        if linear.expert is None:
+            return tensors
+        return {name: tensor[linear.expert] for name, tensor in tensors.items()}
 
     def unreached(self) -> dict[str, list[int]]:
         """Return the quantized experts that no token reached, by experts module."""
@@ -164,4 +180,4 @@ class ActivationScales:
 
 def _kv_scale(amax: float) -> float:
     tiny = float(np.finfo(np.float32).tiny)
-    return max(float(np.float32(amax) / np.float32(FP8_MAX)), tiny) if amax else 1.0
+    return max(float(np.float32(amax) / np.float32(E4M3_MAX)), tiny) if amax else 1.0

@@ -101,6 +101,8 @@ class RankFailedError(FourfoldError):
 
     kind = ""
     """The class of the error that it failed with."""
+    resumable = True
+    """That of the error that it failed with."""
 
 
 class Together:
@@ -201,9 +203,18 @@ class Together:
         self._failure = RankFailedError(f"rank {failed['rank']}: {failed['text']}")
         self._failure.exit_code = failed["exit_code"]
         self._failure.kind = failed["kind"]
+        self._failure.resumable = failed["resumable"]
 
-    def _tell(self, rank: int, text: str, exit_code: int = 1, kind: str = "") -> None:
-        failed = {"rank": rank, "text": text, "exit_code": exit_code, "kind": kind}
+    def _tell(
+        self, rank: int, text: str, exit_code: int = 1, kind: str = "", resumable: bool = True
+    ) -> None:
+        failed = {
+            "rank": rank,
+            "text": text,
+            "exit_code": exit_code,
+            "kind": kind,
+            "resumable": resumable,
+        }
         self._store.compare_set("failed", "", json.dumps(failed))
 
     def _tell_of(self, error: BaseException | None) -> None:
@@ -213,7 +224,8 @@ class Together:
         text = str(error) if isinstance(error, FourfoldError) else repr(error)
         if not isinstance(error, Exception):
             text = "was stopped"
-        self._tell(self.rank, text, getattr(error, "exit_code", 1), type(error).__name__)
+        exit_code, resumable = getattr(error, "exit_code", 1), getattr(error, "resumable", True)
+        self._tell(self.rank, text, exit_code, type(error).__name__, resumable)
 
     @contextmanager
     def taking_part(self) -> Iterator[None]:

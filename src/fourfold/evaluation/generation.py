@@ -29,7 +29,7 @@ from fourfold.errors import ModelError, SourceError, UsageError
 from fourfold.evaluation.loading import OpenedModel
 from fourfold.evaluation.simulation import Simulation, check_w4a4
 from fourfold.events import OnEvent, TokenGenerated, ignore
-from fourfold.layouts.modelopt import is_quantized
+from fourfold.layouts import quantization_of
 from fourfold.models.internals import quiet, runnable
 from fourfold.models.tokenizer import load_tokenizer
 from fourfold.sources.decoded import DequantizedFolder
@@ -168,7 +168,7 @@ def _from_source(
     writer: _Writer, model: str | Path | Source, trust_remote_code: bool
 ) -> Continuation:
     with opened(model, trust_remote_code=trust_remote_code) as source:
-        algorithm = is_quantized(source.config)
+        algorithm = quantization_of(source.config)
         if algorithm is not None:
             raise SourceError(
                 f"{source.folder}: quantized already ({algorithm}). Give the checkpoint that OUT "

@@ -17,7 +17,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from fourfold.layouts import modelopt
+from fourfold.layouts import quantization_of
 from fourfold.sources.safetensors import SafetensorsFolder, open_source
 from fourfold.storage.safetensors_header import TensorInfo
 from fourfold.storage.units import plain, size
@@ -98,7 +98,7 @@ def _inspect(source: SafetensorsFolder) -> Inspection:
     return Inspection(
         folder=str(source.folder),
         model_type=str(source.config.get("model_type", "unknown")),
-        quantization=modelopt.is_quantized(source.config),
+        quantization=quantization_of(source.config),
         ignored=len(ignore) if isinstance(ignore, list) else 0,
         files=len({info.file for info in source.tensors.values()}),
         tensors=len(source.tensors),

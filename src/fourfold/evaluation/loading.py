@@ -15,7 +15,7 @@ import torch
 
 from fourfold.calibration.streaming import StreamedModel
 from fourfold.distributed.machine import memory_available
-from fourfold.errors import ModelError, PlanError, SourceError
+from fourfold.errors import ModelError, ResourceError, SourceError
 from fourfold.evaluation.simulation import Simulation, Sites, find_sites
 from fourfold.models.internals import quiet
 from fourfold.models.inventory import Inventory
@@ -51,7 +51,7 @@ def load(
 
     In evaluation mode, with the checkpoint's generation settings. Raises SourceError or ModelError
     where checkpoint and architecture do not fit, naming a key; UsageError for a W4A16 checkpoint
-    whose activations should be simulated; PlanError where the memory is too small.
+    whose activations should be simulated; ResourceError where the memory is too small.
     """
     checkpoint = DequantizedFolder(out, dtype=dtype, trust_remote_code=trust_remote_code)
     try:
@@ -97,10 +97,10 @@ class OpenedModel:
         return find_sites(self.source, self.inventory, self.streamed.tree)
 
     def load(self) -> PreTrainedModel:
-        """The model, whole. Raises PlanError where the memory is too small."""
+        """The model, whole. Raises ResourceError where the memory is too small."""
         available = memory_available()
         if self.streamed.device.type == "cpu" and self.nbytes > available:
-            raise PlanError(
+            raise ResourceError(
                 f"{self.source.folder}: {size(self.nbytes)} of memory are needed for the whole "
                 f"model, {size(available)} are available. `fourfold generate` does with one layer."
             )

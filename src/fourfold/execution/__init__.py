@@ -1,27 +1,28 @@
-"""Carry out a plan: read, quantize, write, on as many threads as there are cores.
+"""Execute a plan: read, quantize, write, on as many threads as there are cores.
 
-folding    jobs are handed to workers, shards are opened, filled, synced and noted
-host       what a worker does with a job on the CPU
-device     the same for scale groups on a GPU, many of them in one go
-lanes      what a worker has of a GPU: a stream, buffers; and what to do when memory runs out
-choosing   which of both it is, and why
-results    the figures of a linear weight, and the scalars that are written beside it
-arena      memory that is used again
+scheduler  hands jobs to workers; opens, syncs and records shards
+worker     does the jobs: copies tensors, hands scale groups to a backend
+cpu, gpu   the two backends that quantize scale groups
+backend    which of the two it is, and why
+streams    a worker's stream and buffers on a GPU, and what happens if memory runs out
+buffers    memory that is used again for each job
+results    figures of a linear weight, and the single numbers written beside its codes
+context    what all workers share
 """
 
-from fourfold.execution.backend import Kernels, choose_kernels, warm_up_lanes
+from fourfold.execution.backend import Kernels, choose_kernels, warm_up, warm_up_device
 from fourfold.execution.buffers import Arena
+from fourfold.execution.context import ExecutionContext
 from fourfold.execution.results import LinearResult
-from fourfold.execution.scheduler import LOOKAHEAD, UNSYNCED, Folding, folding
+from fourfold.execution.scheduler import Scheduler
 
 __all__ = [
-    "LOOKAHEAD",
-    "UNSYNCED",
     "Arena",
-    "Folding",
+    "ExecutionContext",
     "Kernels",
     "LinearResult",
+    "Scheduler",
     "choose_kernels",
-    "folding",
-    "warm_up_lanes",
+    "warm_up",
+    "warm_up_device",
 ]

@@ -1,4 +1,4 @@
-"""Where weights are quantized: in lanes of a device, or on the CPU; and why."""
+"""Where weights are quantized, on a GPU or on the CPU, and why."""
 
 from __future__ import annotations
 
@@ -7,56 +7,62 @@ from dataclasses import dataclass
 
 import torch
 
+from fourfold.algorithms.base import ALGORITHMS, RowwiseAlgorithm
 from fourfold.errors import UsageError
-from fourfold.execution.streams import Lanes, is_out_of_memory, lanes_of
-from fourfold.formats import dispatch, nvfp4
+from fourfold.execution.streams import BufferPool, is_out_of_memory, pool_of
+from fourfold.formats import dispatch
+from fourfold.formats.base import FORMATS
 from fourfold.formats.dispatch import Choice, Kernel
+from fourfold.formats.scheme import Scheme
 from fourfold.planning import Plan
 from fourfold.storage.units import size
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """What quantizes weights, where, and why. Prints as the command prints it."""
+    """The kernels that quantize weights, the device they run on, and the reason.
+
+    `str()` gives what the command prints.
+    """
 
     choice: Choice
     threads: int
-    lanes: Lanes | None = None
-    """None where the CPU quantizes."""
+    pool: BufferPool | None = None
+    """The buffers on the GPU that quantizes; None if the CPU does."""
 
     @classmethod
     def none(cls, threads: int) -> Kernels:
-        """For a job that quantizes nothing."""
+        """Return what a job has that quantizes nothing."""
         return cls(Choice(Kernel.REFERENCE, "nothing is quantized"), threads)
 
     @property
     def is_fallback(self) -> bool:
-        """Whether there is a faster way on this device, which cannot be gone."""
+        """True if faster kernels exist for this device but cannot be used."""
         return self.choice.is_fallback
 
     @property
     def pinned_bytes(self) -> int:
-        """Bytes of the host's memory beside what workers take on the CPU."""
-        return 0 if self.lanes is None else self.lanes.pinned_bytes
+        """Bytes of the host's memory besides those that workers take on the CPU."""
+        return 0 if self.pool is None else self.pool.pinned_bytes
 
     def memory(self, plan: Plan) -> int:
-        """An estimate in bytes of what the job takes of the host's memory, as `Plan.memory`."""
-        workers = None if self.lanes is None else self.lanes.count
+        """Return an estimate of the host's memory that the job takes, in bytes."""
+        workers = None if self.pool is None else self.pool.count
         return plan.memory(self.threads, workers) + self.pinned_bytes
 
-    def without_lanes(self, error: Exception) -> Kernels:
-        """The CPU's kernels, since those of the device failed when they were tried."""
-        assert self.lanes is not None
-        return _on_cpu(self.choice, self.lanes.device, self.threads, error)
+    def on_cpu(self, error: Exception) -> Kernels:
+        """Return the CPU's kernels, because those of the device failed when they were tried."""
+        assert self.pool is not None
+        return _on_cpu(self.choice, self.pool.device, self.threads, error)
 
     @property
     def where(self) -> str:
-        """On what, and how much at a time."""
-        if self.lanes is None:
+        """The device, and how much it quantizes at a time."""
+        if self.pool is None:
             return f"weights are quantized on the CPU, by {self.threads} threads"
         return (
-            f"weights are quantized on {self.lanes.device}, {self.lanes.count} batches at a time "
-            f"of up to {size(self.lanes.room)}: {size(self.lanes.nbytes)} there, and "
+            f"weights are quantized on {self.pool.device}, {self.pool.count} batches at a time "
+            f"of up to {size(self.pool.room)}: {size(self.pool.nbytes)} there, and "
             f"{size(self.pinned_bytes)} of pinned memory"
         )
 
@@ -71,28 +77,34 @@ def choose_kernels(
     *,
     memory: int | None = None,
     ranks: int = 1,
-    say: Callable[[str], None] = lambda _: None,
+    warn: Callable[[str], None] = lambda _: None,
 ) -> Kernels:
-    """The kernels for a plan's weights on `device`, which has been chosen.
+    """Choose the kernels for a plan's weights.
 
-    memory: bytes of the device that quantization may take; by default a share of what is free.
-    ranks: how many processes share this machine. say: hears what should not go unnoticed later.
+    Args:
+        device: The device that was chosen for the job.
+        plan: The plan.
+        threads: The number of threads that compute on the CPU.
+        memory: Bytes of the device that quantization may take; by default a share of what is free.
+        ranks: The number of processes that share this machine.
+        warn: Called with each warning while the plan is executed, once.
 
-    Raises `UsageError` for `memory` where none of a device's is taken.
+    Raises:
+        UsageError: `memory` was given, and nothing runs on a device.
     """
     target = _numbered(device)
     choice = dispatch.choice_for_weights(target)
-    if uses_lanes(choice):
+    if uses_device(choice):
         try:
-            lanes = lanes_of(target, memory, threads, ranks, say)
-        except RuntimeError as error:  # no room for as much as a context, or another's device
+            pool = pool_of(target, memory, threads + plan.limits.waiting, ranks, warn)
+        except RuntimeError as error:  # no room for a context, or another process's device
             return _on_cpu(choice, target, threads, error)
-        lanes.fit(plan)
-        return Kernels(choice, threads, lanes)
+        pool.fit(plan)
+        return Kernels(choice, threads, pool)
     if memory is not None and not choice.is_fallback:
         raise UsageError(
-            f"--device-memory says nothing for {choice}: no memory of {target} is taken. "
-            "Leave it out, or give another --device."
+            f"--device-memory has no effect with {choice}: no memory of {target} is taken. "
+            "Remove it, or give another --device."
         )
     return Kernels(choice, threads)
 
@@ -104,30 +116,49 @@ def _on_cpu(wanted: Choice, device: torch.device, threads: int, error: Exception
     return Kernels(choice, threads)
 
 
-def warm_up_lanes(device: str, dtypes: Iterable[torch.dtype], scale: str) -> None:
-    """Compile and try what lanes of `device` will run, if there are to be any.
+def warm_up(schemes: Iterable[Scheme], dtypes: Iterable[torch.dtype]) -> None:
+    """Compile what the CPU runs for weights of these schemes and dtypes."""
+    for dtype in dtypes:
+        for fmt, scale in _choices(schemes):
+            FORMATS[fmt].warm_up(dtype, scale)
 
-    Raises whatever shows that it cannot run: no compiler that Triton needs, a driver too old.
+
+def warm_up_device(device: str, schemes: Iterable[Scheme], dtypes: Iterable[torch.dtype]) -> None:
+    """Compile and try what `device` runs for these schemes and dtypes, if it quantizes at all.
+
+    Raises:
+        Exception: Whatever shows that it cannot: no compiler for Triton, a driver too old.
     """
     target = _numbered(device)
-    if not uses_lanes(dispatch.choice_for_weights(target)):
+    if not uses_device(dispatch.choice_for_weights(target)):
         return
     for dtype in dtypes:
-        try:
-            nvfp4.warm_up(dtype, scale, device=target)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):  # which lanes know how to deal with
-                raise
+        for fmt, scale in _choices(schemes):
+            if not FORMATS[fmt].has_batches:
+                continue
+            try:
+                FORMATS[fmt].warm_up(dtype, scale, target)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):  # which smaller buffers may mend
+                    raise
+
+
+def _choices(schemes: Iterable[Scheme]) -> list[tuple[str, str]]:
+    """The formats, each with a way to choose scales, whose kernels will run."""
+    algorithms = [(scheme.weights, ALGORITHMS[scheme.algorithm]) for scheme in schemes]
+    return list(
+        dict.fromkeys((fmt, x.scale) for fmt, x in algorithms if isinstance(x, RowwiseAlgorithm))
+    )
 
 
 def _numbered(device: str) -> torch.device:
-    """A device of PyTorch's; of CUDA's, which one."""
+    """A device, and for CUDA with its number."""
     target = torch.device(device)
     if target.type == "cuda" and target.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return target
 
 
-def uses_lanes(choice: Choice) -> bool:
-    """Whether these kernels are worth the way to a device."""
+def uses_device(choice: Choice) -> bool:
+    """True if these kernels are worth the copies to a device and back."""
     return choice.kernel is Kernel.TRITON

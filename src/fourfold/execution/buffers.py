@@ -1,4 +1,4 @@
-"""Memory for one job at a time, used again by the next: no page is touched first twice."""
+"""Memory for one job at a time, used again for the next: pages are faulted in only once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ALIGNMENT = 256
 
 
 def on_host(nbytes: int) -> torch.Tensor:
-    """`nbytes` of ordinary memory; NumPy asks the system for large pages, PyTorch does not."""
+    """Allocate ordinary memory; NumPy asks the system for large pages, PyTorch does not."""
     return torch.from_numpy(np.empty(nbytes, dtype=np.uint8))
 
 
@@ -21,19 +21,19 @@ class Arena:
     """A buffer that is handed out piece by piece, and taken back all at once."""
 
     def __init__(self, allocate: Callable[[int], torch.Tensor] = on_host) -> None:
-        """allocate: gives so many bytes, as uint8."""
+        """Create an arena without a buffer; `allocate` returns a uint8 tensor of so many bytes."""
         self._allocate = allocate
         self._buffer: torch.Tensor | None = None
         self._used = self._wanted = 0
 
     def reset(self) -> None:
-        """Forget what was taken. Grows the buffer to what the last job wanted."""
+        """Take everything back, and grow the buffer to what the last job wanted."""
         if self._wanted > self.nbytes:
             self.resize(self._wanted)
         self._used = self._wanted = 0
 
     def resize(self, nbytes: int) -> None:
-        """Forget what was taken, and have a buffer of `nbytes` bytes, exactly."""
+        """Take everything back, and have a buffer of exactly `nbytes` bytes."""
         if self.nbytes != nbytes:
             self.free()  # before the new one is allocated: there may be no room for both
             self._buffer = self._allocate(nbytes)
@@ -45,7 +45,7 @@ class Arena:
         self._used = self._wanted = 0
 
     def take(self, nbytes: int) -> torch.Tensor:
-        """`nbytes` bytes; not cleared. From elsewhere where the buffer has no room for them."""
+        """Return `nbytes` bytes, not cleared; newly allocated if the buffer has no room."""
         begin = self._used
         self._used += -(-nbytes // ALIGNMENT) * ALIGNMENT
         self._wanted = max(self._wanted, self._used)
@@ -55,7 +55,7 @@ class Arena:
 
     @contextmanager
     def lent(self) -> Iterator[None]:
-        """What is taken within is given back afterwards."""
+        """Take back afterwards what is taken within this context."""
         used = self._used
         try:
             yield

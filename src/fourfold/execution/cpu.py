@@ -1,14 +1,15 @@
-"""What a worker does with a job on the CPU: a scale group, a tensor to copy, a bias.
+"""Scale groups quantized on the CPU.
 
-A scale group is loaded once: amax over all of it, then codes and scales of each weight. One that
-is too large for that is read twice, in pieces. Who computes is a choice of its own: the worker's
-thread, or a device that takes the pieces row by row (`device.ByRows`).
+A group is loaded once: the largest magnitude over all of it first, then codes and scales of each
+weight. A group that is too large to be held is read twice, in pieces, if its algorithm works row
+by row. Who computes the pieces is a choice of its own: the worker's thread (`CPUKernels`), or a
+GPU that takes some rows at a time (`gpu.GPUKernels`).
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,150 +17,96 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from fourfold.calibration.scales import ActivationScales
+from fourfold.algorithms.base import ALGORITHMS, Figures, RowwiseAlgorithm, Weight
 from fourfold.execution.buffers import Arena
-from fourfold.execution.results import Figures, LinearResult, finish_group, scalar
-from fourfold.formats import nvfp4
-from fourfold.formats.nvfp4.tensors import ScaleAlgorithm
-from fourfold.layouts import modelopt
-from fourfold.models.inventory import ExpertBias, LinearWeight, RawTensor
-from fourfold.planning import (
-    COPY_BYTES,
-    GROUP_BYTES,
-    Job,
-    KVScales,
-    ScaleGroup,
-    is_plain,
-    job_bytes,
-)
-from fourfold.storage.safetensors_header import TensorInfo
+from fourfold.execution.context import ExecutionContext
+from fourfold.execution.results import LinearResult, finish_group, row_tensors
+from fourfold.formats.base import FORMATS, WeightFormat
+from fourfold.models.inventory import LinearWeight
+from fourfold.planning import ScaleGroup, is_plain, job_bytes
+from fourfold.storage.safetensors_header import TensorInfo, nbytes_of
 from fourfold.storage.shard_file import ShardFile
-from fourfold.storage.source import Source
 
 
-@dataclass(frozen=True)
-class Task:
-    """What all workers share."""
+class RowKernels(Protocol):
+    """Where rows of weights are quantized, for one format and one way to choose scales."""
 
-    source: Source
-    scales: ActivationScales | None
-    """Of activations, and of the KV cache; None where nothing was calibrated."""
-    algorithm: ScaleAlgorithm
-    is_w4a4: bool
-    computing: threading.Semaphore
-    """Held by those that compute on the CPU."""
-
-    @property
-    def input_scales(self) -> ActivationScales | None:
-        """Of activations, where they are quantized."""
-        return self.scales if self.is_w4a4 else None
-
-
-class Computing(Protocol):
-    """Where the weights of a scale group are quantized."""
-
-    def amax(self, matrix_OI: torch.Tensor, name: str) -> float:
-        """The largest magnitude; `NonFiniteError`, naming `name`, for NaN or Inf."""
+    def amax(self, w_OI: torch.Tensor, name: str) -> float:
+        """Return the largest magnitude. Raises `NonFiniteError`, naming `name`."""
 
     def quantize(
         self,
-        matrix_OI: torch.Tensor,
-        codes: torch.Tensor,
-        scales: torch.Tensor,
-        global_scale: float,
+        w_OI: torch.Tensor,
+        out: Mapping[str, torch.Tensor],
+        group_scale: float | None,
         name: str,
     ) -> tuple[float, float]:
-        """Fill `codes` and `scales`; Σ(w − q·s·S)² and Σw²."""
+        """Fill the buffers of the row parts; return Σ(w − ŵ)² and Σw²."""
 
 
 @dataclass(frozen=True)
-class OnHost:
-    """Computes on the thread that asks, once it is among those that may."""
+class CPUKernels:
+    """Computes on the calling thread, once it is among those that may."""
 
-    algorithm: ScaleAlgorithm
+    format: WeightFormat
+    scale: str
     computing: threading.Semaphore
 
-    def amax(self, matrix_OI: torch.Tensor, name: str) -> float:
+    def amax(self, w_OI: torch.Tensor, name: str) -> float:
         with self.computing:
-            return nvfp4.amax(matrix_OI, name=name)
+            return self.format.amax(w_OI, name=name)
 
     def quantize(
         self,
-        matrix_OI: torch.Tensor,
-        codes: torch.Tensor,
-        scales: torch.Tensor,
-        global_scale: float,
+        w_OI: torch.Tensor,
+        out: Mapping[str, torch.Tensor],
+        group_scale: float | None,
         name: str,
     ) -> tuple[float, float]:
         with self.computing:
-            stats = nvfp4.quantize_into(
-                matrix_OI,
-                codes,
-                scales,
-                scale=self.algorithm,
-                global_scale=global_scale,
-                name=name,
+            return self.format.quantize(
+                w_OI, out, scale=self.scale, group_scale=group_scale, name=name
             )
-        return stats.sum_sq_err, stats.sum_sq_w
 
 
-class HostWorker:
-    """Does jobs one at a time, in memory of its own."""
+def cpu_kernels(context: ExecutionContext, group: ScaleGroup) -> CPUKernels:
+    """Return the kernels of the CPU for a group whose algorithm works row by row."""
+    algorithm = ALGORITHMS[group.scheme.algorithm]
+    assert isinstance(algorithm, RowwiseAlgorithm)
+    return CPUKernels(FORMATS[group.scheme.weights], algorithm.scale, context.computing)
 
-    def __init__(self, task: Task) -> None:
-        self.task, self.arena = task, Arena()
 
-    def run(self, file: ShardFile, jobs: Sequence[Job]) -> list[LinearResult]:
-        """Do some jobs, and give the figures of the linear weights that they quantize."""
-        return [result for job in jobs for result in self._run(file, job)]
+class CPUBackend:
+    """Quantizes scale groups one at a time, in memory that is used again for the next."""
 
-    def run_group(
-        self, file: ShardFile, group: ScaleGroup, computing: Computing
+    def __init__(self, context: ExecutionContext, arena: Arena) -> None:
+        self.context, self.arena = context, arena
+
+    def run(self, file: ShardFile, groups: Sequence[ScaleGroup]) -> list[LinearResult]:
+        """Quantize some groups of a shard."""
+        return [result for group in groups for result in self.quantize(file, group)]
+
+    def quantize(
+        self, file: ShardFile, group: ScaleGroup, kernels: RowKernels | None = None
     ) -> list[LinearResult]:
-        """Quantize one scale group that the host holds, or reads in pieces."""
+        """Quantize one group; `kernels` compute its rows, by default those of the CPU."""
         self.arena.reset()
-        return _Group(self.task, file, group, self.arena, computing).run()
+        return _Group(self.context, file, group, self.arena).run(kernels)
 
-    def rest(self) -> None:
-        """Give the memory back, until there are jobs again."""
+    def free(self) -> None:
+        """Give the memory back."""
         self.arena.free()
-
-    def _run(self, file: ShardFile, job: Job) -> list[LinearResult]:
-        task = self.task
-        self.arena.reset()
-        match job:
-            case ScaleGroup():
-                return self.run_group(file, job, OnHost(task.algorithm, task.computing))
-            case ExpertBias():
-                slab = task.source.slab(job.region.key, *job.region.slab)
-                bias = job.region.view(slab).contiguous()
-                file.write(f"{job.name}.bias", bias.view(torch.uint8).numpy())
-            case RawTensor():
-                _copy(task.source, file, job.info.key, job.info.nbytes, self.arena)
-            case KVScales():
-                assert task.scales is not None
-                for name, value in zip((job.k_name, job.v_name), task.scales.kv(job), strict=True):
-                    file.write(name, scalar(value))
-        return []
 
 
 def slab_bytes(info: TensorInfo, start: int, stop: int) -> int:
-    """Bytes of a range of a tensor's first dimension."""
+    """Return the bytes of a range of a tensor's first dimension."""
     return info.nbytes // info.shape[0] * (stop - start)
 
 
 def label_of(linear: LinearWeight, info: TensorInfo, start: int = 0) -> str:
-    """How an error names a weight, or its rows from `start` on."""
+    """Return how an error names a weight, or its rows from `start` on."""
     rows = f", rows from {start}" if start else ""
     return f"{linear.name} ({info.key} in {info.file.name}{rows})"
-
-
-def _copy(source: Source, file: ShardFile, key: str, nbytes: int, arena: Arena) -> None:
-    buffer = arena.take(min(nbytes, COPY_BYTES)).numpy()
-    for begin in range(0, nbytes, COPY_BYTES):
-        piece = buffer[: min(COPY_BYTES, nbytes - begin)]
-        source.read_bytes(key, begin, piece)
-        file.write(key, piece, begin)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,42 +120,76 @@ class _Piece:
 
 
 class _Group:
-    """Quantizes one scale group: amax over all of it, then codes and scales of each weight."""
+    """One scale group while it is quantized."""
 
     def __init__(
-        self, task: Task, file: ShardFile, group: ScaleGroup, arena: Arena, computing: Computing
+        self, context: ExecutionContext, file: ShardFile, group: ScaleGroup, arena: Arena
     ) -> None:
-        self.task, self.source, self.computing = task, task.source, computing
+        self.context, self.source = context, context.source
         self.file, self.group, self.arena = file, group, arena
+        self.format = FORMATS[group.scheme.weights]
+        self.algorithm = ALGORITHMS[group.scheme.algorithm]
         self.slabs: dict[tuple[str, int, int], torch.Tensor] = {}
-        self.is_held = job_bytes(group) <= GROUP_BYTES
+        is_rowwise = isinstance(self.algorithm, RowwiseAlgorithm)
+        self.is_held = not is_rowwise or job_bytes(group) <= context.plan.limits.group_bytes
 
-    def run(self) -> list[LinearResult]:
+    def run(self, kernels: RowKernels | None) -> list[LinearResult]:
+        if isinstance(self.algorithm, RowwiseAlgorithm):
+            group_scale, figures = self._by_rows(kernels or cpu_kernels(self.context, self.group))
+        else:
+            group_scale, figures = self._whole()
+        return finish_group(self.context, self.file, self.group, group_scale, figures)
+
+    def _whole(self) -> tuple[float | None, dict[str, Figures]]:
+        """Hand the whole group to an algorithm that needs to see it at once."""
+        linears = self.group.linears
+        pieces = [_Piece(x, 0, x.shape[0], x.region.slab) for x in linears]
+        weights = [
+            Weight(
+                linear.name,
+                self._load(piece),
+                self._buffers(linear.shape),
+                self.context.statistics_of(linear, self.algorithm.needs),
+            )
+            for linear, piece in zip(linears, pieces, strict=True)
+        ]
+        with self.context.computing:
+            group_scale, figures = self.algorithm.quantize(weights, self.format)
+        for weight, piece in zip(weights, pieces, strict=True):
+            self._write(piece, weight.out)
+        return group_scale, {
+            linear.name: found for linear, found in zip(linears, figures, strict=True)
+        }
+
+    def _by_rows(self, kernels: RowKernels) -> tuple[float | None, dict[str, Figures]]:
         pieces = [piece for linear in self.group.linears for piece in self._pieces(linear)]
-        found = {linear.name: Figures() for linear in self.group.linears}
+        figures = {linear.name: Figures() for linear in self.group.linears}
         for piece in pieces:
-            with self._passing():
-                amax = self.computing.amax(self._load(piece), self._label(piece))
-            figures = found[piece.linear.name]
-            figures.amax = max(figures.amax, amax)
-        global_scale = nvfp4.global_scale(max(each.amax for each in found.values()))
+            with self._one_at_a_time():
+                amax = kernels.amax(self._load(piece), self._label(piece))
+            of_weight = figures[piece.linear.name]
+            of_weight.amax = max(of_weight.amax, amax)
+        group_scale = self.format.group_scale(max(x.amax for x in figures.values()))
         for piece in pieces:
-            with self._passing():
-                error, energy = self._quantize(piece, global_scale)
-            found[piece.linear.name].sum_sq_err += error
-            found[piece.linear.name].sum_sq_w += energy
-        scales = self.task.input_scales
-        return finish_group(self.file, scales, self.group.linears, global_scale, found)
+            with self._one_at_a_time():
+                w_OI = self._load(piece)
+                out = self._buffers((w_OI.shape[0], w_OI.shape[1]))
+                error, energy = kernels.quantize(w_OI, out, group_scale, piece.linear.name)
+                self._write(piece, out)
+            figures[piece.linear.name].sum_sq_err += error
+            figures[piece.linear.name].sum_sq_w += energy
+        return group_scale, figures
 
-    def _passing(self) -> AbstractContextManager[None]:
-        """Of a group that is not held, memory holds one piece at a time."""
+    def _one_at_a_time(self) -> AbstractContextManager[None]:
+        """If the group is not held, give the memory of each piece back after it."""
         return nullcontext() if self.is_held else self.arena.lent()
 
     def _pieces(self, linear: LinearWeight) -> Sequence[_Piece]:
         region, rows = linear.region, linear.shape[0]
         if self.is_held or not is_plain(region):
             return [_Piece(linear, 0, rows, region.slab)]
-        step = max(1, GROUP_BYTES // 4 // slab_bytes(self.source.tensors[region.key], 0, 1))
+        row_bytes = slab_bytes(self.source.tensors[region.key], 0, 1)
+        step = max(1, self.context.plan.limits.group_bytes // 4 // row_bytes)
         first = region.rows.start
         return [
             _Piece(linear, at, min(at + step, rows), (first + at, first + min(at + step, rows)))
@@ -220,16 +201,16 @@ class _Group:
         region = piece.linear.region
         slab = self._slab(region.key, *piece.slab)
         if piece.slab == region.slab:
-            matrix = region.view(slab)
+            w_OI = region.view(slab)
         else:
             assert region.cols is not None
-            matrix = slab[:, region.cols.slice]
-        return matrix if matrix.stride(1) == 1 else _contiguous(matrix, self.arena)
+            w_OI = slab[:, region.cols.slice]
+        return w_OI if w_OI.stride(1) == 1 else _contiguous(w_OI, self.arena)
 
     def _slab(self, key: str, start: int, stop: int) -> torch.Tensor:
-        found = self.slabs.get((key, start, stop))
-        if found is not None:
-            return found
+        held = self.slabs.get((key, start, stop))
+        if held is not None:
+            return held
         buffer = self.arena.take(slab_bytes(self.source.tensors[key], start, stop))
         slab = self.source.slab(key, start, stop, buffer.numpy())
         if self.is_held:
@@ -240,22 +221,23 @@ class _Group:
         info = self.source.tensors[piece.linear.region.key]
         return label_of(piece.linear, info, piece.start)
 
-    def _quantize(self, piece: _Piece, global_scale: float) -> tuple[float, float]:
-        matrix, name = self._load(piece), piece.linear.name
-        rows, width = matrix.shape
-        codes = self.arena.take(rows * width // 2).view(rows, width // 2)
-        scales = self.arena.take(rows * width // 16).view(rows, width // 16)
-        found = self.computing.quantize(matrix, codes, scales, global_scale, name)
-        at = piece.start * width
-        self.file.write(f"{name}.{modelopt.CODES}", codes.numpy(), at // 2)
-        self.file.write(f"{name}.{modelopt.BLOCK_SCALE}", scales.numpy(), at // 16)
-        return found
+    def _buffers(self, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
+        """Buffers for the row parts of some rows `[rows, in]`."""
+        return {
+            part: self.arena.take(nbytes_of(*spec)).view(shape[0], -1)
+            for part, spec in self.format.row_parts(shape).items()
+        }
+
+    def _write(self, piece: _Piece, out: Mapping[str, torch.Tensor]) -> None:
+        tensors = row_tensors(self.context, self.group, piece.linear)
+        for tensor, buffer in zip(tensors, out.values(), strict=True):
+            self.file.write(tensor.name, buffer.numpy(), piece.start * buffer.shape[1])
 
 
-def _contiguous(matrix: torch.Tensor, arena: Arena) -> torch.Tensor:
-    """A copy with contiguous rows, on this thread alone."""
-    size = matrix.element_size()
+def _contiguous(w_OI: torch.Tensor, arena: Arena) -> torch.Tensor:
+    """A copy with contiguous rows, made on this thread alone."""
+    size = w_OI.element_size()
     words = {2: torch.uint16, 4: torch.uint32}[size]
-    copy = arena.take(matrix.numel() * size).view(words).view(matrix.shape)
-    np.copyto(copy.numpy(), matrix.view(words).numpy())
-    return copy.view(matrix.dtype)
+    copy = arena.take(w_OI.numel() * size).view(words).view(w_OI.shape)
+    np.copyto(copy.numpy(), w_OI.view(words).numpy())
+    return copy.view(w_OI.dtype)

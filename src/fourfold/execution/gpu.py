@@ -1,201 +1,246 @@
-"""What a worker does with scale groups on a device: many of them in one go.
+"""Scale groups quantized on a GPU, many of them at a time.
 
-    disk ─read─▶ pinned ─copy─▶ device: largest magnitudes ─▶ host: global scales
+    disk ─read─▶ pinned ─copy─▶ device: largest magnitudes ─▶ host: group scales
                                 device: codes, scales ─copy─▶ pinned ─write─▶ shard
 
-Everything between two waits is queued on the worker's own stream: a device works for one worker
+Everything between two waits is queued on the worker's own stream: the device works for one worker
 while the others read, write and copy. A batch is written when all of it was computed, so that it
-can be done again where the memory runs out. Its bytes are those of the CPU.
+can be done again if memory runs out. Its bytes are those of the CPU.
 
-Shapes: N weights of one size and dtype, X elements each; C bytes of codes, B block scales.
+Shapes: N weights of one size, dtype and scheme; X elements of each; P bytes of one part.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from traceback import clear_frames
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from fourfold.execution.cpu import HostWorker, OnHost, Task, label_of, slab_bytes
-from fourfold.execution.results import Figures, LinearResult, finish_group
+from fourfold.algorithms.base import Figures
+from fourfold.execution.context import ExecutionContext
+from fourfold.execution.cpu import CPUBackend, CPUKernels, cpu_kernels, label_of, slab_bytes
+from fourfold.execution.results import LinearResult, finish_group, row_tensors
 from fourfold.execution.streams import (
-    Lane,
-    Lanes,
+    BufferPool,
+    BufferSet,
     Need,
-    fill,
+    can_batch,
     is_out_of_memory,
     need_of,
+    part_bytes,
     rows_that_fit,
 )
-from fourfold.formats import nvfp4
-from fourfold.formats.nvfp4.tensors import BLOCK_SIZE, ScaleAlgorithm
-from fourfold.layouts import modelopt
+from fourfold.formats.base import FORMATS
+from fourfold.formats.scheme import Scheme
 from fourfold.models.inventory import LinearWeight
 from fourfold.models.regions import Region
-from fourfold.planning import Job, ScaleGroup
-from fourfold.storage.safetensors_header import TensorInfo
+from fourfold.planning import ScaleGroup
 from fourfold.storage.shard_file import ShardFile
 from fourfold.storage.units import size
 
 
-class DeviceWorker:
-    """Does scale groups in a lane of a device, and every other job as on the CPU."""
+class GPUBackend:
+    """Quantizes scale groups on a GPU, and those that do not fit there on the CPU."""
 
-    def __init__(self, task: Task, lanes: Lanes) -> None:
-        self.task, self.lanes, self.lane = task, lanes, lanes.lane()
-        self.host = HostWorker(task)
-        self.on_host = OnHost(task.algorithm, task.computing)
+    def __init__(self, context: ExecutionContext, pool: BufferPool, cpu: CPUBackend) -> None:
+        self.context, self.pool, self.cpu = context, pool, cpu
+        self.buffers = pool.buffer_set()
 
-    def run(self, file: ShardFile, jobs: Sequence[Job]) -> list[LinearResult]:
-        """Do some jobs; the scale groups among them in batches that fit, smaller if need be."""
-        waiting = [job for job in jobs if isinstance(job, ScaleGroup)]
-        results = self.host.run(file, [job for job in jobs if not isinstance(job, ScaleGroup)])
+    def run(self, file: ShardFile, groups: Sequence[ScaleGroup]) -> list[LinearResult]:
+        """Quantize some groups of a shard, in batches that fit."""
+        results = self.cpu.run(file, [group for group in groups if not can_batch(group)])
+        waiting = [group for group in groups if can_batch(group)]
         while waiting:
-            room = self.lanes.room
-            batch = fill(waiting, room, self.task.source.tensors)
-            made = self._try(file, batch, room)
-            if made is None and self.lanes.halve(room):
+            room = self.pool.room
+            batch = self._that_fit(waiting, room)
+            done = self._try(file, batch, room)
+            if done is None and self.pool.halve(room):
                 continue
-            if made is None:
-                self.lanes.leave_to_host(batch[0].name, "out of memory")
-                made = self.host.run(file, batch)
-            results += made
+            if done is None:
+                self.pool.leave_to_cpu(batch[0].name, "out of memory")
+                done = self.cpu.run(file, batch)
+            results += done
             del waiting[: len(batch)]
         return results
 
-    def rest(self) -> None:
-        """Give the memory back, until there are jobs again."""
-        self.host.rest()
-        self.lane.free()
+    def free(self) -> None:
+        """Give the memory back."""
+        self.cpu.free()
+        self.buffers.free()
+
+    def _that_fit(self, groups: Sequence[ScaleGroup], room: int) -> Sequence[ScaleGroup]:
+        """The first groups that fit together; the first one alone if it does not fit."""
+        tensors = self.context.source.tensors
+        needs = accumulate(need_of(group, tensors) for group in groups)
+        return groups[: max(1, sum(need.room <= room for need in needs))]
 
     def _try(
         self, file: ShardFile, batch: Sequence[ScaleGroup], room: int
     ) -> list[LinearResult] | None:
-        """Do a batch; None where the memory ran out, and all that the batch had was given back."""
+        """Do a batch; None if memory ran out, and everything that the batch took was freed."""
         try:
             return self._do(file, batch, room)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             clear_frames(error.__traceback__)  # they hold buffers, and may be in a cycle
-        self.lane.free()
+        self.buffers.free()
         return None
 
     def _do(self, file: ShardFile, batch: Sequence[ScaleGroup], room: int) -> list[LinearResult]:
-        tensors = self.task.source.tensors
+        tensors = self.context.source.tensors
         need = sum((need_of(group, tensors) for group in batch), Need())
         if need.room <= room:
-            self.lane.begin(room)
-            return _Batch(self.task, file, batch, self.lane, self.on_host, need).run()
+            self.buffers.begin(room)
+            return _Batch(self.context, file, batch, self.buffers, need).run()
         (group,) = batch  # one that does not fit is alone
+        fmt = FORMATS[group.scheme.weights]
         for linear in group.linears:
             itemsize = tensors[linear.region.key].torch_dtype.itemsize
-            if not rows_that_fit(room, linear.shape[1], itemsize):
-                little = f"{size(self.lanes.nbytes)} of its memory are too little"
-                self.lanes.leave_to_host(linear.name, little)
-                return self.host.run(file, batch)
-        return self.host.run_group(file, group, ByRows(self.lane, room, self.on_host))
+            if not rows_that_fit(fmt, room, linear.shape[1], itemsize):
+                reason = f"{size(self.pool.nbytes)} of its memory are too little"
+                self.pool.leave_to_cpu(linear.name, reason)
+                return self.cpu.run(file, batch)
+        kernels = GPUKernels(self.buffers, room, cpu_kernels(self.context, group))
+        return self.cpu.quantize(file, group, kernels)
 
 
 class _Stack:
-    """Weights of one size and dtype: on the device, and what is made of them, there and here."""
+    """Weights of one size and dtype on the device, and their parts, there and on the host."""
 
-    def __init__(self, lane: Lane, count: int, numel: int, dtype: torch.dtype) -> None:
-        self.lane = lane
-        sizes = (numel // 2, numel // BLOCK_SIZE)
-        onboard, host = lane.onboard, lane.host
+    def __init__(
+        self,
+        buffers: BufferSet,
+        kernels: CPUKernels,
+        count: int,
+        numel: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self.buffers, self.kernels = buffers, kernels
+        sizes = part_bytes(kernels.format, numel)
+        onboard, host = buffers.onboard, buffers.host
         self.w_NX = onboard.take(count * numel * dtype.itemsize).view(dtype).view(count, numel)
-        self._made = [onboard.take(count * each).view(count, each) for each in sizes]
-        self._global_scales = onboard.take(4 * count).view(torch.float32)
-        self._workspace = onboard.take(nvfp4.workspace_bytes(count, numel))
-        self.codes_NC, self.scales_NB = (host.take(count * x).view(count, x) for x in sizes)
-        self.global_scales = host.take(4 * count).view(torch.float32)
+        self._parts = [onboard.take(count * nbytes).view(count, nbytes) for nbytes in sizes]
+        self._group_scales = onboard.take(4 * count).view(torch.float32)
+        self._workspace = onboard.take(kernels.format.workspace_bytes(count, numel))
+        self.parts_NP = [host.take(count * nbytes).view(count, nbytes) for nbytes in sizes]
+        """The row parts on the host, in the order of the format."""
+        self.group_scales = host.take(4 * count).view(torch.float32)
         self.amaxes = host.take(4 * count).view(torch.float32)
         self.figures = host.take(16 * count).view(torch.float64).view(count, 2)
 
     def find_amaxes(self) -> None:
-        """Queue the search for the largest magnitudes: in `amaxes`, after a wait."""
-        with self.lane.stream.current():
-            self.amaxes.copy_(nvfp4.amaxes(self.w_NX), non_blocking=True)
+        """Queue the search for the largest magnitudes; they are in `amaxes` after a wait."""
+        with self.buffers.stream.current():
+            self.amaxes.copy_(self.kernels.format.amaxes(self.w_NX), non_blocking=True)
 
-    def quantize(self, algorithm: ScaleAlgorithm) -> None:
-        """Queue the quantization with `global_scales`: codes, scales, figures, after a wait."""
-        with self.lane.stream.current():
-            self._global_scales.copy_(self.global_scales, non_blocking=True)
-            figures = nvfp4.quantize_batch_into(
+    def quantize(self) -> None:
+        """Queue the quantization with `group_scales`; parts and figures are there after a wait."""
+        with self.buffers.stream.current():
+            self._group_scales.copy_(self.group_scales, non_blocking=True)
+            figures = self.kernels.format.quantize_batch(
                 self.w_NX,
-                *self._made,
-                scale=algorithm,
-                global_scales=self._global_scales,
+                self._parts,
+                scale=self.kernels.scale,
+                group_scales=self._group_scales,
                 workspace=self._workspace,
             )
-            for host, made in zip((self.codes_NC, self.scales_NB), self._made, strict=True):
-                host.copy_(made, non_blocking=True)
+            for host, onboard in zip(self.parts_NP, self._parts, strict=True):
+                host.copy_(onboard, non_blocking=True)
             self.figures.copy_(figures, non_blocking=True)
+
+    def out(self, n: int, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
+        """The host's buffers of weight `n` as `WeightFormat.quantize` takes them."""
+        names = self.kernels.format.row_parts(shape)
+        return {
+            name: part_NP[n].view(shape[0], -1)
+            for name, part_NP in zip(names, self.parts_NP, strict=True)
+        }
+
+
+class _Alike(NamedTuple):
+    """What the weights of one stack have in common."""
+
+    numel: int
+    dtype: torch.dtype
+    scheme: Scheme
 
 
 class _Batch:
-    """Some scale groups, quantized in one go."""
+    """Some scale groups, quantized together."""
 
     def __init__(
         self,
-        task: Task,
+        context: ExecutionContext,
         file: ShardFile,
         groups: Sequence[ScaleGroup],
-        lane: Lane,
-        on_host: OnHost,
+        buffers: BufferSet,
         need: Need,
     ) -> None:
-        self.task, self.file, self.groups, self.lane = task, file, groups, lane
-        self.on_host = on_host
-        self.tensors = task.source.tensors
-        self._scratch = lane.onboard.take(need.scratch)
+        self.context, self.file, self.groups, self.buffers = context, file, groups, buffers
+        self.tensors = context.source.tensors
+        self._scratch = buffers.onboard.take(need.scratch)
         self._in_scratch: tuple[str, int, int] | None = None
         self._slabs: dict[tuple[str, int, int], torch.Tensor] = {}
-        self.stacks = list(_stacked(groups, self.tensors, lane))
+        self._group_of = {linear.name: group for group in groups for linear in group.linears}
+        self.stacks = list(self._stacked())
 
     def run(self) -> list[LinearResult]:
         self._load()
-        found = self._amaxes()
-        global_scales = {
-            linear.name: nvfp4.global_scale(max(found[x.name].amax for x in group.linears))
+        figures = self._amaxes()
+        group_scales = {
+            group.name: FORMATS[group.scheme.weights].group_scale(
+                max(figures[linear.name].amax for linear in group.linears)
+            )
             for group in self.groups
-            for linear in group.linears
         }
-        self._quantize(global_scales, found)
+        self._quantize(group_scales, figures)
         self._write()
-        scales = self.task.input_scales
         return [
             result
             for group in self.groups
             for result in finish_group(
-                self.file, scales, group.linears, global_scales[group.linears[0].name], found
+                self.context, self.file, group, group_scales[group.name], figures
             )
         ]
 
+    def _stacked(self) -> Iterator[tuple[list[LinearWeight], _Stack]]:
+        """The groups' weights, those that are alike together, in their order."""
+        alike: dict[_Alike, list[LinearWeight]] = {}
+        for group in self.groups:
+            for linear in group.linears:
+                dtype = self.tensors[linear.region.key].torch_dtype
+                kind = _Alike(math.prod(linear.shape), dtype, group.scheme)
+                alike.setdefault(kind, []).append(linear)
+        for kind, linears in alike.items():
+            kernels = cpu_kernels(self.context, self._group_of[linears[0].name])
+            yield linears, _Stack(self.buffers, kernels, len(linears), kind.numel, kind.dtype)
+
     def _load(self) -> None:
-        """Read all weights, and queue their copies: each is on its way while the next is read."""
+        """Read all weights, and queue their copies: each is copied while the next is read."""
         for linears, stack in self.stacks:
             for linear, w_X in zip(linears, stack.w_NX, strict=True):
-                slab = self._slab(linear.region)  # of a live model: not on this lane's stream
-                with self.lane.stream.current():
+                slab = self._slab(linear.region)  # outside the stream: a live source has its own
+                with self.buffers.stream.current():
                     self._place(linear.region, slab, w_X.view(linear.shape))
 
     def _slab(self, region: Region) -> torch.Tensor:
-        """What a region lies in, in pinned memory."""
-        found = self._slabs.get((region.key, *region.slab))
-        if found is not None:
-            return found
-        buffer = self.lane.host.take(slab_bytes(self.tensors[region.key], *region.slab))
-        slab = self.task.source.slab(region.key, *region.slab, buffer.numpy())
+        """The slab that a region lies in, in pinned memory."""
+        held = self._slabs.get((region.key, *region.slab))
+        if held is not None:
+            return held
+        buffer = self.buffers.host.take(slab_bytes(self.tensors[region.key], *region.slab))
+        slab = self.context.source.slab(region.key, *region.slab, buffer.numpy())
         self._slabs[region.key, *region.slab] = slab
         return slab
 
     def _place(self, region: Region, slab: torch.Tensor, out_OI: torch.Tensor) -> None:
-        """Queue a weight's way into its stack; what is strided is made contiguous up there."""
+        """Queue the copy of a weight into its stack; a strided one is made contiguous there."""
         matrix = region.view(slab)
         if not matrix.is_contiguous():
             there = self._scratch[: slab.nbytes].view(slab.dtype).view(slab.shape)
@@ -209,112 +254,102 @@ class _Batch:
         """The largest magnitude of each weight; `NonFiniteError` for NaN and Inf."""
         for _, stack in self.stacks:
             stack.find_amaxes()
-        self.lane.stream.wait()
-        found = {}
+        self.buffers.stream.wait()
+        figures = {}
         for linears, stack in self.stacks:
             for linear, amax in zip(linears, stack.amaxes.tolist(), strict=True):
                 if not math.isfinite(amax):
                     label = label_of(linear, self.tensors[linear.region.key])
-                    amax = self.on_host.amax(self._matrix(linear), label)
-                found[linear.name] = Figures(amax)
-        return found
+                    amax = stack.kernels.amax(self._matrix(linear), label)
+                figures[linear.name] = Figures(amax)
+        return figures
 
-    def _quantize(self, global_scales: Mapping[str, float], found: Mapping[str, Figures]) -> None:
-        """Codes and scales of all weights into pinned memory, figures into `found`."""
+    def _quantize(
+        self, group_scales: Mapping[str, float | None], figures: Mapping[str, Figures]
+    ) -> None:
+        """Compute the parts of all weights into pinned memory, and complete their figures."""
         for linears, stack in self.stacks:
             for n, linear in enumerate(linears):
-                stack.global_scales[n] = global_scales[linear.name]
-            stack.quantize(self.task.algorithm)
-        self.lane.stream.wait()
+                stack.group_scales[n] = group_scales[self._group_of[linear.name].name] or 1.0
+            stack.quantize()
+        self.buffers.stream.wait()
         for linears, stack in self.stacks:
-            for n, (linear, figures) in enumerate(
-                zip(linears, stack.figures.tolist(), strict=True)
-            ):
-                if not all(map(math.isfinite, figures)):
-                    rows = linear.shape[0]
-                    figures = self.on_host.quantize(
+            for n, (linear, sums) in enumerate(zip(linears, stack.figures.tolist(), strict=True)):
+                if not all(map(math.isfinite, sums)):
+                    sums = stack.kernels.quantize(
                         self._matrix(linear),
-                        stack.codes_NC[n].view(rows, -1),
-                        stack.scales_NB[n].view(rows, -1),
-                        global_scales[linear.name],
+                        stack.out(n, linear.shape),
+                        group_scales[self._group_of[linear.name].name],
                         linear.name,
                     )
-                found[linear.name].sum_sq_err, found[linear.name].sum_sq_w = figures
+                figures[linear.name].sum_sq_err, figures[linear.name].sum_sq_w = sums
 
     def _write(self) -> None:
         for linears, stack in self.stacks:
             for n, linear in enumerate(linears):
-                self.file.write(f"{linear.name}.{modelopt.CODES}", stack.codes_NC[n].numpy())
-                self.file.write(f"{linear.name}.{modelopt.BLOCK_SCALE}", stack.scales_NB[n].numpy())
+                tensors = row_tensors(self.context, self._group_of[linear.name], linear)
+                for tensor, part_NP in zip(tensors, stack.parts_NP, strict=True):
+                    self.file.write(tensor.name, part_NP[n].numpy())
 
     def _matrix(self, linear: LinearWeight) -> torch.Tensor:
         """A weight as it lies in the host's memory."""
         return linear.region.view(self._slab(linear.region))
 
 
-def _stacked(
-    groups: Sequence[ScaleGroup], tensors: Mapping[str, TensorInfo], lane: Lane
-) -> Iterator[tuple[list[LinearWeight], _Stack]]:
-    """The groups' weights, those of one size and dtype together, in their order."""
-    alike: dict[tuple[int, torch.dtype], list[LinearWeight]] = {}
-    for group in groups:
-        for linear in group.linears:
-            kind = math.prod(linear.shape), tensors[linear.region.key].torch_dtype
-            alike.setdefault(kind, []).append(linear)
-    for (numel, dtype), linears in alike.items():
-        yield linears, _Stack(lane, len(linears), numel, dtype)
+class GPUKernels:
+    """Computes weights that are too large for a batch on the GPU, some rows at a time."""
 
+    def __init__(self, buffers: BufferSet, room: int, cpu: CPUKernels) -> None:
+        """Create the kernels.
 
-class ByRows:
-    """Computes weights that are too large for a lane there all the same, some rows at a time."""
+        Args:
+            buffers: The worker's buffers.
+            room: Their size in bytes.
+            cpu: The CPU's kernels, for weights of which the device finds no finite figures.
+        """
+        self.buffers, self.room, self.cpu = buffers, room, cpu
 
-    def __init__(self, lane: Lane, room: int, on_host: OnHost) -> None:
-        """on_host: for what the device finds no figures of; it says what is wrong with it."""
-        self.lane, self.room, self.on_host = lane, room, on_host
-
-    def amax(self, matrix_OI: torch.Tensor, name: str) -> float:
+    def amax(self, w_OI: torch.Tensor, name: str) -> float:
         largest = 0.0
-        for _, stack in self._parts(matrix_OI):
+        for _, stack in self._parts(w_OI):
             stack.find_amaxes()
-            self.lane.stream.wait()
+            self.buffers.stream.wait()
             amax = float(stack.amaxes[0])
             if not math.isfinite(amax):
-                return self.on_host.amax(matrix_OI, name)
+                return self.cpu.amax(w_OI, name)
             largest = max(largest, amax)
         return largest
 
     def quantize(
         self,
-        matrix_OI: torch.Tensor,
-        codes: torch.Tensor,
-        scales: torch.Tensor,
-        global_scale: float,
+        w_OI: torch.Tensor,
+        out: Mapping[str, torch.Tensor],
+        group_scale: float | None,
         name: str,
     ) -> tuple[float, float]:
         error = energy = 0.0
-        for rows, stack in self._parts(matrix_OI):
-            stack.global_scales[0] = global_scale
-            stack.quantize(self.on_host.algorithm)
-            self.lane.stream.wait()
-            np.copyto(codes[rows].numpy().reshape(-1), stack.codes_NC[0].numpy())
-            np.copyto(scales[rows].numpy().reshape(-1), stack.scales_NB[0].numpy())
+        for rows, stack in self._parts(w_OI):
+            stack.group_scales[0] = group_scale or 1.0
+            stack.quantize()
+            self.buffers.stream.wait()
+            for buffer, part_NP in zip(out.values(), stack.parts_NP, strict=True):
+                np.copyto(buffer[rows].numpy().reshape(-1), part_NP[0].numpy())
             error, energy = error + float(stack.figures[0, 0]), energy + float(stack.figures[0, 1])
         if math.isfinite(error) and math.isfinite(energy):
             return error, energy
-        return self.on_host.quantize(matrix_OI, codes, scales, global_scale, name)
+        return self.cpu.quantize(w_OI, out, group_scale, name)
 
-    def _parts(self, matrix_OI: torch.Tensor) -> Iterator[tuple[slice, _Stack]]:
-        """As many rows as fit, on their way to the device; and the next when these were dealt
-        with."""
-        rows, width = matrix_OI.shape
-        step = rows_that_fit(self.room, width, matrix_OI.itemsize)
+    def _parts(self, w_OI: torch.Tensor) -> Iterator[tuple[slice, _Stack]]:
+        """Yield as many rows as fit, on their way to the device; then the next ones."""
+        rows, width = w_OI.shape
+        step = rows_that_fit(self.cpu.format, self.room, width, w_OI.itemsize)
         for begin in range(0, rows, step):
-            part = matrix_OI[begin : begin + step]
-            self.lane.begin(self.room)
-            stack = _Stack(self.lane, 1, part.numel(), part.dtype)
-            staged = self.lane.host.take(part.nbytes).view(part.dtype).view(part.shape)
+            part = w_OI[begin : begin + step]
+            self.buffers.begin(self.room)
+            stack = _Stack(self.buffers, self.cpu, 1, part.numel(), part.dtype)
+            staged = self.buffers.host.take(part.nbytes).view(part.dtype).view(part.shape)
             words = {2: torch.int16, 4: torch.int32}[part.itemsize]
             np.copyto(staged.view(words).numpy(), part.view(words).numpy())
-            with self.lane.stream.current():
+            with self.buffers.stream.current():
                 stack.w_NX.view(part.shape).copy_(staged, non_blocking=True)
             yield slice(begin, begin + len(part)), stack

@@ -1,5 +1,5 @@
-"""What quantizing a linear weight gave: figures for the journal and the summary, and scalars that
-are written beside its codes."""
+"""What quantizing a linear weight yields: figures for the summary, and the single numbers that are
+written beside its codes."""
 
 from __future__ import annotations
 
@@ -8,126 +8,133 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from fourfold.calibration.scales import ActivationScales
-from fourfold.errors import PlanError
-from fourfold.layouts import modelopt
+from fourfold.algorithms.base import Figures
+from fourfold.errors import WeightLostError
+from fourfold.execution.context import ExecutionContext
+from fourfold.formats.base import FORMATS, WeightFormat
+from fourfold.layouts.base import TensorSpec
 from fourfold.models.inventory import LinearWeight
+from fourfold.planning import ScaleGroup
 from fourfold.storage.shard_file import ShardFile
-
-WORST_ERROR = 0.35
-"""Relative error of a weight that NVFP4 cannot hold; real ones have 0.1, and heavy tails 0.2."""
-
-SMALLEST = 2.0**-10
-"""Of what the smallest block scale, 2⁻⁹, leaves no code but 0 and ±0.5, in units of the global
-scale. An error that small is no float32 in these units."""
 
 
 @dataclass(frozen=True, slots=True)
 class LinearResult:
-    """What quantizing one linear weight gave."""
+    """The figures of one quantized linear weight."""
 
     name: str
     role: str
     shape: tuple[int, int]
-    global_scale: float
+    global_scale: float | None
+    """The scale that the weight's scale group shares; None for a format without one."""
     amax: float
     layer: int | None
     expert: int | None
     input_amax: float | None
-    """The largest input that this linear weight saw; None where it saw none."""
+    """The largest input that this linear weight saw; None if it saw none."""
     input_scale: float | None
     tokens: int | None
-    """Tokens that were routed to an expert, or rows that a linear layer saw, in calibration."""
+    """The tokens routed to an expert, or the rows that a linear layer saw, in calibration."""
     sum_sq_err: float
-    """Σ(w − q·s·S)²."""
+    """Σ(w − ŵ)²."""
     sum_sq_w: float
     """Σw²."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LinearResult:
-        """What `asdict` gave, as a journal keeps it."""
+        """Return the result that `dataclasses.asdict` turned into `values`."""
         return cls(**{**values, "shape": tuple(values["shape"])})
 
     @property
     def relative_error(self) -> float:
-        """Relative Frobenius error ‖w − ŵ‖/‖w‖; 0 for an all-zero weight."""
+        """The relative Frobenius error ‖w − ŵ‖/‖w‖; 0 for an all-zero weight."""
         return math.sqrt(self.sum_sq_err / self.sum_sq_w) if self.sum_sq_w else 0.0
 
 
-@dataclass(slots=True)
-class Figures:
-    """What was found of a linear weight while it was quantized."""
-
-    amax: float = 0.0
-    sum_sq_err: float = 0.0
-    sum_sq_w: float = 0.0
-
-
 def finish_group(
+    context: ExecutionContext,
     file: ShardFile,
-    scales: ActivationScales | None,
-    linears: Sequence[LinearWeight],
-    global_scale: float,
+    group: ScaleGroup,
+    group_scale: float | None,
     figures: Mapping[str, Figures],
 ) -> list[LinearResult]:
-    """Write the scalars of a scale group's weights, whose codes are written, and check them.
+    """Write the single numbers of a scale group, whose codes are written, and check its errors.
 
-    scales: of activations, where they are quantized. figures: by the weights' names.
+    Args:
+        context: The plan that is executed.
+        file: The shard that the group belongs to.
+        group: The scale group.
+        group_scale: The scale that its weights share; None for a format without one.
+        figures: Measurements by the names of the weights.
 
-    Raises `PlanError` for a weight that is lost in NVFP4.
+    Raises:
+        WeightLostError: The format cannot hold one of the weights.
     """
     results = [
-        _finish(file, scales, linear, global_scale, figures[linear.name]) for linear in linears
+        _finish(context, file, group, linear, group_scale, figures[linear.name])
+        for linear in group.linears
     ]
-    _check_errors(results)
+    _check_errors(results, FORMATS[group.scheme.weights])
     return results
 
 
-def scalar(value: float) -> np.ndarray[Any, Any]:
-    """A float32, as a file has it."""
-    return np.array([value], dtype=np.float32)
-
-
 def _finish(
+    context: ExecutionContext,
     file: ShardFile,
-    scales: ActivationScales | None,
+    group: ScaleGroup,
     linear: LinearWeight,
-    global_scale: float,
-    found: Figures,
+    group_scale: float | None,
+    figures: Figures,
 ) -> LinearResult:
-    file.write(f"{linear.name}.{modelopt.GLOBAL_SCALE}", scalar(global_scale))
+    tensors = context.plan.layout.tensors(linear.name, linear.shape, group.scheme)
+
+    def write(part: str, value: float) -> None:
+        file.write(tensors[part].name, context.plan.layout.encode(part, value))
+
+    part = FORMATS[group.scheme.weights].group_part
+    if part is not None:
+        assert group_scale is not None
+        write(part, group_scale)
     input_amax = input_scale = tokens = None
-    if scales is not None:
-        input_scale = scales.input_scale(linear.input_site)
-        input_amax, tokens = scales.own_amax(linear), scales.tokens(linear)
-        file.write(f"{linear.name}.{modelopt.INPUT_SCALE}", scalar(input_scale))
+    if group.scheme.activations is not None and group.scheme.has_input_scale:
+        assert context.scales is not None
+        input_scale = context.scales.input_scale(linear.input_site)
+        input_amax, tokens = context.scales.own_amax(linear), context.scales.tokens(linear)
+        for part in FORMATS[group.scheme.activations].input_parts():
+            write(part, input_scale)
     return LinearResult(
         name=linear.name,
         role=linear.role.value,
         shape=linear.shape,
-        global_scale=global_scale,
-        amax=found.amax,
+        global_scale=group_scale,
+        amax=figures.amax,
         layer=linear.layer,
         expert=linear.expert,
         input_amax=input_amax,
         input_scale=input_scale,
         tokens=tokens,
-        sum_sq_err=found.sum_sq_err,
-        sum_sq_w=found.sum_sq_w,
+        sum_sq_err=figures.sum_sq_err,
+        sum_sq_w=figures.sum_sq_w,
     )
 
 
-def _check_errors(results: Sequence[LinearResult]) -> None:
-    """Refuse weights that no block scale serves: next to others of their scale group they are
-    so small that hardly a code differs from 0."""
+def row_tensors(
+    context: ExecutionContext, group: ScaleGroup, linear: LinearWeight
+) -> list[TensorSpec]:
+    """Return the tensors that hold a weight's row parts, in the order of the format."""
+    tensors = context.plan.layout.tensors(linear.name, linear.shape, group.scheme)
+    return [tensors[part] for part in FORMATS[group.scheme.weights].row_parts(linear.shape)]
+
+
+def _check_errors(results: Sequence[LinearResult], fmt: WeightFormat) -> None:
+    """Raise for weights that are so small beside others of their scale group that hardly a code
+    differs from 0."""
     for result in results:
-        is_lost = 0 < result.amax < result.global_scale * SMALLEST
-        if is_lost or result.relative_error > WORST_ERROR:
+        is_lost = fmt.is_lost(result.amax, result.global_scale)
+        if is_lost or result.relative_error > fmt.worst_error:
             largest = max(results, key=lambda result: result.amax)
-            raise PlanError(
-                f"{result.name}: lost in NVFP4: its weights reach {result.amax:.3g}, those of "
-                f"{largest.name}, which share its global scale, {largest.amax:.3g}. "
+            raise WeightLostError(
+                f"{result.name}: lost in {fmt.title}: its weights reach {result.amax:.3g}, those "
+                f"of {largest.name}, which share its global scale, {largest.amax:.3g}. "
                 "Is the checkpoint damaged? If not, name it under keep."
             )

@@ -1,4 +1,4 @@
-"""Jobs are handed to workers, and shards are opened, filled, synced and noted.
+"""The scheduler: hands jobs to workers, and opens, syncs and records the shards they fill.
 
 A job is one scale group (a few MB: an expert's gate and up), one tensor to copy, or one bias.
 Workers take jobs in the order of the source's bytes; each reads its slabs into its own arena,
@@ -8,94 +8,42 @@ slower of disk and cores sets the pace. A worker has one job in memory, so memor
 whatever the model and however slow the disk; the bytes do not depend on the order of work. A full
 shard is synced and renamed by a thread of its own, while the next one is filled.
 
-On a device, a worker is handed as many scale groups at a time as its lane there takes.
+On a GPU, a worker takes as many scale groups at a time as fit into its buffers there.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from types import TracebackType
 
-from fourfold.calibration.scales import ActivationScales
-from fourfold.distributed.machine import threads_available
-from fourfold.events import OnEvent, ShardWritten, ignore
-from fourfold.execution.cpu import HostWorker, Task
-from fourfold.execution.gpu import DeviceWorker
+from fourfold.events import ShardWritten
+from fourfold.execution.context import ExecutionContext
 from fourfold.execution.results import LinearResult
-from fourfold.execution.streams import Filling, Lanes
-from fourfold.formats.nvfp4.tensors import ScaleAlgorithm
-from fourfold.planning import GROUP_BYTES, WAITING, Job, Plan, job_bytes, slabs_of
-from fourfold.storage.output import OutputFolder
+from fourfold.execution.streams import Need, can_batch, need_of
+from fourfold.execution.worker import Worker
+from fourfold.planning import Job, ScaleGroup, job_bytes, slabs_of
 from fourfold.storage.shard_file import ShardFile
-from fourfold.storage.source import Source
-
-LOOKAHEAD = 16
-"""How many jobs ahead of the workers the disk is told what will be read."""
-
-UNSYNCED = 2
-"""How many full shards may wait for the disk; the workers wait for it beyond that."""
 
 
-@contextmanager
-def folding(
-    plan: Plan,
-    source: Source,
-    out: OutputFolder,
-    *,
-    scales: ActivationScales | None = None,
-    shards: Iterable[int] | None = None,
-    threads: int | None = None,
-    lanes: Lanes | None = None,
-    on_event: OnEvent = ignore,
-    check: Callable[[], None] | None = None,
-) -> Iterator[Folding]:
-    """Write shards of `plan` into `out`, all at once or unit by unit.
+class Scheduler:
+    """Executes a plan, or some of its shards. A context manager: shards that are not finished at
+    its end keep their temporary names."""
 
-    scales: of activations, for a plan that needs them; a unit's must be known when it is folded.
-    shards: numbers of those that are written here, all by default.
-    lanes: on the device that quantizes; the CPU does where there are none.
-    check: called before each job; what it raises ends the work.
-    Shards that are not finished at the end keep their temporary names.
-    """
-    mine = range(len(plan.shards)) if shards is None else shards
-    count = threads or threads_available()
-    work = Folding(plan, source, out, scales, mine, count, lanes, on_event, check)
-    try:
-        yield work
-    finally:
-        work.close()
+    def __init__(self, context: ExecutionContext, shards: Iterable[int] | None = None) -> None:
+        """Create the workers; nothing is written yet.
 
-
-class Folding:
-    """The jobs of a plan, handed to workers, and the shards that they fill."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        source: Source,
-        out: OutputFolder,
-        scales: ActivationScales | None,
-        shards: Iterable[int],
-        threads: int,
-        lanes: Lanes | None,
-        on_event: OnEvent,
-        check: Callable[[], None] | None,
-    ) -> None:
-        self.plan, self.source, self.out, self.on_event = plan, source, out, on_event
-        self.lanes, self.check = lanes, check
-        algorithm = ScaleAlgorithm(plan.recipe.weights.scale)
-        task = Task(
-            source, scales, algorithm, plan.recipe.is_w4a4, computing=threading.Semaphore(threads)
-        )
-        self._workers = [
-            HostWorker(task) if lanes is None else DeviceWorker(task, lanes)
-            for _ in range(threads + WAITING if lanes is None else lanes.count)
-        ]
-        self._unsynced = threading.Semaphore(UNSYNCED)
+        Args:
+            context: The plan and everything that is needed to execute it.
+            shards: Numbers of the shards that are written here; all by default.
+        """
+        self.context, self.plan, self.source = context, context.plan, context.source
+        self.limits = context.plan.limits
+        self._workers = [Worker(context) for _ in range(context.workers)]
+        self._unsynced = threading.Semaphore(self.limits.unsynced)
         self._jobs: Iterator[tuple[_OpenShard, Job]] = iter(())
         self._ahead: deque[tuple[_OpenShard, Job]] = deque()
         self._lock = threading.Lock()
@@ -103,33 +51,59 @@ class Folding:
         self._syncer = ThreadPoolExecutor(1, thread_name_prefix="sync")
         self._syncing: list[Future[None]] = []
         self._open: list[_OpenShard] = []
-        self.shards = tuple(shards)
-        self._done = [0, 0]
-        self._total = sum(job_bytes(job) for x in self.shards for job in plan.shards[x].jobs)
+        self.shards = tuple(range(len(self.plan.shards)) if shards is None else shards)
+        self._shards_done = self._bytes_done = 0
+        self._bytes_total = sum(
+            job_bytes(job) for number in self.shards for job in self.plan.shards[number].jobs
+        )
+
+    def __enter__(self) -> Scheduler:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._syncer.shutdown(wait=True)
+        for shard in self._open:
+            shard.file.close()
 
     def run(self, shards: Iterable[int] | None = None) -> None:
-        """Fill these shards of the plan, those of them that are written here; all by default.
+        """Fill some shards.
 
-        Raises what the first failing worker raised, after all of them have ended.
+        Args:
+            shards: Numbers of shards, of which those are filled that are written here; all by
+                default.
+
+        Raises:
+            FourfoldError: What the first worker that failed raised, after all workers have ended.
         """
         wanted = self.shards if shards is None else sorted(set(self.shards).intersection(shards))
         self._jobs = self._jobs_of(wanted)
-        with ThreadPoolExecutor(len(self._workers), thread_name_prefix="fold") as pool:
+        with ThreadPoolExecutor(len(self._workers), thread_name_prefix="quantize") as pool:
             futures = [pool.submit(self._work, worker) for worker in self._workers]
             try:
                 for future in futures:
                     future.result()
             except BaseException:
-                self._stop()
+                with self._lock:
+                    self._stopped = True
                 raise
         for future in self._syncing:
             if future.done():
                 future.result()
 
+    def finish(self) -> None:
+        """Wait until every shard is on the disk. Raises what went wrong there."""
+        for future in self._syncing:
+            future.result()
+
     def _jobs_of(self, shards: Iterable[int]) -> Iterator[tuple[_OpenShard, Job]]:
         for number in shards:
-            name, shard = self.plan.shard_names[number], self.plan.shards[number]
-            file = self.out.shard(name, shard.tensors)
+            shard = self.plan.shards[number]
+            file = self.context.out.shard(self.plan.shard_names[number], shard.tensors)
             opened = _OpenShard(
                 number, file, shard.unit, len(shard.jobs), sum(map(job_bytes, shard.jobs))
             )
@@ -138,41 +112,51 @@ class Folding:
                 yield opened, job
 
     def _next(self) -> tuple[_OpenShard, list[Job]] | None:
-        """A job, or scale groups of one shard that a lane takes together."""
+        """The next job; or the next scale groups of one shard, as many as a GPU takes together."""
         with self._lock:
-            first = self._ahead_of()
-            if first is None:
+            item = self._peek()
+            if item is None:
                 return None
-            shard, jobs = first[0], [first[1]]
+            shard, job = item
+            jobs = [job]
             self._ahead.popleft()
-            if self.lanes is None:
-                return shard, jobs
-            batch = Filling(self.lanes.room, self.source.tensors)
-            is_open = batch.takes(jobs[0])
-            while is_open and (item := self._ahead_of()) is not None:
-                is_open = item[0] is shard and batch.takes(item[1])
-                if is_open:
-                    jobs.append(self._ahead.popleft()[1])
+            need = self._need_of(job)
+            while need is not None and (item := self._peek()) is not None and item[0] is shard:
+                more = self._need_of(item[1])
+                need = None if more is None else need + more
+                if need is None or not self._fits(need):
+                    break
+                jobs.append(self._ahead.popleft()[1])
             return shard, jobs
 
-    def _ahead_of(self) -> tuple[_OpenShard, Job] | None:
-        """The job that comes next; the disk is told of those after it."""
-        while len(self._ahead) < LOOKAHEAD and not self._stopped:
+    def _need_of(self, job: Job) -> Need | None:
+        """What a job needs of a GPU's buffers; None if it is not one for a batch there."""
+        if self.context.pool is None or not isinstance(job, ScaleGroup) or not can_batch(job):
+            return None
+        return need_of(job, self.source.tensors)
+
+    def _fits(self, need: Need) -> bool:
+        assert self.context.pool is not None
+        return need.room <= self.context.pool.room
+
+    def _peek(self) -> tuple[_OpenShard, Job] | None:
+        """The job that comes next. The system is asked to read ahead for those that follow."""
+        while len(self._ahead) < self.limits.lookahead and not self._stopped:
             item = next(self._jobs, None)
             if item is None:
                 break
-            if job_bytes(item[1]) <= GROUP_BYTES:  # what is larger is read twice, in pieces
+            if job_bytes(item[1]) <= self.limits.group_bytes:  # a larger one is read twice
                 for key, start, stop in slabs_of(item[1]):
                     self.source.will_need(key, start, stop)
             self._ahead.append(item)
         return None if self._stopped or not self._ahead else self._ahead[0]
 
-    def _work(self, worker: HostWorker | DeviceWorker) -> None:
-        """What a worker does: jobs, until there are none or something failed."""
+    def _work(self, worker: Worker) -> None:
+        """Do jobs until there are none, or something failed."""
         try:
             while (item := self._next()) is not None:
-                if self.check is not None:
-                    self.check()
+                if self.context.check is not None:
+                    self.context.check()
                 shard, jobs = item
                 results = worker.run(shard.file, jobs)
                 with self._lock:
@@ -186,44 +170,33 @@ class Folding:
             self._stopped = True
             raise
         finally:
-            worker.rest()
+            worker.free()
 
     def _finish(self, shard: _OpenShard) -> None:
         try:
             self.source.check_unchanged()
             linears = [asdict(result) for result in shard.results]
-            self.out.finish_shard(shard.file, {"linears": linears})
+            self.context.out.finish_shard(shard.file, {"linears": linears})
             self._open.remove(shard)
-            self._tell(shard)
+            self._report(shard)
         except BaseException:
             self._stopped = True
             raise
         finally:
             self._unsynced.release()
 
-    def _tell(self, shard: _OpenShard) -> None:
-        self._done[0] += 1
-        self._done[1] += shard.source_bytes
-        shards_done, bytes_done = self._done
-        self.on_event(
-            ShardWritten(shard.unit, shards_done, len(self.shards), bytes_done, self._total)
+    def _report(self, shard: _OpenShard) -> None:
+        self._shards_done += 1
+        self._bytes_done += shard.source_bytes
+        self.context.on_event(
+            ShardWritten(
+                shard.unit,
+                self._shards_done,
+                len(self.shards),
+                self._bytes_done,
+                self._bytes_total,
+            )
         )
-
-    def _stop(self) -> None:
-        """Let no worker take another job."""
-        with self._lock:
-            self._stopped = True
-
-    def close(self) -> None:
-        """Wait for the shards that are being synced; close those that will never be full."""
-        self._syncer.shutdown(wait=True)
-        for shard in self._open:
-            shard.file.close()
-
-    def finish(self) -> None:
-        """Wait until every shard is on the disk. Raises what went wrong there."""
-        for future in self._syncing:
-            future.result()
 
 
 @dataclass

@@ -1,1 +1,1 @@
-"""How a weight is stored: formats and their kernels."""
+"""How a weight is stored: the formats, and the kernels behind them."""

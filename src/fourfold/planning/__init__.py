@@ -1,10 +1,9 @@
-"""Recipe × inventory: one explicit row for each tensor of the source."""
+"""Recipe × inventory → plan: one explicit row for each tensor of the source."""
 
+from fourfold.formats.base import Spec
+from fourfold.planning.limits import DEFAULT_LIMITS, Limits
 from fourfold.planning.plan import Plan, make_plan
 from fourfold.planning.rows import (
-    COPY_BYTES,
-    GROUP_BYTES,
-    WAITING,
     Action,
     Job,
     KVScales,
@@ -16,18 +15,19 @@ from fourfold.planning.rows import (
     raw_keys,
     slabs_of,
 )
-from fourfold.planning.shards import Spec, cut, deal, lay_out, outputs_of, shard_names
+from fourfold.planning.schemes import Scheme
+from fourfold.planning.shards import cut, deal, lay_out, outputs_of, shard_names
 
 __all__ = [
-    "COPY_BYTES",
-    "GROUP_BYTES",
-    "WAITING",
+    "DEFAULT_LIMITS",
     "Action",
     "Job",
     "KVScales",
+    "Limits",
     "Plan",
     "Row",
     "ScaleGroup",
+    "Scheme",
     "Shard",
     "Spec",
     "cut",

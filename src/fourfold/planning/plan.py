@@ -1,8 +1,9 @@
-"""Recipe × inventory: one explicit row for each tensor of the source. Pure data.
+"""Recipe × inventory → plan: one explicit row for each tensor of the source. Pure data.
 
 Everything that can fail is found here, before the first weight is read: a role or a pattern that
-matches nothing, an input dimension that 16 does not divide, a scale group that would be half
-quantized, a module whose layout is not known, an ignore list that no engine would read right.
+matches nothing, an input dimension that the format's block does not divide, a scale group that
+would be quantized in part, a module whose weights cannot be cut out, schemes that the layout cannot
+express, an ignore list that some engine would misread.
 """
 
 from __future__ import annotations
@@ -19,19 +20,18 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
+from fourfold.algorithms.base import ALGORITHMS, RowwiseAlgorithm
 from fourfold.distributed.machine import threads_available
 from fourfold.errors import SourceError
-from fourfold.layouts import modelopt
-from fourfold.models.engines import write_ignore
+from fourfold.formats.base import FORMATS
+from fourfold.layouts.base import LAYOUTS, CheckpointContents, Layout, quantization_of
 from fourfold.models.families import family_of
 from fourfold.models.inventory import Inventory, LinearWeight
 from fourfold.models.inventory_builder import take_inventory
 from fourfold.models.names import SINGLE_EXPERT
 from fourfold.models.roles import Role
+from fourfold.planning.limits import DEFAULT_LIMITS, Limits
 from fourfold.planning.rows import (
-    COPY_BYTES,
-    GROUP_BYTES,
-    WAITING,
     Action,
     KVScales,
     Row,
@@ -42,6 +42,7 @@ from fourfold.planning.rows import (
     raw_keys,
     slabs_of,
 )
+from fourfold.planning.schemes import Scheme
 from fourfold.planning.selection import Selection
 from fourfold.planning.shards import check_kept, check_names, lay_out, outputs_of, shard_names
 from fourfold.planning.tables import role_table, tensor_parallel_lines
@@ -54,7 +55,7 @@ from fourfold.storage.units import plain, size
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be done to what; nothing is left over."""
+    """What becomes of every tensor of a source: nothing is left over."""
 
     source: Path
     recipe: Recipe
@@ -65,16 +66,22 @@ class Plan:
     side_files: tuple[Path, ...]
     dropped_files: tuple[Path, ...]
     notes: tuple[str, ...]
-    """What a user should know: engines without a loader, files that are left behind."""
+    """What a user should know: engines without a loader, files that are not copied."""
     tensor_parallel: Mapping[int, str]
-    """Tensor-parallel size → why it will not load; empty where it will."""
+    """Why a checkpoint does not load, by tensor-parallel size; empty if it does."""
     parts: int = 1
-    """How many shards a decoder layer is cut into, at least."""
+    """The least number of shards of a decoder layer."""
+    limits: Limits = DEFAULT_LIMITS
 
     @property
     def model(self) -> str:
-        """The name of the source's folder, also where it was given as `.`."""
+        """The name of the source's folder, even if it was given as `.`."""
         return os.path.basename(os.path.abspath(self.source))
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The layout of the checkpoint that is written."""
+        return LAYOUTS[self.recipe.layout]
 
     @cached_property
     def groups(self) -> tuple[ScaleGroup, ...]:
@@ -88,6 +95,15 @@ class Plan:
         return tuple(linear for group in self.groups for linear in group.linears)
 
     @cached_property
+    def schemes(self) -> Mapping[str, Scheme]:
+        """The scheme of every linear weight that is quantized, by name."""
+        return {linear.name: group.scheme for group in self.groups for linear in group.linears}
+
+    def scheme_of(self, linear: LinearWeight) -> Scheme:
+        """Return the scheme of a linear weight that is quantized."""
+        return self.schemes[linear.name]
+
+    @cached_property
     def nbytes(self) -> int:
         return sum(row.nbytes for row in self.rows)
 
@@ -96,44 +112,63 @@ class Plan:
         return sum(shard.nbytes for shard in self.shards)
 
     def memory(self, threads: int, workers: int | None = None) -> int:
-        """An estimate in bytes of what the job takes beside the interpreter and its libraries.
+        """Estimate the memory of the job, without the interpreter and its libraries.
 
-        workers: how many hold a job; by default a few more than `threads`, which compute.
+        Args:
+            threads: The number of threads that compute.
+            workers: The number of workers that hold a job; by default a few more than `threads`.
+
+        Returns:
+            Bytes.
         """
-        largest = max(COPY_BYTES, *map(self._memory_of, self.groups), 0)
-        return (threads + WAITING if workers is None else workers) * largest * 3 // 2
+        largest = max(self.limits.copy_bytes, *map(self._memory_of, self.groups), 0)
+        return (threads + self.limits.waiting if workers is None else workers) * largest * 3 // 2
 
     def _memory_of(self, group: ScaleGroup) -> int:
-        """Bytes of a group that are in memory at a time; what is not plain is copied once more."""
-        held = job_bytes(group)
+        """Bytes of a group that are in memory at a time; a matrix that is not plain is copied."""
+        held, most = job_bytes(group), self.limits.group_bytes
+        is_whole = not isinstance(ALGORITHMS[group.scheme.algorithm], RowwiseAlgorithm)
         if all(is_plain(linear.region) for linear in group.linears):
-            return min(held, GROUP_BYTES)
-        if held <= GROUP_BYTES:
+            return held if is_whole else min(held, most)
+        if is_whole or held <= most:
             return 2 * held
         slabs = ((self.inventory.tensors[key].info, rows) for key, *rows in slabs_of(group))
         return 2 * max(info.nbytes // info.shape[0] * (b - a) for info, (a, b) in slabs)
 
     @cached_property
     def sites(self) -> Mapping[str, tuple[LinearWeight, ...]]:
-        """Quantized linear weights by input site; empty unless activations are quantized."""
-        found: dict[str, list[LinearWeight]] = defaultdict(list)
-        for linear in self.linears if self.recipe.is_w4a4 else ():
-            found[linear.input_site].append(linear)
-        return {site: tuple(linears) for site, linears in found.items()}
+        """The quantized linear weights whose inputs have a stored scale, by input site."""
+        sites: dict[str, list[LinearWeight]] = defaultdict(list)
+        for linear in self.linears:
+            if self.scheme_of(linear).has_input_scale:
+                sites[linear.input_site].append(linear)
+        return {site: tuple(linears) for site, linears in sites.items()}
+
+    @cached_property
+    def statistics(self) -> Mapping[str, frozenset[str]]:
+        """The statistics that calibration measures, as names by input site."""
+        needs: dict[str, frozenset[str]] = defaultdict(frozenset)
+        for linear in self.linears:
+            scheme = self.scheme_of(linear)
+            wanted = ALGORITHMS[scheme.algorithm].needs
+            wanted |= {"amax"} if scheme.has_input_scale else frozenset()
+            if wanted:
+                needs[linear.input_site] |= wanted
+        return dict(needs)
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether there is anything to observe, as the recipe wants and the model has it."""
-        return bool(self.sites or self.kv_scales)
+        """True if there is anything to observe, which the recipe wants and the model has."""
+        return bool(self.statistics or self.kv_scales)
 
     @cached_property
     def expert_count(self) -> int:
-        """How many experts are quantized, over all layers."""
+        """The number of experts that are quantized, over all layers."""
         inside = {(x.module, x.expert) for x in self.linears if x.expert is not None}
         alone = {
-            x.name[: found.end()]
+            x.name[: match.end()]
             for x in self.linears
-            if x.expert is None and (found := SINGLE_EXPERT.search(x.name))
+            if x.expert is None and (match := SINGLE_EXPERT.search(x.name))
         }
         return len(inside) + len(alone)
 
@@ -144,42 +179,47 @@ class Plan:
         )
 
     @cached_property
-    def quantization_config(self) -> dict[str, Any]:
-        return modelopt.quantization_config(
-            self.ignore, activations=self.recipe.is_w4a4, kv_cache=self.recipe.kv_cache != "none"
-        )
+    def contents(self) -> CheckpointContents:
+        """What the configuration files must say."""
+        return CheckpointContents(self.schemes, self.ignore, self.recipe.kv_cache != "none")
 
     @cached_property
-    def hf_quant_config(self) -> dict[str, Any]:
-        return modelopt.hf_quant_config(
-            self.ignore, activations=self.recipe.is_w4a4, kv_cache=self.recipe.kv_cache != "none"
-        )
+    def quantization_config(self) -> dict[str, Any]:
+        """The value of `quantization_config` in config.json."""
+        return self.layout.quantization_config(self.contents)
+
+    @cached_property
+    def config_files(self) -> dict[str, dict[str, Any]]:
+        """The contents of configuration files besides config.json, by file name."""
+        return self.layout.config_files(self.contents)
 
     def shards_of(self, layer: int | None) -> Sequence[int]:
-        """Numbers of the shards of a decoder layer; of the shell for None."""
+        """Return the numbers of a decoder layer's shards; for None, of the non-layer tensors'."""
         return self._shards_by_layer.get(layer, ())
 
     @cached_property
     def _shards_by_layer(self) -> Mapping[int | None, Sequence[int]]:
-        found: dict[int | None, list[int]] = defaultdict(list)
+        numbers: dict[int | None, list[int]] = defaultdict(list)
         for number, shard in enumerate(self.shards):
-            found[shard.layer].append(number)
-        return found
+            numbers[shard.layer].append(number)
+        return numbers
 
     @cached_property
     def digest(self) -> str:
-        """Of everything that is written: each shard's tensors and what they are made of."""
+        """A digest of all that is written: each shard's tensors and what they are made of."""
         digest = hashlib.sha256(repr(self.ignore).encode())
         for shard in self.shards:
             for job in shard.jobs:
-                digest.update(repr((shard.layer, outputs_of(job, activations=True))).encode())
+                digest.update(repr((shard.layer, outputs_of(job, self.layout))).encode())
                 digest.update(repr(raw_keys(job)).encode())
         return digest.hexdigest()
 
     @cached_property
     def calibration_memory(self) -> int:
-        """Bytes that running the model takes beside activations: the shell, and a layer as it lies
-        on disk, as transformers holds it, and, while it is loaded, in between.
+        """Bytes that running the model takes besides activations.
+
+        They are the non-layer tensors, and a layer three times: as it lies on disk, as
+        transformers holds it, and in between while it is loaded.
         """
         if not self.needs_calibration:
             return 0
@@ -196,14 +236,14 @@ class Plan:
         beside = [path.as_posix() for path in self.side_files]
         if self.needs_calibration:
             beside.append(STATISTICS)
-        return [*self.shard_names, *beside, SUMMARY, REPORT, modelopt.QUANT_CONFIG, INDEX, CONFIG]
+        return [*self.shard_names, *beside, SUMMARY, REPORT, *self.config_files, INDEX, CONFIG]
 
     @cached_property
     def shard_names(self) -> tuple[str, ...]:
         return shard_names(len(self.shards))
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as plain data for JSON: one entry for each source tensor."""
+        """Return the plan as plain data for JSON, with one entry for each source tensor."""
         return {
             "source": str(self.source),
             "architecture": self.inventory.architecture,
@@ -243,7 +283,7 @@ class Plan:
 
     def __rich__(self) -> Group:
         memory = size(self.memory(threads_available()) + self.calibration_memory)
-        made = sum(len(shard.tensors) for shard in self.shards)
+        written = sum(len(shard.tensors) for shard in self.shards)
         return Group(
             Text.assemble(
                 (str(self.source), "bold"),
@@ -252,7 +292,7 @@ class Plan:
             role_table(self.rows),
             *tensor_parallel_lines(self.tensor_parallel),
             Text(
-                f"{len(self.rows):,} tensors in, {made:,} out in {len(self.shards)} shards · "
+                f"{len(self.rows):,} tensors in, {written:,} out in {len(self.shards)} shards · "
                 f"{len(self.linears):,} linear weights to quantize · "
                 f"{len(self.ignore):,} ignore entries"
             ),
@@ -267,12 +307,22 @@ class Plan:
         return plain(self)
 
 
-def make_plan(source: Source, recipe: Recipe, *, parts: int = 1) -> Plan:
-    """Decide what becomes of every tensor of `source`; no weight is read.
+def make_plan(
+    source: Source, recipe: Recipe, *, parts: int = 1, limits: Limits = DEFAULT_LIMITS
+) -> Plan:
+    """Decide what becomes of every tensor of `source`. No weight is read.
 
-    parts: how many shards a decoder layer is cut into, at least.
+    Args:
+        source: The checkpoint.
+        recipe: What to quantize, and how.
+        parts: The least number of shards of a decoder layer.
+        limits: Sizes that bound memory and files.
 
-    Raises `RecipeError`, `PlanError`, `ModelError` or `SourceError`: see the module's head.
+    Raises:
+        RecipeError: The recipe names something that the model lacks.
+        PlanError: The recipe cannot be carried out on this model.
+        ModelError: The architecture is unknown, or cannot be taken apart.
+        SourceError: The checkpoint is broken, or quantized already.
     """
     _check_not_quantized(source)
     inventory = take_inventory(source)
@@ -281,7 +331,7 @@ def make_plan(source: Source, recipe: Recipe, *, parts: int = 1) -> Plan:
     rows = tuple(selection.row(raw) for raw in inventory.tensors.values())
     quantized = [linear for group in groups for linear in group.linears]
     kept = [inventory.tensors[row.key] for row in rows if row.action is Action.COPY]
-    ignore = write_ignore(
+    ignore = selection.layout.ignore(
         [linear.name for linear in quantized],
         [raw.stem for raw in kept if raw.is_matrix] + list(inventory.tied_linears),
     )
@@ -293,12 +343,13 @@ def make_plan(source: Source, recipe: Recipe, *, parts: int = 1) -> Plan:
             kept,
             kv_scales,
             inventory,
-            activations=recipe.is_w4a4,
+            layout=selection.layout,
             parts=parts,
+            limits=limits,
         )
     )
-    check_names(shards, activations=recipe.is_w4a4)
-    check_kept(kept)
+    check_names(shards, selection.layout)
+    check_kept(kept, selection.layout)
     copied, dropped = _side_files(source)
     return Plan(
         source=source.place,
@@ -311,22 +362,23 @@ def make_plan(source: Source, recipe: Recipe, *, parts: int = 1) -> Plan:
         dropped_files=tuple(dropped),
         notes=(
             *source.notes,
-            *_notes(inventory, quantized, dropped, selection.kv_notes()),
+            *_notes(inventory, groups, dropped, selection.kv_notes()),
         ),
-        tensor_parallel=tensor_parallel(quantized, source.config),
+        tensor_parallel=tensor_parallel(quantized, selection.schemes, source.config),
         parts=parts,
+        limits=limits,
     )
 
 
 def _side_files(source: Source) -> tuple[list[Path], list[Path]]:
-    """Files to copy, and those that are not: also what has the name of a file that we write."""
+    """The files to copy and those that are not, among them any with the name of one we write."""
     copied, dropped = source.side_files()
     own = {Path(SUMMARY), Path(REPORT), Path(STATISTICS)}
     return [path for path in copied if path not in own], [*dropped, *own.intersection(copied)]
 
 
 def _check_not_quantized(source: Source) -> None:
-    algorithm = modelopt.is_quantized(source.config)
+    algorithm = quantization_of(source.config)
     if algorithm is not None:
         raise SourceError(
             f"{source.folder}: quantized already ({algorithm}). "
@@ -336,15 +388,19 @@ def _check_not_quantized(source: Source) -> None:
 
 def _notes(
     inventory: Inventory,
-    quantized: Sequence[LinearWeight],
+    groups: Sequence[ScaleGroup],
     dropped: Sequence[Path],
     kv_notes: Iterable[str],
 ) -> Iterable[str]:
     yield from kv_notes
+    quantized = [linear for group in groups for linear in group.linears]
+    formats = " and ".join(
+        FORMATS[name].title for name in dict.fromkeys(group.scheme.weights for group in groups)
+    )
     family = family_of(*inventory.model_types)
     if any(linear.expert is not None for linear in quantized) and not family.readers:
         yield (
-            f"no engine is known to read NVFP4 experts of {inventory.model_types[0]}"
+            f"no engine is known to read {formats} experts of {inventory.model_types[0]}"
             + (f": {family.remark}" if family.remark else "")
         )
     marlin = marlin_note(quantized)

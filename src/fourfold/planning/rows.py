@@ -1,4 +1,4 @@
-"""The parts of a plan: rows, scale groups, jobs, shards. Pure data."""
+"""What a plan consists of: rows, scale groups, jobs and shards. Pure data."""
 
 from __future__ import annotations
 
@@ -8,19 +8,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 
+from fourfold.formats.scheme import Scheme
 from fourfold.models.inventory import ExpertBias, LinearWeight, RawTensor
 from fourfold.models.regions import Region
 from fourfold.models.roles import Role
 from fourfold.storage.safetensors_header import BITS, nbytes_of
-
-COPY_BYTES = 1 << 24
-"""Tensors are copied in pieces of this size."""
-
-GROUP_BYTES = 1 << 28
-"""A scale group larger than this is read twice, in pieces, instead of being held."""
-
-WAITING = 2
-"""Workers beside those that compute: one may read meanwhile, one may write."""
 
 
 class Action(StrEnum):
@@ -49,10 +41,11 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class ScaleGroup:
-    """Linear weights that share one global scale; what is quantized in one go."""
+    """Linear weights that share one group scale, and are quantized together."""
 
     name: str
     linears: tuple[LinearWeight, ...]
+    scheme: Scheme
 
 
 @dataclass(frozen=True, slots=True)

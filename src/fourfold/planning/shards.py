@@ -1,4 +1,4 @@
-"""Lay out the output: which tensors lie in which shard, and the work that fills them."""
+"""The shards of the output: which tensors each holds, and the jobs that fill it."""
 
 from __future__ import annotations
 
@@ -6,17 +6,12 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from fourfold.errors import PlanError
-from fourfold.layouts import modelopt
+from fourfold.formats.base import Spec, source_ratio
+from fourfold.layouts.base import Layout
 from fourfold.models.inventory import ExpertBias, Inventory, RawTensor
+from fourfold.planning.limits import DEFAULT_LIMITS, Limits
 from fourfold.planning.rows import Job, KVScales, ScaleGroup, Shard
 from fourfold.storage.safetensors_header import nbytes_of
-
-SHARD_BYTES = 5_000_000_000
-PACKED = "U8"
-"""The dtype of packed E2M1 codes."""
-
-Spec = tuple[str, tuple[int, ...]]
-"""A tensor's dtype and shape."""
 
 FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
 
@@ -28,11 +23,14 @@ def lay_out(
     kv_scales: Sequence[KVScales],
     inventory: Inventory,
     *,
-    activations: bool,
+    layout: Layout,
     parts: int = 1,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> Iterable[Shard]:
-    """`parts` shards for each unit (decoder layer, or the shell), more where they would be too
-    large, fewer where there is too little to part."""
+    """Yield the shards: `parts` for each decoder layer and for the non-layer tensors.
+
+    There are more where a shard would be too large, and fewer where there is too little to cut.
+    """
     units: dict[int | None, list[tuple[tuple[str, int, int], Job]]] = defaultdict(list)
 
     def add(job: Job, layer: int | None, key: str, within: int = 0) -> None:
@@ -51,16 +49,21 @@ def lay_out(
     for layer in sorted(units, key=lambda layer: -1 if layer is None else layer):
         name = "shell" if layer is None else f"layer {layer}"
         jobs = [job for _, job in sorted(units[layer], key=lambda item: item[0])]
-        made = [outputs_of(job, activations=activations) for job in jobs]
-        for begin, end in cut(made, parts):
-            tensors = {name: spec for each in made[begin:end] for name, spec in each.items()}
+        bundles = [outputs_of(job, layout) for job in jobs]
+        for begin, end in cut(bundles, parts, limits.shard_bytes):
+            tensors = {name: spec for bundle in bundles[begin:end] for name, spec in bundle.items()}
             yield Shard(name, layer, tensors, tuple(jobs[begin:end]))
 
 
-def cut(bundles: Sequence[Mapping[str, Spec]], parts: int) -> Iterable[tuple[int, int]]:
-    """Where a unit is cut into shards. A bundle is what one job writes, and stays together.
+def cut(
+    bundles: Sequence[Mapping[str, Spec]],
+    parts: int,
+    shard_bytes: int = DEFAULT_LIMITS.shard_bytes,
+) -> Iterable[tuple[int, int]]:
+    """Yield where a unit is cut into shards, as ranges of bundles.
 
-    Depends on the bundles alone, so that whoever has the shards of a unit can cut them anew.
+    A bundle holds the tensors that one job writes, and stays together. The cuts depend on the
+    bundles alone, so that `merge` can cut the shards of a unit again.
     """
     sizes = [sum(nbytes_of(*spec) for spec in bundle.values()) for bundle in bundles]
     efforts = [effort(bundle) for bundle in bundles]
@@ -68,7 +71,7 @@ def cut(bundles: Sequence[Mapping[str, Spec]], parts: int) -> Iterable[tuple[int
     for number, (nbytes, takes) in enumerate(zip(sizes, efforts, strict=True)):
         middle = (2 * passed + takes) * parts // (2 * total)
         part = min(middle, parts - 1)  # a bundle is of the part where its middle lies
-        if number > begin and (part > present or size + nbytes > SHARD_BYTES):
+        if number > begin and (part > present or size + nbytes > shard_bytes):
             yield begin, number
             begin, size = number, 0
         present, passed, size = max(part, present), passed + takes, size + nbytes
@@ -77,11 +80,8 @@ def cut(bundles: Sequence[Mapping[str, Spec]], parts: int) -> Iterable[tuple[int
 
 
 def effort(tensors: Mapping[str, Spec]) -> int:
-    """How much work tensors are to write: about the bytes that they are made from.
-
-    What is packed was 16 bits wide, four times as wide as it is now.
-    """
-    return sum(nbytes_of(*spec) * (4 if spec[0] == PACKED else 1) for spec in tensors.values())
+    """Return how much work tensors are to write: about the bytes that they are made from."""
+    return sum(nbytes_of(*spec) * source_ratio(spec[0]) for spec in tensors.values())
 
 
 def deal(
@@ -90,9 +90,13 @@ def deal(
     ranks: int,
     nearness: Callable[[Shard], Sequence[int] | None] = lambda shard: None,
 ) -> list[list[int]]:
-    """The shards' numbers for each rank: even within each unit, and over all of them.
+    """Return the numbers of each rank's shards: balanced within each unit, and over all of them.
 
-    nearness: bytes of a shard's source that each rank has; the one with the most writes it.
+    Args:
+        shards: All shards of the plan.
+        unfinished: Numbers of those that are still to be written.
+        ranks: The number of ranks.
+        nearness: Bytes of a shard's source that each rank holds; the rank with the most writes it.
     """
     dealt: list[list[int]] = [[] for _ in range(ranks)]
     totals = [0] * ranks
@@ -111,15 +115,19 @@ def deal(
 
 
 def shard_names(count: int) -> tuple[str, ...]:
-    """The files of a checkpoint, as Hugging Face numbers them."""
+    """Return the names of a checkpoint's shards, as Hugging Face numbers them."""
     return tuple(f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1))
 
 
-def check_names(shards: Iterable[Shard], *, activations: bool) -> None:
+def check_names(shards: Iterable[Shard], layout: Layout) -> None:
+    """Check that no two jobs write a tensor of the same name.
+
+    Raises:
+        PlanError: Two do.
+    """
     jobs = [job for shard in shards for job in shard.jobs]
-    count = Counter(name for shard in shards for name in shard.tensors)
-    made = Counter(name for job in jobs for name in outputs_of(job, activations=activations))
-    twice = [name for name, times in (count | made).items() if times > 1]
+    count = Counter(name for job in jobs for name in outputs_of(job, layout))
+    twice = [name for name, times in count.items() if times > 1]
     if twice:
         raise PlanError(
             f"{twice[0]}: two source tensors would be written under this name. "
@@ -127,11 +135,15 @@ def check_names(shards: Iterable[Shard], *, activations: bool) -> None:
         )
 
 
-def check_kept(kept: Iterable[RawTensor]) -> None:
-    """No tensor that is copied may look like a part of a quantized linear layer."""
+def check_kept(kept: Iterable[RawTensor], layout: Layout) -> None:
+    """Check that no copied tensor looks like a part of a quantized linear layer.
+
+    Raises:
+        PlanError: One does.
+    """
     for raw in kept:
         leaf = raw.info.key.rpartition(".")[2]
-        if leaf in modelopt.PARTS:
+        if leaf in layout.part_names:
             raise PlanError(
                 f"{raw.info.key} in {raw.info.file.name}: engines would take it for a part of a "
                 "quantized layer. Is the checkpoint quantized already?"
@@ -139,18 +151,19 @@ def check_kept(kept: Iterable[RawTensor]) -> None:
         if raw.is_matrix and raw.info.dtype not in FLOAT_DTYPES:
             raise PlanError(
                 f"{raw.info.key} in {raw.info.file.name}: a weight of {raw.info.dtype}, which "
-                "no engine reads beside NVFP4. Is the checkpoint quantized already?"
+                "no engine reads beside quantized weights. Is the checkpoint quantized already?"
             )
 
 
-def outputs_of(job: Job, *, activations: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """The tensors that a job writes: name → dtype, shape."""
+def outputs_of(job: Job, layout: Layout) -> dict[str, Spec]:
+    """Return the tensors that a job writes: name → dtype, shape."""
     match job:
         case ScaleGroup():
-            made: dict[str, tuple[str, tuple[int, ...]]] = {}
-            for linear in job.linears:
-                made |= modelopt.tensors_of(linear.name, linear.shape, activations=activations)
-            return made
+            return {
+                spec.name: (spec.dtype, spec.shape)
+                for linear in job.linears
+                for spec in layout.tensors(linear.name, linear.shape, job.scheme).values()
+            }
         case ExpertBias():
             return {f"{job.name}.bias": (job.dtype, job.region.shape)}
         case RawTensor():

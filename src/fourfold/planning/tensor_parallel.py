@@ -1,8 +1,8 @@
 """Which tensor-parallel sizes an engine can load a quantized model with, and why not others.
 
 A rank holds 1/TP of each linear layer: of the rows of most, of the columns (inputs) of those
-that close a block (`o_proj`, `down_proj`, …). Columns are cut in blocks of 16, and the kernels
-for gated experts want 64. See docs/checkpoint-layout.md.
+that close a block (`o_proj`, `down_proj`, …). Columns are cut between blocks of the format, and
+the kernels for gated experts need multiples of 64. See docs/checkpoint-layout.md.
 """
 
 from __future__ import annotations
@@ -10,20 +10,33 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from fourfold.formats.base import FORMATS
+from fourfold.formats.scheme import Scheme
 from fourfold.models.experts import Projection
 from fourfold.models.inventory import LinearWeight
 
 SIZES = (1, 2, 4, 8, 16, 32)
-BLOCK = 16
 EXPERT_ALIGNMENT = 64
 ROW_PARALLEL = frozenset({"o_proj", "down_proj", "out_proj", "w2", "wo", "wo_b", "o_b_proj", "fc2"})
 """Last names of layers whose inputs are cut among the ranks."""
 
 
-def tensor_parallel(quantized: Sequence[LinearWeight], config: Mapping[str, Any]) -> dict[int, str]:
-    """For each size: why it will not load, or an empty string."""
+def tensor_parallel(
+    quantized: Sequence[LinearWeight], schemes: Mapping[str, Scheme], config: Mapping[str, Any]
+) -> dict[int, str]:
+    """Return why a checkpoint does not load, by tensor-parallel size; an empty string if it does.
+
+    Args:
+        quantized: The linear weights that are quantized.
+        schemes: Their schemes, by name.
+        config: The model's config.json.
+    """
     experts_in = {x.shape[1] for x in quantized if x.projection is Projection.DOWN}
-    inputs = {(x.name.rpartition(".")[2], x.shape[1]) for x in quantized if _is_row_parallel(x)}
+    inputs = {
+        (x.name.rpartition(".")[2], x.shape[1], FORMATS[schemes[x.name].weights].block)
+        for x in quantized
+        if _is_row_parallel(x)
+    }
     heads = _heads(config)
     return {size: next(_obstacles(size, experts_in, inputs, heads), "") for size in SIZES}
 
@@ -39,20 +52,23 @@ def _heads(config: Mapping[str, Any]) -> int | None:
 
 
 def _obstacles(
-    size: int, experts_in: Iterable[int], inputs: Iterable[tuple[str, int]], heads: int | None
+    size: int, experts_in: Iterable[int], inputs: Iterable[tuple[str, int, int]], heads: int | None
 ) -> Iterator[str]:
     if heads is not None and heads % size:
-        yield f"{heads} attention heads cannot be dealt out"
+        yield f"{heads} attention heads are not divisible by {size}"
     for width in sorted(experts_in):
         if width % (size * EXPERT_ALIGNMENT):
-            yield f"experts' intermediate size {width} leaves a rank no multiple of 64"
-    for name, width in sorted(inputs):
-        if width % (size * BLOCK):
-            yield f"{name}'s input {width} leaves a rank no multiple of 16"
+            yield (
+                f"experts' intermediate size {width} leaves a rank no multiple of "
+                f"{EXPERT_ALIGNMENT}"
+            )
+    for name, width, block in sorted(inputs):
+        if width % (size * block):
+            yield f"{name}'s input {width} leaves a rank no multiple of {block}"
 
 
 def marlin_note(quantized: Sequence[LinearWeight]) -> str | None:
-    """What vLLM's and SGLang's path for GPUs before Blackwell would refuse."""
+    """Return a note on weights that vLLM and SGLang refuse on GPUs before Blackwell, if any."""
     odd = [x for x in quantized if any(size % EXPERT_ALIGNMENT for size in x.shape)]
     if not odd:
         return None

@@ -1,5 +1,23 @@
-"""What to do, by role: recipes in YAML."""
+"""Which linear weights are quantized, and how: recipes in YAML."""
 
-from fourfold.recipes.schema import DEFAULT_RECIPE, KVCache, Recipe, Weights, builtin_names
+from fourfold.recipes.schema import (
+    DEFAULT_LAYOUT,
+    DEFAULT_RECIPE,
+    QUANTIZABLE_ROLES,
+    KVCache,
+    Recipe,
+    Rule,
+    Weights,
+    builtin_names,
+)
 
-__all__ = ["DEFAULT_RECIPE", "KVCache", "Recipe", "Weights", "builtin_names"]
+__all__ = [
+    "DEFAULT_LAYOUT",
+    "DEFAULT_RECIPE",
+    "QUANTIZABLE_ROLES",
+    "KVCache",
+    "Recipe",
+    "Rule",
+    "Weights",
+    "builtin_names",
+]

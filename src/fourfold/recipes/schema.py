@@ -1,16 +1,25 @@
-"""Recipes: what to do, by role. Short YAML, checked when it is read.
+"""Recipes: which linear weights are quantized, and how. Short YAML, checked when it is read.
 
     description: NVFP4 W4A16 for routed experts, MSE-chosen block scales
     weights:     {format: nvfp4, scale: mse}   # scale: max | mse; scale_group: expert | layer
     activations: none                          # W4A16; or {format: nvfp4, amax: max} (W4A4)
     kv_cache:    none                          # or {format: fp8, scale: cast | calibrated}
-    calibration: {all_experts: false}          # true: every expert is shown every token
+    calibration: {all_experts: false}          # true: every expert sees every token
     quantize:    [experts]                     # roles that the model must have
     quantize_if_present: [shared_experts]      # roles that it may lack
     keep:        ["*.layers.0.*"]              # name patterns that stay as they are
 
-Every role under `quantize` and every pattern must match something in the model, and one role at
-least must, or the run does not begin.
+These keys give one scheme to everything that is quantized. `rules` replaces `weights`,
+`activations`, `quantize`, `quantize_if_present` and `keep` by a list, of which the first rule that
+matches a linear weight decides; a weight that no rule matches stays as it is:
+
+    rules:
+      - {names: ["*.layers.0.*"], keep: true}
+      - {roles: [experts], weights: {format: nvfp4, scale: mse}}
+      - {roles_if_present: [shared_experts, mlp], weights: {format: nvfp4, scale: max}}
+
+Every role under `quantize` or `roles`, every pattern and every rule must match something in the
+model, or the run does not begin.
 """
 
 from __future__ import annotations
@@ -23,30 +32,62 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
+from fourfold.algorithms.base import ALGORITHMS
 from fourfold.errors import RecipeError
+from fourfold.formats.base import FORMATS
+from fourfold.formats.scheme import Scheme
+from fourfold.layouts.base import LAYOUTS
 
 DEFAULT_RECIPE = "w4a16_nvfp4_experts_only_mse"
+DEFAULT_LAYOUT = "modelopt"
 
 QUANTIZABLE_ROLES = (
     "experts", "shared_experts", "mlp", "attention", "linear_attention", "lm_head", "mtp",
 )  # fmt: skip
 """Roles that a recipe may quantize. Routers, embeddings, vision towers and norms never are."""
 
+ROLES_WITH_EXPERTS = frozenset({"experts", "mtp"})
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class Weights(_Strict):
-    """How weights are stored, and how their block scales are chosen."""
+def _known(name: str, names: Iterable[str]) -> str:
+    if name not in names:
+        raise ValueError(f"{name!r} is not known{_nearest(name, names)}")
+    return name
 
-    format: Literal["nvfp4"] = "nvfp4"
-    scale: Literal["max", "mse"] = "mse"
+
+class Weights(_Strict):
+    """How weights are stored, and which algorithm chooses their scales and codes."""
+
+    format: str = "nvfp4"
+    scale: str = "mse"
     scale_group: Literal["expert", "layer"] = "expert"
-    """What of the routed experts shares a global scale: gate and up of each expert, or gates and
-    ups of all experts of a layer, and their downs."""
+    """Which routed experts' weights share a group scale: the gate and up of each expert, or the
+    gates and ups of all experts of a layer (and likewise their downs)."""
+
+    @field_validator("format")
+    @classmethod
+    def _known_format(cls, value: str) -> str:
+        return _known(value, FORMATS)
+
+    @field_validator("scale")
+    @classmethod
+    def _known_algorithm(cls, value: str) -> str:
+        return _known(value, ALGORITHMS)
 
 
 class Headroom(_Strict):
@@ -56,19 +97,24 @@ class Headroom(_Strict):
 
 
 class Activations(_Strict):
-    """How engines shall round the inputs of quantized layers (W4A4)."""
+    """How engines round the inputs of quantized layers (W4A4)."""
 
-    format: Literal["nvfp4"] = "nvfp4"
+    format: str = "nvfp4"
     amax: Literal["max"] | Headroom = "max"
 
+    @field_validator("format")
+    @classmethod
+    def _known_format(cls, value: str) -> str:
+        return _known(value, FORMATS)
+
     @property
-    def factor(self) -> float:
-        """What the largest activation is multiplied with."""
-        return 1.0 if self.amax == "max" else 2.0**self.amax.headroom
+    def headroom(self) -> int:
+        """The inputs' scale leaves room for 2^headroom times the largest input."""
+        return 0 if self.amax == "max" else self.amax.headroom
 
 
 class KVCache(_Strict):
-    """How engines shall store keys and values. `cast` needs no calibration and no tensors."""
+    """How engines store keys and values. `cast` needs no calibration and no tensors."""
 
     format: Literal["fp8"] = "fp8"
     scale: Literal["cast", "calibrated"] = "cast"
@@ -81,8 +127,90 @@ class Calibration(_Strict):
     """Show every token to every expert, for statistics; the output stays the routed one."""
 
 
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _known_roles(value: tuple[str, ...]) -> tuple[str, ...]:
+    for role in value:
+        if role not in QUANTIZABLE_ROLES:
+            raise ValueError(
+                f"role {role!r} cannot be quantized{_nearest(role, QUANTIZABLE_ROLES)}"
+            )
+    return value
+
+
+def _check_scale_group(weights: Weights, roles: frozenset[str]) -> None:
+    if weights.scale_group == "layer" and roles and not roles & ROLES_WITH_EXPERTS:
+        raise ValueError("weights.scale_group: layer is of routed experts: quantize experts")
+
+
+class Rule(_Strict):
+    """Which linear weights a rule is for, and what it does with them.
+
+    A weight matches if it has one of the roles (where any are given) and its name matches one of
+    the patterns (where any are given).
+    """
+
+    roles: tuple[str, ...] = ()
+    """Roles that the model must have."""
+    roles_if_present: tuple[str, ...] = ()
+    """Roles that it may lack."""
+    names: tuple[str, ...] = ()
+    """Shell patterns over the names of linear weights in the output."""
+    keep: bool = False
+    """The weights stay as they are."""
+    weights: Weights = Weights()
+    activations: Literal["none"] | Activations = "none"
+
+    as_tuple = field_validator("roles", "roles_if_present", "names", mode="before")(_as_tuple)
+    known_roles = field_validator("roles", "roles_if_present")(_known_roles)
+
+    @model_validator(mode="after")
+    def _something_to_match(self) -> Rule:
+        if not (self.all_roles or self.names):
+            raise ValueError("matches nothing: give roles, roles_if_present or names")
+        return self
+
+    @model_validator(mode="after")
+    def _keep_alone(self) -> Rule:
+        idle = sorted({"weights", "activations"} & self.model_fields_set)
+        if self.keep and idle:
+            raise ValueError(f"keep: true leaves nothing for {idle[0]} to do; remove one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _some_experts(self) -> Rule:
+        _check_scale_group(self.weights, self.all_roles)
+        return self
+
+    @property
+    def all_roles(self) -> frozenset[str]:
+        return frozenset(self.roles) | frozenset(self.roles_if_present)
+
+    @property
+    def scheme(self) -> Scheme:
+        """What the rule says about the weights that it quantizes."""
+        weights, activations = self.weights, self.activations
+        if activations == "none":
+            return Scheme(weights.format, weights.scale)
+        return Scheme(weights.format, weights.scale, activations.format, activations.headroom)
+
+    @property
+    def observes_inputs(self) -> bool:
+        """True if calibration must measure the inputs of the weights that the rule quantizes."""
+        scheme = self.scheme
+        return not self.keep and (
+            scheme.has_input_scale or bool(ALGORITHMS[scheme.algorithm].needs)
+        )
+
+
+_RULE_KEYS = ("weights", "activations", "quantize", "quantize_if_present", "keep")
+"""Keys of a recipe that `rules` replaces."""
+
+
 class Recipe(_Strict):
-    """What to do with a model, by role. `name` is that of the file or of the built-in recipe."""
+    """What to do with a model. `name` is that of the file or of the built-in recipe."""
 
     name: str = "recipe"
     description: str = ""
@@ -93,59 +221,85 @@ class Recipe(_Strict):
     quantize: tuple[str, ...] = ()
     quantize_if_present: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    layout: str = DEFAULT_LAYOUT
 
-    @field_validator("quantize", "quantize_if_present", "keep", mode="before")
-    @classmethod
-    def _as_tuple(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
+    as_tuple = field_validator("quantize", "quantize_if_present", "keep", "rules", mode="before")(
+        _as_tuple
+    )
+    known_roles = field_validator("quantize", "quantize_if_present")(_known_roles)
 
-    @field_validator("quantize", "quantize_if_present")
+    @field_validator("layout")
     @classmethod
-    def _known_roles(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for role in value:
-            if role not in QUANTIZABLE_ROLES:
-                raise ValueError(
-                    f"role {role!r} cannot be quantized{_nearest(role, QUANTIZABLE_ROLES)}"
-                )
-        return value
+    def _known_layout(cls, value: str) -> str:
+        return _known(value, LAYOUTS)
 
     @model_validator(mode="after")
-    def _some_role(self) -> Recipe:
-        if not self.roles:
-            raise ValueError("name at least one role under quantize")
+    def _one_form(self) -> Recipe:
+        beside = [key for key in _RULE_KEYS if key in self.model_fields_set]
+        if self.rules and beside:
+            raise ValueError(f"{beside[0]} has no effect beside rules; move it into a rule")
         return self
 
     @model_validator(mode="after")
-    def _something_to_calibrate(self) -> Recipe:
-        if self.calibration.all_experts and not self.is_w4a4:
-            raise ValueError("calibration.all_experts: only where activations are quantized")
+    def _some_role(self) -> Recipe:
+        if not self.rules and not (self.quantize or self.quantize_if_present):
+            raise ValueError("name at least one role under quantize")
+        if self.rules and all(rule.keep for rule in self.rules):
+            raise ValueError("rules: all of them keep; add a rule that quantizes")
         return self
 
     @model_validator(mode="after")
     def _some_experts(self) -> Recipe:
-        if self.weights.scale_group == "layer" and not self.roles & {"experts", "mtp"}:
-            raise ValueError("weights.scale_group: layer is of routed experts: quantize experts")
+        roles = frozenset(self.quantize) | frozenset(self.quantize_if_present)
+        _check_scale_group(self.weights, roles)
         return self
 
+    @model_validator(mode="after")
+    def _something_to_calibrate(self) -> Recipe:
+        if self.calibration.all_experts and not self.observes_inputs:
+            raise ValueError("calibration.all_experts: only where activations are quantized")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_the_other_form(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = handler(self)
+        unused = _RULE_KEYS if self.rules else ("rules",)
+        unused = unused if self.layout != DEFAULT_LAYOUT else (*unused, "layout")
+        return {key: value for key, value in data.items() if key not in unused}
+
     @property
-    def is_w4a4(self) -> bool:
-        """Whether activations are quantized, too."""
-        return self.activations != "none"
+    def all_rules(self) -> tuple[Rule, ...]:
+        """The rules in the order in which they are tried; of today's other keys, `keep` first."""
+        if self.rules:
+            return self.rules
+        one = Rule(
+            roles=self.quantize,
+            roles_if_present=self.quantize_if_present,
+            weights=self.weights,
+            activations=self.activations,
+        )
+        return (*([Rule(names=self.keep, keep=True)] if self.keep else []), one)
+
+    @property
+    def schemes(self) -> tuple[Scheme, ...]:
+        """The schemes of all rules that quantize, each once."""
+        return tuple(dict.fromkeys(rule.scheme for rule in self.all_rules if not rule.keep))
+
+    @property
+    def observes_inputs(self) -> bool:
+        """True if calibration must measure the inputs of quantized layers."""
+        return any(rule.observes_inputs for rule in self.all_rules)
 
     @property
     def calibrates_kv(self) -> bool:
-        """Whether keys and values get scales of their own."""
+        """True if keys and values get scales of their own."""
         return self.kv_cache != "none" and self.kv_cache.scale == "calibrated"
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether the model must be run."""
-        return self.is_w4a4 or self.calibrates_kv
-
-    @property
-    def roles(self) -> frozenset[str]:
-        """Every role that is quantized where the model has it."""
-        return frozenset(self.quantize) | frozenset(self.quantize_if_present)
+        """True if the model must be run."""
+        return self.observes_inputs or self.calibrates_kv
 
     @classmethod
     def load(cls, name: str | Path) -> Recipe:
@@ -177,7 +331,8 @@ class Recipe(_Strict):
             raise RecipeError(f"{where}: a recipe is a YAML mapping; see `fourfold recipes NAME`.")
         try:
             recipe = cls.model_validate({"name": name, **data})
-            "".join((recipe.description, *recipe.keep)).encode()
+            patterns = [pattern for rule in recipe.all_rules for pattern in rule.names]
+            "".join((recipe.description, *patterns)).encode()
         except ValidationError as error:
             raise RecipeError(f"{where}: {_explain(error)}") from None
         except UnicodeEncodeError as error:
@@ -212,26 +367,26 @@ def _read(path: Path) -> str:
 
 
 def _explain(error: ValidationError) -> str:
-    """The first thing wrong, with the nearest name for a key that is not known."""
+    """Return the first thing that is wrong, with the nearest name for a key that is unknown."""
     errors = error.errors(include_url=False)
-    same = [each for each in errors if each["loc"][:1] == errors[0]["loc"][:1]]
-    # Of a union, the branch that got furthest; and a key that is not known explains one that lacks.
-    first = max(same, key=lambda each: (len(each["loc"]), each["type"] == "extra_forbidden"))
+    same = [entry for entry in errors if entry["loc"][:1] == errors[0]["loc"][:1]]
+    # Of a union, the branch that got furthest; and an unknown key explains a missing one.
+    first = max(same, key=lambda entry: (len(entry["loc"]), entry["type"] == "extra_forbidden"))
     parts = [str(part) for part in first["loc"] if not _is_branch(part)]
-    where, given = ".".join(parts), first.get("input")
+    where, value = ".".join(parts), first.get("input")
     match first["type"]:
         case "extra_forbidden":
             return f"unknown key {where!r}{_nearest(parts[-1], _known_keys(parts))}"
         case "tuple_type":
-            return f"{where}: a list is expected, not {_shown(given)}"
+            return f"{where}: a list is expected, not {_shown(value)}"
         case "literal_error" | "model_type":
-            return f"{where}: {_shown(given)} is not known here; see docs/recipes.md"
+            return f"{where}: {_shown(value)} is not known here; see docs/recipes.md"
     message = first["msg"].removeprefix("Value error, ")
     return f"{where}: {message}" if where else message
 
 
 def _shown(value: object) -> str:
-    """What was given, short: a nested value may be endless."""
+    """Return a value in a few characters: a nested one may be endless."""
     if isinstance(value, list | dict | tuple):
         return "a nested value"
     return reprlib.repr(value)
@@ -241,19 +396,24 @@ _BRANCHES = {"KVCache", "Activations", "Headroom"}
 
 
 def _is_branch(part: int | str) -> bool:
-    """Whether a part of an error's location names a branch of a union, not a key."""
+    """True if a part of an error's location names a branch of a union, not a key."""
     return part in _BRANCHES or str(part).startswith("literal[")
 
 
-def _known_keys(location: list[str]) -> Iterable[str]:
-    parents: dict[str, type[BaseModel]] = {
-        "weights": Weights, "activations": Activations, "amax": Headroom, "kv_cache": KVCache,
-        "calibration": Calibration,
-    }  # fmt: skip
-    model = parents.get(location[-2], Recipe) if len(location) > 1 else Recipe
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "weights": Weights, "activations": Activations, "amax": Headroom, "kv_cache": KVCache,
+    "calibration": Calibration,
+}  # fmt: skip
+
+
+def _known_keys(location: list[str]) -> list[str]:
+    """The keys that are allowed where an unknown one was found."""
+    section = location[-2] if len(location) > 1 else ""
+    model = Rule if section.isdigit() else _SECTIONS.get(section, Recipe)
     return [name for name in model.model_fields if name != "name"]
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
-    return f"; did you mean {' or '.join(matches)}?" if matches else f"; known: {', '.join(known)}"
+    names = list(known)
+    matches = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+    return f"; did you mean {' or '.join(matches)}?" if matches else f"; known: {', '.join(names)}"

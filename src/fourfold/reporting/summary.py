@@ -13,7 +13,7 @@ from fourfold.execution import LinearResult
 from fourfold.models.inventory import ExpertBias, LinearWeight
 from fourfold.models.names import natural
 from fourfold.models.regions import Region, Span, whole
-from fourfold.planning import Plan, outputs_of
+from fourfold.planning import Plan, Scheme, outputs_of
 from fourfold.planning.tables import by_role
 from fourfold.storage.quant_summary import (
     SCHEMA_VERSION,
@@ -68,7 +68,9 @@ def summarize(
         experts=() if scales is None else tuple(_experts(plan, scales)),
         raw_tensors=tuple(_raw_tensors(plan)),
         biases=tuple(BiasEntry(name=bias.name, raw=_raw(bias.region)) for bias in _biases(plan)),
-        linears=tuple(_linear(result, planned[result.name]) for result in linears),
+        linears=tuple(
+            _linear(result, planned[result.name], plan.schemes[result.name]) for result in linears
+        ),
     )
 
 
@@ -111,7 +113,7 @@ def _kv_cache(scales: ActivationScales) -> Iterator[KVCacheEntry]:
 
 def _shards(plan: Plan) -> Iterator[ShardEntry]:
     for name, shard in zip(plan.shard_names, plan.shards, strict=True):
-        jobs = (len(outputs_of(job, activations=plan.recipe.is_w4a4)) for job in shard.jobs)
+        jobs = (len(outputs_of(job, plan.layout)) for job in shard.jobs)
         yield ShardEntry(file=name, unit=shard.unit, layer=shard.layer, jobs=tuple(jobs))
 
 
@@ -141,14 +143,14 @@ def _biases(plan: Plan) -> list[ExpertBias]:
     return [job for shard in plan.shards for job in shard.jobs if isinstance(job, ExpertBias)]
 
 
-def _linear(result: LinearResult, linear: LinearWeight) -> LinearEntry:
+def _linear(result: LinearResult, linear: LinearWeight, scheme: Scheme) -> LinearEntry:
     place = {} if _is_whole(linear) else {"raw": _raw(linear.region)}
     return LinearEntry.model_validate(
         {
             "name": result.name,
             "role": result.role,
             "shape": result.shape,
-            "format": "nvfp4",
+            "format": scheme.weights,
             "layer": result.layer,
             "expert": result.expert,
             "global_scale": result.global_scale,

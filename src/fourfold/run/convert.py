@@ -23,10 +23,10 @@ from fourfold.distributed.ranks import Alone
 from fourfold.errors import OutputError, UsageError
 from fourfold.events import OnEvent, ignore
 from fourfold.execution import Kernels, LinearResult
-from fourfold.layouts.modelopt import QUANT_CONFIG
+from fourfold.layouts import LAYOUTS, marker_files
 from fourfold.models.inventory_builder import take_inventory
-from fourfold.planning import COPY_BYTES, Action, Plan, Row, lay_out
-from fourfold.recipes import Recipe
+from fourfold.planning import DEFAULT_LIMITS, Action, Plan, Row, lay_out
+from fourfold.recipes import DEFAULT_LAYOUT, Recipe
 from fourfold.run.job import Job
 from fourfold.run.preflight import check_placed, check_room
 from fourfold.run.strategies import AtOnce
@@ -97,7 +97,7 @@ def convert(
             raise UsageError(f"{name}={count}: give 1 or more.")
     workers, folder = (
         threads or threads_available(),
-        OutputFolder(Path(out).expanduser(), markers=[QUANT_CONFIG]),
+        OutputFolder(Path(out).expanduser(), markers=marker_files()),
     )
     with opened(model, hf_config, trust_remote_code=trust_remote_code) as source:
         for origin in source.origin_folders:
@@ -142,7 +142,9 @@ def plan_conversion(source: Source, parts: int) -> ConversionPlan:
             )
             for raw in kept
         ),
-        shards=tuple(lay_out([], [], kept, [], inventory, activations=False, parts=parts)),
+        shards=tuple(
+            lay_out([], [], kept, [], inventory, layout=LAYOUTS[DEFAULT_LAYOUT], parts=parts)
+        ),
         ignore=(),
         side_files=tuple(copied),
         dropped_files=tuple(dropped),
@@ -194,8 +196,8 @@ def _is_same(name: str, written: Source, source: Source) -> bool:
     ours, theirs = written.tensors[name], source.tensors[name]
     if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
         return False
-    for begin in range(0, ours.nbytes, COPY_BYTES):
-        count = min(COPY_BYTES, ours.nbytes - begin)
+    for begin in range(0, ours.nbytes, DEFAULT_LIMITS.copy_bytes):
+        count = min(DEFAULT_LIMITS.copy_bytes, ours.nbytes - begin)
         one, other = (np.empty(count, dtype=np.uint8) for _ in range(2))
         written.read_bytes(name, begin, one)
         source.read_bytes(name, begin, other)

@@ -16,20 +16,9 @@ from typing import Any
 from fourfold.calibration.scales import ActivationScales
 from fourfold.calibration.statistics import Statistics
 from fourfold.distributed.ranks import RankFailedError, Ranks
-from fourfold.errors import (
-    CalibrationError,
-    FourfoldError,
-    ModelError,
-    NonFiniteError,
-    ObservationError,
-    PlanError,
-    RecipeError,
-    SourceChangedError,
-    UsageError,
-)
+from fourfold.errors import FourfoldError, SourceChangedError
 from fourfold.events import OnEvent, OutputComplete, Resumed, WritingBegan, ignore
-from fourfold.execution import Kernels, LinearResult, folding
-from fourfold.layouts.modelopt import QUANT_CONFIG
+from fourfold.execution import ExecutionContext, Kernels, LinearResult, Scheduler
 from fourfold.planning import Plan
 from fourfold.reporting import page_of
 from fourfold.reporting.summary import summarize
@@ -41,21 +30,6 @@ from fourfold.storage.output import OutputFolder
 from fourfold.storage.run_state import REST
 from fourfold.storage.shard_file import index_of
 from fourfold.storage.source import Source
-
-FOR_GOOD = {
-    error.__name__
-    for error in (
-        NonFiniteError,
-        ObservationError,
-        UsageError,
-        CalibrationError,
-        RecipeError,
-        ModelError,
-        PlanError,
-    )
-}
-"""Errors that the same command would meet again, on this rank or another: there is nothing to go
-on from."""
 
 WriteRest = Callable[[Plan, Source, FileWriter, list[LinearResult], ActivationScales | None], None]
 
@@ -107,8 +81,8 @@ class Job:
                     )
             if self.share.finished:
                 on_event(Resumed(self.share.finished, len(self.work.shards)))
-            self._fold(on_event)
-            self.ranks.gather("folded")
+            self._execute(on_event)
+            self.ranks.gather("written")
             with self.source.agreeing():
                 linears = self._finish() if self.run.is_writer else []
         except BaseException as error:
@@ -118,28 +92,28 @@ class Job:
         on_event(OutputComplete(self.folder.folder))
         return linears
 
-    def _fold(self, on_event: OnEvent) -> None:
+    def _execute(self, on_event: OnEvent) -> None:
         kept = Kept(self.share.kept, self._note_observed)
+        context = ExecutionContext(
+            self.work,
+            self.run.source,
+            self.folder,
+            self.kernels.threads,
+            scales=self.run.scales,
+            pool=self.kernels.pool,
+            on_event=on_event,
+            check=self.ranks.check,
+        )
         with (
-            folding(
-                self.work,
-                self.run.source,
-                self.folder,
-                scales=self.run.scales,
-                shards=self.share.shards,
-                threads=self.kernels.threads,
-                lanes=self.kernels.lanes,
-                on_event=on_event,
-                check=self.ranks.check,
-            ) as folded,
+            Scheduler(context, self.share.shards) as scheduler,
             closing(self.run.steps(kept)) as steps,
         ):
             for shards in steps:
                 with self.source.agreeing():
                     if self.run.is_writer:
-                        folded.run(shards)
+                        scheduler.run(shards)
             with self.source.agreeing():
-                folded.finish()
+                scheduler.finish()
 
     def _note_observed(self, layer: int | None, found: Statistics) -> None:
         if self.share.is_leader(self.ranks.rank):
@@ -177,7 +151,7 @@ class Job:
             return
         finished = self.folder.state.finished_shards()
         kind = error.kind if isinstance(error, RankFailedError) else type(error).__name__
-        if self.identity is None or not finished or kind in FOR_GOOD:
+        if self.identity is None or not finished or not getattr(error, "resumable", True):
             self.folder.discard()
             if self.folder.has_cleared:
                 error.add_note(
@@ -228,7 +202,8 @@ def write_rest(
     summary = summarize(work, linears, scales).to_json()
     folder.write_text(SUMMARY, summary)
     folder.write_text(REPORT, page_of(summary))
-    folder.write_json(QUANT_CONFIG, work.hf_quant_config)
+    for name, contents in work.config_files.items():
+        folder.write_json(name, contents)
     shards = [
         (name, shard.tensors) for name, shard in zip(work.shard_names, work.shards, strict=True)
     ]

@@ -20,7 +20,7 @@ from uuid import uuid4
 
 from fourfold.errors import SourceError, UsageError
 from fourfold.events import BytesCopied, OnEvent, OutputComplete, WritingBegan, ignore
-from fourfold.layouts.modelopt import QUANT_CONFIG
+from fourfold.layouts import marker_files
 from fourfold.planning import Spec, cut, shard_names
 from fourfold.reporting import page_of
 from fourfold.run.resume import without_times
@@ -104,7 +104,7 @@ def merge(
         )
     units = list(_units(summary.shards, _places(parts, summary)))
     layout = [(unit, *each) for unit in units for each in unit.cut(shards)]
-    target = OutputFolder(Path(out).expanduser(), markers=[QUANT_CONFIG])
+    target = OutputFolder(Path(out).expanduser(), markers=marker_files())
     for part in parts:
         target.check(part.folder, overwrite=overwrite, what="a part")
     total = sum(info.nbytes for unit in units for info in unit.tensors)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fourfold.distributed.machine import memory_available
 from fourfold.distributed.ranks import Ranks
-from fourfold.errors import PlanError
+from fourfold.errors import ResourceError
 from fourfold.execution import Kernels
 from fourfold.models.inventory import Inventory
 from fourfold.models.roles import Role
@@ -24,7 +24,7 @@ def check_placed(source: Source, inventory: Inventory) -> None:
 def check_room(
     work: Plan, folder: OutputFolder, kernels: Kernels, ranks: Ranks, *, runs_model: bool = False
 ) -> None:
-    """Raise `PlanError` where the disk or the memory is too small for the plan.
+    """Raise `ResourceError` where the disk or the memory is too small for the plan.
 
     runs_model: whether the model is run, layer by layer, if there is anything to calibrate.
     """
@@ -34,7 +34,7 @@ def check_room(
     memory, available = memory * ranks.local_size, memory_available()
     if memory > available:
         among = f" on each of {ranks.local_size} ranks" if ranks.local_size > 1 else ""
-        raise PlanError(
+        raise ResourceError(
             f"{size(memory)} of memory are needed for {kernels.threads} threads{among}, "
             f"{size(available)} are available. Use fewer --threads, or close other programs."
         )

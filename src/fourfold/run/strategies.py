@@ -23,7 +23,7 @@ from fourfold.calibration.scales import ActivationScales
 from fourfold.calibration.statistics import Statistics
 from fourfold.distributed.machine import choose_device, memory_available
 from fourfold.distributed.ranks import Ranks
-from fourfold.errors import PlanError, UsageError
+from fourfold.errors import ResourceError, UsageError
 from fourfold.events import DataLoaded, OnEvent, ignore
 from fourfold.planning import Plan
 from fourfold.recipes import Recipe
@@ -191,7 +191,7 @@ def choose_run(
 def _check_spill(
     plan: Plan, data: CalibrationData, limit: int, scratch: Path, ranks: Ranks
 ) -> None:
-    """Raise `PlanError` where the disk has no room for OUT and the activations beyond `limit`.
+    """Raise `ResourceError` where the disk has no room for OUT and the activations beyond `limit`.
 
     A waiting sample holds its hidden states, and what it was embedded as: 4 bytes an element serve
     for both, in 16 bits.
@@ -201,7 +201,7 @@ def _check_spill(
     spill = max(0, 4 * elements - limit) * ranks.local_size
     needed, free = plan.nbytes_after + spill, free_bytes(scratch)
     if spill and needed > free:
-        raise PlanError(
+        raise ResourceError(
             f"{scratch}: {size(needed)} are needed, {size(spill)} of them for waiting activations; "
             f"{size(free)} are free on that disk. Use fewer or shorter samples, or more "
             "--activation-memory."

@@ -6,7 +6,7 @@ import errno
 import shutil
 from pathlib import Path
 
-from fourfold.errors import OutputError, PlanError
+from fourfold.errors import OutputError, ResourceError
 from fourfold.storage.units import size
 
 
@@ -14,11 +14,11 @@ def check_disk(folder: Path, needed: int) -> None:
     """Check that the disk has room for `needed` bytes in `folder`, which need not exist yet.
 
     Raises:
-        PlanError: It has not.
+        ResourceError: It has not.
     """
     free = free_bytes(folder)
     if needed > free:
-        raise PlanError(
+        raise ResourceError(
             f"{folder}: {size(needed)} are needed, {size(free)} are free on that disk. "
             "Free some room, or write to another one."
         )

@@ -144,7 +144,7 @@ class LinearEntry(_Entry):
     format: str = "nvfp4"
     layer: Count | None = None
     expert: Count | None = None
-    global_scale: float
+    global_scale: float | None
     amax: float
     input_amax: float | None = None
     input_scale: float | None = None

@@ -1,0 +1,117 @@
+"""How scales and codes are chosen: the interface of an algorithm, and the registry.
+
+An algorithm quantizes one **scale group** at a time: the weights that engines fuse and that share
+one group scale. It names the statistics of the inputs that it needs; calibration measures them,
+and nothing is measured that no algorithm of the plan asks for.
+
+There are two kinds.
+
+- A plain `Algorithm` is given the weights of the group whole, with buffers for their parts.
+- A `RowwiseAlgorithm` chooses each row's scales and codes from that row and the group scale alone,
+  by one of the ways that the format's kernels know. Such weights are read and quantized in pieces
+  where a group is large, and many at a time on a GPU; the bytes are those of `quantize`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+from fourfold.formats.base import WeightFormat
+from fourfold.formats.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(slots=True)
+class Figures:
+    """Measurements of one quantized weight."""
+
+    amax: float = 0.0
+    """The largest magnitude of the weight."""
+    sum_sq_err: float = 0.0
+    """Σ(w − ŵ)²."""
+    sum_sq_w: float = 0.0
+    """Σw²."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One linear weight of a scale group, as an algorithm sees it."""
+
+    name: str
+    matrix_OI: Tensor
+    """bf16, fp16 or fp32 `[out, in]`, contiguous along `in`. Not to be changed."""
+    out: Mapping[str, Tensor]
+    """The buffers to fill, by row part: uint8 `[out, bytes of a row]`."""
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    """Statistics of the weight's inputs, by name: what `Algorithm.needs` asks for. For a routed
+    expert they are of the rows that were routed to it."""
+
+
+class Algorithm(ABC):
+    """A way to choose scales and codes."""
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Names of the statistics of the inputs that `quantize` reads from `Weight.statistics`."""
+
+    def supports(self, fmt: WeightFormat) -> bool:
+        """True if this algorithm can quantize to a format."""
+        return True
+
+    @abstractmethod
+    def quantize(
+        self, weights: Sequence[Weight], fmt: WeightFormat
+    ) -> tuple[float | None, list[Figures]]:
+        """Quantize one scale group.
+
+        Args:
+            weights: The weights of the group, whole. Their buffers are filled.
+            fmt: The format to quantize to.
+
+        Returns:
+            The group scale (None for a format without one), and the figures of each weight.
+
+        Raises:
+            NonFiniteError: A weight holds NaN or Inf.
+        """
+
+
+class RowwiseAlgorithm(Algorithm):
+    """Chooses scales by one of the ways that a format's kernels know, row by row."""
+
+    scale: ClassVar[str]
+    """Which of `WeightFormat.scales` it is."""
+
+    def supports(self, fmt: WeightFormat) -> bool:
+        return self.scale in fmt.scales
+
+    def quantize(
+        self, weights: Sequence[Weight], fmt: WeightFormat
+    ) -> tuple[float | None, list[Figures]]:
+        amaxes = [fmt.amax(weight.matrix_OI, name=weight.name) for weight in weights]
+        group_scale = fmt.group_scale(max(amaxes))
+        figures = []
+        for weight, amax in zip(weights, amaxes, strict=True):
+            error, energy = fmt.quantize(
+                weight.matrix_OI,
+                weight.out,
+                scale=self.scale,
+                group_scale=group_scale,
+                name=weight.name,
+            )
+            figures.append(Figures(amax, error, energy))
+        return group_scale, figures
+
+
+ALGORITHMS: Registry[Algorithm] = Registry(
+    {
+        "max": "fourfold.algorithms.max_scale:MaxScale",
+        "mse": "fourfold.algorithms.mse_scale:MSEScale",
+    }
+)
+"""The algorithms by name, which is what a recipe's `weights.scale` says."""

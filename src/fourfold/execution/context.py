@@ -1,0 +1,59 @@
+"""What all workers share while a plan is executed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from fourfold.calibration.scales import ActivationScales
+from fourfold.events import OnEvent, ignore
+from fourfold.models.inventory import LinearWeight
+from fourfold.planning import Plan
+from fourfold.storage.output import OutputFolder
+from fourfold.storage.source import Source
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fourfold.execution.streams import BufferPool
+
+
+@dataclass(frozen=True)
+class ExecutionContext:
+    """A plan, and everything that is needed to execute it."""
+
+    plan: Plan
+    source: Source
+    out: OutputFolder
+    threads: int
+    """The number of threads that compute at a time."""
+    scales: ActivationScales | None = None
+    """What calibration measured; None if nothing was. Complete for a layer before its shards are
+    written."""
+    pool: BufferPool | None = None
+    """The buffers of the GPU that quantizes; None if the CPU does."""
+    on_event: OnEvent = ignore
+    check: Callable[[], None] | None = None
+    """Called before each job; an error that it raises ends the work."""
+    computing: threading.Semaphore = field(init=False)
+    """Held by threads while they compute on the CPU."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "computing", threading.Semaphore(self.threads))
+
+    @property
+    def workers(self) -> int:
+        """The number of workers: one for each set of GPU buffers, or a few more than `threads`, so
+        that some can wait for the disk while the others compute."""
+        if self.pool is not None:
+            return self.pool.count
+        return self.threads + self.plan.limits.waiting
+
+    def statistics_of(self, linear: LinearWeight, needs: frozenset[str]) -> Mapping[str, Tensor]:
+        """Return the statistics of a linear weight's inputs that an algorithm needs."""
+        if not needs:
+            return {}
+        assert self.scales is not None, "a plan with such an algorithm needs calibration"
+        return self.scales.statistics_of(linear, needs)

@@ -1,0 +1,30 @@
+"""What a recipe says about one linear weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fourfold.formats.base import FORMATS
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """How one linear weight is stored, who chooses its codes, and how its inputs are rounded."""
+
+    weights: str
+    """The format of the weight, a name in `FORMATS`."""
+    algorithm: str
+    """The algorithm that chooses scales and codes, a name in `ALGORITHMS`."""
+    activations: str | None = None
+    """The format that engines round the layer's inputs to; None if they keep 16 bits."""
+    headroom: int = 0
+    """The scale of the inputs leaves room for 2^headroom times the largest input observed."""
+
+    @property
+    def has_input_scale(self) -> bool:
+        """True if the checkpoint stores a scale for the inputs, which calibration measures."""
+        return self.activations is not None and bool(FORMATS[self.activations].input_parts())
+
+    def __str__(self) -> str:
+        inputs = f" with {self.activations} activations" if self.activations else ""
+        return f"{self.weights}{inputs}"

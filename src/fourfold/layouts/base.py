@@ -1,0 +1,148 @@
+"""How a quantized checkpoint is laid out: the interface of a layout, and the registry.
+
+A format says which parts a weight has; a layout says under which names and in which encoding a
+checkpoint stores them, and what the configuration files say about them. Engines know a layout by
+`quantization_config.quant_method` in config.json.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from fourfold.formats.base import FORMATS
+from fourfold.formats.registry import Registry
+from fourfold.formats.scheme import Scheme
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class TensorSpec(NamedTuple):
+    """A tensor of a checkpoint: its name, dtype (as safetensors names it) and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class CheckpointContents:
+    """What configuration files must say about a checkpoint."""
+
+    schemes: Mapping[str, Scheme]
+    """The scheme of every quantized linear weight, by name."""
+    ignore: Sequence[str]
+    """What `Layout.ignore` returned."""
+    has_fp8_kv_cache: bool
+    """True if engines shall keep keys and values in FP8."""
+
+
+class Layout(ABC):
+    """The tensor names, encodings and configuration files that engines expect."""
+
+    name: ClassVar[str]
+    marker_files: ClassVar[tuple[str, ...]] = ()
+    """Files besides config.json that mark a folder as a finished checkpoint of this layout. They
+    are removed before an old checkpoint is replaced, and written just before config.json."""
+    suffixes: ClassVar[Mapping[str, Mapping[str, str]]]
+    """Last names of tensors: format → part → name. A format that is missing here cannot be laid
+    out."""
+    k_scale: ClassVar[str] = "k_scale"
+    v_scale: ClassVar[str] = "v_scale"
+
+    # --------------------------------------------------------------------------------- tensors
+
+    def check(self, schemes: Mapping[str, Scheme]) -> None:  # noqa: B027
+        """Check that this layout can express the schemes of a plan, given by linear weight.
+
+        Raises:
+            PlanError: It cannot; the message says what to change in the recipe.
+        """
+
+    def tensors(self, linear: str, shape: tuple[int, int], scheme: Scheme) -> dict[str, TensorSpec]:
+        """Return the tensors that one linear weight `[out, in]` becomes, by part."""
+        specs = dict(FORMATS[scheme.weights].parts(shape))
+        names = dict(self.suffixes[scheme.weights])
+        if scheme.activations is not None:
+            specs |= FORMATS[scheme.activations].input_parts()
+            names |= self.suffixes[scheme.activations]
+        return {
+            part: TensorSpec(f"{linear}.{names[part]}", *self.encoded(part, spec))
+            for part, spec in specs.items()
+        }
+
+    def encoded(self, part: str, spec: tuple[str, tuple[int, ...]]) -> tuple[str, tuple[int, ...]]:
+        """Return dtype and shape of a part in a checkpoint, given those that the format has."""
+        return spec
+
+    def encode(self, part: str, value: float) -> np.ndarray[Any, Any]:
+        """Return a scale that is a single number, such as a global scale, as it is stored."""
+        import numpy as np
+
+        return np.array([value], dtype=np.float32)
+
+    @property
+    def part_names(self) -> frozenset[str]:
+        """Last names of tensors that engines take for a part of a quantized layer, but for the one
+        that a plain weight has, too."""
+        names = {name for names in self.suffixes.values() for name in names.values()}
+        return frozenset(names - {"weight"} | {self.k_scale, self.v_scale})
+
+    @abstractmethod
+    def is_leftover(self, name: str, dtype: str) -> bool:
+        """True if a tensor looks like what some quantizer left, which no loader expects."""
+
+    @abstractmethod
+    def kv_scale_names(self, linears: Iterable[str]) -> dict[str, tuple[str, str]]:
+        """Return the names of the scales of keys and values, by attention module.
+
+        Args:
+            linears: Names of all linear layers of the model's attention modules.
+        """
+
+    # --------------------------------------------------------------------------- configuration
+
+    @abstractmethod
+    def ignore(self, quantized: Sequence[str], kept: Sequence[str]) -> list[str]:
+        """Return the list of modules that engines leave unquantized, in the words of this layout.
+
+        Args:
+            quantized: Names of the quantized linear weights.
+            kept: Names of modules that stay as they are.
+
+        Raises:
+            PlanError: No list says so to every engine.
+        """
+
+    @abstractmethod
+    def quantization_config(self, contents: CheckpointContents) -> dict[str, Any]:
+        """Return the value of `quantization_config` in config.json."""
+
+    def config_files(self, contents: CheckpointContents) -> dict[str, dict[str, Any]]:
+        """Return the contents of the configuration files besides config.json, by file name."""
+        return {}
+
+    @abstractmethod
+    def recognizes(self, config: Mapping[str, Any]) -> bool:
+        """True if a config.json is that of a checkpoint in this layout."""
+
+
+LAYOUTS: Registry[Layout] = Registry({"modelopt": "fourfold.layouts.modelopt:ModelOpt"})
+"""The layouts by name."""
+
+
+def quantization_of(config: Mapping[str, Any]) -> str | None:
+    """Return what a config.json says about an earlier quantization; None if it says nothing."""
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        entry = part.get("quantization_config")
+        if isinstance(entry, dict) and entry:
+            return str(entry.get("quant_algo") or entry.get("quant_method") or "unknown")
+    return None
+
+
+def marker_files() -> list[str]:
+    """Return the marker files of every layout: a folder may hold a checkpoint of any of them."""
+    return list(dict.fromkeys(name for layout in LAYOUTS.values() for name in layout.marker_files))
