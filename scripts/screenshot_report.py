@@ -164,7 +164,7 @@ def _example(scratch: Path) -> Path:
 
 def main() -> None:
     """Read the summary, take the picture, write it small."""
-    from fourfold.reporting import html_of, read_summary
+    from fourfold.reporting import read_summary, render_report
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("out", nargs="?", type=Path, help="a folder with a quant_summary.json")
@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--dark", action="store_true", help="as a browser with the dark scheme")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        page = html_of(read_summary(given.out or _example(Path(scratch))))
+        page = render_report(read_summary(given.out or _example(Path(scratch))))
     given.to.parent.mkdir(parents=True, exist_ok=True)
     size = given.to.write_bytes(encode(photograph(page, dark=given.dark)))
     print(f"{given.to}: {size:,} bytes")

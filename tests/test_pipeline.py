@@ -201,19 +201,6 @@ def ids(folder: Path, name: str = "ids.jsonl") -> Path:
     return folder / name
 
 
-def test_a_report_that_cannot_be_made_costs_no_checkpoint(
-    written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(_: object) -> str:
-        raise ZeroDivisionError("<oops>")
-
-    monkeypatch.setattr("fourfold.reporting.page.html_of", broken)
-    assert fourfold.quantize(written("qwen3_moe")[0], tmp_path / "out", EXPERTS).clean
-    page = (tmp_path / "out" / "report.html").read_text()
-    assert "could not be made" in page
-    assert "&lt;oops&gt;" in page
-
-
 def test_the_folder_that_one_stands_in(
     written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -38,7 +39,7 @@ from fourfold.execution import (
 from fourfold.layouts import marker_files
 from fourfold.planning import KVScales, Plan, ScaleGroup, make_plan
 from fourfold.recipes import DEFAULT_RECIPE, Recipe
-from fourfold.run.job import Job
+from fourfold.run.job import Job, write_rest
 from fourfold.run.preflight import check_placed, check_room
 from fourfold.run.resume import (
     forward_threads,
@@ -265,7 +266,8 @@ def quantize(
                 on_event(PlanMade(work))
                 kernels = _told(kernels, failures, on_event, warn)
             run = choose_run(work, source, observation, folder.folder, ranks)
-            job = Job(work, source, folder, run, ranks, kernels)
+            rest = partial(write_rest, warn=warn)
+            job = Job(work, source, folder, run, ranks, kernels, rest)
             with source.agreeing():
                 if run.is_writer and ranks.size == 1:
                     folder.check_continues(job.identity, overwrite=overwrite)

@@ -80,15 +80,6 @@ def weights_only(full: Mapping[str, Any]) -> dict[str, Any]:
     return bare
 
 
-def first_version(full: Mapping[str, Any]) -> dict[str, Any]:
-    """What fourfold 0.1.0 wrote."""
-    bare = {key: full[key] for key in ("model_type", "architecture", "ledger", "files")}
-    keys = ("name", "role", "shape", "global_scale", "amax", "relative_error")
-    bare["recipe"] = weights_only(full)["recipe"]
-    bare["linears"] = [{key: each[key] for key in keys} for each in full["linears"]]
-    return {"producer": "fourfold 0.1.0", **bare}
-
-
 def _tokens(dice: random.Random, experts: int, tokens: int) -> list[int]:
     weights = [dice.lognormvariate(0, 0.9) for _ in range(experts)]
     return [int(tokens * 8 * weight / sum(weights)) + 1 for weight in weights]

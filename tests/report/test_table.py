@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
-import math
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,10 @@ import pytest
 from rich.console import Console
 
 from fourfold.errors import UsageError
-from fourfold.reporting import chosen_entries, table_of
+from fourfold.reporting import LinearTable, QuantSummary
+from fourfold.reporting import table_of as table_of_summary
 
-from .documents import document, first_version, weights_only
+from .documents import document, weights_only
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +45,10 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys) -> Callable[..., tuple[int, str
         return code, *capsys.readouterr()
 
     return call
+
+
+def table_of(summary: dict[str, Any], **options: Any) -> LinearTable:
+    return table_of_summary(QuantSummary.model_validate_json(json.dumps(summary)), **options)
 
 
 def printed(table: object, width: int) -> list[str]:
@@ -116,19 +119,11 @@ def test_filters(calibrated) -> None:
     assert len(table_of(calibrated, role="attention").lines) == 16
     assert len(table_of(calibrated, role="attention", layer=2).lines) == 4
     assert len(table_of(calibrated, layer=2).lines) == 7
-    worst = table_of(calibrated, role="experts", worst_of_all=5)
+    worst = table_of(calibrated, role="experts", worst=5)
     errors = [line[0].relative_error or 0 for line in worst.lines]
     experts = [each for each in calibrated["linears"] if each["role"] == "experts"]
     assert errors == sorted((each["relative_error"] for each in experts), reverse=True)[:5]
     assert str(worst).endswith("5 of 192 linear weights, the largest error first")
-
-
-def test_nan_is_the_worst(calibrated) -> None:
-    broken = copy.deepcopy(calibrated)
-    broken["linears"][50]["relative_error"] = math.nan
-    (line,) = table_of(broken, worst_of_all=1).lines
-    assert line[0].name == broken["linears"][50]["name"]
-    assert "NaN" in str(table_of(broken, worst_of_all=1))
 
 
 def test_what_is_not_there_is_wrong_usage(calibrated) -> None:
@@ -137,14 +132,13 @@ def test_what_is_not_there_is_wrong_usage(calibrated) -> None:
     with pytest.raises(UsageError, match=r"layer 7: .* Layers: 0–3"):
         table_of(calibrated, layer=7)
     bare = {**calibrated, "linears": [each | {"layer": None} for each in calibrated["linears"]]}
-    with pytest.raises(UsageError, match=r"layer 0: .* No layer is known"):
+    with pytest.raises(UsageError, match=r"layer 0: .* Layers: none"):
         table_of(bare, layer=0)
 
 
 def test_columns_that_nothing_fills_are_left_out(calibrated) -> None:
     heads, _ = table_of(weights_only(calibrated)).rows()
     assert heads == ["linear weight", "shape", "format", "global scale", "rel. error"]
-    assert table_of(first_version(calibrated)).rows()[0] == heads
 
 
 @pytest.mark.parametrize("width", [20, 80, 105, 120, 200])
@@ -165,8 +159,8 @@ def test_a_name_without_room_stands_above_its_figures(calibrated) -> None:
     assert all(len(line) <= 120 for line in lines)
 
 
-def test_an_empty_document() -> None:
-    assert "0 linear weights in 0 lines" in str(table_of({}))
+def test_no_linear_weight(calibrated) -> None:
+    assert "0 linear weights in 0 lines" in str(table_of({**calibrated, "linears": []}))
 
 
 def test_names_cannot_command_the_terminal(calibrated) -> None:
@@ -179,13 +173,10 @@ def test_names_cannot_command_the_terminal(calibrated) -> None:
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_weights_take_seconds() -> None:
+def test_a_hundred_thousand_weights() -> None:
     many = document(88, 384)
     assert len(many["linears"]) > 100_000
-    begun = time.perf_counter()
-    lines = printed(table_of(many, every=True), 120)
-    assert time.perf_counter() - begun < 60  # about 4 s on an idle core; rich's own table: 50 s
-    assert len(lines) == 3 + len(many["linears"]) + 1
+    assert len(printed(table_of(many, every=True), 120)) == 3 + len(many["linears"]) + 1
 
 
 def test_command(run, out: Path) -> None:
@@ -212,11 +203,6 @@ def test_json_is_the_document_with_the_chosen_weights(run, out: Path, calibrated
     assert errors == sorted(errors, reverse=True)
     assert {each["role"] for each in chosen} == {"attention"}
     assert len(chosen) == 4
-
-
-def test_json_survives_odd_entries(calibrated) -> None:
-    odd = {**calibrated, "linears": [3, None, {"name": 5}, *calibrated["linears"]]}
-    assert len(chosen_entries(odd, role="attention")["linears"]) == 16
 
 
 def test_a_summary_that_cannot_be_read(run, tmp_path: Path) -> None:

@@ -324,14 +324,29 @@ def summary(
     as_json: Json = False,
 ) -> None:
     """Show what was done to each linear weight: scales, input amax, tokens, error."""
-    from fourfold.reporting import chosen_entries, read_summary, table_of
+    from fourfold.reporting import read_summary, select, table_of
 
-    found = read_summary(out)
+    document = read_summary(out)
     if as_json:
-        print_json(chosen_entries(found, role=role, layer=layer, worst_of_all=worst))
+        linears = tuple(select(document, role=role, layer=layer, worst=worst))
+        print_json(document.model_copy(update={"linears": linears}).to_dict())
         return
-    table = table_of(found, role=role, layer=layer, every=every, worst_of_all=worst)
+    table = table_of(document, role=role, layer=layer, every=every, worst=worst)
     console().print(table, crop=False)
+
+
+@app.command()
+def report(
+    out: Annotated[Path, typer.Argument(help="A folder that `fourfold quantize` wrote.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The page's file; by default report.html in OUT."),
+    ] = None,
+) -> None:
+    """Draw the report page from the quant_summary.json in OUT."""
+    from fourfold.reporting import write_report
+
+    print(write_report(out, output))
 
 
 @app.command()

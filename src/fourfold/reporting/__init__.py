@@ -1,8 +1,15 @@
-"""A summary document for people: a table of every linear weight, and a page that stands alone."""
+"""`quant_summary.json` for people: a page that works offline, and a table for the terminal."""
 
-from fourfold.reporting.html import html_of
-from fourfold.reporting.page import page_of
-from fourfold.reporting.reading import read_summary
-from fourfold.reporting.table import LinearTable, chosen_entries, table_of
+from fourfold.reporting.page import render_report, write_report
+from fourfold.reporting.table import LinearTable, select, table_of
+from fourfold.storage.quant_summary import QuantSummary, read_summary
 
-__all__ = ["LinearTable", "chosen_entries", "html_of", "page_of", "read_summary", "table_of"]
+__all__ = [
+    "LinearTable",
+    "QuantSummary",
+    "read_summary",
+    "render_report",
+    "select",
+    "table_of",
+    "write_report",
+]

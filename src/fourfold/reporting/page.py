@@ -1,16 +1,321 @@
-"""The page of a document's text, whatever the document is."""
+"""Draws `report.html`, a page about a quantized checkpoint, from its `quant_summary.json`.
+
+The functions here turn a summary into tables and heat maps of plain strings;
+`report.html.jinja` lays them out. The page needs no script and fetches nothing, every name in it
+is escaped, and the same summary gives the same bytes.
+"""
 
 from __future__ import annotations
 
-import json
-from html import escape
+import bisect
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
+from pathlib import Path
+from typing import NamedTuple
 
-from fourfold.reporting.html import html_of
+from fourfold.errors import OutputError
+from fourfold.reporting.table import select
+from fourfold.reporting.text import clipped, figure, integer, plural, printable, runs
+from fourfold.storage.names import REPORT
+from fourfold.storage.quant_summary import (
+    ExpertsEntry,
+    LinearEntry,
+    QuantSummary,
+    RoleEntry,
+    read_summary,
+)
+from fourfold.storage.units import size
+
+WORST = 20
+"""How many linear weights with the largest errors are listed by name."""
+
+COLD = 0.01
+"""An expert is cold if it saw less than this part of an even share of its layer's tokens."""
+
+SHARES = (
+    (COLD, "cold", f"cold, < {COLD:.0%}"),
+    (0.1, "l0", "< 10%"),
+    (0.25, "l1", "< 25%"),
+    (0.5, "l2", "< 50%"),
+    (1, "l3", "< 100%"),
+    (2, "l4", "1–2×"),
+    (4, "l5", "2–4×"),
+    (float("inf"), "l6", "≥ 4×"),
+)
+"""Colors of tokens: the part of an even share that ends each, its CSS class and its meaning."""
+
+Figure = Callable[[LinearEntry], float | None]
 
 
-def page_of(summary: str) -> str:
-    """The report; what goes wrong with it must not cost the checkpoint, and stands in its place."""
+class Table(NamedTuple):
+    """A table of strings. The first `texts` columns are text, the others numbers."""
+
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    texts: int = 1
+
+
+class Cell(NamedTuple):
+    """One expert of one layer in a heat map."""
+
+    color: str
+    """A CSS class: "none", "cold", or "l0" to "l6"."""
+    title: str
+    label: str
+    """The value in few characters, shown where cells are wide."""
+
+
+class HeatMap(NamedTuple):
+    """Values by layer (rows) and expert (columns)."""
+
+    rows: Sequence[tuple[str, Sequence[Cell]]]
+    """The label of each row, and its cells."""
+    legend: Sequence[tuple[str, str]]
+    """Colors and their meanings."""
+
+
+def write_report(out: str | Path, file: str | Path | None = None) -> Path:
+    """Draw the report of the checkpoint in the folder `out`, and return its path.
+
+    Args:
+        out: A folder that `fourfold quantize` wrote.
+        file: The file to write; by default `report.html` in `out`.
+
+    Raises:
+        SourceError: If the folder has no valid summary.
+        OutputError: If the file cannot be written.
+    """
+    page = render_report(read_summary(out))
+    path = Path(file or Path(out) / REPORT).expanduser()
     try:
-        return html_of(json.loads(summary))
+        path.write_text(page, "utf-8")
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror}.") from error
+    return path
+
+
+def draw_report(summary: QuantSummary, warn: Callable[[str], None]) -> str | None:
+    """Return the report; if it cannot be drawn, call `warn` with the reason and return None.
+
+    For the end of a run: a defect of the report must not cost the checkpoint.
+    """
+    try:
+        return render_report(summary)
     except Exception as error:
-        return f"<!doctype html><p>The report could not be made: {escape(repr(error))}</p>\n"
+        warn(
+            f"{REPORT}: could not be drawn ({type(error).__name__}: {error}). The checkpoint is "
+            "not affected. `fourfold report` draws the page again."
+        )
+        return None
+
+
+def render_report(summary: QuantSummary) -> str:
+    """Return the report on a quantized checkpoint as one HTML page."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: printable(value) if type(value) is str else value,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"integer": integer, "clipped": clipped, "plural": plural}
+    linears = select(summary)
+    return environment.get_template(f"{REPORT}.jinja").render(
+        summary=summary,
+        recipe=_recipe(summary),
+        is_balanced=_is_balanced(summary),
+        tiles=_tiles(summary),
+        roles=_roles(summary.roles),
+        errors=_spreads("role", linears, attrgetter("role"), attrgetter("relative_error")),
+        error_map=_error_map(linears),
+        tokens_map=_tokens_map(summary.experts),
+        unreached=_list_experts(summary.experts, lambda share: share == 0),
+        cold=_list_experts(summary.experts, lambda share: 0 < share < COLD),
+        inputs=_spreads("input of", linears, _role_and_projection, attrgetter("input_amax")),
+        kv_cache=Table(
+            ("attention module", "k_scale", "v_scale"),
+            [(clipped(x.name), figure(x.k_scale), figure(x.v_scale)) for x in summary.kv_cache],
+        ),
+        worst=_worst(select(summary, worst=WORST)),
+    )
+
+
+def _recipe(summary: QuantSummary) -> list[str]:
+    """The lines of the recipe in YAML."""
+    import yaml
+
+    entries = {name: value for name, value in summary.recipe.items() if name != "name"}
+    text = yaml.safe_dump(
+        entries, sort_keys=False, default_flow_style=None, width=1000, allow_unicode=True
+    )
+    return text.splitlines()
+
+
+def _is_balanced(summary: QuantSummary) -> bool:
+    planned = summary.ledger.linear_weights_planned
+    return planned == summary.ledger.linear_weights_quantized == len(summary.linears)
+
+
+def _tiles(summary: QuantSummary) -> list[tuple[str, str, str]]:
+    """The figures at the top of the page: heading, figure, note."""
+    before, after = summary.ledger.bytes_before, summary.ledger.bytes_after
+    errors = [linear.relative_error for linear in summary.linears] or [0.0]
+    roles = ", ".join(sorted({linear.role for linear in summary.linears}))
+    tiles = [
+        ("Size", f"{size(before)} → {size(after)}", f"{before / max(after, 1):.2f}× smaller"),
+        ("Linear weights quantized", integer(len(summary.linears)), clipped(roles, 60)),
+        (
+            "Relative error",
+            f"median {figure(statistics.median(errors))}",
+            f"largest {figure(max(errors))}",
+        ),
+    ]
+    if summary.calibration is None:
+        return [*tiles, ("Calibration", "none", "activations are not quantized")]
+    unreached = plural(summary.calibration.unreached_experts, "expert")
+    tokens = plural(summary.calibration.tokens, "token")
+    return [*tiles, ("Calibration", tokens, f"{unreached} without a token")]
+
+
+def _roles(entries: Sequence[RoleEntry]) -> Table:
+    """Tensors and bytes of each role; the last row is the total."""
+    ordered = sorted(entries, key=lambda entry: (-entry.bytes_before, entry.role, entry.what))
+    counts = ("tensors", "linear_weights", "numel", "bytes_before", "bytes_after")
+    sums = {name: sum(getattr(entry, name) for entry in entries) for name in counts}
+    ordered.append(RoleEntry(role="total", what="", **sums))
+    rows = [
+        [
+            clipped(entry.role, 60),
+            clipped(entry.what, 60),
+            integer(entry.tensors),
+            integer(entry.linear_weights or None),
+            size(entry.bytes_before),
+            size(entry.bytes_after),
+            f"{entry.bytes_after * 8 / entry.numel:.2f}" if entry.numel else "",
+        ]
+        for entry in ordered
+    ]
+    heads = ("role", "what happened", "tensors", "linear weights", "before", "after", "bits/weight")
+    return Table(heads, rows, texts=2)
+
+
+def _spreads(
+    kind: str, linears: Iterable[LinearEntry], group_of: Callable[[LinearEntry], str], of: Figure
+) -> Table:
+    """The smallest, median and largest figure of each group of linear weights."""
+    groups: dict[str, list[float]] = defaultdict(list)
+    for linear in linears:
+        if (value := of(linear)) is not None:
+            groups[group_of(linear)].append(value)
+    rows = [
+        [
+            clipped(name, 60),
+            integer(len(values)),
+            *map(figure, (min(values), statistics.median(values), max(values))),
+        ]
+        for name, values in groups.items()
+    ]
+    return Table((kind, "linear weights", "smallest", "median", "largest"), rows)
+
+
+def _role_and_projection(linear: LinearEntry) -> str:
+    return f"{linear.role} {linear.name.rpartition('.')[2]}"
+
+
+def _error_map(linears: Sequence[LinearEntry]) -> HeatMap | None:
+    """The largest error of each expert's projections, in seven colors from smallest to largest."""
+    layers: dict[str, dict[int, float]] = defaultdict(dict)
+    for linear in linears:
+        if linear.expert is not None:
+            errors = layers[_label(linear.layer, linear.name.rpartition(f".{linear.expert}.")[0])]
+            errors[linear.expert] = max(linear.relative_error, errors.get(linear.expert, 0.0))
+    if not layers:
+        return None
+    known = [error for errors in layers.values() for error in errors.values()]
+    low, high = min(known), max(known)
+    bounds = [low + (high - low) * step / 7 for step in range(7)]
+    rows = [
+        (
+            label,
+            [
+                Cell(
+                    f"l{bisect.bisect(bounds, error) - 1}",
+                    f"layer {label}, expert {expert}: {figure(error)}",
+                    figure(error, 3),
+                )
+                for expert, error in sorted(errors.items())
+            ],
+        )
+        for label, errors in layers.items()
+    ]
+    return HeatMap(rows, [(f"l{step}", f"≥ {figure(bound)}") for step, bound in enumerate(bounds)])
+
+
+def _tokens_map(entries: Sequence[ExpertsEntry]) -> HeatMap | None:
+    """The calibration tokens of each expert, colored by their part of an even share."""
+    rows = [(_label(entry.layer, entry.module), _token_cells(entry)) for entry in entries]
+    legend = [("none", "no token"), *((color, meaning) for _, color, meaning in SHARES)]
+    return HeatMap(rows, legend) if rows else None
+
+
+def _token_cells(entry: ExpertsEntry) -> list[Cell]:
+    label = _label(entry.layer, entry.module)
+    return [
+        Cell(
+            color_of(share),
+            f"layer {label}, expert {expert}: {plural(tokens, 'token')}",
+            str(tokens) if tokens < 1000 else f"{tokens / 1000:.3g}k",
+        )
+        for expert, (tokens, share) in enumerate(zip(entry.tokens, _shares(entry), strict=True))
+    ]
+
+
+def color_of(share: float) -> str:
+    """Return the color of an expert that saw this part of an even share of tokens."""
+    return "none" if share == 0 else next(color for end, color, _ in SHARES if share < end)
+
+
+def _shares(entry: ExpertsEntry) -> list[float]:
+    even = max(sum(entry.tokens), 1) / max(len(entry.tokens), 1)
+    return [tokens / even for tokens in entry.tokens]
+
+
+def _list_experts(
+    entries: Sequence[ExpertsEntry], is_listed: Callable[[float], bool]
+) -> tuple[int, list[str]]:
+    """Count the experts whose share of tokens is to be listed, and list them by layer."""
+    total, lines = 0, []
+    for entry in entries:
+        experts = [expert for expert, share in enumerate(_shares(entry)) if is_listed(share)]
+        total += len(experts)
+        if experts:
+            lines.append(f"layer {_label(entry.layer, entry.module)}: {runs(experts)}")
+    return total, lines
+
+
+def _label(layer: int | None, module: str) -> str:
+    return clipped(module, 40) if layer is None else str(layer)
+
+
+def _worst(linears: Sequence[LinearEntry]) -> Table:
+    rows = [
+        [
+            clipped(linear.name),
+            clipped(linear.role, 40),
+            clipped("×".join(map(str, linear.shape)), 40),
+            figure(linear.amax),
+            figure(linear.global_scale),
+            figure(linear.input_amax),
+            integer(linear.tokens),
+            figure(linear.relative_error),
+        ]
+        for linear in linears
+    ]
+    heads = ("linear weight", "role", "shape", "amax", "global scale", "input amax", "tokens")
+    return Table((*heads, "relative error"), rows, texts=2)

@@ -1,229 +1,198 @@
-"""A summary document's linear weights as a table in the terminal.
+"""The linear weights of a `quant_summary.json` as a table in the terminal.
 
 One line for each weight, or, as an MoE has thousands of them, one for all experts of a layer:
 
     model.layers.0.mlp.experts.0-127.gate_proj   768×2048   nvfp4   1.1e-4…2.3e-4   …
 
-The table is laid out here, not by rich, which would take a minute for a hundred thousand rows.
+The table is laid out here because rich would take a minute for a hundred thousand rows.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from operator import attrgetter
 
 from rich.console import Console, ConsoleOptions
 from rich.segment import Segment
 from rich.style import Style
 
 from fourfold.errors import UsageError
-from fourfold.reporting.document import Document, Linear, read_document, text
-from fourfold.reporting.tally import layers_of, spread, worst
-from fourfold.reporting.words import clipped, figure, plural, runs, times, whole
+from fourfold.models.names import natural
+from fourfold.reporting.text import clipped, figure, integer, plural, printable, runs
+from fourfold.storage.quant_summary import LinearEntry, QuantSummary
 from fourfold.storage.units import PLAIN_WIDTH, size
 
-NARROWEST = 24
-"""With less room beside the figures, every name gets a line of its own."""
+NARROWEST_NAME = 24
+"""If the figures leave less room than this for names, each name gets a line of its own."""
 
-_BOLD, _DIM, _PLAIN = Style(bold=True), Style(dim=True), Style()
-
-Figure = Callable[[Linear], float | None]
-
-
-@dataclass(frozen=True)
-class _Column:
-    head: str
-    of: Figure
-    is_count: bool = False
-
-    def show(self, value: float | None, digits: int = 4) -> str:
-        if self.is_count and value is not None:
-            return f"{value:,.0f}"
-        return figure(value, digits)
+_FIGURES: dict[str, Callable[[LinearEntry], float | None]] = {
+    "global scale": attrgetter("global_scale"),
+    "input amax": attrgetter("input_amax"),
+    "tokens": attrgetter("tokens"),
+    "rel. error": attrgetter("relative_error"),
+}
 
 
-_FIGURES = (
-    _Column("global scale", lambda linear: linear.global_scale),
-    _Column("input amax", lambda linear: linear.input_amax),
-    _Column("tokens", lambda linear: linear.tokens, is_count=True),
-    _Column("rel. error", lambda linear: linear.relative_error),
-)
+def select(
+    summary: QuantSummary,
+    *,
+    role: str | None = None,
+    layer: int | None = None,
+    worst: int | None = None,
+) -> list[LinearEntry]:
+    """Return the linear weights of a role, a layer or both, by layer and name.
+
+    worst: return only that many, the largest relative error first.
+
+    Raises:
+        UsageError: If the summary has no such weight.
+    """
+    linears = sorted(summary.linears, key=_by_layer)
+    if role is not None and role not in (roles := Counter(linear.role for linear in linears)):
+        known = ", ".join(f"{name} ({count:,})" for name, count in roles.most_common())
+        raise UsageError(f"role {role!r}: no quantized linear weight has it. Roles: {known}.")
+    layers = {linear.layer for linear in linears if linear.layer is not None}
+    if layer is not None and layer not in layers:
+        known = runs(layers) or "none"
+        raise UsageError(f"layer {layer}: holds no quantized linear weight. Layers: {known}.")
+    chosen = [x for x in linears if role in (None, x.role) and layer in (None, x.layer)]
+    if linears and not chosen:
+        raise UsageError(f"layer {layer} holds no quantized linear weight of role {role!r}.")
+    if worst is not None:
+        chosen = sorted(chosen, key=lambda x: (-x.relative_error, x.name))[:worst]
+    return chosen
 
 
 def table_of(
-    summary: Mapping[str, Any],
+    summary: QuantSummary,
     *,
     role: str | None = None,
     layer: int | None = None,
     every: bool = False,
-    worst_of_all: int | None = None,
+    worst: int | None = None,
 ) -> LinearTable:
-    """The table of a summary document: what quant_summary.json holds, parsed.
+    """Return a table of the linear weights that `select` chooses.
 
-    Of one role, or of one layer, or of both. `every`: a line for each weight, the experts of a
-    layer in one otherwise. `worst_of_all`: so many with the largest relative errors, the largest
-    first. Raises `UsageError` where the document has no weight of that role or layer.
+    every: give each weight a line of its own, also the experts of one layer.
     """
-    document = read_document(summary)
-    chosen = _chosen(document.linears, role, layer)
-    if worst_of_all is not None:
-        shown = [[linear] for linear in worst(chosen, worst_of_all)]
-    elif every:
-        shown = [[linear] for linear in chosen]
-    else:
-        shown = _grouped(chosen)
-    return LinearTable(document, tuple(map(tuple, shown)), len(chosen))
-
-
-def chosen_entries(
-    summary: Mapping[str, Any],
-    *,
-    role: str | None = None,
-    layer: int | None = None,
-    worst_of_all: int | None = None,
-) -> dict[str, Any]:
-    """`summary` with those of its linear weights that `table_of` would show, for JSON."""
-    linears = _chosen(read_document(summary).linears, role, layer)
-    if worst_of_all is not None:
-        linears = worst(linears, worst_of_all)
-    places = {linear.name: place for place, linear in enumerate(linears)}
-    entries = [each for each in summary.get("linears", []) if _name(each) in places]
-    return {**summary, "linears": sorted(entries, key=lambda each: places[_name(each)])}
-
-
-def _name(entry: object) -> str:
-    return text(entry.get("name")) if isinstance(entry, dict) else ""
-
-
-def _chosen(linears: Sequence[Linear], role: str | None, layer: int | None) -> list[Linear]:
-    if role is not None and role not in (roles := Counter(each.role for each in linears)):
-        there = ", ".join(f"{name} ({many:,})" for name, many in roles.most_common())
-        raise UsageError(f"role {role!r}: no quantized linear weight has it. There are: {there}")
-    if layer is not None and layer not in (layers := layers_of(linears)):
-        known = f"Layers: {runs(layers)}" if layers else "No layer is known"
-        raise UsageError(f"layer {layer}: holds no quantized linear weight. {known}.")
-    found = [each for each in linears if role in (None, each.role) and layer in (None, each.layer)]
-    if not found and linears:
-        raise UsageError(f"layer {layer} holds no quantized linear weight of role {role!r}.")
-    return found
-
-
-def _grouped(linears: Sequence[Linear]) -> list[list[Linear]]:
-    """Experts of a layer that have one projection, shape and format together, others alone."""
-    found: dict[tuple[object, ...], list[Linear]] = defaultdict(list)
+    linears = select(summary, role=role, layer=layer, worst=worst)
+    lines = defaultdict[object, list[LinearEntry]](list)
     for linear in linears:
-        found[_pattern(linear), linear.role, linear.shape, linear.format].append(linear)
-    return list(found.values())
+        alone = every or worst is not None
+        lines[linear.name if alone else _shared_line(linear)].append(linear)
+    total = len(linears) if worst is None else len(select(summary, role=role, layer=layer))
+    return LinearTable(summary, tuple(map(tuple, lines.values())), total)
 
 
-def _pattern(linear: Linear) -> str:
+def _by_layer(linear: LinearEntry) -> tuple[object, ...]:
+    return linear.layer is None, linear.layer or 0, natural(linear.name)
+
+
+def _shared_line(linear: LinearEntry) -> object:
+    """Experts of a layer share a line if projection, role, shape and format are the same."""
+    return _pattern(linear), linear.role, linear.shape, linear.format
+
+
+def _pattern(linear: LinearEntry) -> str:
     """The name with `*` for its expert's number."""
     before, dot, after = linear.name.rpartition(f".{linear.expert}.")
-    return f"{before}.*.{after}" if dot and linear.expert is not None else linear.name
+    return f"{before}.*.{after}" if dot else linear.name
 
 
 @dataclass(frozen=True)
 class LinearTable:
-    """Lines of one or several linear weights. Prints as the command prints."""
+    """Lines of one or several linear weights. Printing it gives the table."""
 
-    document: Document
-    lines: tuple[tuple[Linear, ...], ...]
-    linears: int
-    """How many linear weights were chosen, shown one by one or not."""
+    summary: QuantSummary
+    lines: tuple[tuple[LinearEntry, ...], ...]
+    total: int
+    """How many linear weights there are, of which `lines` may show only the worst."""
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
-        """Heads, and the cells of each line; a column that no weight fills is left out."""
-        figures = [column for column in _FIGURES if self._has(column.of)]
-        heads = ["linear weight", "shape", "format", *(column.head for column in figures)]
-        return heads, [_cells(line, figures) for line in self.lines]
+        """Return the heads and the cells of each line, without columns that nothing fills."""
+        figures = {
+            head: of
+            for head, of in _FIGURES.items()
+            if any(of(linear) is not None for line in self.lines for linear in line)
+        }
+        heads = ["linear weight", "shape", "format", *figures]
+        return heads, [_cells(line, figures.values()) for line in self.lines]
 
-    def _has(self, of: Figure) -> bool:
-        return any(of(linear) is not None for line in self.lines for linear in line)
-
-    def text_of(self, room: int) -> Iterator[tuple[str, Style]]:
-        """The lines that are printed where a line has `room` characters, and how each looks."""
-        title, *rest = _head(self.document)
-        yield title, _BOLD
-        yield from ((words, _PLAIN) for words in rest)
+    def text(self, width: int) -> Iterator[tuple[str, Style]]:
+        """Yield the lines to print on a terminal of `width` characters, and their styles."""
+        title, *details = _head(self.summary)
+        yield title, Style(bold=True)
+        yield from ((line, Style()) for line in details)
         heads, rows = self.rows()
-        widths = _widths(heads, rows, room)
-        yield from ((words, _BOLD) for words in _laid_out(heads, widths))
-        for row in rows:
-            yield from ((words, _PLAIN) for words in _laid_out(row, widths))
-        yield self._foot(), _DIM
-
-    def __rich_console__(self, _: Console, options: ConsoleOptions) -> Iterator[Segment]:
-        for words, style in self.text_of(options.max_width):
-            yield Segment(words, style)
-            yield Segment.line()
+        widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+        room = width - sum(widths[1:]) - 2 * (len(widths) - 1)
+        widths[0] = min(widths[0], room) if room >= NARROWEST_NAME else 0
+        for row in (heads, *rows):
+            style = Style(bold=row is heads)
+            yield from ((line, style) for line in _laid_out(row, widths))
+        yield self._foot(), Style(dim=True)
 
     def _foot(self) -> str:
         shown = sum(map(len, self.lines))
-        if shown < self.linears:
-            return f"{shown:,} of {plural(self.linears, 'linear weight')}, the largest error first"
-        words = f"{plural(shown, 'linear weight')} in {plural(len(self.lines), 'line')}"
-        return f"{words}; --all gives each its own" if shown > len(self.lines) else words
+        if shown < self.total:
+            return f"{shown:,} of {plural(self.total, 'linear weight')}, the largest error first"
+        counts = f"{plural(shown, 'linear weight')} in {plural(len(self.lines), 'line')}"
+        return f"{counts}; --all gives each its own" if shown > len(self.lines) else counts
+
+    def __rich_console__(self, _: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        for line, style in self.text(options.max_width):
+            yield Segment(line, style)
+            yield Segment.line()
 
     def __str__(self) -> str:
-        return "\n".join(words for words, _ in self.text_of(PLAIN_WIDTH))
+        return "\n".join(line for line, _ in self.text(PLAIN_WIDTH))
 
 
-def _head(document: Document) -> Iterator[str]:
-    """What was made, of what, and whether the ledger balances."""
-    model = clipped(document.model or document.architecture or "quantized model")
-    yield f"{model}: recipe {clipped(document.recipe_name)}"
-    ledger = document.ledger
-    parts = []
-    if ledger.bytes_before is not None and ledger.bytes_after:
-        factor = times(ledger.bytes_before, ledger.bytes_after)
-        parts.append(f"{size(ledger.bytes_before)} → {size(ledger.bytes_after)} ({factor}×)")
-    if ledger.linear_weights_planned is not None:
-        done = whole(ledger.linear_weights_quantized) or "?"
-        parts.append(f"{done} / {ledger.linear_weights_planned:,} linear weights quantized")
-    if document.calibration is not None and document.calibration.tokens:
-        parts.append(f"calibrated on {document.calibration.tokens:,} tokens")
-    if parts:
-        yield "  " + " · ".join(parts)
+def _head(summary: QuantSummary) -> Iterator[str]:
+    ledger, calibration = summary.ledger, summary.calibration
+    before, after = ledger.bytes_before, ledger.bytes_after
+    yield f"{printable(clipped(summary.title))}: recipe {printable(clipped(summary.recipe_name))}"
+    line = (
+        f"  {size(before)} → {size(after)} ({before / max(after, 1):.2f}×) · "
+        f"{ledger.linear_weights_quantized:,} / {ledger.linear_weights_planned:,} "
+        "linear weights quantized"
+    )
+    yield line if calibration is None else f"{line} · calibrated on {calibration.tokens:,} tokens"
 
 
-def _cells(line: Sequence[Linear], columns: Sequence[_Column]) -> list[str]:
-    first = line[0]
-    name = first.name
+def _cells(
+    line: Sequence[LinearEntry], figures: Iterable[Callable[[LinearEntry], float | None]]
+) -> list[str]:
+    first, name = line[0], line[0].name
     if len(line) > 1:
-        numbers = runs((each.expert or 0 for each in line), "-").replace(", ", ",")
-        name = _pattern(first).replace(".*.", f".{clipped(numbers, 40)}.")
+        experts = runs((linear.expert or 0 for linear in line), "-", ",")
+        name = _pattern(first).replace(".*.", f".{clipped(experts, 40)}.")
     shape = "×".join(map(str, first.shape))
-    return [name, clipped(shape, 40), clipped(first.format, 20)] + [
-        _range(line, column) for column in columns
+    return [printable(name), shape, printable(clipped(first.format, 20))] + [
+        _range([value for linear in line if (value := of(linear)) is not None]) for of in figures
     ]
 
 
-def _range(line: Sequence[Linear], column: _Column) -> str:
-    if len(line) == 1:
-        return column.show(column.of(line[0]))
-    found = spread(line, column.of)
-    if found is None:
-        return ""
-    low, high = column.show(found.low, 3), column.show(found.high, 3)
+def _range(values: Sequence[float]) -> str:
+    """A single figure, or the smallest and the largest."""
+    if len(values) == 1:
+        return _figure(values[0], 4)
+    low, high = (_figure(of(values), 3) for of in (min, max)) if values else ("", "")
     return low if low == high else f"{low}…{high}"
 
 
-def _widths(heads: Sequence[str], rows: Sequence[Sequence[str]], room: int) -> list[int]:
-    """Of each column; 0 for names that all get lines of their own."""
-    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    left = room - sum(widths[1:]) - 2 * (len(widths) - 1)
-    return [min(widths[0], left) if left >= NARROWEST else 0, *widths[1:]]
+def _figure(value: float, digits: int) -> str:
+    return integer(value) if isinstance(value, int) else figure(value, digits)
 
 
 def _laid_out(cells: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
-    """One line, or two where the name has no room beside its figures: it stays in one piece."""
-    name, wide = cells[0], widths[0]
-    texts, numbers = cells[1:3], cells[3:]
-    left = [cell.ljust(width) for cell, width in zip(texts, widths[1:], strict=False)]
-    right = [cell.rjust(width) for cell, width in zip(numbers, widths[3:], strict=True)]
-    if len(name) > wide:
+    """One line, or two if the name does not fit beside its figures: it stays in one piece."""
+    name, *others = cells
+    texts = [cell.ljust(width) for cell, width in zip(others[:2], widths[1:3], strict=True)]
+    numbers = [cell.rjust(width) for cell, width in zip(others[2:], widths[3:], strict=True)]
+    if len(name) > widths[0]:
         yield name
         name = ""
-    yield "  ".join([name.ljust(wide), *left, *right]).rstrip()
+    yield "  ".join([name.ljust(widths[0]), *texts, *numbers]).rstrip()

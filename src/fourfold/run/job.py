@@ -20,7 +20,7 @@ from fourfold.errors import FourfoldError, SourceChangedError
 from fourfold.events import OnEvent, OutputComplete, Resumed, WritingBegan, ignore
 from fourfold.execution import ExecutionContext, Kernels, LinearResult, Scheduler
 from fourfold.planning import Plan
-from fourfold.reporting import page_of
+from fourfold.reporting.page import draw_report
 from fourfold.reporting.summary import summarize
 from fourfold.run.resume import Share, check_whole, identity_of, take_share
 from fourfold.run.strategies import Kept, Run
@@ -47,11 +47,11 @@ class Job:
         run: Run,
         ranks: Ranks,
         kernels: Kernels,
-        rest: WriteRest | None = None,
+        rest: WriteRest,
     ) -> None:
-        """rest: writes everything that is no shard, config.json last; by default `write_rest`."""
+        """rest: writes everything that is not a shard, config.json last."""
         self.work, self.source, self.folder, self.run = work, source, folder, run
-        self.ranks, self.kernels, self.write_rest = ranks, kernels, rest or write_rest
+        self.ranks, self.kernels, self.write_rest = ranks, kernels, rest
         self.identity = identity_of(work, source, run)
 
     @property
@@ -187,8 +187,13 @@ def write_rest(
     folder: FileWriter,
     linears: list[LinearResult],
     scales: ActivationScales | None,
+    *,
+    warn: Callable[[str], None],
 ) -> None:
-    """Everything that is not a shard; what makes it a checkpoint comes last."""
+    """Write everything that is not a shard; what makes it a checkpoint comes last.
+
+    warn: is called if the report cannot be drawn.
+    """
     if len(linears) != len(work.linears):
         raise FourfoldError(
             f"{folder.folder}: {len(work.linears)} linear weights planned, {len(linears)} written. "
@@ -199,9 +204,10 @@ def write_rest(
     source.check_unchanged()  # what was copied is of the same source, too
     if scales is not None and work.needs_calibration:
         folder.write_bytes(STATISTICS, scales.statistics.to_bytes())
-    summary = summarize(work, linears, scales).to_json()
-    folder.write_text(SUMMARY, summary)
-    folder.write_text(REPORT, page_of(summary))
+    summary = summarize(work, linears, scales)
+    folder.write_text(SUMMARY, summary.to_json())
+    if (report := draw_report(summary, warn)) is not None:
+        folder.write_text(REPORT, report)
     for name, contents in work.config_files.items():
         folder.write_json(name, contents)
     shards = [

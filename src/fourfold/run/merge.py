@@ -19,10 +19,17 @@ from typing import Any
 from uuid import uuid4
 
 from fourfold.errors import SourceError, UsageError
-from fourfold.events import BytesCopied, OnEvent, OutputComplete, WritingBegan, ignore
+from fourfold.events import (
+    BytesCopied,
+    OnEvent,
+    OutputComplete,
+    WarningIssued,
+    WritingBegan,
+    ignore,
+)
 from fourfold.layouts import marker_files
 from fourfold.planning import Spec, cut, shard_names
-from fourfold.reporting import page_of
+from fourfold.reporting.page import draw_report
 from fourfold.run.resume import without_times
 from fourfold.storage.disk import check_disk
 from fourfold.storage.fingerprints import read_error
@@ -115,7 +122,7 @@ def merge(
         on_event(WritingBegan(target.folder))
         target.begin(None, files, overwrite=overwrite)
         _copy_all(layout, target, total, on_event)
-        _write_rest(rest, summary, layout, files, target)
+        _write_rest(rest, summary, layout, files, target, on_event)
         target.done()
     except BaseException:
         target.discard()
@@ -312,6 +319,8 @@ def _files(rest: Path, summary: QuantSummary, names: Sequence[str]) -> list[str]
     present = [path.relative_to(rest).as_posix() for path in _walk(rest)]
     added = [name for name in present if name not in before and name not in listed]
     for name in listed:
+        if name == REPORT:
+            continue  # drawn again
         path = rest / name
         if not (path.is_file() and path.resolve().is_relative_to(rest.resolve())):
             raise SourceError(
@@ -334,6 +343,7 @@ def _write_rest(
     layout: _Layout,
     files: Sequence[str],
     target: OutputFolder,
+    on_event: OnEvent,
 ) -> None:
     """Everything that is no shard; what makes it a checkpoint comes last."""
     names = shard_names(len(layout))
@@ -345,9 +355,11 @@ def _write_rest(
     for name in files:
         if name not in own:
             target.copy(rest, Path(name))
-    text = summary.model_copy(update={"files": tuple(files), "shards": shards}).to_json()
-    target.write_text(SUMMARY, text)
-    target.write_text(REPORT, page_of(text))
+    summary = summary.model_copy(update={"files": tuple(files), "shards": shards})
+    target.write_text(SUMMARY, summary.to_json())
+    report = draw_report(summary, lambda text: on_event(WarningIssued(text)))
+    if report is not None:
+        target.write_text(REPORT, report)
     infos = [
         (name, {info.key: info for info in infos})
         for name, (_, _, infos) in zip(names, layout, strict=True)
