@@ -1,0 +1,56 @@
+"""A layout in one file: own tensor names, global scales stored as reciprocals of shape [1]."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fourfold.layouts.base import LAYOUTS, CheckpointContents, Layout
+
+
+class Reciprocal(Layout):
+    """Names every part `packed.<part>`, and lists what is quantized in a file of its own."""
+
+    name = "reciprocal"
+    marker_files = ("packed.json",)
+    suffixes = {  # noqa: RUF012
+        "nvfp4": {
+            "codes": "packed_codes",
+            "block_scale": "packed_scale",
+            "global_scale": "packed_divisor",
+            "input_scale": "packed_input_divisor",
+        },
+        "int8_rows": {"codes": "packed_codes", "row_scale": "packed_scale"},
+    }
+
+    def encoded(self, part: str, spec: tuple[str, tuple[int, ...]]) -> tuple[str, tuple[int, ...]]:
+        return ("F32", (1,)) if part in ("global_scale", "input_scale") else spec
+
+    def encode(self, part: str, value: float) -> np.ndarray[Any, Any]:
+        return 1 / super().encode(part, value)
+
+    def is_leftover(self, name: str, dtype: str) -> bool:
+        return ".packed_" in name
+
+    def kv_scale_names(self, linears: Iterable[str]) -> dict[str, tuple[str, str]]:
+        return {}
+
+    def ignore(self, quantized: Sequence[str], kept: Sequence[str]) -> list[str]:
+        return sorted(kept)
+
+    def quantization_config(self, contents: CheckpointContents) -> dict[str, Any]:
+        return {"quant_method": self.name, "ignore": list(contents.ignore)}
+
+    def config_files(self, contents: CheckpointContents) -> dict[str, dict[str, Any]]:
+        return {"packed.json": {name: str(scheme) for name, scheme in contents.schemes.items()}}
+
+    def recognizes(self, config: Mapping[str, Any]) -> bool:
+        entry = config.get("quantization_config")
+        return isinstance(entry, Mapping) and entry.get("quant_method") == self.name
+
+
+def register() -> None:
+    """Make the layout known by its name."""
+    LAYOUTS[Reciprocal.name] = Reciprocal()
