@@ -18,7 +18,7 @@ import torch
 import fourfold
 from families import FAMILIES, Truth
 from fourfold.errors import SourceError, UsageError
-from fourfold.sources.decoded import DequantizedFolder
+from fourfold.sources.decoded import open_decoded
 from fourfold.sources.safetensors import open_source
 from fourfold.storage.source import Source
 from nvfp4_folders import changed, dequantized, linears_in, tensors_of, with_input_scales
@@ -65,7 +65,7 @@ def is_close(found: torch.Tensor, truth: torch.Tensor) -> bool:
 
 
 def check(written: Written, out: Path, name: str) -> None:
-    source, found = open_source(written(name)[0]), DequantizedFolder(out)
+    source, found = open_source(written(name)[0]), open_decoded(out)
     assert {key: (info.dtype, info.shape, info.nbytes) for key, info in found.tensors.items()} == {
         key: (info.dtype, info.shape, info.nbytes) for key, info in source.tensors.items()
     }
@@ -93,7 +93,7 @@ def test_every_other_family(name: str, written: Written, made: Made) -> None:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_parts_are_parts_of_the_whole(name: str, made: Made) -> None:
-    found = DequantizedFolder(made(name))
+    found = open_decoded(made(name))
     for key, info in found.tensors.items():
         if not info.shape or info.shape[0] < 3:
             continue
@@ -115,7 +115,7 @@ def test_weights_are_rounded_once(made: Made) -> None:
     out = made("qwen3_moe")
     tensors = tensors_of(out)
     for dtype, name in ((None, "BF16"), (torch.float32, "F32"), (torch.float16, "F16")):
-        found = DequantizedFolder(out, dtype=dtype)
+        found = open_decoded(out, dtype=dtype)
         assert sorted(found.linears) == linears_in(tensors)
         for linear in found.linears:
             info = found.tensors[f"{linear}.weight"]
@@ -129,14 +129,14 @@ def test_fused_weights_are_rounded_once(made: Made) -> None:
     """Interleaved and transposed: expert 2's gate is every second column, from 0."""
     out = made("gpt_oss")
     tensors = tensors_of(out)
-    fused = whole(DequantizedFolder(out), "model.layers.1.mlp.experts.gate_up_proj")
+    fused = whole(open_decoded(out), "model.layers.1.mlp.experts.gate_up_proj")
     for leaf, columns in (("gate_proj", fused[2, :, 0::2]), ("up_proj", fused[2, :, 1::2])):
         expected = dequantized(tensors, f"model.layers.1.mlp.experts.2.{leaf}").T.bfloat16()
         assert torch.equal(columns, expected)
 
 
 def test_it_can_be_planned_like_a_source(written: Written, made: Made) -> None:
-    source, found = written("qwen3_5_moe_vl")[0], DequantizedFolder(made("qwen3_5_moe_vl"))
+    source, found = written("qwen3_5_moe_vl")[0], open_decoded(made("qwen3_5_moe_vl"))
     again = fourfold.plan(found, RECIPE).to_dict()
     first = fourfold.plan(source, RECIPE).to_dict()
     by_name = itemgetter("name")
@@ -149,7 +149,7 @@ def test_it_can_be_planned_like_a_source(written: Written, made: Made) -> None:
 @pytest.mark.parametrize("name", ["gpt_oss", "dbrx"])
 def test_it_can_be_quantized_like_a_source(name: str, made: Made, tmp_path: Path) -> None:
     """Weights that are codes times scales already: the same again, to float32's last bits."""
-    found = DequantizedFolder(made(name), dtype=torch.float32)
+    found = open_decoded(made(name), dtype=torch.float32)
     result = fourfold.quantize(found, tmp_path / "again", RECIPE)
     assert result.clean, str(result.report)
     assert all(linear.relative_error < 1e-6 for linear in result.linears)
@@ -159,7 +159,7 @@ def test_it_can_be_quantized_like_a_source(name: str, made: Made, tmp_path: Path
 
 def test_scales_of_inputs_and_kv_cache_are_no_tensors(made: Made, tmp_path: Path) -> None:
     out = made("qwen3_moe")
-    assert DequantizedFolder(out).input_scales == {}
+    assert open_decoded(out).input_scales == {}
     w4a4 = with_input_scales(out, tmp_path / "w4a4", lambda name: len(name) / 1024)
 
     def add(tensors: dict[str, torch.Tensor]) -> None:
@@ -167,9 +167,9 @@ def test_scales_of_inputs_and_kv_cache_are_no_tensors(made: Made, tmp_path: Path
             if key.endswith("k_proj.weight"):
                 tensors[key.replace("weight", "k_scale")] = torch.tensor(1.0)
 
-    found = DequantizedFolder(changed(w4a4, tmp_path / "kv", add))
+    found = open_decoded(changed(w4a4, tmp_path / "kv", add))
     assert found.input_scales == {name: len(name) / 1024 for name in found.linears}
-    assert found.tensors.keys() == DequantizedFolder(out).tensors.keys()
+    assert found.tensors.keys() == open_decoded(out).tensors.keys()
 
 
 # --- checkpoints that are not fourfold's --------------------------------------------------
@@ -183,8 +183,8 @@ def without_record(out: Path, folder: Path) -> Path:
 
 def test_without_a_record_each_linear_layer_has_a_weight(made: Made, tmp_path: Path) -> None:
     out = made("qwen3_moe")
-    found = DequantizedFolder(without_record(out, tmp_path / "foreign"))
-    ours = DequantizedFolder(out)
+    found = open_decoded(without_record(out, tmp_path / "foreign"))
+    ours = open_decoded(out)
     assert found.tensors.keys() == ours.tensors.keys()
     assert all(torch.equal(whole(found, key), whole(ours, key)) for key in ours.tensors)
 
@@ -204,7 +204,7 @@ def test_without_a_record_the_config_says_the_dtype(
 ) -> None:
     folder = without_record(made("qwen3_moe"), tmp_path / "foreign")
     (folder / "config.json").write_text(json.dumps(config))
-    found = DequantizedFolder(folder)
+    found = open_decoded(folder)
     assert {found.tensors[f"{linear}.weight"].dtype for linear in found.linears} == {dtype}
 
 
@@ -212,7 +212,7 @@ def test_a_nested_quantization_config_is_left_out(made: Made, tmp_path: Path) ->
     folder = changed(made("qwen3_moe"), tmp_path / "nested", lambda tensors: None)
     config = {"text_config": {"a": 1, "quantization_config": {"quant_algo": "NVFP4"}}}
     (folder / "config.json").write_text(json.dumps(config))
-    assert DequantizedFolder(folder).config == {"text_config": {"a": 1}}
+    assert open_decoded(folder).config == {"text_config": {"a": 1}}
 
 
 # --- what is refused ----------------------------------------------------------------------
@@ -254,7 +254,7 @@ def test_what_is_not_nvfp4_is_named(
 ) -> None:
     folder = changed(made("qwen3_moe"), tmp_path / "broken", put(key, value))
     with pytest.raises(SourceError, match=re.escape(message)):
-        DequantizedFolder(folder)
+        open_decoded(folder)
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
@@ -262,22 +262,22 @@ def test_a_scale_that_is_none_is_named(made: Made, tmp_path: Path, value: float)
     name = f"{EXPERT}.weight_scale_2"
     folder = changed(made("qwen3_moe"), tmp_path / "global", put(name, torch.tensor(value)))
     with pytest.raises(SourceError, match=re.escape(f"{name}: {value}; a scale must be")):
-        whole(DequantizedFolder(folder), f"{EXPERT}.weight")
+        whole(open_decoded(folder), f"{EXPERT}.weight")
     w4a4 = with_input_scales(made("qwen3_moe"), tmp_path / "w4a4", lambda name: 1.0)
     name = f"{EXPERT}.input_scale"
     folder = changed(w4a4, tmp_path / "input", put(name, torch.tensor(value)))
     with pytest.raises(SourceError, match=re.escape(f"{name}: {value}; a scale must be")):
-        _ = DequantizedFolder(folder).input_scales
+        _ = open_decoded(folder).input_scales
 
 
 def test_a_source_has_no_nvfp4_weights(written: Written) -> None:
-    with pytest.raises(SourceError, match="holds no NVFP4 weights in the ModelOpt layout"):
-        DequantizedFolder(written("qwen3_moe")[0])
+    with pytest.raises(SourceError, match="holds no NVFP4"):
+        open_decoded(written("qwen3_moe")[0])
 
 
 def test_a_dtype_that_weights_do_not_have(made: Made) -> None:
     with pytest.raises(UsageError, match=r"weights of torch\.float64 cannot be made"):
-        DequantizedFolder(made("qwen3_moe"), dtype=torch.float64)
+        open_decoded(made("qwen3_moe"), dtype=torch.float64)
 
 
 KEY = "model.layers.1.mlp.experts.gate_up_proj"
@@ -291,26 +291,17 @@ def entry(record: dict[str, Any], section: str, name: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda r: entry(r, "linears", UP)["raw"].update(expert=9), f"{UP}: [48, 64] does not fit"),
-        (lambda r: entry(r, "linears", UP)["raw"].update(expert=1), "overlap"),
-        (lambda r: entry(r, "linears", UP)["raw"].update(cols=[0, 96, 2]), "overlap"),
+        (lambda r: entry(r, "linears", UP)["raw"].update(expert=9), f"{UP}.weight: [48, 64] does"),
         (lambda r: entry(r, "linears", UP)["raw"].update(cols=[1, 98, 2]), "does not fit"),
-        (lambda r: entry(r, "linears", UP)["raw"].update(cols=[1, 96, 0]), "makes no sense"),
-        (lambda r: entry(r, "linears", UP)["raw"].update(cols=[-1, 96, 2]), "makes no sense"),
-        (lambda r: entry(r, "linears", UP)["raw"].update(cols=None), "makes no sense"),
+        (lambda r: entry(r, "linears", UP)["raw"].update(cols=[1, 96, 0]), "raw.cols: "),
+        (lambda r: entry(r, "linears", UP)["raw"].update(cols=None), "does not fit"),
         (lambda r: entry(r, "linears", UP)["raw"].update(transposed=False), "does not fit"),
-        (lambda r: entry(r, "linears", UP)["raw"].update(transposed="no"), "makes no sense"),
         (lambda r: entry(r, "linears", UP)["raw"].update(key="no"), "no: has no dtype and shape"),
-        (lambda r: entry(r, "linears", UP).update(raw="here"), "makes no sense: here"),
         (lambda r: entry(r, "linears", UP).pop("raw"), "its parts have 21,504 of 24,576 elements"),
         (lambda r: entry(r, "raw_tensors", KEY).update(shape=[4, 64, 128]), "parts have 24,576 of"),
-        (lambda r: entry(r, "raw_tensors", KEY).update(shape=[4, -64, 96]), "no dtype and shape"),
-        (lambda r: entry(r, "raw_tensors", KEY).update(dtype="F8_E4M3"), "no dtype and shape"),
+        (lambda r: entry(r, "raw_tensors", KEY).update(dtype="F8_E4M3"), "dtype: Input should be"),
         (lambda r: r["raw_tensors"].clear(), "no dtype and shape in raw_tensors"),
-        (lambda r: r["linears"].append({"name": UP}), f"{UP}: stands twice in linears"),
-        (lambda r: r["linears"].append({}), "linears: an entry has no name"),
-        (lambda r: r.update(biases={}), "biases: is no list"),
-        (lambda r: r["biases"].append({"name": "x"}), "x.bias: is not in the checkpoint"),
+        (lambda r: r["biases"][0].update(name="x"), "x.bias: is not in the checkpoint"),
         (lambda r: r["biases"].pop(), "gate_up_proj_bias: its parts have 336 of 384 elements"),
     ],
 )
@@ -322,13 +313,4 @@ def test_a_record_that_does_not_fit_is_refused(
     change(record)
     (folder / "quant_summary.json").write_text(json.dumps(record))
     with pytest.raises(SourceError, match=re.escape(message)):
-        DequantizedFolder(folder)
-
-
-def test_a_dtype_in_the_record_that_weights_do_not_have(made: Made, tmp_path: Path) -> None:
-    folder = changed(made("qwen3_moe"), tmp_path / "broken", lambda tensors: None)
-    record = json.loads((folder / "quant_summary.json").read_text())
-    entry(record, "linears", EXPERT)["dtype"] = "I8"
-    (folder / "quant_summary.json").write_text(json.dumps(record))
-    with pytest.raises(SourceError, match=re.escape(f"{EXPERT}: dtype 'I8'")):
-        DequantizedFolder(folder)
+        open_decoded(folder)

@@ -146,7 +146,7 @@ def test_settings_for_sampling_do_not_matter(out: Path, tmp_path: Path) -> None:
 def test_special_tokens_are_not_shown(pair, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_dir())
     request = generation._Request("ab", 4, 0.0, 0)
-    writer = generation._Writer(request, tokenizer, "cpu", None, False, None)
+    writer = generation._Writer(request, tokenizer, "cpu", None, None)
     assert writer._text([99, 256, 100, 256]) == "cd"
 
 

@@ -14,7 +14,7 @@ import fourfold
 from conftest import Written
 from families import FAMILIES, read_back
 from fourfold.sources.cached import CachedTensors
-from fourfold.sources.decoded import DequantizedFolder
+from fourfold.sources.decoded import open_decoded
 from fourfold.sources.live.source import LiveSource
 from fourfold.sources.megatron import LiveMegatron, MegatronFolder
 from fourfold.sources.safetensors import SafetensorsFolder
@@ -35,7 +35,7 @@ def cached(written: Written, tmp_path: Path) -> Source:
 def decoded(written: Written, tmp_path: Path) -> Source:
     """Fused experts, transposed, next to tensors that are copied."""
     fourfold.quantize(written("gpt_oss")[0], tmp_path / "out", verified=False)
-    return DequantizedFolder(tmp_path / "out")
+    return open_decoded(tmp_path / "out")
 
 
 def live(written: Written, tmp_path: Path) -> Source:

@@ -31,7 +31,7 @@ from fourfold.errors import UsageError
 from fourfold.evaluation.generation import continue_prompt
 from fourfold.evaluation.loading import load
 from fourfold.models.internals import quiet
-from fourfold.sources.decoded import DequantizedFolder
+from fourfold.sources.decoded import open_decoded
 from fourfold.sources.safetensors import open_source
 from fourfold.storage.names import SUMMARY
 
@@ -109,7 +109,7 @@ def demonstrate(source_dir: Path, out_dir: Path) -> DemoResult:
 
 
 def _quantizes_activations(out_dir: Path) -> bool:
-    checkpoint = DequantizedFolder(out_dir)
+    checkpoint = open_decoded(out_dir)
     try:
         return bool(checkpoint.input_scales)
     finally:

@@ -32,7 +32,7 @@ from fourfold.events import OnEvent, TokenGenerated, ignore
 from fourfold.layouts import quantization_of
 from fourfold.models.internals import quiet, runnable
 from fourfold.models.tokenizer import load_tokenizer
-from fourfold.sources.decoded import DequantizedFolder
+from fourfold.sources.decoded import DecodedSource, open_decoded
 from fourfold.sources.opening import opened
 from fourfold.storage.source import Source
 from fourfold.storage.units import plain
@@ -133,7 +133,7 @@ def generate(
     checkpoint cannot be read or run, or lacks a tokenizer.
     """
     _check_options(prompt, max_new_tokens, temperature)
-    checkpoint = DequantizedFolder(out, trust_remote_code=trust_remote_code)
+    checkpoint = open_decoded(out, trust_remote_code=trust_remote_code)
     try:
         simulated = bool(checkpoint.input_scales)
         if simulate_activations is not None:
@@ -149,7 +149,7 @@ def generate(
             on_event,
         )
         theirs = None if source is None else _from_source(writer, source, trust_remote_code)
-        ours = writer.write("quantized", checkpoint, simulated=simulated)
+        ours = writer.write("quantized", checkpoint, rounded=checkpoint if simulated else None)
     finally:
         checkpoint.close()
     return Generation(prompt, theirs, ours, simulated)
@@ -174,7 +174,7 @@ def _from_source(
                 f"{source.folder}: quantized already ({algorithm}). Give the checkpoint that OUT "
                 "was made of as --source."
             )
-        return writer.write("source", source, simulated=False)
+        return writer.write("source", source)
 
 
 @dataclass(frozen=True)
@@ -197,16 +197,22 @@ class _Writer:
     stream: bool | None
     on_event: OnEvent
 
-    def write(self, label: Label, source: Source, *, simulated: bool) -> Continuation:
-        """What the model of `source` writes. Nothing of it stays in memory."""
+    def write(
+        self, label: Label, source: Source, *, rounded: DecodedSource | None = None
+    ) -> Continuation:
+        """Let the model of `source` write a text. Nothing of the model stays in memory.
+
+        rounded: the checkpoint whose input scales round the model's activations, if any.
+        """
         begun = time.perf_counter()
         runner = OpenedModel(source, device=self.device)
         streamed = self.stream
         if streamed is None:
             streamed = runner.nbytes > _available(self.device)
         with ExitStack() as stack:
-            if simulated:
-                simulation = Simulation(runner.model, runner.streamed.tree, runner.sites())
+            if rounded is not None:
+                sites = runner.sites(rounded)
+                simulation = Simulation(runner.model, runner.streamed.tree, sites)
                 stack.callback(simulation.remove)
             ids = _run(runner, partial(self._continue, label), streamed)
         del runner

@@ -21,7 +21,7 @@ from fourfold.models.internals import quiet
 from fourfold.models.inventory import Inventory
 from fourfold.models.inventory_builder import take_inventory
 from fourfold.models.roles import Role
-from fourfold.sources.decoded import DequantizedFolder
+from fourfold.sources.decoded import DecodedSource, open_decoded
 from fourfold.storage.source import Source
 from fourfold.storage.units import size
 
@@ -53,10 +53,10 @@ def load(
     where checkpoint and architecture do not fit, naming a key; UsageError for a W4A16 checkpoint
     whose activations should be simulated; ResourceError where the memory is too small.
     """
-    checkpoint = DequantizedFolder(out, dtype=dtype, trust_remote_code=trust_remote_code)
+    checkpoint = open_decoded(out, dtype=dtype, trust_remote_code=trust_remote_code)
     try:
         opened = OpenedModel(checkpoint, dtype=dtype, device=device)
-        sites = opened.sites() if simulate_activations else None
+        sites = opened.sites(checkpoint) if simulate_activations else None
         model: Any = opened.load()
         if sites is not None:
             model.fourfold_simulation = Simulation(model, opened.streamed.tree, sites)
@@ -91,10 +91,9 @@ class OpenedModel:
         ]
         return sum(units) + max(units)
 
-    def sites(self) -> Sites:
-        """Where activations are to be rounded: see `simulation.find_sites`."""
-        assert isinstance(self.source, DequantizedFolder)
-        return find_sites(self.source, self.inventory, self.streamed.tree)
+    def sites(self, checkpoint: DecodedSource) -> Sites:
+        """Where activations are to be rounded, by the input scales of `checkpoint`."""
+        return find_sites(checkpoint, self.inventory, self.streamed.tree)
 
     def load(self) -> PreTrainedModel:
         """The model, whole. Raises ResourceError where the memory is too small."""

@@ -29,7 +29,7 @@ from fourfold.models.experts import ExpertsModule, Projection
 from fourfold.models.inventory import Inventory, LinearWeight
 from fourfold.models.module_tree import ModuleTree
 from fourfold.models.roles import Role
-from fourfold.sources.decoded import DequantizedFolder
+from fourfold.sources.decoded import DecodedSource
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class _RoundedExperts:
                 self.put_on()
 
 
-def check_w4a4(checkpoint: DequantizedFolder) -> None:
+def check_w4a4(checkpoint: DecodedSource) -> None:
     """Refuse a checkpoint whose weights alone are quantized."""
     if not checkpoint.input_scales:
         raise UsageError(
@@ -134,7 +134,7 @@ def check_w4a4(checkpoint: DequantizedFolder) -> None:
         )
 
 
-def find_sites(checkpoint: DequantizedFolder, inventory: Inventory, tree: ModuleTree) -> Sites:
+def find_sites(checkpoint: DecodedSource, inventory: Inventory, tree: ModuleTree) -> Sites:
     """Where in the model each `input_scale` of the checkpoint belongs.
 
     Raises UsageError for a checkpoint without any, SourceError where a single one is missing,
@@ -158,7 +158,7 @@ def find_sites(checkpoint: DequantizedFolder, inventory: Inventory, tree: Module
     return Sites(plain, experts)
 
 
-def _check_all_found(checkpoint: DequantizedFolder, linears: list[LinearWeight]) -> None:
+def _check_all_found(checkpoint: DecodedSource, linears: list[LinearWeight]) -> None:
     lost = sorted(checkpoint.linears.keys() - {linear.name for linear in linears})
     if lost:
         raise ModelError(
@@ -167,9 +167,7 @@ def _check_all_found(checkpoint: DequantizedFolder, linears: list[LinearWeight])
         )
 
 
-def _largest_by_site(
-    checkpoint: DequantizedFolder, linears: list[LinearWeight]
-) -> dict[str, float]:
+def _largest_by_site(checkpoint: DecodedSource, linears: list[LinearWeight]) -> dict[str, float]:
     largest: dict[str, float] = {}
     for linear in linears:
         scale = checkpoint.input_scales.get(linear.name)

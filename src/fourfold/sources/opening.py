@@ -11,6 +11,7 @@ import torch
 
 from fourfold.distributed.ranks import Ranks
 from fourfold.errors import UsageError
+from fourfold.sources.decoded import decoded_to_quantize
 from fourfold.sources.live.source import LiveSource
 from fourfold.sources.megatron import LiveMegatron, MegatronFolder, is_megatron, iteration_folder
 from fourfold.sources.safetensors import open_source
@@ -110,7 +111,7 @@ def _open_folder(model: str | Path, hf_config: str | Path | None) -> Source:
     if hf_config is None:
         if is_megatron_folder and folder is not None and not (folder / CONFIG).is_file():
             return MegatronFolder(folder)
-        return open_source(model)
+        return decoded_to_quantize(open_source(model))
     if not is_megatron_folder or folder is None:
         raise UsageError(
             f"--hf-config: only for a Megatron checkpoint (torch_dist), which {model} is not. "

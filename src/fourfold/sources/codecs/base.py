@@ -1,0 +1,131 @@
+"""How a quantized checkpoint stores its weights, and how to read them: the `TensorCodec` interface.
+
+    stored     experts.0.up_proj.{weight U8, weight_scale F8_E4M3, weight_scale_2 F32}
+    presented  experts.0.up_proj.weight  BF16 [out, in]
+
+A codec looks at the configuration and the headers of a checkpoint, claims the tensors that it can
+read, and says under which name, dtype and shape it presents each weight. Later it is asked for a
+range of rows of one weight. A weight has any number of dimensions: a fused tensor of experts
+[experts, in, out] is one weight, whose rows are experts.
+
+To add a codec, write one module with a subclass and put an instance into `CODECS`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+
+from fourfold.storage.safetensors_header import TensorInfo, nbytes_of
+from fourfold.storage.source import Slab
+
+ReadRows = Callable[[str, int, int], torch.Tensor]
+"""Reads rows `start:stop` of the first dimension of a stored tensor; a scalar has one row."""
+
+FLOAT_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+"""The dtypes that weights can be presented in, by PyTorch's name."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedWeight:
+    """One weight of a quantized checkpoint."""
+
+    info: TensorInfo
+    """The weight as it is presented. Its place in a file is that of the first part."""
+    parts: Mapping[str, str]
+    """The stored tensors that it is decoded from, under the codec's own names; none is presented.
+    The first one takes the weight's place in the order of tensors."""
+    input_scale: str | None = None
+    """The stored scalar that scales the layer's quantized inputs, if there is one."""
+
+    @property
+    def stored(self) -> Iterator[str]:
+        """The names of all stored tensors that belong to this weight."""
+        yield from self.parts.values()
+        if self.input_scale is not None:
+            yield self.input_scale
+
+
+class TensorCodec(ABC):
+    """One way to store quantized weights.
+
+    Attributes:
+        name: The codec's name in messages, and its key in `CODECS`.
+        may_be_quantized_from: True if a checkpoint in this form is a sensible source for
+            quantization; `plan` refuses all others.
+    """
+
+    name: ClassVar[str]
+    may_be_quantized_from: ClassVar[bool] = False
+
+    @abstractmethod
+    def claim(
+        self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
+    ) -> Mapping[str, EncodedWeight]:
+        """Find the weights that this codec can decode; reads no tensor.
+
+        Args:
+            config: The content of config.json.
+            tensors: The checkpoint's tensors that no other codec has claimed.
+
+        Returns:
+            The weights by the name under which they are presented; empty if there are none.
+
+        Raises:
+            SourceError: If parts of a weight are missing or do not fit each other.
+        """
+
+    @abstractmethod
+    def decode(
+        self, weight: EncodedWeight, start: int, stop: int, read: ReadRows, out: torch.Tensor
+    ) -> None:
+        """Decode rows `start:stop` of a weight into `out`. Must be safe for many threads.
+
+        Args:
+            weight: One that this codec has claimed.
+            start: The first row, of the presented weight's first dimension.
+            stop: The row after the last.
+            read: Reads rows of a stored tensor. Only those that are needed may be read, so that
+                the memory used follows the rows and not the weight.
+            out: A contiguous tensor of these rows' shape: bfloat16, float16 or float32.
+        """
+
+    def hidden(self, tensors: Mapping[str, TensorInfo]) -> Collection[str]:
+        """Return further tensors that exist for quantization only, such as scales of KV caches."""
+        return ()
+
+
+def presented(
+    first: TensorInfo, key: str, shape: tuple[int, ...], config: Mapping[str, Any]
+) -> TensorInfo:
+    """Describe a weight as it is presented, in the dtype that the configuration names.
+
+    Args:
+        first: The stored tensor whose place it takes.
+        key: The name under which it is presented.
+        shape: Its shape, decoded.
+        config: The content of config.json; weights are BF16 if it names no floating-point dtype.
+    """
+    parts = (config, *(value for value in config.values() if isinstance(value, dict)))
+    names = (str(part[key]) for part in parts for key in ("dtype", "torch_dtype") if key in part)
+    dtype = next((FLOAT_DTYPES[name] for name in names if name in FLOAT_DTYPES), "BF16")
+    return in_dtype(replace(first, key=key, shape=shape), dtype)
+
+
+def in_dtype(info: TensorInfo, dtype: str) -> TensorInfo:
+    """The same tensor in another dtype."""
+    return replace(info, dtype=dtype, stop=info.start + nbytes_of(dtype, info.shape))
+
+
+def slabs_for(
+    weight: EncodedWeight, start: int, stop: int, tensors: Mapping[str, TensorInfo]
+) -> Iterator[Slab]:
+    """About the slabs of stored tensors that rows `start:stop` of a weight are decoded from."""
+    rows = weight.info.rows
+    for key in weight.parts.values():
+        stored = tensors[key].rows
+        yield key, start * stored // rows, -(-stop * stored // rows)
