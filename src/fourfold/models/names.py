@@ -17,6 +17,11 @@ EXPERT_LINEAR = re.compile(
 )
 """The name of one expert's linear layer."""
 
+LAYER_TENSOR = re.compile(
+    r"^(?P<stack>(?:.*?\.)?(?:\w*layers|\w*blocks|h))\.(?P<number>[0-9]{1,9})\.(?P<rest>.+)$"
+)
+"""The name of anything in a layer of any list of layers, such as an encoder's."""
+
 EXPERT_NUMBER = re.compile(r"(?<=\.experts\.)[0-9]{1,9}(?=\.)")
 """The number of an expert inside a name."""
 

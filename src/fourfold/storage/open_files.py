@@ -55,3 +55,18 @@ class OpenFiles:
             idle = [file for file, held in self._open.items() if not held.readers]
             for file in idle[:beyond]:
                 os.close(self._open.pop(file).descriptor)
+
+
+def read_full(descriptor: int, view: memoryview, position: int) -> int:
+    """Fill `view` with the bytes of a file from `position`.
+
+    Returns:
+        The number of bytes read; fewer than `len(view)` only if the file ends before.
+    """
+    done = 0
+    while done < len(view):
+        count = os.preadv(descriptor, [view[done:]], position + done)
+        if count == 0:
+            break
+        done += count
+    return done

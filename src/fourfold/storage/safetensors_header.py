@@ -49,6 +49,11 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "F8_E8M0": torch.float8_e8m0fnu, "C64": torch.complex64,
 }  # fmt: skip
 
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+FLOATS = ("BF16", "F16", "F32", "F64")
+"""Dtypes of weights that are not quantized."""
+
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:

@@ -1,8 +1,8 @@
 """Read back a quantized checkpoint and prove it tensor by tensor.
 
-Knows nothing of how the checkpoint was made: this package imports nothing from `planning`,
+This package does not depend on how the checkpoint was made: it imports nothing from `planning`,
 `execution` or `layouts`. It shares with the writer the inventory of a model, the engines' rules on
-ignore lists, and the dequantizing kernels.
+ignore lists, and the dequantizing kernels. docs/verify.md says which mistakes it therefore misses.
 """
 
 from fourfold.errors import UnreadableError

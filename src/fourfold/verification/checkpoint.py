@@ -1,16 +1,14 @@
-"""The checkpoint that is verified: read with tolerance, so that what is wrong becomes a finding.
+"""The checkpoint that is verified, read with tolerance: faults become findings.
 
-`checkpoints.source` refuses a folder whose index and shards disagree, as a source must. Here the
-disagreement is noted (`Files`) and the tensors are read all the same. What cannot be read at all
-(no config, a broken header, a truncated shard, no NVFP4) raises `UnreadableError`.
+`sources.safetensors` refuses a folder whose index and shards disagree, as a source must. Here the
+disagreement is noted (`Files`) and the tensors are read all the same. A checkpoint that cannot be
+read at all (no config, a broken header, a truncated shard, no NVFP4) raises `UnreadableError`.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import re
-import struct
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,70 +21,70 @@ import numpy as np
 import torch
 
 from fourfold.errors import FourfoldError, SourceError, UnreadableError
-from fourfold.models.families import is_stack
+from fourfold.formats import nvfp4
+from fourfold.models.families import FAMILIES, is_stack
 from fourfold.models.roles import EMBEDDING_NAME
 from fourfold.storage.fingerprints import read_error
 from fourfold.storage.json_files import read_config, read_json
 from fourfold.storage.names import INDEX
-from fourfold.storage.open_files import OpenFiles
+from fourfold.storage.open_files import OpenFiles, read_full
 from fourfold.storage.safetensors_header import TensorInfo, read_header
-from fourfold.verification.quant_config import (
-    CONFIG,
-    HF_CONFIG,
+from fourfold.verification.readers import reader_of
+from fourfold.verification.readers.base import (
+    BLOCK_SCALE,
+    GLOBAL_SCALE,
+    WEIGHT,
+    LayoutReader,
     QuantConfig,
-    parse,
 )
 
-WEIGHT, BLOCK_SCALE, GLOBAL_SCALE, INPUT_SCALE = PARTS = (
-    "weight",
-    "weight_scale",
-    "weight_scale_2",
-    "input_scale",
-)
-KV_SCALES = ("k_scale", "v_scale")
-FLOATS = frozenset({"BF16", "F16", "F32", "F64"})
+DOWN = frozenset(family.names.down for family in FAMILIES.values())
+"""The names of an expert's down projection; the other projections read the layer's input."""
 
-EXPERT = re.compile(r"^(?P<module>.*experts)\.(?:expert_)?(?P<number>\d{1,9})\.(?P<projection>.+)$")
-"""The name of one expert's linear."""
-DOWN = frozenset({"down_proj", "w2", "fc2", "wo"})
-"""What families call an expert's down projection; the others read the layer's input."""
+
+CODES_PER_BYTE = 2
+
+
+def block_scales(shape: tuple[int, int]) -> tuple[int, int]:
+    """Return the shape of the block scales of a weight [out, in]."""
+    return shape[0], shape[1] // nvfp4.BLOCK_SIZE
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedLinear:
-    """One linear with packed weights: the tensors found under its name."""
+    """One linear with packed weights, and the tensors that belong to its name."""
 
     name: str
     parts: Mapping[str, TensorInfo]
     algo: str | None
-    """What the configuration says of it."""
+    """Its algorithm, as the configuration states it."""
 
     @property
     def is_sound(self) -> bool:
-        """Whether its tensors have the dtypes and shapes that they can be read with."""
+        """True if its tensors have the dtypes and shapes that its values can be read with."""
         weight, scale = self.parts.get(WEIGHT), self.parts.get(BLOCK_SCALE)
         if weight is None or scale is None or GLOBAL_SCALE not in self.parts:
             return False
-        rows, half = weight.shape if len(weight.shape) == 2 else (0, 0)
+        if len(weight.shape) != 2 or weight.numel == 0:
+            return False
         single = self.parts[GLOBAL_SCALE]
         return (
             (weight.dtype, scale.dtype, single.dtype) == ("U8", "F8_E4M3", "F32")
-            and half % 8 == 0
-            and rows * half > 0
-            and scale.shape == (rows, half // 8)
+            and self.shape[1] % nvfp4.BLOCK_SIZE == 0
+            and scale.shape == block_scales(self.shape)
             and single.numel == 1
         )
 
     @property
     def shape(self) -> tuple[int, int]:
-        """[out, in]; only of a sound linear."""
-        rows, half = self.parts[WEIGHT].shape
-        return rows, 2 * half
+        """[out, in], from a packed weight of two dimensions."""
+        rows, packed = self.parts[WEIGHT].shape
+        return rows, CODES_PER_BYTE * packed
 
 
 @dataclass(slots=True)
 class Files:
-    """The index and the shards of a folder, and where they disagree."""
+    """The index and the shards of a folder, and their disagreements."""
 
     shards: list[Path]
     weight_map: Mapping[str, str] | None
@@ -99,77 +97,74 @@ class Files:
 
 @dataclass
 class Checkpoint:
-    """A folder in the ModelOpt layout. Reading is safe for many threads."""
+    """A folder in one of the layouts. Reading is safe for many threads."""
 
     folder: Path
     config: Mapping[str, Any]
-    flat: QuantConfig | None
-    """From config.json."""
-    nested: QuantConfig | None
-    """From hf_quant_config.json."""
+    reader: LayoutReader
     files: Files
     tensors: Mapping[str, TensorInfo]
     linears: Mapping[str, QuantizedLinear] = field(default_factory=dict)
     fp8: frozenset[str] = frozenset()
-    """Linears in FP8, of a mixed checkpoint: their names count, their values are not checked."""
+    """FP8 linears of a mixed checkpoint. Their names count; their values are not checked."""
     kept: frozenset[str] = frozenset()
     """Linears (and stacks of experts) that are not quantized, without `.weight`."""
 
     def __post_init__(self) -> None:
         self._files = OpenFiles(lambda file: os.open(file, os.O_RDONLY | os.O_CLOEXEC))
         self._scalars: dict[str, float] = {}
-        self.linears, self.fp8 = _find_linears(self.tensors, self.quant)
+        self.linears, self.fp8 = _find_linears(self.tensors, self.reader)
         packed = self.linears.keys() | self.fp8
         self.kept = frozenset(_find_kept(self.tensors)) - packed
 
     @property
     def quant(self) -> QuantConfig:
-        """The configuration that counts: config.json's where there is one."""
-        quant = self.flat or self.nested
-        assert quant is not None
-        return quant
+        """The configuration that engines follow."""
+        return self.reader.quant
 
     @cached_property
     def sound(self) -> list[QuantizedLinear]:
-        """The linears whose values can be read, by name."""
+        """The linears whose values can be read, ordered by name."""
         return [linear for linear in self.linears.values() if linear.is_sound]
 
     def read(self, name: str, start: int, stop: int, out: np.ndarray[Any, Any]) -> None:
-        """Bytes `start:stop` of a tensor into `out` (uint8)."""
+        """Read bytes `start:stop` of a tensor into `out` (uint8)."""
         info = self.tensors[name]
-        view, position = out.data, info.start + start
-        assert len(view) == stop - start
-        done = 0
         try:
             with self._files.descriptor(info.file) as descriptor:
-                while done < len(view):
-                    count = os.preadv(descriptor, [view[done:]], position + done)
-                    if count == 0:
-                        raise UnreadableError(f"{info.file}: ended while {name} was read from it")
-                    done += count
+                count = read_full(descriptor, out.data, info.start + start)
         except OSError as error:
             raise UnreadableError(str(read_error(info.file, error, name))) from error
+        if count < stop - start:
+            raise UnreadableError(
+                f"{info.file}: ended while {name} was read. Start again when nothing writes to it."
+            )
 
     def scalar(self, name: str) -> float:
-        """The value of a float tensor of one element."""
+        """Return the value of a float tensor of one element."""
         if name not in self._scalars:
             info = self.tensors[name]
             buffer = np.empty(info.nbytes, dtype=np.uint8)
             self.read(name, 0, info.nbytes, buffer)
-            if info.dtype == "F32":
-                self._scalars[name] = struct.unpack("<f", buffer.tobytes())[0]
-            else:
-                self._scalars[name] = float(torch.from_numpy(buffer).view(info.torch_dtype).float())
+            self._scalars[name] = float(torch.from_numpy(buffer).view(info.torch_dtype).float())
         return self._scalars[name]
 
+    def scale(self, linear: QuantizedLinear, part: str) -> float:
+        """Return the factor that a global or input scale of a linear stands for."""
+        return self.reader.scale(part, self.scalar(linear.parts[part].key))
+
+    def tensor_name(self, linear: str, part: str) -> str:
+        """Return the name that the tensor of a linear's part has, or would have."""
+        return f"{linear}.{self.reader.leaves[part]}"
+
     def close(self) -> None:
-        """Give back every file that is open."""
+        """Close every open file."""
         self._files.close()
 
 
 @contextmanager
 def unreadable() -> Iterator[None]:
-    """Whatever fails inside means that there is nothing to verify: exit code 2."""
+    """Turn any error inside into an `UnreadableError` (exit code 2): nothing can be verified."""
     try:
         yield
     except UnreadableError:
@@ -179,48 +174,30 @@ def unreadable() -> Iterator[None]:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Headers and configuration of the checkpoint in `folder`. Raises `UnreadableError`."""
+    """Read the headers and the configuration of the checkpoint in `folder`.
+
+    Raises:
+        UnreadableError: if they cannot be read, or state no layout that is known.
+    """
     with unreadable():
         if not folder.is_dir():
             raise UnreadableError(f"{folder}: no such folder. Give a checkpoint's folder.")
         config = read_config(folder)
-        flat, nested = _read_quant(folder, config)
+        reader = reader_of(folder, config)
         files = _find_files(folder)
-        return Checkpoint(folder, config, flat, nested, files, _read_tensors(files))
-
-
-def _read_quant(
-    folder: Path, config: Mapping[str, Any]
-) -> tuple[QuantConfig | None, QuantConfig | None]:
-    flat = nested = None
-    if isinstance(config.get("quantization_config"), dict):
-        flat = parse(config["quantization_config"], CONFIG)
-    if (folder / HF_CONFIG).is_file():
-        nested = parse(read_json(folder / HF_CONFIG), HF_CONFIG)
-    found = [quant for quant in (flat, nested) if quant is not None]
-    if any(quant.method == "compressed-tensors" for quant in found):
-        raise UnreadableError(
-            f"{folder}: in the compressed-tensors layout. verify reads the ModelOpt layout."
-        )
-    if not any(quant.is_nvfp4 for quant in found):
-        says = ", ".join(f"{q.file} says {q.algo or q.method}" for q in found)
-        raise UnreadableError(
-            f"{folder}: not an NVFP4 checkpoint ({says or 'config.json has no quantization_config'}"
-            "). Quantize the model first, and give the output's folder."
-        )
-    return flat, nested
+        return Checkpoint(folder, config, reader, files, _read_tensors(files))
 
 
 def _find_files(folder: Path) -> Files:
     present = sorted(path.name for path in folder.glob("*.safetensors"))
     if not (folder / INDEX).is_file():
         if not present:
-            raise UnreadableError(f"{folder}: no safetensors file")
+            raise UnreadableError(f"{folder}: no safetensors file. Give a checkpoint's folder.")
         return Files([folder / name for name in present], None, None)
     index = read_json(folder / INDEX)
     weight_map, metadata = index.get("weight_map"), index.get("metadata")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UnreadableError(f"{folder / INDEX}: has no weight_map")
+        raise UnreadableError(f"{folder / INDEX}: has no weight_map. Download it again.")
     names = {_inside(folder, name) for name in weight_map.values()}
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     total = int(total) if isinstance(total, int | float) and math.isfinite(total) else None
@@ -229,7 +206,7 @@ def _find_files(folder: Path) -> Files:
 
 
 def _is_statistics(file: Path) -> bool:
-    """Whether a file holds what calibration found: names that no engine takes for a weight's."""
+    """True if a file holds calibration statistics: no engine takes their names for weights."""
     if file.name != "calibration.safetensors":
         return False
     try:
@@ -243,34 +220,38 @@ def _inside(folder: Path, name: object) -> str:
     path = PurePosixPath(str(name))
     odd = path.is_absolute() or ".." in path.parts or bool(set("\\\0") & set(str(name)))
     if odd or not isinstance(name, str):
-        raise UnreadableError(f"{folder / INDEX}: points to {name!r}, outside the folder")
+        raise UnreadableError(
+            f"{folder / INDEX}: points to {name!r}, outside the folder. Do not trust it."
+        )
     return name
 
 
 def _read_tensors(files: Files) -> dict[str, TensorInfo]:
-    found: dict[str, TensorInfo] = {}
+    tensors: dict[str, TensorInfo] = {}
     for shard in files.shards:
         for name, info in read_header(shard).items():
-            if name in found:
-                files.twice.append((name, found[name].file.name, shard.name))
+            if name in tensors:
+                files.twice.append((name, tensors[name].file.name, shard.name))
             else:
-                found[name] = info
-    return found
+                tensors[name] = info
+    return tensors
 
 
 def _find_linears(
-    tensors: Mapping[str, TensorInfo], quant: QuantConfig
+    tensors: Mapping[str, TensorInfo], reader: LayoutReader
 ) -> tuple[dict[str, QuantizedLinear], frozenset[str]]:
+    """The NVFP4 linears, and the names of those in FP8."""
+    part_of = {leaf: part for part, leaf in reader.leaves.items()}
     parts: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
     for name, info in tensors.items():
         stem, _, leaf = name.rpartition(".")
-        if leaf in PARTS:
-            parts[stem][leaf] = info
+        if leaf in part_of:
+            parts[stem][part_of[leaf]] = info
     linears, fp8 = {}, set()
     for name in sorted(parts):
         own = parts[name]
         is_packed = own.keys() != {WEIGHT} or own[WEIGHT].dtype == "U8"
-        algo = quant.algo_of(name)
+        algo = reader.quant.algo_of(name)
         if is_packed and algo is not None and algo.startswith("FP8"):
             fp8.add(name)
         elif is_packed:
@@ -279,7 +260,7 @@ def _find_linears(
 
 
 def _find_kept(tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
-    """What an engine may build as a linear layer, and holds floats here."""
+    """The tensors that an engine may build as linear layers, without `.weight`."""
     for name, info in tensors.items():
         stem = name.removesuffix(".weight")
         is_matrix = stem != name and len(info.shape) == 2 and not EMBEDDING_NAME.search(stem)

@@ -4,7 +4,7 @@
 
 **The bound.** It must let pass whatever a legal quantizer does, and catch what is in the wrong
 place: another expert, another row order, swapped gate and up, swapped nibbles, a wrong scale. For
-weights that have nothing to do with each other, e = √2; for a wrong global scale f·S, e = |f − 1|.
+two unrelated weights, e = √2; for a wrong global scale f·S, e = |f − 1|.
 A legal e is about 0.09, up to 0.2 with heavy tails, and some more where a quantizer looks at
 activations and lets the weight's own error grow. So e ≤ 0.35 passes. But a legal e can be as
 large as 1, where blocks lie so far below the group's amax that their scale ends at 2⁻⁹ and their
@@ -46,9 +46,10 @@ from fourfold.formats.nvfp4.tensors import (
 )
 from fourfold.models.regions import Region
 from fourfold.storage.source import Source
-from fourfold.verification.checkpoint import BLOCK_SCALE, GLOBAL_SCALE, WEIGHT, Checkpoint
+from fourfold.verification.checkpoint import CODES_PER_BYTE, Checkpoint, block_scales
 from fourfold.verification.groups import fused_groups
 from fourfold.verification.match import Copy, Matching, Pair
+from fourfold.verification.readers.base import BLOCK_SCALE, GLOBAL_SCALE, WEIGHT
 from fourfold.verification.rules import Finding, finding
 from fourfold.verification.streaming import CHUNK_BYTES, Workers
 
@@ -61,12 +62,12 @@ _NUMBERS = re.compile(r"\d+")
 
 Bytes = npt.NDArray[np.uint8]
 RowFunction = Callable[[Pair, int, Tensor], tuple[float, float]]
-"""Of a pair, the first row of a chunk, and the chunk of the source's weight [rows, in]."""
+"""Arguments: a pair, the first row of a chunk, and that chunk of the source's weight [rows, in]."""
 
 
 @dataclass(frozen=True, slots=True)
 class LinearError:
-    """How far a dequantized weight is from the source's."""
+    """The difference between a dequantized weight and the source's."""
 
     name: str
     role: str
@@ -79,18 +80,18 @@ class LinearError:
 
     @property
     def sqnr_db(self) -> float:
-        """Signal to quantization noise, in dB; infinite where there is no error."""
+        """Signal to quantization noise in dB; infinite if there is no error."""
         return sqnr_db(self.relative_error)
 
 
 def sqnr_db(relative_error: float) -> float:
-    """−20·log₁₀ of a relative error; infinite where there is none."""
+    """Return −20·log₁₀ of a relative error; infinite if the error is 0."""
     return math.inf if relative_error == 0 else -20 * math.log10(relative_error)
 
 
 @dataclass(frozen=True, slots=True)
 class _Slab:
-    """A slab of a raw tensor, and the pairs that lie in it. `row` is its first row in the pair."""
+    """A slab of a raw tensor and the pairs in it. `row` is its first row within the pair."""
 
     key: str
     start: int
@@ -119,13 +120,13 @@ class _Suspect:
 
 
 class Comparison:
-    """One checkpoint beside its source."""
+    """Compares a checkpoint with its source."""
 
     def __init__(self, checkpoint: Checkpoint, source: Source, workers: Workers) -> None:
         self.checkpoint, self.source, self.workers = checkpoint, source, workers
 
     def total_bytes(self, matching: Matching) -> int:
-        """What the comparison will read, of both sides."""
+        """Return the number of bytes that the comparison reads, of both sides."""
         pieces = (piece for copy in matching.copies for piece in self._pieces(copy))
         slabs = self.slabs(matching.pairs)
         return sum(map(self.piece_bytes, pieces)) + sum(map(self.slab_bytes, slabs))
@@ -133,7 +134,7 @@ class Comparison:
     # ------------------------------------------------------------------------- copied tensors
 
     def copies(self, copies: Sequence[Copy]) -> Iterator[Finding]:
-        """Compare bit for bit."""
+        """Compare copied tensors bit for bit."""
         differing: dict[str, tuple[Copy, int]] = {}
         pieces = [piece for copy in copies for piece in self._pieces(copy)]
         for piece, count in self.workers.run(self._compare_bits, pieces, self.piece_bytes):
@@ -152,15 +153,15 @@ class Comparison:
         info = self.source.tensors[copy.key]
         if not info.nbytes:
             return
-        each = max(1, CHUNK_BYTES // max(1, self._row_bytes(copy.key)))
-        for start in range(0, info.rows, each):
-            yield _Piece(copy, start, min(start + each, info.rows))
+        step = max(1, CHUNK_BYTES // max(1, self._row_bytes(copy.key)))
+        for start in range(0, info.rows, step):
+            yield _Piece(copy, start, min(start + step, info.rows))
 
     def _row_bytes(self, key: str) -> int:
         return self.source.tensors[key].row_bytes
 
     def piece_bytes(self, piece: _Piece) -> int:
-        """Bytes that the comparison of `piece` reads, of both sides."""
+        """Return the number of bytes read to compare `piece`, of both sides."""
         theirs = self._row_bytes(piece.copy.key) * (piece.stop - piece.start)
         region = piece.copy.region
         return 2 * theirs if region is None else theirs + self._copy_bytes(piece.copy)
@@ -169,7 +170,7 @@ class Comparison:
         return self.checkpoint.tensors[copy.name].nbytes
 
     def _compare_bits(self, piece: _Piece) -> int:
-        """How many bytes differ."""
+        """The number of bytes that differ."""
         copy, region = piece.copy, piece.copy.region
         row = self._row_bytes(copy.key)
         if region is None:
@@ -191,7 +192,7 @@ class Comparison:
     # ---------------------------------------------------------------------- quantized weights
 
     def errors(self, pairs: Sequence[Pair]) -> list[LinearError]:
-        """The error of each pair, in their order."""
+        """Return the error of each pair, in order."""
         sums: dict[str, list[float]] = {pair.linear.name: [0.0, 0.0] for pair in pairs}
         for slab, energies in self.workers.run(self._energies, self.slabs(pairs), self.slab_bytes):
             for pair, (error, energy) in zip(slab.pairs, energies, strict=True):
@@ -200,25 +201,26 @@ class Comparison:
         return [_linear_error(pair, *sums[pair.linear.name]) for pair in pairs]
 
     def slabs(self, pairs: Iterable[Pair]) -> list[_Slab]:
-        """Pairs that share a slab are read once; a plain matrix is cut into ranges of rows."""
+        """Return the slabs to read: one for pairs that share it, several for a plain matrix."""
         by_slab: dict[tuple[str, int, int], list[Pair]] = defaultdict(list)
         for pair in pairs:
             by_slab[pair.region.key, *pair.region.slab].append(pair)
-        found: list[_Slab] = []
+        slabs: list[_Slab] = []
         for (key, start, stop), group in by_slab.items():
             region, step = group[0].region, stop - start
             if len(group) == 1 and _is_plain(region):
                 step = max(1, CHUNK_BYTES // max(1, self._row_bytes(key)))
-            found += [
+            slabs += [
                 _Slab(key, first, min(first + step, stop), tuple(group), first - start)
                 for first in range(start, stop, step)
             ]
-        return found
+        return slabs
 
     def slab_bytes(self, slab: _Slab) -> int:
-        """Bytes that the comparison of `slab` reads, of both sides."""
+        """Return the number of bytes read to compare `slab`, of both sides."""
         theirs = self._row_bytes(slab.key) * (slab.stop - slab.start)
-        ours = sum(math.prod(p.region.shape) for p in slab.pairs) * 9 // 16
+        packed = (pair.linear.parts[part] for pair in slab.pairs for part in (WEIGHT, BLOCK_SCALE))
+        ours = sum(info.nbytes for info in packed)
         whole = sum(self._row_bytes(slab.key) * len(p.region.rows) for p in slab.pairs)
         return theirs + (ours * theirs // whole if _is_plain(slab.pairs[0].region) else ours)
 
@@ -232,10 +234,10 @@ class Comparison:
     ) -> tuple[float, float]:
         """The sum of `function(pair, first row, weight rows)` over chunks of the pair's rows."""
         matrix = pair.region.view(raw)
-        each = max(1, CHUNK_BYTES // (matrix.shape[1] * matrix.element_size()))
+        step = max(1, CHUNK_BYTES // (matrix.shape[1] * matrix.element_size()))
         first = second = 0.0
-        for row in range(0, matrix.shape[0], each):
-            w_OI = matrix[row : row + each].contiguous()
+        for row in range(0, matrix.shape[0], step):
+            w_OI = matrix[row : row + step].contiguous()
             w_OI = w_OI if w_OI.dtype in FLOAT_DTYPES else w_OI.float()
             a, b = function(pair, slab.row + row, w_OI)
             first, second = first + a, second + b
@@ -255,12 +257,12 @@ class Comparison:
         return torch.from_numpy(data).view(count, width)
 
     def _global_scale(self, pair: Pair) -> float:
-        return self.checkpoint.scalar(f"{pair.linear.name}.{GLOBAL_SCALE}")
+        return self.checkpoint.scale(pair.linear, GLOBAL_SCALE)
 
     # ------------------------------------------------------------------------------- judgement
 
     def judge(self, pairs: Sequence[Pair], errors: Sequence[LinearError]) -> Iterator[Finding]:
-        """Which errors no legal quantizer explains. Reads again only what looks suspicious."""
+        """Yield the errors that no legal quantizer explains. Only suspects are read again."""
         by_name = {pair.linear.name: pair for pair in pairs}
         groups = {name: group for group in fused_groups(by_name) for name in group}
         medians = _medians(errors)
@@ -279,34 +281,34 @@ class Comparison:
             yield from _judge(suspect.error, reference, suspect.usual)
 
     def _reference_error(self, suspect: _Suspect) -> float:
-        """e' of the module's head."""
+        """The error e' that the docstring of this module defines."""
         pair, group, error = suspect.pair, suspect.group, suspect.error
         amax = self._amax(pair)
         highest = max(self._amax(member) for member in group)
-        given = self._global_scale(pair)
+        stored = self._global_scale(pair)
         low, high = amax / 2688, 1.5 * highest / 1536
-        scale = min(max(given, low), high) if math.isfinite(given) else low
+        scale = min(max(stored, low), high) if math.isfinite(stored) else low
         scale = min(max(scale, GLOBAL_SCALE_MIN), GLOBAL_SCALE_MAX)
 
         def energy(pair: Pair, row: int, w_OI: Tensor) -> tuple[float, float]:
             rows, width = w_OI.shape
-            codes = torch.empty(rows, width // 2, dtype=torch.uint8)
-            scales = torch.empty(rows, width // 16, dtype=torch.uint8)
+            codes = torch.empty(rows, width // CODES_PER_BYTE, dtype=torch.uint8)
+            scales = torch.empty(block_scales((rows, width)), dtype=torch.uint8)
             stats = quantize_into(w_OI, codes, scales, scale=ScaleAlgorithm.MAX, global_scale=scale)
             return stats.sum_sq_err, stats.sum_sq_w
 
-        return math.sqrt(self._fold(pair, energy) / error.weight_energy)
+        return math.sqrt(self._sum_again(pair, energy) / error.weight_energy)
 
     def _amax(self, pair: Pair) -> float:
         def amax(_pair: Pair, _row: int, w_OI: Tensor) -> tuple[float, float]:
-            found.append(float(w_OI.abs().amax()))
+            maxima.append(float(w_OI.abs().amax()))
             return 0.0, 0.0
 
-        found: list[float] = []
-        self._fold(pair, amax)
-        return max(found)
+        maxima: list[float] = []
+        self._sum_again(pair, amax)
+        return max(maxima)
 
-    def _fold(self, pair: Pair, function: RowFunction) -> float:
+    def _sum_again(self, pair: Pair, function: RowFunction) -> float:
         """Read a pair's matrix again, in this thread: the sum of the function's first result."""
         total = 0.0
         for slab in self.slabs([pair]):
@@ -316,7 +318,7 @@ class Comparison:
 
 
 def _count_different(first: Bytes, second: Bytes) -> int:
-    """How many bytes of two arrays differ. By words of eight bytes, unless there is one."""
+    """The number of bytes that differ. Words of eight bytes are compared first, for speed."""
     words = len(first) // 8 * 8
     same = np.array_equal(first[:words].view(np.uint64), second[:words].view(np.uint64))
     rest = first[words:] != second[words:]
@@ -324,7 +326,7 @@ def _count_different(first: Bytes, second: Bytes) -> int:
 
 
 def _is_plain(region: Region) -> bool:
-    """Whether a range of its rows is a range of the raw tensor's first dimension."""
+    """True if a range of its rows is a range of the raw tensor's first dimension."""
     return region.expert is None and not region.transposed and region.rows.step == 1
 
 
@@ -337,7 +339,7 @@ def _linear_error(pair: Pair, error: float, energy: float) -> LinearError:
 
 
 def _kind(name: str) -> str:
-    """Siblings: the same projection of one layer's experts, the same linear of all layers."""
+    """Siblings: one projection of all experts of a layer, or one linear of all layers."""
     head, dot, tail = name.rpartition("experts.")
     return head + dot + _NUMBERS.sub("#", tail) if dot else _NUMBERS.sub("#", name)
 
@@ -348,8 +350,10 @@ def _medians(errors: Iterable[LinearError]) -> dict[str, float]:
     for error in errors:
         kinds[_kind(error.name)].append(error.relative_error)
     return {
-        kind: median_low(found) if len(found) >= 4 and all(map(math.isfinite, found)) else math.inf
-        for kind, found in kinds.items()
+        kind: median_low(values)
+        if len(values) >= 4 and all(map(math.isfinite, values))
+        else math.inf
+        for kind, values in kinds.items()
     }
 
 

@@ -8,17 +8,18 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from fourfold.models.engines import Mismatch, Module, Verdict, check, modules_of
 from fourfold.models.fusion import KEEP_ALWAYS, fuse
-from fourfold.verification.checkpoint import DOWN, EXPERT, GLOBAL_SCALE, INPUT_SCALE, Checkpoint
-from fourfold.verification.quant_config import MIXED
+from fourfold.models.names import EXPERT_LINEAR
+from fourfold.verification.checkpoint import DOWN, Checkpoint
+from fourfold.verification.readers.base import GLOBAL_SCALE, INPUT_SCALE, MIXED
 from fourfold.verification.rules import Finding, finding
 
 Group = tuple[str, ...]
 
 
 def fused_groups(names: Iterable[str]) -> list[Group]:
-    """The linears that engines load into one parameter, of each group the members present.
+    """Return the groups of linears among `names` that engines load into one parameter.
 
-    Siblings only: gate and up of one expert are a group, two experts are not.
+    Members of a group are siblings: gate and up of one expert are a group, two experts are not.
     """
     siblings: dict[str, set[str]] = defaultdict(set)
     for name in names:
@@ -33,8 +34,8 @@ def fused_groups(names: Iterable[str]) -> list[Group]:
 
 
 def input_site(linear: str) -> str | None:
-    """The name of the experts' input site that `linear` belongs to; None outside of experts."""
-    expert = EXPERT.match(linear)
+    """Return the name of the experts' input site of `linear`; None outside of experts."""
+    expert = EXPERT_LINEAR.match(linear)
     if expert is None:
         return None
     half = expert["projection"] if expert["projection"] in DOWN else "gate and up"
@@ -42,7 +43,7 @@ def input_site(linear: str) -> str | None:
 
 
 def check_scale_groups(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """One weight_scale_2 and one input_scale in a fused module."""
+    """A fused module has one weight_scale_2 and one input_scale."""
     names = checkpoint.linears.keys() | checkpoint.kept
     for group in fused_groups(names):
         for part, rule in (
@@ -56,22 +57,22 @@ def _differences(checkpoint: Checkpoint, group: Group, part: str, rule: str) -> 
     values = dict(_values(checkpoint, group, part))
     if len(set(values.values())) > 1:
         text = ", ".join(f"{name.rpartition('.')[2]} {value:.9g}" for name, value in values.items())
-        yield finding(rule, f"{next(iter(values))}.{part}", text)
+        yield finding(rule, checkpoint.tensor_name(next(iter(values)), part), text)
 
 
 def _values(checkpoint: Checkpoint, names: Iterable[str], part: str) -> Iterator[tuple[str, float]]:
-    """Valid scales only: what is NaN, zero or missing has a finding of its own."""
+    """The valid scales. Those that are NaN, zero or missing have findings of their own."""
     for name in names:
         linear = checkpoint.linears.get(name)
         info = linear.parts.get(part) if linear else None
-        if info is not None and info.numel == 1 and info.dtype == "F32":
-            value = checkpoint.scalar(f"{name}.{part}")
+        if linear and info and info.numel == 1 and info.dtype == "F32":
+            value = checkpoint.scale(linear, part)
             if 0 < value < float("inf"):
                 yield name, value
 
 
 def check_input_sites(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """One input_scale for all experts that read the same activation."""
+    """All experts that read the same activation have one input_scale."""
     sites: dict[str, list[str]] = defaultdict(list)
     for name in checkpoint.linears:
         site = input_site(name)
@@ -85,8 +86,8 @@ def check_input_sites(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 
 def _distinct_in_groups(checkpoint: Checkpoint, names: Sequence[str]) -> int:
-    """How many values the site may have: more than 1 only where a fused group differs in itself,
-    which is a finding already."""
+    """The number of values a site may have: 2 if a fused group in it differs, which is a finding
+    of its own, else 1."""
     for group in fused_groups(names):
         if len({value for _, value in _values(checkpoint, group, INPUT_SCALE)}) > 1:
             return 2
@@ -94,7 +95,7 @@ def _distinct_in_groups(checkpoint: Checkpoint, names: Sequence[str]) -> int:
 
 
 def check_partial(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """A fused module, and a layer's experts, are quantized wholly or not at all."""
+    """All parts of a fused module, and all experts of a layer, are quantized, or none."""
     quantized = checkpoint.linears.keys() | checkpoint.fp8
     for module in modules_of(sorted(quantized | checkpoint.kept)):
         packed = [name for name in module.members if name in quantized]
@@ -112,35 +113,37 @@ _RULES = {
     Verdict.EXCLUDED: "ignore-excludes-quantized",
     Verdict.REFUSED: "ignore-refused",
 }
-"""What an engine takes a module for, wrongly → the rule."""
+"""An engine's wrong verdict on a module → the rule."""
 
 
 def check_ignore(checkpoint: Checkpoint, embeddings: frozenset[str] = frozenset()) -> list[Finding]:
-    """The ignore list under the three engines' matching.
+    """Judge the ignore list under the matching of each engine.
 
-    Linears that engines build unquantized whatever the checkpoint says need not be listed; nor
-    does anything under MIXED_PRECISION, where `quantized_layers` names what is quantized.
+    Linears that engines build unquantized whatever the checkpoint says need no entry. Nor does any
+    linear under MIXED_PRECISION, where `quantized_layers` names those that are quantized.
+
+    Args:
+        checkpoint: the checkpoint.
+        embeddings: embeddings whose names do not show that they are embeddings.
     """
     always = re.compile("|".join(rule.pattern for rule in KEEP_ALWAYS))
     kept = {name for name in checkpoint.kept - embeddings if not always.search(name)}
     quantized = checkpoint.linears.keys() | checkpoint.fp8
     mismatches = check(checkpoint.quant.ignore, sorted(quantized), sorted(kept))
-    found = [
-        (_RULES[mismatch.found], mismatch)
-        for mismatch in mismatches
-        if mismatch.expected is not Verdict.MIXED
-    ]
-    if checkpoint.quant.algo == MIXED:
-        found = [pair for pair in found if pair[0] != "ignore-lacks-unquantized"]
     by_place: dict[tuple[str, str], list[Mismatch]] = defaultdict(list)
-    for rule, mismatch in found:
+    for mismatch in mismatches:
+        rule = _RULES[mismatch.found]
+        if mismatch.expected is Verdict.MIXED:
+            continue  # `check_partial` has a finding for it
+        if checkpoint.quant.algo == MIXED and rule == "ignore-lacks-unquantized":
+            continue
         place = mismatch.pattern if rule == "ignore-refused" else mismatch.module
         by_place[rule, str(place)].append(mismatch)
     return [finding(rule, place, _by_engine(group)) for (rule, place), group in by_place.items()]
 
 
 def _by_engine(mismatches: Sequence[Mismatch]) -> str:
-    """What the engines do with one module; or on which modules they fail with one entry."""
+    """The engines' verdicts on one module, or the modules on which one entry makes them fail."""
     if mismatches[0].found is Verdict.REFUSED:
         modules = sorted({mismatch.module for mismatch in mismatches})
         engines = sorted({str(mismatch.engine) for mismatch in mismatches})

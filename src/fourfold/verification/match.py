@@ -1,7 +1,7 @@
-"""Which tensor of the checkpoint stands for which part of the source: everything has its place.
+"""Match the tensors of the checkpoint with those of the source.
 
-Every linear weight of the source is packed (a `Pair`), or copied: as a raw tensor, or as one
-expert split out of a fused one (a `Copy`). What has no counterpart is lost, or extra.
+Every linear weight of the source is packed (a `Pair`), or copied (a `Copy`): as a raw tensor, or as
+one expert split out of a fused tensor. Tensors without a counterpart are lost, or extra.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from fourfold.models.inventory import Inventory, LinearWeight
 from fourfold.models.regions import Region, whole
 from fourfold.storage.safetensors_header import TensorInfo
-from fourfold.verification.checkpoint import KV_SCALES, PARTS, WEIGHT, Checkpoint, QuantizedLinear
+from fourfold.verification.checkpoint import Checkpoint, QuantizedLinear
+from fourfold.verification.readers.base import KV_SCALES, PARTS, WEIGHT
 from fourfold.verification.rules import Finding, finding
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A packed weight, and the matrix [out, in] of the source that it stands for."""
+    """A packed weight, and its matrix [out, in] in the source."""
 
     linear: QuantizedLinear
     region: Region
@@ -27,7 +28,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """A tensor of the checkpoint, and the source's: a whole tensor, or a region of one."""
+    """A tensor of the checkpoint, and its counterpart: a raw tensor, or a region of one."""
 
     name: str
     key: str
@@ -36,7 +37,7 @@ class Copy:
 
 @dataclass
 class Matching:
-    """What is to be compared, and what has no counterpart."""
+    """The tensors to compare, and the findings on tensors without a counterpart."""
 
     pairs: list[Pair] = field(default_factory=list)
     copies: list[Copy] = field(default_factory=list)
@@ -46,12 +47,12 @@ class Matching:
 def match(
     checkpoint: Checkpoint, source: Mapping[str, TensorInfo], inventory: Inventory
 ) -> Matching:
-    """Find the counterpart of every tensor, in the checkpoint and in the source."""
-    return _Match(checkpoint, source, inventory).run()
+    """Find the counterpart of every tensor of the checkpoint and of the source."""
+    return _Matcher(checkpoint, source, inventory).run()
 
 
-class _Match:
-    """One matching: what is claimed so far."""
+class _Matcher:
+    """Matches one checkpoint with its source, and keeps the names that are claimed so far."""
 
     def __init__(
         self, checkpoint: Checkpoint, source: Mapping[str, TensorInfo], inventory: Inventory
@@ -72,7 +73,7 @@ class _Match:
         return self.result
 
     def _weights(self, key: str, linears: tuple[LinearWeight, ...]) -> None:
-        """A raw tensor that holds linear weights: packed, split, or copied as it is."""
+        """Match a raw tensor that holds linear weights: packed, split, or copied as it is."""
         apart = [linear for linear in linears if self._is_apart(linear)]
         for linear in apart:
             self._apart(linear)
@@ -86,7 +87,7 @@ class _Match:
             self._lose(key, f"{len(linears)} linear weights" if len(linears) > 1 else "a weight")
 
     def _is_apart(self, linear: LinearWeight) -> bool:
-        """Whether the checkpoint holds this linear weight packed, or split out of its tensor."""
+        """True if the checkpoint holds this weight packed, or split out of its raw tensor."""
         name = f"{linear.name}.weight"
         is_split = name != linear.region.key and name in self.checkpoint.tensors
         return linear.name in self.packed or is_split
@@ -95,14 +96,17 @@ class _Match:
         if linear.name not in self.packed:
             self._copy(f"{linear.name}.weight", linear.region.key, linear.region)
             return
-        self.claimed.update(f"{linear.name}.{part}" for part in PARTS)
+        self._claim(linear.name)
         packed = self.checkpoint.linears.get(linear.name)
         if packed is not None:
             self._pair(packed, linear.region, linear.role)
 
+    def _claim(self, packed: str) -> None:
+        self.claimed.update(self.checkpoint.tensor_name(packed, part) for part in PARTS)
+
     def _pair(self, packed: QuantizedLinear, region: Region, role: str) -> None:
         if not packed.is_sound:
-            return  # what is wrong with its tensors has findings of its own
+            return  # the faults of its tensors have findings of their own
         if packed.shape == region.shape:
             self.result.pairs.append(Pair(packed, region, str(role)))
         else:
@@ -110,10 +114,10 @@ class _Match:
             self.result.findings.append(finding("quantized-shape-differs", packed.name, text))
 
     def _other(self, key: str) -> None:
-        """A raw tensor without linear weights: copied, or biases that are split by expert."""
+        """Match a raw tensor without linear weights: copied, or biases split by expert."""
         stem, _, leaf = key.rpartition(".")
-        if leaf == WEIGHT and stem in self.packed:
-            self.claimed.update(f"{stem}.{part}" for part in PARTS)
+        if leaf == "weight" and stem in self.packed:
+            self._claim(stem)
             shape, packed = self.source[key].shape, self.checkpoint.linears.get(stem)
             if packed is not None and len(shape) == 2:
                 self._pair(packed, whole(key, shape), str(self.inventory.tensors[key].role))
@@ -150,12 +154,13 @@ class _Match:
         self.result.findings.append(finding("tensor-lost", name, text))
 
     def _extra(self) -> Iterator[Finding]:
+        leaves = self.checkpoint.reader.leaves
         for name in sorted(self.checkpoint.tensors.keys() - self.claimed):
             stem, _, leaf = name.rpartition(".")
             if leaf in KV_SCALES:
                 continue
-            if leaf in PARTS and stem in self.packed:
-                if leaf == WEIGHT:
+            if leaf in leaves.values() and stem in self.packed:
+                if leaf == leaves[WEIGHT]:
                     yield finding("tensor-extra", stem, "a quantized linear, not in the source")
                 continue
             info = self.checkpoint.tensors[name]

@@ -1,4 +1,4 @@
-"""What a verification found: for people, and as JSON."""
+"""The result of a verification, printed for people and as JSON."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from fourfold.verification.rules import Finding, Severity
 
 WORST = 10
 SHOWN_OF_A_RULE = 20
-"""How many findings of one rule are printed; `to_json` has them all."""
+"""At most this many findings of one rule are printed; `to_json` has them all."""
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """How much was verified."""
+    """The amounts that were verified."""
 
     tensors: int
     quantized_linears: int
@@ -45,7 +45,7 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class RoleError:
-    """The errors of all linears of a role."""
+    """The errors of all linears of one role."""
 
     role: str
     linears: int
@@ -58,7 +58,7 @@ class RoleError:
 
 @dataclass(frozen=True)
 class Report:
-    """The result of `verify`. Prints as the command prints."""
+    """The result of `verify`. `print` shows the same as the command."""
 
     folder: str
     source: str | None
@@ -70,7 +70,7 @@ class Report:
 
     @property
     def clean(self) -> bool:
-        """Whether there is no error; warnings are allowed."""
+        """True if there is no error; warnings are allowed."""
         return not any(finding.severity is Severity.ERROR for finding in self.findings)
 
     @property
@@ -80,14 +80,14 @@ class Report:
 
     @property
     def roles(self) -> tuple[RoleError, ...]:
-        """Errors by role."""
+        """The errors by role."""
         by_role: dict[str, list[LinearError]] = defaultdict(list)
         for error in self.errors:
             by_role[error.role].append(error)
         return tuple(_role_error(role, by_role[role]) for role in sorted(by_role))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; numbers that are not finite become None."""
+        """Return plain data for JSON; numbers that are not finite become None."""
         return {
             "folder": self.folder,
             "source": self.source,
@@ -101,7 +101,7 @@ class Report:
         }
 
     def to_json(self) -> str:
-        """One JSON document."""
+        """Return one JSON document."""
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
 
     def __str__(self) -> str:

@@ -1,9 +1,9 @@
-"""Every rule that `verify` holds a checkpoint to: id, severity, what it says, what breaks.
+"""Every rule that `verify` applies: id, severity, what must hold, what a breach breaks.
 
 The ids are stable: scripts may depend on them. `docs/verify.md` lists the same table.
 
-**error**: some engine fails on it, or computes wrong numbers, with or without a word.
-**warning**: right by the letter, but some engine, kernel or tool will not like it.
+**error**: an engine fails to load it, or computes wrong numbers, possibly without an error message.
+**warning**: valid, but an engine, kernel or tool may refuse it, or work worse with it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from enum import StrEnum
 
 
 class Severity(StrEnum):
-    """How bad a finding is."""
+    """The severity of a finding."""
 
     ERROR = "error"
     WARNING = "warning"
@@ -22,7 +22,7 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One rule: what must hold, and what a breach would do in which engine."""
+    """One rule: what must hold, and what a breach does in which engine."""
 
     id: str
     severity: Severity
@@ -32,7 +32,7 @@ class Rule:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Finding:
-    """One breach of a rule. `tensor` is a tensor, a linear, a module, or a file's name."""
+    """One breach of a rule. `tensor` names a tensor, a linear, a module, or a file."""
 
     severity: Severity
     id: str
@@ -221,6 +221,6 @@ RULES: Mapping[str, Rule] = {
 
 
 def finding(rule_id: str, tensor: str, found: str) -> Finding:
-    """A breach of the rule `rule_id`."""
+    """Return a breach of the rule `rule_id`."""
     rule = RULES[rule_id]
     return Finding(rule.severity, rule.id, tensor, found, rule.effect)

@@ -1,6 +1,6 @@
-"""Worker threads with buffers of their own: memory is bounded by threads, not by the model.
+"""Worker threads with buffers of their own, so that memory depends on threads and not the model.
 
-The kernels and `pread` release the GIL. Results come back in the order of the work, so a report
+The kernels and `pread` release the GIL. Results come back in the order of the work, so the report
 does not depend on the number of threads.
 """
 
@@ -21,17 +21,17 @@ Work = TypeVar("Work")
 Result = TypeVar("Result")
 
 CHUNK_BYTES = 1 << 23
-"""What a worker reads at once where it has the choice."""
+"""A worker reads at most this much at once, if the tensor can be cut."""
 
 
 class Buffers(threading.local):
-    """Reusable memory of one thread, by purpose."""
+    """Reusable buffers of one thread, by purpose."""
 
     def __init__(self) -> None:
         self._held: dict[str, np.ndarray[Any, Any]] = {}
 
     def take(self, purpose: str, nbytes: int) -> np.ndarray[Any, Any]:
-        """`nbytes` of uint8; valid until the thread asks again for the same purpose."""
+        """Return `nbytes` of uint8, valid until the thread's next call for the same purpose."""
         held = self._held.get(purpose)
         if held is None or len(held) < nbytes:
             held = self._held[purpose] = np.empty(nbytes, dtype=np.uint8)
@@ -40,7 +40,7 @@ class Buffers(threading.local):
     def read(
         self, purpose: str, checkpoint: Checkpoint, name: str, start: int, stop: int
     ) -> np.ndarray[Any, Any]:
-        """Bytes `start:stop` of a tensor of the checkpoint."""
+        """Read bytes `start:stop` of a tensor of the checkpoint into a buffer."""
         buffer = self.take(purpose, stop - start)
         checkpoint.read(name, start, stop, buffer)
         return buffer
@@ -61,7 +61,13 @@ class Workers:
         work: Sequence[Work],
         nbytes: Callable[[Work], int],
     ) -> Iterator[tuple[Work, Result]]:
-        """`function` of each piece, in order; `nbytes` is what a piece reads."""
+        """Yield each piece of work with `function` of it, in order.
+
+        Args:
+            function: called in a worker thread.
+            work: the pieces.
+            nbytes: returns the number of bytes that a piece reads, for the progress.
+        """
         pool = ThreadPoolExecutor(self.threads)
         try:
             for piece, result in zip(work, pool.map(function, work), strict=True):

@@ -1,32 +1,25 @@
-"""Rules on the tensors of each quantized linear: which there are, their dtypes and shapes."""
+"""Rules on the tensors of each quantized linear: their presence, dtypes and shapes."""
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
-from fourfold.storage.safetensors_header import TensorInfo
-from fourfold.verification.checkpoint import (
+from fourfold.formats import nvfp4
+from fourfold.models.names import EXPERT_LINEAR
+from fourfold.storage.safetensors_header import FLOATS
+from fourfold.verification.checkpoint import DOWN, Checkpoint, QuantizedLinear, block_scales
+from fourfold.verification.readers.base import (
     BLOCK_SCALE,
-    DOWN,
-    EXPERT,
-    FLOATS,
     GLOBAL_SCALE,
     INPUT_SCALE,
     KV_SCALES,
     PARTS,
+    W4A4,
+    W4A16,
     WEIGHT,
-    Checkpoint,
 )
-from fourfold.verification.quant_config import W4A4, W4A16
 from fourfold.verification.rules import Finding, finding
-
-LEFTOVER = re.compile(
-    r"(_amax|_quantizer(\..*)?|\.weight_packed|\.weight_global_scale|\.input_global_scale"
-    r"|\.pre_quant_scale|\.weight_zero_point)$"
-)
-"""Tensors of quantizers and of other layouts, which no loader of this one expects."""
 
 RULE_NAMES: Mapping[str, str] = {
     WEIGHT: "weight",
@@ -34,7 +27,7 @@ RULE_NAMES: Mapping[str, str] = {
     GLOBAL_SCALE: "global-scale",
     INPUT_SCALE: "input-scale",
 }
-"""Tensor of a linear → how the ids of its rules begin."""
+"""Part of a linear → the beginning of its rules' ids."""
 
 DTYPES: Mapping[str, str] = {
     WEIGHT: "U8",
@@ -45,83 +38,87 @@ DTYPES: Mapping[str, str] = {
 
 
 def check_parts(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """Weight, block scales and global scale come together, an input scale where it is due."""
+    """Weight, block scales and global scale come together; W4A4 linears have an input scale."""
     for name, linear in checkpoint.linears.items():
         for part in (WEIGHT, BLOCK_SCALE, GLOBAL_SCALE):
             if part not in linear.parts:
                 there = ", ".join(other for other in PARTS if other in linear.parts)
                 text = f"missing, while there is {there}"
-                yield finding(f"{RULE_NAMES[part]}-missing", f"{name}.{part}", text)
+                yield finding(
+                    f"{RULE_NAMES[part]}-missing", checkpoint.tensor_name(name, part), text
+                )
         if linear.algo == W4A4 and INPUT_SCALE not in linear.parts:
-            yield finding("input-scale-missing", f"{name}.{INPUT_SCALE}", "missing")
+            tensor = checkpoint.tensor_name(name, INPUT_SCALE)
+            yield finding("input-scale-missing", tensor, "missing")
         if linear.algo == W4A16 and INPUT_SCALE in linear.parts:
-            yield finding("input-scale-unexpected", f"{name}.{INPUT_SCALE}", "there is one")
+            tensor = linear.parts[INPUT_SCALE].key
+            yield finding("input-scale-unexpected", tensor, "there is one")
 
 
 def check_dtypes(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Each tensor has the layout's dtype."""
-    for name, linear in checkpoint.linears.items():
+    for linear in checkpoint.linears.values():
         for part, info in linear.parts.items():
             if info.dtype != DTYPES[part]:
                 text = f"{info.dtype}, should be {DTYPES[part]}"
-                yield finding(f"{RULE_NAMES[part]}-dtype", f"{name}.{part}", text)
+                yield finding(f"{RULE_NAMES[part]}-dtype", info.key, text)
 
 
 def check_shapes(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """Weight [out, in/2], block scales [out, in/16], one number for the others."""
-    for name, linear in checkpoint.linears.items():
-        weight, scale = linear.parts.get(WEIGHT), linear.parts.get(BLOCK_SCALE)
-        if weight is not None and weight.dtype == DTYPES[WEIGHT]:
-            yield from _weight_shapes(name, weight, scale)
+    """The weight is [out, in/2], the block scales are [out, in/16], other scales one number."""
+    for linear in checkpoint.linears.values():
+        if WEIGHT in linear.parts and linear.parts[WEIGHT].dtype == DTYPES[WEIGHT]:
+            yield from _weight_shapes(linear)
         for part in (GLOBAL_SCALE, INPUT_SCALE):
             if part in linear.parts:
-                yield from _single(f"{name}.{part}", part, linear.parts[part])
+                yield from _single(linear, part)
 
 
-def _weight_shapes(name: str, weight: TensorInfo, scale: TensorInfo | None) -> Iterator[Finding]:
+def _weight_shapes(linear: QuantizedLinear) -> Iterator[Finding]:
+    weight, scale = linear.parts[WEIGHT], linear.parts.get(BLOCK_SCALE)
     if len(weight.shape) != 2 or weight.numel == 0:
         text = f"shape {list(weight.shape)}, should be [out, in/2]"
-        yield finding("weight-shape", f"{name}.{WEIGHT}", text)
-        return
-    rows, half = weight.shape
-    if half % 8:
-        text = f"input dimension {2 * half}, not a multiple of 16"
-        yield finding("input-alignment", f"{name}.{WEIGHT}", text)
-    elif scale is not None and scale.shape != (rows, half // 8):
-        text = f"shape {list(scale.shape)}, should be {[rows, half // 8]}"
-        yield finding("block-scale-shape", f"{name}.{BLOCK_SCALE}", text)
+        yield finding("weight-shape", weight.key, text)
+    elif linear.shape[1] % nvfp4.BLOCK_SIZE:
+        text = f"input dimension {linear.shape[1]}, not a multiple of {nvfp4.BLOCK_SIZE}"
+        yield finding("input-alignment", weight.key, text)
+    elif scale is not None and scale.shape != block_scales(linear.shape):
+        text = f"shape {list(scale.shape)}, should be {list(block_scales(linear.shape))}"
+        yield finding("block-scale-shape", scale.key, text)
 
 
-def _single(tensor: str, part: str, info: TensorInfo) -> Iterator[Finding]:
+def _single(linear: QuantizedLinear, part: str) -> Iterator[Finding]:
+    info = linear.parts[part]
     if info.numel != 1:
         text = f"shape {list(info.shape)}, should be []"
-        yield finding(f"{RULE_NAMES[part]}-shape", tensor, text)
+        yield finding(f"{RULE_NAMES[part]}-shape", info.key, text)
     elif info.shape:
-        yield finding("scale-not-scalar", tensor, f"shape {list(info.shape)}")
+        yield finding("scale-not-scalar", info.key, f"shape {list(info.shape)}")
 
 
 def check_alignment(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """What kernels want of dimensions; one finding for all linears of a kind."""
+    """Dimensions suit the kernels. There is one finding for all linears of a kind."""
     cutlass: dict[str, list[str]] = defaultdict(list)
     marlin: dict[str, list[str]] = defaultdict(list)
     for linear in checkpoint.sound:
         outs, ins = linear.shape
         if outs % 64 or ins % 64:
             marlin[f"[{outs}, {ins}]"].append(linear.name)
-        expert = EXPERT.match(linear.name)
+        expert = EXPERT_LINEAR.match(linear.name)
         if expert and expert["projection"] in DOWN and ins % 64:
             cutlass[f"intermediate size {ins}"].append(linear.name)
-    for rule, found in (("cutlass-alignment", cutlass), ("marlin-alignment", marlin)):
-        for text, names in sorted(found.items()):
+    for rule, by_size in (("cutlass-alignment", cutlass), ("marlin-alignment", marlin)):
+        for text, names in sorted(by_size.items()):
             yield finding(rule, min(names), f"{text}, in {len(names):,} linears")
 
 
 def check_unexpected(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """No tensor that the layout does not have."""
-    allowed = {*PARTS, *KV_SCALES, "bias"}
+    """Every tensor is one that the layout has."""
+    reader = checkpoint.reader
+    allowed = {*reader.leaves.values(), *KV_SCALES, "bias"}
     for name in sorted(checkpoint.tensors):
         stem, _, leaf = name.rpartition(".")
-        if (stem in checkpoint.linears and leaf not in allowed) or LEFTOVER.search(name):
+        if (stem in checkpoint.linears and leaf not in allowed) or reader.leftover.search(name):
             info = checkpoint.tensors[name]
             yield finding("tensor-unexpected", name, f"{info.dtype} {list(info.shape)}")
 
@@ -138,7 +135,7 @@ def check_expert_shapes(checkpoint: Checkpoint) -> Iterator[Finding]:
     """The projections of one expert fit together. Experts of other widths are allowed."""
     experts: dict[str, dict[str, tuple[int, int]]] = defaultdict(dict)
     for linear in checkpoint.sound:
-        if EXPERT.match(linear.name):
+        if EXPERT_LINEAR.match(linear.name):
             expert, _, projection = linear.name.rpartition(".")
             experts[expert][projection] = linear.shape
     for expert, shapes in experts.items():

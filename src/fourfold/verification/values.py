@@ -1,7 +1,7 @@
-"""Rules on the values of scales: read in full, counted by byte.
+"""Rules on the values of scales, all of which are read.
 
-A block scale is one E4M3 byte, so a histogram of 256 bins says everything about a tensor of
-them: zeros (0x00, 0x80), NaN (0x7F, 0xFF), signs, subnormals, the smallest and the largest.
+A block scale is one E4M3 byte, so a histogram of 256 bins describes a tensor of block scales
+completely: zeros (0x00, 0x80), NaN (0x7F, 0xFF), signs, subnormals, the smallest and the largest.
 """
 
 from __future__ import annotations
@@ -16,22 +16,16 @@ import numpy as np
 import numpy.typing as npt
 
 from fourfold.formats.nvfp4.e4m3 import E4M3_MAX, E4M3_POSITIVE
-from fourfold.verification.checkpoint import (
-    BLOCK_SCALE,
-    GLOBAL_SCALE,
-    INPUT_SCALE,
-    KV_SCALES,
-    Checkpoint,
-    QuantizedLinear,
-)
+from fourfold.verification.checkpoint import Checkpoint, QuantizedLinear
 from fourfold.verification.groups import fused_groups, input_site
+from fourfold.verification.readers.base import BLOCK_SCALE, GLOBAL_SCALE, INPUT_SCALE, KV_SCALES
 from fourfold.verification.rules import Finding, finding
 from fourfold.verification.streaming import CHUNK_BYTES, Workers
 
 Histogram = npt.NDArray[np.int64]
 
 _VALUES = np.array([0.0, *E4M3_POSITIVE.tolist()])
-"""The value of bytes 0x00 to 0x7E."""
+"""The values of bytes 0x00 to 0x7E."""
 _NAN, _SIGN, _FIRST_NORMAL = 0x7F, 0x80, 8
 _SMALLEST_NORMAL_E4M3 = 2.0**-6
 _SMALLEST_NORMAL_FP32 = 2.0**-126
@@ -40,7 +34,7 @@ _BF16_MAX = float.fromhex("0x1.fep127")
 
 @dataclass(frozen=True, slots=True)
 class ScaleCounts:
-    """Block scales of a checkpoint, by what they are."""
+    """The numbers of block scales of each kind in a checkpoint."""
 
     total: int = 0
     zero: int = 0
@@ -50,21 +44,21 @@ class ScaleCounts:
 
 
 def count(histogram: Histogram) -> ScaleCounts:
-    """A histogram of bytes as counts; a NaN is neither negative nor subnormal, nor is a zero."""
-    folded = histogram[:_SIGN] + histogram[_SIGN:]
+    """Count the kinds in a histogram of bytes. NaN and 0 are neither negative nor subnormal."""
+    magnitudes = histogram[:_SIGN] + histogram[_SIGN:]
     return ScaleCounts(
         total=int(histogram.sum()),
-        zero=int(folded[0]),
-        nan=int(folded[_NAN]),
+        zero=int(magnitudes[0]),
+        nan=int(magnitudes[_NAN]),
         negative=int(histogram[_SIGN + 1 : _SIGN + _NAN].sum()),
-        subnormal=int(folded[1:_FIRST_NORMAL].sum()),
+        subnormal=int(magnitudes[1:_FIRST_NORMAL].sum()),
     )
 
 
 def check_block_scales(
     checkpoint: Checkpoint, workers: Workers
 ) -> tuple[ScaleCounts, list[Finding]]:
-    """Read every block scale of the sound linears."""
+    """Read every block scale of the sound linears; return counts and findings."""
     total = np.zeros(256, dtype=np.int64)
     groups: dict[str, Histogram] = defaultdict(lambda: np.zeros(256, dtype=np.int64))
     group_of = _groups(checkpoint)
@@ -76,7 +70,7 @@ def check_block_scales(
     for linear, bins in workers.run(histogram, checkpoint.sound, _scale_bytes):
         total += bins
         groups[group_of.get(linear.name, linear.name)] += bins
-        findings += _bad_bytes(checkpoint, linear, bins)
+        findings += _bad_bytes(linear, bins)
         findings += _products(checkpoint, linear, bins)
     for name, bins in groups.items():
         findings += _flushed(name, bins)
@@ -86,9 +80,9 @@ def check_block_scales(
 def _groups(checkpoint: Checkpoint) -> dict[str, str]:
     """Linear → the parameter that vLLM's Marlin path scales as a whole."""
     names = [linear.name for linear in checkpoint.sound]
-    found = {name: group[0] for group in fused_groups(names) for name in group}
+    fused = {name: group[0] for group in fused_groups(names) for name in group}
     sites = ((name, input_site(name)) for name in names)
-    return found | {name: site for name, site in sites if site is not None}
+    return fused | {name: site for name, site in sites if site is not None}
 
 
 def _scale_bytes(linear: QuantizedLinear) -> int:
@@ -100,16 +94,14 @@ def _histogram(checkpoint: Checkpoint, workers: Workers, linear: QuantizedLinear
     nbytes = _scale_bytes(linear)
     for start in range(0, nbytes, CHUNK_BYTES):
         stop = min(start + CHUNK_BYTES, nbytes)
-        name = f"{linear.name}.{BLOCK_SCALE}"
-        data = workers.buffers.read("scales", checkpoint, name, start, stop)
+        key = linear.parts[BLOCK_SCALE].key
+        data = workers.buffers.read("scales", checkpoint, key, start, stop)
         bins += np.bincount(data, minlength=256)
     return bins
 
 
-def _bad_bytes(
-    checkpoint: Checkpoint, linear: QuantizedLinear, bins: Histogram
-) -> Iterator[Finding]:
-    counts, name = count(bins), f"{linear.name}.{BLOCK_SCALE}"
+def _bad_bytes(linear: QuantizedLinear, bins: Histogram) -> Iterator[Finding]:
+    counts, name = count(bins), linear.parts[BLOCK_SCALE].key
     for rule, bad in (
         ("block-scale-zero", counts.zero),
         ("block-scale-nan", counts.nan),
@@ -122,13 +114,13 @@ def _bad_bytes(
 def _products(
     checkpoint: Checkpoint, linear: QuantizedLinear, bins: Histogram
 ) -> Iterator[Finding]:
-    """Whether block scale × global scale stays in the range of floats."""
-    scale = checkpoint.scalar(f"{linear.name}.{GLOBAL_SCALE}")
+    """Block scale × global scale stays in the range of floats."""
+    scale = checkpoint.scale(linear, GLOBAL_SCALE)
     present = np.flatnonzero(bins[1:_NAN]) + 1
     if not 0 < scale < math.inf or not len(present):
         return
     smallest, largest = (float(_VALUES[byte]) for byte in (present[0], present[-1]))
-    name = f"{linear.name}.{GLOBAL_SCALE}"
+    name = linear.parts[GLOBAL_SCALE].key
     if smallest * scale < _SMALLEST_NORMAL_FP32:
         yield finding("scale-product-underflow", name, f"{smallest:.3g} × {scale:.3g}")
     if 6 * largest * scale > _BF16_MAX:
@@ -136,7 +128,7 @@ def _products(
 
 
 def _flushed(name: str, bins: Histogram) -> Iterator[Finding]:
-    """Scales below 2⁻⁶ after the power of two that the largest one leaves room for.
+    """No scale is below 2⁻⁶ after scaling up by the power of two that the largest leaves.
 
     vLLM's Marlin path multiplies a parameter's block scales by that power before it converts
     them to a format without subnormals.
@@ -154,15 +146,15 @@ def _flushed(name: str, bins: Histogram) -> Iterator[Finding]:
 
 def check_scalars(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Global and input scales are positive and finite."""
-    for name, linear in checkpoint.linears.items():
+    for linear in checkpoint.linears.values():
         for part, rule in ((GLOBAL_SCALE, "global-scale"), (INPUT_SCALE, "input-scale")):
             info = linear.parts.get(part)
             if info is None or info.numel != 1 or info.dtype != "F32":
                 continue
-            value = checkpoint.scalar(f"{name}.{part}")
+            value = checkpoint.scalar(info.key)
             fault = _fault(value)
             if fault is not None:
-                yield finding(f"{rule}-{fault}", f"{name}.{part}", f"{value:g}")
+                yield finding(f"{rule}-{fault}", info.key, f"{value:g}")
 
 
 def _fault(value: float) -> str | None:
@@ -177,7 +169,7 @@ _K_OR_V = re.compile(r"\.(k_proj|v_proj)$")
 
 
 def check_kv_scales(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """k_scale and v_scale: one positive float32 each, in pairs, in all layers alike."""
+    """k_scale and v_scale are one positive float32 each, come in pairs, and in all layers."""
     places: dict[str, set[str]] = defaultdict(set)
     for name, info in checkpoint.tensors.items():
         stem, _, leaf = name.rpartition(".")

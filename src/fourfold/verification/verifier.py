@@ -1,10 +1,10 @@
-"""Verify: read back an NVFP4 checkpoint in the ModelOpt layout, and prove it tensor by tensor.
+"""Read back an NVFP4 checkpoint and prove it tensor by tensor.
 
-Knows nothing of how the checkpoint was made, and works on anybody's. Without a source it judges
-what can be judged from the files alone: names, dtypes, shapes, scales, groups, configuration.
-With one, it compares every copied tensor bit for bit, and every dequantized weight.
+This works on any checkpoint, whoever made it. Without a source, the files alone are judged: names,
+dtypes, shapes, scales, groups, configuration. With a source, every copied tensor is compared bit
+for bit, and every quantized weight is dequantized and compared.
 
-Memory: a few buffers for each thread, whatever the model's size.
+Memory is a few buffers per thread, whatever the model's size.
 """
 
 from __future__ import annotations
@@ -20,18 +20,13 @@ from fourfold.models.inventory import Inventory
 from fourfold.models.inventory_builder import take_inventory
 from fourfold.models.roles import Role
 from fourfold.sources.opening import opened
+from fourfold.storage.names import CONFIG
 from fourfold.storage.source import Source
 from fourfold.verification import completeness, files, groups, structure, values
-from fourfold.verification.checkpoint import (
-    INPUT_SCALE,
-    KV_SCALES,
-    Checkpoint,
-    open_checkpoint,
-    unreadable,
-)
+from fourfold.verification.checkpoint import Checkpoint, open_checkpoint, unreadable
 from fourfold.verification.compare import Comparison
 from fourfold.verification.match import match
-from fourfold.verification.quant_config import CONFIG
+from fourfold.verification.readers.base import BLOCK_SCALE, INPUT_SCALE, KV_SCALES
 from fourfold.verification.report import Counts, Report
 from fourfold.verification.rules import RULES, Finding, Severity, finding
 from fourfold.verification.streaming import Workers
@@ -42,7 +37,7 @@ CHECKS = (
     *values.CHECKS,
     *groups.CHECKS,
 )
-"""Checks that need headers and scalars only."""
+"""Checks that need the headers and the scalars only."""
 
 
 def verify(
@@ -54,16 +49,22 @@ def verify(
     trust_remote_code: bool = False,
     on_event: OnEvent = ignore,
 ) -> Report:
-    """Verify the NVFP4 checkpoint in the folder `out`, against `source` where it is given.
+    """Verify the NVFP4 checkpoint in the folder `out`, against `source` if it is given.
 
-    source: the checkpoint that was quantized: a folder, a hub name, or an open `Source`.
-    hf_config: where the source is a Megatron checkpoint, the folder of its Hugging Face
-    configuration.
-    threads: worker threads; one for each core by default. The report does not depend on it.
-    on_event: receives a `BytesVerified` after each piece.
+    Args:
+        out: folder of the checkpoint to verify.
+        source: the checkpoint that was quantized: a folder, a hub name, or an open `Source`.
+        hf_config: for a Megatron source, the folder of its Hugging Face configuration.
+        threads: number of worker threads; one per core by default. It does not change the report.
+        trust_remote_code: whether the source's own modeling code may run.
+        on_event: receives a `BytesVerified` after each piece.
 
-    Raises UnreadableError (exit code 2) where `out` or `source` cannot be read, or `out` is no
-    NVFP4 checkpoint in the ModelOpt layout. Everything else is a finding of the report.
+    Returns:
+        The report, with every breach of a rule as a finding.
+
+    Raises:
+        UnreadableError: if `out` or `source` cannot be read, or `out` is not an NVFP4 checkpoint
+            in a layout that is known (exit code 2).
     """
     workers = Workers(threads, on_event)
     with unreadable(), closing(open_checkpoint(Path(out).expanduser())) as checkpoint:
@@ -77,24 +78,25 @@ def _verify(
     checkpoint: Checkpoint, source: Source | None, inventory: Inventory | None, workers: Workers
 ) -> Report:
     checks = CHECKS if source is not None else (*CHECKS, *completeness.CHECKS)
-    findings = [found for check in checks for found in check(checkpoint)]
+    findings = [*checkpoint.reader.check(checkpoint)]
+    findings += [breach for check in checks for breach in check(checkpoint)]
     findings += groups.check_ignore(checkpoint, _embeddings(inventory))
-    scales = sum(linear.parts["weight_scale"].nbytes for linear in checkpoint.sound)
+    scales = sum(linear.parts[BLOCK_SCALE].nbytes for linear in checkpoint.sound)
     workers.total = scales
     copied, errors = 0, []
     if source is None or inventory is None:
-        counted, found = values.check_block_scales(checkpoint, workers)
-        findings += found
+        counted, scale_findings = values.check_block_scales(checkpoint, workers)
     else:
         matching = match(checkpoint, source.tensors, inventory)
         comparison = Comparison(checkpoint, source, workers)
         workers.total += comparison.total_bytes(matching)
-        counted, found = values.check_block_scales(checkpoint, workers)
+        counted, scale_findings = values.check_block_scales(checkpoint, workers)
         errors = comparison.errors(matching.pairs)
         copied = len(matching.copies)
-        findings += [*found, *matching.findings, *comparison.copies(matching.copies)]
+        findings += [*matching.findings, *comparison.copies(matching.copies)]
         findings += comparison.judge(matching.pairs, errors)
         findings += [*_config_changes(checkpoint, source), *_missing_files(checkpoint, source)]
+    findings += scale_findings
     return Report(
         folder=str(checkpoint.folder),
         source=None if source is None else str(source.place),
@@ -105,9 +107,9 @@ def _verify(
     )
 
 
-def _order(found: Finding) -> tuple[bool, int, str, str]:
-    """Errors first, then as in the table of rules."""
-    return found.severity is Severity.WARNING, _PLACES[found.id], found.tensor, found.found
+def _order(breach: Finding) -> tuple[bool, int, str, str]:
+    """Sort errors first, then by the table of rules."""
+    return breach.severity is Severity.WARNING, _PLACES[breach.id], breach.tensor, breach.found
 
 
 _PLACES = {rule_id: place for place, rule_id in enumerate(RULES)}
@@ -139,7 +141,7 @@ def _counts(
 
 
 def _embeddings(inventory: Inventory | None) -> frozenset[str]:
-    """Embeddings that do not look like it by their names."""
+    """Embeddings, including those whose names do not show it."""
     if inventory is None:
         return frozenset()
     return frozenset(
@@ -150,7 +152,7 @@ def _embeddings(inventory: Inventory | None) -> frozenset[str]:
 
 
 def _config_changes(checkpoint: Checkpoint, source: Source) -> Iterator[Finding]:
-    """config.json is the source's, but for what it says of quantization."""
+    """config.json is the source's, except for the quantization."""
     ours, theirs = (_unquantized(config) for config in (checkpoint.config, source.config))
     wrong = sorted(_contradictions(ours, theirs))
     if wrong:
@@ -168,7 +170,7 @@ _SIZES = re.compile(r"^(num_|n_)\w+$|_(size|dim|layers|rank|heads)$|^(architectu
 
 
 def _contradictions(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[str]:
-    """Sizes, counts and names of the model that both sides state, and state differently."""
+    """Sizes, counts and names that both sides state, but differently."""
     for key in ours.keys() & theirs.keys():
         if isinstance(ours[key], Mapping) and isinstance(theirs[key], Mapping):
             yield from (f"{key}.{inner}" for inner in _contradictions(ours[key], theirs[key]))
@@ -177,7 +179,7 @@ def _contradictions(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Itera
 
 
 def _missing_files(checkpoint: Checkpoint, source: Source) -> Iterator[Finding]:
-    """Tokenizer, chat template and the like; what they say is not compared."""
+    """The source's side files (tokenizer, chat template, …) exist; they are not compared."""
     for path in source.side_files()[0]:
         if not (checkpoint.folder / path).is_file():
             yield finding("side-file-missing", path.as_posix(), "lies in the source's folder only")

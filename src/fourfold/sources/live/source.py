@@ -39,14 +39,13 @@ from fourfold.sources.live.upstream import upstream_of
 from fourfold.sources.live.values import LiveValues
 from fourfold.sources.safetensors import open_source
 from fourfold.storage.names import CONFIG, OWN_FILES
-from fourfold.storage.safetensors_header import TORCH_DTYPES, TensorInfo
+from fourfold.storage.safetensors_header import DTYPE_NAMES, TensorInfo
 from fourfold.storage.source import Bytes, Source
 
 NO_FILE = Path("the live model")
 """Stands for a tensor's file where there is none."""
 
 GENERATION_CONFIG = "generation_config.json"
-DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 HOW_IT_RUNS = frozenset(
     {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}

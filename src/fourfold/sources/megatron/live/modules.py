@@ -24,9 +24,7 @@ from torch import nn
 
 from fourfold.errors import SourceError, UsageError
 from fourfold.sources.megatron.live.places import EXPERT, EXPERT_TENSOR, TENSOR, Place, place
-from fourfold.storage.safetensors_header import TORCH_DTYPES
-
-DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+from fourfold.storage.safetensors_header import DTYPE_NAMES
 
 IN_PROJ = ("query", "key", "value", "z", "beta", "alpha")
 """What the rows of a delta net's projection are, in order; its convolution has the first three."""

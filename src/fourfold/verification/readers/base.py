@@ -1,0 +1,96 @@
+"""The interface between `verify` and a layout."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from fourfold.verification.rules import Finding
+
+if TYPE_CHECKING:
+    from fourfold.verification.checkpoint import Checkpoint
+
+WEIGHT, BLOCK_SCALE, GLOBAL_SCALE, INPUT_SCALE = PARTS = (
+    "weight",
+    "weight_scale",
+    "weight_scale_2",
+    "input_scale",
+)
+"""The parts of a quantized linear. They are named as ModelOpt names its tensors."""
+
+KV_SCALES = ("k_scale", "v_scale")
+
+W4A4, W4A16, MIXED = "NVFP4", "W4A16_NVFP4", "MIXED_PRECISION"
+"""The algorithms of a checkpoint or a linear, by ModelOpt's names."""
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """The quantization as a checkpoint's configuration states it."""
+
+    algo: str | None
+    """One of `W4A4`, `W4A16`, `MIXED`, or a name that this version does not know."""
+    kv_cache: str | None
+    """FP8, NVFP4, or None for a cache in the model's dtype."""
+    ignore: tuple[str, ...]
+    layers: Mapping[str, str]
+    """Under `MIXED` only: module name → its algorithm."""
+
+    @property
+    def is_nvfp4(self) -> bool:
+        """True if any linear is stated to be NVFP4."""
+        return any("NVFP4" in algo for algo in (self.algo or "", *self.layers.values()))
+
+    def algo_of(self, linear: str) -> str | None:
+        """Return the algorithm of one linear, or that of the module around it that is listed."""
+        if self.algo != MIXED:
+            return self.algo
+        name = linear
+        while name and name not in self.layers:
+            name = name.rpartition(".")[0]
+        return self.layers.get(name)
+
+
+class LayoutReader(ABC):
+    """Reads one checkpoint in one layout."""
+
+    name: ClassVar[str]
+    leaves: ClassVar[Mapping[str, str]]
+    """Part → the last part of its tensor's name."""
+    leftover: ClassVar[re.Pattern[str]]
+    """Tensors of quantizers and of other layouts, which no loader of this layout expects."""
+
+    @property
+    @abstractmethod
+    def quant(self) -> QuantConfig:
+        """The configuration that engines follow."""
+
+    @classmethod
+    @abstractmethod
+    def recognizes(cls, folder: Path, config: Mapping[str, Any]) -> bool:
+        """Return True if the configuration is in this layout."""
+
+    @classmethod
+    @abstractmethod
+    def open(cls, folder: Path, config: Mapping[str, Any]) -> LayoutReader:
+        """Read the configuration of the checkpoint in `folder`.
+
+        Args:
+            folder: the checkpoint's folder.
+            config: its config.json.
+
+        Raises:
+            UnreadableError: if the configuration cannot be read, or states no NVFP4.
+        """
+
+    @abstractmethod
+    def check(self, checkpoint: Checkpoint) -> Iterator[Finding]:
+        """Yield the findings on the layout's own configuration files."""
+
+    def scale(self, part: str, value: float) -> float:
+        """Return the factor that a stored global or input scale stands for."""
+        return value
