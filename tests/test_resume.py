@@ -84,6 +84,7 @@ def complete(out: Path) -> bool:
     return all((out / name).exists() for name in names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [W4A16, W4A4])
 def test_killed_at_random_moments(recipe: str, job, written: Written, tmp_path: Path) -> None:
     """25 times for each recipe."""

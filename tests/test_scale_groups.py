@@ -23,7 +23,7 @@ from fourfold.execution import Arena
 from fourfold.formats import nvfp4
 from fourfold.planning import Limits
 from fourfold.recipes import Recipe
-from test_quantize_families import read_all
+from nvfp4_folders import tensors_of
 
 LAYER = """
 description: one global scale for all experts of a layer
@@ -63,7 +63,7 @@ def test_one_scale_for_a_layer(name: str, written: Written, recipe: Path, tmp_pa
     }
     assert all(len(scales) == 1 for scales in found.values())
     assert sorted(scale for scales in found.values() for scale in scales) == wanted
-    tensors = read_all(tmp_path / "out")
+    tensors = tensors_of(tmp_path / "out")
     for each in result.linears:
         assert float(tensors[f"{each.name}.weight_scale_2"]) == each.global_scale
     # What is no expert keeps its own: q, k and v of a layer, and another one for each layer.

@@ -10,11 +10,12 @@ for the sizes.
 
 from .checkpoint import build_model, difference, quiet, read_back, write_checkpoint
 from .decorated import decorated_classes, list_decorated
-from .table import FAMILIES, Family
+from .table import FAMILIES, LAYOUTS, Family
 from .truth import Expert, Truth
 
 __all__ = [
     "FAMILIES",
+    "LAYOUTS",
     "Expert",
     "Family",
     "Truth",

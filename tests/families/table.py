@@ -229,3 +229,8 @@ for _name, _type, _class, _layout in (
     ("qwen3_5_moe_unnamed", "qwen3_5_moe", _VL, FUSED),
 ):
     _add(_name, _class, _layout, "known", model_type=_type, names_architecture=False)
+
+LAYOUTS = ("qwen3_moe", "qwen3_5_moe_vl", "gpt_oss", "llama4", "dbrx", "ernie4_5_vl_moe")
+"""A family of each kind of layout on disk: one tensor per expert; stacked; interleaved with biases;
+stacked transposed; 2-D; experts of several modules in one list. Every family goes through the whole
+job in `test_every_family.py`; other tests take these six, and all others in the slow suite."""

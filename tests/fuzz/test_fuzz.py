@@ -8,7 +8,7 @@ import pytest
 
 from fuzz import Bases, Broken, make_bases, run_case
 
-CASES = 300
+CASES = 50
 SLOW_CASES = 10_000
 AT_ONCE = 250
 

@@ -34,6 +34,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fourfold.errors import OutputError
+from fourfold.storage.open_files import read_full
 
 SMALL = 1 << 16
 """Bytes of a storage that is not worth moving."""
@@ -182,12 +183,9 @@ class Parking:
 
     def _read(self, position: int, target: torch.Tensor) -> None:
         data = target if target.device.type == "cpu" else torch.empty_like(target, device="cpu")
-        view, done = _memory_of(data), 0
-        while done < len(view):
-            count = os.preadv(self._open(), [view[done:]], position + done)
-            if count == 0:
-                raise OutputError(f"{self._where()}: ended while activations were read from it")
-            done += count
+        view = _memory_of(data)
+        if read_full(self._open(), view, position) < len(view):
+            raise OutputError(f"{self._where()}: ended while activations were read from it")
         if data is not target:
             target.copy_(data)
 

@@ -15,7 +15,7 @@ from fourfold.errors import SourceError
 from fourfold.storage.fingerprints import START_AGAIN, FileStamp, Stamps, opened, read_error
 from fourfold.storage.json_files import DOWNLOAD, list_folder, plain_name, read_config, read_json
 from fourfold.storage.names import INDEX, OTHER_WEIGHTS, OWN_FILES, SINGLE, WEIGHT_SUFFIXES
-from fourfold.storage.open_files import OpenFiles
+from fourfold.storage.open_files import OpenFiles, read_full
 from fourfold.storage.safetensors_header import TensorInfo, read_header, shown
 from fourfold.storage.source import Bytes, Source
 
@@ -85,19 +85,15 @@ class SafetensorsFolder(Source):
             return os.dup(handle.fileno())
 
     def _read(self, info: TensorInfo, position: int, view: memoryview) -> None:
-        done = 0
         try:
             with self._files.descriptor(info.file) as descriptor:
-                while done < len(view):
-                    count = os.preadv(descriptor, [view[done:]], position + done)
-                    if count == 0:
-                        raise SourceError(
-                            f"{info.file}: ended while {plain_name(info.key)} was read. "
-                            f"{START_AGAIN}"
-                        )
-                    done += count
+                count = read_full(descriptor, view, position)
         except OSError as error:
             raise read_error(info.file, error, plain_name(info.key)) from error
+        if count < len(view):
+            raise SourceError(
+                f"{info.file}: ended while {plain_name(info.key)} was read. {START_AGAIN}"
+            )
 
 
 def _byte_range(info: TensorInfo, start: int, stop: int) -> tuple[int, int]:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from fourfold.errors import FourfoldError, SourceError, UnreadableError
-from fourfold.formats import nvfp4
+from fourfold.formats.base import FORMATS
 from fourfold.models.families import FAMILIES, is_stack
 from fourfold.models.roles import EMBEDDING_NAME
 from fourfold.storage.fingerprints import read_error
@@ -38,16 +38,23 @@ from fourfold.verification.readers.base import (
     QuantConfig,
 )
 
+NVFP4 = FORMATS["nvfp4"]
+
 DOWN = frozenset(family.names.down for family in FAMILIES.values())
 """The names of an expert's down projection; the other projections read the layer's input."""
 
 
-CODES_PER_BYTE = 2
+def packed_shape(shape: tuple[int, int]) -> tuple[int, ...]:
+    """Return the shape of the codes of a weight [out, in]."""
+    return NVFP4.parts(shape)["codes"][1]
 
 
-def block_scales(shape: tuple[int, int]) -> tuple[int, int]:
+def block_scales(shape: tuple[int, int]) -> tuple[int, ...]:
     """Return the shape of the block scales of a weight [out, in]."""
-    return shape[0], shape[1] // nvfp4.BLOCK_SIZE
+    return NVFP4.parts(shape)["block_scale"][1]
+
+
+CODES_PER_BYTE = NVFP4.block // packed_shape((1, NVFP4.block))[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +77,7 @@ class QuantizedLinear:
         single = self.parts[GLOBAL_SCALE]
         return (
             (weight.dtype, scale.dtype, single.dtype) == ("U8", "F8_E4M3", "F32")
-            and self.shape[1] % nvfp4.BLOCK_SIZE == 0
+            and self.shape[1] % NVFP4.block == 0
             and scale.shape == block_scales(self.shape)
             and single.numel == 1
         )

@@ -46,7 +46,7 @@ from fourfold.formats.nvfp4.tensors import (
 )
 from fourfold.models.regions import Region
 from fourfold.storage.source import Source
-from fourfold.verification.checkpoint import CODES_PER_BYTE, Checkpoint, block_scales
+from fourfold.verification.checkpoint import Checkpoint, block_scales, packed_shape
 from fourfold.verification.groups import fused_groups
 from fourfold.verification.match import Copy, Matching, Pair
 from fourfold.verification.readers.base import BLOCK_SCALE, GLOBAL_SCALE, WEIGHT
@@ -292,7 +292,7 @@ class Comparison:
 
         def energy(pair: Pair, row: int, w_OI: Tensor) -> tuple[float, float]:
             rows, width = w_OI.shape
-            codes = torch.empty(rows, width // CODES_PER_BYTE, dtype=torch.uint8)
+            codes = torch.empty(packed_shape((rows, width)), dtype=torch.uint8)
             scales = torch.empty(block_scales((rows, width)), dtype=torch.uint8)
             stats = quantize_into(w_OI, codes, scales, scale=ScaleAlgorithm.MAX, global_scale=scale)
             return stats.sum_sq_err, stats.sum_sq_w

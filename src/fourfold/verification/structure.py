@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
-from fourfold.formats import nvfp4
 from fourfold.models.names import EXPERT_LINEAR
 from fourfold.storage.safetensors_header import FLOATS
-from fourfold.verification.checkpoint import DOWN, Checkpoint, QuantizedLinear, block_scales
+from fourfold.verification.checkpoint import DOWN, NVFP4, Checkpoint, QuantizedLinear, block_scales
 from fourfold.verification.readers.base import (
     BLOCK_SCALE,
     GLOBAL_SCALE,
@@ -79,8 +78,8 @@ def _weight_shapes(linear: QuantizedLinear) -> Iterator[Finding]:
     if len(weight.shape) != 2 or weight.numel == 0:
         text = f"shape {list(weight.shape)}, should be [out, in/2]"
         yield finding("weight-shape", weight.key, text)
-    elif linear.shape[1] % nvfp4.BLOCK_SIZE:
-        text = f"input dimension {linear.shape[1]}, not a multiple of {nvfp4.BLOCK_SIZE}"
+    elif linear.shape[1] % NVFP4.block:
+        text = f"input dimension {linear.shape[1]}, not a multiple of {NVFP4.block}"
         yield finding("input-alignment", weight.key, text)
     elif scale is not None and scale.shape != block_scales(linear.shape):
         text = f"shape {list(scale.shape)}, should be {list(block_scales(linear.shape))}"

@@ -18,7 +18,7 @@ from fourfold.sources.megatron.boxes import Box, Boxes
 from fourfold.sources.megatron.chunks import Chunk, locate
 from fourfold.sources.megatron.metadata import StoredCheckpoint, StoredTensor
 from fourfold.storage.fingerprints import START_AGAIN, Stamps, opened, read_error
-from fourfold.storage.open_files import OpenFiles
+from fourfold.storage.open_files import OpenFiles, read_full
 from fourfold.storage.safetensors_header import BITS
 
 PIECE_BYTES = 1 << 22
@@ -111,18 +111,14 @@ class StoredTensors:
         return self._begins[place]
 
     def _read(self, tensor: StoredTensor, chunk: Chunk, position: int, out: Bytes) -> None:
-        view, done = out.data.cast("B"), 0
+        view = out.data.cast("B")
         try:
             with self._files.descriptor(chunk.file) as descriptor:
-                while done < len(view):
-                    count = os.preadv(descriptor, [view[done:]], position + done)
-                    if count == 0:
-                        raise SourceError(
-                            f"{chunk.file}: ended while {tensor.key} was read. {START_AGAIN}"
-                        )
-                    done += count
+                count = read_full(descriptor, view, position)
         except OSError as error:
             raise read_error(chunk.file, error, tensor.key) from error
+        if count < len(view):
+            raise SourceError(f"{chunk.file}: ended while {tensor.key} was read. {START_AGAIN}")
 
     def _open(self, file: Path) -> int:
         with opened(file) as (handle, status):

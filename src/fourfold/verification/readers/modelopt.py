@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fourfold.errors import UnreadableError
-from fourfold.formats import nvfp4
+from fourfold.formats.base import FORMATS
 from fourfold.storage.json_files import read_json
 from fourfold.storage.names import CONFIG
 from fourfold.verification.readers.base import (
@@ -227,10 +227,10 @@ def _shown(value: object) -> str:
 
 
 def _group_sizes(quant: ModelOptConfig) -> Iterator[Finding]:
-    if quant.group_size not in (None, nvfp4.BLOCK_SIZE):
+    if quant.group_size not in (None, FORMATS["nvfp4"].block):
         yield finding("group-size", quant.file, f"group_size {quant.group_size}")
     for layer, size in sorted(quant.layer_group_sizes.items()):
-        if "NVFP4" in quant.layers[layer] and size != nvfp4.BLOCK_SIZE:
+        if "NVFP4" in quant.layers[layer] and size != FORMATS["nvfp4"].block:
             yield finding("group-size", layer, f"group_size {size} in {quant.file}")
 
 
@@ -250,7 +250,7 @@ def _is_nvfp4(scheme: Mapping[str, Any] | None) -> bool:
         scheme.get("num_bits"),
         scheme.get("type"),
         scheme.get("group_size"),
-    ) == (4, "float", nvfp4.BLOCK_SIZE)
+    ) == (4, "float", FORMATS["nvfp4"].block)
 
 
 def _prefixes(name: str) -> Iterator[str]:
