@@ -1,11 +1,9 @@
-"""What ships with fourfold: a model of a few megabytes, and text.
+"""Data that ships with fourfold: a model of a few megabytes, and two texts.
 
 A byte-level Qwen3-MoE as a Hugging Face folder in upstream's own layout, trained on Python's
-standard library by `scripts/train_embedded.py`, and a text that it was not trained on. With them
-the whole job can be run, measured and tested without a network. `docs/embedded-model.md` tells
-the rest.
-
-And a mixed text, on which any model can be calibrated: `docs/calibration-data.md`.
+standard library by `scripts/train_embedded.py`, and a held-out text: with these two, the whole job
+can be run, measured and tested without a network (docs/embedded-model.md). The other text is mixed,
+for calibrating any model (docs/calibration-data.md).
 """
 
 from __future__ import annotations
@@ -20,20 +18,22 @@ __all__ = ["calibration_records", "heldout_text", "model_dir"]
 
 
 def model_dir() -> Path:
-    """The folder of the checkpoint: config, weights, tokenizer, card and licence."""
+    """Return the folder of the checkpoint: config, weights, tokenizer, card and licence."""
     with as_file(files(__name__) / "model") as folder:
         return folder
 
 
 def heldout_text() -> str:
-    """Standard library source that the model was not trained on (PSF licence), about 80 kB."""
+    """Return about 80 kB of standard library source that the model was not trained on (PSF)."""
     return (files(__name__) / "heldout.txt").read_bytes().decode("utf-8")
 
 
 def calibration_records() -> list[dict[str, Any]]:
-    """The mixed text, about 260 kB in 144 documents: each a `name` and a `text`.
+    """Return the mixed text, about 260 kB in 144 documents.
 
-    A dialogue has its `messages`, too; its `text` is for models without a chat template.
+    Returns:
+        Records with a `name` and a `text`. A dialogue has `messages` as well; its `text` is for
+        models without a chat template.
     """
     packed = (files(__name__) / "calibration.jsonl.gz").read_bytes()
     records = [json.loads(line) for line in gzip.decompress(packed).decode("utf-8").splitlines()]
