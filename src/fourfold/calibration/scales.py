@@ -19,7 +19,7 @@ from fourfold.formats.nvfp4.e4m3 import E4M3_MAX
 from fourfold.models.expert_hooks import Product
 from fourfold.models.inventory import LinearWeight
 from fourfold.models.names import SINGLE_EXPERT, natural
-from fourfold.planning import KVScales, Plan
+from fourfold.planning import KVScales, Plan, observed_site
 from fourfold.statistics import statistic_of
 
 
@@ -99,11 +99,7 @@ class ActivationScales:
         Returns:
             The tensors of the statistics' states, by the tensors' names.
         """
-        site = linear.module
-        if linear.expert is not None:
-            is_down = linear.input_site.endswith(f".{Product.DOWN}")
-            site = f"{site}.{Product.DOWN if is_down else Product.GATE_UP}"
-        state = self.statistics.sites.get(site, {})
+        state = self.statistics.sites.get(observed_site(linear), {})
         tensors = {name: x for name, x in state.items() if statistic_of(name).name in needs}
         if linear.expert is None:
             return tensors

@@ -12,6 +12,7 @@ from fourfold.planning.rows import (
     Shard,
     is_plain,
     job_bytes,
+    observed_site,
     raw_keys,
     slabs_of,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "job_bytes",
     "lay_out",
     "make_plan",
+    "observed_site",
     "outputs_of",
     "raw_keys",
     "shard_names",

@@ -39,6 +39,7 @@ from fourfold.planning.rows import (
     Shard,
     is_plain,
     job_bytes,
+    observed_site,
     raw_keys,
     slabs_of,
 )
@@ -51,6 +52,10 @@ from fourfold.recipes import Recipe
 from fourfold.storage.names import CONFIG, INDEX, REPORT, STATISTICS, SUMMARY
 from fourfold.storage.source import Source
 from fourfold.storage.units import plain, size
+
+
+SMALL = frozenset({"amax", "tokens"})
+"""Statistics that the summary lists for every weight whose inputs are measured."""
 
 
 @dataclass(frozen=True)
@@ -144,22 +149,34 @@ class Plan:
                 sites[linear.input_site].append(linear)
         return {site: tuple(linears) for site, linears in sites.items()}
 
+    def needs_of(self, linear: LinearWeight) -> frozenset[str]:
+        """Return the statistics of a linear weight's inputs that calibration measures, by name.
+
+        Where anything is measured, the small ones are, too: they are reported for every weight.
+        """
+        scheme = self.scheme_of(linear)
+        needs = ALGORITHMS[scheme.algorithm].needs
+        return needs | SMALL if needs or scheme.has_input_scale else needs
+
+    @cached_property
+    def observed(self) -> tuple[LinearWeight, ...]:
+        """The linear weights whose inputs calibration measures."""
+        return tuple(linear for linear in self.linears if self.needs_of(linear))
+
     @cached_property
     def statistics(self) -> Mapping[str, frozenset[str]]:
-        """The statistics that calibration measures, as names by input site."""
+        """The statistics that calibration measures: names by `observed_site`."""
         needs: dict[str, frozenset[str]] = defaultdict(frozenset)
-        for linear in self.linears:
-            scheme = self.scheme_of(linear)
-            wanted = ALGORITHMS[scheme.algorithm].needs
-            wanted |= {"amax"} if scheme.has_input_scale else frozenset()
-            if wanted:
-                needs[linear.input_site] |= wanted
+        for linear in self.observed:
+            needs[observed_site(linear)] |= self.needs_of(linear)
+        for job in self.kv_scales:
+            needs[f"{self.inventory.layer_paths[job.layer]}.kv"] = frozenset({"amax"})
         return dict(needs)
 
     @property
     def needs_calibration(self) -> bool:
         """True if there is anything to observe, which the recipe wants and the model has."""
-        return bool(self.statistics or self.kv_scales)
+        return bool(self.observed or self.kv_scales)
 
     @cached_property
     def expert_count(self) -> int:

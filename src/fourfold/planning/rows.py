@@ -9,6 +9,7 @@ from enum import StrEnum
 from functools import cached_property
 
 from fourfold.formats.scheme import Scheme
+from fourfold.models.experts import Projection
 from fourfold.models.inventory import ExpertBias, LinearWeight, RawTensor
 from fourfold.models.regions import Region
 from fourfold.models.roles import Role
@@ -93,6 +94,18 @@ def job_bytes(job: Job) -> int:
 def is_plain(region: Region) -> bool:
     """Whether consecutive rows of the matrix are consecutive rows of the raw tensor."""
     return region.expert is None and not region.transposed and region.rows.step == 1
+
+
+def observed_site(linear: LinearWeight) -> str:
+    """Return the name of the place where the inputs of a linear weight are measured.
+
+    It is the path of the linear module, or of the experts module with the product that reads the
+    inputs, `gate_up` or `down`.
+    """
+    if linear.expert is None:
+        return linear.module
+    product = "down" if linear.projection is Projection.DOWN else "gate_up"
+    return f"{linear.module}.{product}"
 
 
 def raw_keys(job: Job) -> list[str]:

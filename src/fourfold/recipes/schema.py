@@ -184,6 +184,12 @@ class Rule(_Strict):
         _check_scale_group(self.weights, self.all_roles)
         return self
 
+    @model_serializer(mode="wrap")
+    def _without_what_is_empty(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = handler(self)
+        unused = ("weights", "activations") if self.keep else ("keep",)
+        return {key: value for key, value in data.items() if key not in unused and value not in ([], ())}
+
     @property
     def all_roles(self) -> frozenset[str]:
         return frozenset(self.roles) | frozenset(self.roles_if_present)
