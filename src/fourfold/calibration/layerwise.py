@@ -47,7 +47,7 @@ IDLE = -2
 @contextmanager
 def observing(plan: Plan, model: Any, tree: ModuleTree) -> Iterator[Observers]:
     """Observers at every input site of `plan`, attached to a model."""
-    modules = {linear.module for linears in plan.sites.values() for linear in linears}
+    modules = {linear.module for linear in plan.observed}
     experts = {path: tree.experts[path] for path in sorted(modules & tree.experts.keys())}
     linears = sorted(modules - experts.keys())
     all_experts = plan.recipe.calibration.all_experts
@@ -56,7 +56,9 @@ def observing(plan: Plan, model: Any, tree: ModuleTree) -> Iterator[Observers]:
             f"{without[0]}: calibration.all_experts is not possible for a "
             f"{type(model.get_submodule(without[0])).__name__}. Leave it out of the recipe."
         )
-    observers = Observers(model, experts, linears, all_experts=all_experts)
+    observers = Observers(
+        model, experts, linears, all_experts=all_experts, statistics=plan.statistics
+    )
     with observers.attached():
         yield observers
 

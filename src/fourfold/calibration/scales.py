@@ -157,7 +157,7 @@ class ActivationScales:
                 "the statistics were taken without calibration.all_experts, which recipe "
                 f"{self.plan.recipe.name} wants. Leave it out, or calibrate again."
             )
-        for path in {linear.module for site in self.plan.sites.values() for linear in site}:
+        for path in {linear.module for linear in self.plan.observed}:
             experts = self.statistics.experts_of(path)
             count = self.plan.inventory.experts_counts.get(path)
             if experts is not None and len(experts.tokens) != count:

@@ -53,7 +53,6 @@ from fourfold.storage.names import CONFIG, INDEX, REPORT, STATISTICS, SUMMARY
 from fourfold.storage.source import Source
 from fourfold.storage.units import plain, size
 
-
 SMALL = frozenset({"amax", "tokens"})
 """Statistics that the summary lists for every weight whose inputs are measured."""
 

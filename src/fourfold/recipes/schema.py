@@ -188,7 +188,9 @@ class Rule(_Strict):
     def _without_what_is_empty(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         data: dict[str, Any] = handler(self)
         unused = ("weights", "activations") if self.keep else ("keep",)
-        return {key: value for key, value in data.items() if key not in unused and value not in ([], ())}
+        return {
+            key: value for key, value in data.items() if key not in unused and value not in ([], ())
+        }
 
     @property
     def all_roles(self) -> frozenset[str]:
