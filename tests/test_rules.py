@@ -14,7 +14,7 @@ from fourfold.layouts import LAYOUTS
 from fourfold.planning import Scheme
 from fourfold.recipes import Recipe
 from jobs import assert_same, ids_file
-from test_quantize_families import read_all
+from nvfp4_folders import tensors_of
 
 Written = Callable[[str], tuple[Path, Truth]]
 
@@ -48,7 +48,10 @@ def test_each_rule_has_its_algorithm(written: Written, tmp_path: Path) -> None:
     for scale in ("max", "mse"):
         file = recipe(tmp_path, f"weights: {{scale: {scale}}}\n{both}", scale)
         fourfold.quantize(model, tmp_path / scale, file, verified=False)
-    tensors, alone = read_all(tmp_path / "out"), {x: read_all(tmp_path / x) for x in ("max", "mse")}
+    tensors, alone = (
+        tensors_of(tmp_path / "out"),
+        {x: tensors_of(tmp_path / x) for x in ("max", "mse")},
+    )
     for linear in result.plan.linears:
         wanted = alone[result.plan.scheme_of(linear).algorithm]
         for part in ("weight", "weight_scale", "weight_scale_2"):

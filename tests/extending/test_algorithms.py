@@ -15,7 +15,7 @@ from fourfold.algorithms import ALGORITHMS, Algorithm, Figures, Weight
 from fourfold.formats.base import FORMATS, WeightFormat
 from fourfold.layouts.modelopt import ModelOpt
 from jobs import ids_file
-from test_quantize_families import read_all
+from nvfp4_folders import tensors_of
 
 from . import int8
 
@@ -67,12 +67,12 @@ def test_an_algorithm_with_a_statistic(
         is_down = linear.name.endswith("down_proj")
         amaxes = experts.down_amax if is_down else experts.gate_up_amax
         assert algorithm.seen[linear.name] == float(amaxes[linear.expert])
-    assert not any(name.endswith("input_scale") for name in read_all(tmp_path / "out"))
+    assert not any(name.endswith("input_scale") for name in tensors_of(tmp_path / "out"))
     for scale in ("max", "mse"):
         (tmp_path / f"{scale}.yaml").write_text(f"weights: {{scale: {scale}}}\nquantize: [experts]")
         fourfold.quantize(model, tmp_path / scale, tmp_path / f"{scale}.yaml", verified=False)
-    tensors = read_all(tmp_path / "out")
-    alone = {scale: read_all(tmp_path / scale) for scale in ("max", "mse")}
+    tensors = tensors_of(tmp_path / "out")
+    alone = {scale: tensors_of(tmp_path / scale) for scale in ("max", "mse")}
     for name, amax in algorithm.seen.items():
         wanted = alone["mse" if amax > 0 else "max"][f"{name}.weight"]
         assert torch.equal(tensors[f"{name}.weight"], wanted)
