@@ -85,7 +85,6 @@ def quantize(model: Any, job: dict[str, Any], rank: int) -> None:
         spoil(model, job["spoiled"], rank)
     if job.get("spoiled") == "dead" and rank == 1:
         given["progress"] = lambda _: os._exit(0)
-    begun = time.monotonic()
     try:
         result = fourfold.quantize(model, out, **given)
         found: dict[str, Any] = {
@@ -95,7 +94,6 @@ def quantize(model: Any, job: dict[str, Any], rank: int) -> None:
         }
     except Exception as error:
         found = {"error": type(error).__name__, "text": str(error)}
-    found["seconds"] = time.monotonic() - begun
     out.with_name(f"{out.name}.{rank}.json").write_text(json.dumps(found))
     if job.get("spoiled") == "dead":
         os._exit(0)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import fourfold
 from conftest import Written
 from families import FAMILIES, mtp, write_checkpoint
-from fourfold.sources.megatron import MegatronFolder
+from fourfold.sources.megatron import MegatronCheckpoint
 from fourfold.sources.megatron.families import FAMILIES as BOOKS
 from fourfold.sources.megatron.rules import Transform
 
@@ -62,7 +62,7 @@ def expected(raw: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def presented(folder: Path, hf: Path) -> dict[str, torch.Tensor]:
-    source = MegatronFolder(folder, hf)
+    source = MegatronCheckpoint(folder, hf)
     found = {
         key: source.slab(key, 0, info.shape[0] if info.shape else 1)
         for key, info in source.tensors.items()
@@ -116,7 +116,7 @@ def test_slabs_and_bytes_are_parts_of_the_whole(
 ) -> None:
     folder, truth = written(name)
     write_torch_dist(tmp_path, to_megatron(truth.raw), halves(-1, -2))
-    source = MegatronFolder(tmp_path, folder)
+    source = MegatronCheckpoint(tmp_path, folder)
     draw = np.random.default_rng(0)
     for key, tensor in expected(truth.raw).items():
         if not tensor.ndim:

@@ -183,7 +183,6 @@ def test_ranks_that_want_different_things_are_named(two_ranks: Path) -> None:
 def test_a_rank_that_dies_ends_the_others(two_ranks: Path) -> None:
     found = of_rank(two_ranks, "dead", 0)
     assert found["error"] in ("RankFailedError", "SourceError"), found
-    assert found["seconds"] < 60
     assert not (two_ranks / "dead" / "config.json").exists()
 
 

@@ -7,6 +7,7 @@ import enum
 import hashlib
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +22,9 @@ from conftest import Written
 from fourfold.cli.app import app
 from fourfold.errors import FourfoldError, ModelError, OutputError, SourceError, UsageError
 from fourfold.events import Resumed, ShardWritten
-from fourfold.sources.megatron import MegatronFolder
+from fourfold.sources.megatron import MegatronCheckpoint
 from fourfold.sources.megatron.families import rename
-from fourfold.sources.megatron.keys import Parameter
+from fourfold.sources.megatron.parameters import Parameter
 from fourfold.sources.megatron.rules import RuleBook, Section
 from fourfold.sources.megatron.sizes import Sizes
 from jobs import only
@@ -97,24 +98,26 @@ def test_activations_are_calibrated_on_what_is_presented(
     assert digests(tmp_path / "ours") == digests(tmp_path / "theirs")
 
 
-@pytest.fixture
-def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Runs something while layer 2 cannot be read: other layers are finished by then."""
+def run_with_a_damaged_layer(
+    run: Callable[..., Any], checkpoint: Path, *arguments: Any, **options: Any
+) -> None:
+    """Run something while layer 2 cannot be read: other layers are finished by then."""
+    metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
+    places = metadata.storage_data.items()
+    place = next(place for index, place in places if ".layers.2." in index.fqn)
+    file = checkpoint / place.relative_path
+    intact, status = file.read_bytes(), file.stat()
+    end = place.offset + place.length
+    damaged = intact[: end - 22] + bytes(22) + intact[end:]  # without the end of the chunk's zip
 
-    def attempt(run: Callable[..., Any], *arguments: Any, **options: Any) -> None:
-        read = MegatronFolder._read
+    def write(content: bytes) -> None:
+        file.write_bytes(content)
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
 
-        def stop(self: Any, key: str, *rest: Any) -> None:
-            if ".layers.2." in key:
-                raise RuntimeError("stop")
-            read(self, key, *rest)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(MegatronFolder, "_read", stop)
-            with pytest.raises(RuntimeError, match="stop"):
-                run(*arguments, threads=1, **options)
-
-    return attempt
+    write(damaged)
+    with pytest.raises(SourceError, match="is damaged"):
+        run(checkpoint, *arguments, threads=1, **options)
+    write(intact)
 
 
 RUNS = [(fourfold.quantize, {"recipe": W4A16}), (fourfold.convert, {})]
@@ -125,12 +128,11 @@ def test_a_run_that_was_stopped_goes_on(
     run: Any,
     options: dict[str, Any],
     made: Callable[..., tuple[Path, Path]],
-    broken: Callable[..., None],
     tmp_path: Path,
 ) -> None:
     checkpoint, hf = made()
     run(checkpoint, tmp_path / "whole", hf_config=hf, **options)
-    broken(run, checkpoint, tmp_path / "out", hf_config=hf, **options)
+    run_with_a_damaged_layer(run, checkpoint, tmp_path / "out", hf_config=hf, **options)
     assert not (tmp_path / "out" / "config.json").exists()
     resumed: list[tuple[int, int]] = []
     run(
@@ -152,14 +154,13 @@ def test_a_changed_checkpoint_is_not_gone_on_from(
     run: Any,
     options: dict[str, Any],
     made: Callable[..., tuple[Path, Path]],
-    broken: Callable[..., None],
     tmp_path: Path,
 ) -> None:
     checkpoint, hf = made()
     own = tmp_path / "hf"
     own.mkdir()
     shutil.copy(hf / "config.json", own)
-    broken(run, checkpoint, tmp_path / "out", hf_config=own, **options)
+    run_with_a_damaged_layer(run, checkpoint, tmp_path / "out", hf_config=own, **options)
     file = checkpoint / "__0_0.distcp" if what == "weights" else own / "config.json"
     os.utime(file, (1, file.stat().st_mtime + 5))
     with pytest.raises(OutputError, match="Changed since"):
@@ -423,7 +424,7 @@ def test_what_optimizers_keep_is_left_out(
     plan = fourfold.plan(checkpoint, W4A16, hf_config=hf)
     assert len(plan.rows) == 56
     left = len(to_megatron(written(FAMILY)[1].raw)) + 1
-    assert any(note.startswith(f"{left} keys that are no weights") for note in plan.notes)
+    assert any(note.startswith(f"{left} keys that are not weights") for note in plan.notes)
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify", "quantize", "generate"])
@@ -453,7 +454,7 @@ def test_objects_that_are_no_bookkeeping_are_named(
     checkpoint, hf = made(objects=known)
     assert fourfold.plan(checkpoint, W4A16, hf_config=hf)
     shutil.rmtree(checkpoint)
-    refused(*made(objects=[*known, "model.secret_weight"]), "model.secret_weight", "no bookkeeping")
+    refused(*made(objects=[*known, "model.secret_weight"]), "model.secret_weight", "bookkeeping")
 
 
 class Backend(enum.Enum):
@@ -479,13 +480,13 @@ ARGS = {
 def test_arguments_that_fit_are_taken(made: Callable[..., tuple[Path, Path]]) -> None:
     checkpoint, hf = made(common={"args": argparse.Namespace(**ARGS), "iteration": 7})
     plan = fourfold.plan(checkpoint, W4A16, hf_config=hf)
-    assert not any("keeps no training arguments" in note for note in plan.notes)
+    assert not any("has no training arguments" in note for note in plan.notes)
 
 
 def test_a_checkpoint_without_arguments_is_noted(made: Callable[..., tuple[Path, Path]]) -> None:
     checkpoint, hf = made()
     plan = fourfold.plan(checkpoint, W4A16, hf_config=hf)
-    assert any("keeps no training arguments" in note for note in plan.notes)
+    assert any("has no training arguments" in note for note in plan.notes)
 
 
 @pytest.mark.parametrize(
@@ -501,7 +502,7 @@ def test_a_checkpoint_without_arguments_is_noted(made: Callable[..., tuple[Path,
         ("num_query_groups", 4, "num_query_groups is 4"),
         ("moe_router_topk", 4, "moe_router_topk is 4"),
         ("norm_epsilon", 1e-5, "norm_epsilon is 1e-05"),
-        ("moe_router_pre_softmax", False, "norm_topk_prob False"),
+        ("moe_router_pre_softmax", False, "another router"),
         ("enable_mhc_connections", True, "residuals are not those"),
         ("moe_router_load_balancing_type", "sinkhorn", "not that of these families"),
         ("moe_router_topk_limited_devices", 2, "do not do"),
@@ -583,7 +584,7 @@ def test_peak_memory_is_that_of_a_slab(
 ) -> None:
     """What is read is what was asked for: no chunk is read whole for a part of it."""
     checkpoint, hf = made(cut=whole)
-    source = MegatronFolder(checkpoint, hf)
+    source = MegatronCheckpoint(checkpoint, hf)
     read: list[int] = []
     preadv = os.preadv
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def write_torch_dist(
     cut: Cut = whole,
     *,
     files: int = 2,
-    objects: Iterable[str] = (),
+    objects: Sequence[str] = (),
     common: Any = None,
 ) -> Metadata:
     """Write `tensors` into `folder`; gives the metadata, to be changed and written again."""
@@ -73,7 +73,7 @@ def write_torch_dist(
     names = [f"__{number}_0.distcp" for number in range(files)]
     handles = [(folder / name).open("wb") for name in names]
     entries: dict[str, Any] = {key: BytesStorageMetadata() for key in objects}
-    storage: dict[MetadataIndex, _StorageInfo] = {}
+    storage = {MetadataIndex(key): _StorageInfo(names[0], 0, 0) for key in objects}
     turn = itertools.cycle(range(files))
     for key, tensor in tensors.items():
         chunks = []

@@ -13,7 +13,7 @@ from fourfold.distributed.ranks import Ranks
 from fourfold.errors import UsageError
 from fourfold.sources.decoded import decoded_to_quantize
 from fourfold.sources.live.source import LiveSource
-from fourfold.sources.megatron import LiveMegatron, MegatronFolder, is_megatron, iteration_folder
+from fourfold.sources.megatron import LiveMegatron, MegatronCheckpoint, find_iteration, is_megatron
 from fourfold.sources.safetensors import open_source
 from fourfold.storage.names import CONFIG
 from fourfold.storage.source import Source
@@ -107,10 +107,10 @@ def job_ranks(model: Model) -> AbstractContextManager[Ranks]:
 
 def _open_folder(model: str | Path, hf_config: str | Path | None) -> Source:
     folder = _local(model)
-    is_megatron_folder = folder is not None and iteration_folder(folder) is not None
+    is_megatron_folder = folder is not None and find_iteration(folder) is not None
     if hf_config is None:
         if is_megatron_folder and folder is not None and not (folder / CONFIG).is_file():
-            return MegatronFolder(folder)
+            return MegatronCheckpoint(folder)
         return decoded_to_quantize(open_source(model))
     if not is_megatron_folder or folder is None:
         raise UsageError(
@@ -120,7 +120,7 @@ def _open_folder(model: str | Path, hf_config: str | Path | None) -> Source:
     beside = _local(hf_config)
     if beside is None:
         raise UsageError(f"--hf-config {hf_config}: no such folder. Give one with {CONFIG}.")
-    return MegatronFolder(folder, beside)
+    return MegatronCheckpoint(folder, beside)
 
 
 def _local(name: str | Path) -> Path | None:

@@ -22,13 +22,14 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fourfold.distributed.process_groups import agreeing
 from fourfold.distributed.ranks import Alone, Ranks
 from fourfold.errors import FourfoldError, ModelError, SourceError, UsageError
 from fourfold.models.live_internals import blueprint_of, raw_tensors, saved_config
@@ -146,21 +147,10 @@ class LiveSource(Source):
         return self._values.ranks.rank
 
     def gather(self, value: Any) -> list[Any]:
-        return self._values.gather(value)
+        return self._values.ranks.gather(value)
 
-    @contextmanager
-    def agreeing(self) -> Iterator[None]:
-        error: Exception | None = None
-        try:
-            yield
-        except Exception as caught:
-            error = caught
-        texts = self.gather(None if error is None else str(error))
-        failed = [(rank, text) for rank, text in enumerate(texts) if text is not None]
-        if error is not None:
-            raise error
-        if failed:
-            raise FourfoldError(f"rank {failed[0][0]}: {failed[0][1]}")
+    def agreeing(self) -> AbstractContextManager[None]:
+        return agreeing(self.gather)
 
     def hold(self, keys: Iterable[str], *, keep: bool = True) -> None:
         """See `Source.hold`. Parameters that are offloaded to disk are read once, here."""

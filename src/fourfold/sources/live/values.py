@@ -11,29 +11,18 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from fourfold.distributed.process_groups import GroupRank
 from fourfold.errors import SourceError, UsageError
 from fourfold.models.live_internals import offloaded_value
 
 KEPT = 4
 """Offloaded parameters that are kept after they were read: gate and up, down, and their biases."""
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """The processes that share a sharded model."""
-
-    group: Any = None
-    """Their process group; None for the default one."""
-    rank: int = 0
-    """This process's number in the group."""
-    size: int = 1
 
 
 class LiveValues:
@@ -54,7 +43,7 @@ class LiveValues:
         meshes = [tensor.device_mesh for tensor in tensors if _is_sharded(tensor)]
         self.is_sharded = bool(meshes)
         """Whether parameters lie on several ranks, also while a forward has them gathered."""
-        self.ranks = _ranks_of(meshes) if meshes else Ranks()
+        self.ranks = _ranks_of(meshes) if meshes else GroupRank()
 
     def get(self, name: str) -> torch.Tensor:
         """A whole parameter, on whatever device; it must not be changed."""
@@ -82,14 +71,6 @@ class LiveValues:
                     self._held[name] = whole.cpu()
             elif tensor.is_meta and keep:
                 self._held[name] = self._offloaded(name)
-
-    def gather(self, value: Any) -> list[Any]:
-        """Return what each rank gave, by rank; a collective if the model is sharded."""
-        if not self.is_sharded:
-            return [value]
-        values: list[Any] = [None] * self.ranks.size
-        dist.all_gather_object(values, value, group=self.ranks.group)
-        return values
 
     def release(self) -> None:
         """Hold nothing any more."""
@@ -134,7 +115,7 @@ def _gathered(tensor: Any) -> torch.Tensor:
     return whole
 
 
-def _ranks_of(meshes: Iterable[Any]) -> Ranks:
+def _ranks_of(meshes: Iterable[Any]) -> GroupRank:
     """All that the meshes of one model's parameters lie on; a collective of these ranks.
 
     A model may have several meshes (expert parallelism), each with other ranks than this process
@@ -152,7 +133,7 @@ def _ranks_of(meshes: Iterable[Any]) -> Ranks:
     if len(found) < dist.get_world_size() and found.issuperset(set().union(*members.values())):
         is_line = mesh.ndim == 1
         group = mesh.get_group() if is_line else _group_of(sorted(found))
-    return Ranks(group, dist.get_rank(group), dist.get_world_size(group))
+    return GroupRank(dist.get_rank(group), dist.get_world_size(group), group)
 
 
 def _group_of(ranks: list[int]) -> Any:

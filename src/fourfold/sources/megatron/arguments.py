@@ -1,22 +1,21 @@
-"""What `common.pt` says of how the model was trained, where that decides what weights mean.
+"""The training arguments in `common.pt`, which say how weights must be read.
 
 Shapes do not tell whether gate and up are interleaved, or whether norms keep w − 1. The arguments
-do, where the checkpoint has them; they are also held against the Hugging Face configuration.
+do, in checkpoints that have them. They are also compared with the Hugging Face configuration.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fourfold.errors import SourceError
-from fourfold.sources.megatron.chunks import read_archive
-from fourfold.sources.megatron.pickles import Stored, read_lenient_pickle
 from fourfold.sources.megatron.rules import RuleBook
-from fourfold.sources.megatron.sizes import OWN, Sizes
+from fourfold.sources.megatron.safe_pickle import Stored, read_pickle
+from fourfold.sources.megatron.sizes import WRONG_CONFIG, Sizes, text_config
+from fourfold.sources.megatron.torch_archive import read_archive
 from fourfold.storage.fingerprints import Stamps, opened, read_error
 from fourfold.storage.safetensors_header import shown
 
@@ -37,9 +36,9 @@ REFUSED: Mapping[str, str] = {
     "use_mup": "its outputs are scaled by width, which these families do not do",
     "heterogeneous_layers_config_path": "its layers differ from each other in size",
 }
-"""Arguments that change what weights mean, where they are set: why they are not handled."""
+"""Arguments that change the meaning of weights if they are set → why they are not supported."""
 
-UNLESS_SAID: Mapping[str, tuple[Any, ...]] = {
+DEFAULTS: Mapping[str, tuple[Any, ...]] = {
     "rotary_percent": (1.0,),
     "rotary_seq_len_interpolation_factor": (1,),
     "rope_type": ("rope",),
@@ -47,7 +46,8 @@ UNLESS_SAID: Mapping[str, tuple[Any, ...]] = {
     "moe_router_score_function": ("softmax",),
     "moe_router_topk_scaling_factor": (1.0,),
 }
-"""What plain families have where it is said at all: an older Megatron had nothing else."""
+"""What plain families compute, if an argument says it at all: older versions of Megatron had no
+other way."""
 
 OFF = (
     "add_qkv_bias", "apply_layernorm_1p", "attention_output_gate", "enable_hyper_connections",
@@ -60,13 +60,13 @@ OFF = (
     "quick_geglu", "rotary_base_per_layer", "softmax_scale", "spec", "squared_relu", "use_mup",
     "use_rope_scaling", "window_size",
 )  # fmt: skip
-"""What plain families do not do: to be absent, None, False or 0."""
+"""Arguments that are absent, None, False or 0 for models of plain families."""
 
 PLAIN = ("qwen3", "qwen3_moe", "mixtral")
-"""Families that compute nothing beyond that."""
+"""Families that compute nothing beyond `DEFAULTS`."""
 
 CONFIGURED = ("spec", "use_rope_scaling", "window_size")
-"""What a configuration that is given may say in its own way."""
+"""Arguments that a Hugging Face configuration may express in its own way."""
 
 SUMS_TO_ONE = ("mixtral", "qwen3_5_moe", "qwen3_5_moe_text")
 """Families whose routers always make the weights of a token's experts sum to one."""
@@ -74,131 +74,140 @@ SUMS_TO_ONE = ("mixtral", "qwen3_5_moe", "qwen3_5_moe_text")
 
 @dataclass(frozen=True)
 class Arguments:
-    """The arguments of the training run; `values` is None where the checkpoint keeps none."""
+    """The arguments of the training run; `values` is None if the checkpoint has none."""
 
     file: Path
     values: Mapping[str, Any] | None
 
     @property
     def note(self) -> str | None:
-        """What a user should know where there are none."""
+        """A note for a checkpoint without arguments."""
         if self.values is not None:
             return None
         return (
-            f"{self.file.parent}: keeps no training arguments, so that interleaved gates and norms "
-            "kept as w − 1 would not be seen; they are taken to be as --hf-config's family has them"
+            f"{self.file.parent}: has no training arguments, which would tell interleaved gates and"
+            " norms kept as w − 1 from others; they are assumed to be as the family of --hf-config "
+            "has them"
         )
 
     def check(self, book: RuleBook, sizes: Sizes, config: Mapping[str, Any], file: Path) -> None:
-        """Raise `SourceError` for a layout that is not handled, or for another model's `config`.
+        """Compare the arguments with the model that they are read as.
 
-        file: that `config` was read from.
+        Args:
+            book: The rules of the configuration's family.
+            sizes: The sizes in the configuration.
+            config: The Hugging Face configuration.
+            file: The file that it was read from, for messages.
+
+        Raises:
+            SourceError: The weights have a layout that is not supported, or `config` is another
+                model's.
         """
         if self.values is None:
             return
-        for name, why in REFUSED.items():
-            value = self.values.get(name)
-            if value is not None and value is not False and value != 0:
-                raise SourceError(
-                    f"{self.file}: {name} is {shown(value)}: {why}. "
-                    "Only models without it can be read."
-                )
+        for name, reason in REFUSED.items():
+            if self.values.get(name) not in (None, False, 0):
+                raise self._unsupported(name, reason)
+        if self.values.get("moe_router_load_balancing_type") == "sinkhorn":
+            raise self._unsupported(
+                "moe_router_load_balancing_type", "its router is not that of these families"
+            )
         centered = self.values.get(
             "apply_layernorm_1p", self.values.get("layernorm_zero_centered_gamma")
         )
         if isinstance(centered, bool) and centered is not book.zero_centered_norms:
-            kept = "w − 1" if centered else "w"
             raise SourceError(
-                f"{self.file}: norms are kept as {kept} (apply_layernorm_1p is {centered}), and "
-                "the family of --hf-config keeps them otherwise. Is it the right one?"
+                f"{self.file}: norms are kept as {'w − 1' if centered else 'w'} "
+                f"(apply_layernorm_1p is {centered}), other than in the family of --hf-config. "
+                "Is it the right one?"
             )
-        for name, ours, theirs in self._differences(sizes, config):
-            raise SourceError(f"{self.file}: {name} is {shown(ours)}, {file} says {theirs}. {OWN}")
-        self._check_plain(config, file)
+        for name, expected in self._expected(sizes, config):
+            value = self.values.get(name)
+            if _is_number(value) and _is_number(expected) and value != expected:
+                raise SourceError(
+                    f"{self.file}: {name} is {shown(value)}, {file} says {expected}. {WRONG_CONFIG}"
+                )
+        if config.get("model_type") in PLAIN:
+            for name in self.not_plain():
+                if name not in CONFIGURED:
+                    raise SourceError(
+                        f"{self.file}: {name} is {shown(self.values[name])}, which "
+                        f"{config['model_type']} models of {file} do not do. {WRONG_CONFIG}"
+                    )
         self._check_router(config, file)
 
-    def _check_plain(self, config: Mapping[str, Any], file: Path) -> None:
-        """What a family does not compute, its model did not either."""
+    def not_plain(self) -> Iterator[str]:
+        """Yield the arguments that ask for what models of plain families do not compute."""
+        for name in (*OFF, *DEFAULTS):
+            value = (self.values or {}).get(name)
+            if value and value not in DEFAULTS.get(name, ()):
+                yield name
+
+    def _unsupported(self, name: str, reason: str) -> SourceError:
         assert self.values is not None
-        if self.values.get("moe_router_load_balancing_type") == "sinkhorn":
-            raise SourceError(
-                f"{self.file}: moe_router_load_balancing_type is 'sinkhorn': its router is not "
-                "that of these families. Only models without it can be read."
-            )
-        kind = config.get("model_type")
-        if kind not in PLAIN:
-            return
-        for name in (*OFF, *UNLESS_SAID):
-            value = self.values.get(name)
-            is_off = not value or value in UNLESS_SAID.get(name, ())
-            if not is_off and name not in CONFIGURED:
-                raise SourceError(
-                    f"{self.file}: {name} is {shown(value)}, which {kind} models of {file} do not "
-                    f"do. {OWN}"
-                )
+        return SourceError(
+            f"{self.file}: {name} is {shown(self.values[name])}: {reason}. "
+            "Only models without it can be read."
+        )
 
     def _check_router(self, config: Mapping[str, Any], file: Path) -> None:
-        """A softmax over all experts leaves the weights of a token's own with a sum below 1, one
-        over those alone does not: the configuration must say which it was."""
+        """The configuration must know whether the weights of a token's experts sum to one.
+
+        A softmax over all experts gives them a sum below 1; one over the token's own does not.
+        """
         assert self.values is not None
-        before = self.values.get("moe_router_pre_softmax")
+        before_topk = self.values.get("moe_router_pre_softmax")
         sums_to_one = config.get("norm_topk_prob")
         if config.get("model_type") in SUMS_TO_ONE:
             sums_to_one = True
         is_softmax = self.values.get("moe_router_score_function", "softmax") == "softmax"
-        if not (is_softmax and isinstance(before, bool) and isinstance(sums_to_one, bool)):
+        if not (is_softmax and isinstance(before_topk, bool) and isinstance(sums_to_one, bool)):
             return
-        if before is sums_to_one and self.values.get("num_experts", 1) is not None:
+        if before_topk is sums_to_one and self.values.get("num_experts", 1) is not None:
             raise SourceError(
-                f"{self.file}: moe_router_pre_softmax is {before}, {file} says norm_topk_prob "
-                f"{sums_to_one}, or its family does: another router. {OWN}"
+                f"{self.file}: moe_router_pre_softmax is {before_topk}, but by {file} or its "
+                f"family norm_topk_prob is {sums_to_one}: another router. {WRONG_CONFIG}"
             )
 
-    def _differences(
-        self, sizes: Sizes, config: Mapping[str, Any]
-    ) -> Iterator[tuple[str, Any, float]]:
-        """Arguments that say otherwise than the configuration: of sizes, and how layers compute."""
+    def _expected(self, sizes: Sizes, config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        """Arguments, and their values by the configuration; not numbers if it does not say."""
         assert self.values is not None
-        text = config.get("text_config")
-        text = text if isinstance(text, Mapping) else config
+        text = text_config(config)
         rope = text.get("rope_parameters")
-        rope = rope if isinstance(rope, Mapping) else text
-        wanted = {
-            "norm_epsilon": text.get("rms_norm_eps"),
-            "rotary_base": rope.get("rope_theta"),
-            "moe_router_topk": text.get("num_experts_per_tok"),
-            "num_layers": sizes.layers,
-            "hidden_size": sizes.hidden,
-            "num_attention_heads": sizes.heads,
-            "num_experts": sizes.experts or None,
-            "num_moe_experts": sizes.experts or None,
-        }
+        yield "norm_epsilon", text.get("rms_norm_eps")
+        yield "rotary_base", (rope if isinstance(rope, Mapping) else text).get("rope_theta")
+        yield "moe_router_topk", text.get("num_experts_per_tok")
+        yield "num_layers", sizes.layers
+        yield "hidden_size", sizes.hidden
+        yield "num_attention_heads", sizes.heads
+        yield "num_experts", sizes.experts or None
+        yield "num_moe_experts", sizes.experts or None
         if self.values.get("group_query_attention"):
-            wanted["num_query_groups"] = sizes.kv_heads
+            yield "num_query_groups", sizes.kv_heads
         if not self.values.get("multi_latent_attention"):
-            wanted["kv_channels"] = sizes.head_dim
-        for name, theirs in wanted.items():
-            ours = self.values.get(name)
-            if isinstance(ours, int | float) and isinstance(theirs, int | float) and ours != theirs:
-                yield name, ours, theirs
+            yield "kv_channels", sizes.head_dim
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
 
 
 def read_arguments(folder: Path, stamps: Stamps) -> Arguments:
-    """The arguments that `common.pt` keeps. Nothing that it names is imported or run."""
+    """Read the arguments in `common.pt`. Nothing that it names is imported or run.
+
+    Raises:
+        SourceError: The file is damaged or cannot be read.
+    """
     file = folder / COMMON
     try:
         with opened(file) as (handle, status):
-            descriptor = handle.fileno()
-            archive = read_archive(
-                lambda count, at: os.pread(descriptor, count, at), file, 0, status.st_size, COMMON
-            )
+            archive = read_archive(handle.fileno(), file, 0, status.st_size, "its archive")
     except FileNotFoundError:
         return Arguments(file, None)
     except OSError as error:
         raise read_error(file, error) from error
     stamps.add(file, status, archive.pickle)
-    common = read_lenient_pickle(archive.pickle, file)
-    found = common.get("args") if isinstance(common, dict) else None
-    if isinstance(found, Stored):
-        return Arguments(file, found.fields)
-    return Arguments(file, found if isinstance(found, dict) else None)
+    common = read_pickle(archive.pickle, file, lenient=True)
+    args = common.get("args") if isinstance(common, dict) else None
+    values = args.fields if isinstance(args, Stored) else args
+    return Arguments(file, values if isinstance(values, dict) else None)

@@ -1,8 +1,7 @@
-"""The rules of each family: what its Megatron parameters become in Hugging Face's checkpoint.
+"""The rules of each family: which Hugging Face tensors its Megatron parameters become.
 
-All of it is data. Names follow published checkpoints, so that what is converted lies on disk as the
-published model does. `proof` says how each was tried: against megatron-core's own logits, or bit
-for bit against an inverse that the tests have of their own; docs/megatron.md shows this table.
+All of it is data. Names follow published checkpoints, so a converted model lies on disk as the
+published model does. docs/megatron.md says how each family was verified.
 """
 
 from __future__ import annotations
@@ -15,17 +14,14 @@ from fourfold.sources.megatron.rules import Rule, RuleBook, Section, Transform
 _W = r"\.weight"
 _ANY = r"\.(?P<kind>weight|bias)"
 
-LOGITS = "logits of megatron-core 0.16.1, on CPU"
-BITS = "bit for bit, synthetic; names read in public converters"
-
 
 def rename(pattern: str, target: str) -> Rule:
-    """A parameter that is only called otherwise; kept whole."""
+    """A whole parameter under another name."""
     return Rule(pattern, Transform.RENAME, (target,))
 
 
 def part(pattern: str, target: str, number: int, parts: int) -> Rule:
-    """One of `parts` that lie one after the other in `target`."""
+    """One of `parts` that follow each other in `target`."""
     return Rule(pattern, Transform.PART, (target,), number, parts)
 
 
@@ -85,7 +81,7 @@ DELTA_NET = (
 
 
 def gated_mlp(where: str, to: str, names: tuple[str, str, str]) -> tuple[Rule, ...]:
-    """A gated MLP; `names` are those of gate, up and down."""
+    """A gated MLP; `names` are the names of gate, up and down."""
     gate, up, down = (f"{to}.{name}.weight" for name in names)
     return (
         Rule(rf"{where}\.linear_fc1{_W}", Transform.GATE_UP, (gate, up)),
@@ -117,18 +113,22 @@ SHARED_EXPERT = (
 SHARED_EXPERTS = gated_mlp(r"mlp\.shared_experts", "mlp.shared_experts", _LLAMA)
 
 
-def shell(model: str, *, language: str = "", copies: str = "") -> tuple[Section, ...]:
-    """What is outside the layers. `copies`: the MTP layers, which have an embedding and a head."""
+def outside_layers(model: str, *, language: str = "", copies: str = "") -> Section:
+    """The tensors outside of the layers.
+
+    Args:
+        model: The prefix of their Hugging Face names.
+        language: The prefix of Megatron's names.
+        copies: The prefix of each MTP layer, if it has an embedding and a head of its own.
+    """
     twice = (f"{copies}embed_tokens.weight", f"{copies}shared_head.head.weight") if copies else ()
     vocabulary = Transform.VOCABULARY
-    return (
-        Section(language, "", (
-            Rule(rf"embedding\.word_embeddings{_W}", vocabulary, (f"{model}embed_tokens.weight",),
-                 copies=twice[:1]),
-            Rule(rf"output_layer{_W}", vocabulary, ("lm_head.weight",), copies=twice[1:]),
-            rename(rf"decoder\.final_layernorm{_W}", f"{model}norm.weight"),
-        )),
-    )  # fmt: skip
+    return Section(language, "", (
+        Rule(rf"embedding\.word_embeddings{_W}", vocabulary, (f"{model}embed_tokens.weight",),
+             copies=twice[:1]),
+        Rule(rf"output_layer{_W}", vocabulary, ("lm_head.weight",), copies=twice[1:]),
+        rename(rf"decoder\.final_layernorm{_W}", f"{model}norm.weight"),
+    ))  # fmt: skip
 
 
 def layers(prefix: str, rules: Iterable[Rule], *, language: str = "") -> Section:
@@ -174,43 +174,40 @@ _VL = r"(?:language_model\.)?"
 _VISION = Section(r"(?:vision_model|visual)\.", "model.visual.", (rename(r"(?P<all>.+)", "{all}"),))
 
 FAMILIES: Mapping[str, RuleBook] = {
-    "qwen3": RuleBook((*shell("model."), layers("model.", _QWEN3)), proof=LOGITS),
-    "qwen3_moe": RuleBook((*shell("model."), layers("model.", _QWEN3_MOE)), proof=LOGITS),
+    "qwen3": RuleBook((outside_layers("model."), layers("model.", _QWEN3))),
+    "qwen3_moe": RuleBook((outside_layers("model."), layers("model.", _QWEN3_MOE))),
     "qwen3_5_moe_text": RuleBook(
-        (*shell("model."), layers("model.", _QWEN3_5), *_mtp_qwen()),
+        (outside_layers("model."), layers("model.", _QWEN3_5), *_mtp_qwen()),
         zero_centered_norms=True,
-        proof=LOGITS,
     ),
     "qwen3_5_moe": RuleBook(
         (
-            *shell("model.language_model.", language=_VL),
+            outside_layers("model.language_model.", language=_VL),
             layers("model.language_model.", _QWEN3_5, language=_VL),
             *_mtp_qwen(_VL),
             _VISION,
         ),
         zero_centered_norms=True,
-        proof=BITS,
     ),
-    "mixtral": RuleBook((*shell("model."), layers("model.", _MIXTRAL)), proof=LOGITS),
+    "mixtral": RuleBook((outside_layers("model."), layers("model.", _MIXTRAL))),
     "deepseek_v3": RuleBook(
         (
-            *shell("model.", copies="model.layers.{mtp}."),
+            outside_layers("model.", copies="model.layers.{mtp}."),
             layers("model.", _DEEPSEEK),
             Section(_MTP_BODY, "model.layers.{l}.", _DEEPSEEK, after_layers=True),
             Section(_MTP, "model.layers.{l}.", MTP_DEEPSEEK, after_layers=True),
         ),
-        proof=LOGITS,
     ),
 }
-"""By `model_type` of a Hugging Face configuration."""
+"""By the `model_type` of the Hugging Face configuration."""
 
 
 def rules_for(model_type: object) -> RuleBook:
-    """The rules of a family. Raises `SourceError` for one that the table lacks."""
+    """Return the rules of a family; raise `SourceError` if there are none."""
     book = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if book is None:
         raise SourceError(
-            f"{model_type}: no rules for Megatron checkpoints of this family; there are some for "
+            f"{model_type}: no rules for Megatron models of this family, only for "
             f"{', '.join(FAMILIES)}. Is --hf-config the right one?"
         )
     return book

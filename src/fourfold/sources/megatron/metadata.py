@@ -1,35 +1,36 @@
-"""What a `torch_dist` directory holds, from its `.metadata`: tensors, their chunks, other objects.
+"""Reads the `.metadata` of a `torch_dist` checkpoint: its tensors, their chunks, other objects.
 
-    .metadata          names, global shapes and dtypes; of each chunk its box, file and bytes
+    .metadata          names, global shapes and dtypes; the box, file and bytes of each chunk
     __0_0.distcp …     the chunks
-    common.pt          what is the same on all ranks: arguments, the iteration. May be absent
+    common.pt          what is the same on all ranks, such as the training arguments; optional
 
-Tensor, pipeline and expert parallelism are undone in the global shapes already: a chunk is what one
-rank held of a tensor.
+Global shapes are those of the whole model: a chunk is the box of a tensor that one rank held under
+tensor, pipeline and expert parallelism.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fourfold.errors import SourceError
-from fourfold.sources.megatron.chunks import Chunk
-from fourfold.sources.megatron.pickles import METADATA, Stored, read_pickle
+from fourfold.sources.megatron.safe_pickle import METADATA, Stored, damaged, read_pickle
+from fourfold.sources.megatron.torch_archive import Chunk
 from fourfold.storage.fingerprints import Stamps, opened, read_error
 from fourfold.storage.names import MEGATRON
-from fourfold.storage.safetensors_header import BITS, MAX_DIMENSIONS, shown
+from fourfold.storage.safetensors_header import BITS, shown
 
 METADATA_FILE, LATEST = MEGATRON
 COPY_AGAIN = "Copy the checkpoint again."
 
 _LIMIT = 1 << 62
-_OTHER_BACKENDS = {
+"""No position, size or dimension is as large."""
+
+_OTHER_FORMATS = {
     "mp_rank_*": "the old `torch` format, one file for each rank",
     "*.zarray": "the `zarr` format",
     "__*/.zarray": "the `zarr` format",
@@ -38,7 +39,7 @@ _OTHER_BACKENDS = {
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor of the checkpoint, whole: `dtype` as safetensors calls it, and where it lies."""
+    """A whole tensor of the checkpoint; its dtype is named as in safetensors."""
 
     key: str
     dtype: str
@@ -53,23 +54,35 @@ class StoredCheckpoint:
     folder: Path
     tensors: Mapping[str, StoredTensor]
     objects: tuple[str, ...]
-    """Keys of what is no tensor."""
+    """Keys of objects that are not tensors."""
 
 
-def iteration_folder(folder: Path) -> Path | None:
-    """Where the metadata lies: `folder`, or that of its latest iteration; None for no Megatron's.
+def find_iteration(folder: Path) -> Path | None:
+    """Return the folder with the metadata of a Megatron checkpoint.
 
-    Raises `SourceError` for a checkpoint of Megatron in another format.
+    Args:
+        folder: The checkpoint, or the folder above it that names its latest iteration.
+
+    Returns:
+        The checkpoint's own folder; None if `folder` is not Megatron's.
+
+    Raises:
+        SourceError: It is a checkpoint of Megatron in another format, or incomplete.
     """
-    if os.path.lexists(folder / METADATA_FILE):
+    if (folder / METADATA_FILE).exists():
         return folder
-    if (folder / LATEST).is_file():
-        inside = folder / _name_of_latest(folder / LATEST)
-        if os.path.lexists(inside / METADATA_FILE):
-            return inside
-        _refuse_other(inside)
-        raise SourceError(f"{inside}: no {METADATA_FILE}, though {LATEST} names it. {COPY_AGAIN}")
-    return None
+    if not (folder / LATEST).is_file():
+        return None
+    iteration = folder / _name_of_latest(folder / LATEST)
+    if (iteration / METADATA_FILE).exists():
+        return iteration
+    for pattern, other_format in _OTHER_FORMATS.items():
+        if iteration.is_dir() and any(iteration.glob(pattern)):
+            raise SourceError(
+                f"{iteration}: a Megatron checkpoint in {other_format}. Save it with "
+                "--ckpt-format torch_dist."
+            )
+    raise SourceError(f"{iteration}: no {METADATA_FILE}, though {LATEST} names it. {COPY_AGAIN}")
 
 
 def _name_of_latest(file: Path) -> str:
@@ -83,19 +96,15 @@ def _name_of_latest(file: Path) -> str:
     return text if text == "release" else f"iter_{int(text):07d}"
 
 
-def _refuse_other(folder: Path) -> None:
-    for pattern, what in _OTHER_BACKENDS.items():
-        if folder.is_dir() and any(folder.glob(pattern)):
-            raise SourceError(
-                f"{folder}: a Megatron checkpoint in {what}. Save it with --ckpt-format torch_dist."
-            )
-
-
 def read_metadata(folder: Path, stamps: Stamps) -> StoredCheckpoint:
-    """What lies in a `torch_dist` directory; `stamps` remember its files. Reads no tensor.
+    """Read what a `torch_dist` checkpoint holds, without reading a tensor.
 
-    Raises `SourceError` where the metadata names what it must not, contradicts itself, or a file
-    is missing or too short.
+    Args:
+        folder: The checkpoint's own folder.
+        stamps: Remember the files of the checkpoint.
+
+    Raises:
+        SourceError: The metadata is damaged or unsafe, or a file is missing or too short.
     """
     file = folder / METADATA_FILE
     try:
@@ -104,139 +113,110 @@ def read_metadata(folder: Path, stamps: Stamps) -> StoredCheckpoint:
     except OSError as error:
         raise read_error(file, error) from error
     stamps.add(file, status, raw)
-    reader = _Metadata(folder, read_pickle(raw, file, METADATA))
-    found = StoredCheckpoint(folder, dict(reader.tensors()), tuple(reader.objects()))
-    _check_files(found, stamps)
-    return found
+    metadata = read_pickle(raw, file, METADATA)
+    try:
+        checkpoint = _Parser(folder, metadata).checkpoint()
+    except SourceError:
+        raise
+    except Exception as error:  # of damaged metadata, any field may be any object
+        raise damaged(file, "an entry", error) from None
+    _check_files(checkpoint, stamps)
+    return checkpoint
 
 
-class _Metadata:
-    """A `Metadata` object as it was unpickled, each part of which is checked when it is used."""
+class _Parser:
+    """Turns the unpickled metadata into a `StoredCheckpoint`.
 
-    def __init__(self, folder: Path, metadata: Any) -> None:
-        self.folder, self.file = folder, folder / METADATA_FILE
-        entries = storage = None
-        if isinstance(metadata, Stored):
-            entries, storage = metadata.get("state_dict_metadata"), metadata.get("storage_data")
-        if not isinstance(entries, dict) or not isinstance(storage, dict):
-            raise self.broken("lists no tensors")
-        for key in entries:
-            if not isinstance(key, str) or not key:
-                raise self.broken(f"has a key that is no name: {shown(key)}")
-        self._entries: dict[str, Any] = entries
-        self._places = {self._index(index): place for index, place in storage.items()}
-        self._files: dict[str, Path] = {}
+    Fields that are missing or of another kind raise whatever error they lead to; `read_metadata`
+    reports them.
+    """
 
-    def broken(self, what: str) -> SourceError:
-        return SourceError(f"{self.file}: {what}. {COPY_AGAIN}")
+    def __init__(self, folder: Path, metadata: Stored) -> None:
+        self._folder, self._file = folder, folder / METADATA_FILE
+        self._entries: dict[str, Stored] = metadata.fields["state_dict_metadata"]
+        self._places: dict[tuple[str, tuple[int, ...]], Stored] = {}
+        for index, place in metadata.fields["storage_data"].items():
+            offset = index.fields.get("offset")  # an object has none
+            self._places[index.fields["fqn"], () if offset is None else _numbers(offset)] = place
+        self._paths: dict[str, Path] = {}
 
-    def objects(self) -> Iterator[str]:
-        """What is no tensor."""
+    def checkpoint(self) -> StoredCheckpoint:
+        tensors, objects = {}, []
         for key, entry in self._entries.items():
             if type(entry).__name__ == "BytesStorageMetadata":
-                yield key
+                objects.append(key)
+            else:
+                tensors[key] = self._tensor(key, entry)
+        if not all(isinstance(key, str) and key for key in self._entries):
+            raise ValueError("a key that is not a name")
+        return StoredCheckpoint(self._folder, tensors, tuple(objects))
 
-    def tensors(self) -> Iterator[tuple[str, StoredTensor]]:
-        for key, entry in self._entries.items():
-            if type(entry).__name__ == "TensorStorageMetadata":
-                yield key, self._tensor(key, entry)
-            elif type(entry).__name__ != "BytesStorageMetadata":
-                raise self.broken(f"{shown(key)} is neither a tensor nor bytes")
-
-    def _index(self, index: Any) -> tuple[str, tuple[int, ...]]:
-        if not isinstance(index, Stored) or type(index).__name__ != "MetadataIndex":
-            raise self.broken("has a place that is nobody's")
-        key, offset = index.get("fqn"), index.get("offset")
-        return str(key), () if offset is None else self._numbers(str(key), offset)
-
-    def _numbers(self, key: str, values: Any) -> tuple[int, ...]:
-        is_shape = isinstance(values, tuple | list) and len(values) <= MAX_DIMENSIONS
-        if not is_shape or not all(type(x) is int and 0 <= x < _LIMIT for x in values):
-            raise self.broken(f"{shown(key)} has a shape that is none: {shown(values)}")
-        return tuple(values)
+    def _error(self, key: str, what: str) -> SourceError:
+        return SourceError(f"{self._file}: {shown(key)}: {what}. {COPY_AGAIN}")
 
     def _tensor(self, key: str, entry: Stored) -> StoredTensor:
-        shape = self._numbers(key, entry.get("size"))
-        properties = entry.get("properties")
-        state = properties.state if isinstance(properties, Stored) else None
-        if isinstance(state, dict):
-            state = (state.get("dtype"),)
-        dtype = state[0] if isinstance(state, tuple) and state else None
-        if not isinstance(dtype, str) or dtype not in BITS:
-            raise self.broken(f"{shown(key)} has a dtype that is not known")
-        chunks = entry.get("chunks")
-        if not isinstance(chunks, list) or not chunks:
-            raise self.broken(f"{shown(key)} has no chunks")
-        found = StoredTensor(
-            key, dtype, shape, tuple(self._chunk(key, shape, chunk) for chunk in chunks)
-        )
-        for chunk in found.chunks:
+        shape = _numbers(entry.fields["size"])
+        properties = entry.fields["properties"].state
+        dtype = properties["dtype"] if isinstance(properties, dict) else properties[0]
+        if dtype not in BITS:
+            raise self._error(key, "its dtype is not known")
+        chunks = tuple(self._chunk(key, shape, chunk) for chunk in entry.fields["chunks"])
+        for chunk in chunks:
             if math.prod(chunk.sizes) * BITS[dtype] // 8 > chunk.stop - chunk.start:
-                raise self.broken(
-                    f"{shown(key)}: its chunk at {list(chunk.offsets)} has "
-                    f"{chunk.stop - chunk.start:,} bytes, its shape {list(chunk.sizes)} needs more"
+                raise self._error(
+                    key, f"the chunk at {list(chunk.offsets)} is too small for its shape"
                 )
-        return found
+        return StoredTensor(key, dtype, shape, chunks)
 
-    def _chunk(self, key: str, shape: tuple[int, ...], entry: Any) -> Chunk:
-        if not isinstance(entry, Stored):
-            raise self.broken(f"{shown(key)} has a chunk that is none")
-        offsets = self._numbers(key, entry.get("offsets"))
-        sizes = self._numbers(key, entry.get("sizes"))
-        inside = len(offsets) == len(sizes) == len(shape) and all(
-            size and offset + size <= whole
-            for offset, size, whole in zip(offsets, sizes, shape, strict=True)
-        )
-        if not inside:
-            raise self.broken(
-                f"{shown(key)} has a chunk {list(sizes)} at {list(offsets)}, which does not lie in "
-                f"its shape {list(shape)}"
+    def _chunk(self, key: str, shape: tuple[int, ...], entry: Stored) -> Chunk:
+        offsets, sizes = _numbers(entry.fields["offsets"]), _numbers(entry.fields["sizes"])
+        spans = zip(offsets, sizes, shape, strict=True)
+        if not all(size and offset + size <= whole for offset, size, whole in spans):
+            raise self._error(
+                key,
+                f"the chunk {list(sizes)} at {list(offsets)} does not lie in {list(shape)}",
             )
         place = self._places.get((key, offsets))
-        if not isinstance(place, Stored):
-            raise self.broken(f"{shown(key)}: its chunk at {list(offsets)} lies in no file")
-        return Chunk(offsets, sizes, *self._place(key, place))
-
-    def _place(self, key: str, place: Stored) -> tuple[Path, int, int]:
-        name, start, length = place.get("relative_path"), place.get("offset"), place.get("length")
-        if place.get("transform_descriptors"):
+        if place is None:
+            raise self._error(key, f"the chunk at {list(offsets)} lies in no file")
+        transforms = place.fields.get("transform_descriptors")
+        if transforms:
             raise SourceError(
-                f"{self.file}: {shown(key)} is stored through "
-                f"{shown(place.get('transform_descriptors'))}, which is not read here. "
-                "Save the checkpoint without extensions."
+                f"{self._file}: {shown(key)} is stored through {shown(transforms)}, which is not "
+                "supported. Save the checkpoint without extensions."
             )
-        numbers = (start, length)
-        if not isinstance(name, str) or not all(
-            type(x) is int and 0 <= x < _LIMIT for x in numbers
-        ):
-            raise self.broken(f"{shown(key)} has a place that is none")
-        assert isinstance(start, int)
-        assert isinstance(length, int)
-        return self._inside(key, name), start, start + length
+        start, length = _numbers((place.fields["offset"], place.fields["length"]))
+        path = self._path(key, place.fields["relative_path"])
+        return Chunk(offsets, sizes, path, start, start + length)
 
-    def _inside(self, key: str, name: str) -> Path:
-        """The path of a file of the checkpoint, which its name must not leave."""
-        if name not in self._files:
+    def _path(self, key: str, name: str) -> Path:
+        """The path of a file in the checkpoint's folder, which its name must not leave."""
+        if name not in self._paths:
             path = PurePosixPath(name)
-            is_bad = not name or path.is_absolute() or ".." in path.parts
-            if is_bad or "\\" in name or "\0" in name or not name.isprintable():
+            leaves = not name or path.is_absolute() or ".." in path.parts or "\\" in name
+            if leaves or not name.isprintable():
                 raise SourceError(
-                    f"{self.file}: {shown(key)} points to {shown(name)}, outside the checkpoint's "
+                    f"{self._file}: {shown(key)} points to {shown(name)}, outside the checkpoint's "
                     "folder. Do not use this checkpoint."
                 )
-            self._files[name] = self.folder / name
-        return self._files[name]
+            self._paths[name] = self._folder / name
+        return self._paths[name]
 
 
-def _check_files(found: StoredCheckpoint, stamps: Stamps) -> None:
-    """Every file that chunks lie in is there, and long enough."""
+def _numbers(values: Any) -> tuple[int, ...]:
+    if not all(type(value) is int and 0 <= value < _LIMIT for value in values):
+        raise ValueError(f"{shown(values)} are not sizes or positions")
+    return tuple(values)
+
+
+def _check_files(checkpoint: StoredCheckpoint, stamps: Stamps) -> None:
+    """Raise `SourceError` unless every file that holds chunks is present and long enough."""
     ends: dict[Path, tuple[int, str]] = {}
-    for tensor in found.tensors.values():
+    for tensor in checkpoint.tensors.values():
         for chunk in tensor.chunks:
             if chunk.stop > ends.get(chunk.file, (0, ""))[0]:
                 ends[chunk.file] = chunk.stop, tensor.key
-    for file in sorted(ends):
-        end, key = ends[file]
+    for file, (end, key) in sorted(ends.items()):
         try:
             with opened(file) as (_, status):
                 pass

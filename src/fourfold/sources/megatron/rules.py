@@ -1,18 +1,18 @@
-"""From Megatron's parameters to Hugging Face tensors: a rule is a pattern and a transform.
+"""Rules from Megatron's parameters to Hugging Face tensors: a pattern, a transform, targets.
 
-A transform moves rows, and nothing else (`PLUS_ONE` excepted): each Hugging Face tensor is a list
-of row ranges of parameters, in order. So a slab is read without the rest, and the same rules serve
-whatever holds the parameters.
+A transform moves rows and nothing else, `PLUS_ONE` excepted. Each Hugging Face tensor is therefore
+a list of row ranges of parameters, in order, and a slab of it is read without the rest. The same
+rules serve parameters in files and in memory.
 
     RENAME       all rows
     PLUS_ONE     all rows; Megatron keeps the weight of a norm as w − 1
     VOCABULARY   the first rows: those beyond the vocabulary pad it for tensor parallelism
     QKV          groups of n queries, a key and a value, a head each ─▶ q, k, v
-    GATED_QKV    groups of n queries, their n gates, a key, a value ─▶ q (head by head, its gate
-                 after it), k, v
+    GATED_QKV    groups of n queries, their n gates, a key, a value ─▶ q (each head is followed by
+                 its gate), k, v
     GATE_UP      the first half is the gate's, the second half up's
     PART         one of several that follow each other in one tensor
-    STACK        one expert's, in a tensor of all experts; `part` where it has several
+    STACK        one expert's, in a tensor of all experts; `part` if each expert has several
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from fourfold.errors import SourceError
-from fourfold.sources.megatron.keys import Parameter
-from fourfold.sources.megatron.sizes import OWN, Sizes
+from fourfold.sources.megatron.parameters import Parameter
+from fourfold.sources.megatron.sizes import WRONG_CONFIG, Sizes
 
 Rows = tuple[int, int]
 
 
 class Transform(StrEnum):
-    """What becomes of a parameter's rows."""
+    """How a parameter's rows are divided among its targets."""
 
     RENAME = "rename"
     PLUS_ONE = "plus one"
@@ -44,10 +44,10 @@ class Transform(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Parameters whose name `pattern` matches (after the layer's own) become `targets`.
+    """Parameters whose name, after that of their layer, matches `pattern` become `targets`.
 
-    Targets name the pattern's groups in braces. `copies` are further names for the same rows, of
-    each MTP layer that the checkpoint has.
+    Targets name groups of the pattern in braces. `copies` are further names for the first target's
+    rows, one for each MTP layer of the checkpoint.
     """
 
     pattern: str
@@ -63,21 +63,26 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Row ranges of a parameter that are a part of a Hugging Face tensor: `slot` in its order."""
+    """Row ranges of a parameter that make up a part of the Hugging Face tensor `target`."""
 
     target: str
     slot: tuple[int, ...]
+    """The part's position in the tensor: its expert, if there is a stack of them; its number."""
     parameter: Parameter
     rows: tuple[Rows, ...]
     rule: Rule
-    of: int = 1
-    """How many parts the rule says there are: in the tensor, or in each expert's part of it."""
-    is_stacked: bool = False
-    plus_one: bool = False
+
+    @property
+    def is_stacked(self) -> bool:
+        return self.rule.transform is Transform.STACK
+
+    @property
+    def plus_one(self) -> bool:
+        return self.rule.transform is Transform.PLUS_ONE
 
 
 Cut = Callable[[Parameter, Sizes, Rule], Iterator[tuple[Rows, ...]]]
-"""The row ranges of a parameter for each of a rule's targets."""
+"""Yields the row ranges of a parameter for each target of a rule."""
 
 
 def _all(parameter: Parameter, sizes: Sizes, rule: Rule) -> Iterator[tuple[Rows, ...]]:
@@ -99,117 +104,110 @@ def _gate_up(parameter: Parameter, sizes: Sizes, rule: Rule) -> Iterator[tuple[R
 
 
 def _qkv(parameter: Parameter, sizes: Sizes, rule: Rule) -> Iterator[tuple[Rows, ...]]:
-    heads, size = sizes.heads // sizes.kv_heads, sizes.head_dim
-    _check_heads(parameter, sizes, rule, heads + 2)
-    starts = [group * (heads + 2) * size for group in range(sizes.kv_heads)]
-    yield tuple((at, at + heads * size) for at in starts)
-    yield tuple((at + heads * size, at + (heads + 1) * size) for at in starts)
-    yield tuple((at + (heads + 1) * size, at + (heads + 2) * size) for at in starts)
+    queries = sizes.heads // sizes.kv_heads
+    heads = _Heads(parameter, sizes, rule, queries + 2)
+    yield heads.rows((0, queries))
+    yield heads.rows((queries, queries + 1))
+    yield heads.rows((queries + 1, queries + 2))
 
 
 def _gated_qkv(parameter: Parameter, sizes: Sizes, rule: Rule) -> Iterator[tuple[Rows, ...]]:
-    heads, size = sizes.heads // sizes.kv_heads, sizes.head_dim
-    _check_heads(parameter, sizes, rule, 2 * heads + 2)
-    starts = [group * (2 * heads + 2) * size for group in range(sizes.kv_heads)]
-    yield tuple(
-        (at + head * size, at + (head + 1) * size)
-        for at in starts
-        for query in range(heads)
-        for head in (query, heads + query)
-    )
-    key, value = 2 * heads, 2 * heads + 1
-    yield tuple((at + key * size, at + (key + 1) * size) for at in starts)
-    yield tuple((at + value * size, at + (value + 1) * size) for at in starts)
+    queries = sizes.heads // sizes.kv_heads
+    heads = _Heads(parameter, sizes, rule, 2 * queries + 2)
+    gated = (head for query in range(queries) for head in (query, queries + query))
+    yield heads.rows(*((head, head + 1) for head in gated))
+    yield heads.rows((2 * queries, 2 * queries + 1))
+    yield heads.rows((2 * queries + 1, 2 * queries + 2))
 
 
-def _check_heads(parameter: Parameter, sizes: Sizes, rule: Rule, in_group: int) -> None:
-    wanted = sizes.kv_heads * in_group * sizes.head_dim
-    if sizes.heads % sizes.kv_heads or parameter.shape[0] != wanted:
-        raise _misfit(
-            parameter,
-            rule,
-            f"{wanted} rows: {sizes.kv_heads} groups of {in_group} heads of {sizes.head_dim}",
+class _Heads:
+    """The rows of a parameter that has `count` heads for each group of queries."""
+
+    def __init__(self, parameter: Parameter, sizes: Sizes, rule: Rule, count: int) -> None:
+        self.groups, self.count, self.size = sizes.kv_heads, count, sizes.head_dim
+        wanted = self.groups * count * self.size
+        if sizes.heads % sizes.kv_heads or parameter.shape[0] != wanted:
+            raise _misfit(
+                parameter,
+                rule,
+                f"{wanted} rows: {self.groups} groups of {count} heads of {self.size}",
+            )
+
+    def rows(self, *heads: tuple[int, int]) -> tuple[Rows, ...]:
+        """The rows of heads `start:stop` of each group, group after group."""
+        firsts = [group * self.count for group in range(self.groups)]
+        return tuple(
+            ((first + start) * self.size, (first + stop) * self.size)
+            for first in firsts
+            for start, stop in heads
         )
 
 
 def _misfit(parameter: Parameter, rule: Rule, wanted: str) -> SourceError:
     return SourceError(
-        f"{parameter.stored} {list(parameter.shape)}: the rule [{rule}] wants {wanted}. {OWN}"
+        f"{parameter.stored} {list(parameter.shape)}: the rule [{rule}] needs {wanted}. "
+        f"{WRONG_CONFIG}"
     )
 
 
 _CUTS: Mapping[Transform, Cut] = {
-    Transform.RENAME: _all,
-    Transform.PLUS_ONE: _all,
     Transform.VOCABULARY: _vocabulary,
     Transform.QKV: _qkv,
     Transform.GATED_QKV: _gated_qkv,
     Transform.GATE_UP: _gate_up,
-    Transform.PART: _all,
-    Transform.STACK: _all,
 }
+"""Transforms that do not give all rows to one target."""
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A part of the model: names begin with `pattern`, those of its targets with `prefix`."""
+    """A part of the model: its parameters begin with `pattern`, their targets with `prefix`."""
 
     pattern: str
     prefix: str
     rules: tuple[Rule, ...]
     after_layers: bool = False
-    """Whether its layers are numbered on from the last decoder layer."""
+    """True if the numbers of its layers continue those of the decoder layers."""
 
 
 @dataclass(frozen=True)
 class RuleBook:
-    """The rules of a family."""
+    """The rules of a model family."""
 
     sections: tuple[Section, ...]
     zero_centered_norms: bool = False
-    """Whether Hugging Face's model, too, multiplies with 1 + w in its norms."""
-    proof: str = ""
-    """How we know."""
+    """True if Hugging Face's model, too, multiplies by 1 + w in its norms."""
 
     def pieces(self, parameter: Parameter, sizes: Sizes) -> Iterator[Piece]:
-        """What a parameter becomes.
+        """Yield the parts of Hugging Face tensors that a parameter becomes.
 
-        Raises `SourceError` where no rule matches, or more than one, or its shape does not fit.
+        Raises:
+            SourceError: No rule matches, or more than one, or the parameter's shape does not fit.
         """
-        found = [
+        matches = [
             (section, rule, start, match)
             for section in self.sections
             if (start := re.match(section.pattern, parameter.name)) is not None
             for rule in section.rules
             if (match := re.fullmatch(rule.pattern, parameter.name[start.end() :])) is not None
         ]
-        if not found:
+        if not matches:
             raise SourceError(
                 f"{parameter.stored}: no rule for it: its name here is {parameter.name}. "
                 "Is it of another family than --hf-config says?"
             )
-        if len(found) > 1:
-            rules = " and ".join(f"[{rule}]" for _, rule, _, _ in found)
+        if len(matches) > 1:
+            rules = " and ".join(f"[{rule}]" for _, rule, _, _ in matches)
             raise SourceError(f"{parameter.stored}: more than one rule matches it: {rules}.")
-        section, rule, start, match = found[0]
-        groups = {name: value for name, value in start.groupdict().items() if value is not None}
-        if "l" in groups and section.after_layers:
+        section, rule, start, match = matches[0]
+        groups = {**start.groupdict(), **match.groupdict()}
+        if section.after_layers:
             groups["l"] = str(int(groups["l"]) + sizes.layers)
-        groups |= {name: value for name, value in match.groupdict().items() if value is not None}
-        cuts = list(_CUTS[rule.transform](parameter, sizes, rule))
+        slot = (int(groups["e"]), rule.part) if rule.transform is Transform.STACK else (rule.part,)
+        cuts = list(_CUTS.get(rule.transform, _all)(parameter, sizes, rule))
         for target, rows in zip(rule.targets, cuts, strict=True):
-            yield _piece(section.prefix + target, groups, parameter, rows, rule)
+            yield Piece((section.prefix + target).format_map(groups), slot, parameter, rows, rule)
         for number in range(sizes.mtp_layers):
             for target in rule.copies:
-                numbered = {**groups, "mtp": str(sizes.layers + number)}
-                yield _piece(target, numbered, parameter, cuts[0], rule)
-
-
-def _piece(
-    target: str, groups: Mapping[str, str], parameter: Parameter, rows: tuple[Rows, ...], rule: Rule
-) -> Piece:
-    is_stacked = rule.transform is Transform.STACK
-    slot = (int(groups["e"]), rule.part) if is_stacked else (rule.part,)
-    plus_one = rule.transform is Transform.PLUS_ONE
-    name = target.format_map(groups)
-    return Piece(name, slot, parameter, rows, rule, rule.parts, is_stacked, plus_one)
+                name = target.format_map({**groups, "mtp": sizes.layers + number})
+                yield Piece(name, slot, parameter, cuts[0], rule)

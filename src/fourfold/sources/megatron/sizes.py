@@ -1,4 +1,4 @@
-"""The few numbers of a Hugging Face configuration that transforms need."""
+"""The few numbers of a Hugging Face configuration that the rules need."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 from fourfold.errors import SourceError
 from fourfold.storage.safetensors_header import shown
 
-OWN = "If that is another model's configuration, give this one's: --hf-config DIR."
-"""What to do where a configuration and a checkpoint do not agree."""
+WRONG_CONFIG = "If that is another model's configuration, give this one's: --hf-config DIR."
+"""What to do if a configuration and a checkpoint do not agree."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How the text model is cut: layers, heads, vocabulary."""
+    """Sizes of the text model."""
 
     layers: int
     hidden: int
@@ -25,55 +25,53 @@ class Sizes:
     head_dim: int
     vocab: int
     experts: int
-    """Routed experts of a layer; 0 where the configuration speaks of none."""
+    """Routed experts of a layer; 0 if the configuration has none."""
     mtp_layers: int
     """Layers that predict further tokens; a checkpoint may lack them."""
     is_tied: bool
-    """Whether the head is the embedding."""
+    """True if the head is the embedding."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any], file: Path) -> Sizes:
-        """Those of a config.json; `SourceError` where it lacks one."""
-        text = config.get("text_config")
-        reader = _Reader(text if isinstance(text, Mapping) else config, file)
-        hidden, heads = reader.number("hidden_size"), reader.number("num_attention_heads")
-        tied = config.get("tie_word_embeddings", reader.config.get("tie_word_embeddings"))
+        """Read the sizes from the content of a config.json.
+
+        Raises:
+            SourceError: A size is missing, or not a positive integer.
+        """
+        text = text_config(config)
+
+        def size(*names: str, default: int | None = None) -> int:
+            for name in names:
+                value = text.get(name)
+                if value is None:
+                    continue
+                if type(value) is not int or value < (0 if default == 0 else 1):
+                    raise SourceError(
+                        f"{file}: {name} is {shown(value)}, which is not a size. Download it again."
+                    )
+                return value
+            if default is None:
+                raise SourceError(
+                    f"{file}: has no {names[0]}. Give the folder of the model's Hugging Face "
+                    "configuration as --hf-config."
+                )
+            return default
+
+        hidden, heads = size("hidden_size"), size("num_attention_heads")
         return cls(
-            layers=reader.number("num_hidden_layers"),
+            layers=size("num_hidden_layers"),
             hidden=hidden,
             heads=heads,
-            kv_heads=reader.number("num_key_value_heads", default=heads),
-            head_dim=reader.number("head_dim", default=hidden // heads),
-            vocab=reader.number("vocab_size"),
-            experts=reader.number(
-                "num_experts", "n_routed_experts", "num_local_experts", default=0
-            ),
-            mtp_layers=reader.number(
-                "num_nextn_predict_layers", "mtp_num_hidden_layers", default=0
-            ),
-            is_tied=tied is True,
+            kv_heads=size("num_key_value_heads", default=heads),
+            head_dim=size("head_dim", default=hidden // heads),
+            vocab=size("vocab_size"),
+            experts=size("num_experts", "n_routed_experts", "num_local_experts", default=0),
+            mtp_layers=size("num_nextn_predict_layers", "mtp_num_hidden_layers", default=0),
+            is_tied=config.get("tie_word_embeddings", text.get("tie_word_embeddings")) is True,
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Reader:
-    config: Mapping[str, Any]
-    file: Path
-
-    def number(self, *names: str, default: int | None = None) -> int:
-        """The first field of these that is there."""
-        for name in names:
-            value = self.config.get(name)
-            if value is None:
-                continue
-            if type(value) is not int or value < (0 if default == 0 else 1):
-                raise SourceError(
-                    f"{self.file}: {name} is {shown(value)}, not a size. Download it again."
-                )
-            return value
-        if default is None:
-            raise SourceError(
-                f"{self.file}: has no {names[0]}. Give the folder of the model's Hugging Face "
-                "configuration as --hf-config."
-            )
-        return default
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the part of a configuration that describes the text model."""
+    text = config.get("text_config")
+    return text if isinstance(text, Mapping) else config

@@ -1,23 +1,25 @@
-"""A Megatron model that is live in memory as a `Source`: Hugging Face names and lazy tensors.
+"""A Megatron model in memory as a `Source`: Hugging Face names and lazy tensors.
 
     modules ─▶ parameters of the whole model ─▶ rules of the family ─▶ Hugging Face tensors
 
-The rules are those of checkpoints, and so is all that comes after: each rank of a job sees the
-whole model, reads what its shards are made of out of its own memory, and the rest from the others.
+Rules, names and everything after them are those of checkpoints. Each rank of a job sees the whole
+model: it reads what it needs from its own memory, and the rest from the other ranks.
 """
 
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from fourfold.distributed.process_groups import agreeing
 from fourfold.distributed.ranks import Ranks, joining, of_process_group
 from fourfold.errors import UsageError
 from fourfold.sources.megatron.arguments import Arguments
+from fourfold.sources.megatron.base import MegatronSource
+from fourfold.sources.megatron.box_index import Box
 from fourfold.sources.megatron.live.exchange import Exchange
 from fourfold.sources.megatron.live.modules import (
     arguments_of,
@@ -25,46 +27,57 @@ from fourfold.sources.megatron.live.modules import (
     is_megatron,
     local_parameters,
 )
-from fourfold.sources.megatron.live.shared import SharedTensors, nearest
-from fourfold.sources.megatron.tensors import MegatronTensors, box_of
+from fourfold.sources.megatron.live.shards import SharedTensors
 from fourfold.sources.safetensors import find_side_files
 from fourfold.storage.fingerprints import Stamps
 from fourfold.storage.names import CONFIG
-from fourfold.storage.source import Slab
+from fourfold.storage.source import Bytes, Slab
+from fourfold.storage.temporary import TemporaryFolder
 
 NO_FILE = Path("the live model")
-"""Stands for a tensor's file where there is none."""
+"""Stands for the file of a tensor that is in memory."""
 
 
-class LiveMegatron(MegatronTensors):
-    """A Megatron model, the parts of it on all ranks. Safe for many threads."""
+class LiveMegatron(MegatronSource):
+    """A Megatron model in memory, on one or many ranks. Safe for many threads."""
 
     def __init__(self, model: Any, hf_config: Any, *, tokenizer: Any = None) -> None:
-        """model: a GPTModel, what DDP or Float16Module made of it, or a list of its chunks.
+        """Meet the other ranks, which must all do so; no weight is copied. See `close`, too.
 
-        hf_config: the folder of the Hugging Face configuration and tokenizer, or a configuration.
-        tokenizer: anything with `save_pretrained`; its files then lie beside the weights.
-        All ranks that have a part of the model make it together; see `close`, too. Raises
-        `SourceError` and `UsageError` where anything does not fit; copies no weight.
+        Args:
+            model: A GPTModel, also inside of DDP or Float16Module, or a list of its chunks.
+            hf_config: The folder of the Hugging Face configuration and tokenizer, or a
+                configuration of transformers.
+            tokenizer: An object with `save_pretrained`, the files of which belong to the model.
+
+        Raises:
+            SourceError: The model cannot be read, or is not that of the configuration.
+            UsageError: An argument is of the wrong kind.
         """
-        self._own: tempfile.TemporaryDirectory[str] | None = None
+        self._temporary: TemporaryFolder | None = None
         self._exchange = Exchange()
         try:
-            locals_, arguments = self._found(model, hf_config, tokenizer)
-        except Exception as error:
-            self._exchange.agree(None, error)
-            raise
-        self._exchange.agree(None)
-        try:
-            self._reader = self._shared = SharedTensors(self._exchange, locals_)
-            self._take([*self._shared.parameters.values()], *self._fit(arguments), NO_FILE)
+            with agreeing(self._exchange.ranks.gather):
+                if not is_megatron(model):
+                    raise UsageError(
+                        f"{type(model).__name__}: not a Megatron model, nor a list of its chunks."
+                    )
+                super().__init__(self._folder_of(hf_config, tokenizer))
+                chunks = chunks_of(model)
+                local = list(local_parameters(chunks))
+            self._shared = SharedTensors(self._exchange, local)
+            arguments = Arguments(NO_FILE, arguments_of(chunks[0]))
+            self._present([*self._shared.parameters.values()], arguments, NO_FILE)
         except BaseException:
             self.close()
             raise
 
+    def read_box(self, key: str, box: Box, out: Bytes) -> None:
+        self._shared.read(key, box, out)
+
     @property
     def notes(self) -> tuple[str, ...]:
-        ranks = self._exchange.size
+        ranks = self._exchange.ranks.size
         where = "the live model" + (f" on {ranks} ranks" if ranks > 1 else "")
         return (f"weights come from {where}, config.json from {self.folder}", *super().notes)
 
@@ -75,63 +88,50 @@ class LiveMegatron(MegatronTensors):
 
     @property
     def ranks_per_layer(self) -> int:
-        return self._shared.spread
+        return self._shared.ranks_per_layer
 
     def rank_affinity(self, slabs: Iterable[Slab]) -> list[int]:
-        owned = (
-            each
+        return self._shared.bytes_by_rank(
+            (rows.parameter.stored, rows.box)
             for key, start, stop in slabs
-            for found in self._within(key, start, stop)
-            for each in self._shared.owned(found.parameter.stored, box_of(found))
+            for rows in self._ranges(key, start, stop)
         )
-        return nearest(owned, self._exchange.size)
 
     def stamps(self) -> None:
-        """None: the weights are no files."""
+        """Return None: the weights are not files."""
 
     def check_unchanged(self) -> None:
-        """The files beside the weights; the model's owner keeps the model as it is."""
+        """Check the files beside the weights; the model's owner keeps the model as it is."""
         self._beside.check()
 
     def close(self) -> None:
-        """Leave the other ranks, which do the same: no rank may need anything any more."""
+        """Part from the other ranks, which must do the same: none may still need a weight."""
         self._exchange.close()
-        if self._own is not None:
-            self._own.cleanup()
-
-    def _found(self, model: Any, hf_config: Any, tokenizer: Any) -> tuple[list[Any], Arguments]:
-        """This rank's parameters, and the configurations."""
-        if not is_megatron(model):
-            raise UsageError(f"{type(model).__name__}: is no Megatron model, nor a list of chunks.")
-        super().__init__(self._folder_of(hf_config, tokenizer))
-        chunks = chunks_of(model)
-        return list(local_parameters(chunks)), Arguments(NO_FILE, arguments_of(chunks))
+        if self._temporary is not None:
+            self._temporary.remove()
 
     def _folder_of(self, hf_config: Any, tokenizer: Any) -> Path:
-        """The folder that was given, or a temporary one with what was given."""
-        is_folder = isinstance(hf_config, str | Path)
-        if is_folder and not Path(hf_config).expanduser().is_dir():
+        """The folder that was given, or a temporary one with configuration and tokenizer."""
+        given = Path(hf_config).expanduser() if isinstance(hf_config, str | Path) else None
+        if given is not None and not given.is_dir():
             raise UsageError(f"hf_config {hf_config}: no such folder. Give one with {CONFIG}.")
-        if not is_folder and not hasattr(hf_config, "to_json_file"):
+        if given is None and not hasattr(hf_config, "to_json_file"):
             raise UsageError(
-                f"hf_config: {type(hf_config).__name__} is no folder, and no configuration of "
+                f"hf_config: {type(hf_config).__name__} is neither a folder nor a configuration of "
                 "transformers. Give AutoConfig.from_pretrained(…), or a folder."
             )
-        if is_folder and tokenizer is None:
-            return Path(hf_config).expanduser()
-        self._own = tempfile.TemporaryDirectory(prefix="fourfold-live-")
-        name = Path(hf_config).name if is_folder else str(hf_config.model_type)
-        folder = Path(self._own.name) / (name or "model")
+        if given is not None and tokenizer is None:
+            return given
+        self._temporary = TemporaryFolder()
+        name = hf_config.model_type if given is None else given.name
+        folder = self._temporary.path / (name or "model")
         folder.mkdir()
-        if is_folder:
-            self._copy_beside(Path(hf_config).expanduser(), folder)
-        else:
+        if given is None:
             hf_config.to_json_file(folder / CONFIG, use_diff=False)
+        else:
+            for path in (Path(CONFIG), *find_side_files(given, frozenset(), Stamps())[0]):
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(given / path, folder / path)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         return folder
-
-    def _copy_beside(self, origin: Path, folder: Path) -> None:
-        for path in (*find_side_files(origin, frozenset(), Stamps())[0], Path(CONFIG)):
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(origin / path, folder / path)

@@ -14,19 +14,19 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 from fourfold.errors import SourceError
-from fourfold.sources.megatron.metadata import iteration_folder, read_metadata
-from fourfold.sources.megatron.stored import StoredTensors
+from fourfold.sources.megatron.chunk_reader import ChunkReader
+from fourfold.sources.megatron.metadata import find_iteration, read_metadata
 from fourfold.storage.fingerprints import Stamps
 
 from .writing import halves, singles, whole, write_metadata, write_torch_dist
 
 
-def opened(folder: Path) -> StoredTensors:
+def opened(folder: Path) -> ChunkReader:
     stamps = Stamps()
-    return StoredTensors(read_metadata(folder, stamps), stamps)
+    return ChunkReader(read_metadata(folder, stamps), stamps)
 
 
-def read(stored: StoredTensors, key: str, *box: tuple[int, int]) -> torch.Tensor:
+def read(stored: ChunkReader, key: str, *box: tuple[int, int]) -> torch.Tensor:
     tensor = stored.tensors[key]
     dtype = {"F32": torch.float32, "BF16": torch.bfloat16, "I64": torch.int64}[tensor.dtype]
     shape = [b - a for a, b in box]
@@ -260,20 +260,20 @@ def test_the_latest_iteration_is_found(tmp_path: Path) -> None:
     inside = tmp_path / "iter_0000120"
     write_torch_dist(inside, TENSORS)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("120\n")
-    assert iteration_folder(tmp_path) == inside
-    assert iteration_folder(inside) == inside
-    assert iteration_folder(tmp_path.parent) is None
+    assert find_iteration(tmp_path) == inside
+    assert find_iteration(inside) == inside
+    assert find_iteration(tmp_path.parent) is None
 
 
 @pytest.mark.parametrize("text", ["../x", "", "latest"])
 def test_an_iteration_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "latest_checkpointed_iteration.txt").write_text(text)
     with pytest.raises(SourceError, match="no iteration"):
-        iteration_folder(tmp_path)
+        find_iteration(tmp_path)
 
 
 def test_the_old_format_is_named(tmp_path: Path) -> None:
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("5")
     (tmp_path / "iter_0000005" / "mp_rank_00").mkdir(parents=True)
     with pytest.raises(SourceError, match="--ckpt-format torch_dist"):
-        iteration_folder(tmp_path)
+        find_iteration(tmp_path)
