@@ -537,7 +537,10 @@ def test_statistics_that_cannot_be_read(job, written: Written, tmp_path: Path) -
     model, out = written(MODEL)[0], tmp_path / "out"
     stopped(model, out, options, 2)
     files = sorted((out / ".fourfold" / "statistics").iterdir())
-    assert [file.name for file in files[:2]] == ["layer-0.safetensors", "layer-1.safetensors"]
+    assert [file.name for file in files[:2]] == [
+        "layer-00000.safetensors",
+        "layer-00001.safetensors",
+    ]
     os.truncate(files[1], 100)
     fourfold.quantize(model, out, **options)
     assert_same(out, unbroken)

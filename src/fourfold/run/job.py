@@ -15,6 +15,7 @@ from typing import Any
 
 from fourfold.calibration.scales import ActivationScales
 from fourfold.calibration.statistics import Statistics
+from fourfold.calibration.store import StatisticsStore
 from fourfold.distributed.ranks import RankFailedError, Ranks
 from fourfold.errors import FourfoldError, SourceChangedError
 from fourfold.events import OnEvent, OutputComplete, Resumed, WritingBegan, ignore
@@ -117,7 +118,8 @@ class Job:
 
     def _note_observed(self, layer: int | None, found: Statistics) -> None:
         if self.share.is_leader(self.ranks.rank):
-            self.folder.add_statistics(layer, found.to_bytes())
+            with self.folder.recording():
+                StatisticsStore(self.folder.state.statistics).save(layer, found)
 
     def _finish(self) -> list[LinearResult]:
         """Everything that is not a shard, by the leaders; what makes it a checkpoint comes last."""

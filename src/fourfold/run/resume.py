@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,9 @@ from uuid import uuid4
 import torch
 
 from fourfold.calibration.statistics import Statistics
+from fourfold.calibration.store import StatisticsStore
 from fourfold.distributed.ranks import Ranks
-from fourfold.errors import CalibrationError, FourfoldError
+from fourfold.errors import FourfoldError
 from fourfold.planning import Plan, Shard, deal, slabs_of
 from fourfold.reporting.summary import versions
 from fourfold.run.strategies import Run
@@ -136,19 +136,14 @@ def take_share(
     """Take OUT, read what is finished there, and share out the rest."""
     _check_same(ranks, identity or _plan_of(plan))
     leaders = _take_folders(folder, ranks)
-    finished: list[str] = []
-    observed: list[tuple[int | None, str]] = []
-    if leaders[ranks.rank] == ranks.rank:
+    is_leader = leaders[ranks.rank] == ranks.rank
+    if is_leader:
         folder.begin(identity, plan.files, overwrite=overwrite)
-        finished = _finished(folder, plan, threads)
-        observed = [(unit, found.to_text()) for unit, found in _observed(folder)]
-    everything = ranks.gather({"finished": finished, "observed": observed})
-    done = {name for each in everything for name in each["finished"]}
-    kept = {
-        unit: Statistics.from_text(text)
-        for each in reversed(everything)
-        for unit, text in each["observed"]
-    }
+    finished = ranks.gather(_finished(folder, plan, threads) if is_leader else [])
+    done = {name for names in finished for name in names}
+    kept = StatisticsStore(folder.state.statistics).load()
+    common = set.intersection(*map(set, ranks.gather(list(kept))))
+    kept = {unit: statistics for unit, statistics in kept.items() if unit in common}
 
     def nearness(shard: Shard) -> Sequence[int] | None:
         return source.rank_affinity(slab for job in shard.jobs for slab in slabs_of(job))
@@ -216,13 +211,6 @@ def _finished(folder: OutputFolder, plan: Plan, threads: int) -> list[str]:
             for name, digest in zip(names, digests, strict=True)
             if digest is not None and digest == records[name].get("digest")
         ]
-
-
-def _observed(folder: OutputFolder) -> Iterator[tuple[int | None, Statistics]]:
-    """The statistics of layers that an earlier run has observed, those that can be read."""
-    for unit, file in folder.state.observed().items():
-        with suppress(CalibrationError):
-            yield unit, Statistics.load(file)
 
 
 def check_whole(out: Path, plan: Plan, entries: Mapping[str, Mapping[str, Any]]) -> None:

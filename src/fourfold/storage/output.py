@@ -148,11 +148,16 @@ class OutputFolder(FileWriter):
         with self._errors_of(self.state.folder):
             self.state.add_shard(shard.path.name, {"digest": digest, **record})
 
-    def add_statistics(self, layer: int | None, data: bytes) -> None:
-        """Record the statistics of an observed layer; None for the non-layer tensors."""
+    @contextmanager
+    def recording(self) -> Iterator[Path]:
+        """Within, something is added to the run's state, in the folder that is yielded.
+
+        Raises:
+            OutputError: It cannot be written, or somebody removed or moved OUT.
+        """
         self.check_mine()
         with self._errors_of(self.state.folder):
-            self.state.add_statistics(layer, data)
+            yield self.state.folder
 
     def check_mine(self) -> None:
         """Raise `OutputError` if somebody removed or replaced the folder since it was locked."""

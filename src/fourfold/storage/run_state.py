@@ -27,9 +27,6 @@ from filelock import FileLock, Timeout
 from fourfold.errors import OutputError
 from fourfold.storage.atomic import replacing, sync_folder
 
-OTHER = "other"
-"""The name of the non-layer tensors' statistics."""
-
 STATE = ".fourfold"
 """The state's folder inside OUT."""
 
@@ -129,21 +126,6 @@ class RunState:
         """Return the records of finished shards, by name. Unreadable ones count as missing."""
         records = {path.stem: _read(path) for path in sorted(self.shards.glob("*.json"))}
         return {name: record for name, record in records.items() if record is not None}
-
-    def add_statistics(self, layer: int | None, data: bytes) -> None:
-        """Record the statistics of an observed layer; None for the non-layer tensors."""
-        name = OTHER if layer is None else f"layer-{layer}"
-        with replacing(self.statistics / f"{name}.safetensors") as handle:
-            handle.write(data)
-
-    def observed(self) -> dict[int | None, Path]:
-        """Return the files with the statistics of observed layers."""
-        files = {path.stem.removeprefix("layer-"): path for path in self.statistics.glob("*")}
-        return {
-            None if name == OTHER else int(name): path
-            for name, path in files.items()
-            if path.suffix == ".safetensors" and (name.isdecimal() or name == OTHER)
-        }
 
     def _write(self, path: Path, record: Mapping[str, Any]) -> None:
         with replacing(path) as handle:
