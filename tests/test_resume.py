@@ -168,11 +168,10 @@ def test_what_is_finished_is_not_made_again(
     written_now = [event for event in events if isinstance(event, ShardWritten)]
     assert len(written_now) == len(summary) - len(before)
     assert all((out / name).stat().st_mtime_ns == then for name, then in before.items())
-    if recipe == W4A16:  # for calibration, a text must pass the layers again
-        left = {shard["layer"] for shard in summary if shard["file"] not in before}
-        finished = {shard["layer"] for shard in summary} - left
-        assert finished
-        assert not [key for key in read for layer in finished if f"layers.{layer}." in key]
+    left = {shard["layer"] for shard in summary if shard["file"] not in before}
+    finished = {shard["layer"] for shard in summary} - left
+    assert finished
+    assert not [key for key in read for layer in finished if f"layers.{layer}." in key]
 
 
 def test_all_that_was_left_is_the_end(job, written: Written, tmp_path: Path, monkeypatch) -> None:

@@ -265,7 +265,7 @@ def quantize(
                     check_room(work, folder, kernels, ranks, runs_model=runs_model)
                 on_event(PlanMade(work))
                 kernels = _told(kernels, failures, on_event, warn)
-            run = choose_run(work, source, observation, folder.folder, ranks)
+            run = choose_run(work, source, observation, folder, ranks)
             rest = partial(write_rest, warn=warn)
             job = Job(work, source, folder, run, ranks, kernels, rest)
             with source.agreeing():

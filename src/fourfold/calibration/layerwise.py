@@ -24,6 +24,7 @@ from fourfold.calibration.data import Batch, CalibrationData
 from fourfold.calibration.kv_cache import recording_cache
 from fourfold.calibration.observers import Observers
 from fourfold.calibration.parking import Parking
+from fourfold.calibration.saved_activations import SavedActivations
 from fourfold.calibration.scales import ActivationScales, model_summary
 from fourfold.calibration.statistics import Statistics, data_summary, reduced
 from fourfold.calibration.streaming import StreamedModel
@@ -77,6 +78,7 @@ class Calibration:
         scratch: Path | None = None,
         threads: int | None = None,
         ranks: Ranks | None = None,
+        saved: SavedActivations | None = None,
         on_event: OnEvent = ignore,
     ) -> None:
         """activation_memory: bytes of waiting activations in memory; the rest goes to `scratch`.
@@ -84,11 +86,13 @@ class Calibration:
         threads: PyTorch's, while the model runs.
         ranks: with whom the batches are shared. A batch stays whole, so what is found of it is the
         same whoever runs it.
+        saved: where the outputs of finished layers are stored, so that a run that resumes does not
+        compute them again.
         """
         self.threads = threads
         self.ranks: Ranks = ranks or Alone()
         self.batches = data.batches[self.ranks.rank :: self.ranks.size]
-        self.plan, self.data, self.on_event = plan, data, on_event
+        self.plan, self.data, self.saved, self.on_event = plan, data, saved, on_event
         self.streamed = StreamedModel(source, device=device, head=False)
         self.parking = Parking(limit=activation_memory, folder=scratch)
         all_experts = plan.recipe.calibration.all_experts
@@ -113,6 +117,8 @@ class Calibration:
         on_observed: called with what all ranks together found of a unit.
         """
         self._kept, self._on_observed = kept or {}, on_observed
+        if self.saved is not None:
+            self.saved.find(self._kept)
         count = len(self.streamed.tree.layers)
         units: list[int | None] = [*range(count), None]
         if all(unit in self._kept for unit in units):
@@ -156,9 +162,14 @@ class Calibration:
                 on_resume=resume,
                 on_layer=self._enter,
                 keep_shell=_has_decoder_inputs(runnable(model)),
+                saved=self.saved,
+                on_skipped=lambda: self._taken(observers),
             )
             stack.callback(steps.close)
-            for layer in steps:
+            for number, layer in enumerate(steps):
+                if number == 0 and self.saved is not None:
+                    for skipped in range(self.saved.first):
+                        yield skipped, self._new_statistics()
                 self.on_event(LayerCalibrated(layer, len(tree.layers)))
                 yield layer, self._taken(observers)
             self._last = self._taken(observers)
@@ -203,6 +214,8 @@ class Calibration:
         self.scales.check(unit)
         if self._on_observed is not None and unit not in self._kept:
             self._on_observed(unit, found)
+        if self.saved is not None:
+            self.saved.finished(unit)
         return unit
 
     def _enter(self, layer: int) -> None:

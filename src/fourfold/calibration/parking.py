@@ -83,6 +83,10 @@ class Parking:
         storages = (tensor.untyped_storage() for tensor in kept if not tensor.is_meta)
         self._own = {storage._cdata: _weakly(storage) for storage in storages}
 
+    def is_own(self, tensor: torch.Tensor) -> bool:
+        """True for a tensor of the model's own, or of the caller's."""
+        return tensor.untyped_storage()._cdata in self._own
+
     def leave(self, call: int, values: Any) -> None:
         """A call waits now, and `values` is what its layer will be given, and what it holds."""
         parked: dict[int, _Away] = {}
@@ -209,7 +213,7 @@ class Parking:
         return self.folder or Path(tempfile.gettempdir())
 
 
-def held_by_model(frame: FrameType | None) -> list[torch.Tensor]:
+def held_by_model(frame: FrameType | None, *, inputs: bool = False) -> list[torch.Tensor]:
     """What the variables of the model's frames hold, from `frame` out to its outermost call.
 
     Not what that was called with: it is the caller's, who may use it for another call.
@@ -223,6 +227,8 @@ def held_by_model(frame: FrameType | None) -> list[torch.Tensor]:
             held, beside, given = [*held, *beside], [], list(variables.values())
         beside.append(variables)
         frame = frame.f_back
+    if inputs:
+        return list(tensors_in((held, given)))
     theirs = {tensor.untyped_storage()._cdata for tensor in tensors_in(given)}
     return [each for each in tensors_in(held) if each.untyped_storage()._cdata not in theirs]
 

@@ -25,15 +25,18 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
 from greenlet import getcurrent, greenlet
+from safetensors import SafetensorError
 from torch import nn
 
-from fourfold.calibration.parking import Parking, held_by_model
+from fourfold.calibration.parking import Parking, held_by_model, tensors_in
+from fourfold.calibration.saved_activations import SavedActivations
 from fourfold.distributed.machine import cache_few_kernels, give_back_memory
 from fourfold.errors import ModelError
 from fourfold.models.internals import Conversion, LazyTensor, build_model, load_tensors
@@ -121,6 +124,8 @@ class StreamedModel:
         on_layer: Callable[[int], None] | None = None,
         keep_shell: bool = True,
         inputs: Iterable[torch.Tensor] = (),
+        saved: SavedActivations | None = None,
+        on_skipped: Callable[[], object] = lambda: None,
     ) -> Generator[int]:
         """Make all `calls`; yields each layer's index when all have passed it, before it is freed.
 
@@ -129,9 +134,13 @@ class StreamedModel:
         on_layer: called with a layer's index before the calls pass it.
         keep_shell: whether embeddings stay for as long as the run, or only until the first layer.
         inputs: tensors that calls are given and that somebody else may use meanwhile.
+        saved: where the outputs of finished layers are stored, and taken from by a run that
+            resumes; the first index that is yielded is then `saved.first`.
+        on_skipped: called after the calls passed the finished layers without computing them, or
+            tried to.
         """
         with ExitStack() as stack:
-            running = _Running(self.model, calls, parking or Parking(), on_resume)
+            running = _Running(self.model, calls, parking or Parking(), on_resume, saved)
             stack.callback(self._free_all)
             stack.callback(running.end)
             for index, layer in enumerate(self.layers):
@@ -139,8 +148,15 @@ class StreamedModel:
                     partial(running.park, index), with_kwargs=True, prepend=True
                 )
                 stack.callback(hook.remove)
+                if saved is not None:
+                    after = layer.register_forward_hook(partial(running.note_output, index))
+                    stack.callback(after.remove)
             self.load(None)
-            running.begin(inputs)
+            if saved is not None and saved.first:
+                self._skip_finished(running, saved, inputs)
+                on_skipped()
+            if saved is None or not saved.first:
+                running.begin(inputs)
             self.held.release()
             if not keep_shell:
                 self._free_embeddings()
@@ -153,6 +169,21 @@ class StreamedModel:
                         running.step(index)
                         yield index
                         self.free(index)
+
+    def _skip_finished(
+        self, running: _Running, saved: SavedActivations, inputs: Iterable[torch.Tensor]
+    ) -> None:
+        """Start every call behind the finished layers, if that is exact; otherwise start over."""
+        running.is_skipping = True
+        with (
+            saved.skipping(self.layers, running.present),
+            suppress(ModelError, SafetensorError, OSError),
+        ):
+            running.begin(inputs)
+        running.is_skipping = False
+        if not saved.matches or running.at(saved.first) != list(running.numbers.values()):
+            running.end()
+            saved.start_over()
 
     def _free_embeddings(self) -> None:
         """Also the head that is tied to one: the memory goes when nobody holds it any more."""
@@ -175,16 +206,25 @@ class _Running:
         calls: Sequence[Call],
         parking: Parking,
         on_resume: Callable[[int], None] | None,
+        saved: SavedActivations | None,
     ) -> None:
-        self.model, self.parking, self.on_resume = model, parking, on_resume
+        self.model, self.calls, self.parking, self.on_resume = model, calls, parking, on_resume
+        self.saved = saved
+        self.is_skipping = False
+        """True while the calls pass finished layers, which compute nothing."""
         self.coordinator = getcurrent()
-        self.threads = [greenlet(partial(call, model)) for call in calls]
-        self.numbers = {thread: number for number, thread in enumerate(self.threads)}
+        self.threads: list[greenlet] = []
+        self.numbers: dict[greenlet, int] = {}
         self.waiting: dict[int, int] = {}
         """Call → the layer whose door it waits at."""
+        self._outputs: dict[int, tuple[int, Any]] = {}
+        """Call → index and output of the layer that it passed last."""
 
     def begin(self, inputs: Iterable[torch.Tensor]) -> None:
         """Start every call, up to its first door."""
+        self.threads = [greenlet(partial(call, self.model)) for call in self.calls]
+        self.numbers = {thread: number for number, thread in enumerate(self.threads)}
+        self.waiting.clear()
         self.parking.begin((*self.model.parameters(), *self.model.buffers(), *inputs))
         for number in range(len(self.threads)):
             self._switch(number)
@@ -208,6 +248,8 @@ class _Running:
         try:
             with torch.no_grad():  # here, not in the call: it is of the thread that calls share
                 self.threads[number].switch()
+            if self.threads[number].dead:
+                self._outputs.pop(number, None)
         except torch.OutOfMemoryError:
             raise
         except FAULTS as error:
@@ -224,15 +266,41 @@ class _Running:
             raise ModelError(
                 "the model was called from outside while its layers are streamed. Wait for the end."
             )
+        if self.is_skipping and self.saved is not None and layer < self.saved.first:
+            return
         self.waiting[number] = layer
+        if self.saved is not None:
+            self._save(number, layer, (args, kwargs), sys._getframe(1))
         self.parking.leave(number, (args, kwargs, held_by_model(sys._getframe(1))))
         del args, kwargs
         self.coordinator.switch()
+
+    def present(self) -> int:
+        """The number of the call that runs now."""
+        return self.numbers[getcurrent()]
+
+    def note_output(self, layer: int, _: nn.Module, __: Any, output: Any) -> None:
+        """The hook behind a layer."""
+        number = self.numbers.get(getcurrent())
+        if number is not None:
+            self._outputs[number] = layer, output
+
+    def _save(self, number: int, layer: int, given: Any, frame: FrameType) -> None:
+        """Save the output of the layer before, or note what the call holds at its first one."""
+        last = self._outputs.pop(number, None)
+        if self.saved is not None and self.saved.has_started(number):
+            held = [
+                x for x in tensors_in((given, held_by_model(frame))) if not self.parking.is_own(x)
+            ]
+            self.saved.save(number, layer, given, held, last)
+        elif self.saved is not None:
+            self.saved.start(number, layer, given, held_by_model(frame, inputs=True), last)
 
     def end(self) -> None:
         """End every call that still waits, wherever it is."""
         with ExitStack() as stack:  # whatever a call does at its end, the others are ended, too
             stack.callback(self.parking.close)
+            stack.callback(self._outputs.clear)
             for thread in self.threads:
                 stack.callback(_end, thread)
 

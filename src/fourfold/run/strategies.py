@@ -19,6 +19,7 @@ import torch
 from fourfold.calibration.data import CalibrationData, CalibrationOptions, load_calibration
 from fourfold.calibration.layerwise import Calibration
 from fourfold.calibration.live import ForwardLoop, observe_live, units_of
+from fourfold.calibration.saved_activations import SavedActivations
 from fourfold.calibration.scales import ActivationScales
 from fourfold.calibration.statistics import Statistics
 from fourfold.distributed.machine import choose_device, memory_available
@@ -28,10 +29,14 @@ from fourfold.events import DataLoaded, OnEvent, ignore
 from fourfold.planning import Plan
 from fourfold.recipes import Recipe
 from fourfold.storage.disk import free_bytes
+from fourfold.storage.output import OutputFolder
 from fourfold.storage.source import Source
 from fourfold.storage.units import size
 
 LEAST_ACTIVATION_MEMORY = 1 << 28
+
+SAVED_LAYERS = 2
+"""Layers whose outputs lie on the disk at a time: the last finished one's, and the next one's."""
 
 
 @dataclass(frozen=True)
@@ -151,11 +156,11 @@ def _digest(statistics: Statistics) -> str:
 
 
 def choose_run(
-    plan: Plan, source: Source, observation: Observation, scratch: Path, ranks: Ranks
+    plan: Plan, source: Source, observation: Observation, out: OutputFolder, ranks: Ranks
 ) -> Run:
     """Everything ready to go through `plan`; a live model is observed here already.
 
-    scratch: a folder for activations that memory has no room for.
+    out: the output's folder, which also holds activations that memory has no room for.
     ranks: with whom the calibration is shared.
     """
     scales = None
@@ -173,14 +178,17 @@ def choose_run(
     room = max((available - plan.calibration_memory) // 2, LEAST_ACTIVATION_MEMORY)
     limit = observation.activation_memory
     data = _data(plan, source, observation)
-    _check_spill(plan, data, room if limit is None else limit, scratch, ranks)
+    device = choose_device(observation.device)
+    has_room = _check_spill(plan, data, room if limit is None else limit, out.folder, ranks)
+    batches = range(ranks.rank, len(data.batches), ranks.size)
     calibration = Calibration(
         plan,
         source,
         data,
-        device=choose_device(observation.device),
+        device=device,
         activation_memory=room if limit is None else limit,
-        scratch=scratch,
+        scratch=out.folder,
+        saved=SavedActivations(out.state.activations, batches, device) if has_room else None,
         threads=observation.threads,
         ranks=ranks,
         on_event=observation.on_event,
@@ -190,8 +198,10 @@ def choose_run(
 
 def _check_spill(
     plan: Plan, data: CalibrationData, limit: int, scratch: Path, ranks: Ranks
-) -> None:
+) -> bool:
     """Raise `ResourceError` where the disk has no room for OUT and the activations beyond `limit`.
+
+    Returns True if it also has room for the outputs of two layers, for a run that resumes.
 
     A waiting sample holds its hidden states, and what it was embedded as: 4 bytes an element serve
     for both, in 16 bits.
@@ -206,6 +216,8 @@ def _check_spill(
             f"{size(free)} are free on that disk. Use fewer or shorter samples, or more "
             "--activation-memory."
         )
+    saved = SAVED_LAYERS * 4 * elements * ranks.local_size
+    return needed + saved <= free
 
 
 def _given_scales(plan: Plan, given: str | Path | Statistics) -> ActivationScales:

@@ -3,6 +3,7 @@
     OUT/.fourfold/run.json                what the run is, and the files that it writes
     OUT/.fourfold/shards/NAME.json        digest and figures of a finished shard
     OUT/.fourfold/statistics/…            statistics of observed layers
+    OUT/.fourfold/activations/…           what the last observed layer returned
     OUT/.fourfold/rank-00000.lock         locked by rank 0 while it is alive; so for every rank
     OUT/.fourfold/rank-00000.json         which process that is
 
@@ -43,6 +44,7 @@ class RunState:
         self.out, self.folder, self.rank = out, out / STATE, rank
         self.shards = self.folder / "shards"
         self.statistics = self.folder / "statistics"
+        self.activations = self.folder / "activations"
         self._lock = FileLock(self.folder / f"rank-{rank:05d}.lock", thread_local=False)
         self._token: str | None = None
 
@@ -110,7 +112,7 @@ class RunState:
 
     def begin(self, run: Mapping[str, Any]) -> None:
         """Record what the run is, and forget what an earlier one has finished."""
-        for folder in (self.shards, self.statistics, self.folder / REST):
+        for folder in (self.shards, self.statistics, self.activations, self.folder / REST):
             with suppress(FileNotFoundError):
                 shutil.rmtree(folder)
         self.shards.mkdir()

@@ -1,0 +1,275 @@
+"""The output of the last finished layer, on the disk, so that a resumed run starts behind it.
+
+    OUT/.fourfold/activations/layer-00007/batch-00003.safetensors
+
+A call of the model cannot be stored: its Python frames cannot. So a resumed run makes every call
+again, but finished layers compute nothing: the last of them returns its stored output, those before
+it return tensors without data (on the meta device), and the call reaches the first unfinished layer
+as it did before. That is exact if the layer is called with the same values, and if nothing else
+that the call holds came out of a finished layer. Both are checked:
+
+- While a run saves: whatever the model's frames hold at a layer, and whatever the layer is called
+  with, must be there since the call's first layer, unchanged, or be part of the last layer's
+  output. Otherwise (states that pass several layers) nothing is saved.
+- When a run resumes: the digest of all that the first unfinished layer is called with, objects such
+  as caches included, must be the one that was saved. Otherwise the text passes all layers again.
+
+A tensor without data that were used in spite of this would be an error, not a wrong result.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import BuiltinFunctionType, FunctionType, MethodType
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from fourfold.calibration.parking import tensors_in
+
+OUTPUT, INPUTS = "output", "inputs"
+"""Keys of a file's metadata: the output's structure, and the digest of the next layer's inputs."""
+
+PLAIN = (type(None), bool, int, float, str)
+
+
+class UnstorableError(Exception):
+    """A layer's output is not made of contiguous tensors and plain values."""
+
+
+class SavedActivations:
+    """Stores what each call's last finished layer returned. One object serves one run."""
+
+    def __init__(self, folder: Path, batches: Sequence[int], device: str = "cpu") -> None:
+        """Describe the store; nothing is read or written yet.
+
+        Args:
+            folder: The store's folder.
+            batches: The number of the batch that each call reads, among those of all ranks.
+            device: The device that the model runs on.
+        """
+        self.folder, self.batches, self.device = folder, batches, device
+        self.first = 0
+        """The first unfinished layer: those before it compute nothing. 0 if all of them do."""
+        self.matches = True
+        """False once a call has not reached `first` as it did when it was saved."""
+        self.is_saving = True
+        self._start: dict[int, dict[int, tuple[StorageWeakRef, int]]] = {}
+        """Call → the storages that it held at its first layer, by identity, with their versions."""
+
+    def find(self, finished: Collection[int | None]) -> None:
+        """Set `first` to the last layer whose inputs are stored for every batch.
+
+        Args:
+            finished: Layers with complete statistics.
+        """
+        layer = 0
+        while layer in finished:
+            layer += 1
+            if all(self._file(layer, batch).exists() for batch in self.batches):
+                self.first = layer
+
+    def start_over(self) -> None:
+        """Let all layers compute: what is stored does not fit."""
+        self.first = 0
+        self._start.clear()
+
+    @contextmanager
+    def skipping(self, layers: Sequence[nn.Module], call: Callable[[], int]) -> Iterator[None]:
+        """Within, layers before `first` return stored outputs, or tensors without data.
+
+        Args:
+            layers: The decoder layers.
+            call: Returns the number of the call that runs now.
+        """
+
+        def forward(index: int) -> Any:
+            def stored(*_: Any, **__: Any) -> Any:
+                is_last = index == self.first - 1
+                return self._read(call(), has_data=is_last)
+
+            return stored
+
+        for index in range(self.first):
+            layers[index].forward = forward(index)
+        try:
+            yield
+        finally:
+            for index in range(self.first):
+                del layers[index].forward
+
+    def has_started(self, call: int) -> bool:
+        """True if `start` was called for a call."""
+        return call in self._start
+
+    def start(self, call: int, layer: int, given: Any, held: Any, output: Any) -> None:
+        """Note what a call holds at its first layer that computes.
+
+        Args:
+            call: The call's number.
+            layer: The layer's index.
+            given: The arguments that the layer is called with.
+            held: Everything that the model's frames hold, and what the model was called with.
+            output: What a layer that computed nothing returned before.
+        """
+        if self.first:
+            self.matches &= layer == self.first and self._digest(call) == digest_of(given)
+        stored = _storages(output)
+        self._start[call] = {
+            identity: (StorageWeakRef(tensor.untyped_storage()), tensor._version)  # type: ignore[no-untyped-call]
+            for identity, tensor in _storages((given, held)).items()
+            if identity not in stored
+        }
+
+    def save(
+        self, call: int, layer: int, given: Any, held: Any, last: tuple[int, Any] | None
+    ) -> None:
+        """Save the output of the layer that a call has just passed, at the layer after it.
+
+        Args:
+            call: The call's number.
+            layer: The index of the layer that the call has reached.
+            given: The arguments that this layer is called with.
+            held: `given`, and everything that the model's frames hold but its own parameters.
+            last: Index and output of the layer that the call passed before.
+        """
+        if not self.is_saving:
+            return
+        try:
+            if last is None or last[0] != layer - 1 or not self._is_known(call, held, last):
+                raise UnstorableError
+            self._save(call, layer, last[1], given)
+        except (UnstorableError, SafetensorError, OSError):
+            self.stop_saving()
+
+    def _is_known(self, call: int, values: Any, last: Any) -> bool:
+        """True if all tensors are the call's since its first layer, or of the last output."""
+        start, output = self._start[call], _storages(last)
+        return all(
+            identity in output or (identity in start and start[identity][1] == tensor._version)
+            for identity, tensor in _storages(values).items()
+        )
+
+    def finished(self, layer: int | None) -> None:
+        """Remove the inputs of layers up to `layer`, whose statistics are complete and stored."""
+        if layer is not None:
+            folders = self.folder.glob("layer-*")
+            self._remove(x for x in folders if int(x.name.removeprefix("layer-")) <= layer)
+
+    def stop_saving(self) -> None:
+        """Save nothing more, and remove what was saved."""
+        self.is_saving = False
+        self._remove(self.folder.glob("layer-*"))
+
+    def _remove(self, folders: Iterable[Path]) -> None:
+        for folder in folders:
+            for batch in self.batches:  # other ranks remove theirs
+                (folder / self._name(batch)).unlink(missing_ok=True)
+
+    def _name(self, batch: int) -> str:
+        return f"batch-{batch:05d}.safetensors"
+
+    def _file(self, layer: int, batch: int) -> Path:
+        return self.folder / f"layer-{layer:05d}" / self._name(batch)
+
+    def _save(self, call: int, layer: int, output: Any, given: Any) -> None:
+        tensors: list[torch.Tensor] = []
+        metadata = {OUTPUT: json.dumps(_encode(output, tensors)), INPUTS: digest_of(given)}
+        file = self._file(layer, self.batches[call])
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial")
+        copies = {str(number): tensor.cpu().clone() for number, tensor in enumerate(tensors)}
+        save_file(copies, partial, metadata)
+        os.replace(partial, file)
+
+    def _digest(self, call: int) -> str:
+        with safe_open(self._file(self.first, self.batches[call]), framework="pt") as file:
+            return str(file.metadata()[INPUTS])
+
+    def _read(self, call: int, *, has_data: bool) -> Any:
+        """Return a stored output on the model's device, or tensors of its shapes without data."""
+        with safe_open(self._file(self.first, self.batches[call]), framework="pt") as file:
+
+            def tensor(name: str) -> torch.Tensor:
+                stored: torch.Tensor = file.get_tensor(name)
+                return stored.to(self.device).clone() if has_data else stored.to("meta")
+
+            return _decode(json.loads(file.metadata()[OUTPUT]), tensor)
+
+
+def _storages(values: Any) -> dict[int, torch.Tensor]:
+    return {tensor.untyped_storage()._cdata: tensor for tensor in tensors_in(values)}
+
+
+def _encode(value: Any, tensors: list[torch.Tensor]) -> Any:
+    """Describe a value in JSON; its tensors are appended to `tensors`."""
+    if type(value) is torch.Tensor and value.is_contiguous():
+        tensors.append(value)
+        return {"tensor": str(len(tensors) - 1)}
+    if type(value) in PLAIN:
+        return {"plain": value}
+    if type(value) in (tuple, list):
+        return {type(value).__name__: [_encode(item, tensors) for item in value]}
+    raise UnstorableError
+
+
+def _decode(value: Mapping[str, Any], tensor: Any) -> Any:
+    """Make the value that `_encode` described; `tensor` returns a tensor by its name."""
+    ((kind, content),) = value.items()
+    match kind:
+        case "tensor":
+            return tensor(content)
+        case "plain":
+            return content
+        case "tuple":
+            return tuple(_decode(item, tensor) for item in content)
+        case _:
+            return [_decode(item, tensor) for item in content]
+
+
+def digest_of(value: Any) -> str:
+    """Return a digest of a value: of all tensors in it, and of all that objects hold.
+
+    Functions and modules count by their names. A value of which nothing is known gives another
+    digest in every process.
+    """
+    digest = xxhash.xxh3_128()
+    for piece in _pieces(value, set()):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _pieces(value: Any, seen: set[int]) -> Iterator[Any]:
+    if isinstance(value, torch.Tensor):
+        yield f"{type(value)} {value.dtype} {tuple(value.shape)} {value.stride()}".encode()
+        if value.is_meta:
+            yield b"without data"
+        else:
+            yield value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    elif isinstance(value, tuple | list):
+        yield f"{type(value)} {len(value)}".encode()
+        for item in value:
+            yield from _pieces(item, seen)
+    elif isinstance(value, dict):
+        yield f"{type(value)} {len(value)}".encode()
+        for key, item in value.items():
+            yield repr(key).encode()
+            yield from _pieces(item, seen)
+    elif isinstance(value, nn.Module | FunctionType | BuiltinFunctionType | MethodType | type):
+        yield f"{type(value)} {getattr(value, '__qualname__', '')}".encode()
+    elif hasattr(value, "__dict__"):
+        yield str(type(value)).encode()
+        if id(value) not in seen:
+            seen.add(id(value))
+            yield from _pieces(vars(value), seen)
+    else:
+        yield f"{type(value)} {value!r}".encode()
