@@ -29,7 +29,8 @@ GROUP = 4
 class GroupedInt8(TensorCodec):
     """`<key>_q` I8 and `<key>_s` F32, a scale for four rows: of matrices and of fused experts."""
 
-    name = "grouped INT8"
+    name = "grouped_int8"
+    title = "grouped INT8"
     may_be_quantized_from = True
 
     def __init__(self) -> None:
@@ -101,7 +102,7 @@ def test_a_quantized_source_is_quantized_through_its_codec(
     wanted = fourfold.quantize(folder, tmp_path / "wanted", RECIPE)
     result = fourfold.quantize(tmp_path / "encoded", tmp_path / "out", RECIPE)
     assert result.clean, str(result.report)
-    assert f"weights are decoded from {codec.name}" in result.plan.notes
+    assert f"weights are decoded from {codec.title}" in result.plan.notes
     assert len(result.linears) == len(wanted.linears) > 0
     tensors, wanted_tensors = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "wanted")
     assert tensors.keys() == wanted_tensors.keys()

@@ -134,8 +134,8 @@ class DecodedSource(Source):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        names = dict.fromkeys(codec.name for codec in self._codecs.values())
-        return (f"weights are decoded from {', '.join(names)}", *self.stored.notes)
+        titles = dict.fromkeys(codec.title for codec in self._codecs.values())
+        return (f"weights are decoded from {', '.join(titles)}", *self.stored.notes)
 
     def slab(self, key: str, start: int, stop: int, out: Bytes | None = None) -> torch.Tensor:
         if not self._is_decoded(key):
@@ -190,9 +190,9 @@ class DecodedSource(Source):
 
     def _claim(self, codecs: Iterable[TensorCodec]) -> set[str]:
         """Let codecs claim tensors; the stored tensors that are not presented."""
-        names, left, hidden = [], dict(self.stored.tensors), set[str]()
+        titles, left, hidden = [], dict(self.stored.tensors), set[str]()
         for codec in codecs:
-            names.append(codec.name)
+            titles.append(codec.title)
             weights = codec.claim(self.stored.config, left)
             self.weights |= weights
             self._codecs |= dict.fromkeys(weights, codec)
@@ -201,14 +201,14 @@ class DecodedSource(Source):
             left = {key: info for key, info in left.items() if key not in taken}
         if not self.weights:
             raise SourceError(
-                f"{self.folder}: holds no {' or '.join(names)} weights. Give a folder that "
+                f"{self.folder}: holds no {' or '.join(titles)} weights. Give a folder that "
                 "fourfold wrote; transformers' from_pretrained loads others."
             )
         for key, info in left.items():
             if key not in hidden and _looks_quantized(info):
                 raise SourceError(
                     f"{key} in {info.file.name}: {info.dtype}, of a layer that is quantized "
-                    f"otherwise than to {' or '.join(names)}. It cannot be decoded here."
+                    f"otherwise than to {' or '.join(titles)}. It cannot be decoded here."
                 )
         return hidden
 

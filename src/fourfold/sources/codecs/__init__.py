@@ -1,9 +1,5 @@
-"""The codecs that quantized checkpoints can be read with, by name."""
+"""The ways in which quantized checkpoints store their weights."""
 
-from __future__ import annotations
+from fourfold.sources.codecs.base import CODECS, EncodedWeight, ReadRows, TensorCodec, presented
 
-from fourfold.sources.codecs.base import TensorCodec
-from fourfold.sources.codecs.modelopt_nvfp4 import ModelOptNVFP4
-
-CODECS: dict[str, TensorCodec] = {codec.name: codec for codec in (ModelOptNVFP4(),)}
-"""Every codec by its name. A tensor belongs to the first one that claims it."""
+__all__ = ["CODECS", "EncodedWeight", "ReadRows", "TensorCodec", "presented"]

@@ -8,7 +8,7 @@ read, and says under which name, dtype and shape it presents each weight. Later 
 range of rows of one weight. A weight has any number of dimensions: a fused tensor of experts
 [experts, in, out] is one weight, whose rows are experts.
 
-To add a codec, write one module with a subclass and put an instance into `CODECS`.
+To add a codec, write one module with a subclass and name it in `CODECS`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from fourfold.formats.registry import Registry
 from fourfold.storage.safetensors_header import TensorInfo, nbytes_of
 from fourfold.storage.source import Slab
 
@@ -54,12 +55,14 @@ class TensorCodec(ABC):
     """One way to store quantized weights.
 
     Attributes:
-        name: The codec's name in messages, and its key in `CODECS`.
+        name: The codec's key in `CODECS`.
+        title: What messages call weights in this form.
         may_be_quantized_from: True if a checkpoint in this form is a sensible source for
             quantization; `plan` refuses all others.
     """
 
     name: ClassVar[str]
+    title: ClassVar[str]
     may_be_quantized_from: ClassVar[bool] = False
 
     @abstractmethod
@@ -97,6 +100,12 @@ class TensorCodec(ABC):
     def hidden(self, tensors: Mapping[str, TensorInfo]) -> Collection[str]:
         """Return further tensors that exist for quantization only, such as scales of KV caches."""
         return ()
+
+
+CODECS: Registry[TensorCodec] = Registry(
+    {"modelopt_nvfp4": "fourfold.sources.codecs.modelopt_nvfp4:ModelOptNVFP4"}
+)
+"""The codecs by name. A tensor belongs to the first one that claims it."""
 
 
 def presented(

@@ -34,7 +34,8 @@ from fourfold.storage.safetensors_header import TensorInfo
 class ModelOptNVFP4(TensorCodec):
     """Reads NVFP4 weights of linear layers. They are not quantized again: that loses twice."""
 
-    name = "NVFP4 (ModelOpt)"
+    name = "modelopt_nvfp4"
+    title = "NVFP4 (ModelOpt)"
 
     def claim(
         self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
