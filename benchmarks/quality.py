@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from fourfold import load, quantize
+from fourfold.config import Runtime
 from fourfold.embedded import heldout_text, model_dir
 from fourfold.evaluation.demo import WINDOW, Comparison, compare
 from fourfold.models.tokenizer import load_tokenizer
@@ -44,7 +45,7 @@ def measure(
         recipe = folder / f"{name}.yaml"
         text = Recipe.load(OWN[name]).to_yaml()
         recipe.write_text(text.replace("activations: none", "activations: {format: nvfp4}"))
-    result = quantize(model_dir(), folder / name, recipe, threads=1)
+    result = quantize(model_dir(), folder / name, recipe, runtime=Runtime(threads=1))
     assert result.clean, str(result)
     is_w4a4 = bool(result.plan.sites)
     model = load(folder / name, dtype=torch.float32, simulate_activations=is_w4a4)

@@ -30,6 +30,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from fourfold.config import OutputConfig, Runtime
+
 RECIPE = "w4a16_nvfp4_experts_only_mse"
 CHUNK = 1 << 24
 
@@ -145,11 +147,12 @@ def median(
 def memory_of_fold(model: Path, out: Path, threads: int) -> tuple[float, float]:
     """Peak resident GB of the job in a process of its own, and of its imports and plan alone."""
     program = (
-        "import sys; from fourfold import api\n"
+        "import sys; from fourfold import OutputConfig, Runtime, api\n"
         "from fourfold.distributed.machine import peak_resident\n"
         "base = peak_resident()\n"
-        f"api.quantize({str(model)!r}, {str(out)!r}, {RECIPE!r}, threads={threads}, "
-        "overwrite=True, verified=sys.argv[1] == 'verified')\n"
+        f"api.quantize({str(model)!r}, {str(out)!r}, {RECIPE!r}, "
+        f"runtime=Runtime(threads={threads}), "
+        "output=OutputConfig(overwrite=True, verify=sys.argv[1] == 'verified'))\n"
         "print(base / 1e9, peak_resident() / 1e9)"
     )
     peaks = []
@@ -186,7 +189,9 @@ def measure(folder: Path, layers: int, threads: int, runs: int) -> dict[str, flo
     def copy() -> None:
         copy_bytes(model, folder / "scratch", work.nbytes_after)
 
-    quantize(model, out, RECIPE, threads=threads, overwrite=True)  # compiles, warms the cache
+    quantize(
+        model, out, RECIPE, runtime=Runtime(threads=threads), output=OutputConfig(overwrite=True)
+    )  # compiles, warms the cache
     kernel = kernel_alone(threads) * layers
     figures: dict[str, float | int | str] = {"kernel": kernel}
     figures["verify"] = median(lambda: verify(out, source=source, threads=threads), 3)

@@ -24,6 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from fourfold.config import OutputConfig
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 FLAGS = (
     "--headless",
@@ -156,8 +158,8 @@ def _example(scratch: Path) -> Path:
         scratch / "fourfold-embedded",
         scratch / "out",
         recipe="nvfp4_default_mse-fp8_kv",
-        calib=[str(text)],
-        verified=False,
+        calibration=[str(text)],
+        output=OutputConfig(verify=False),
     )
     return scratch / "out"
 

@@ -10,12 +10,14 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from functools import cache
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from fourfold.config import CalibrationConfig, OutputConfig, Runtime
 from fourfold.events import Event
 
 MODEL = "qwen3_moe"
@@ -23,6 +25,18 @@ W4A16, W4A4 = "w4a16_nvfp4_experts_only_mse", "nvfp4_default_mse-fp8_kv"
 
 DURABLE = ("replace", "fsync", "unlink", "pwrite", "write", "ftruncate", "mkdir")
 """What a job does to a disk: the system's calls between which it can be killed."""
+
+
+CONFIGS = {"calibration": CalibrationConfig, "runtime": Runtime, "output": OutputConfig}
+
+
+def flat(**options: Any) -> dict[str, Any]:
+    """Keyword arguments of `fourfold.quantize`, with its config objects spelled as their fields."""
+    for name, config in CONFIGS.items():
+        own = {field.name for field in fields(config)} & options.keys()
+        if own:
+            options[name] = config(**{key: options.pop(key) for key in own})
+    return options
 
 
 @cache
@@ -35,7 +49,7 @@ def _processes() -> Any:
 
 
 def start(*arguments: Any, kill_at: int = 0, **options: Any) -> Any:
-    """Begin `fourfold.quantize(*arguments, **options)`.
+    """Begin `fourfold.quantize(*arguments, **flat(**options))`.
 
     kill_at: the job kills itself before it changes the disk for this time; never for 0.
     """
@@ -52,7 +66,7 @@ def _run(arguments: Any, options: Mapping[str, Any], kill_at: int) -> None:
     torch.set_num_threads(1)
     if kill_at:
         _kill_at(kill_at)
-    fourfold.quantize(*arguments, **options)
+    fourfold.quantize(*arguments, **flat(**options))
     os._exit(0)
 
 

@@ -14,7 +14,8 @@ from transformers import PreTrainedConfig
 import fourfold
 from families import FAMILIES, Truth, write_checkpoint
 from fourfold.api import plan
-from jobs import ids_file
+from fourfold.config import CalibrationConfig, Runtime
+from jobs import flat, ids_file
 from nvfp4_folders import tensors_of
 
 Written = Callable[[str], tuple[Path, Truth]]
@@ -44,7 +45,9 @@ def test_headroom_is_a_power_of_two(
         file = tmp_path / f"{name}.yaml"
         file.write_text(f"activations: {{amax: {amax}}}\nquantize: [experts]\n")
         options = {"calib": [calib], "calib_seq": 24, "threads": 1}
-        assert fourfold.quantize(written("qwen3_moe")[0], tmp_path / name, file, **options).clean
+        assert fourfold.quantize(
+            written("qwen3_moe")[0], tmp_path / name, file, **flat(**options)
+        ).clean
         found[name] = {
             key: float(value)
             for key, value in tensors_of(tmp_path / name).items()
@@ -60,9 +63,12 @@ def test_scales_are_what_plain_hooks_give(written: Written, calib: Path, tmp_pat
 
     folder, _ = written("qwen3_moe")
     result = fourfold.quantize(
-        folder, tmp_path / "out", WIDEST, calib=[calib], calib_size=9, calib_seq=24,
-        batch_size=3, threads=1,
-    )  # fmt: skip
+        folder,
+        tmp_path / "out",
+        WIDEST,
+        calibration=CalibrationConfig(calib=[calib], calib_size=9, calib_seq=24, batch_size=3),
+        runtime=Runtime(threads=1),
+    )
     tensors = tensors_of(tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     amax: dict[str, float] = defaultdict(float)
@@ -94,9 +100,9 @@ def test_scales_are_what_plain_hooks_give(written: Written, calib: Path, tmp_pat
 
 
 def batches_of(folder: Path, calib: Path) -> list[dict[str, torch.Tensor]]:
-    from fourfold.calibration.data import CalibrationOptions, load_calibration
+    from fourfold.calibration.data import load_calibration
 
-    options = CalibrationOptions((str(calib),), size=9, seq=24, batch_size=3)
+    options = CalibrationConfig(calib, calib_size=9, calib_seq=24, batch_size=3)
     data = load_calibration(folder, options, vocab_size=96)
     return [
         {"input_ids": each.input_ids, "attention_mask": each.attention_mask}
@@ -115,7 +121,11 @@ def test_values_that_are_keys(calib: Path, tmp_path: Path) -> None:
 
     write_checkpoint(replace(family, build_config=build_config), tmp_path / "model")
     result = fourfold.quantize(
-        tmp_path / "model", tmp_path / "out", WIDEST, calib=[calib], calib_seq=24, threads=1
+        tmp_path / "model",
+        tmp_path / "out",
+        WIDEST,
+        calibration=CalibrationConfig(calib=[calib], calib_seq=24),
+        runtime=Runtime(threads=1),
     )
     assert result.clean, str(result.report)
     attention = "model.language_model.layers.1.self_attn"

@@ -15,6 +15,7 @@ import torch
 
 import fourfold
 from families import Truth
+from fourfold.config import OutputConfig, Runtime
 from nvfp4_folders import tensors_of
 
 F32 = np.float32
@@ -120,7 +121,7 @@ def check(family: str, truth: Truth, out: Path, choose) -> None:
 )
 def test_bytes_are_those_of_the_formulas(family, recipe, choose, written, tmp_path: Path) -> None:
     folder, truth = written(family)
-    fourfold.quantize(folder, tmp_path / "out", recipe, verified=False)
+    fourfold.quantize(folder, tmp_path / "out", recipe, output=OutputConfig(verify=False))
     check(family, truth, tmp_path / "out", choose)
 
 
@@ -128,7 +129,10 @@ def test_bytes_do_not_depend_on_threads(written, tmp_path: Path) -> None:
     folder, _ = written("qwen3_5_moe_vl")
     for threads in (1, 3):
         fourfold.quantize(
-            folder, tmp_path / str(threads), "w4a16_nvfp4_default_mse", threads=threads
+            folder,
+            tmp_path / str(threads),
+            "w4a16_nvfp4_default_mse",
+            runtime=Runtime(threads=threads),
         )
     files = sorted(path.name for path in (tmp_path / "1").iterdir())
     assert files == sorted(path.name for path in (tmp_path / "3").iterdir())

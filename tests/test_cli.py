@@ -166,7 +166,7 @@ def test_device_memory(
     run, written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quantize = ("quantize", written("qwen3_moe")[0], tmp_path / "out", "--device", "cpu")
-    check_error(run(*quantize, "--device-memory", "0"), 2, "device_memory=0: give more than 0")
+    check_error(run(*quantize, "--device-memory", "0"), 2, "--device-memory 0: give a whole number")
     check_error(run(*quantize, "--device-memory=-1"), 2, "--device-memory -1.0: give a number")
     check_error(run(*quantize, "--device-memory", "nan"), 2, "--device-memory nan: give a number")
     check_error(run(*quantize, "--device-memory", "much"), 2, "Invalid value")
@@ -394,7 +394,7 @@ def test_disk_full(
     assert not list((tmp_path / "out").glob("*.json"))
     monkeypatch.undo()
     code, out, _ = run("quantize", written("qwen3_moe")[0], tmp_path / "out")
-    assert (code, "going on with an unfinished run" in out) == (0, True)
+    assert (code, "resuming an unfinished run" in out) == (0, True)
 
 
 @contextmanager

@@ -79,9 +79,9 @@ def test_json_is_one_document(run: Run, written: Written, ids: Path, tmp_path: P
     ("arguments", "words"),
     [
         (["--calib", "missing.jsonl"], ["missing.jsonl"]),
-        (["--calib-size", "0"], ["--calib-size 0", "from 1 on"]),
-        (["--calib-seq", "1"], ["--calib-seq 1", "from 2 on"]),
-        (["--batch-size", "0"], ["--batch-size 0", "from 1 on"]),
+        (["--calib-size", "0"], ["--calib-size 0", "at least 1"]),
+        (["--calib-seq", "1"], ["--calib-seq 1", "at least 2"]),
+        (["--batch-size", "0"], ["--batch-size 0", "at least 1"]),
         (["--packing", "loose"], ["loose", "packed"]),
         (["--calib-seq", "100000"], ["100000"]),
         (["--device", "tpu"], ["'tpu'", "cpu, cuda, cuda:N or auto"]),

@@ -17,6 +17,7 @@ import torch
 
 import fourfold
 from families import FAMILIES, LAYOUTS, Truth
+from fourfold.config import OutputConfig
 from fourfold.errors import SourceError, UsageError
 from fourfold.sources.decoded import open_decoded
 from fourfold.sources.safetensors import open_source
@@ -41,7 +42,7 @@ def made(written: Written, tmp_path_factory: pytest.TempPathFactory) -> Made:
     @cache
     def make(name: str) -> Path:
         out = tmp_path_factory.mktemp(f"{name}-out") / "out"
-        fourfold.quantize(written(name)[0], out, RECIPE, verified=False)
+        fourfold.quantize(written(name)[0], out, RECIPE, output=OutputConfig(verify=False))
         return out
 
     return make

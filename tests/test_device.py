@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 import fourfold
 from executing import assert_same_shards, execute
 from families import FAMILIES, Truth
+from fourfold.config import OutputConfig, Runtime
 from fourfold.events import BackendChosen, Event, Resumed, ShardWritten, WarningIssued
 from fourfold.execution import backend, streams
 from fourfold.execution import gpu as gpu_backend
@@ -32,7 +33,7 @@ from fourfold.formats import dispatch, nvfp4
 from fourfold.formats.dispatch import Choice, Kernel
 from fourfold.planning import Limits
 from fourfold.sources.safetensors import SafetensorsFolder
-from jobs import W4A4, W4A16, assert_same, ids_file, only
+from jobs import W4A4, W4A16, assert_same, flat, ids_file, only
 
 Written = Callable[[str], tuple[Path, Truth]]
 DEFAULT = "w4a16_nvfp4_default_mse"
@@ -63,7 +64,13 @@ def host_made(tmp_path_factory: pytest.TempPathFactory, written: Written) -> Cal
     def make(name: str, recipe: str) -> Path:
         out = tmp_path_factory.mktemp("host") / "out"
         with on_host():
-            fourfold.quantize(written(name)[0], out, recipe, threads=2, verified=False)
+            fourfold.quantize(
+                written(name)[0],
+                out,
+                recipe,
+                runtime=Runtime(threads=2),
+                output=OutputConfig(verify=False),
+            )
         return out
 
     return make
@@ -92,8 +99,8 @@ class Counted:
 
 
 def quantized(model: Path, out: Path, recipe: str = W4A16, **options: Any) -> fourfold.Result:
-    options = {"threads": 2, "verified": False, "device": "cpu", **options}
-    return fourfold.quantize(model, out, recipe, **options)
+    options = {"threads": 2, "verify": False, "device": "cpu", **options}
+    return fourfold.quantize(model, out, recipe, **flat(**options))
 
 
 @pytest.mark.usefixtures("on_gpu_path")
@@ -460,8 +467,11 @@ def test_a_fallback_is_told_once(
     monkeypatch.setattr(dispatch, "choice_for_weights", lambda target: fallback)
     events: list[Event] = []
     result = quantized(
-        written("mixtral")[0], tmp_path / "out", device_memory=1_000_000, on_event=events.append,
-    )  # fmt: skip
+        written("mixtral")[0],
+        tmp_path / "out",
+        device_memory=1_000_000,
+        on_event=events.append,
+    )
     heard = [event.text for event in events if isinstance(event, WarningIssued)]
     assert heard == ["numba kernels: on the CPU, since triton is not installed"]
     assert result.warnings == tuple(heard)
@@ -480,7 +490,7 @@ def test_kernels_that_cannot_be_compiled_are_a_fallback(
     def warm_up(*_: Any) -> None:
         raise RuntimeError("Failed to find C compiler.\n  Set CC.")
 
-    monkeypatch.setattr("fourfold.api.warm_up_device", warm_up)
+    monkeypatch.setattr("fourfold.run.warm_up.warm_up_device", warm_up)
     result = quantized(written("mixtral")[0], tmp_path / "out")
     assert_same(tmp_path / "out", host_made("mixtral", W4A16))
     (warning,) = result.warnings

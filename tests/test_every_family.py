@@ -21,12 +21,13 @@ import torch
 
 import fourfold
 from families import FAMILIES, LAYOUTS, Truth
+from fourfold.config import CalibrationConfig, Runtime
 from fourfold.events import PlanMade
 from fourfold.models.inventory import Inventory
 from fourfold.models.inventory_builder import take_inventory
 from fourfold.planning import Plan
 from fourfold.sources.safetensors import open_source
-from jobs import ids_file, only
+from jobs import flat, ids_file, only
 from nvfp4_folders import (
     Tensors,
     dequantized,
@@ -87,7 +88,7 @@ def test_every_family(name: str, written: Written, calib: Path, tmp_path: Path) 
         refused(folder, out, *UNCALIBRATED[name], options)
         inventory = check_weights(name, written, out, WEIGHTS_ONLY[1])
     else:
-        result = fourfold.quantize(folder, out, WIDEST, **options)
+        result = fourfold.quantize(folder, out, WIDEST, **flat(**options))
         assert result.clean, str(result.report)
         check_output(name, written, out, result)
         check_scales(plans[0], out, WIDEST, result)
@@ -97,7 +98,7 @@ def test_every_family(name: str, written: Written, calib: Path, tmp_path: Path) 
 
 def refused(folder: Path, out: Path, error: type[Exception], words: str, options: dict) -> None:
     with pytest.raises(error, match=words):
-        fourfold.quantize(folder, out, WIDEST, **options)
+        fourfold.quantize(folder, out, WIDEST, **flat(**options))
     assert not out.exists()
 
 
@@ -246,12 +247,9 @@ def test_other_recipes_with_activations(
         written(name)[0],
         tmp_path / "out",
         recipe,
-        calib=[calib],
-        calib_size=9,
-        calib_seq=24,
-        batch_size=3,
-        threads=1,
         on_event=only(PlanMade, lambda event: plans.append(event.plan)),
+        calibration=CalibrationConfig(calib=[calib], calib_size=9, calib_seq=24, batch_size=3),
+        runtime=Runtime(threads=1),
     )
     assert result.clean, str(result.report)
     check_scales(plans[0], tmp_path / "out", recipe, result)

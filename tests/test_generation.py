@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fourfold
 from families import Truth
+from fourfold.config import OutputConfig
 from fourfold.embedded import model_dir
 from fourfold.errors import ModelError, ResourceError, SourceError, UsageError
 from fourfold.evaluation import generation
@@ -33,7 +34,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model's experts in NVFP4 (W4A16)."""
     folder = tmp_path_factory.mktemp("embedded") / "out"
-    fourfold.quantize(model_dir(), folder, "w4a16_nvfp4_experts_only", verified=False)
+    fourfold.quantize(
+        model_dir(), folder, "w4a16_nvfp4_experts_only", output=OutputConfig(verify=False)
+    )
     return folder
 
 
@@ -53,7 +56,7 @@ def pair(written: Written, tmp_path_factory: pytest.TempPathFactory) -> Callable
         shutil.copytree(written(name)[0], source)
         for file in TOKENIZER_FILES:
             shutil.copy(model_dir() / file, source)
-        fourfold.quantize(source, half, "w4a16_nvfp4_default", verified=False)
+        fourfold.quantize(source, half, "w4a16_nvfp4_default", output=OutputConfig(verify=False))
         return source, with_input_scales(half, folder / "out", lambda _: 6 / 2688)
 
     return make

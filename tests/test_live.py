@@ -32,6 +32,7 @@ from torch.distributed.tensor import DTensor
 import fourfold
 from families import FAMILIES, LAYOUTS, quiet, read_back, write_checkpoint
 from families.configs import tiny_config
+from fourfold.config import Runtime
 from fourfold.errors import SourceError, UsageError
 from fourfold.models.inventory_builder import take_inventory
 from fourfold.sources.live.source import LiveSource
@@ -207,7 +208,7 @@ def test_offloaded_to_disk_by_transformers(name: str, written, streamed, tmp_pat
         model = load(name, folder, device_map={"": "disk"}, offload_folder=tmp_path / "off")
     assert all(value.is_meta for value in model.parameters())
     live = LiveSource(model)
-    fourfold.quantize(live, tmp_path / "out", RECIPE, threads=3)
+    fourfold.quantize(live, tmp_path / "out", RECIPE, runtime=Runtime(threads=3))
     assert len(live._values._recent) <= KEPT
     live.close()
     assert_same_files(tmp_path / "out", streamed(name))

@@ -14,7 +14,9 @@ from torch import multiprocessing
 
 import fourfold
 from families import FAMILIES, Truth, quiet, read_back
-from fourfold.calibration.data import Batch, CalibrationOptions, load_calibration
+from fourfold.calibration.data import Batch, load_calibration
+from fourfold.config import CalibrationConfig, Runtime
+from jobs import flat
 from ranks import leave_together
 
 Written = Callable[[str], tuple[Path, Truth]]
@@ -32,7 +34,7 @@ def ids_file(folder: Path) -> Path:
 
 
 def batches_of(model_folder: Path, ids: Path) -> tuple[Batch, ...]:
-    options = CalibrationOptions((str(ids),), size=12, seq=24, batch_size=3)
+    options = CalibrationConfig(ids, calib_size=12, calib_seq=24, batch_size=3)
     return load_calibration(model_folder, options, vocab_size=96).batches
 
 
@@ -56,7 +58,9 @@ def streamed(
             folder, base = written(name)[0], tmp_path_factory.mktemp(name)
             ids = ids_file(base)
             out = base / "out"
-            assert fourfold.quantize(folder, out, RECIPE, calib=[ids], threads=1, **SIZES).clean
+            assert fourfold.quantize(
+                folder, out, RECIPE, **flat(calib=[ids], threads=1, **SIZES)
+            ).clean
             made[name] = folder, out, batches_of(folder, ids)
         return made[name]
 
@@ -83,7 +87,7 @@ def test_the_streamed_bytes(name: str, streamed, tmp_path: Path) -> None:
     model.train()
     before = {path: module.__dict__.keys() for path, module in model.named_modules()}
     result = fourfold.quantize(
-        model, tmp_path / "out", RECIPE, forward_loop=loop_over(batches), threads=1
+        model, tmp_path / "out", RECIPE, forward_loop=loop_over(batches), runtime=Runtime(threads=1)
     )
     assert result.clean, str(result.report)
     assert differences(out, tmp_path / "out") == []
@@ -98,7 +102,9 @@ def test_calibration_data_serve_instead_of_a_loop(streamed, tmp_path: Path) -> N
     folder, out, _ = streamed("qwen3_moe")
     model, _ = read_back(FAMILIES["qwen3_moe"], folder)
     ids = ids_file(tmp_path)
-    result = fourfold.quantize(model, tmp_path / "out", RECIPE, calib=[ids], threads=1, **SIZES)
+    result = fourfold.quantize(
+        model, tmp_path / "out", RECIPE, **flat(calib=[ids], threads=1, **SIZES)
+    )
     assert result.clean
     assert differences(out, tmp_path / "out") == []
 
@@ -111,7 +117,9 @@ def test_a_loop_that_generates(streamed, tmp_path: Path) -> None:
     def loop(model: Any) -> None:
         model.generate(batches[0].input_ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
 
-    result = fourfold.quantize(model, tmp_path / "out", RECIPE, forward_loop=loop, threads=1)
+    result = fourfold.quantize(
+        model, tmp_path / "out", RECIPE, forward_loop=loop, runtime=Runtime(threads=1)
+    )
     assert result.clean, str(result.report)
     assert result.statistics.data.tokens == batches[0].input_ids.numel() + 3 * 3
     assert len(result.statistics.kv) == 3
@@ -127,12 +135,14 @@ def test_a_loop_that_fails(error: type[BaseException], streamed, tmp_path: Path)
         raise error("enough")
 
     with pytest.raises(error, match="enough"):
-        fourfold.quantize(model, tmp_path / "out", RECIPE, forward_loop=loop, threads=1)
+        fourfold.quantize(
+            model, tmp_path / "out", RECIPE, forward_loop=loop, runtime=Runtime(threads=1)
+        )
     assert not (tmp_path / "out").exists()
     assert not any(module._forward_pre_hooks for module in model.modules())
     loop_again = loop_over(batches)
     assert fourfold.quantize(
-        model, tmp_path / "out", RECIPE, forward_loop=loop_again, threads=1
+        model, tmp_path / "out", RECIPE, forward_loop=loop_again, runtime=Runtime(threads=1)
     ).clean
     assert differences(out, tmp_path / "out") == []
 
@@ -141,12 +151,12 @@ def test_what_does_not_go_together(streamed, tmp_path: Path) -> None:
     folder, _, batches = streamed("qwen3_moe")
     model, _ = read_back(FAMILIES["qwen3_moe"], folder)
     loop, to = loop_over(batches), tmp_path / "out"
-    with pytest.raises(fourfold.UsageError, match="only for a model of transformers in memory"):
+    with pytest.raises(fourfold.UsageError, match="only for a transformers model in memory"):
         fourfold.quantize(folder, to, RECIPE, forward_loop=loop)
     with pytest.raises(fourfold.UsageError, match="quantizes no activations"):
         fourfold.quantize(model, to, "w4a16_nvfp4_experts_only", forward_loop=loop)
     with pytest.raises(fourfold.UsageError, match="not both"):
-        fourfold.quantize(model, to, RECIPE, forward_loop=loop, calib=["x.jsonl"])
+        fourfold.quantize(model, to, RECIPE, forward_loop=loop, calibration=["x.jsonl"])
     with pytest.raises(fourfold.ObservationError, match="never called"):
         fourfold.quantize(model, to, RECIPE, forward_loop=lambda model: None)
     assert not to.exists()
@@ -156,7 +166,7 @@ def test_offloaded_to_disk_by_accelerate(streamed, tmp_path: Path) -> None:
     folder, out, batches = streamed("gpt_oss")
     model = offloaded("gpt_oss", folder, tmp_path)
     result = fourfold.quantize(
-        model, tmp_path / "out", RECIPE, forward_loop=loop_over(batches), threads=2
+        model, tmp_path / "out", RECIPE, forward_loop=loop_over(batches), runtime=Runtime(threads=2)
     )
     assert result.clean, str(result.report)
     assert differences(out, tmp_path / "out") == []
@@ -165,10 +175,14 @@ def test_offloaded_to_disk_by_accelerate(streamed, tmp_path: Path) -> None:
 def test_offloaded_undecorated_experts(written: Written, tmp_path: Path) -> None:
     folder = written("llama4")[0]
     ids = ids_file(tmp_path)
-    assert fourfold.quantize(folder, tmp_path / "a", RECIPE, calib=[ids], threads=1, **SIZES).clean
+    assert fourfold.quantize(
+        folder, tmp_path / "a", RECIPE, **flat(calib=[ids], threads=1, **SIZES)
+    ).clean
     model = offloaded("llama4", folder, tmp_path)
     loop = loop_over(batches_of(folder, ids))
-    assert fourfold.quantize(model, tmp_path / "b", RECIPE, forward_loop=loop, threads=1).clean
+    assert fourfold.quantize(
+        model, tmp_path / "b", RECIPE, forward_loop=loop, runtime=Runtime(threads=1)
+    ).clean
     assert differences(tmp_path / "a", tmp_path / "b") == []
 
 
@@ -199,7 +213,9 @@ def test_a_loop_that_goes_on_from_its_own_cache(streamed, tmp_path: Path) -> Non
     found = {}
     for name, loop in (("whole", whole), ("halves", halves)):
         model, _ = read_back(FAMILIES["qwen3_moe"], folder, dtype=torch.float32)
-        result = fourfold.quantize(model, tmp_path / name, RECIPE, forward_loop=loop, threads=1)
+        result = fourfold.quantize(
+            model, tmp_path / name, RECIPE, forward_loop=loop, runtime=Runtime(threads=1)
+        )
         assert result.clean
         found[name] = result.statistics
     assert found["halves"].data.tokens == found["whole"].data.tokens
@@ -222,7 +238,7 @@ def test_masks_that_are_given_by_position(streamed, tmp_path: Path) -> None:
     ):
         model, _ = read_back(FAMILIES["qwen3_moe"], folder)
         result = fourfold.quantize(
-            model, tmp_path / str(number), RECIPE, forward_loop=loop, threads=1
+            model, tmp_path / str(number), RECIPE, forward_loop=loop, runtime=Runtime(threads=1)
         )
         found.append(result.statistics.to_bytes())
         assert result.statistics.data.tokens == int(mask.sum())
@@ -253,9 +269,9 @@ def test_calibration_data_for_models_that_are_called_otherwise(
     folder, ids = written(name)[0], ids_file(tmp_path)
     recipe = "nvfp4_experts_only"
     options = {"calib": [ids], "threads": 1, **SIZES}
-    assert fourfold.quantize(folder, tmp_path / "a", recipe, **options).clean
+    assert fourfold.quantize(folder, tmp_path / "a", recipe, **flat(**options)).clean
     model, _ = read_back(FAMILIES[name], folder)
-    assert fourfold.quantize(model, tmp_path / "b", recipe, **options).clean
+    assert fourfold.quantize(model, tmp_path / "b", recipe, **flat(**options)).clean
     assert differences(tmp_path / "a", tmp_path / "b") == []
     one, other = (tmp_path / x / "calibration.safetensors" for x in "ab")
     assert one.read_bytes() == other.read_bytes()
@@ -294,7 +310,7 @@ def run_failing(rank: int, failure: str, folder: Path, tmp_path: Path) -> None:
 def failing(rank: int, failure: str, folder: Path, tmp_path: Path) -> None:
     from torch.distributed.fsdp import fully_shard
 
-    from fourfold import api as pipeline
+    from fourfold.run import preflight
     from fourfold.storage.shard_file import ShardFile
 
     model, _ = read_back(FAMILIES["qwen3_moe"], folder)
@@ -312,12 +328,14 @@ def failing(rank: int, failure: str, folder: Path, tmp_path: Path) -> None:
     if failure == "sync" and rank == 0:
         ShardFile.finish = broken  # type: ignore[method-assign]
     if failure == "plan" and rank == 1:
-        pipeline.check_room = broken
+        preflight.check_room = broken
     if failure == "nan" and rank == 1:
         from fourfold.calibration import observers
 
         observers._row_amax = lambda x: torch.full(x.shape[:-1], torch.inf)
-    fourfold.quantize(model, tmp_path / "out", RECIPE, forward_loop=loop, threads=1)
+    fourfold.quantize(
+        model, tmp_path / "out", RECIPE, forward_loop=loop, runtime=Runtime(threads=1)
+    )
 
 
 def test_sharded_by_fsdp2_over_two_ranks(streamed, tmp_path: Path) -> None:
@@ -347,7 +365,11 @@ def sharded(rank: int, name: str, folder: Path, tmp_path: Path) -> str:
     fully_shard(model)
     mine = [Batch(*pair) for pair in torch.load(tmp_path / "batches")][rank::2]
     result = fourfold.quantize(
-        model, tmp_path / "out", RECIPE, forward_loop=loop_over(tuple(mine)), threads=1
+        model,
+        tmp_path / "out",
+        RECIPE,
+        forward_loop=loop_over(tuple(mine)),
+        runtime=Runtime(threads=1),
     )
     if rank == 0 and not (result.clean and result.statistics.data.samples == 12):
         return str(result)

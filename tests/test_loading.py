@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import fourfold
 from families import FAMILIES, LAYOUTS, Truth
 from families.truth import experts_of, flatten, linears_of
+from fourfold.config import OutputConfig
 from fourfold.errors import ModelError, ResourceError, SourceError, UsageError
 from fourfold.evaluation import loading
 from numerics.activation_oracle import rounded
@@ -49,7 +50,7 @@ def made(written: Written, tmp_path_factory: pytest.TempPathFactory) -> Made:
     @cache
     def make(name: str, recipe: str = EXPERTS) -> Path:
         out = tmp_path_factory.mktemp(f"{name}-out") / "out"
-        fourfold.quantize(written(name)[0], out, recipe, verified=False)
+        fourfold.quantize(written(name)[0], out, recipe, output=OutputConfig(verify=False))
         return out
 
     return make
@@ -262,9 +263,7 @@ def test_linear_layers_are_given_rounded_inputs(name: str, w4a4: Made) -> None:
         """Sees what the layer is given before it is rounded."""
 
         def hook(module: nn.Linear, args: tuple[Tensor]) -> None:
-            expected = F.linear(
-                rounded(args[0], scale_of(path)), module.weight, module.bias
-            )  # fmt: skip
+            expected = F.linear(rounded(args[0], scale_of(path)), module.weight, module.bias)
             wanted.append((module, expected))
 
         return hook

@@ -13,6 +13,7 @@ import pytest
 
 import fourfold
 from families import Truth
+from fourfold.config import OutputConfig
 from fourfold.distributed.ranks import Alone
 from fourfold.planning import cut
 from fourfold.storage.run_state import RunState
@@ -28,7 +29,7 @@ def test_there_and_back(name: str, written: Written, tmp_path: Path) -> None:
     made = {}
     for shards in (1, 2, 5):
         made[shards] = tmp_path / f"made{shards}"
-        fourfold.quantize(written(name)[0], made[shards], W4A16, shards=shards)
+        fourfold.quantize(written(name)[0], made[shards], W4A16, output=OutputConfig(shards=shards))
     for before in made:
         for after in made:
             out = tmp_path / f"{before}-{after}"
@@ -47,12 +48,16 @@ def parts(
 
     def make(recipe: str = W4A16, folder: str = "parts") -> list[Path]:
         out = tmp_path / folder
-        fourfold.quantize(written("qwen3_moe")[0], out / "whole", recipe, shards=2)
+        fourfold.quantize(
+            written("qwen3_moe")[0], out / "whole", recipe, output=OutputConfig(shards=2)
+        )
         names = sorted((out / "whole").glob("*.safetensors"))
         with monkeypatch.context() as patch:  # stop before OUT becomes a checkpoint
             patch.setattr("fourfold.run.job.Job._finish", stop)
             with pytest.raises(KeyboardInterrupt):
-                fourfold.quantize(written("qwen3_moe")[0], out / "0", recipe, shards=2)
+                fourfold.quantize(
+                    written("qwen3_moe")[0], out / "0", recipe, output=OutputConfig(shards=2)
+                )
         shutil.copytree(out / "0", out / "1")
         for number, name in enumerate(names):
             forget(out / str(number % 2), name.name)

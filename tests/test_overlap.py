@@ -11,6 +11,7 @@ import pytest
 
 import fourfold
 from families import Truth
+from fourfold.config import OutputConfig, Runtime
 from fourfold.execution import Arena
 from fourfold.formats import nvfp4
 from fourfold.planning import DEFAULT_LIMITS
@@ -68,11 +69,13 @@ def test_a_slow_disk_does_not_stop_who_computes(
     monkeypatch.setattr(SafetensorsFolder, "slab", reading.around(SafetensorsFolder.slab, wait))
     monkeypatch.setattr(nvfp4, "quantize_into", computing.around(nvfp4.quantize_into))
     monkeypatch.setattr(ShardFile, "write", writing.around(ShardFile.write))
-    fourfold.quantize(written("mixtral")[0], tmp_path / "out", W4A16, threads=threads)
+    fourfold.quantize(
+        written("mixtral")[0], tmp_path / "out", W4A16, runtime=Runtime(threads=threads)
+    )
     monkeypatch.undo()
     assert computing.most <= threads
     assert reading.most <= threads + DEFAULT_LIMITS.waiting
-    fourfold.quantize(written("mixtral")[0], tmp_path / "plain", W4A16, threads=1)
+    fourfold.quantize(written("mixtral")[0], tmp_path / "plain", W4A16, runtime=Runtime(threads=1))
     assert_same(tmp_path / "out", tmp_path / "plain")
 
 
@@ -88,7 +91,7 @@ def test_who_reads_does_not_run_ahead(
         make(self)
 
     monkeypatch.setattr(Arena, "__init__", counted)
-    fourfold.quantize(written("mixtral")[0], tmp_path / "out", W4A16, threads=2)
+    fourfold.quantize(written("mixtral")[0], tmp_path / "out", W4A16, runtime=Runtime(threads=2))
     assert len(arenas) == 2 + DEFAULT_LIMITS.waiting
 
 
@@ -119,7 +122,9 @@ def test_a_disk_that_syncs_slowly_holds_the_workers_up(
     monkeypatch.setattr(ShardFile, "__init__", begun)
     monkeypatch.setattr(ShardFile, "finish", slow)
     model = written("qwen3_moe")[0]
-    result = fourfold.quantize(model, tmp_path / "out", W4A16, shards=40, threads=1)
+    result = fourfold.quantize(
+        model, tmp_path / "out", W4A16, runtime=Runtime(threads=1), output=OutputConfig(shards=40)
+    )
     limits = DEFAULT_LIMITS
     most = limits.lookahead + 1 + limits.waiting + limits.unsynced
     assert unsynced[1] <= most + 1

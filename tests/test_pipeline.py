@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import fourfold
 from families import Truth
-from fourfold import api as pipeline
+from fourfold.config import CalibrationConfig, Runtime
 from fourfold.events import (
     BackendChosen,
     BytesVerified,
@@ -29,6 +29,9 @@ from fourfold.events import (
     WritingBegan,
 )
 from fourfold.run import job
+from fourfold.run.verify_written import check_ledger
+from fourfold.storage.output import OutputFolder
+from jobs import flat
 
 Written = Callable[[str], tuple[Path, Truth]]
 EXPERTS = "w4a16_nvfp4_experts_only_mse"
@@ -36,12 +39,12 @@ EXPERTS = "w4a16_nvfp4_experts_only_mse"
 
 def test_public_names() -> None:
     assert set(fourfold.__all__) == {
-        "CalibrationError", "Converted", "Event", "Finding", "FourfoldError", "ModelError",
-        "NonFiniteError",
-        "ObservationError", "OutputError", "Plan",
-        "PlanError", "Recipe", "RecipeError", "Report", "ResourceError", "Result", "SourceError",
-        "Statistics", "UnreadableError", "UsageError", "WeightLostError",
-        "__version__", "convert", "load", "merge", "plan", "quantize", "verify",
+        "CalibrationConfig", "CalibrationError", "Converted", "Event", "Finding", "FourfoldError",
+        "Generation", "Merged", "ModelError", "NonFiniteError", "ObservationError", "OutputConfig",
+        "OutputError", "Plan", "PlanError", "Recipe", "RecipeError", "Report", "ResourceError",
+        "Result", "Runtime", "SourceError", "Statistics", "UnreadableError", "UsageError",
+        "WeightLostError", "__version__", "convert", "generate", "load", "merge", "plan",
+        "quantize", "verify",
     }  # fmt: skip
     for name in fourfold.__all__:
         assert getattr(fourfold, name) is not None
@@ -79,7 +82,11 @@ def test_results_are_typed_and_print(written: Written, tmp_path: Path) -> None:
 def test_events(written: Written, tmp_path: Path) -> None:
     events: list[Event] = []
     fourfold.quantize(
-        written("mixtral")[0], tmp_path / "out", EXPERTS, threads=2, on_event=events.append
+        written("mixtral")[0],
+        tmp_path / "out",
+        EXPERTS,
+        on_event=events.append,
+        runtime=Runtime(threads=2),
     )
     kinds = list(dict.fromkeys(type(event) for event in events))
     assert kinds == [
@@ -93,19 +100,14 @@ def test_events(written: Written, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("field", ["compared_linears", "copied_tensors"])
-def test_a_ledger_that_does_not_close(
-    field: str, written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    verify = pipeline.verify
-
-    def forgetful(*arguments: object, **options: object) -> fourfold.Report:
-        report = verify(*arguments, **options)  # type: ignore[arg-type]
-        short = replace(report.counts, **{field: getattr(report.counts, field) - 1})
-        return replace(report, counts=short)
-
-    monkeypatch.setattr(pipeline, "verify", forgetful)
+def test_a_ledger_that_does_not_close(field: str, written: Written, tmp_path: Path) -> None:
+    result = fourfold.quantize(written("mixtral")[0], tmp_path / "out", EXPERTS)
+    assert result.report is not None
+    counts = result.report.counts
+    short = replace(result.report, counts=replace(counts, **{field: getattr(counts, field) - 1}))
+    folder = OutputFolder(tmp_path / "out")
     with pytest.raises(fourfold.FourfoldError, match=r"36 linear weights and .* planned"):
-        fourfold.quantize(written("mixtral")[0], tmp_path / "out", EXPERTS)
+        check_ledger(result.plan, list(result.linears), short, folder)
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -188,9 +190,12 @@ def test_a_shard_that_cannot_be_synced_ends_the_run_at_once(
     monkeypatch.setattr(ShardFile, "finish", full)
     with pytest.raises(fourfold.OutputError, match="the disk is full"):
         fourfold.quantize(
-            written("qwen3_moe")[0], tmp_path / "out", "nvfp4_experts_only", calib=[ids(tmp_path)],
-            calib_seq=24, threads=1,
-        )  # fmt: skip
+            written("qwen3_moe")[0],
+            tmp_path / "out",
+            "nvfp4_experts_only",
+            calibration=CalibrationConfig(calib=[ids(tmp_path)], calib_seq=24),
+            runtime=Runtime(threads=1),
+        )
     assert loaded in ([None, 0], [None, 0, 1])
     assert not (tmp_path / "out").exists()
 
@@ -215,9 +220,12 @@ def test_names_that_are_no_unicode(written: Written, tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xe9")
     model = Path(shutil.copytree(written("qwen3_moe")[0], tmp_path / name))
     result = fourfold.quantize(
-        model, tmp_path / "out", "nvfp4_experts_only", calib=[ids(tmp_path, f"{name}.jsonl")],
-        calib_seq=24, threads=1,
-    )  # fmt: skip
+        model,
+        tmp_path / "out",
+        "nvfp4_experts_only",
+        calibration=CalibrationConfig(calib=[ids(tmp_path, f"{name}.jsonl")], calib_seq=24),
+        runtime=Runtime(threads=1),
+    )
     assert result.clean
     assert result.statistics is not None
     assert result.statistics.data.origin == "caf\\xe9.jsonl"
@@ -227,17 +235,20 @@ def test_names_that_are_no_unicode(written: Written, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"calib_size": 4}, "--calib-size"),
-        ({"calib_seq": 4}, "--calib-seq"),
-        ({"threads": 0}, "threads=0"),
-        ({"threads": -1}, "threads=-1"),
+        ({"calib_size": 4}, "Remove `calib_size`"),
+        ({"calib_seq": 4}, "Remove `calib_seq`"),
+        ({"threads": 0}, "`threads=0`: give a whole number of at least 1"),
+        ({"threads": -1}, "`threads=-1`"),
+        ({"shards": 0}, "`shards=0`"),
+        ({"device_memory": 0}, "`device_memory=0`"),
+        ({"calib_size": 4, "statistics": "x"}, "`calib_size` has no effect with `statistics`"),
     ],
 )
 def test_what_would_be_ignored_is_refused(
     options: dict[str, int], words: str, written: Written, tmp_path: Path
 ) -> None:
     with pytest.raises(fourfold.UsageError, match=words):
-        fourfold.quantize(written("qwen3_moe")[0], tmp_path / "out", EXPERTS, **options)
+        fourfold.quantize(written("qwen3_moe")[0], tmp_path / "out", EXPERTS, **flat(**options))
     assert not (tmp_path / "out").exists()
 
 
@@ -249,6 +260,6 @@ def test_no_room_for_waiting_activations(
     monkeypatch.setattr(runs, "free_bytes", lambda _: 300_000)
     arguments = (written("qwen3_moe")[0], tmp_path / "out", "nvfp4_experts_only")
     options = {"calib": [ids(tmp_path)], "calib_seq": 24, "threads": 1}
-    assert fourfold.quantize(*arguments, **options).clean
+    assert fourfold.quantize(*arguments, **flat(**options)).clean
     with pytest.raises(fourfold.ResourceError, match="for waiting activations"):
-        fourfold.quantize(*arguments, **options, activation_memory=0, overwrite=True)
+        fourfold.quantize(*arguments, **flat(**options, activation_memory=0, overwrite=True))

@@ -17,6 +17,7 @@ import fourfold
 import large
 from executing import assert_same_shards, execute
 from families import FAMILIES, Truth, write_checkpoint
+from fourfold.config import OutputConfig
 from fourfold.distributed.machine import peak_resident
 from fourfold.evaluation.inspection import inspect
 from fourfold.planning import Action, Limits
@@ -447,7 +448,7 @@ def test_shards_are_split_at_their_limit(written: Written, tmp_path: Path) -> No
     plan = execute(model, tmp_path / "split", EXPERTS, Limits(shard_bytes=10_000))
     shards = list((tmp_path / "split").glob("*.safetensors"))
     assert len(shards) == len(plan.shards) > 10
-    fourfold.quantize(model, tmp_path / "whole", EXPERTS, verified=False)
+    fourfold.quantize(model, tmp_path / "whole", EXPERTS, output=OutputConfig(verify=False))
     tensors = [load_file(file) for file in shards]
     split = {name: tensor for each in tensors for name, tensor in each.items()}
     whole = tensors_of(tmp_path / "whole")

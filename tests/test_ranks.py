@@ -21,6 +21,7 @@ from torch.distributed import TCPStore
 
 import fourfold
 from families import Truth
+from fourfold.config import CalibrationConfig, OutputConfig, Runtime
 from fourfold.distributed.launcher import Launch, launch
 from fourfold.distributed.machine import choose_device
 from fourfold.distributed.ranks import RankFailedError, Together
@@ -29,7 +30,7 @@ from fourfold.events import ShardWritten
 from fourfold.planning import deal
 from fourfold.planning.shards import effort
 from fourfold.run.resume import _check_same
-from jobs import W4A4, W4A16, assert_same, files_of, ids_file, only
+from jobs import W4A4, W4A16, assert_same, files_of, flat, ids_file, only
 
 Written = Callable[[str], tuple[Path, Truth]]
 MODEL = "qwen3_5_moe_vl"
@@ -54,12 +55,20 @@ def torchrun(
     where = node.split() or ["--standalone"]
     return subprocess.Popen(
         [
-            sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", str(ranks),
-            *program, *map(str, arguments),
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            *where,
+            "--nproc-per-node",
+            str(ranks),
+            *program,
+            *map(str, arguments),
         ],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
@@ -106,9 +115,9 @@ def test_the_bytes_of_one_rank(recipe: str, ranks: int, written: Written, tmp_pa
     code, out, err = ended(torchrun(["quantize", model, tmp_path / "out", *line], ranks=ranks))
     assert code == 0, err
     assert out.count("verified") == 1  # one rank speaks
-    assert fourfold.quantize(model, tmp_path / "cut", shards=ranks, **given).clean
+    assert fourfold.quantize(model, tmp_path / "cut", **flat(shards=ranks, **given)).clean
     assert_same(tmp_path / "out", tmp_path / "cut")
-    assert fourfold.quantize(model, tmp_path / "one", **given).clean
+    assert fourfold.quantize(model, tmp_path / "one", **flat(**given)).clean
     fourfold.merge([tmp_path / "out"], tmp_path / "merged")
     assert_same(tmp_path / "merged", tmp_path / "one")
 
@@ -134,9 +143,12 @@ def test_more_ranks_than_there_is_to_do(written: Written, tmp_path: Path) -> Non
     code, _, err = ended(torchrun(arguments, ranks=4))
     assert code == 0, err
     fourfold.quantize(
-        model, tmp_path / "one", "nvfp4_experts_only", calib=[ids], calib_seq=24, calib_size=2,
-        batch_size=1, threads=1,
-    )  # fmt: skip
+        model,
+        tmp_path / "one",
+        "nvfp4_experts_only",
+        calibration=CalibrationConfig(calib=[ids], calib_seq=24, calib_size=2, batch_size=1),
+        runtime=Runtime(threads=1),
+    )
     assert_same(tmp_path / "out", tmp_path / "one")
 
 
@@ -158,7 +170,7 @@ def test_nodes_that_share_no_folder(recipe: str, written: Written, tmp_path: Pat
         assert ("join them with `fourfold merge`" in out) == (node == 0)
         assert not list((tmp_path / f"node{node}").glob("*.json"))
     fourfold.merge([tmp_path / "node1", tmp_path / "node0"], tmp_path / "merged")
-    fourfold.quantize(model, tmp_path / "one", **given)
+    fourfold.quantize(model, tmp_path / "one", **flat(**given))
     assert_same(tmp_path / "merged", tmp_path / "one")
     for missing, words in ((0, "its run is not finished, or"), (1, "lies in none of these")):
         with pytest.raises(fourfold.SourceError, match=words):
@@ -215,7 +227,9 @@ def test_a_rank_that_fails_ends_all(failure: str, written: Written, tmp_path: Pa
     assert not list(out.glob("*.json"))
     has_finished = bool(list(out.glob("*.safetensors")))
     fourfold.quantize(model, out, W4A16)
-    fourfold.quantize(model, tmp_path / "other", W4A16, shards=2 if has_finished else 1)
+    fourfold.quantize(
+        model, tmp_path / "other", W4A16, output=OutputConfig(shards=2 if has_finished else 1)
+    )
     assert_same(out, tmp_path / "other")
 
 
@@ -237,7 +251,9 @@ def test_ranks_that_go_on_with_another_job(written: Written, tmp_path: Path) -> 
     """It is refused, and what is there stays as it is."""
     model, out = written(MODEL)[0], tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        fourfold.quantize(model, out, W4A16, shards=2, on_event=only(ShardWritten, stop))
+        fourfold.quantize(
+            model, out, W4A16, on_event=only(ShardWritten, stop), output=OutputConfig(shards=2)
+        )
     before = {name: data for name, data in files_of(out).items() if "rank-" not in name}
     assert before
     code, _, err = ended(torchrun(["quantize", model, out, "-r", "w4a16_nvfp4_experts_only"]))

@@ -16,11 +16,10 @@ import pytest
 
 import fourfold
 from families import Truth
-from fourfold import api as pipeline
-from fourfold.events import Event, Resumed, ShardWritten
+from fourfold.events import Event, PlanMade, Resumed, ShardWritten
 from fourfold.sources.safetensors import SafetensorsFolder
 from fourfold.storage.run_state import RunState
-from jobs import MODEL, W4A4, W4A16, assert_same, files_of, ids_file, only, start
+from jobs import MODEL, W4A4, W4A16, assert_same, files_of, flat, ids_file, only, start
 
 Written = Callable[[str], tuple[Path, Truth]]
 
@@ -33,7 +32,7 @@ def job(written: Written, tmp_path_factory: pytest.TempPathFactory) -> Callable[
     def make(recipe: str) -> tuple[dict[str, Any], Path, float]:
         if recipe not in made:
             folder = tmp_path_factory.mktemp("unbroken")
-            options: dict[str, Any] = {"recipe": recipe, "threads": 1, "verified": False}
+            options: dict[str, Any] = {"recipe": recipe, "threads": 1, "verify": False}
             if recipe == W4A4:
                 options |= {"calib": [ids_file(folder)], "calib_seq": 24, "batch_size": 3}
             for name in ("out", "again"):  # the second run has everything warm
@@ -133,7 +132,7 @@ def stopped(model: Path, out: Path, options: dict[str, Any], shards: int) -> Non
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt) as caught:
-        fourfold.quantize(model, out, on_event=only(ShardWritten, stop), **options)
+        fourfold.quantize(model, out, **flat(on_event=only(ShardWritten, stop), **options))
     without = ", without --overwrite" if options.get("overwrite") else ""
     assert caught.value.__notes__[0].endswith(f"the same command goes on from there{without}.")
 
@@ -144,7 +143,7 @@ def test_what_is_finished_is_not_made_again(
 ) -> None:
     options, unbroken = job(recipe)[0] | {"shards": 4}, tmp_path / "unbroken"
     model, out = written(MODEL)[0], tmp_path / "out"
-    fourfold.quantize(model, unbroken, **options)
+    fourfold.quantize(model, unbroken, **flat(**options))
     stopped(model, out, options, 2)
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
     assert 2 <= len(before) <= 8  # some were on their way to the disk
@@ -157,9 +156,7 @@ def test_what_is_finished_is_not_made_again(
 
     monkeypatch.setattr(SafetensorsFolder, "slab", counted)
     events: list[Event] = []
-    fourfold.quantize(
-        model, out, on_event=events.append, **options
-    )  # fmt: skip
+    fourfold.quantize(model, out, **flat(on_event=events.append, **options))
     assert_same(out, unbroken)
     summary = json.loads((out / "quant_summary.json").read_bytes())["shards"]
     assert [event for event in events if isinstance(event, Resumed)] == [
@@ -181,9 +178,9 @@ def test_all_that_was_left_is_the_end(job, written: Written, tmp_path: Path, mon
     with monkeypatch.context() as patch:
         patch.setattr("fourfold.run.job.write_rest", raise_full)
         with pytest.raises(fourfold.OutputError):
-            fourfold.quantize(model, out, **options)
+            fourfold.quantize(model, out, **flat(**options))
     monkeypatch.setattr(SafetensorsFolder, "slab", None)
-    fourfold.quantize(model, out, **options)
+    fourfold.quantize(model, out, **flat(**options))
     assert_same(out, unbroken)
 
 
@@ -210,10 +207,10 @@ def test_a_side_file_that_cannot_be_read(
     opened = Path.open
     monkeypatch.setattr(Path, "open", broken)
     with pytest.raises(fourfold.SourceError, match=r"model/notes\.txt: cannot be read: Input"):
-        fourfold.quantize(model, out, **options)
+        fourfold.quantize(model, out, **flat(**options))
     monkeypatch.undo()
     assert not (out / "config.json").exists()
-    fourfold.quantize(model, out, **options)
+    fourfold.quantize(model, out, **flat(**options))
     assert files_of(out).keys() == files_of(unbroken).keys() | {"notes.txt"}
 
 
@@ -286,7 +283,7 @@ def test_what_is_torn_is_made_again(
     model, out = written(MODEL)[0], tmp_path / "out"
     stopped(model, out, options, 2)
     spoil(out)
-    fourfold.quantize(model, out, **options)
+    fourfold.quantize(model, out, **flat(**options))
     assert_same(out, unbroken)
 
 
@@ -323,13 +320,13 @@ def test_another_job_does_not_go_on(change: str, job, written: Written, tmp_path
     make, words = CHANGES[change]
     make(model, options)
     with pytest.raises(fourfold.OutputError, match=words) as caught:
-        fourfold.quantize(model, out, **options)
+        fourfold.quantize(model, out, **flat(**options))
     assert "unfinished run of something else" in str(caught.value)
     assert "--overwrite to start over" in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 2
     assert files_of(out) == before
-    fourfold.quantize(model, out, overwrite=True, **options)
-    fourfold.quantize(model, tmp_path / "other", **options)
+    fourfold.quantize(model, out, **flat(overwrite=True, **options))
+    fourfold.quantize(model, tmp_path / "other", **flat(**options))
     assert_same(out, tmp_path / "other")
 
 
@@ -341,7 +338,7 @@ def test_another_version_does_not_go_on(
     stopped(model, out, options, 2)
     monkeypatch.setattr("fourfold.reporting.summary.__version__", "9.9")
     with pytest.raises(fourfold.OutputError, match=r"versions\.fourfold: .* → 9\.9"):
-        fourfold.quantize(model, out, **options)
+        fourfold.quantize(model, out, **flat(**options))
 
 
 def test_other_calibration_does_not_go_on(job, written: Written, tmp_path: Path) -> None:
@@ -349,9 +346,9 @@ def test_other_calibration_does_not_go_on(job, written: Written, tmp_path: Path)
     model, out = written(MODEL)[0], tmp_path / "out"
     stopped(model, out, options, 2)
     with pytest.raises(fourfold.OutputError, match=r"calibration\.data\.digest: .* → "):
-        fourfold.quantize(model, out, **options | {"calib_seq": 20})
+        fourfold.quantize(model, out, **flat(**options | {"calib_seq": 20}))
     with pytest.raises(fourfold.OutputError, match=r"calibration\.threads: 1 → 2"):
-        fourfold.quantize(model, out, **options | {"threads": 2})
+        fourfold.quantize(model, out, **flat(**options | {"threads": 2}))
 
 
 def test_a_run_that_finished_nothing_binds_nobody(job, written: Written, tmp_path: Path) -> None:
@@ -362,18 +359,18 @@ def test_a_run_that_finished_nothing_binds_nobody(job, written: Written, tmp_pat
     process.join()
     assert process.exitcode == -9
     assert (out / ".fourfold" / "run.json").exists()
-    fourfold.quantize(model, out, **options)
+    fourfold.quantize(model, out, **flat(**options))
     assert_same(out, unbroken)
 
 
 def test_statistics_that_are_given_go_on_too(job, written: Written, tmp_path: Path) -> None:
     _, unbroken, _ = job(W4A4)
     given = {
-        "recipe": W4A4, "verified": False, "calibration": unbroken / "calibration.safetensors",
+        "recipe": W4A4, "verify": False, "calibration": unbroken / "calibration.safetensors",
     }  # fmt: skip
     model, out = written(MODEL)[0], tmp_path / "out"
     stopped(model, out, given | {"threads": 1}, 2)
-    fourfold.quantize(model, out, threads=2, **given)  # the bytes do not depend on threads
+    fourfold.quantize(model, out, **flat(threads=2, **given))  # the bytes do not depend on threads
     assert_same(out, unbroken)
 
 
@@ -384,9 +381,9 @@ def test_threads_are_those_that_a_run_began_with(job, written: Written, tmp_path
     stopped(model, out, options, 2)
     del options["threads"]
     resumed: list[Resumed] = []
-    fourfold.quantize(model, out, on_event=only(Resumed, resumed.append), **options)
+    fourfold.quantize(model, out, **flat(on_event=only(Resumed, resumed.append), **options))
     assert resumed
-    fourfold.quantize(model, tmp_path / "other", threads=2, **options)
+    fourfold.quantize(model, tmp_path / "other", **flat(threads=2, **options))
     assert_same(out, tmp_path / "other")
 
 
@@ -403,14 +400,14 @@ def test_two_processes_on_one_folder(job, written: Written, tmp_path: Path) -> N
     first.lock("token")
     for overwrite in (False, True):
         with pytest.raises(fourfold.OutputError) as caught:
-            fourfold.quantize(model, out, overwrite=overwrite, **options)
+            fourfold.quantize(model, out, **flat(overwrite=overwrite, **options))
         text = str(caught.value)
         assert f"process {os.getpid()} on {os.uname().nodename} is writing it." in text
         assert "Wait for it, stop it, or choose another folder." in text
     state = [".fourfold", "rank-00000.json", "rank-00000.lock"]
     assert sorted(path.name for path in out.rglob("*")) == state
     first.release()
-    fourfold.quantize(model, out, **options)
+    fourfold.quantize(model, out, **flat(**options))
     assert_same(out, unbroken)
 
 
@@ -485,27 +482,23 @@ def test_a_folder_that_is_taken_away(job, written: Written, tmp_path: Path) -> N
             assert process.exitcode == 0
 
     with pytest.raises(fourfold.OutputError, match="removed or moved away while it was written"):
-        fourfold.quantize(model, out, on_event=only(ShardWritten, replace), **options)
+        fourfold.quantize(model, out, **flat(on_event=only(ShardWritten, replace), **options))
     assert_same(out, unbroken)
 
 
-def test_a_checkpoint_that_appears_meanwhile(
-    job, written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_that_appears_meanwhile(job, written: Written, tmp_path: Path) -> None:
     """What was empty when the command began is looked at again when the folder is locked."""
     options, unbroken, _ = job(W4A16)
     model, out = written(MODEL)[0], tmp_path / "out"
-    plan = pipeline.make_plan
 
-    def slow(*arguments: Any, **given: Any) -> Any:
+    def write_meanwhile(_: PlanMade) -> None:
         process = start(model, out, **options)
         process.join()
         assert process.exitcode == 0
-        return plan(*arguments, **given)
 
-    monkeypatch.setattr(pipeline, "make_plan", slow)
+    other = options | {"recipe": "w4a16_nvfp4_experts_only"}
     with pytest.raises(fourfold.OutputError, match="not empty"):
-        fourfold.quantize(model, out, **options | {"recipe": "w4a16_nvfp4_experts_only"})
+        fourfold.quantize(model, out, on_event=only(PlanMade, write_meanwhile), **flat(**other))
     assert_same(out, unbroken)
 
 
@@ -513,7 +506,7 @@ def test_a_checkpoint_about_to_be_replaced(job, written: Written, tmp_path: Path
     """Killed before `--overwrite` has removed anything, it is as well protected as before."""
     options, unbroken, _ = job(W4A16)
     model, out = written(MODEL)[0], tmp_path / "out"
-    fourfold.quantize(model, out, **options)
+    fourfold.quantize(model, out, **flat(**options))
     number, before = 1, files_of(out)
     while True:
         process = start(model, out, kill_at=number, overwrite=True, **options)
@@ -523,10 +516,10 @@ def test_a_checkpoint_about_to_be_replaced(job, written: Written, tmp_path: Path
             break
         assert {name: data for name, data in files_of(out).items() if name in before} == before
         with pytest.raises(fourfold.OutputError, match="not empty"):
-            fourfold.quantize(model, out, **options)
+            fourfold.quantize(model, out, **flat(**options))
         number += 1
     assert number > 3
-    fourfold.quantize(model, out, **options)
+    fourfold.quantize(model, out, **flat(**options))
     assert_same(out, unbroken)
 
 
@@ -541,7 +534,7 @@ def test_statistics_that_cannot_be_read(job, written: Written, tmp_path: Path) -
         "layer-00001.safetensors",
     ]
     os.truncate(files[1], 100)
-    fourfold.quantize(model, out, **options)
+    fourfold.quantize(model, out, **flat(**options))
     assert_same(out, unbroken)
 
 
@@ -558,7 +551,7 @@ def test_a_run_that_nobody_can_read(text: str, job, written: Written, tmp_path: 
     before = files_of(out)
     for overwrite in (False, True):
         with pytest.raises(fourfold.OutputError, match="empty this one yourself"):
-            fourfold.quantize(model, out, overwrite=overwrite, **options)
+            fourfold.quantize(model, out, **flat(overwrite=overwrite, **options))
     assert files_of(out) == before
 
 
@@ -569,7 +562,7 @@ def test_a_shard_that_became_a_link(job, written: Written, tmp_path: Path) -> No
     shard = next(iter(sorted(out.glob("*.safetensors"))))
     shard.rename(tmp_path / "elsewhere")
     shard.symlink_to(tmp_path / "elsewhere")
-    fourfold.quantize(model, out, **options)
+    fourfold.quantize(model, out, **flat(**options))
     assert not shard.is_symlink()
     assert_same(out, unbroken)
 
@@ -585,9 +578,9 @@ def test_clocks_do_not_matter(job, written: Written, tmp_path: Path) -> None:
     for number, path in enumerate(sorted(out.rglob("*"))):
         os.utime(path, (4e9, 4e9) if number % 2 else (0, 0))
     resumed: list[Resumed] = []
-    fourfold.quantize(model, out, on_event=only(Resumed, resumed.append), **options)
+    fourfold.quantize(model, out, **flat(on_event=only(Resumed, resumed.append), **options))
     assert resumed
-    fourfold.quantize(model, tmp_path / "other", **options)
+    fourfold.quantize(model, tmp_path / "other", **flat(**options))
     assert_same(out, tmp_path / "other")
 
 
@@ -606,8 +599,8 @@ def test_a_source_that_changes_meanwhile(how: str, job, written: Written, tmp_pa
                 touched(model, options)
 
     with pytest.raises(fourfold.SourceError, match=r"model\.safetensors: (changed|disappeared)"):
-        fourfold.quantize(model, out, on_event=only(ShardWritten, change), **options)
+        fourfold.quantize(model, out, **flat(on_event=only(ShardWritten, change), **options))
     assert not list(out.glob("*.json"))
     if how == "changed":
         with pytest.raises(fourfold.OutputError, match="Changed since"):
-            fourfold.quantize(model, out, **options)
+            fourfold.quantize(model, out, **flat(**options))

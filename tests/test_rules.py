@@ -10,6 +10,7 @@ import torch
 
 import fourfold
 from families import Truth
+from fourfold.config import CalibrationConfig, OutputConfig
 from fourfold.layouts import LAYOUTS
 from fourfold.planning import Scheme
 from fourfold.recipes import Recipe
@@ -47,7 +48,7 @@ def test_each_rule_has_its_algorithm(written: Written, tmp_path: Path) -> None:
     both = "quantize: [experts, attention, lm_head]"
     for scale in ("max", "mse"):
         file = recipe(tmp_path, f"weights: {{scale: {scale}}}\n{both}", scale)
-        fourfold.quantize(model, tmp_path / scale, file, verified=False)
+        fourfold.quantize(model, tmp_path / scale, file, output=OutputConfig(verify=False))
     tensors, alone = (
         tensors_of(tmp_path / "out"),
         {x: tensors_of(tmp_path / x) for x in ("max", "mse")},
@@ -91,9 +92,7 @@ rules:
         model,
         tmp_path / "out",
         recipe(tmp_path, text % same),
-        calib=[ids_file(tmp_path)],
-        calib_seq=24,
-        calib_size=4,
+        calibration=CalibrationConfig(calib=[ids_file(tmp_path)], calib_seq=24, calib_size=4),
     )
     assert result.clean, result.report
     headrooms = {(x.role, result.plan.scheme_of(x).headroom) for x in result.plan.linears}

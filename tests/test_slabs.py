@@ -13,6 +13,7 @@ import torch
 import fourfold
 from conftest import Written
 from families import FAMILIES, read_back
+from fourfold.config import OutputConfig
 from fourfold.sources.cached import CachedTensors
 from fourfold.sources.decoded import open_decoded
 from fourfold.sources.live.source import LiveSource
@@ -34,7 +35,7 @@ def cached(written: Written, tmp_path: Path) -> Source:
 
 def decoded(written: Written, tmp_path: Path) -> Source:
     """Fused experts, transposed, next to tensors that are copied."""
-    fourfold.quantize(written("gpt_oss")[0], tmp_path / "out", verified=False)
+    fourfold.quantize(written("gpt_oss")[0], tmp_path / "out", output=OutputConfig(verify=False))
     return open_decoded(tmp_path / "out")
 
 

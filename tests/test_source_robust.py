@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import fourfold
 from families import Truth
+from fourfold.config import Runtime
 from fourfold.errors import FourfoldError, SourceError
 from fourfold.sources.safetensors import open_source
 from fourfold.storage import fingerprints as stamps_module
@@ -100,7 +101,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def quantized(folder: Path, out: Path) -> dict[str, bytes]:
     """Quantize and verify; nothing may be written but `out`."""
     before = snapshot(folder)
-    result = fourfold.quantize(folder, out, RECIPE, threads=1)
+    result = fourfold.quantize(folder, out, RECIPE, runtime=Runtime(threads=1))
     assert result.clean, str(result.report)
     assert fourfold.verify(out, source=folder).clean
     assert snapshot(folder) == before
@@ -393,10 +394,19 @@ def test_a_config_with_infinity(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "two words", "Modell-Größe-模型-🦙", "line\nbreak", "[0-9]*?{a,b}", "100%d %s", "-dash",
-        "a'b\"c", "$HOME ~", "back\\slash", "[bold]x[red]", os.fsdecode(b"not-utf-8-\xff"),
+        "two words",
+        "Modell-Größe-模型-🦙",
+        "line\nbreak",
+        "[0-9]*?{a,b}",
+        "100%d %s",
+        "-dash",
+        "a'b\"c",
+        "$HOME ~",
+        "back\\slash",
+        "[bold]x[red]",
+        os.fsdecode(b"not-utf-8-\xff"),
     ],
-)  # fmt: skip
+)
 def test_folders_with_odd_names(name: str, model: Path, tmp_path: Path) -> None:
     """Source and output; the same bytes as under a plain name."""
     expected = quantized(model, tmp_path / "plain")

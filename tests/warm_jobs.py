@@ -13,6 +13,7 @@ import torch
 
 import fourfold
 from families import FAMILIES, write_checkpoint
+from fourfold.config import CalibrationConfig, Runtime
 from jobs import MODEL, W4A4, W4A16, ids_file
 
 torch.set_num_threads(1)
@@ -22,7 +23,11 @@ with tempfile.TemporaryDirectory() as name:
     model = folder / "model"
     model.mkdir()
     write_checkpoint(FAMILIES[MODEL], model)
-    fourfold.quantize(model, folder / "a", W4A16, threads=1)
+    fourfold.quantize(model, folder / "a", W4A16, runtime=Runtime(threads=1))
     fourfold.quantize(
-        model, folder / "b", W4A4, calib=[ids_file(folder)], calib_seq=24, calib_size=1, threads=1
+        model,
+        folder / "b",
+        W4A4,
+        calibration=CalibrationConfig(calib=[ids_file(folder)], calib_seq=24, calib_size=1),
+        runtime=Runtime(threads=1),
     )

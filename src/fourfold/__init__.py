@@ -33,42 +33,54 @@ from fourfold.errors import (
 )
 
 if TYPE_CHECKING:
-    from fourfold.api import Result, plan, quantize
+    from fourfold.api import convert, generate, load, merge, plan, quantize, verify
     from fourfold.calibration.statistics import Statistics
-    from fourfold.evaluation.loading import load
+    from fourfold.config import CalibrationConfig, OutputConfig, Runtime
+    from fourfold.evaluation.generation import Generation
     from fourfold.events import Event
     from fourfold.planning import Plan
     from fourfold.recipes import Recipe
-    from fourfold.run.convert import Converted, convert
-    from fourfold.run.merge import merge
-    from fourfold.verification import Finding, Report, verify
+    from fourfold.run.convert import Converted
+    from fourfold.run.merge import Merged
+    from fourfold.run.result import Result
+    from fourfold.verification import Finding, Report
 
 _LAZY = {
-    "convert": "fourfold.run.convert",
+    "CalibrationConfig": "fourfold.config",
     "Converted": "fourfold.run.convert",
     "Event": "fourfold.events",
-    "load": "fourfold.evaluation.loading",
-    "merge": "fourfold.run.merge",
-    "plan": "fourfold.api",
-    "quantize": "fourfold.api",
-    "Result": "fourfold.api",
+    "Finding": "fourfold.verification",
+    "Generation": "fourfold.evaluation.generation",
+    "Merged": "fourfold.run.merge",
+    "OutputConfig": "fourfold.config",
     "Plan": "fourfold.planning",
     "Recipe": "fourfold.recipes",
-    "Statistics": "fourfold.calibration.statistics",
-    "verify": "fourfold.verification",
     "Report": "fourfold.verification",
-    "Finding": "fourfold.verification",
+    "Result": "fourfold.run.result",
+    "Runtime": "fourfold.config",
+    "Statistics": "fourfold.calibration.statistics",
+    "convert": "fourfold.api",
+    "generate": "fourfold.api",
+    "load": "fourfold.api",
+    "merge": "fourfold.api",
+    "plan": "fourfold.api",
+    "quantize": "fourfold.api",
+    "verify": "fourfold.api",
 }
 
 __all__ = [
+    "CalibrationConfig",
     "CalibrationError",
     "Converted",
     "Event",
     "Finding",
     "FourfoldError",
+    "Generation",
+    "Merged",
     "ModelError",
     "NonFiniteError",
     "ObservationError",
+    "OutputConfig",
     "OutputError",
     "Plan",
     "PlanError",
@@ -77,6 +89,7 @@ __all__ = [
     "Report",
     "ResourceError",
     "Result",
+    "Runtime",
     "SourceError",
     "Statistics",
     "UnreadableError",
@@ -84,6 +97,7 @@ __all__ = [
     "WeightLostError",
     "__version__",
     "convert",
+    "generate",
     "load",
     "merge",
     "plan",

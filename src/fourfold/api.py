@@ -1,144 +1,49 @@
-"""The whole job: resolve, plan, check, fold, write, verify."""
+"""The functions of the library: arguments in, results out.
+
+    plan ─▶ quantize ─▶ verify ─▶ load, generate
+                 └────▶ merge            convert
+
+`quantize` is the pipeline on one screen; each step is a module of `run`.
+"""
 
 from __future__ import annotations
 
-import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from fourfold.calibration.data import CalibrationOptions
 from fourfold.calibration.live import ForwardLoop
 from fourfold.calibration.statistics import Statistics
-from fourfold.distributed.launcher import launch
-from fourfold.distributed.machine import (
-    choose_device,
-    peak_resident,
-    threads_available,
-)
-from fourfold.distributed.ranks import Ranks
-from fourfold.errors import (
-    FourfoldError,
-    UsageError,
-)
-from fourfold.events import BackendChosen, OnEvent, PlanMade, WarningIssued, ignore
-from fourfold.execution import (
-    Kernels,
-    LinearResult,
-    choose_kernels,
-    warm_up,
-    warm_up_device,
-)
+from fourfold.config import CalibrationConfig, OutputConfig, Runtime, output_folder
+from fourfold.distributed.machine import peak_resident
+from fourfold.evaluation import generation
+from fourfold.evaluation.generation import MAX_NEW_TOKENS, Generation
+from fourfold.evaluation.loading import load
+from fourfold.events import OnEvent
 from fourfold.layouts import marker_files
-from fourfold.planning import KVScales, Plan, ScaleGroup, make_plan
+from fourfold.planning import Plan, make_plan
 from fourfold.recipes import DEFAULT_RECIPE, Recipe
+from fourfold.run import convert as conversion
+from fourfold.run import merge as merging
+from fourfold.run.convert import Converted
 from fourfold.run.job import Job, write_rest
-from fourfold.run.preflight import check_placed, check_room
-from fourfold.run.resume import (
-    forward_threads,
-    parts_of,
-)
+from fourfold.run.merge import Merged
+from fourfold.run.preflight import check_placed, prepare
+from fourfold.run.result import Result
+from fourfold.run.session import session
 from fourfold.run.strategies import Observation, choose_run
+from fourfold.run.verify_written import verify_written
 from fourfold.sources.opening import Model, job_ranks, opened
-from fourfold.storage.names import REPORT, SUMMARY
 from fourfold.storage.output import OutputFolder
 from fourfold.storage.source import Source
-from fourfold.storage.units import size
-from fourfold.verification import Report, verify
+from fourfold.verification import Report, verifier
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a finished job did. Prints as the command's closing lines."""
-
-    out: Path
-    plan: Plan
-    linears: tuple[LinearResult, ...]
-    report: Report | None
-    """The verification; None where it was not asked for."""
-    seconds: float
-    peak_resident: int
-    """The process's peak resident memory in bytes."""
-    statistics: Statistics | None = None
-    """What calibration found, or was given; None where nothing was calibrated."""
-
-    unreached_experts: Mapping[str, list[int]] = field(default_factory=dict)
-    """Experts that no calibration token was routed to, by experts module."""
-    ranks: int = 1
-    is_part: bool = False
-    """Whether `out` holds only what some of the ranks wrote; `merge` joins the parts."""
-    kernels: str = ""
-    """Which kernels quantized the weights, and why these."""
-    warnings: tuple[str, ...] = ()
-    """What went otherwise than it was meant: slower kernels, a device without the memory."""
-
-    @property
-    def clean(self) -> bool:
-        """Whether the output was verified without an error."""
-        return self.report is not None and self.report.clean
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return {
-            "out": str(self.out),
-            "recipe": self.plan.recipe.name,
-            "linear_weights_planned": len(self.plan.linears),
-            "linear_weights_quantized": len(self.linears),
-            "bytes_before": self.plan.nbytes,
-            "bytes_after": self.plan.nbytes_after,
-            "calibration": None if self.statistics is None else asdict(self.statistics.data),
-            "unreached_experts": dict(self.unreached_experts),
-            "kernels": self.kernels,
-            "warnings": list(self.warnings),
-            "seconds": round(self.seconds, 3),
-            "peak_resident_bytes": self.peak_resident,
-            "verification": None if self.report is None else self.report.to_dict(),
-        }
-
-    def __str__(self) -> str:
-        planned, done = len(self.plan.linears), len(self.linears)
-        parts = [f"{done:,} / {planned:,} linear weights quantized"]
-        if self.report is not None:
-            counts = self.report.counts
-            parts.append(f"{counts.zero_block_scales:,} zero scales of {counts.block_scales:,}")
-        parts.append(f"{size(self.plan.nbytes_after)} from {size(self.plan.nbytes)}")
-        parts.append(
-            "parts: join them with `fourfold merge`" if self.is_part else _verdict(self.report)
-        )
-        took = f"{self.seconds:,.1f} s, {size(self.peak_resident)} of memory at the peak"
-        lines = [" · ".join(parts), *self._calibration_lines(), took]
-        return "\n".join(lines)
-
-    def _calibration_lines(self) -> Iterator[str]:
-        if self.statistics is None:
-            return
-        data, total = self.statistics.data, self.plan.expert_count
-        unreached = [f"{path}.{e}" for path, found in self.unreached_experts.items() for e in found]
-        line = f"calibrated on {data.samples:,} samples of {data.seq:,} tokens from {data.origin}"
-        if total:
-            line += f" · {len(unreached):,} of {total:,} experts saw no token"
-        yield line
-        if unreached:
-            more = f", … (all of them in {SUMMARY} and {REPORT})" if len(unreached) > 5 else ""
-            yield f"scales from the layer's input for {', '.join(unreached[:5])}{more}"
-
-
-def _verdict(report: Report | None) -> str:
-    if report is None:
-        return "not verified"
-    return "verified" if report.clean else "NOT CLEAN: see the findings"
+__all__ = ["convert", "generate", "load", "merge", "plan", "quantize", "verify"]
 
 
 def plan(
@@ -148,16 +53,22 @@ def plan(
     hf_config: str | Path | PretrainedConfig | None = None,
     trust_remote_code: bool = False,
 ) -> Plan:
-    """What `quantize` would do to every tensor of `model`; reads no weight.
+    """Return what `quantize` would do to every tensor of `model`, without reading a weight.
 
-    model: a checkpoint's folder, a hub name, an open `Source`, or a model in memory.
-    hf_config: for Megatron's, the folder with the Hugging Face configuration; for its models in
-    memory, that configuration will do.
-    recipe: the name of a built-in recipe, a YAML file, or a `Recipe`.
+    Args:
+        model: A checkpoint's folder, a name on the hub, an open `Source`, or a model in memory.
+        recipe: The name of a built-in recipe, a YAML file, or a `Recipe`.
+        hf_config: For a Megatron checkpoint, the folder with its Hugging Face configuration; for a
+            Megatron model in memory, that configuration will do.
+        trust_remote_code: True if code that the checkpoint brings may run.
 
-    Raises `RecipeError`, `SourceError`, `ModelError` or `PlanError`.
+    Raises:
+        RecipeError: The recipe is unknown or malformed, or does not fit the model.
+        SourceError: The checkpoint cannot be read.
+        ModelError: The architecture is not supported.
+        PlanError: The recipe cannot be carried out on this model.
     """
-    chosen = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    chosen = _load_recipe(recipe)
     with opened(model, hf_config, trust_remote_code=trust_remote_code) as source:
         made = make_plan(source, chosen)
         check_placed(source, made.inventory)
@@ -170,237 +81,216 @@ def quantize(
     recipe: str | Path | Recipe = DEFAULT_RECIPE,
     *,
     hf_config: str | Path | PretrainedConfig | None = None,
-    calib: Sequence[str | Path] = (),
-    calib_size: int | None = None,
-    calib_seq: int | None = None,
-    batch_size: int = 8,
-    packing: str = "packed",
-    seed: int = 0,
-    calibration: str | Path | Statistics | None = None,
-    forward_loop: ForwardLoop | None = None,
+    calibration: CalibrationConfig | Statistics | str | Path | Sequence[str | Path] | None = None,
+    runtime: Runtime | None = None,
+    output: OutputConfig | None = None,
     tokenizer: Any = None,
-    device: str = "auto",
-    device_memory: int | None = None,
-    activation_memory: int | None = None,
-    threads: int | None = None,
-    shards: int | None = None,
-    overwrite: bool = False,
-    verified: bool = True,
+    forward_loop: ForwardLoop | None = None,
     trust_remote_code: bool = False,
-    on_event: OnEvent = ignore,
+    progress: bool | None = None,
+    on_event: OnEvent | None = None,
 ) -> Result:
-    """Quantize the checkpoint `model` into the folder `out`, and verify what was written.
+    """Quantize `model` into the folder `out`, and verify what was written.
 
-    model, recipe, hf_config: as in `plan`; a model in memory is one of transformers, or of
-    Megatron: then each rank gives its part (a list, where it has several chunks).
-    calib, calib_size, calib_seq, batch_size, packing, seed: what the model reads while its
-    activations are observed, where the recipe needs that; see `calibration.data`.
-    calibration: the statistics of an earlier run, or the file with them; nothing is run then.
-    forward_loop: for a model in memory, calls it on calibration data, instead of `calib`.
-    tokenizer: for a model in memory, lies beside the weights that are written.
-    device: where weights are quantized, and where the model runs for calibration: cpu, cuda,
-    cuda:N, or auto. The output does not depend on where weights are quantized.
-    device_memory: bytes of the device that quantization may take; by default up to 1 GiB, and no
-    more than half of what is free.
-    activation_memory: bytes of activations in memory; what is beyond waits in a file in `out`.
-    threads: worker threads; one for each core by default. The output does not depend on it, but
-    for what the matrix products of a calibration's run owe to it.
-    shards: files that a decoder layer is cut into, at least; by default one for each rank.
-    overwrite: replace a checkpoint that fourfold wrote into `out`, or an unfinished run.
-    verified: read the output back and compare it with `model`, tensor by tensor.
-    on_event: receives every event of the run; see `fourfold.events`.
+    An unfinished run of the same job in `out` is resumed. Under a launcher (torchrun), every rank
+    makes the same call, and the ranks share the work.
 
-    An unfinished run of the same job that `out` holds is continued. Under a launcher (torchrun),
-    every rank calls this alike, and they share the work.
+    Args:
+        model: As in `plan`. Of a Megatron model in memory, each rank gives its own part (a list, if
+            it has several chunks).
+        out: The folder to write.
+        recipe: As in `plan`.
+        hf_config: As in `plan`.
+        calibration: What the model reads while activations are observed, if the recipe needs that:
+            files or datasets, or a `CalibrationConfig`; a text that comes with fourfold by default.
+            Or the result of an earlier run: its `Statistics` or `calibration.safetensors`.
+        runtime: The device, its memory, and the number of threads.
+        output: The number of shards, whether to overwrite, and whether to verify.
+        tokenizer: For a model in memory: an object with `save_pretrained`, whose files are written
+            beside the weights.
+        forward_loop: For a model in memory: calls it on your data, in place of `calibration`.
+        trust_remote_code: True if code that the checkpoint brings may run.
+        progress: True shows the progress on stderr, False does not. By default it is shown on a
+            terminal and in a notebook.
+        on_event: Receives every event of the run; see `fourfold.events`.
 
-    Raises `FourfoldError`; `out` is then as if the job had not begun, or has no config.json and
-    holds what the same call goes on from.
+    Raises:
+        FourfoldError: `out` is then as it was before, or has no config.json and holds what the same
+            call resumes from. The same is true after SIGINT and SIGTERM.
     """
-    begun = time.perf_counter()
-    warnings: list[str] = []
-
-    def warn(text: str) -> None:
-        warnings.append(text)
-        on_event(WarningIssued(text))
-
-    with job_ranks(model) as ranks:  # first of all: the others hear of any error
-        _check_arguments(out, threads, device_memory, shards)
-        chosen = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-        files = tuple(map(str, calib))
-        observation = Observation(
-            CalibrationOptions(files, calib_size, calib_seq, batch_size, seed, _packing(packing)),
-            calibration,
-            forward_loop,
-            choose_device(device),
-            activation_memory,
-            threads,
-            on_event,
-        )
-        ranks.gather("called")  # whoever fails before this leaves nobody waiting in a collective
+    began = time.perf_counter()
+    config, runtime = CalibrationConfig.of(calibration), runtime or Runtime()
+    output, target = output or OutputConfig(), output_folder(out)
+    with session(progress, on_event) as run, job_ranks(model) as ranks:
+        chosen = _load_recipe(recipe)
+        observation = Observation.of(config, runtime, forward_loop, run)
+        ranks.gather("called")  # a rank that fails before this leaves none waiting in a collective
         with opened(
             model, hf_config, tokenizer=tokenizer, trust_remote_code=trust_remote_code
         ) as source:
-            workers = threads or max(1, threads_available() // ranks.local_size)
-            is_live = source.model is not None
-            observation.check(chosen, is_live=is_live)
-            folder = OutputFolder(Path(out).expanduser(), ranks.rank, markers=marker_files())
+            observation.check(chosen, source)
+            folder = OutputFolder(target, ranks.rank, markers=marker_files())
             with source.agreeing():
-                for origin in source.origin_folders:
-                    folder.check(origin, overwrite=overwrite)
-                parts = parts_of(folder, ranks, shards, overwrite, source)
-                in_forward = forward_threads(folder, ranks, threads, overwrite)
-                observation = replace(observation, threads=in_forward)
-                with _warming_up(chosen, source, observation.device) as failures:
-                    work = make_plan(source, chosen, parts=parts)
-                    check_placed(source, work.inventory)
-                    kernels = choose_kernels(
-                        observation.device,
-                        work,
-                        workers,
-                        memory=device_memory,
-                        ranks=ranks.local_size,
-                        warn=warn,
-                    )
-                    runs_model = calibration is None and not is_live
-                    check_room(work, folder, kernels, ranks, runs_model=runs_model)
-                on_event(PlanMade(work))
-                kernels = _told(kernels, failures, on_event, warn)
-            run = choose_run(work, source, observation, folder, ranks)
-            rest = partial(write_rest, warn=warn)
-            job = Job(work, source, folder, run, ranks, kernels, rest)
-            with source.agreeing():
-                if run.is_writer and ranks.size == 1:
-                    folder.check_continues(job.identity, overwrite=overwrite)
-            linears = job.write(overwrite, on_event)
-            report = None
-            if verified and run.is_writer and job.is_finisher:
-                report = _verify_written(
-                    work,
-                    linears,
-                    source,
-                    folder,
-                    threads=_threads_to_verify(workers, ranks),
-                    on_event=on_event,
+                work, kernels, observation = prepare(
+                    source, chosen, folder, ranks, observation, runtime, output, run
                 )
+            strategy = choose_run(work, source, observation, folder, ranks)
+            rest = partial(write_rest, warn=run.warn)
+            job = Job(work, source, folder, strategy, ranks, kernels, rest)
+            linears = job.write(output.overwrite, run)
+            report = verify_written(job, linears, run) if output.verify else None
             ranks.gather("verified")  # until then others may need what this rank has in memory
         return Result(
-            out=folder.folder,
+            out=target,
             plan=work,
             linears=tuple(linears),
             report=report,
-            seconds=time.perf_counter() - begun,
+            seconds=time.perf_counter() - began,
             peak_resident=peak_resident(),
-            statistics=None if run.scales is None else run.scales.statistics,
-            unreached_experts={} if run.scales is None else run.scales.unreached(),
+            statistics=None if strategy.scales is None else strategy.scales.statistics,
+            unreached_experts={} if strategy.scales is None else strategy.scales.unreached(),
             ranks=ranks.size,
             is_part=not job.share.is_whole,
             kernels=str(kernels.choice),
-            warnings=tuple(warnings),
+            warnings=tuple(run.warnings),
         )
 
 
-def _check_arguments(
-    out: str | Path, threads: int | None, device_memory: int | None, shards: int | None
-) -> None:
-    if not str(out):
-        raise UsageError("OUT is empty: give the folder to write.")
-    if threads is not None and threads < 1:
-        raise UsageError(f"threads={threads}: give 1 or more.")
-    if device_memory is not None and device_memory < 1:
-        raise UsageError(f"device_memory={device_memory}: give more than 0, in bytes.")
-    if shards is not None and shards < 1:
-        raise UsageError(f"shards={shards}: give 1 or more.")
-
-
-def _told(
-    kernels: Kernels,
-    failures: Sequence[Exception],
-    on_event: OnEvent,
-    warn: Callable[[str], None],
-) -> Kernels:
-    """The kernels that will run, the CPU's where those of the device failed when they were tried;
-    whoever wants to know is told."""
-    if failures and kernels.pool is not None:
-        kernels = kernels.on_cpu(failures[0])
-    on_event(BackendChosen(str(kernels.choice), kernels.where, kernels.is_fallback))
-    if kernels.is_fallback and launch().local_rank == 0:
-        warn(str(kernels.choice))
-    return kernels
-
-
-def _verify_written(
-    work: Plan,
-    linears: list[LinearResult],
-    source: Source,
-    folder: OutputFolder,
+def verify(
+    out: str | Path,
     *,
-    threads: int,
-    on_event: OnEvent,
+    source: str | Path | Source | None = None,
+    hf_config: str | Path | None = None,
+    threads: int | None = None,
+    trust_remote_code: bool = False,
+    progress: bool | None = None,
+    on_event: OnEvent | None = None,
 ) -> Report:
-    """Read the output back; against the source, unless that is on several ranks of its own."""
-    is_readable = not source.is_sharded
-    report = verify(
-        folder.folder,
-        source=source if is_readable else None,
-        threads=threads,
-        on_event=on_event,
-    )
-    if is_readable:
-        _check_ledger(work, linears, report, folder)
-    return report
+    """Verify the quantized checkpoint in the folder `out`, whoever wrote it.
 
+    Args:
+        out: A checkpoint in NVFP4.
+        source: The checkpoint that it was made from: a folder, a name on the hub, or an open
+            `Source`. With it, every copied tensor and every dequantized weight is compared.
+        hf_config: If the source is a Megatron checkpoint: the folder with its Hugging Face
+            configuration.
+        threads: Worker threads; by default one for each core. The report does not depend on it.
+        trust_remote_code, progress, on_event: As in `quantize`.
 
-def _threads_to_verify(workers: int, ranks: Ranks) -> int:
-    """Those of all ranks of this machine: the others have nothing more to do."""
-    if ranks.local_size == 1:
-        return workers
-    return min(workers * ranks.local_size, threads_available())
-
-
-def _packing(packing: str) -> Literal["packed", "padded"]:
-    return packing  # type: ignore[return-value]  # CalibrationOptions checks it
-
-
-@contextmanager
-def _warming_up(recipe: Recipe, source: Source, device: str) -> Iterator[list[Exception]]:
-    """Compile the kernels on a thread meanwhile. An interpreter must not end while that runs.
-
-    Yields what in the end holds the error of the device's kernels, where they cannot run.
+    Raises:
+        UnreadableError: `out` or `source` cannot be read, or `out` is not an NVFP4 checkpoint.
+            Everything else is a finding in the report.
     """
-    nbytes: Counter[str] = Counter()
-    for info in source.tensors.values():
-        if len(info.shape) > 1 and info.dtype in _DTYPES:
-            nbytes[info.dtype] += info.nbytes
-    known = [_DTYPES[dtype] for dtype, _ in nbytes.most_common()]
-    failures: list[Exception] = []
-
-    def run() -> None:
-        with suppress(UsageError):  # kernels that cannot run: told where they should
-            warm_up(recipe.schemes, known)
-        try:
-            warm_up_device(device, recipe.schemes, known[:1])  # others at their first use
-        except Exception as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=run, name="warm-up")
-    thread.start()
-    try:
-        yield failures
-    finally:
-        thread.join()
-
-
-def _check_ledger(
-    work: Plan, linears: list[LinearResult], report: Report, folder: OutputFolder
-) -> None:
-    """Planned = written = verified, or something is wrong that no other check has seen."""
-    made = (ScaleGroup, KVScales)
-    copies = sum(not isinstance(job, made) for shard in work.shards for job in shard.jobs)
-    verified = report.counts.compared_linears, report.counts.copied_tensors
-    if report.clean and verified != (len(work.linears), copies):
-        folder.remove(work.files)
-        raise FourfoldError(
-            f"{report.folder}: {len(work.linears)} linear weights and {copies} copied tensors "
-            f"planned, {len(linears)} weights written, {verified[0]} and {verified[1]} verified. "
-            "The checkpoint was removed. This is a defect of fourfold; please report it."
+    Runtime(threads=threads)
+    with session(progress, on_event) as run:
+        return verifier.verify(
+            out,
+            source=source,
+            hf_config=hf_config,
+            threads=threads,
+            trust_remote_code=trust_remote_code,
+            on_event=run,
         )
+
+
+def merge(
+    folders: Sequence[str | Path],
+    out: str | Path,
+    *,
+    shards: int = 1,
+    overwrite: bool = False,
+    verified: bool = True,
+    threads: int | None = None,
+    progress: bool | None = None,
+    on_event: OnEvent | None = None,
+) -> Merged:
+    """Join what nodes without a shared file system wrote, or cut a checkpoint into other shards.
+
+    Args:
+        folders: What the nodes of one run wrote; or one checkpoint, to cut it again.
+        out: The folder to write.
+        shards: Files that a decoder layer is cut into, at least.
+        overwrite: True replaces what fourfold wrote into `out` earlier.
+        verified: True verifies `out` afterwards.
+        threads, progress, on_event: As in `verify`.
+
+    Raises:
+        SourceError: A shard is missing, damaged or in two folders, or the folders are of different
+            runs.
+        OutputError: `out` cannot be written; it is then as before.
+    """
+    options, runtime = OutputConfig(shards, overwrite, verified), Runtime(threads=threads)
+    with session(progress, on_event) as run:
+        return merging.merge(folders, output_folder(out), options, runtime, on_event=run)
+
+
+def convert(
+    model: str | Path | Source,
+    out: str | Path,
+    *,
+    hf_config: str | Path | None = None,
+    threads: int | None = None,
+    shards: int | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: bool | None = None,
+    on_event: OnEvent | None = None,
+) -> Converted:
+    """Write the Megatron checkpoint `model` as a Hugging Face checkpoint, unquantized.
+
+    What was written is compared with `model`, byte for byte.
+
+    Args:
+        model: The folder that Megatron wrote (torch_dist).
+        out: The folder to write.
+        hf_config: The folder with the Hugging Face configuration and tokenizer.
+        threads: Worker threads; by default one for each core.
+        shards: Files that a decoder layer is cut into, at least.
+        overwrite: True starts over if an unfinished run has left something in `out`.
+        trust_remote_code, progress, on_event: As in `quantize`.
+
+    Raises:
+        FourfoldError: `out` is then as before, or holds what the same call resumes from.
+    """
+    options, runtime = OutputConfig(shards, overwrite), Runtime(threads=threads)
+    with (
+        session(progress, on_event) as run,
+        opened(model, hf_config, trust_remote_code=trust_remote_code) as source,
+    ):
+        return conversion.convert(source, output_folder(out), options, runtime, on_event=run)
+
+
+def generate(
+    out: str | Path,
+    prompt: str,
+    *,
+    source: str | Path | Source | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    temperature: float = 0.0,
+    seed: int = 0,
+    simulate_activations: bool | None = None,
+    stream: bool | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    progress: bool | None = None,
+    on_event: OnEvent | None = None,
+) -> Generation:
+    """Let the checkpoint `out`, and its source, continue `prompt`; see `evaluation.generation`."""
+    with session(progress, on_event) as run:
+        return generation.generate(
+            out,
+            prompt,
+            source=source,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            simulate_activations=simulate_activations,
+            stream=stream,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            on_event=run,
+        )
+
+
+def _load_recipe(recipe: str | Path | Recipe) -> Recipe:
+    return recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)

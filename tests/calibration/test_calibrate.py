@@ -26,8 +26,10 @@ from torch import Tensor
 import fourfold
 from fourfold.calibration import parking
 from fourfold.calibration.statistics import Statistics
+from fourfold.config import CalibrationConfig, Runtime
 from fourfold.errors import CalibrationError, ObservationError, OutputError, PlanError, UsageError
 from fourfold.storage.names import STATISTICS, SUMMARY
+from jobs import flat
 
 from .test_streaming import BoomError, open_files, running_threads
 
@@ -97,7 +99,7 @@ def test_experts_that_no_token_reached(written: Any, calib: Path, tmp_path: Path
         return raw
 
     folder = changed(written("deepseek_v3")[0], tmp_path / "model", push_away)
-    result = fourfold.quantize(folder, tmp_path / "out", EXPERTS, calib=[calib], **SHARED)
+    result = fourfold.quantize(folder, tmp_path / "out", EXPERTS, **flat(calib=[calib], **SHARED))
     assert result.clean, str(result.report)
     assert fourfold.verify(tmp_path / "out").clean
     modules = [f"model.layers.{layer}.mlp.experts" for layer in (1, 2)]
@@ -124,7 +126,9 @@ def test_a_single_token(written: Any, tmp_path: Path) -> None:
     calib = write_texts(tmp_path / "one.jsonl", [[5]])
     options = SHARED | {"calib_size": 1, "calib_seq": 2, "packing": "padded"}
     folder, _ = written("qwen3_moe")
-    result = fourfold.quantize(folder, tmp_path / "out", EVERYTHING, calib=[calib], **options)
+    result = fourfold.quantize(
+        folder, tmp_path / "out", EVERYTHING, **flat(calib=[calib], **options)
+    )
     assert result.clean, str(result.report)
     assert result.statistics.data.tokens == 1
     assert [len(experts) for experts in result.unreached_experts.values()] == [2, 2]
@@ -138,7 +142,7 @@ def test_experts_that_are_all_zero(recipe: str, written: Any, calib: Path, tmp_p
         return {k: torch.zeros_like(v) if ".experts." in k else v for k, v in raw.items()}
 
     folder = changed(written("qwen3_moe")[0], tmp_path / "model", silence)
-    result = fourfold.quantize(folder, tmp_path / "out", recipe, calib=[calib], **SHARED)
+    result = fourfold.quantize(folder, tmp_path / "out", recipe, **flat(calib=[calib], **SHARED))
     assert result.clean, str(result.report)
     assert fourfold.verify(tmp_path / "out").clean
     scales = check_scales(result)
@@ -153,7 +157,7 @@ def test_experts_that_are_modules_of_their_own(written: Any, tmp_path: Path) -> 
     calib = write_texts(tmp_path / "short.jsonl", [[5, 6, 7]])
     options = SHARED | {"calib_size": 1, "calib_seq": 4, "packing": "padded"}
     folder, _ = written("nllb_moe")
-    result = fourfold.quantize(folder, tmp_path / "out", EXPERTS, calib=[calib], **options)
+    result = fourfold.quantize(folder, tmp_path / "out", EXPERTS, **flat(calib=[calib], **options))
     assert result.clean, str(result.report)
     unseen = [x for x in result.linears if x.input_amax is None]
     assert unseen
@@ -168,7 +172,7 @@ def test_an_input_site_that_nothing_reached(written: Any, calib: Path, tmp_path:
     folder, _ = written("ernie4_5_vl_moe")
     site = r"layers\.1\.mlp\.vision_moe\.experts\.\w+: no calibration token reached it"
     with pytest.raises(ObservationError, match=site):
-        fourfold.quantize(folder, tmp_path / "out", EXPERTS, calib=[calib], **SHARED)
+        fourfold.quantize(folder, tmp_path / "out", EXPERTS, **flat(calib=[calib], **SHARED))
     assert not (tmp_path / "out").exists()
 
 
@@ -187,7 +191,7 @@ def test_activations_that_overflow_name_the_module(
         with pytest.raises(
             ObservationError, match=rf"^{module}.*: NaN or Inf among the activations"
         ):
-            fourfold.quantize(folder, tmp_path / "out", recipe, calib=[calib], **SHARED)
+            fourfold.quantize(folder, tmp_path / "out", recipe, **flat(calib=[calib], **SHARED))
         assert not (tmp_path / "out").exists()
 
 
@@ -198,7 +202,7 @@ def test_a_model_that_fails_while_it_reads(written: Any, calib: Path, tmp_path: 
     with pytest.raises(
         fourfold.ModelError, match=r"^MixtralForCausalLM: fails while it reads a text: "
     ):
-        fourfold.quantize(folder, tmp_path / "out", EVERYTHING, calib=[calib], **SHARED)
+        fourfold.quantize(folder, tmp_path / "out", EVERYTHING, **flat(calib=[calib], **SHARED))
     assert not (tmp_path / "out").exists()
 
 
@@ -209,10 +213,12 @@ def test_all_experts_where_a_class_cannot(written: Any, calib: Path, tmp_path: P
     )
     folder, _ = written("dbrx")
     with pytest.raises(PlanError, match=r"all_experts is not possible for a DbrxExpertGLU"):
-        fourfold.quantize(folder, tmp_path / "out", recipe, calib=[calib], **SHARED)
+        fourfold.quantize(folder, tmp_path / "out", recipe, **flat(calib=[calib], **SHARED))
     folder, _ = written("qwen3_moe")
-    every = fourfold.quantize(folder, tmp_path / "every", recipe, calib=[calib], **SHARED)
-    routed = fourfold.quantize(folder, tmp_path / "routed", EXPERTS, calib=[calib], **SHARED)
+    every = fourfold.quantize(folder, tmp_path / "every", recipe, **flat(calib=[calib], **SHARED))
+    routed = fourfold.quantize(
+        folder, tmp_path / "routed", EXPERTS, **flat(calib=[calib], **SHARED)
+    )
     for path, experts in every.statistics.experts.items():
         other = routed.statistics.experts[path]
         assert torch.equal(experts.tokens, other.tokens)
@@ -229,13 +235,13 @@ def first(written: Any, calib: Path, tmp_path_factory: pytest.TempPathFactory) -
     """OUT of an undisturbed run, to compare with."""
     folder, _ = written("qwen3_moe")
     out = tmp_path_factory.mktemp("undisturbed") / "out"
-    assert fourfold.quantize(folder, out, EVERYTHING, calib=[calib], **SHARED).clean
+    assert fourfold.quantize(folder, out, EVERYTHING, **flat(calib=[calib], **SHARED)).clean
     return out
 
 
 def test_the_same_again(first: Path, written: Any, calib: Path, tmp_path: Path) -> None:
     folder, _ = written("qwen3_moe")
-    fourfold.quantize(folder, tmp_path / "again", EVERYTHING, calib=[calib], **SHARED)
+    fourfold.quantize(folder, tmp_path / "again", EVERYTHING, **flat(calib=[calib], **SHARED))
     assert contents(tmp_path / "again") == contents(first)
     assert STATISTICS in contents(first)
 
@@ -257,7 +263,7 @@ def test_activations_on_the_disk_change_nothing(
     )
     folder, _ = written("qwen3_moe")
     options = SHARED | {"threads": threads, "activation_memory": 0}
-    fourfold.quantize(folder, tmp_path / "again", EVERYTHING, calib=[calib], **options)
+    fourfold.quantize(folder, tmp_path / "again", EVERYTHING, **flat(calib=[calib], **options))
     assert contents(tmp_path / "again") == contents(first)
     assert went
 
@@ -268,7 +274,9 @@ def test_statistics_can_be_used_again(first: Path, written: Any, tmp_path: Path)
     given = {"file": first / STATISTICS, "object": Statistics.load(first / STATISTICS)}
     for name, calibration in given.items():
         out = tmp_path / name
-        result = fourfold.quantize(folder, out, EVERYTHING, calibration=calibration, threads=1)
+        result = fourfold.quantize(
+            folder, out, EVERYTHING, calibration=calibration, runtime=Runtime(threads=1)
+        )
         assert result.clean, str(result.report)
         assert contents(out) == contents(first)
 
@@ -277,9 +285,13 @@ def test_statistics_serve_a_narrower_recipe(
     first: Path, written: Any, calib: Path, tmp_path: Path
 ) -> None:
     folder, _ = written("qwen3_moe")
-    alone = fourfold.quantize(folder, tmp_path / "alone", EXPERTS, calib=[calib], **SHARED)
+    alone = fourfold.quantize(folder, tmp_path / "alone", EXPERTS, **flat(calib=[calib], **SHARED))
     reused = fourfold.quantize(
-        folder, tmp_path / "reused", EXPERTS, calibration=first / STATISTICS, threads=1
+        folder,
+        tmp_path / "reused",
+        EXPERTS,
+        calibration=first / STATISTICS,
+        runtime=Runtime(threads=1),
     )
     assert check_scales(reused) == check_scales(alone)
 
@@ -290,7 +302,7 @@ def test_statistics_that_do_not_fit(first: Path, written: Any, tmp_path: Path) -
 
     def refused(words: str, model: Path = folder, recipe: str = EVERYTHING) -> None:
         with pytest.raises(CalibrationError, match=words):
-            fourfold.quantize(model, out, recipe, calibration=file, threads=1)
+            fourfold.quantize(model, out, recipe, calibration=file, runtime=Runtime(threads=1))
         assert not out.exists()
 
     refused("no such file")
@@ -346,7 +358,10 @@ def test_data_or_statistics(first: Path, written: Any, calib: Path, tmp_path: Pa
     folder, _ = written("qwen3_moe")
     with pytest.raises(UsageError, match="not both"):
         fourfold.quantize(
-            folder, tmp_path / "out", EXPERTS, calib=[calib], calibration=first / STATISTICS
+            folder,
+            tmp_path / "out",
+            EXPERTS,
+            calibration=CalibrationConfig(calib=[calib], statistics=first / STATISTICS),
         )
     with pytest.raises(UsageError, match="quantizes no activations"):
         fourfold.quantize(
@@ -424,11 +439,13 @@ def test_a_failure_leaves_no_checkpoint_and_can_be_made_good(
     with pytest.MonkeyPatch.context() as patch:
         trouble = Trouble(where, what, patch)
         with pytest.raises(error):
-            fourfold.quantize(folder, out, EVERYTHING, calib=[calib], **SHARED, **trouble.callbacks)
+            fourfold.quantize(
+                folder, out, EVERYTHING, **flat(calib=[calib], **SHARED, **trouble.callbacks)
+            )
     assert not list(out.glob("*.json"))
     assert not list(out.glob(".*.partial"))
     assert (running_threads(), len(open_files())) == before
-    fourfold.quantize(folder, out, EVERYTHING, calib=[calib], **SHARED)
+    fourfold.quantize(folder, out, EVERYTHING, **flat(calib=[calib], **SHARED))
     assert contents(out) == contents(first)
 
 
@@ -448,9 +465,11 @@ def test_a_full_disk_while_activations_wait(
     monkeypatch.setattr(parking.Parking, "_write", full)
     folder, out = written("qwen3_moe")[0], tmp_path / "out"
     with pytest.raises(OutputError, match="no room for the activations of waiting samples"):
-        fourfold.quantize(folder, out, EVERYTHING, calib=[calib], activation_memory=0, **SHARED)
+        fourfold.quantize(
+            folder, out, EVERYTHING, **flat(calib=[calib], activation_memory=0, **SHARED)
+        )
     assert not out.exists()
     assert threading.active_count() == len(running_threads())
     monkeypatch.undo()
-    fourfold.quantize(folder, out, EVERYTHING, calib=[calib], **SHARED)
+    fourfold.quantize(folder, out, EVERYTHING, **flat(calib=[calib], **SHARED))
     assert contents(out) == contents(first)

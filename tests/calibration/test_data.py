@@ -31,11 +31,11 @@ from fourfold.calibration import data as module
 from fourfold.calibration import readers
 from fourfold.calibration.data import (
     CalibrationData,
-    CalibrationOptions,
     load_calibration,
     pack,
 )
 from fourfold.calibration.readers import text_pieces
+from fourfold.config import CalibrationConfig
 from fourfold.embedded import calibration_records, heldout_text, model_dir
 from fourfold.errors import CalibrationError, FourfoldError, UsageError
 
@@ -85,10 +85,17 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def load(folder: Path, *calib: Path | str, vocab_size: int = 0, **changes: Any) -> CalibrationData:
-    options = CalibrationOptions(tuple(map(str, calib)), **changes)
-    size = vocab_size or (BYTE_VOCABULARY if folder == model_dir() else len(WORDS))
-    return load_calibration(folder, options, vocab_size=size)
+def load(
+    folder: Path,
+    *calib: Path | str,
+    vocab_size: int = 0,
+    size: int | None = None,
+    seq: int | None = None,
+    **changes: Any,
+) -> CalibrationData:
+    config = CalibrationConfig(calib, calib_size=size, calib_seq=seq, **changes)
+    rows = vocab_size or (BYTE_VOCABULARY if folder == model_dir() else len(WORDS))
+    return load_calibration(folder, config, vocab_size=rows)
 
 
 def rows(data: CalibrationData) -> list[list[int]]:
@@ -337,11 +344,11 @@ def test_without_sizes_what_there_is_is_taken(words: Path, tmp_path: Path) -> No
 
 def test_the_model_bounds_the_length_of_a_sample(words: Path, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", numbered(300))
-    options = CalibrationOptions((str(path),))
+    options = CalibrationConfig(path)
     assert load_calibration(words, options, vocab_size=67, max_positions=100).seq == 100
-    options = CalibrationOptions((str(path),), seq=101)
+    options = CalibrationConfig(path, calib_seq=101)
     assert load_calibration(words, options, vocab_size=67, max_positions=101).seq == 101
-    with pytest.raises(UsageError, match=r"--calib-seq 101: the model takes 100 tokens"):
+    with pytest.raises(UsageError, match=r"`calib_seq=101`: the model takes 100 tokens"):
         load_calibration(words, options, vocab_size=67, max_positions=100)
 
 
@@ -578,13 +585,13 @@ def test_too_little_says_what_is_there_and_what_is_needed(words: Path, tmp_path:
         load(words, path, size=12, seq=10)
     assert str(caught.value) == (
         "a.jsonl: 100 tokens make 10 samples of 10; 12 samples take 120. "
-        "Give more text, or --calib-size 10."
+        "Give more text, or `calib_size=10`."
     )
     with pytest.raises(CalibrationError, match=r"100 tokens make 0 samples of 512; 128 samples ta"):
         load(words, path)
-    with pytest.raises(CalibrationError, match=r"or a smaller --calib-seq\."):
+    with pytest.raises(CalibrationError, match=r"or a smaller `calib_seq`\."):
         load(words, path, seq=101)
-    with pytest.raises(CalibrationError, match=r"20 documents; 21 padded .* or --calib-size 20"):
+    with pytest.raises(CalibrationError, match=r"20 documents; 21 padded .* or `calib_size=20"):
         load(words, path, size=21, packing="padded")
     assert load(words, path, size=20, packing="padded").samples == 20
     assert load(words, path, size=10, seq=10).samples == 10
@@ -655,16 +662,16 @@ def test_a_dataset_that_the_hub_does_not_give(words: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"size": 0}, "--calib-size 0: give a whole number from 1 on"),
-        ({"seq": 1}, "--calib-seq 1: give a whole number from 2 on"),
-        ({"batch_size": 0}, "--batch-size 0: give a whole number from 1 on"),
-        ({"size": 1.5}, r"--calib-size 1\.5"),
-        ({"packing": "tight"}, "packing 'tight': give 'packed' or 'padded'"),
+        ({"calib_size": 0}, "`calib_size=0`: give a whole number of at least 1"),
+        ({"calib_seq": 1}, "`calib_seq=1`: give a whole number of at least 2"),
+        ({"batch_size": 0}, "`batch_size=0`: give a whole number of at least 1"),
+        ({"calib_size": 1.5}, r"`calib_size=1\.5`"),
+        ({"packing": "tight"}, "`packing=tight`: give 'packed' or 'padded'"),
     ],
 )
 def test_options_that_cannot_be(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        CalibrationOptions(**changes)
+        CalibrationConfig(**changes)
 
 
 def test_the_error_is_one_of_usage() -> None:

@@ -11,7 +11,9 @@ import torch
 
 import fourfold
 from families import FAMILIES, Truth, read_back
-from fourfold.calibration.data import CalibrationOptions, load_calibration
+from fourfold.calibration.data import load_calibration
+from fourfold.config import CalibrationConfig
+from jobs import flat
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,11 +34,13 @@ def test_streamed_and_live_on_the_device(name: str, written: Written, tmp_path: 
     ids = tmp_path / "ids.jsonl"
     ids.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
     streamed = fourfold.quantize(
-        folder, tmp_path / "streamed", RECIPE, calib=[ids], device="cuda", activation_memory=0,
-        **SIZES,
-    )  # fmt: skip
+        folder,
+        tmp_path / "streamed",
+        RECIPE,
+        **flat(calib=[ids], device="cuda", activation_memory=0, **SIZES),
+    )
     assert streamed.clean, str(streamed.report)
-    options = CalibrationOptions((str(ids),), size=12, seq=24, batch_size=3)
+    options = CalibrationConfig(ids, calib_size=12, calib_seq=24, batch_size=3)
     batches = load_calibration(folder, options, vocab_size=96).batches
     model, _ = read_back(FAMILIES[name], folder)
     model.cuda()

@@ -12,9 +12,10 @@ import fourfold
 from executing import assert_same_shards
 from families import Truth
 from fourfold.algorithms import ALGORITHMS, Algorithm, Figures, Weight
+from fourfold.config import OutputConfig
 from fourfold.formats.base import FORMATS, WeightFormat
 from fourfold.layouts.modelopt import ModelOpt
-from jobs import ids_file
+from jobs import flat, ids_file
 from nvfp4_folders import tensors_of
 
 from . import int8
@@ -56,7 +57,7 @@ def test_an_algorithm_with_a_statistic(
     (tmp_path / "busy.yaml").write_text("weights: {scale: busy}\nquantize: [experts]")
     model, data = written("qwen3_moe")[0], {"calib": [ids_file(tmp_path)], "calib_seq": 24}
     result = fourfold.quantize(
-        model, tmp_path / "out", tmp_path / "busy.yaml", calib_size=8, **data
+        model, tmp_path / "out", tmp_path / "busy.yaml", **flat(calib_size=8, **data)
     )
     assert result.clean, result.report
     assert {name for names in result.plan.statistics.values() for name in names} > algorithm.needs
@@ -70,7 +71,9 @@ def test_an_algorithm_with_a_statistic(
     assert not any(name.endswith("input_scale") for name in tensors_of(tmp_path / "out"))
     for scale in ("max", "mse"):
         (tmp_path / f"{scale}.yaml").write_text(f"weights: {{scale: {scale}}}\nquantize: [experts]")
-        fourfold.quantize(model, tmp_path / scale, tmp_path / f"{scale}.yaml", verified=False)
+        fourfold.quantize(
+            model, tmp_path / scale, tmp_path / f"{scale}.yaml", output=OutputConfig(verify=False)
+        )
     tensors = tensors_of(tmp_path / "out")
     alone = {scale: tensors_of(tmp_path / scale) for scale in ("max", "mse")}
     for name, amax in algorithm.seen.items():
@@ -97,7 +100,9 @@ def test_a_whole_group_gives_the_bytes_of_its_pieces(
     for scale in ("mse", "whole_mse"):
         recipe = tmp_path / f"{scale}.yaml"
         recipe.write_text(f"weights: {{scale: {scale}}}\nquantize: [experts]")
-        fourfold.quantize(written(name)[0], tmp_path / scale, recipe, verified=False)
+        fourfold.quantize(
+            written(name)[0], tmp_path / scale, recipe, output=OutputConfig(verify=False)
+        )
     assert_same_shards(tmp_path / "mse", tmp_path / "whole_mse")
 
 

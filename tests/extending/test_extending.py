@@ -17,8 +17,10 @@ from safetensors import safe_open
 import fourfold
 from conftest import Written
 from fourfold.algorithms import ALGORITHMS
+from fourfold.config import OutputConfig, Runtime
 from fourfold.formats.base import FORMATS
 from fourfold.layouts.base import LAYOUTS
+from jobs import flat
 
 from . import int8, reciprocal
 
@@ -53,10 +55,10 @@ def test_a_layout(written: Written, tmp_path: Path) -> None:
     folder, _ = written("mixtral")
     reciprocal.register()
     text = "quantize: [experts]\nlayout: {}\n"
-    options = {"threads": 1, "verified": False}
+    options = {"threads": 1, "verify": False}
     for layout in ("modelopt", "reciprocal"):
         fourfold.quantize(
-            folder, tmp_path / layout, recipe(tmp_path, text.format(layout)), **options
+            folder, tmp_path / layout, recipe(tmp_path, text.format(layout)), **flat(**options)
         )
     ours, theirs = read_all(tmp_path / "reciprocal"), read_all(tmp_path / "modelopt")
     linears = json.loads((tmp_path / "reciprocal/packed.json").read_text())
@@ -80,7 +82,11 @@ def test_a_weight_format(family: str, written: Written, tmp_path: Path) -> None:
     reciprocal.register()
     text = "weights: {format: int8_rows, scale: max}\nquantize: [experts]\nlayout: reciprocal\n"
     result = fourfold.quantize(
-        folder, tmp_path / "out", recipe(tmp_path, text), threads=1, verified=False
+        folder,
+        tmp_path / "out",
+        recipe(tmp_path, text),
+        runtime=Runtime(threads=1),
+        output=OutputConfig(verify=False),
     )
     tensors = read_all(tmp_path / "out")
     experts = len({(path, number) for path, number, _ in truth.experts})

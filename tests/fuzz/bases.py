@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 import fourfold
 from families import FAMILIES, Family, write_checkpoint
 from fourfold.embedded import model_dir
+from jobs import flat
 
 W4A16 = "w4a16_nvfp4_experts_only_mse"
 W4A4 = "nvfp4_default_mse-fp8_kv"
@@ -59,7 +60,9 @@ def make_bases(root: Path) -> Bases:
         for recipe in (W4A16, W4A4):
             options = {"calib": [ids], **CALIB_OPTIONS} if recipe == W4A4 else {}
             out = bases.out(name, recipe)
-            assert fourfold.quantize(bases.source(name), out, recipe, threads=1, **options).clean
+            assert fourfold.quantize(
+                bases.source(name), out, recipe, **flat(threads=1, **options)
+            ).clean
     return bases
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import fourfold
 from families import FAMILIES, quiet, read_back, write_checkpoint
+from jobs import flat
 from torch_dist.inverse import to_megatron
 from torch_dist.writing import halves, write_torch_dist
 
@@ -106,7 +107,7 @@ def quantize(model: Any, out: Path, recipe: str, calib: Path, **options: Any) ->
     chosen = fourfold.Recipe.load(recipe_file(recipe, out.parent))
     data = {"calib": [calib], "calib_size": 9, "calib_seq": 24, "batch_size": 3}
     result = fourfold.quantize(
-        model, out, chosen, threads=1, **(data if chosen.needs_calibration else {}), **options
+        model, out, chosen, **flat(threads=1, **data if chosen.needs_calibration else {}, **options)
     )
     assert result.clean, str(result.report)
 

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from jobs import flat
+
 PATIENCE = 60
 
 
@@ -86,7 +88,7 @@ def quantize(model: Any, job: dict[str, Any], rank: int) -> None:
     if job.get("spoiled") == "dead" and rank == 1:
         given["progress"] = lambda _: os._exit(0)
     try:
-        result = fourfold.quantize(model, out, **given)
+        result = fourfold.quantize(model, out, **flat(**given))
         found: dict[str, Any] = {
             "clean": result.report is None or result.clean,
             "verified": result.report is not None,

@@ -23,10 +23,11 @@ import transformers
 
 import fourfold
 from fourfold import UsageError
+from fourfold.config import Runtime
 from fourfold.events import Resumed, ShardWritten
 from fourfold.sources.megatron.arguments import DEFAULTS, OFF, Arguments
 from fourfold.sources.megatron.configuration import REQUIRED, configuration_of
-from jobs import only
+from jobs import flat, only
 
 from .conftest import FAMILY
 from .test_source import W4A16, digests
@@ -125,7 +126,7 @@ def test_a_run_without_a_configuration_goes_on(
 ) -> None:
     """The temporary configuration is another file each time, and no reason to begin anew."""
     checkpoint, _ = made(common={"args": Namespace(**ARGS | EXPERTS)})
-    fourfold.quantize(checkpoint, tmp_path / "whole", W4A16, threads=1)
+    fourfold.quantize(checkpoint, tmp_path / "whole", W4A16, runtime=Runtime(threads=1))
 
     def stop(progress: Any) -> None:
         if progress.shards_done == 2:
@@ -133,11 +134,15 @@ def test_a_run_without_a_configuration_goes_on(
 
     with pytest.raises(KeyboardInterrupt):
         fourfold.quantize(
-            checkpoint, tmp_path / "out", W4A16, threads=1, on_event=only(ShardWritten, stop)
+            checkpoint,
+            tmp_path / "out",
+            W4A16,
+            on_event=only(ShardWritten, stop),
+            runtime=Runtime(threads=1),
         )
     found: list[Resumed] = []
     options: dict[str, Any] = {"on_event": only(Resumed, found.append)}
-    fourfold.quantize(checkpoint, tmp_path / "out", W4A16, threads=1, **options)
+    fourfold.quantize(checkpoint, tmp_path / "out", W4A16, **flat(threads=1, **options))
     assert found
     assert found[0].finished >= 2
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
@@ -170,11 +175,11 @@ def test_nothing_temporary_is_left(
 
 WAITING = """
 import sys, time
-from fourfold import api as pipeline
+from fourfold.run import preflight
 def wait(*_, **__):
     print("waits", flush=True)
     time.sleep(60)
-pipeline.make_plan = wait
+preflight.make_plan = wait
 from fourfold.cli.app import main
 main()
 """

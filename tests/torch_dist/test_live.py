@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 import fourfold
+from jobs import flat
 
 from .core_jobs import Case, Ranks, run_ranks
 from .test_logits import CASES, HYBRID, SEQUENTIAL, digests
@@ -80,7 +81,7 @@ def offline(folder: Path, name: str, **given: Any) -> dict[str, str]:
     """The bytes that the checkpoint gives."""
     given = {"recipe": RECIPE, "shards": 2, **given}
     result = fourfold.quantize(
-        folder / "saved", folder / f"offline {name}", hf_config=folder / "hf", **given
+        folder / "saved", folder / f"offline {name}", **flat(hf_config=folder / "hf", **given)
     )
     assert result.clean
     return digests(folder / f"offline {name}")

@@ -27,7 +27,7 @@ from fourfold.sources.megatron.families import rename
 from fourfold.sources.megatron.parameters import Parameter
 from fourfold.sources.megatron.rules import RuleBook, Section
 from fourfold.sources.megatron.sizes import Sizes
-from jobs import only
+from jobs import flat, only
 
 from .conftest import FAMILY
 from .inverse import to_megatron
@@ -90,7 +90,10 @@ def test_activations_are_calibrated_on_what_is_presented(
         (checkpoint, "ours", {"hf_config": hf}),
     ):
         result = fourfold.quantize(
-            source, tmp_path / out, "nvfp4_default_mse-fp8_kv", calib=[ids], calib_seq=24, **more
+            source,
+            tmp_path / out,
+            "nvfp4_default_mse-fp8_kv",
+            **flat(calib=[ids], calib_seq=24, **more),
         )
         assert result.clean
         assert result.report is not None

@@ -25,12 +25,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, dropwhile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from fourfold.calibration.encoding import Encoder
 from fourfold.calibration.readers import Corpus, open_corpora
+from fourfold.config import CalibrationConfig
 from fourfold.errors import CalibrationError, UsageError
 from fourfold.models.internals import quiet
 
@@ -46,31 +47,6 @@ CHARACTERS_PER_TOKEN = 4
 SHOWN_NAMES = 4
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-@dataclass(frozen=True)
-class CalibrationOptions:
-    """What to read, and how much. `UsageError` for a number or a word that cannot be."""
-
-    calib: tuple[str, ...] = ()
-    """Files (text, JSONL, Parquet) or datasets (`org/name[:config][:split]`)."""
-    size: int | None = None
-    """Samples. Not given: up to `DEFAULT_SIZE`, as many as there are."""
-    seq: int | None = None
-    """Tokens of a sample. Not given: `DEFAULT_SEQ`, or what the model takes if that is less."""
-    batch_size: int = 8
-    seed: int = 0
-    packing: Literal["packed", "padded"] = "packed"
-
-    def __post_init__(self) -> None:
-        least = {"size": 1, "seq": 2, "batch_size": 1}
-        options = {"size": "--calib-size", "seq": "--calib-seq", "batch_size": "--batch-size"}
-        for name, minimum in least.items():
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < minimum):
-                raise UsageError(f"{options[name]} {value}: give a whole number from {minimum} on.")
-        if self.packing not in ("packed", "padded"):
-            raise UsageError(f"packing {self.packing!r}: give 'packed' or 'padded'.")
 
 
 @dataclass(frozen=True)
@@ -120,14 +96,14 @@ class CalibrationData:
 
 def load_calibration(
     folder: Path,
-    options: CalibrationOptions,
+    config: CalibrationConfig,
     *,
     vocab_size: int,
     max_positions: int | None = None,
     trust_remote_code: bool = False,
     no_tokenizer: str | None = None,
 ) -> CalibrationData:
-    """Read what `options.calib` names, or the embedded text, for the model in `folder`.
+    """Read what `config` names, or the embedded text, for the model in `folder`.
 
     `vocab_size` is the number of rows of its embedding, `max_positions` the longest sequence it
     takes; its tokenizer is loaded if a record needs one. Where it is known to have none,
@@ -136,17 +112,17 @@ def load_calibration(
     Raises `CalibrationError` for data that cannot be read, does not fit the model, or is less than
     `options` ask for; `UsageError` for a sample longer than the model takes.
     """
-    seq = _sample_length(options, max_positions)
+    seq = _sample_length(config, max_positions)
     encoder = Encoder(folder, vocab_size, trust_remote_code, no_tokenizer)
-    corpora = open_corpora(options.calib, seq * CHARACTERS_PER_TOKEN)
-    documents = shuffled(_pool(corpora, encoder, options, seq), options.seed)
-    if options.packing == "packed":
+    corpora = open_corpora(config.files, seq * CHARACTERS_PER_TOKEN)
+    documents = shuffled(_pool(corpora, encoder, config, seq), config.seed)
+    if config.packing == "packed":
         samples = pack(documents, seq, encoder.first)
     else:
         samples = [document[:seq] for document in documents]
     origin = _origin(corpora)
-    chosen = _enough(samples, documents, options, seq, origin)
-    batches = tuple(_batches(chosen, options.batch_size, encoder.pad))
+    chosen = _enough(samples, documents, config, seq, origin)
+    batches = tuple(_batches(chosen, config.batch_size, encoder.pad))
     data = CalibrationData(
         batches=batches,
         digest=_digest(batches),
@@ -154,38 +130,38 @@ def load_calibration(
         seq=seq,
         tokens=sum(map(len, chosen)),
         origin=origin,
-        is_embedded=not options.calib,
+        is_embedded=not config.files,
     )
     return replace(data, beginning=data.preview(encoder.loaded))
 
 
-def _sample_length(options: CalibrationOptions, max_positions: int | None) -> int:
+def _sample_length(config: CalibrationConfig, max_positions: int | None) -> int:
     longest = max_positions or DEFAULT_SEQ
-    if options.seq is None:
+    if config.calib_seq is None:
         return min(DEFAULT_SEQ, longest)
-    if max_positions is not None and options.seq > max_positions:
+    if max_positions is not None and config.calib_seq > max_positions:
         raise UsageError(
-            f"--calib-seq {options.seq}: the model takes {max_positions} tokens at most "
-            f"(max_position_embeddings). Give --calib-seq {max_positions} or less."
+            f"`calib_seq={config.calib_seq}`: the model takes {max_positions} tokens at most "
+            f"(max_position_embeddings). Give `calib_seq={max_positions}` or less."
         )
-    return options.seq
+    return config.calib_seq
 
 
 # --- documents ----------------------------------------------------------------------------
 
 
 def _pool(
-    corpora: list[Corpus], encoder: Encoder, options: CalibrationOptions, seq: int
+    corpora: list[Corpus], encoder: Encoder, config: CalibrationConfig, seq: int
 ) -> list[list[int]]:
     """Documents as ids, in turn from each corpus: the embedded text whole, of others enough."""
-    packed = options.packing == "packed"
-    wanted = POOL * (options.size or DEFAULT_SIZE) * (seq if packed else 1)
+    packed = config.packing == "packed"
+    wanted = POOL * (config.calib_size or DEFAULT_SIZE) * (seq if packed else 1)
     pool: list[list[int]] = []
     found = 0
     for turn in _turns([_documents(corpus, encoder, close=packed) for corpus in corpora]):
         pool += turn
         found += sum(map(len, turn)) if packed else len(turn)
-        if found >= wanted and options.calib:
+        if found >= wanted and config.files:
             break
     return pool
 
@@ -240,21 +216,21 @@ def pack(documents: list[list[int]], seq: int, first: list[int]) -> list[list[in
 def _enough(
     samples: list[list[int]],
     documents: list[list[int]],
-    options: CalibrationOptions,
+    config: CalibrationConfig,
     seq: int,
     origin: str,
 ) -> list[list[int]]:
     """As many samples as are wanted. An error where that was asked for and is not there."""
-    size = options.size or DEFAULT_SIZE
-    if len(samples) >= size or (samples and options.size is None):
+    size = config.calib_size or DEFAULT_SIZE
+    if len(samples) >= size or (samples and config.calib_size is None):
         return samples[:size]
-    if options.packing == "padded":
+    if config.packing == "padded":
         raise CalibrationError(
             f"{origin}: {len(documents):,} documents; {size:,} padded samples take one each. "
-            f"Give more, or --calib-size {len(documents)}."
+            f"Give more, or `calib_size={len(documents)}`."
         )
     tokens = sum(map(len, documents))
-    remedy = f"--calib-size {len(samples)}" if samples else "a smaller --calib-seq"
+    remedy = f"`calib_size={len(samples)}`" if samples else "a smaller `calib_seq`"
     raise CalibrationError(
         f"{origin}: {tokens:,} tokens make {len(samples):,} samples of {seq:,}; "
         f"{size:,} samples take {size * seq:,}. Give more text, or {remedy}."

@@ -13,13 +13,26 @@ import typer
 
 from fourfold._version import __version__
 from fourfold.cli import terminal
-from fourfold.cli.terminal import Display, console, print_json, print_result
+from fourfold.cli.options import (
+    HfConfig,
+    Json,
+    Model,
+    Overwrite,
+    RecipeName,
+    Shards,
+    Threads,
+    Trust,
+    in_bytes,
+)
+from fourfold.cli.progress import CommandDisplay
+from fourfold.cli.terminal import console, print_json, print_result
+from fourfold.config import CalibrationConfig, OutputConfig, Runtime
 from fourfold.distributed.launcher import launch
 from fourfold.errors import UsageError
 
 if TYPE_CHECKING:
-    from fourfold.api import Result
     from fourfold.run.merge import Merged
+    from fourfold.run.result import Result
 
 DEFAULT_RECIPE = "w4a16_nvfp4_experts_only_mse"
 
@@ -31,34 +44,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Model = Annotated[str, typer.Argument(help="A checkpoint's folder, or its name on the hub.")]
-HfConfig = Annotated[
-    Path | None,
-    typer.Option(
-        "--hf-config",
-        help="For a Megatron checkpoint: the folder with config.json and the tokenizer; without it "
-        "config.json is made of the training arguments, where they suffice.",
-    ),
-]
-RecipeName = Annotated[
-    str, typer.Option("--recipe", "-r", help="A built-in recipe's name, or a YAML file.")
-]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
-Threads = Annotated[
-    int | None, typer.Option(min=1, help="Worker threads; by default one for each core.")
-]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace what fourfold wrote into OUT earlier.")
-]
-Shards = Annotated[
-    int | None,
-    typer.Option(min=1, help="Files for each layer, at least; by default one for each rank."),
-]
-Trust = Annotated[
-    bool,
-    typer.Option("--trust-remote-code", help="Run the Python code that the checkpoint brings."),
-]
 
 
 @app.callback(invoke_without_command=True)
@@ -137,29 +122,29 @@ def quantize(
     The same command goes on with what a run that was stopped has left in OUT. Under torchrun, all
     ranks share the work.
     """
-    from fourfold.api import quantize as run
+    from fourfold import api
 
-    with Display(quiet=as_json, verbose=verbose) as display:
-        result = run(
+    calibrating = CalibrationConfig(
+        calib=calib or (),
+        calib_size=calib_size,
+        calib_seq=calib_seq,
+        batch_size=batch_size,
+        packing=packing,
+        seed=seed,
+        statistics=calibration,
+        activation_memory=in_bytes("--activation-memory", activation_memory),
+    )
+    with CommandDisplay(quiet=as_json, verbose=verbose) as display:
+        result = api.quantize(
             model,
             out,
             recipe,
             hf_config=hf_config,
-            calib=calib or (),
-            calib_size=calib_size,
-            calib_seq=calib_seq,
-            batch_size=batch_size,
-            packing=packing,
-            seed=seed,
-            calibration=calibration,
-            device=device,
-            device_memory=_in_bytes("--device-memory", device_memory),
-            activation_memory=_in_bytes("--activation-memory", activation_memory),
-            threads=threads,
-            shards=shards,
-            overwrite=overwrite,
-            verified=not no_verify,
+            calibration=calibrating,
+            runtime=Runtime(device, in_bytes("--device-memory", device_memory), threads),
+            output=OutputConfig(shards, overwrite, verify=not no_verify),
             trust_remote_code=trust_remote_code,
+            progress=False,
             on_event=display,
         )
     _conclude(result, as_json)
@@ -174,9 +159,9 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show what would be done, to what, and what it takes. Reads no weight."""
-    from fourfold.api import plan as make_plan
+    from fourfold import api
 
-    made = make_plan(model, recipe, hf_config=hf_config, trust_remote_code=trust_remote_code)
+    made = api.plan(model, recipe, hf_config=hf_config, trust_remote_code=trust_remote_code)
     if as_json:
         print_json(made.to_dict())
     else:
@@ -195,15 +180,16 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check OUT tensor by tensor. Exit 0: clean, 1: a finding, 2: not readable."""
-    from fourfold.verification import verify as run
+    from fourfold import api
 
-    with Display(quiet=as_json) as display:
-        report = run(
+    with CommandDisplay(quiet=as_json) as display:
+        report = api.verify(
             out,
             source=source,
             hf_config=hf_config,
             threads=threads,
             trust_remote_code=trust_remote_code,
+            progress=False,
             on_event=display,
         )
     if as_json:
@@ -231,10 +217,10 @@ def convert(
 
     The same command goes on with what a run that was stopped has left in OUT.
     """
-    from fourfold.run.convert import convert as run
+    from fourfold import api
 
-    with Display(quiet=as_json) as display:
-        converted = run(
+    with CommandDisplay(quiet=as_json) as display:
+        converted = api.convert(
             model,
             out,
             hf_config=hf_config,
@@ -242,6 +228,7 @@ def convert(
             shards=shards,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
+            progress=False,
             on_event=display,
         )
     if as_json:
@@ -267,18 +254,19 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Join what nodes without a shared file system wrote, or cut a checkpoint anew."""
-    from fourfold.run.merge import merge as run
+    from fourfold import api
 
     if len(folders) < 2:
         raise UsageError("give the folders to join, and then OUT.")
-    with Display(quiet=as_json) as display:
-        result = run(
+    with CommandDisplay(quiet=as_json) as display:
+        result = api.merge(
             folders[:-1],
             folders[-1],
             shards=shards,
             overwrite=overwrite,
             verified=not no_verify,
             threads=threads,
+            progress=False,
             on_event=display,
         )
     _conclude(result, as_json)
@@ -380,17 +368,18 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Do the whole job on the embedded model, offline, and show what it did to the model."""
-    from fourfold.api import quantize as run
+    from fourfold import api
     from fourfold.embedded import model_dir
     from fourfold.evaluation.demo import demonstrate, is_demo_output
 
-    with Display(quiet=as_json) as display:
+    with CommandDisplay(quiet=as_json) as display:
         again = overwrite or is_demo_output(out)
-        result = run(
+        result = api.quantize(
             model_dir(),
             out,
             recipe,
-            overwrite=again,
+            output=OutputConfig(overwrite=again),
+            progress=False,
             on_event=display,
         )
     shown = demonstrate(model_dir(), out)
@@ -434,10 +423,10 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Show what the model and the quantized model write after a prompt, side by side."""
-    from fourfold.evaluation.generation import generate as run
+    from fourfold import api
 
-    with Display(quiet=as_json) as display:
-        written = run(
+    with CommandDisplay(quiet=as_json) as display:
+        written = api.generate(
             out,
             prompt,
             source=source,
@@ -448,21 +437,13 @@ def generate(
             stream=stream,
             device=device,
             trust_remote_code=trust_remote_code,
+            progress=False,
             on_event=display,
         )
     if as_json:
         print_json(written.to_dict())
     else:
         console().print(written)
-
-
-def _in_bytes(option: str, gigabytes: float | None) -> int | None:
-    """Bytes of an option in GB; what is endless is no limit that must be kept."""
-    if gigabytes is None:
-        return None
-    if not gigabytes >= 0:
-        raise UsageError(f"{option} {gigabytes}: give a number of GB.")
-    return int(min(gigabytes, 1e9) * 1e9)
 
 
 def main() -> None:

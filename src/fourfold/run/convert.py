@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from fourfold.calibration.scales import ActivationScales
+from fourfold.config import OutputConfig, Runtime
 from fourfold.distributed.machine import threads_available
 from fourfold.distributed.ranks import Alone
-from fourfold.errors import OutputError, UsageError
+from fourfold.errors import OutputError
 from fourfold.events import OnEvent, ignore
 from fourfold.execution import Kernels, LinearResult
 from fourfold.layouts import LAYOUTS, marker_files
@@ -28,9 +29,8 @@ from fourfold.models.inventory_builder import take_inventory
 from fourfold.planning import DEFAULT_LIMITS, Action, Plan, Row, lay_out
 from fourfold.recipes import DEFAULT_LAYOUT, Recipe
 from fourfold.run.job import Job
-from fourfold.run.preflight import check_placed, check_room
+from fourfold.run.preflight import check_origins, check_placed, check_room
 from fourfold.run.strategies import AtOnce
-from fourfold.sources.opening import opened
 from fourfold.sources.safetensors import SafetensorsFolder
 from fourfold.storage.atomic import FileWriter
 from fourfold.storage.names import CONFIG, INDEX
@@ -71,49 +71,23 @@ class Converted:
 
 
 def convert(
-    model: str | Path | Source,
-    out: str | Path,
-    *,
-    hf_config: str | Path | None = None,
-    threads: int | None = None,
-    shards: int | None = None,
-    overwrite: bool = False,
-    trust_remote_code: bool = False,
-    on_event: OnEvent = ignore,
+    source: Source, out: Path, output: OutputConfig, runtime: Runtime, on_event: OnEvent = ignore
 ) -> Converted:
-    """Write the Megatron checkpoint `model` into `out` as Hugging Face's, and compare the two.
-
-    hf_config: the folder with the Hugging Face configuration and tokenizer.
-    shards: files that a decoder layer is cut into, at least.
-    overwrite: begin anew where an unfinished run has left something in `out`.
-
-    Raises `FourfoldError`; `out` is then as before, or holds what the same call goes on from.
-    """
-    begun = time.perf_counter()
-    if not str(out):
-        raise UsageError("OUT is empty: give the folder to write.")
-    for name, count in (("threads", threads), ("shards", shards)):
-        if count is not None and count < 1:
-            raise UsageError(f"{name}={count}: give 1 or more.")
+    """Write `source` into `out` as a Hugging Face checkpoint, and compare the two."""
+    began = time.perf_counter()
     workers, folder = (
-        threads or threads_available(),
-        OutputFolder(Path(out).expanduser(), markers=marker_files()),
+        runtime.threads or threads_available(),
+        OutputFolder(out, markers=marker_files()),
     )
-    with opened(model, hf_config, trust_remote_code=trust_remote_code) as source:
-        for origin in source.origin_folders:
-            folder.check(origin, overwrite=overwrite)
-        plan = plan_conversion(source, shards or 1)
-        kernels = Kernels.none(workers)
-        check_room(plan, folder, kernels, Alone())
-        run = AtOnce(source, None)
-        job = Job(plan, source, folder, run, Alone(), kernels, rest=_write_rest)
-        folder.check_continues(job.identity, overwrite=overwrite)
-        job.write(overwrite, on_event)
-        _compare(folder.folder, source, workers)
-        taken = time.perf_counter() - begun
-        return Converted(
-            folder.folder, len(plan.rows), len(plan.shards), plan.nbytes, taken, plan.notes
-        )
+    check_origins(folder, source, overwrite=output.overwrite)
+    plan = plan_conversion(source, output.shards or 1)
+    kernels = Kernels.none(workers)
+    check_room(plan, folder, kernels, Alone())
+    job = Job(plan, source, folder, AtOnce(source, None), Alone(), kernels, rest=_write_rest)
+    job.write(output.overwrite, on_event)
+    _compare(out, source, workers)
+    taken = time.perf_counter() - began
+    return Converted(out, len(plan.rows), len(plan.shards), plan.nbytes, taken, plan.notes)
 
 
 class ConversionPlan(Plan):

@@ -66,6 +66,9 @@ class Job:
         Emits `WritingBegan`, `Resumed`, `ShardWritten` and `OutputComplete`.
         After an error or a signal nothing is left, or what the same job goes on from.
         """
+        with self.source.agreeing():
+            if self.run.is_writer and self.ranks.size == 1:
+                self.folder.check_continues(self.identity, overwrite=overwrite)
         on_event(WritingBegan(self.folder.folder))
         try:
             self.share = Share.of_all(self.work)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from fourfold.config import OutputConfig, Runtime
 from fourfold.errors import SourceError, UsageError
 from fourfold.events import (
     BytesCopied,
@@ -81,25 +82,18 @@ class Merged:
 
 def merge(
     folders: Sequence[str | Path],
-    out: str | Path,
-    *,
-    shards: int = 1,
-    overwrite: bool = False,
-    verified: bool = True,
-    threads: int | None = None,
+    out: Path,
+    output: OutputConfig,
+    runtime: Runtime,
     on_event: OnEvent = ignore,
 ) -> Merged:
     """Join the parts of a checkpoint that lie in several `folders` into the folder `out`.
 
-    folders: what the nodes of one run wrote where they share no file system; or one checkpoint,
-    to cut it anew.
-    shards: files that a decoder layer is cut into, at least.
-
-    Raises `SourceError` where a shard is missing, lies in two folders, is damaged, or the parts are
-    of different runs; `OutputError` for `out`, which is then as before.
+    Raises:
+        SourceError: A shard is missing, lies in two folders or is damaged, or the parts are of
+            different runs.
+        OutputError: `out` cannot be written; it is then as before.
     """
-    if shards < 1:
-        raise UsageError(f"shards={shards}: give 1 or more.")
     parts = [_read_part(Path(folder).expanduser()) for folder in folders]
     if not parts:
         raise UsageError("no folder to merge: give those that the nodes wrote, and then OUT.")
@@ -110,17 +104,17 @@ def merge(
             f"{rest / SUMMARY}: does not say how the shards were cut. Quantize the model again."
         )
     units = list(_units(summary.shards, _places(parts, summary)))
-    layout = [(unit, *each) for unit in units for each in unit.cut(shards)]
-    target = OutputFolder(Path(out).expanduser(), markers=marker_files())
+    layout = [(unit, *each) for unit in units for each in unit.cut(output.shards or 1)]
+    target = OutputFolder(out, markers=marker_files())
     for part in parts:
-        target.check(part.folder, overwrite=overwrite, what="a part")
+        target.check(part.folder, overwrite=output.overwrite, what="a part")
     total = sum(info.nbytes for unit in units for info in unit.tensors)
     check_disk(target.folder, total)
     files = _files(rest, summary, shard_names(len(layout)))
     try:
         target.lock(uuid4().hex)
         on_event(WritingBegan(target.folder))
-        target.begin(None, files, overwrite=overwrite)
+        target.begin(None, files, overwrite=output.overwrite)
         _copy_all(layout, target, total, on_event)
         _write_rest(rest, summary, layout, files, target, on_event)
         target.done()
@@ -129,8 +123,8 @@ def merge(
         raise
     on_event(OutputComplete(target.folder))
     report = None
-    if verified:
-        report = verify(target.folder, threads=threads, on_event=on_event)
+    if output.verify:
+        report = verify(target.folder, threads=runtime.threads, on_event=on_event)
     before = sum(len(unit.files) for unit in units)
     return Merged(target.folder, len(parts), before, len(layout), total, report)
 

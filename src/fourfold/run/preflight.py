@@ -1,18 +1,74 @@
-"""Checks before a run: names have a place in the model, disk and memory suffice."""
+"""Everything before a run writes: the plan, the backend, and checks of names, disk and memory."""
 
 from __future__ import annotations
 
-from fourfold.distributed.machine import memory_available
+from dataclasses import replace
+
+from fourfold.config import OutputConfig, Runtime
+from fourfold.distributed.launcher import launch
+from fourfold.distributed.machine import memory_available, threads_available
 from fourfold.distributed.ranks import Ranks
 from fourfold.errors import ResourceError
-from fourfold.execution import Kernels
+from fourfold.events import BackendChosen, PlanMade
+from fourfold.execution import Kernels, choose_kernels
 from fourfold.models.inventory import Inventory
 from fourfold.models.roles import Role
-from fourfold.planning import Plan
+from fourfold.planning import Plan, make_plan
+from fourfold.recipes import Recipe
+from fourfold.run.resume import forward_threads, parts_of
+from fourfold.run.session import Session
+from fourfold.run.strategies import Observation
+from fourfold.run.warm_up import warming_up
 from fourfold.storage.disk import check_disk
 from fourfold.storage.output import OutputFolder
 from fourfold.storage.source import Source
 from fourfold.storage.units import size
+
+
+def prepare(
+    source: Source,
+    recipe: Recipe,
+    folder: OutputFolder,
+    ranks: Ranks,
+    observation: Observation,
+    runtime: Runtime,
+    output: OutputConfig,
+    session: Session,
+) -> tuple[Plan, Kernels, Observation]:
+    """Plan the job, choose who quantizes, and check that the run can succeed.
+
+    The observation that is returned has the threads that all ranks use for the forward pass.
+    Kernels are compiled meanwhile. Emits `PlanMade` and `BackendChosen`.
+    """
+    check_origins(folder, source, overwrite=output.overwrite)
+    parts = parts_of(folder, ranks, output.shards, output.overwrite, source)
+    threads = forward_threads(folder, ranks, runtime.threads, output.overwrite)
+    with warming_up(recipe, source, observation.device) as failures:
+        plan = make_plan(source, recipe, parts=parts)
+        check_placed(source, plan.inventory)
+        kernels = choose_kernels(
+            observation.device,
+            plan,
+            runtime.threads or max(1, threads_available() // ranks.local_size),
+            memory=runtime.device_memory,
+            ranks=ranks.local_size,
+            warn=session.warn,
+        )
+        runs_model = observation.config.statistics is None and source.model is None
+        check_room(plan, folder, kernels, ranks, runs_model=runs_model)
+    session(PlanMade(plan))
+    if failures and kernels.pool is not None:
+        kernels = kernels.on_cpu(failures[0])
+    session(BackendChosen(str(kernels.choice), kernels.where, kernels.is_fallback))
+    if kernels.is_fallback and launch().local_rank == 0:
+        session.warn(str(kernels.choice))
+    return plan, kernels, replace(observation, threads=threads)
+
+
+def check_origins(folder: OutputFolder, source: Source, *, overwrite: bool) -> None:
+    """Raise `OutputError` if `folder` holds something else, or overlaps what the source reads."""
+    for origin in source.origin_folders:
+        folder.check(origin, overwrite=overwrite)
 
 
 def check_placed(source: Source, inventory: Inventory) -> None:
@@ -24,9 +80,10 @@ def check_placed(source: Source, inventory: Inventory) -> None:
 def check_room(
     work: Plan, folder: OutputFolder, kernels: Kernels, ranks: Ranks, *, runs_model: bool = False
 ) -> None:
-    """Raise `ResourceError` where the disk or the memory is too small for the plan.
+    """Raise `ResourceError` if the disk or the memory is too small for the plan.
 
-    runs_model: whether the model is run, layer by layer, if there is anything to calibrate.
+    Args:
+        runs_model: True if calibration runs the model layer by layer, should the plan need it.
     """
     beside = sum((work.source / path).stat().st_size for path in work.side_files)
     check_disk(folder.folder, work.nbytes_after + beside - folder.nbytes_present())
@@ -36,5 +93,5 @@ def check_room(
         among = f" on each of {ranks.local_size} ranks" if ranks.local_size > 1 else ""
         raise ResourceError(
             f"{size(memory)} of memory are needed for {kernels.threads} threads{among}, "
-            f"{size(available)} are available. Use fewer --threads, or close other programs."
+            f"{size(available)} are available. Use fewer `threads`, or close other programs."
         )

@@ -16,15 +16,16 @@ from typing import Any, Protocol
 
 import torch
 
-from fourfold.calibration.data import CalibrationData, CalibrationOptions, load_calibration
+from fourfold.calibration.data import CalibrationData, load_calibration
 from fourfold.calibration.layerwise import Calibration
 from fourfold.calibration.live import ForwardLoop, observe_live, units_of
 from fourfold.calibration.saved_activations import SavedActivations
 from fourfold.calibration.scales import ActivationScales
 from fourfold.calibration.statistics import Statistics
+from fourfold.config import CalibrationConfig, Runtime
 from fourfold.distributed.machine import choose_device, memory_available
 from fourfold.distributed.ranks import Ranks
-from fourfold.errors import ResourceError, UsageError
+from fourfold.errors import ResourceError
 from fourfold.events import DataLoaded, OnEvent, ignore
 from fourfold.planning import Plan
 from fourfold.recipes import Recipe
@@ -41,42 +42,35 @@ SAVED_LAYERS = 2
 
 @dataclass(frozen=True)
 class Observation:
-    """How activations are observed, where a recipe wants them quantized."""
+    """How activations are observed, if the recipe wants them quantized."""
 
-    options: CalibrationOptions
-    given: str | Path | Statistics | None = None
-    """The statistics of an earlier run, or the file with them."""
+    config: CalibrationConfig
     forward_loop: ForwardLoop | None = None
     device: str = "cpu"
-    activation_memory: int | None = None
     threads: int | None = None
-    """PyTorch's threads while the model runs; as it has been told by default."""
+    """PyTorch's threads while the model runs; None leaves them as they are."""
     on_event: OnEvent = ignore
 
-    def check(self, recipe: Recipe, *, is_live: bool) -> None:
-        """Raise `UsageError` for what does not go together, or would be ignored."""
-        options = self.options
-        sources = {
-            "--calib": bool(options.calib),
-            "--calibration": self.given is not None,
-            "forward_loop": self.forward_loop is not None,
-        }
-        given = [name for name, is_given in sources.items() if is_given]
-        if len(given) > 1:
-            raise UsageError(f"give {' or '.join(given)}, not both.")
-        if self.forward_loop is not None and not is_live:
-            raise UsageError(
-                "forward_loop: only for a model of transformers in memory. Give --calib instead."
-            )
-        sizes = {"--calib-size": options.size, "--calib-seq": options.seq}
-        given += [name for name, value in sizes.items() if value is not None]
-        if given and not recipe.needs_calibration:
-            raise UsageError(
-                f"recipe {recipe.name} quantizes no activations: leave {given[0]} out, "
-                "or choose another recipe."
-            )
-        if len(given) > 1 and given[0] in ("--calibration", "forward_loop"):
-            raise UsageError(f"{given[1]} says nothing beside {given[0]}: leave it out.")
+    @classmethod
+    def of(
+        cls,
+        config: CalibrationConfig,
+        runtime: Runtime,
+        forward_loop: ForwardLoop | None,
+        on_event: OnEvent,
+    ) -> Observation:
+        """Raises `UsageError` for a device that this machine lacks."""
+        device = choose_device(runtime.device)
+        return cls(config, forward_loop, device, runtime.threads, on_event)
+
+    def check(self, recipe: Recipe, source: Source) -> None:
+        """Raise `UsageError` for what the recipe or the source cannot use."""
+        self.config.check_use(
+            recipe.name,
+            needs_calibration=recipe.needs_calibration,
+            has_forward_loop=self.forward_loop is not None,
+            is_live=source.model is not None,
+        )
 
 
 @dataclass(frozen=True)
@@ -164,8 +158,8 @@ def choose_run(
     ranks: with whom the calibration is shared.
     """
     scales = None
-    if observation.given is not None:
-        scales = _given_scales(plan, observation.given)
+    if observation.config.statistics is not None:
+        scales = _given_scales(plan, observation.config.statistics)
     if source.model is not None:
         if plan.needs_calibration and scales is None:
             with source.agreeing():
@@ -176,9 +170,9 @@ def choose_run(
         return AtOnce(source, scales)
     available = memory_available() // ranks.local_size
     room = max((available - plan.calibration_memory) // 2, LEAST_ACTIVATION_MEMORY)
-    limit = observation.activation_memory
+    limit = observation.config.activation_memory
     data = _data(plan, source, observation)
-    device = choose_device(observation.device)
+    device = observation.device
     has_room = _check_spill(plan, data, room if limit is None else limit, out.folder, ranks)
     batches = range(ranks.rank, len(data.batches), ranks.size)
     calibration = Calibration(
@@ -214,7 +208,7 @@ def _check_spill(
         raise ResourceError(
             f"{scratch}: {size(needed)} are needed, {size(spill)} of them for waiting activations; "
             f"{size(free)} are free on that disk. Use fewer or shorter samples, or more "
-            "--activation-memory."
+            "`activation_memory`."
         )
     saved = SAVED_LAYERS * 4 * elements * ranks.local_size
     return needed + saved <= free
@@ -231,7 +225,7 @@ def _given_scales(plan: Plan, given: str | Path | Statistics) -> ActivationScale
 def _data(plan: Plan, source: Source, observation: Observation) -> CalibrationData:
     data = load_calibration(
         source.folder,
-        observation.options,
+        observation.config,
         vocab_size=plan.inventory.vocab_size,
         max_positions=plan.inventory.max_positions,
         trust_remote_code=source.trust_remote_code,

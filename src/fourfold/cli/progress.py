@@ -1,0 +1,72 @@
+"""What a command prints while it works: one `match` over the events of the run."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+
+from fourfold.cli.options import as_options
+from fourfold.cli.signals import guard
+from fourfold.cli.terminal import console
+from fourfold.distributed.launcher import launch
+from fourfold.events import (
+    BackendChosen,
+    DataLoaded,
+    Event,
+    PlanMade,
+    Resumed,
+    WarningIssued,
+)
+from fourfold.run.progress import ProgressDisplay, sentence
+
+
+class CommandDisplay:
+    """The plan and other facts on stdout, warnings on stderr, progress where that is a terminal."""
+
+    def __init__(self, *, quiet: bool, verbose: bool = False) -> None:
+        """quiet: for --json, which has stdout for itself. verbose: show the backend."""
+        self.rank = launch().rank
+        self.quiet = quiet or self.rank > 0
+        self.verbose = verbose and self.rank == 0
+        self.has_bars = not self.quiet and sys.stderr.isatty()
+        self.bars = ProgressDisplay(Console(stderr=True, quiet=not self.has_bars))
+
+    def __enter__(self) -> CommandDisplay:
+        self.bars.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bars.__exit__(*error)
+
+    def __call__(self, event: Event) -> None:
+        """Show an event."""
+        guard(event)
+        match event:
+            case PlanMade(plan):
+                self._print(plan)
+            case BackendChosen(backend, where, is_fallback):
+                if self.verbose:
+                    self._say(where if is_fallback else f"{backend}\n{where}")
+            case WarningIssued(text):
+                rank = f"rank {self.rank}: " if self.rank else ""
+                self._say(f"warning: {rank}{as_options(text)}")
+            case Resumed():
+                self._print(sentence(event))
+            case DataLoaded(beginning=beginning):
+                self._print(as_options(sentence(event)))
+                self._print(f"the first begins: {' '.join(beginning.split())[:100]} …", style="dim")
+            case _:
+                self.bars(event)
+
+    def _print(self, value: object, style: str | None = None) -> None:
+        """Print on stdout, above the progress bars."""
+        if not self.quiet:
+            console().print(value, style=style, markup=False)
+
+    def _say(self, text: str) -> None:
+        """Print on stderr: above the progress bars, if there are any."""
+        if self.has_bars:
+            self.bars.say(text)
+        else:
+            print(text, file=sys.stderr)

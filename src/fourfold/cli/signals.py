@@ -1,0 +1,24 @@
+"""What a signal does to a command: one line on stderr, and exit code 130 or 143."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import NoReturn
+
+from fourfold.run.signals import SignalGuard
+from fourfold.storage.temporary import remove_all
+
+
+def end_process(number: int, outcome: str) -> NoReturn:
+    """End at once; `outcome` is a sentence on what is left in OUT."""
+    show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
+    text = f"{show_cursor}error: stopped by {signal.Signals(number).name}; {outcome}\n"
+    remove_all()
+    os.write(2, text.encode())
+    os._exit(128 + number)
+
+
+guard = SignalGuard(end_process)
+"""Of the process. `terminal.run` enters it, and the display of a command passes events on to it."""

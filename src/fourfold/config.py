@@ -1,0 +1,182 @@
+"""The options of a run as objects: what to calibrate on, where to compute, what to write.
+
+    fourfold.quantize(
+        model,
+        out,
+        recipe,
+        calibration=CalibrationConfig(calib="data.jsonl", calib_size=256),
+        runtime=Runtime(device="cuda:0"),
+        output=OutputConfig(overwrite=True),
+    )
+
+Fields have the names of the command line's options. Every check of an argument is here, and is made
+when the object is: an option that is out of range, or has no effect beside another, is a
+`UsageError`.
+
+Messages name arguments in backticks, as Python spells them (`calib_size=0`). The command line
+shows its own spelling of them (--calib-size 0); see `cli.options`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fourfold.errors import UsageError
+
+PACKINGS = ("packed", "padded")
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """What the model reads while its activations are observed, for recipes that need it.
+
+    `quantize` also takes short forms of it; see `CalibrationConfig.of`.
+    """
+
+    calib: str | Path | Sequence[str | Path] = ()
+    """A file (text, JSONL, Parquet), a dataset of the hub (`org/name[:config][:split]`), or several
+    of them. By default a mixed text that comes with fourfold."""
+    calib_size: int | None = None
+    """How many samples. By default up to 128, as many as the data has."""
+    calib_seq: int | None = None
+    """Tokens of a sample. By default 512, or what the model takes if that is less."""
+    batch_size: int = 8
+    """How many samples pass the model together."""
+    packing: str = "packed"
+    """"packed" joins documents and cuts them into full samples; "padded" makes each a sample."""
+    seed: int = 0
+    """Random seed for the choice of samples."""
+    statistics: Any = None
+    """The `fourfold.Statistics` of an earlier run, or the path of its `calibration.safetensors`.
+    The model is not run then."""
+    activation_memory: int | None = None
+    """Bytes of activations that are kept in memory; what exceeds it waits in a file in `out`. By
+    default half of what is free."""
+
+    def __post_init__(self) -> None:
+        _check_whole("calib_size", self.calib_size, least=1)
+        _check_whole("calib_seq", self.calib_seq, least=2)
+        _check_whole("batch_size", self.batch_size, least=1)
+        _check_whole("seed", self.seed)
+        _check_whole("activation_memory", self.activation_memory, least=0)
+        if self.packing not in PACKINGS:
+            raise UsageError(f"`packing={self.packing}`: give 'packed' or 'padded'.")
+        if self.files and self.statistics is not None:
+            raise UsageError("give `calib` or `statistics`, not both.")
+        if self.statistics is not None and self._sizes:
+            raise UsageError(f"`{self._sizes[0]}` has no effect with `statistics`; remove it.")
+
+    @classmethod
+    def of(
+        cls, value: CalibrationConfig | str | Path | Sequence[str | Path] | Any
+    ) -> CalibrationConfig:
+        """The config that a short form stands for.
+
+        Args:
+            value: A config; None for the defaults; the path of a `.safetensors` file or a
+                `Statistics` for the statistics of an earlier run; any other path or name, or a
+                sequence of them, for calibration data.
+        """
+        if value is None:
+            return cls()
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, str | Path):
+            is_statistics = Path(value).suffix == ".safetensors"
+            return cls(statistics=value) if is_statistics else cls(calib=value)
+        return cls(calib=value) if isinstance(value, Sequence) else cls(statistics=value)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names in `calib`."""
+        names = [self.calib] if isinstance(self.calib, str | Path) else self.calib
+        return tuple(map(str, names))
+
+    @property
+    def _sizes(self) -> list[str]:
+        """The sizes that are given."""
+        return [name for name in ("calib_size", "calib_seq") if getattr(self, name) is not None]
+
+    def check_use(
+        self, recipe: str, *, needs_calibration: bool, has_forward_loop: bool, is_live: bool
+    ) -> None:
+        """Raise `UsageError` for what the recipe or the model cannot use.
+
+        Args:
+            recipe: Its name.
+            needs_calibration: True if the recipe quantizes activations or calibrates the KV cache.
+            has_forward_loop: True if the caller gave a loop that calls the model on data.
+            is_live: True for a transformers model in memory.
+        """
+        sources = {
+            "calib": bool(self.files),
+            "statistics": self.statistics is not None,
+            "forward_loop": has_forward_loop,
+        }
+        names = [name for name, is_given in sources.items() if is_given]
+        if len(names) > 1:
+            raise UsageError(f"give `{names[0]}` or `{names[1]}`, not both.")
+        if has_forward_loop and not is_live:
+            raise UsageError(
+                "`forward_loop`: only for a transformers model in memory. Give `calib` instead."
+            )
+        names += self._sizes
+        if names and not needs_calibration:
+            raise UsageError(
+                f"recipe {recipe} quantizes no activations. Remove `{names[0]}`, or choose "
+                "another recipe."
+            )
+        if has_forward_loop and self._sizes:
+            raise UsageError(f"`{self._sizes[0]}` has no effect with `forward_loop`; remove it.")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where to compute, and how much of the machine to take."""
+
+    device: str = "auto"
+    """Where weights are quantized and the model runs for calibration: cpu, cuda, cuda:N, or auto,
+    which takes a GPU where there is one. Quantized weights do not depend on it."""
+    device_memory: int | None = None
+    """Bytes of the device that quantization may take. By default up to 1 GiB, and no more than half
+    of what is free."""
+    threads: int | None = None
+    """Worker threads; by default one for each core. The output does not depend on it, but for the
+    rounding of the matrix products in a calibration."""
+
+    def __post_init__(self) -> None:
+        _check_whole("device_memory", self.device_memory, least=1)
+        _check_whole("threads", self.threads, least=1)
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """What to write, and whether to verify it."""
+
+    shards: int | None = None
+    """Files that a decoder layer is cut into, at least; by default one for each rank."""
+    overwrite: bool = False
+    """Replace what fourfold wrote into `out` earlier, finished or not."""
+    verify: bool = True
+    """Read the output back and compare it with the source, tensor by tensor."""
+
+    def __post_init__(self) -> None:
+        _check_whole("shards", self.shards, least=1)
+
+
+def output_folder(out: str | Path) -> Path:
+    """The folder that `out` names. Raises `UsageError` if it is empty."""
+    if not str(out):
+        raise UsageError("OUT is empty: give the folder to write.")
+    return Path(out).expanduser()
+
+
+def _check_whole(name: str, value: int | None, *, least: int | None = None) -> None:
+    """Raise `UsageError` unless `value` is None, or a whole number of at least `least`."""
+    if value is None or (type(value) is int and (least is None or value >= least)):
+        return
+    at_least = "" if least is None else f" of at least {least}"
+    raise UsageError(f"`{name}={value}`: give a whole number{at_least}.")

@@ -1,0 +1,99 @@
+"""The result of quantizing a model, for programs and as the closing lines of the command."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fourfold.calibration.statistics import Statistics
+from fourfold.execution import LinearResult
+from fourfold.planning import Plan
+from fourfold.storage.names import REPORT, SUMMARY
+from fourfold.storage.units import size
+from fourfold.verification import Report
+
+
+@dataclass(frozen=True)
+class Result:
+    """The result of `quantize`. Prints as the command's closing lines."""
+
+    out: Path
+    plan: Plan
+    linears: tuple[LinearResult, ...]
+    report: Report | None
+    """The verification; None if it was not asked for."""
+    seconds: float
+    peak_resident: int
+    """The process's peak resident memory in bytes."""
+    statistics: Statistics | None = None
+    """The statistics that calibration took or was given; None if nothing was calibrated."""
+
+    unreached_experts: Mapping[str, list[int]] = field(default_factory=dict)
+    """Experts that no calibration token was routed to, by experts module."""
+    ranks: int = 1
+    is_part: bool = False
+    """True if `out` holds only what some of the ranks wrote; `merge` joins such folders."""
+    kernels: str = ""
+    """The backend that quantized the weights, and why this one."""
+    warnings: tuple[str, ...] = ()
+    """Everything that went otherwise than it was meant: a slower backend, too little GPU memory."""
+
+    @property
+    def clean(self) -> bool:
+        """True if the output was verified without an error."""
+        return self.report is not None and self.report.clean
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "out": str(self.out),
+            "recipe": self.plan.recipe.name,
+            "linear_weights_planned": len(self.plan.linears),
+            "linear_weights_quantized": len(self.linears),
+            "bytes_before": self.plan.nbytes,
+            "bytes_after": self.plan.nbytes_after,
+            "calibration": None if self.statistics is None else asdict(self.statistics.data),
+            "unreached_experts": dict(self.unreached_experts),
+            "kernels": self.kernels,
+            "warnings": list(self.warnings),
+            "seconds": round(self.seconds, 3),
+            "peak_resident_bytes": self.peak_resident,
+            "verification": None if self.report is None else self.report.to_dict(),
+        }
+
+    def __str__(self) -> str:
+        planned, done = len(self.plan.linears), len(self.linears)
+        parts = [f"{done:,} / {planned:,} linear weights quantized"]
+        if self.report is not None:
+            counts = self.report.counts
+            parts.append(f"{counts.zero_block_scales:,} zero scales of {counts.block_scales:,}")
+        parts.append(f"{size(self.plan.nbytes_after)} from {size(self.plan.nbytes)}")
+        parts.append(
+            "parts: join them with `fourfold merge`" if self.is_part else _verdict(self.report)
+        )
+        took = f"{self.seconds:,.1f} s, {size(self.peak_resident)} of memory at the peak"
+        lines = [" · ".join(parts), *self._calibration_lines(), took]
+        return "\n".join(lines)
+
+    def _calibration_lines(self) -> Iterator[str]:
+        if self.statistics is None:
+            return
+        data, total = self.statistics.data, self.plan.expert_count
+        unreached = [
+            f"{path}.{e}" for path, experts in self.unreached_experts.items() for e in experts
+        ]
+        line = f"calibrated on {data.samples:,} samples of {data.seq:,} tokens from {data.origin}"
+        if total:
+            line += f" · {len(unreached):,} of {total:,} experts saw no token"
+        yield line
+        if unreached:
+            more = f", … (all of them in {SUMMARY} and {REPORT})" if len(unreached) > 5 else ""
+            yield f"scales from the layer's input for {', '.join(unreached[:5])}{more}"
+
+
+def _verdict(report: Report | None) -> str:
+    if report is None:
+        return "not verified"
+    return "verified" if report.clean else "NOT CLEAN: see the findings"

@@ -1,0 +1,47 @@
+"""What surrounds every call of the API: who hears its events, and what a signal does meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from fourfold.events import Event, OnEvent, WarningIssued
+from fourfold.run.progress import default_display
+from fourfold.run.signals import default_guard
+
+
+class Session:
+    """Passes each event on to all listeners, and keeps the warnings."""
+
+    def __init__(self) -> None:
+        self.listeners: list[OnEvent] = []
+        self.warnings: list[str] = []
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, WarningIssued):
+            self.warnings.append(event.text)
+        for listener in self.listeners:
+            listener(event)
+
+    def warn(self, text: str) -> None:
+        self(WarningIssued(text))
+
+
+@contextmanager
+def session(progress: bool | None, on_event: OnEvent | None) -> Iterator[Session]:
+    """Listen to a run, show its progress, and let signals end it cleanly.
+
+    Args:
+        progress: True shows progress on stderr, False does not; None shows it if stderr is a
+            terminal, or in a notebook.
+        on_event: The caller's callback.
+    """
+    run = Session()
+    with ExitStack() as stack:
+        if (guard := default_guard()) is not None:
+            run.listeners.append(stack.enter_context(guard))
+        if (display := default_display(progress)) is not None:
+            run.listeners.append(stack.enter_context(display))
+        if on_event is not None:
+            run.listeners.append(on_event)
+        yield run

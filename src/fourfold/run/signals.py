@@ -1,0 +1,96 @@
+"""SIGINT and SIGTERM end a run so that no unfinished output looks like a checkpoint.
+
+While `out` is written, a signal raises `StoppedError` in the main thread: the run unwinds and
+cleans up, and only then does the signal do what it would have done at once. At any other time
+there is nothing to clean up, and it acts at once. (It must not raise then: an exception in the
+middle of an import would leave an import lock behind that another thread waits for.)
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from fourfold.events import Event, OutputComplete, WritingBegan
+from fourfold.storage.temporary import remove_all
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+NOTHING_WRITTEN = "nothing was written."
+NOT_VERIFIED = "OUT is written, but not verified."
+
+End = Callable[[int, str], object]
+"""Ends the process for a signal's number, and a sentence on what the run has left in `out`."""
+
+
+class StoppedError(BaseException):
+    """A signal asked the run to end. Not a `KeyboardInterrupt`, which typer would swallow."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+class SignalGuard:
+    """Handles both signals within a context; it must receive the events of the run."""
+
+    def __init__(self, end: End) -> None:
+        self._end = end
+        self._is_writing = False
+        self._outcome = NOTHING_WRITTEN
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case WritingBegan():
+                self._is_writing = True
+            case OutputComplete():
+                self._is_writing, self._outcome = False, NOT_VERIFIED
+
+    def __enter__(self) -> SignalGuard:
+        self._is_writing, self._outcome = False, NOTHING_WRITTEN
+        self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        if isinstance(error, StoppedError):
+            notes = getattr(error, "__notes__", ())
+            self._end(error.number, " ".join(notes) or self._outcome)
+
+    def _handle(self, number: int, _: object) -> None:
+        if not self._is_writing:
+            self._end(number, self._outcome)
+            return
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_IGN)  # a second signal must not stop the clean-up
+        raise StoppedError(number)
+
+
+def default_guard() -> SignalGuard | None:
+    """The guard of a call from Python; None if the caller handles the signals, or on a thread.
+
+    Only Python's default handlers are replaced, and they are restored afterwards.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    handlers = [signal.getsignal(number) for number in SIGNALS]
+    if handlers != [signal.default_int_handler, signal.SIG_DFL]:
+        return None
+    return SignalGuard(_end_as_python_does)
+
+
+def _end_as_python_does(number: int, outcome: str) -> None:
+    """Raise KeyboardInterrupt for SIGINT; let SIGTERM end the process."""
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt(outcome)
+    remove_all()
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)

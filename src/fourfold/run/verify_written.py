@@ -1,0 +1,60 @@
+"""Verify what a job has written, and balance it against the plan."""
+
+from __future__ import annotations
+
+from fourfold.distributed.machine import threads_available
+from fourfold.distributed.ranks import Ranks
+from fourfold.errors import FourfoldError
+from fourfold.events import OnEvent
+from fourfold.execution import LinearResult
+from fourfold.planning import KVScales, Plan, ScaleGroup
+from fourfold.run.job import Job
+from fourfold.storage.output import OutputFolder
+from fourfold.verification import Report, verify
+
+
+def verify_written(job: Job, linears: list[LinearResult], on_event: OnEvent) -> Report | None:
+    """Read the output of `job` back and compare it with the source, tensor by tensor.
+
+    Returns None on a rank that has no whole output to verify. A source that is sharded over ranks
+    cannot be read by one of them, so its output is verified by itself.
+
+    Raises:
+        FourfoldError: Planned, written and verified weights differ in number.
+    """
+    if not (job.run.is_writer and job.is_finisher):
+        return None
+    is_readable = not job.source.is_sharded
+    report = verify(
+        job.folder.folder,
+        source=job.source if is_readable else None,
+        threads=_threads(job.kernels.threads, job.ranks),
+        on_event=on_event,
+    )
+    if is_readable:
+        check_ledger(job.work, linears, report, job.folder)
+    return report
+
+
+def _threads(workers: int, ranks: Ranks) -> int:
+    """The threads of all ranks of this machine, since the other ranks have finished."""
+    return (
+        workers if ranks.local_size == 1 else min(workers * ranks.local_size, threads_available())
+    )
+
+
+def check_ledger(
+    plan: Plan, linears: list[LinearResult], report: Report, folder: OutputFolder
+) -> None:
+    """Raise unless as many weights were verified as were planned and written."""
+    copies = sum(
+        not isinstance(job, ScaleGroup | KVScales) for shard in plan.shards for job in shard.jobs
+    )
+    verified = report.counts.compared_linears, report.counts.copied_tensors
+    if report.clean and verified != (len(plan.linears), copies):
+        folder.remove(plan.files)
+        raise FourfoldError(
+            f"{report.folder}: {len(plan.linears)} linear weights and {copies} copied tensors "
+            f"planned, {len(linears)} weights written, {verified[0]} and {verified[1]} verified. "
+            "The checkpoint was removed. This is a defect of fourfold; please report it."
+        )

@@ -1,0 +1,57 @@
+"""Compile the kernels on a thread while the plan is made."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import torch
+
+from fourfold.errors import UsageError
+from fourfold.execution import warm_up, warm_up_device
+from fourfold.recipes import Recipe
+from fourfold.storage.source import Source
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+"""Dtypes of weights that can be quantized, by their names in safetensors."""
+
+
+@contextmanager
+def warming_up(recipe: Recipe, source: Source, device: str) -> Iterator[list[Exception]]:
+    """Compile the kernels for the dtypes of `source` within this context.
+
+    Yields a list that holds, after the context, the error of the device's kernels if they cannot
+    run. The thread is joined even after an error, because an interpreter must not end while
+    kernels are compiled.
+    """
+    failures: list[Exception] = []
+    thread = threading.Thread(
+        target=_compile, args=(recipe, _dtypes_of(source), device, failures), name="warm-up"
+    )
+    thread.start()
+    try:
+        yield failures
+    finally:
+        thread.join()
+
+
+def _dtypes_of(source: Source) -> list[torch.dtype]:
+    """The dtypes of its matrices, the most frequent first."""
+    nbytes: Counter[str] = Counter()
+    for info in source.tensors.values():
+        if len(info.shape) > 1 and info.dtype in DTYPES:
+            nbytes[info.dtype] += info.nbytes
+    return [DTYPES[dtype] for dtype, _ in nbytes.most_common()]
+
+
+def _compile(
+    recipe: Recipe, dtypes: list[torch.dtype], device: str, failures: list[Exception]
+) -> None:
+    with suppress(UsageError):  # the choice of the backend reports kernels that cannot run
+        warm_up(recipe.schemes, dtypes)
+    try:
+        warm_up_device(device, recipe.schemes, dtypes[:1])  # others at their first use
+    except Exception as error:
+        failures.append(error)
