@@ -1,4 +1,4 @@
-"""Checkpoints in Megatron's format of the families' tiny models."""
+"""The families' tiny models as checkpoints in Megatron's format."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FAMILY = "qwen3_moe"
 
 @pytest.fixture
 def made(written: Written, tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
-    """Writes a Megatron checkpoint of a family, changed; gives it and the Hugging Face folder."""
+    """A function that writes a changed checkpoint; returns it and the Hugging Face folder."""
 
     def make(
         name: str = FAMILY,

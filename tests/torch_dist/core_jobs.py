@@ -1,4 +1,4 @@
-"""Runs megatron-core's jobs in processes of their own, and gives what they saved."""
+"""Runs jobs of megatron-core in processes of their own, and returns what they saved."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import torch
 from families import FAMILIES
 
 LIMIT = 240
-"""Seconds; a rank that waits for one that died must not wait for ever."""
+"""Seconds after which a rank stops waiting for one that may have died."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model: a family's tiny configuration, with what is otherwise, and Megatron's options."""
+    """A model: a family's tiny configuration, changes to it, and Megatron's options."""
 
     family: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -58,13 +58,13 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Saved:
-    """What the jobs of a case have left."""
+    """The output of the jobs of a case."""
 
     hf_config: Path
     checkpoints: dict[str, Path]
     logits: dict[str, torch.Tensor]
     mtp: dict[str, torch.Tensor]
-    """What MTP layers made of the same batch, where the model has some."""
+    """The output of the MTP layers for the same batch, if the model has any."""
 
 
 def run(case: Case, shardings: Sequence[Ranks], folder: Path) -> Saved:
@@ -95,7 +95,7 @@ def run(case: Case, shardings: Sequence[Ranks], folder: Path) -> Saved:
 
 
 def run_ranks(jobs: Path, world: int, worker: str = "core_worker") -> None:
-    """One process for each rank; an error of one ends all of them."""
+    """Run a process for each rank; an error of one ends all of them."""
     outputs = [(jobs.parent / f"rank{rank}.txt").open("w+") for rank in range(world)]
     tests = Path(__file__).parent.parent
     ranks = [

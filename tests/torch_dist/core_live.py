@@ -22,7 +22,7 @@ PATIENCE = 60
 
 
 class Wrapper(nn.Module):
-    """What DDP and Float16Module are: a model inside of another module."""
+    """A model inside of another module, as in DDP and Float16Module."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ def run(job: dict[str, Any], ranks: Any, rank: int) -> None:
 
 @torch.no_grad()
 def spoil(model: Any, how: str, rank: int) -> None:
-    """Do something to the model that no rank may pass over."""
+    """Damage the model in a way that every rank must notice."""
     if rank != 1:
         return
     parameters = dict(model.named_parameters())
@@ -78,6 +78,14 @@ def spoil(model: Any, how: str, rank: int) -> None:
             model.decoder.layers[0].mlp.router.to("meta")
 
 
+def die(event: Any) -> None:
+    """End this process without a word, once it has written a shard."""
+    from fourfold.events import ShardWritten
+
+    if isinstance(event, ShardWritten):
+        os._exit(0)
+
+
 def quantize(model: Any, job: dict[str, Any], rank: int) -> None:
     import fourfold
 
@@ -86,7 +94,7 @@ def quantize(model: Any, job: dict[str, Any], rank: int) -> None:
     if "spoiled" in job:
         spoil(model, job["spoiled"], rank)
     if job.get("spoiled") == "dead" and rank == 1:
-        given["progress"] = lambda _: os._exit(0)
+        given["on_event"] = die
     try:
         result = fourfold.quantize(model, out, **flat(**given))
         found: dict[str, Any] = {
@@ -102,7 +110,7 @@ def quantize(model: Any, job: dict[str, Any], rank: int) -> None:
 
 
 def leave(folder: Path, rank: int) -> None:
-    """End when all ranks have come here, past what torch's teardown of gloo does now and then."""
+    """Exit when all ranks are here, without torch's teardown of gloo, which sometimes hangs."""
     from .core_models import Ranks
 
     (folder / f"left{rank}").touch()

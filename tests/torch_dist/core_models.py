@@ -1,4 +1,4 @@
-"""megatron-core's models of a tiny Hugging Face configuration, and where they run and are saved."""
+"""Builds, runs and saves megatron-core's models of a tiny Hugging Face configuration."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def start(ranks: Ranks, rank: int, store: Path) -> None:
 
 
 def stop() -> None:
-    """Part from them, so that another job can start."""
+    """Leave the other ranks, so that another job can start."""
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 
@@ -256,7 +256,7 @@ def _layer(config: Any, is_moe: bool, is_linear: bool) -> ModuleSpec:
 
 @torch.no_grad()
 def randomize(model: Any) -> None:
-    """Values for every parameter, and for the biases of routers: those of one rank alone."""
+    """Draw values for every parameter and router bias of a model on one rank."""
     for number, (name, value) in enumerate(sorted(model.named_parameters())):
         draw = torch.Generator().manual_seed(number)
         noise = torch.randn(value.shape, generator=draw)
@@ -274,7 +274,7 @@ RENAMED = {
     "num_moe_experts": "num_experts",
     "gated_linear_unit": "swiglu",
 }
-"""Fields of Megatron's configuration that its training script calls otherwise."""
+"""Fields of Megatron's configuration that have other names in its training script."""
 
 
 def training_arguments(model: Any, hf: dict[str, Any]) -> Namespace:
@@ -344,7 +344,7 @@ def logits(model: Any, ids: torch.Tensor, hidden: int) -> torch.Tensor | None:
 
 @torch.no_grad()
 def mtp_states(model: Any, ids: torch.Tensor, hidden: int) -> torch.Tensor | None:
-    """What the MTP layer makes of a batch, `[batch, length, hidden]`, where it lies."""
+    """The MTP layer's output for a batch, [batch, length, hidden], on the rank that has it."""
     found: list[torch.Tensor] = []
     if model.mtp_process:
         model.mtp.register_forward_hook(lambda _, __, out: found.append(out.chunk(2)[1]))
@@ -353,7 +353,7 @@ def mtp_states(model: Any, ids: torch.Tensor, hidden: int) -> torch.Tensor | Non
 
 
 def _forward(model: Any, ids: torch.Tensor, hidden: int, **options: Any) -> torch.Tensor | None:
-    """One batch through all stages; what the last one gives, None on the others."""
+    """Run a batch through all stages; return the last one's output, None on the others."""
     length = ids.shape[1]
     positions = torch.arange(length).expand_as(ids)
     mask = torch.triu(torch.ones(length, length, dtype=torch.bool), 1)[None, None]

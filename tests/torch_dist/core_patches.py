@@ -1,4 +1,4 @@
-"""What lets megatron-core build, run and save a model on a CPU. For worker processes only.
+"""Patches that let megatron-core build, run and save a model on a CPU. For worker processes only.
 
 Megatron asks CUDA for its device and its random states, and takes kernels of Transformer Engine
 and of flash-linear-attention where it has no code of its own. Here it gets the CPU, and plain
@@ -47,7 +47,7 @@ gated_delta_net.l2norm = l2norm
 
 
 class Norm(nn.Module):
-    """RMS norm, as Transformer Engine's: multiplies with w, or with 1 + w."""
+    """RMS norm, as Transformer Engine's: multiplies by w, or by 1 + w."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class _Grouped(nn.Module):
     """The weights of local experts as Transformer Engine's grouped linear has them: `weight{i}`."""
 
     axis: int
-    """Which dimension tensor parallelism cuts."""
+    """The dimension that tensor parallelism cuts."""
 
     def __init__(
         self, num_gemms: int, ins: int, outs: int, *, config: Any, pg_collection: Any, **_: Any
@@ -101,7 +101,7 @@ class _Grouped(nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
     ) -> dict[str, Any]:
-        """One key for all experts, or one for each, as the metadata asks for."""
+        """One key for all experts, or one for each, as the metadata asks."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         apart = metadata.get("singleton_local_shards", False)
         ep = self.groups.ep
@@ -126,12 +126,12 @@ class _Grouped(nn.Module):
 
 
 class GroupedColumn(_Grouped):
-    """Gate and up."""
+    """The linear layer of gate and up."""
 
     axis = 0
 
 
 class GroupedRow(_Grouped):
-    """Down; its outputs are summed over the ranks by the dispatcher."""
+    """The down linear layer; the dispatcher sums its outputs over the ranks."""
 
     axis = 1

@@ -28,7 +28,7 @@ def qkv(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def gated_qkv(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """As `qkv`; q has each head's gate behind it, Megatron all gates of a group behind queries."""
+    """As `qkv`; in q each head is followed by its gate, in Megatron all queries by all gates."""
     heads = q.reshape(GROUPS, -1, 2, SIZE, q.shape[-1])
     queries, gates = heads[:, :, 0], heads[:, :, 1]
     flat = [x.reshape(GROUPS, -1, q.shape[-1]) for x in (queries, gates, k, v)]

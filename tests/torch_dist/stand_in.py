@@ -1,4 +1,4 @@
-"""Models that look as Megatron's do, of plain modules: parts, attributes and names of classes.
+"""Models of plain modules with the children, attributes and class names of Megatron's.
 
 So Transformer Engine's layout is tried, which no CPU has; how a rank's part is cut is told here
 once more, apart from what the package knows of it.
@@ -21,7 +21,7 @@ ROW = ("linear_proj", "linear_fc2", "out_proj")
 
 @dataclass(frozen=True)
 class Group:
-    """A process group, as far as it says who is who."""
+    """A process group that knows its size and this process's rank."""
 
     number: int
     count: int
@@ -38,7 +38,7 @@ ALONE = Group(0, 1)
 
 @dataclass(frozen=True)
 class Rank:
-    """Where a rank stands. `layers`: those that it has."""
+    """A rank's position in each group, and the layers that it has."""
 
     tp: Group = ALONE
     ep: Group = ALONE
@@ -48,7 +48,7 @@ class Rank:
 
 
 class Module(nn.Module):
-    """Anything; its class is named as Megatron's is."""
+    """A module whose class gets the name of one of Megatron's."""
 
 
 def module_of(name: str) -> nn.Module:
@@ -90,7 +90,7 @@ def build(tensors: Mapping[str, Tensor], rank: Rank, delta: Mapping[str, int] | 
 
 
 def joined(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The parts of a delta net's projection and convolution in one tensor each."""
+    """Join the parts of a delta net's projection and convolution."""
     made: dict[str, list[Tensor]] = {}
     order = {name: number for number, name in enumerate(("query", "key", "value", "z", "beta"))}
     for key in sorted(tensors, key=lambda key: order.get(key.rpartition(".")[2], 9)):
@@ -100,7 +100,7 @@ def joined(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _own(key: str, tensor: Tensor, rank: Rank) -> Tensor:
-    """What this rank has of a tensor."""
+    """This rank's part of a tensor."""
     linear, leaf = key.split(".")[-2:]
     is_expert = ".experts.experts." in key
     group, dim = (rank.etp, 1) if is_expert else (rank.tp, 0)

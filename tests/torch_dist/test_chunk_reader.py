@@ -1,4 +1,4 @@
-"""`torch_dist` directories are read as PyTorch wrote them; what is broken or unsafe is refused."""
+"""Checkpoints are read as PyTorch wrote them; damaged and unsafe ones are refused."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ def test_compressed_streams_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_damaged_bytes_end_in_a_clean_error_or_in_values(tmp_path: Path, seed: int) -> None:
-    """A flipped byte may be a value of a weight; whatever else it is, it is told in words."""
+    """A flipped byte may be a value of a weight; anything else is reported as a `SourceError`."""
     write_torch_dist(tmp_path, TENSORS, halves(0), files=1)
     draw = np.random.default_rng(seed)
     file = tmp_path / (".metadata" if seed % 2 else "__0_0.distcp")

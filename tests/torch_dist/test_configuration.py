@@ -1,4 +1,4 @@
-"""A configuration made of a checkpoint's own arguments: whole, or refused by the argument's name.
+"""A configuration is made from a checkpoint's arguments, or an error names the argument.
 
 That what it says computes what Megatron computed is shown in `test_logits.py`.
 """
@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -52,7 +53,7 @@ ARGS: dict[str, Any] = {
     "qk_layernorm": True,
     "tokenizer_model": "Qwen/Qwen3-30B-A3B",
 }
-"""Of the family `qwen3`, as in tests/families."""
+"""Arguments of the family `qwen3`, as in tests/families."""
 
 EXPERTS: dict[str, Any] = {
     "num_experts": 4,
@@ -61,14 +62,14 @@ EXPERTS: dict[str, Any] = {
     "moe_router_pre_softmax": True,
     "moe_layer_freq": [0, 1, 1],
 }
-"""And of `qwen3_moe`."""
+"""Further arguments of `qwen3_moe`."""
 
 PLAIN = {
     "qk_layernorm": False, "moe_router_pre_softmax": False, "moe_layer_freq": 1,
     "norm_epsilon": 1e-5, "rotary_base": 1000000, "ffn_hidden_size": 48,
     "moe_ffn_hidden_size": None,
 }  # fmt: skip
-"""And of `mixtral`."""
+"""Arguments of `mixtral` that differ."""
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": ARGS,
@@ -86,7 +87,7 @@ def made_of(values: dict[str, Any] | None) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_checkpoint_needs_no_configuration(name: str, made: Made, tmp_path: Path) -> None:
-    """The same bytes as with the one that the model was made with."""
+    """The bytes are the same as with the configuration that the model was made with."""
     checkpoint, hf = made(name, common={"args": Namespace(**FAMILIES[name])})
     recipe = "w4a16_nvfp4_default_mse"
     fourfold.quantize(checkpoint, tmp_path / "given", recipe, hf_config=hf)
@@ -106,7 +107,7 @@ def test_a_checkpoint_needs_no_configuration(name: str, made: Made, tmp_path: Pa
 
 
 def test_what_is_missing_is_said(made: Made, tmp_path: Path) -> None:
-    """No tokenizer and no special tokens: the plan says so, and a calibration with text cannot."""
+    """There is no tokenizer: the plan says so, and calibration on text is refused."""
     checkpoint, _ = made(common={"args": Namespace(**ARGS | EXPERTS)})
     plan = fourfold.plan(checkpoint, W4A16)
     note = next(note for note in plan.notes if "made from the arguments" in note)
@@ -124,7 +125,7 @@ def test_what_is_missing_is_said(made: Made, tmp_path: Path) -> None:
 def test_a_run_without_a_configuration_goes_on(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The temporary configuration is another file each time, and no reason to begin anew."""
+    """A run resumes although the temporary configuration is another file each time."""
     checkpoint, _ = made(common={"args": Namespace(**ARGS | EXPERTS)})
     fourfold.quantize(checkpoint, tmp_path / "whole", W4A16, runtime=Runtime(threads=1))
 
@@ -173,36 +174,23 @@ def test_nothing_temporary_is_left(
     assert list(own.iterdir()) == []
 
 
-WAITING = """
-import sys, time
-from fourfold.run import preflight
-def wait(*_, **__):
-    print("waits", flush=True)
-    time.sleep(60)
-preflight.make_plan = wait
-from fourfold.cli.app import main
-main()
-"""
-
-
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
 )
 def test_nothing_temporary_is_left_by_a_signal(
     number: signal.Signals, made: Made, tmp_path: Path
 ) -> None:
-    """Before anything is written, a signal ends the process at once."""
+    """The signal comes while the model is planned, which begins with a slow import."""
     own = tmp_path / "temporary"
     own.mkdir()
     checkpoint, _ = made(common={"args": Namespace(**ARGS | EXPERTS)})
     process = subprocess.Popen(
-        [sys.executable, "-c", WAITING, "quantize", str(checkpoint), str(tmp_path / "out")],
-        env={**os.environ, "TMPDIR": str(own)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-m", "fourfold", "quantize", str(checkpoint), str(tmp_path / "out")],
+        env={**os.environ, "TMPDIR": str(own)}, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    assert process.stdout is not None
-    assert process.stdout.readline() == "waits\n"
-    assert [path.name[:9] for path in own.iterdir()] == ["fourfold-"]
+    while not list(own.glob("fourfold-*/model")):
+        assert process.poll() is None
+        time.sleep(0.01)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number

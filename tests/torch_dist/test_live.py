@@ -38,13 +38,13 @@ quantize: [experts]
 
 @dataclass(frozen=True)
 class Job:
-    """One way to quantize the model: how it is spread, and what is done to it before."""
+    """One way to quantize the model: how it is spread, and how it is damaged before."""
 
     ranks: Ranks
     spoiled: str | None = None
     given: Mapping[str, Any] | None = None
     of_rank: Mapping[str, Any] | None = None
-    """What rank 1 is given instead."""
+    """Arguments that only rank 1 gets."""
 
 
 def launch(case: Case, jobs: Mapping[str, Job], folder: Path) -> Path:
@@ -78,7 +78,7 @@ def of_rank(folder: Path, name: str, rank: int) -> dict[str, Any]:
 
 
 def offline(folder: Path, name: str, **given: Any) -> dict[str, str]:
-    """The bytes that the checkpoint gives."""
+    """Digests of the output from the checkpoint."""
     given = {"recipe": RECIPE, "shards": 2, **given}
     result = fourfold.quantize(
         folder / "saved", folder / f"offline {name}", **flat(hf_config=folder / "hf", **given)
@@ -88,7 +88,7 @@ def offline(folder: Path, name: str, **given: Any) -> dict[str, str]:
 
 
 def check(folder: Path, name: str, ranks: Ranks, wanted: Mapping[str, str]) -> None:
-    """Every rank ended well, the first verified, and the bytes are those of the checkpoint."""
+    """Every rank succeeded, rank 0 verified, and the bytes are those of the checkpoint."""
     for rank in range(ranks.world):
         found = of_rank(folder, name, rank)
         assert found.get("clean"), (name, rank, found)
@@ -97,7 +97,7 @@ def check(folder: Path, name: str, ranks: Ranks, wanted: Mapping[str, str]) -> N
 
 
 def check_failed(folder: Path, name: str, pattern: str, ranks: Sequence[int] = (0, 1)) -> None:
-    """Every rank ended with that error, and nothing is left."""
+    """Every rank failed with that error, and no output is left."""
     for rank in ranks:
         found = of_rank(folder, name, rank)
         assert re.search(pattern, found.get("text", "")), (name, rank, found)
@@ -182,6 +182,7 @@ def test_ranks_that_want_different_things_are_named(two_ranks: Path) -> None:
 
 
 def test_a_rank_that_dies_ends_the_others(two_ranks: Path) -> None:
+    assert not (two_ranks / "dead.1.json").exists()  # rank 1 did not even fail
     found = of_rank(two_ranks, "dead", 0)
     assert found["error"] in ("RankFailedError", "SourceError"), found
     assert not (two_ranks / "dead" / "config.json").exists()
@@ -216,7 +217,7 @@ def test_every_sharding(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_sequential_experts_of_eight_ranks(tmp_path: Path) -> None:
-    """More ranks than files: some write nothing, and serve the others all the same."""
+    """With more ranks than files, some write nothing but still serve the others."""
     ranks = Ranks(tp=2, ep=2, pp=2, dp=2)
     jobs = {"all": Job(ranks, given={"shards": 1}), "tp4": Job(Ranks(tp=4, ep=2))}
     folder = launch(SEQUENTIAL, jobs, tmp_path / "live")

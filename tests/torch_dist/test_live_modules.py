@@ -1,4 +1,4 @@
-"""What a rank's modules say of where their parameters lie in the whole, and what is refused.
+"""A rank's modules tell where their parameters lie in the whole model, or are refused.
 
 Without megatron-core: modules stand in for Megatron's and for Transformer Engine's. The models of
 megatron-core itself are in `test_live.py`.
@@ -45,7 +45,7 @@ def ranks_of(tp: int, ep: int, etp: int, pp: int, sequential: bool) -> Iterator[
 
 
 def whole(ranks: Sequence[Any]) -> dict[str, Tensor]:
-    """What all ranks' parts make together; each element must be there, the same from all."""
+    """Join the shards of all ranks; each element must be there, and the same on all of them."""
     found: dict[str, Tensor] = {}
     for model in ranks:
         for each in local_parameters([model]):
@@ -62,7 +62,7 @@ def whole(ranks: Sequence[Any]) -> dict[str, Tensor]:
 
 
 def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Experts by their numbers."""
+    """Separate the experts, by their numbers."""
     found = {}
     for key, tensor in tensors.items():
         if ".experts.experts." in key:
@@ -207,7 +207,7 @@ def test_packed_experts(made: Callable[..., tuple[Any, Path]]) -> None:
 
 
 class Quantized(Tensor):
-    """As Transformer Engine's FP8 parameters are."""
+    """A subclass of tensors, like Transformer Engine's FP8 parameters."""
 
 
 def test_what_is_no_plain_tensor(made: Callable[..., tuple[Any, Path]]) -> None:

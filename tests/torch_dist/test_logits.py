@@ -1,4 +1,4 @@
-"""Models of megatron-core itself, converted: transformers predicts what Megatron predicts.
+"""Converted models of megatron-core: transformers predicts what Megatron predicts.
 
 Each is built by megatron-core on the CPU, saved by it on one rank and again in other shardings,
 converted by us, and loaded by transformers. Transformer Engine's kernels are not here: its grouped
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 CLOSE = 1e-5
-"""Logits are about 4 at most, in float32."""
+"""A tolerance for float32 logits of at most about 4."""
 
 RECIPE = "w4a16_nvfp4_default_mse"
 
@@ -73,7 +73,7 @@ ALL = [Ranks(tp=2), Ranks(ep=2), Ranks(pp=2), Ranks(tp=2, ep=2, pp=2)]
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Of everything but the reports, which name the checkpoint."""
+    """Digests of all files but the reports, which name the checkpoint."""
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.iterdir())
@@ -82,11 +82,11 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 SUFFICE = {"qwen3", "qwen3_moe", "mixtral"}
-"""Families whose configuration a checkpoint's own arguments make."""
+"""Families whose configuration can be made from a checkpoint's arguments."""
 
 
 def predicted(case: Case, out: Path, theirs: torch.Tensor) -> tuple[Any, torch.Tensor]:
-    """The model that lies in `out`, and a batch of which it says what Megatron's said."""
+    """The model in `out`, and a batch for which its logits are those of Megatron's model."""
     model_class = getattr(transformers, FAMILIES[case.family].model_class)
     model = model_class.from_pretrained(out, dtype=torch.float32, attn_implementation="eager")
     ids = torch.arange(24).reshape(2, 12) * 7 % model.config.vocab_size
@@ -98,7 +98,7 @@ def predicted(case: Case, out: Path, theirs: torch.Tensor) -> tuple[Any, torch.T
 
 
 def check_own_configuration(case: Case, checkpoint: Path, out: Path, theirs: torch.Tensor) -> None:
-    """Without `hf_config`: the configuration that the arguments make computes the same."""
+    """Without `hf_config`, the configuration made from the arguments computes the same."""
     if case.family in SUFFICE:
         fourfold.convert(checkpoint, out)
         predicted(case, out, theirs)
@@ -109,7 +109,7 @@ def check_own_configuration(case: Case, checkpoint: Path, out: Path, theirs: tor
 
 
 def check(case: Case, saved: Saved, folder: Path) -> None:
-    """Converted, transformers says what each sharding said; quantized, all are the same bytes."""
+    """Converted, each sharding has the logits of megatron-core; quantized, the same bytes."""
     converted, quantized = [], []
     for name, checkpoint in saved.checkpoints.items():
         out = folder / f"hf {name}"
@@ -134,11 +134,11 @@ BESIDE = {
     "fc", "norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden",
     "eh_proj", "enorm", "hnorm", "embed_tokens", "shared_head.norm", "shared_head.head",
 }  # fmt: skip
-"""What an MTP layer has that no decoder layer has, by Qwen's names and by DeepSeek's."""
+"""Tensors of an MTP layer that decoder layers lack, by Qwen's names and by DeepSeek's."""
 
 
 def check_mtp_names(out: Path, *, has_mtp: bool) -> None:
-    """The MTP layer has what the last decoder layer has, and what ties it to the model."""
+    """The MTP layer has the tensors of the last decoder layer, and those of `BESIDE`."""
     names = set(json.loads((out / "model.safetensors.index.json").read_text())["weight_map"])
     mtp = {name for name in names if name.startswith(("mtp.", "model.layers.4."))}
     assert bool(mtp) == has_mtp
@@ -151,7 +151,7 @@ def check_mtp_names(out: Path, *, has_mtp: bool) -> None:
 
 @torch.no_grad()
 def mtp_states(model: Any, out: Path, ids: torch.Tensor) -> torch.Tensor:
-    """What the converted MTP layer makes of a batch: a decoder layer of transformers alone.
+    """The converted MTP layer's output for a batch, from a decoder layer of transformers.
 
     What goes in is the next token's embedding and the model's last hidden state, both normalized.
     """
@@ -190,7 +190,7 @@ DEEPSEEK = tuple(
 
 
 def _fused(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Experts in the one tensor that transformers has in memory."""
+    """Fuse the experts, as transformers has them in memory."""
     made = {name: value for name, value in state.items() if not re.search(r"experts\.\d", name)}
     if len(made) < len(state):
         each = "layers.0.mlp.experts.{}.{}_proj.weight"
@@ -204,11 +204,6 @@ def _fused(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def test_a_hybrid_of_two_ranks(tmp_path: Path) -> None:
     saved = run(HYBRID, [Ranks(tp=2, ep=2)], tmp_path)
     check(HYBRID, saved, tmp_path)
-
-
-def test_sequential_experts_on_two_stages(tmp_path: Path) -> None:
-    saved = run(SEQUENTIAL, [Ranks(pp=2)], tmp_path)
-    check(SEQUENTIAL, saved, tmp_path)
 
 
 @pytest.mark.slow

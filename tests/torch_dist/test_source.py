@@ -1,4 +1,4 @@
-"""A Megatron checkpoint in the whole flow: plan, quantize, verify, resume, calibration, errors."""
+"""Plan, quantize, verify, convert, resume and calibrate from a Megatron checkpoint; errors."""
 
 from __future__ import annotations
 
@@ -267,7 +267,7 @@ def test_a_weight_without_a_rule_is_named(made: Callable[..., tuple[Path, Path]]
 
 
 def test_a_name_with_an_asterisk_is_refused(made: Callable[..., tuple[Path, Path]]) -> None:
-    """It stands for a number of a layer or an expert where names are taken apart."""
+    """An asterisk stands for the number of a layer or an expert while names are parsed."""
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors["decoder.layers.*.extra.weight"] = torch.zeros(4)
@@ -585,7 +585,7 @@ def test_a_configuration_of_nonsense_is_refused(
 def test_peak_memory_is_that_of_a_slab(
     made: Callable[..., tuple[Path, Path]],
 ) -> None:
-    """What is read is what was asked for: no chunk is read whole for a part of it."""
+    """Only the bytes of a slab are read, not the whole chunk."""
     checkpoint, hf = made(cut=whole)
     source = MegatronCheckpoint(checkpoint, hf)
     read: list[int] = []

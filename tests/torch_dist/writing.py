@@ -68,7 +68,7 @@ def write_torch_dist(
     objects: Sequence[str] = (),
     common: Any = None,
 ) -> Metadata:
-    """Write `tensors` into `folder`; gives the metadata, to be changed and written again."""
+    """Write `tensors` into `folder`; return the metadata, to be changed and written again."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"__{number}_0.distcp" for number in range(files)]
     handles = [(folder / name).open("wb") for name in names]
@@ -101,5 +101,5 @@ def write_torch_dist(
 
 
 def write_metadata(folder: Path, metadata: Any) -> None:
-    """Write `.metadata` anew."""
+    """Replace `.metadata`."""
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))

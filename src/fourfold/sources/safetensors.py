@@ -5,19 +5,18 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Collection, Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
 
 from fourfold.errors import SourceError
-from fourfold.storage.fingerprints import START_AGAIN, FileStamp, Stamps, opened, read_error
+from fourfold.storage.fingerprints import FileStamp, Stamps
 from fourfold.storage.json_files import DOWNLOAD, list_folder, plain_name, read_config, read_json
 from fourfold.storage.names import INDEX, OTHER_WEIGHTS, OWN_FILES, SINGLE, WEIGHT_SUFFIXES
-from fourfold.storage.open_files import OpenFiles, read_full
 from fourfold.storage.safetensors_header import TensorInfo, read_header, shown
 from fourfold.storage.source import Bytes, Source
+from fourfold.storage.source_files import SourceFiles
 
 OTHER_INDEX = "The index belongs to another checkpoint: download it again."
 
@@ -35,7 +34,7 @@ class SafetensorsFolder(Source):
         self.tensors = _read_tensors(folder, self._stamps)
         shards = frozenset(info.file for info in self.tensors.values())
         self._side_files = find_side_files(folder, shards, self._stamps)
-        self._files = OpenFiles(self._open)
+        self._files = SourceFiles(self._stamps)
         self._hinted: dict[Path, tuple[int, int]] = {}
 
     def slab(self, key: str, start: int, stop: int, out: Bytes | None = None) -> torch.Tensor:
@@ -45,16 +44,14 @@ class SafetensorsFolder(Source):
         if first == last:
             return torch.empty(shape, dtype=info.torch_dtype)
         buffer = np.empty(last - first, dtype=np.uint8) if out is None else out
-        self._read(info, first, buffer.data.cast("B"))
+        self._read(info, first, buffer)
         return torch.from_numpy(buffer).view(info.torch_dtype).reshape(shape)
 
     def read_bytes(self, key: str, start: int, out: Bytes) -> None:
         info = self.tensors[key]
-        self._read(info, info.start + start, out.data.cast("B"))
+        self._read(info, info.start + start, out)
 
     def will_need(self, key: str, start: int, stop: int) -> None:
-        if not hasattr(os, "posix_fadvise"):
-            return
         info = self.tensors[key]
         first, last = _byte_range(info, start, stop)
         hinted = self._hinted.get(info.file, (0, 0))
@@ -62,9 +59,7 @@ class SafetensorsFolder(Source):
             return
         ahead = max(last, first + READ_AHEAD)
         self._hinted[info.file] = (first, ahead)
-        # What is wrong with a file is told when it is read.
-        with suppress(OSError, SourceError), self._files.descriptor(info.file) as descriptor:
-            os.posix_fadvise(descriptor, first, ahead - first, os.POSIX_FADV_WILLNEED)
+        self._files.will_need(info.file, first, ahead)
 
     def side_files(self) -> tuple[list[Path], list[Path]]:
         copied, dropped = self._side_files
@@ -79,21 +74,8 @@ class SafetensorsFolder(Source):
     def close(self) -> None:
         self._files.close()
 
-    def _open(self, file: Path) -> int:
-        with opened(file) as (handle, status):
-            self._stamps.same(file, status)
-            return os.dup(handle.fileno())
-
-    def _read(self, info: TensorInfo, position: int, view: memoryview) -> None:
-        try:
-            with self._files.descriptor(info.file) as descriptor:
-                count = read_full(descriptor, view, position)
-        except OSError as error:
-            raise read_error(info.file, error, plain_name(info.key)) from error
-        if count < len(view):
-            raise SourceError(
-                f"{info.file}: ended while {plain_name(info.key)} was read. {START_AGAIN}"
-            )
+    def _read(self, info: TensorInfo, position: int, out: Bytes) -> None:
+        self._files.read(info.file, position, out.data.cast("B"), plain_name(info.key))
 
 
 def _byte_range(info: TensorInfo, start: int, stop: int) -> tuple[int, int]:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
 from itertools import product
 from pathlib import Path
 
-from fourfold.errors import SourceError
 from fourfold.sources.megatron.box_index import Box, BoxIndex, contiguous
 from fourfold.sources.megatron.metadata import StoredCheckpoint, StoredTensor
 from fourfold.sources.megatron.torch_archive import Chunk, find_elements
-from fourfold.storage.fingerprints import START_AGAIN, Stamps, opened, read_error
-from fourfold.storage.open_files import OpenFiles
+from fourfold.storage.fingerprints import Stamps, read_error
 from fourfold.storage.safetensors_header import BITS
 from fourfold.storage.source import Bytes
+from fourfold.storage.source_files import SourceFiles
 
 READ_BYTES = 1 << 22
 """Elements are read in pieces of about this size, so that what is not contiguous in the buffer
@@ -32,8 +29,7 @@ class ChunkReader:
 
     def __init__(self, checkpoint: StoredCheckpoint, stamps: Stamps) -> None:
         self.tensors = checkpoint.tensors
-        self._stamps = stamps
-        self._files = OpenFiles(self._open)
+        self._files = SourceFiles(stamps)
         self._indexes: dict[str, BoxIndex[Chunk]] = {}
         self._positions: dict[tuple[Path, int], int] = {}
         self._lock = threading.Lock()
@@ -55,19 +51,14 @@ class ChunkReader:
             begin = self._position(tensor, chunk)
             for piece, first in _runs(inner, chunk.sizes):
                 with contiguous(view[piece]) as buffer:
-                    self._read(tensor, chunk, begin + first * element, buffer)
+                    self._files.read(chunk.file, begin + first * element, buffer.data, key)
 
     def will_need(self, key: str, box: Box) -> None:
         """Say that a box will be read soon, so that the disk can read ahead."""
-        if not hasattr(os, "posix_fadvise"):
-            return
         self.check(key)
-        with suppress(OSError, SourceError):  # reading will report what is wrong with a file
-            for _, chunk in self._indexes[key].cells(box):
-                length = chunk.stop - chunk.start
-                if length <= HINTED_BYTES:
-                    with self._files.descriptor(chunk.file) as descriptor:
-                        os.posix_fadvise(descriptor, chunk.start, length, os.POSIX_FADV_WILLNEED)
+        for _, chunk in self._indexes[key].cells(box):
+            if chunk.stop - chunk.start <= HINTED_BYTES:
+                self._files.will_need(chunk.file, chunk.start, chunk.stop)
 
     def close(self) -> None:
         """Close every open file."""
@@ -86,25 +77,6 @@ class ChunkReader:
             with self._lock:
                 self._positions[place] = position
         return self._positions[place]
-
-    def _read(self, tensor: StoredTensor, chunk: Chunk, position: int, out: Bytes) -> None:
-        view, done = out.data, 0
-        try:
-            with self._files.descriptor(chunk.file) as descriptor:
-                while done < len(view):
-                    count = os.preadv(descriptor, [view[done:]], position + done)
-                    if count == 0:
-                        raise SourceError(
-                            f"{chunk.file}: ended while {tensor.key} was read. {START_AGAIN}"
-                        )
-                    done += count
-        except OSError as error:
-            raise read_error(chunk.file, error, tensor.key) from error
-
-    def _open(self, file: Path) -> int:
-        with opened(file) as (handle, status):
-            self._stamps.same(file, status)
-            return os.dup(handle.fileno())
 
 
 def _runs(box: Box, sizes: tuple[int, ...]) -> Iterator[tuple[tuple[int | slice, ...], int]]:
