@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import fourfold
 from conftest import Written
@@ -20,6 +21,8 @@ from fourfold.algorithms import ALGORITHMS
 from fourfold.config import OutputConfig, Runtime
 from fourfold.formats.base import FORMATS
 from fourfold.layouts.base import LAYOUTS
+from fourfold.verification import Severity
+from fourfold.verification.readers import READERS
 from jobs import flat
 
 from . import int8, reciprocal
@@ -28,11 +31,14 @@ from . import int8, reciprocal
 @pytest.fixture(autouse=True)
 def registries() -> Iterator[None]:
     """What a test adds is removed afterwards."""
-    before = [(registry, set(registry)) for registry in (ALGORITHMS, FORMATS, LAYOUTS)]
+    before = [(registry, set(registry)) for registry in (ALGORITHMS, FORMATS, LAYOUTS, READERS)]
     yield
     for registry, names in before:
         for name in set(registry) - names:
             del registry[name]
+
+
+INDEX = "model.safetensors.index.json"
 
 
 def recipe(folder: Path, text: str) -> str:
@@ -72,6 +78,23 @@ def test_a_layout(written: Written, tmp_path: Path) -> None:
     assert ours.keys() == theirs.keys()
     config = json.loads((tmp_path / "reciprocal/config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "reciprocal"
+    check_verified(folder, tmp_path / "reciprocal")
+
+
+def check_verified(source: Path, out: Path) -> None:
+    """Its own reader finds it right, by every weight, and sees a wrong scale."""
+    report = fourfold.verify(out, source=source)
+    assert report.clean, str(report)
+    assert len(report.errors) == report.counts.quantized_linears > 0
+    assert max(error.relative_error for error in report.errors) < 0.2
+    name = min(json.loads((out / "packed.json").read_text()))
+    shard = out / json.loads((out / INDEX).read_text())["weight_map"][f"{name}.packed_divisor"]
+    tensors = load_file(shard)
+    tensors[f"{name}.packed_divisor"] *= 2
+    save_file(tensors, shard, metadata={"format": "pt"})
+    broken = fourfold.verify(out, source=source)
+    errors = {(f.id, f.tensor) for f in broken.findings if f.severity is Severity.ERROR}
+    assert ("weight-error", name) in errors
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_5_moe_vl", "gpt_oss"])

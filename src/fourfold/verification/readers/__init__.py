@@ -15,8 +15,8 @@ from fourfold.errors import UnreadableError
 from fourfold.verification.readers.base import LayoutReader
 from fourfold.verification.readers.modelopt import ModelOptReader
 
-READERS: tuple[type[LayoutReader], ...] = (ModelOptReader,)
-"""A new layout is one more file with a reader, and one more entry here."""
+READERS: dict[str, type[LayoutReader]] = {"modelopt": ModelOptReader}
+"""The readers by layout. A new layout is one more file with a reader, and one more entry here."""
 
 
 def reader_of(folder: Path, config: Mapping[str, Any]) -> LayoutReader:
@@ -25,20 +25,18 @@ def reader_of(folder: Path, config: Mapping[str, Any]) -> LayoutReader:
     Raises:
         UnreadableError: if it is in none of the layouts, or not quantized.
     """
-    for reader in READERS:
+    # ModelOpt's reader comes last: it also takes a checkpoint whose `quant_method` is wrong or
+    # missing, because that is a finding.
+    for reader in reversed(READERS.values()):
         if reader.recognizes(folder, config):
             return reader.open(folder, config)
-    method = quant_method(config)
+    quantization = config.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
     if method is None:
         raise UnreadableError(
             f"{folder}: not an NVFP4 checkpoint (config.json has no quantization_config). Quantize "
             "the model first, and give the output's folder."
         )
-    known = ", ".join(reader.name for reader in READERS)
-    raise UnreadableError(f"{folder}: in the {method} layout. verify reads these layouts: {known}.")
-
-
-def quant_method(config: Mapping[str, Any]) -> object:
-    """Return `quant_method` of config.json, or None."""
-    quantization = config.get("quantization_config")
-    return quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+    raise UnreadableError(
+        f"{folder}: in the {method} layout. verify reads these layouts: {', '.join(READERS)}."
+    )

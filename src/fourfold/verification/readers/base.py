@@ -58,7 +58,6 @@ class QuantConfig:
 class LayoutReader(ABC):
     """Reads one checkpoint in one layout."""
 
-    name: ClassVar[str]
     leaves: ClassVar[Mapping[str, str]]
     """Part → the last part of its tensor's name."""
     leftover: ClassVar[re.Pattern[str]]

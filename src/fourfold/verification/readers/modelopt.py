@@ -53,7 +53,6 @@ class ModelOptConfig(QuantConfig):
 class ModelOptReader(LayoutReader):
     """Reads a checkpoint in ModelOpt's layout."""
 
-    name = "ModelOpt"
     leaves: ClassVar[Mapping[str, str]] = {part: part for part in PARTS}
     leftover = re.compile(
         r"(_amax|_quantizer(\..*)?|\.weight_packed|\.weight_global_scale|\.input_global_scale"
