@@ -70,8 +70,8 @@ for layer in run.units():
     pass
 done = time.perf_counter()
 print(json.dumps(dict(
-    total=done - begun, peak=peak_resident() - base, parked=run.parking.peak,
-    to_disk=run.parking.written,
+    total=done - begun, peak=peak_resident() - base, parked=run.store.peak,
+    to_disk=run.store.written,
     shell=run.streamed.unit_bytes(None), layer=run.streamed.unit_bytes(0),
 )))
 """

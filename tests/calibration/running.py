@@ -21,12 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from families import FAMILIES, quiet, read_back
-from fourfold.calibration import parking
+from fourfold.calibration.activations import ActivationStore, InMemoryActivations
 from fourfold.calibration.kv_cache import recording_cache
 from fourfold.calibration.observers import Observers
 from fourfold.calibration.parking import Parking
 from fourfold.calibration.statistics import DataSummary, Statistics
-from fourfold.calibration.streaming import StreamedModel
+from fourfold.calibration.streaming import Pass, StreamedModel
 from fourfold.models.internals import runnable
 from fourfold.models.module_tree import ModuleTree
 from fourfold.sources.safetensors import open_source
@@ -352,7 +352,7 @@ class Streamed:
 
     trace: Trace
     statistics: Statistics
-    parking: Parking
+    store: ActivationStore
     steps: list[int]
     leaks: list[str]
     """What of a call was still in force while it waited."""
@@ -373,7 +373,7 @@ def run_streamed(
     """
     model, tree = streamed.model, streamed.tree
     trace, statistics = Trace(), Statistics(DataSummary("random", "", 0, 0, 0))
-    where = Parking(limit=LIMIT if evicting else None)
+    store = Parking(limit=LIMIT, smallest=SMALL) if evicting else InMemoryActivations()
     observers = Observers(model, tree.experts, tree.linears)
     present = [0, 0]
 
@@ -381,7 +381,7 @@ def run_streamed(
         present[0] = number
         observers.see(batches[number]["attention_mask"])
 
-    def enter(layer: int) -> None:
+    def enter(layer: int, _: Pass) -> None:
         present[1] = layer
 
     def record(keys: Tensor, values: Tensor) -> None:
@@ -394,8 +394,6 @@ def run_streamed(
         trace.finish(number, part(**batches[number], **kwargs))
 
     with ExitStack() as stack:
-        patch = stack.enter_context(pytest.MonkeyPatch.context())
-        patch.setattr(parking, "SMALL", SMALL if evicting else parking.SMALL)
         see = partial(_see, trace, present)
         stack.enter_context(hidden_states(model, tree.layers, see))
         if observed:
@@ -403,12 +401,12 @@ def run_streamed(
         calls = [partial(call, number) for number in range(len(batches))]
         steps: list[int] = []
         leaks: list[str] = []
-        for layer in streamed.run(calls, parking=where, on_resume=resume, on_layer=enter):
+        for layer in streamed.run(calls, store=store, on_resume=resume, on_layer=enter):
             steps.append(layer)
             leaks += in_force()
             observers.take(statistics)
         observers.take(statistics)
-    return Streamed(trace, statistics, where, steps, leaks)
+    return Streamed(trace, statistics, store, steps, leaks)
 
 
 def in_force() -> list[str]:

@@ -24,7 +24,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fourfold
-from fourfold.calibration import parking
 from fourfold.calibration.statistics import Statistics
 from fourfold.config import CalibrationConfig, Runtime
 from fourfold.errors import CalibrationError, ObservationError, OutputError, PlanError, UsageError
@@ -246,6 +245,11 @@ def test_the_same_again(first: Path, written: Any, calib: Path, tmp_path: Path) 
     assert STATISTICS in contents(first)
 
 
+def is_unlinked(descriptor: int) -> bool:
+    """True for the file with activations, which has no name."""
+    return os.readlink(f"/proc/self/fd/{descriptor}").endswith("(deleted)")
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_activations_on_the_disk_change_nothing(
     threads: int,
@@ -255,17 +259,18 @@ def test_activations_on_the_disk_change_nothing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(parking, "SMALL", 16)
-    went: list[int] = []
-    write = parking.Parking._write
-    monkeypatch.setattr(
-        parking.Parking, "_write", lambda self, data: (went.append(1), write(self, data))[1]
-    )
+    pwrite, writes = os.pwrite, []
+
+    def count(descriptor: int, *args: Any) -> int:
+        writes.append(is_unlinked(descriptor))
+        return pwrite(descriptor, *args)
+
+    monkeypatch.setattr(os, "pwrite", count)
     folder, _ = written("qwen3_moe")
     options = SHARED | {"threads": threads, "activation_memory": 0}
     fourfold.quantize(folder, tmp_path / "again", EVERYTHING, **flat(calib=[calib], **options))
     assert contents(tmp_path / "again") == contents(first)
-    assert went
+    assert any(writes)
 
 
 def test_statistics_can_be_used_again(first: Path, written: Any, tmp_path: Path) -> None:
@@ -452,17 +457,14 @@ def test_a_failure_leaves_no_checkpoint_and_can_be_made_good(
 def test_a_full_disk_while_activations_wait(
     first: Path, written: Any, calib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(self: Any, data: Tensor) -> int:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(os, "pwrite", no_room)
-            return write(self, data)
+    pwrite = os.pwrite
 
-    def no_room(*_: Any) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def full(descriptor: int, *args: Any) -> int:
+        if is_unlinked(descriptor):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwrite(descriptor, *args)
 
-    write = parking.Parking._write
-    monkeypatch.setattr(parking, "SMALL", 16)
-    monkeypatch.setattr(parking.Parking, "_write", full)
+    monkeypatch.setattr(os, "pwrite", full)
     folder, out = written("qwen3_moe")[0], tmp_path / "out"
     with pytest.raises(OutputError, match="no room for the activations of waiting samples"):
         fourfold.quantize(

@@ -19,16 +19,11 @@ import pytest
 import torch
 from torch import nn
 
-from fourfold.calibration import parking
+from fourfold.calibration.activations import weakly
 from fourfold.calibration.parking import Parking, held_by_model, tensors_in
 from fourfold.errors import OutputError
 
 KIB = 1024
-
-
-@pytest.fixture(autouse=True)
-def _tiny_storages_move(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parking, "SMALL", 64)
 
 
 @pytest.fixture
@@ -37,7 +32,7 @@ def place(tmp_path: Path) -> Iterator[Callable[..., Parking]]:
     made: list[Parking] = []
 
     def make(limit: int | None, kept: tuple[torch.Tensor, ...] = ()) -> Parking:
-        made.append(Parking(limit=limit, folder=tmp_path))
+        made.append(Parking(limit=limit, folder=tmp_path, smallest=64))
         made[-1].begin(kept)
         return made[-1]
 
@@ -79,7 +74,7 @@ def test_what_comes_back_is_what_went(what: str, place: Callable[..., Parking]) 
     tensor = TENSORS[what]()
     view, copy, pointer = tensor[..., :8], tensor.clone(), tensor.untyped_storage()._cdata
     parked = place(0)
-    parked.leave(0, ((tensor,), {"also": tensor}))
+    parked.park(0, ((tensor,), {"also": tensor}))
     assert is_away(tensor)
     parked.fetch(0)
     assert tensor.untyped_storage()._cdata == pointer
@@ -93,7 +88,7 @@ def test_views_of_one_storage_go_once(place: Callable[..., Parking]) -> None:
     views = [base[i * KIB : (i + 1) * KIB] for i in range(4)]
     copies = [view.clone() for view in views]
     parked = place(0)
-    parked.leave(0, (views, {"again": views[::-1], "nested": [{"deep": (base,)}]}))
+    parked.park(0, (views, {"again": views[::-1], "nested": [{"deep": (base,)}]}))
     assert parked.written == base.nbytes
     assert is_away(base)
     parked.fetch(0)
@@ -103,7 +98,7 @@ def test_views_of_one_storage_go_once(place: Callable[..., Parking]) -> None:
 @pytest.mark.parametrize("nbytes", [0, 63])
 def test_what_is_small_stays(nbytes: int, place: Callable[..., Parking]) -> None:
     tensor, parked = random(nbytes), place(0)
-    parked.leave(0, ((tensor,), {}))
+    parked.park(0, ((tensor,), {}))
     assert not is_away(tensor)
     assert (parked.written, parked.resident) == (0, 0)
     parked.fetch(0)
@@ -114,7 +109,7 @@ def test_what_is_kept_stays(place: Callable[..., Parking]) -> None:
     """The model's own buffers, and the caller's tensors: also through a view."""
     buffer, other = random(seed=1), random(seed=2)
     parked = place(0, (buffer[3:], torch.empty(9, device="meta")))
-    parked.leave(0, ((buffer.reshape(32, 32).T, other), {}))
+    parked.park(0, ((buffer.reshape(32, 32).T, other), {}))
     assert not is_away(buffer)
     assert is_away(other)
     parked.fetch(0)
@@ -124,14 +119,14 @@ def test_what_is_kept_stays(place: Callable[..., Parking]) -> None:
 def test_storages_that_cannot_be_resized_stay(place: Callable[..., Parking]) -> None:
     tensor = torch.from_numpy(random().numpy().copy())
     parked = place(0)
-    parked.leave(0, ((tensor,), {}))
+    parked.park(0, ((tensor,), {}))
     assert torch.equal(tensor, random())
     parked.fetch(0)
 
 
 def test_things_that_hold_no_tensor(place: Callable[..., Parking]) -> None:
     parked = place(0)
-    parked.leave(0, ((None, 3, "text", object()), {"cache": SimpleNamespace(), "flags": {True}}))
+    parked.park(0, ((None, 3, "text", object()), {"cache": SimpleNamespace(), "flags": {True}}))
     parked.fetch(0)
     parked.fetch(0)  # nothing is there any more
     assert list(tensors_in({"a": [None, (torch.empty(2, device="meta"),)]})) == []
@@ -140,9 +135,9 @@ def test_things_that_hold_no_tensor(place: Callable[..., Parking]) -> None:
 def test_what_two_calls_hold_is_whole_for_both(place: Callable[..., Parking]) -> None:
     shared, own = random(seed=1), [random(seed=2), random(seed=3)]
     view, parked = shared[5:], place(0)
-    parked.leave(0, ((shared, own[0]), {}))
+    parked.park(0, ((shared, own[0]), {}))
     assert is_away(shared)
-    parked.leave(1, ((view, own[1]), {}))
+    parked.park(1, ((view, own[1]), {}))
     assert not is_away(shared)
     assert torch.equal(shared, random(seed=1))
     assert is_away(own[0])
@@ -150,7 +145,7 @@ def test_what_two_calls_hold_is_whole_for_both(place: Callable[..., Parking]) ->
     for call in (0, 1):
         parked.fetch(call)
         assert torch.equal(own[call], random(seed=2 + call))
-        parked.leave(call, ((shared, own[call]), {}))  # at the next door
+        parked.park(call, ((shared, own[call]), {}))  # at the next door
         assert not is_away(shared)
         assert torch.equal(shared, random(seed=1))
     parked.fetch(0)
@@ -164,7 +159,7 @@ def test_what_a_frame_keeps_goes_away_at_every_door(place: Callable[..., Parking
     embeds, parked = random(seed=1), place(0)
     given = embeds
     for door in range(1, 5):
-        parked.leave(0, ((given,), {}))
+        parked.park(0, ((given,), {}))
         assert is_away(embeds)
         assert is_away(given)
         parked.fetch(0)
@@ -177,9 +172,9 @@ def test_what_a_frame_keeps_goes_away_at_every_door(place: Callable[..., Parking
 
 def test_what_a_frame_keeps_counts(place: Callable[..., Parking]) -> None:
     kept, given, parked = random(seed=1), random(seed=2), place(None)
-    parked.leave(0, ((kept,), {}))
+    parked.park(0, ((kept,), {}))
     parked.fetch(0)
-    parked.leave(0, ((given,), {}))
+    parked.park(0, ((given,), {}))
     assert parked.resident == parked.peak == 2 * KIB
     parked.fetch(0)
     assert parked.resident == 0
@@ -189,10 +184,10 @@ def test_what_was_changed_between_two_doors_comes_back_changed(
     place: Callable[..., Parking],
 ) -> None:
     kept, parked = random(seed=1), place(0)
-    parked.leave(0, ((kept,), {}))
+    parked.park(0, ((kept,), {}))
     parked.fetch(0)
     kept.copy_(random(seed=2))
-    parked.leave(0, ((random(seed=3),), {}))
+    parked.park(0, ((random(seed=3),), {}))
     assert is_away(kept)
     parked.fetch(0)
     assert torch.equal(kept, random(seed=2))
@@ -200,13 +195,13 @@ def test_what_was_changed_between_two_doors_comes_back_changed(
 
 def test_what_nobody_holds_is_forgotten(place: Callable[..., Parking]) -> None:
     kept, parked = random(seed=1), place(0)
-    parked.leave(0, ((kept,), {}))
+    parked.park(0, ((kept,), {}))
     parked.fetch(0)
-    reference = parking._weakly(kept.untyped_storage())
+    reference = weakly(kept.untyped_storage())
     del kept
     assert reference.expired(), "parking keeps it"  # type: ignore[no-untyped-call]
     given = random(seed=2)
-    parked.leave(0, ((given,), {}))
+    parked.park(0, ((given,), {}))
     assert parked.written == 2 * KIB
     assert len(parked._seen[0]) == 1
     parked.fetch(0)
@@ -216,15 +211,15 @@ def test_what_a_frame_keeps_and_another_call_is_given_is_whole(
     place: Callable[..., Parking],
 ) -> None:
     kept, parked = random(seed=1), place(0)
-    parked.leave(0, ((kept,), {}))
+    parked.park(0, ((kept,), {}))
     parked.fetch(0)
-    parked.leave(0, ((random(seed=2),), {}))
+    parked.park(0, ((random(seed=2),), {}))
     assert is_away(kept)
-    parked.leave(1, ((kept,), {}))
+    parked.park(1, ((kept,), {}))
     for call in (0, 1):
         assert torch.equal(kept, random(seed=1))
         parked.fetch(call)
-        parked.leave(call, ((), {}))
+        parked.park(call, ((), {}))
     assert torch.equal(kept, random(seed=1))
 
 
@@ -234,7 +229,7 @@ def test_nothing_is_taken_for_a_tensor_that_is_gone(place: Callable[..., Parking
     parked = place(0, tuple(buffers))
     del buffers
     tensors = [random(seed=seed) for seed in range(20)]
-    parked.leave(0, (tensors, {}))
+    parked.park(0, (tensors, {}))
     assert all(map(is_away, tensors))
     parked.fetch(0)
 
@@ -280,7 +275,7 @@ def test_the_variables_of_the_models_frames_are_found() -> None:
     def see(frame: FrameType) -> None:
         held = held_by_model(frame)
         found.append({(tuple(each.shape), each.dtype) for each in held})
-        storages.append([parking._weakly(each.untyped_storage()) for each in held])
+        storages.append([weakly(each.untyped_storage()) for each in held])
 
     around = torch.ones(77)
     Model(see, around)(torch.arange(8), torch.ones(8, 8))
@@ -296,7 +291,7 @@ def test_looking_at_a_frame_keeps_nothing_alive() -> None:
     class Rebinds(nn.Module):
         def forward(self, x: torch.Tensor) -> None:
             hidden, mine = x + 1, locals() if x.numel() > 3 else {}
-            reference = parking._weakly(hidden.untyped_storage())
+            reference = weakly(hidden.untyped_storage())
             assert any(each is hidden for each in held_by_model(sys._getframe()))
             hidden = x
             gone.append(reference.expired())
@@ -321,7 +316,7 @@ def test_the_limit_holds(limit: int | None, place: Callable[..., Parking]) -> No
     tensors = [random(KIB, seed) for seed in range(6)]
     parked = place(limit)
     for number, tensor in enumerate(tensors):
-        parked.leave(number, ((tensor,), {}))
+        parked.park(number, ((tensor,), {}))
         here = KIB * sum(not is_away(each) for each in tensors[: number + 1])
         assert parked.resident == here
         assert here <= (limit if limit is not None else here)
@@ -342,7 +337,7 @@ def test_the_file_does_not_grow_without_end(
     tensors = [random(KIB, 1), random(2 * KIB, 2)]
     for _ in range(20):
         for number, tensor in enumerate(tensors):
-            parked.leave(number, ((tensor,), {}))
+            parked.park(number, ((tensor,), {}))
         for number, tensor in enumerate(tensors):
             parked.fetch(number)
             assert torch.equal(tensor, random((1 + number) * KIB, 1 + number))
@@ -353,10 +348,10 @@ def test_the_file_does_not_grow_without_end(
 def test_a_place_that_is_free_but_too_small_is_not_used(place: Callable[..., Parking]) -> None:
     parked = place(0)
     first, second, large = random(KIB, 1), random(KIB, 2), random(3 * KIB, 3)
-    parked.leave(0, ((first,), {}))
-    parked.leave(1, ((second,), {}))
+    parked.park(0, ((first,), {}))
+    parked.park(1, ((second,), {}))
     parked.fetch(0)
-    parked.leave(2, ((large,), {}))
+    parked.park(2, ((large,), {}))
     parked.fetch(1)
     parked.fetch(2)
     assert torch.equal(second, random(KIB, 2))
@@ -369,7 +364,7 @@ def test_the_file_has_no_name_and_goes(tmp_path: Path) -> None:
     parked.begin(())
     assert open_files() == before
     tensor = random()
-    parked.leave(0, ((tensor,), {}))
+    parked.park(0, ((tensor,), {}))
     assert open_files() == before + 1
     assert list(tmp_path.iterdir()) == []
     parked.close()
@@ -384,7 +379,7 @@ def test_it_can_be_used_again(place: Callable[..., Parking]) -> None:
     for turn in range(3):
         tensors = [random(KIB, turn), random(3 * KIB, 7)]
         parked.begin(())
-        parked.leave(0, (tensors, {}))
+        parked.park(0, (tensors, {}))
         assert is_away(tensors[0])
         if turn == 1:
             parked.fetch(0)
@@ -397,7 +392,7 @@ def test_it_can_be_used_again(place: Callable[..., Parking]) -> None:
 def test_close_reads_back_only_what_is_held(place: Callable[..., Parking]) -> None:
     parked = place(0)
     held = random(KIB, 1)
-    parked.leave(0, ((held, random(KIB, 2)), {}))
+    parked.park(0, ((held, random(KIB, 2)), {}))
     reads: list[int] = []
     read = parked._read
     parked._read = lambda position, target: (reads.append(position), read(position, target))[1]  # type: ignore[method-assign]
@@ -414,7 +409,7 @@ def test_short_writes_and_reads_are_continued(
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:100], at))
     monkeypatch.setattr(os, "preadv", lambda fd, into, at: preadv(fd, [into[0][:100]], at))
     tensors, parked = [random(KIB, 1), random(KIB + 3, 2)], place(0)
-    parked.leave(0, (tensors, {}))
+    parked.park(0, (tensors, {}))
     parked.fetch(0)
     assert torch.equal(tensors[0], random(KIB, 1))
     assert torch.equal(tensors[1], random(KIB + 3, 2))
@@ -436,7 +431,7 @@ def test_a_full_disk_is_an_error_with_a_remedy(
     before, parked = open_files(), place(0)
     tensors = [random(KIB, seed) for seed in range(3)]
     with pytest.raises(OutputError, match=r"no room.*No space left on device.*fewer") as raised:
-        parked.leave(0, (tensors, {}))
+        parked.park(0, (tensors, {}))
     assert str(tmp_path) in str(raised.value)
     parked.close()
     assert open_files() == before
@@ -448,13 +443,13 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     parked = Parking(limit=0, folder=tmp_path / "missing")
     parked.begin(())
     with pytest.raises(OutputError, match="missing"):
-        parked.leave(0, ((random(),), {}))
+        parked.park(0, ((random(),), {}))
     parked.close()
 
 
 def test_a_file_that_ends_early_is_an_error(place: Callable[..., Parking]) -> None:
     parked, tensor = place(0), random()
-    parked.leave(0, ((tensor,), {}))
+    parked.park(0, ((tensor,), {}))
     os.ftruncate(parked._file, 10)
-    with pytest.raises(OutputError, match="ended"):
+    with pytest.raises(OutputError, match="ended early"):
         parked.fetch(0)

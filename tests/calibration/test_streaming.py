@@ -26,10 +26,9 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from families import FAMILIES, quiet, read_back
-from fourfold.calibration import parking
 from fourfold.calibration.observers import Observers
 from fourfold.calibration.parking import Parking
-from fourfold.calibration.streaming import StreamedModel
+from fourfold.calibration.streaming import Pass, StreamedModel
 from fourfold.errors import ModelError
 from fourfold.models.internals import runnable
 from fourfold.sources.cached import CachedTensors
@@ -77,7 +76,7 @@ def test_every_family_computes_the_same_bits(name: str, written: Any) -> None:
     run = compare(name, written(name)[0])
     assert differences(run.bare.trace, run.whole) == []
     assert run.bare.steps == list(range(len(run.tree.layers)))
-    assert run.bare.parking.written > 0
+    assert run.bare.store.written > 0
     assert all(torch.isfinite(t).all() for out in run.whole.outputs.values() for t in out.values())
 
 
@@ -184,7 +183,7 @@ def storages_in_memory() -> dict[int, torch.UntypedStorage]:
     """What every tensor of the process lies in, by identity."""
     objects = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
     found = [each.untyped_storage() for each in objects if not each.is_meta]
-    return {storage._cdata: storage for storage in found if storage.nbytes() >= parking.SMALL}
+    return {storage._cdata: storage for storage in found if storage.nbytes() >= 64}
 
 
 SLOW_FAMILIES = [
@@ -196,17 +195,16 @@ SLOW_FAMILIES = [
     "name",
     ["qwen3_moe", "deepseek_v4", "gemma4", *SLOW_FAMILIES],
 )
-def test_a_waiting_call_holds_nothing(name: str, written: Any, monkeypatch: Any) -> None:
+def test_a_waiting_call_holds_nothing(name: str, written: Any) -> None:
     """At every door, but what calls share; also what only an earlier layer was given."""
-    monkeypatch.setattr(parking, "SMALL", 64)
-    streamed, where, left = open_streamed(written, name), Parking(limit=0), []
+    streamed, where, left = open_streamed(written, name), Parking(limit=0, smallest=64), []
     batches, found = batches_of(streamed.model), Trace()
     wanted, _ = run_whole(whole(written, name), streamed.tree.layers, batches)
 
     def call(number: int, model: Any) -> None:
         found.finish(number, runnable(model)(**batches[number], use_cache=False))
 
-    def look(layer: int) -> None:
+    def look(layer: int, _: Pass) -> None:
         parameters = {each.untyped_storage()._cdata for each in streamed.model.parameters()}
         own = before.keys() | parameters | where._own.keys() | where._shared.keys()
         for identity, storage in storages_in_memory().items():
@@ -216,7 +214,7 @@ def test_a_waiting_call_holds_nothing(name: str, written: Any, monkeypatch: Any)
     gc.collect()
     before = storages_in_memory()
     calls = [partial(call, number) for number in range(len(batches))]
-    doors = list(streamed.run(calls, parking=where, on_layer=look))
+    doors = list(streamed.run(calls, store=where, on_layer=look))
     assert doors == list(range(len(streamed.layers)))
     assert left == []
     assert where.peak == 0
@@ -226,8 +224,8 @@ def test_a_waiting_call_holds_nothing(name: str, written: Any, monkeypatch: Any)
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_moe_tied", "deepseek_v4", "gemma4", "jamba"])
-@pytest.mark.parametrize("keep_shell", [True, False])
-def test_the_shell_and_one_layer_at_most(name: str, keep_shell: bool, written: Any) -> None:
+@pytest.mark.parametrize("keep", [True, False])
+def test_the_shell_and_one_layer_at_most(name: str, keep: bool, written: Any) -> None:
     streamed = open_streamed(written, name)
     sizes: list[int] = []
 
@@ -248,17 +246,17 @@ def test_the_shell_and_one_layer_at_most(name: str, keep_shell: bool, written: A
         module.register_forward_pre_hook(look)
     batches = batches_of(streamed.model)
     calls = [partial(_run, batch) for batch in batches]
-    for index in streamed.run(calls, keep_shell=keep_shell):
+    for index in streamed.run(calls, keep_embeddings=keep):
         look()
         assert sizes[-1] <= shell + layers[index]
     assert max(sizes) <= shell + max(layers)
-    if keep_shell:
+    if keep:
         assert max(sizes) == shell + max(layers)
     else:
         is_tied = name.endswith("_tied")  # the head holds what the embedding gave up
         assert (sizes[-1] < shell + layers[index]) is not is_tied
     assert real_bytes(streamed.model) == 0
-    assert streamed.held._held == {}
+    assert streamed.held._cache == {}
 
 
 def _run(batch: dict[str, torch.Tensor], model: Any) -> None:
@@ -270,7 +268,7 @@ def test_embeddings_go_when_nobody_needs_them(written: Any) -> None:
     embedding = streamed.model.get_input_embeddings()
     for keep, is_gone in ((True, False), (False, True)):
         calls = [partial(_run, batch) for batch in batches_of(streamed.model)]
-        gone = {embedding.weight.is_meta for _ in streamed.run(calls, keep_shell=keep)}
+        gone = {embedding.weight.is_meta for _ in streamed.run(calls, keep_embeddings=keep)}
         assert gone == {is_gone}
 
 
@@ -283,7 +281,7 @@ def test_a_tied_head_goes_with_the_embeddings_when_no_call_needs_it(written: Any
         assert streamed.tree.tied
         calls = [lambda model, batch=batch: _run(batch, model.model) for batch in batches]
         for _ in range(2):  # the second run finds all of it again
-            steps = streamed.run(calls, keep_shell=False)
+            steps = streamed.run(calls, keep_embeddings=False)
             sizes[head] = [real_bytes(streamed.model) for _ in steps]
         assert streamed.load_all().lm_head.weight is streamed.model.model.embed_tokens.weight
         table = streamed.model.lm_head.weight.nbytes
@@ -470,7 +468,7 @@ class Trouble:
         if self.where == "on_resume":
             self._at(5)
 
-    def enter(self, layer: int) -> None:
+    def enter(self, layer: int, _: Pass) -> None:
         if self.where == "on_layer" and layer == 1:
             self.what()
 
@@ -496,9 +494,8 @@ KINDS = [(boom, BoomError), (interrupt, KeyboardInterrupt), (no_memory, MemoryEr
 @pytest.mark.parametrize("where", PLACES)
 @pytest.mark.parametrize(("what", "error"), KINDS, ids=["error", "interrupt", "memory"])
 def test_an_error_ends_the_run_and_leaves_nothing(
-    where: str, what: Any, error: type[BaseException], written: Any, monkeypatch: Any
+    where: str, what: Any, error: type[BaseException], written: Any
 ) -> None:
-    monkeypatch.setattr(parking, "SMALL", 16)
     streamed = open_streamed(written, "qwen3_moe")
     batches = batches_of(streamed.model)
     trouble = Trouble(streamed, where, what)
@@ -514,7 +511,7 @@ def test_an_error_ends_the_run_and_leaves_nothing(
 
     run = streamed.run(
         [partial(call, number) for number in range(3)],
-        parking=Parking(limit=100),
+        store=Parking(limit=100, smallest=16),
         on_resume=trouble.resume,
         on_layer=trouble.enter,
     )
@@ -531,8 +528,7 @@ def test_an_error_ends_the_run_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("how", ["close", "forget", "throw"])
-def test_a_run_may_be_left_early(how: str, written: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(parking, "SMALL", 16)
+def test_a_run_may_be_left_early(how: str, written: Any) -> None:
     streamed = open_streamed(written, "qwen3_next")
     batches = batches_of(streamed.model)
     before = state_of(streamed.model)
@@ -545,7 +541,7 @@ def test_a_run_may_be_left_early(how: str, written: Any, monkeypatch: Any) -> No
             ended.append(number)
 
     calls = [partial(call, number) for number in range(3)]
-    steps = streamed.run(calls, parking=Parking(limit=0))
+    steps = streamed.run(calls, store=Parking(limit=0))
     assert next(steps) == 0
     assert ended == []
     assert len(open_files()) == len(before["files"]) + 1
@@ -594,12 +590,11 @@ def test_what_calls_raise_at_their_end_stops_no_other(written: Any) -> None:
 # --- tensors that the caller holds --------------------------------------------------------------
 
 
-def test_the_callers_tensors_are_whole_after_an_early_end(written: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(parking, "SMALL", 16)
+def test_the_callers_tensors_are_whole_after_an_early_end(written: Any) -> None:
     streamed = open_streamed(written, "qwen3_next")  # its layers are given the mask itself
     batches = batches_of(streamed.model)
     copies = [{name: value.clone() for name, value in batch.items()} for batch in batches]
-    steps = streamed.run([partial(_run, batch) for batch in batches], parking=Parking(limit=0))
+    steps = streamed.run([partial(_run, batch) for batch in batches], store=Parking(limit=0))
     next(steps)
     masks = [batch["attention_mask"].untyped_storage().nbytes() for batch in batches]
     assert 0 in masks, "no mask was moved: this test shows nothing"
@@ -610,8 +605,7 @@ def test_the_callers_tensors_are_whole_after_an_early_end(written: Any, monkeypa
             assert torch.equal(value, copy[name])
 
 
-def test_calls_may_share_their_inputs(written: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(parking, "SMALL", 16)
+def test_calls_may_share_their_inputs(written: Any) -> None:
     streamed = open_streamed(written, "qwen3_next")
     batch = batches_of(streamed.model, [(3, 17, 5)])[0]
     wanted, _ = run_whole(whole(written, "qwen3_next"), streamed.tree.layers, [batch])
@@ -622,7 +616,7 @@ def test_calls_may_share_their_inputs(written: Any, monkeypatch: Any) -> None:
 
     steps = streamed.run(
         [partial(call, number) for number in range(3)],
-        parking=Parking(limit=0),
+        store=Parking(limit=0),
         inputs=batch.values(),
         on_resume=lambda number: present.__setitem__(0, number),
     )

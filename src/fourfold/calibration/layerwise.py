@@ -1,67 +1,54 @@
-"""Run the calibration data through a checkpoint's model, layer by layer, and take statistics.
+"""Run the calibration data through a checkpoint's model, layer by layer, and collect statistics.
 
-    with calibrating(plan, source, data) as run:
-        for layer in run.units():      # this layer is loaded, and its statistics are complete
-            …quantize and write it; run.held has its raw tensors in memory…
+    calibration = Calibration(plan, source, data)
+    for layer in calibration.units():  # the layer is loaded, and its statistics are complete
+        …quantize and write it; calibration.held has its source tensors in memory…
 
-The model itself is never in memory: see `models.streaming`. Logits are not needed and can be
-larger than everything else, so a call ends at the door of the output embeddings.
+The model is never in memory as a whole: see `streaming`.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager, suppress
+from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
+from fourfold.calibration.activations import ActivationStore, InMemoryActivations
 from fourfold.calibration.data import Batch, CalibrationData
 from fourfold.calibration.kv_cache import recording_cache
 from fourfold.calibration.observers import Observers
 from fourfold.calibration.parking import Parking
+from fourfold.calibration.reading import (
+    ending_at_the_head,
+    observing,
+    read_batch,
+    reads_text_twice,
+)
 from fourfold.calibration.saved_activations import SavedActivations
 from fourfold.calibration.scales import ActivationScales, model_summary
 from fourfold.calibration.statistics import Statistics, data_summary, reduced
-from fourfold.calibration.streaming import StreamedModel
+from fourfold.calibration.streaming import Pass, StreamedModel
 from fourfold.distributed.ranks import Alone, Ranks
-from fourfold.errors import ModelError, PlanError
+from fourfold.errors import ModelError
 from fourfold.events import LayerCalibrated, OnEvent, ignore
-from fourfold.models.expert_hooks import unwatchable
-from fourfold.models.internals import output_embeddings, runnable
-from fourfold.models.module_tree import ModuleTree
+from fourfold.models.internals import runnable
 from fourfold.planning import Plan
 from fourfold.sources.cached import CachedTensors
 from fourfold.storage.source import Source
 
-END = -1
-"""Where ranks are whose batches have passed every layer."""
+ALL_PASSED = "all layers passed"
+"""What a rank reports when its batches have passed every layer."""
 
-IDLE = -2
-"""Where a rank is that has no batch: wherever the others are."""
+NO_BATCHES = "no batches"
+"""What a rank reports that has no batches."""
 
-
-@contextmanager
-def observing(plan: Plan, model: Any, tree: ModuleTree) -> Iterator[Observers]:
-    """Observers at every input site of `plan`, attached to a model."""
-    modules = {linear.module for linear in plan.observed}
-    experts = {path: tree.experts[path] for path in sorted(modules & tree.experts.keys())}
-    linears = sorted(modules - experts.keys())
-    all_experts = plan.recipe.calibration.all_experts
-    if all_experts and (without := unwatchable(model, experts)):
-        raise PlanError(
-            f"{without[0]}: calibration.all_experts is not possible for a "
-            f"{type(model.get_submodule(without[0])).__name__}. Leave it out of the recipe."
-        )
-    observers = Observers(
-        model, experts, linears, all_experts=all_experts, statistics=plan.statistics
-    )
-    with observers.attached():
-        yield observers
+LIKELY_BYTES = 16
+"""Bytes for each element of the hidden states that a paused call holds at most, usually: hidden
+states and embeddings in 16 bits take 4; masks, rotary embeddings and parallel streams the rest."""
 
 
 class Calibration:
@@ -80,29 +67,51 @@ class Calibration:
         ranks: Ranks | None = None,
         saved: SavedActivations | None = None,
         on_event: OnEvent = ignore,
+        quantized: Callable[[int], Source] | None = None,
     ) -> None:
-        """activation_memory: bytes of waiting activations in memory; the rest goes to `scratch`.
+        """Build the model; nothing is read or run yet.
 
-        threads: PyTorch's, while the model runs.
-        ranks: with whom the batches are shared. A batch stays whole, so what is found of it is the
-        same whoever runs it.
-        saved: where the outputs of finished layers are stored, so that a run that resumes does not
-        compute them again.
+        Args:
+            plan: What to observe.
+            source: The checkpoint.
+            data: The calibration data.
+            device: The device that the model runs on.
+            activation_memory: Bytes of paused activations to keep in memory; None for no limit.
+            scratch: The folder for the file with the activations beyond that.
+            threads: PyTorch's threads while the model runs; None leaves them as they are.
+            ranks: The ranks that share the batches. A batch stays whole, so its statistics are the
+                same whichever rank runs it.
+            saved: Where the outputs of finished layers are stored, so that a run that resumes does
+                not compute them again.
+            on_event: Called with a `LayerCalibrated` for every layer.
+            quantized: Propagates quantized inputs: returns a source of the dequantized weights of
+                a layer after `units` has yielded it, under the names of `source`. Later layers
+                then read what the quantized layer computes. None: they read what the layers of
+                `source` compute.
         """
-        self.threads = threads
+        self.threads, self.quantized = threads, quantized
         self.ranks: Ranks = ranks or Alone()
         self.batches = data.batches[self.ranks.rank :: self.ranks.size]
         self.plan, self.data, self.saved, self.on_event = plan, data, saved, on_event
         self.streamed = StreamedModel(source, device=device, head=False)
-        self.parking = Parking(limit=activation_memory, folder=scratch)
+        self.store = self._new_store(activation_memory, scratch)
         all_experts = plan.recipe.calibration.all_experts
         summary = data_summary(data, all_experts=all_experts)
         self.statistics = Statistics(summary, model=model_summary(plan))
         self.scales = ActivationScales(plan, self.statistics)
 
+    def _new_store(self, limit: int | None, scratch: Path | None) -> ActivationStore:
+        """Keep activations in memory if they surely fit there."""
+        elements = sum(batch.input_ids.numel() for batch in self.batches)
+        likely = LIKELY_BYTES * elements * self.plan.inventory.hidden_size
+        on_cpu = self.streamed.device.type == "cpu"
+        if on_cpu and (limit is None or likely <= limit):
+            return InMemoryActivations()
+        return Parking(limit=limit, folder=scratch)
+
     @property
     def held(self) -> CachedTensors:
-        """The source, with the present layer's tensors in memory."""
+        """The source, with the current layer's tensors in memory."""
         return self.streamed.held
 
     def units(
@@ -110,11 +119,13 @@ class Calibration:
         kept: Mapping[int | None, Statistics] | None = None,
         on_observed: Callable[[int | None, Statistics], None] | None = None,
     ) -> Generator[int | None]:
-        """Run everything; yields each layer when its statistics are complete, then the shell.
+        """Run everything. Yield each layer when its statistics are complete, then None for the
+        non-layer tensors.
 
-        kept: statistics of units that an earlier run has observed, the same on all ranks. They
-        are not observed again, though a text must pass them to reach the others.
-        on_observed: called with what all ranks together found of a unit.
+        Args:
+            kept: Statistics that an earlier run collected, by layer; the same on all ranks. These
+                layers are not observed again, though the data passes them.
+            on_observed: Called with a layer's statistics, merged over all ranks.
         """
         self._kept, self._on_observed = kept or {}, on_observed
         if self.saved is not None:
@@ -128,20 +139,20 @@ class Calibration:
         done: set[int] = set()
         passes = self._layers() if self.batches else self._layers_of_others()
         with closing(passes):
-            for layer, found in passes:
+            for layer, statistics in passes:
                 if layer in done:
                     raise ModelError(
                         f"{self.streamed.tree.layers[layer]}: a text passes it more than once; "
                         "such models cannot be calibrated layer by layer."
                     )
                 done.add(layer)
-                yield self._together(layer, found)
+                yield self._merge(layer, statistics)
         for layer in sorted(set(range(count)) - done):
             yield self._complete(layer, self._new_statistics())
-        yield self._together(None, self._last)
+        yield self._merge(None, self._last)
 
     def _layers(self) -> Generator[tuple[int, Statistics]]:
-        """Each layer that the text passes, loaded, with what this rank's batches did there."""
+        """Each layer that the data passes, loaded, with the statistics of this rank's batches."""
         model, tree = self.streamed.model, self.streamed.tree
         with ExitStack() as stack:
             if self.threads is not None:
@@ -149,19 +160,23 @@ class Calibration:
                 torch.set_num_threads(self.threads)
             observers = stack.enter_context(observing(self.plan, model, tree))
             stack.enter_context(ending_at_the_head(model))
-            self._present = 0
-            calls = [partial(self._call, observers, batch) for batch in self.batches]
+            self._layer = 0
 
             def resume(number: int) -> None:
                 self.ranks.check()
                 observers.see(self.batches[number].attention_mask)
 
+            def enter(layer: int, why: Pass) -> None:
+                self._layer = layer
+                observers.ignored = tree.layers[layer] if why is Pass.REPLAY else None
+
             steps = self.streamed.run(
-                calls,
-                parking=self.parking,
+                [partial(self._call, observers, batch) for batch in self.batches],
+                store=self.store,
                 on_resume=resume,
-                on_layer=self._enter,
-                keep_shell=_has_decoder_inputs(runnable(model)),
+                on_layer=enter,
+                keep_embeddings=reads_text_twice(runnable(model)),
+                replacement=self.quantized,
                 saved=self.saved,
                 on_skipped=lambda: self._taken(observers),
             )
@@ -173,103 +188,59 @@ class Calibration:
                 self.on_event(LayerCalibrated(layer, len(tree.layers)))
                 yield layer, self._taken(observers)
             self._last = self._taken(observers)
-        self._meet(END)
+        self._meet(ALL_PASSED)
 
     def _layers_of_others(self) -> Generator[tuple[int, Statistics]]:
-        """The layers that other ranks say they pass, for a rank that no batch is left for."""
+        """The layers that other ranks report, for a rank without batches."""
         yield from ((layer, self._new_statistics()) for layer in self._kept if layer is not None)
-        while (layer := self._meet(IDLE)) != END:
+        while isinstance(layer := self._meet(NO_BATCHES), int):
             yield layer, self._new_statistics()
         self._last = self._new_statistics()
 
     def _taken(self, observers: Observers) -> Statistics:
-        found = self._new_statistics()
-        observers.take(found)
-        return found
+        statistics = self._new_statistics()
+        observers.take(statistics)
+        return statistics
 
     def _new_statistics(self) -> Statistics:
         return Statistics(self.statistics.data, model=self.statistics.model)
 
-    def _together(self, unit: int | None, found: Statistics) -> int | None:
-        """What this rank found of a unit, and what the others did, is now in the statistics."""
+    def _merge(self, unit: int | None, statistics: Statistics) -> int | None:
+        """Merge a layer's statistics over the ranks, and add them to those of the run."""
         if unit in self._kept:
             return self._complete(unit, self._kept[unit])
         if self.batches and unit is not None:
             self._meet(unit)
-        found.sites = reduced(self.ranks, found.sites)
-        return self._complete(unit, found)
+        statistics.sites = reduced(self.ranks, statistics.sites)
+        return self._complete(unit, statistics)
 
-    def _meet(self, unit: int) -> int:
-        """Where the ranks are that have batches; they all are at the same layer."""
-        places = {place for place in self.ranks.gather(unit) if place != IDLE}
-        if len(places) > 1:
+    def _meet(self, where: int | str) -> int | str:
+        """Report the layer that this rank's batches have passed; return that of all ranks."""
+        reports = {report for report in self.ranks.gather(where) if report != NO_BATCHES}
+        if len(reports) > 1:
             raise ModelError(
-                f"layers {sorted(places)}: the ranks' samples pass other layers. "
-                "Such models can only be calibrated by one rank."
+                f"layers {sorted(map(str, reports))}: the samples of the ranks pass different "
+                "layers. Calibrate such a model with one rank."
             )
-        return int(places.pop())
+        report: int | str = reports.pop()
+        return report
 
-    def _complete(self, unit: int | None, found: Statistics) -> int | None:
-        self.statistics.add(found)
+    def _complete(self, unit: int | None, statistics: Statistics) -> int | None:
+        self.statistics.add(statistics)
         self.scales.check(unit)
         if self._on_observed is not None and unit not in self._kept:
-            self._on_observed(unit, found)
+            self._on_observed(unit, statistics)
         if self.saved is not None:
             self.saved.finished(unit)
         return unit
 
-    def _enter(self, layer: int) -> None:
-        self._present = layer
-
     def _call(self, observers: Observers, batch: Batch, model: Any) -> None:
-        model = runnable(model)
-        inputs = call_inputs(model, batch, self.streamed.device)
+        cache = None
         if self.plan.kv_scales:
             paths = self.streamed.tree.layers
 
             def record(keys: torch.Tensor, values: torch.Tensor) -> None:
-                observers.see_kv(paths[self._present], keys, values)
+                observers.see_kv(paths[self._layer], keys, values)
 
-            inputs |= {"past_key_values": recording_cache(model, record), "use_cache": True}
-        with suppress(AtTheHeadError):
-            model(**inputs)
-
-
-def call_inputs(model: Any, batch: Batch, device: torch.device) -> dict[str, Any]:
-    """What a model (`runnable`) is called with, to read a batch."""
-    inputs: dict[str, Any] = {
-        "input_ids": batch.input_ids.to(device),
-        "attention_mask": batch.attention_mask.to(device),
-        "use_cache": False,
-    }
-    if _has_decoder_inputs(model):
-        canvas = getattr(model.config, "canvas_length", None)
-        inputs["decoder_input_ids"] = inputs["input_ids"][:, :canvas]
-    return inputs
-
-
-def _has_decoder_inputs(model: Any) -> bool:
-    """Whether a decoder reads the text beside an encoder, so that it is embedded twice."""
-    return "decoder_input_ids" in inspect.signature(model.forward).parameters
-
-
-class AtTheHeadError(Exception):
-    """Everything that is observed was computed: the call may end."""
-
-
-@contextmanager
-def ending_at_the_head(model: Any) -> Iterator[None]:
-    """Within, calls of the model raise `AtTheHeadError` where logits would be computed."""
-
-    def end(_: nn.Module, __: Any) -> None:
-        raise AtTheHeadError
-
-    head = output_embeddings(runnable(model))
-    if head is None:
-        yield
-        return
-    hook = head.register_forward_pre_hook(end)
-    try:
-        yield
-    finally:
-        hook.remove()
+            cache = recording_cache(runnable(model), record)
+        read_batch(runnable(model), batch, self.streamed.device, cache)

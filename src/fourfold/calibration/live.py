@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -21,13 +21,8 @@ from torch import nn
 
 from fourfold.calibration.data import CalibrationData, digest_batch
 from fourfold.calibration.kv_cache import record_updates, recording_cache, usual_cache
-from fourfold.calibration.layerwise import (
-    AtTheHeadError,
-    call_inputs,
-    ending_at_the_head,
-    observing,
-)
 from fourfold.calibration.observers import Observers
+from fourfold.calibration.reading import ending_at_the_head, observing, read_batch
 from fourfold.calibration.scales import ActivationScales, model_summary
 from fourfold.calibration.statistics import DataSummary, Statistics, data_summary, merged
 from fourfold.errors import ObservationError
@@ -107,8 +102,7 @@ def _read(source: Source, data: CalibrationData, model: Any) -> None:
     ending = nullcontext() if source.is_sharded else ending_at_the_head(part)
     with ending:  # of a sharded model, a call that does not end leaves layers unsharded
         for batch in data.batches:
-            with suppress(AtTheHeadError):
-                part(**call_inputs(part, batch, device))
+            read_batch(part, batch, device)
 
 
 class _Seen:

@@ -60,6 +60,8 @@ class Observers:
         """True for the tokens of the current call that are not padding; None if none is."""
         self.mask_shape = torch.Size()
         """[B, S] of the current call, if it has padding."""
+        self.ignored: str | None = None
+        """The path of a module whose inside is not observed, while its layer is replayed."""
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -85,6 +87,8 @@ class Observers:
 
     def __call__(self, rows: Rows, *, is_routed: bool) -> Tensor:
         """Observe rows that an experts module is about to multiply (`expert_hooks.Watch`)."""
+        if self._is_ignored(rows.path):
+            return rows.x
         x, experts = rows.x.detach(), rows.experts
         num_experts = self.layouts[rows.path].num_experts
         counts = (experts >= 0) & (experts < num_experts)
@@ -98,6 +102,9 @@ class Observers:
                 statistic.update(state, x, experts)
         return rows.x
 
+    def _is_ignored(self, path: str) -> bool:
+        return self.ignored is not None and f"{path}.".startswith(f"{self.ignored}.")
+
     def _applies(self, statistic: Statistic, rows: Rows, is_routed: bool) -> bool:
         """True if these rows count. A maximum may see a row twice; a sum may not."""
         if statistic.reduction == "max":
@@ -106,6 +113,8 @@ class Observers:
         return rows.is_counted and is_routed == counts_routing
 
     def _see_linear(self, path: str, _: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._is_ignored(path):
+            return
         x: Tensor = (args[0] if args else kwargs["input"]).detach()
         rows = self._without_padding(x)
         if not len(rows):
@@ -133,6 +142,8 @@ class Observers:
             keys: `[B, heads, S, width]`, after rotary embedding.
             values: `[B, heads, S, width]`; the width may be another.
         """
+        if self._is_ignored(layer):
+            return
         for expert, states in enumerate((keys, values)):
             x = states.transpose(1, 2).flatten(2)
             rows = self._without_padding(x)

@@ -1,18 +1,21 @@
-"""Where the activations of a waiting call are kept: on the device, in memory, or on the disk.
+"""An activation store for more activations than fit: it moves them to memory or to a file.
 
-A call that waits at a layer's door holds its hidden states, masks and rotary embeddings in the
-local variables of its frames. A frame's variables cannot be replaced, but the storages they lie in
-can be emptied: a storage is copied away and shrunk to nothing in place, and before the call goes
-on it is made whole again. Whatever views the frames hold of it are then as they were.
+A paused call holds its activations in the local variables of its frames. A frame's variables
+cannot be replaced, but the storages of their tensors can be emptied: a storage is copied away and
+resized to nothing in place, and before the call continues it is resized and filled again. All views
+of it are then as they were.
 
-A frame may hold more than the layer is given: `forward` keeps its `inputs_embeds` to the end, and
-masks for other layers. So everything goes away that is found in the variables of the model's
-frames (`held_by_model`), or that the call was seen with at the door before and somebody holds. All
-of it comes back each time, used or not: nobody can tell. What only objects hold (a cache of keys
-and values) stays.
+A frame may hold more than the layer's arguments: `forward` keeps its `inputs_embeds` to the end,
+and masks for other layers. So the store moves everything that it finds in the variables of the
+model's frames (`held_by_model`), and everything that the call had at its last pause and that is
+still alive. All of it is restored each time, used or not. What only objects hold (a cache of keys
+and values) stays where it is.
 
-Up to `limit` bytes are kept in memory; what is beyond goes to a file without a name, which is
-gone when the process is, however it ends.
+Up to `limit` bytes stay in memory. The rest goes to an unlinked file, which the system removes
+when the process ends, however it ends.
+
+This relies on internals of CPython (variables of frames) and PyTorch (weak references to storages,
+use counts); `tests/calibration/test_parking.py` fails first if one of them changes.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import inspect
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -33,82 +36,81 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from fourfold.calibration.activations import ActivationStore, weakly
 from fourfold.errors import OutputError
 from fourfold.storage.open_files import read_full
 
 SMALL = 1 << 16
-"""Bytes of a storage that is not worth moving."""
+"""Storages of fewer bytes are not worth moving, unless the limit is small, too."""
 
 CALL = nn.Module._wrapped_call_impl.__code__
-"""The frame in which a module is called."""
+"""The code of the frame in which PyTorch calls a module."""
 
 
 @dataclass
 class _Away:
-    """A storage that is not where its tensors think it is."""
+    """A storage whose bytes are elsewhere."""
 
     storage: torch.UntypedStorage
     nbytes: int
     in_memory: torch.Tensor | None = None
-    """Its bytes, of a storage on another device."""
+    """Its bytes, if it is on another device."""
     in_file: int | None = None
-    """Where in the file its bytes begin."""
+    """The position of its bytes in the file."""
 
 
 @dataclass
-class Parking:
-    """Keeps what waiting calls hold. `limit`: bytes in memory; no limit for None."""
+class Parking(ActivationStore):
+    """Moves the activations of paused calls to memory, or beyond a limit to a file."""
 
     limit: int | None = None
+    """Bytes that may stay in memory; None for no limit."""
     folder: Path | None = None
-    """Where the file is made; the system's folder for temporary files by default."""
+    """The folder of the file; by default the system's folder for temporary files."""
+    smallest: int | None = None
+    """Storages of fewer bytes stay where they are; by default `SMALL`, or less where the limit
+    itself is small."""
 
     resident: int = 0
-    """Bytes of waiting calls in memory."""
+    """Bytes of paused calls in memory."""
     peak: int = 0
+    """The largest value of `resident`."""
     written: int = 0
-    """Bytes written to the file, in all."""
+    """Bytes written to the file so far."""
     _own: dict[int, StorageWeakRef] = field(default_factory=dict)
-    """By identity, here and below. While there is a weak reference, no other gets the identity."""
     _shared: dict[int, StorageWeakRef] = field(default_factory=dict)
     _parked: dict[int, dict[int, _Away]] = field(default_factory=dict)
     _seen: dict[int, list[StorageWeakRef]] = field(default_factory=dict)
-    """Call → what was put away when it waited last."""
+    """By call, the storages that were moved when it paused last."""
     _file: int = -1
     _free: list[tuple[int, int]] = field(default_factory=list)
     _end: int = 0
 
-    def begin(self, kept: Iterable[torch.Tensor]) -> None:
-        """`kept`: tensors that stay where they are: the model's own, and the caller's."""
-        storages = (tensor.untyped_storage() for tensor in kept if not tensor.is_meta)
-        self._own = {storage._cdata: _weakly(storage) for storage in storages}
+    def __post_init__(self) -> None:
+        if self.smallest is None:
+            self.smallest = SMALL if self.limit is None else min(SMALL, max(16, self.limit >> 10))
 
-    def is_own(self, tensor: torch.Tensor) -> bool:
-        """True for a tensor of the model's own, or of the caller's."""
-        return tensor.untyped_storage()._cdata in self._own
-
-    def leave(self, call: int, values: Any) -> None:
-        """A call waits now, and `values` is what its layer will be given, and what it holds."""
+    def park(self, call: int, inputs: Any, frame: FrameType | None = None) -> None:
+        assert self.smallest is not None
         parked: dict[int, _Away] = {}
-        given = (tensor.untyped_storage() for tensor in tensors_in(values))
-        for storage in chain(given, self._still_held(call)):
-            identity = storage._cdata
-            if identity in self._own or identity in parked or self._is_shared(identity):
+        values = (inputs, held_by_model(frame))
+        in_values = (tensor.untyped_storage() for tensor in tensors_in(values))
+        for storage in chain(in_values, self._still_held(call)):
+            address = storage._cdata
+            if address in self._own or address in parked or self._is_shared(address):
                 continue
-            if storage.nbytes() >= SMALL and storage.resizable():
-                parked[identity] = _Away(storage, storage.nbytes())
+            if storage.nbytes() >= self.smallest and storage.resizable():
+                parked[address] = _Away(storage, storage.nbytes())
         self._parked[call] = parked
-        self._seen[call] = [_weakly(away.storage) for away in parked.values()]
+        self._seen[call] = [weakly(away.storage) for away in parked.values()]
         for away in parked.values():
             self._put_away(away)
 
     def fetch(self, call: int) -> None:
-        """Make everything whole that this call holds: it goes on."""
         for away in self._parked.pop(call, {}).values():
             self._bring_back(away)
 
     def close(self) -> None:
-        """Forget everything, and give the file back. Nobody's tensors stay empty."""
         try:
             for parked in self._parked.values():
                 for away in parked.values():
@@ -124,21 +126,21 @@ class Parking:
             self._free, self._end, self.resident = [], 0, 0
 
     def _still_held(self, call: int) -> Iterator[torch.UntypedStorage]:
-        """What this call was seen with at its last door, and somebody holds."""
+        """The storages that were moved when this call paused last, and that are still alive."""
         for reference in self._seen.get(call, ()):
             storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
             if storage is not None:
                 yield storage
 
-    def _is_shared(self, identity: int) -> bool:
-        """Whether several calls hold this storage; it is made whole, and stays so."""
-        if identity in self._shared:
+    def _is_shared(self, address: int) -> bool:
+        """True if several calls hold a storage. It is restored, and stays."""
+        if address in self._shared:
             return True
         for parked in self._parked.values():
-            if identity in parked:
-                away = parked.pop(identity)
+            if address in parked:
+                away = parked.pop(address)
                 self._bring_back(away)
-                self._shared[identity] = _weakly(away.storage)
+                self._shared[address] = weakly(away.storage)
                 return True
         return False
 
@@ -180,7 +182,7 @@ class Parking:
         except OSError as error:
             raise OutputError(
                 f"{self._where()}: no room for the activations of waiting samples: "
-                f"{error.strerror}. Free some room, or use fewer or shorter samples."
+                f"{error.strerror}. Free some space, or use fewer or shorter samples."
             ) from error
         self.written += len(view)
         return position
@@ -189,7 +191,10 @@ class Parking:
         data = target if target.device.type == "cpu" else torch.empty_like(target, device="cpu")
         view = _memory_of(data)
         if read_full(self._open(), view, position) < len(view):
-            raise OutputError(f"{self._where()}: ended while activations were read from it")
+            raise OutputError(
+                f"{self._where()}: the file with activations ended early. "
+                "Does the disk have errors?"
+            )
         if data is not target:
             target.copy_(data)
 
@@ -214,9 +219,10 @@ class Parking:
 
 
 def held_by_model(frame: FrameType | None, *, inputs: bool = False) -> list[torch.Tensor]:
-    """What the variables of the model's frames hold, from `frame` out to its outermost call.
+    """Return the tensors in the variables of the model's frames, from `frame` outwards.
 
-    Not what that was called with: it is the caller's, who may use it for another call.
+    The arguments of the outermost call are left out unless `inputs`: its caller may use them for
+    another call.
     """
     held: list[Any] = []
     beside: list[Any] = []
@@ -234,19 +240,23 @@ def held_by_model(frame: FrameType | None, *, inputs: bool = False) -> list[torc
 
 
 def _variables(frame: FrameType) -> dict[str, Any]:
-    """A function's own variables. Before Python 3.13, a frame keeps the mapping it is asked for,
-    and with it whatever the variables were: it is emptied, unless the function has it, too."""
+    """A function's own variables.
+
+    Before Python 3.13 a frame keeps the mapping that `f_locals` returns, and with it the values.
+    The mapping is emptied, unless the function itself holds it, too.
+    """
     mapping, code = frame.f_locals, frame.f_code
     if not code.co_flags & inspect.CO_OPTIMIZED:
         return {}
-    found = {name: mapping[name] for name in mapping if name not in code.co_freevars}
-    if isinstance(mapping, dict) and sys.getrefcount(mapping) <= 3:  # frame, here, the count's
+    variables = {name: mapping[name] for name in mapping if name not in code.co_freevars}
+    # Three references: the frame's, the local variable's and getrefcount's own.
+    if isinstance(mapping, dict) and sys.getrefcount(mapping) <= 3:
         mapping.clear()
-    return found
+    return variables
 
 
 def tensors_in(value: Any, inside: frozenset[int] = frozenset()) -> Iterator[torch.Tensor]:
-    """Every tensor inside nested tuples, lists and mappings."""
+    """Yield every tensor inside nested tuples, lists, sets and mappings."""
     if isinstance(value, torch.Tensor):
         if not value.is_meta and value.layout is torch.strided:
             yield value
@@ -255,12 +265,8 @@ def tensors_in(value: Any, inside: frozenset[int] = frozenset()) -> Iterator[tor
             yield from tensors_in(each, inside | {id(value)})
 
 
-def _weakly(storage: torch.UntypedStorage) -> StorageWeakRef:
-    return StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-
-
 def _is_held_elsewhere(storage: torch.UntypedStorage) -> bool:
-    """Whether anything but this object holds a storage."""
+    """True if anything but this object holds a storage."""
     return int(torch._C._storage_Use_Count(storage._cdata)) > 1
 
 
@@ -271,6 +277,6 @@ def _as_bytes(storage: torch.UntypedStorage) -> torch.Tensor:
 
 
 def _memory_of(data: torch.Tensor) -> memoryview:
-    """The bytes of a uint8 tensor in memory. `numpy()` would forbid that its storage is resized."""
+    """The bytes of a uint8 tensor. A `numpy()` view would forbid that its storage is resized."""
     array = (ctypes.c_ubyte * data.numel()).from_address(data.data_ptr())
     return memoryview(array).cast("B")

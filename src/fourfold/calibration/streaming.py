@@ -1,31 +1,38 @@
-"""Run a model that is larger than the memory: one decoder layer is in memory at a time.
+"""Run a model that is larger than the memory: one decoder layer is loaded at a time.
 
 Every call is an ordinary `model(**batch)`, whatever the architecture does between its layers. It
-runs in a thread of its own that is switched by hand (a greenlet): a forward-pre-hook at the door
-of each decoder layer parks it. The coordinator loads a layer, lets the calls through one after
-the other, hands the layer to its caller, and gives the memory back:
+runs in a greenlet of its own, a thread that is switched by hand: a forward-pre-hook pauses it just
+before each decoder layer. The coordinator loads a layer, lets the calls pass it one after the
+other, hands the layer to its caller, and frees it:
 
-    shell ─▶ every call to door 0 ─▶ load 0 ─▶ every call to door 1 ─▶ yield 0, free 0 ─▶ load 1 …
+    load the non-layer tensors ─▶ every call pauses before layer 0 ─▶ load layer 0 ─▶ every call
+        passes layer 0 and pauses before layer 1 ─▶ yield 0 ─▶ free layer 0 ─▶ load layer 1 …
 
-Nothing is replayed and nothing of a model is known here, so what a call computes is bit for bit
-what it would with the whole model in memory. A call may pass the layers several times
-(`generate`). Only one call runs at any moment, and all in the caller's own thread: an exception
-ends the run where it is raised, and there is no thread to join. Threads of the system would each
-keep a pool of workers in OpenMP and an arena in malloc; these cost a few kB each.
+No operation is traced or computed twice, so a call computes bit for bit what it would with the
+whole model in memory. It may pass the layers several times (`generate`). Only one call runs at any
+moment, in the caller's own thread: an exception ends the run where it is raised. System threads
+would each keep a pool of workers in OpenMP and an arena in malloc; a greenlet takes a few kB.
 
-All calls share one thread's state of PyTorch: a call must not wait inside `torch.autocast` or a
+**Propagation of quantized inputs.** With `replacement`, each layer runs twice. First its module
+runs on copies of the paused calls' arguments, for what observes it; the layer is handed to the
+caller, who quantizes it; then the replaced weights are loaded, and the calls pass the layer. Later
+layers thus read what the replaced layers compute.
+
+All calls share one thread's state of PyTorch: a call must not pause inside `torch.autocast` or a
 mode that it has entered outside of the model.
 
-The shell (embeddings, norms, head) is loaded first; what a call no longer needs can be freed.
-Parameters of vision and audio towers stay on the meta device: a call that needs them fails.
+The non-layer tensors (embeddings, norms, head) are loaded first; what a call no longer needs can be
+freed. Parameters of vision and audio towers stay on the meta device: a call that needs them fails.
 """
 
 from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from copy import deepcopy
+from enum import Enum
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -35,7 +42,8 @@ from greenlet import getcurrent, greenlet
 from safetensors import SafetensorError
 from torch import nn
 
-from fourfold.calibration.parking import Parking, held_by_model, tensors_in
+from fourfold.calibration.activations import ActivationStore, InMemoryActivations
+from fourfold.calibration.parking import held_by_model, tensors_in
 from fourfold.calibration.saved_activations import SavedActivations
 from fourfold.distributed.machine import cache_few_kernels, give_back_memory
 from fourfold.errors import ModelError
@@ -51,14 +59,14 @@ FAULTS = (
     ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError,
     TypeError, ValueError,
 )  # fmt: skip
-"""What a model's code raises where its configuration makes no sense to it."""
+"""Errors that a model's code raises if its configuration makes no sense to it."""
 
 Call = Callable[[Any], Any]
 """Something that calls the model, as often as it likes."""
 
 
 class StreamedModel:
-    """A checkpoint's model on the meta device, whose parts are loaded when they are needed."""
+    """A checkpoint's model on the meta device; its layers are loaded when they are needed."""
 
     def __init__(
         self,
@@ -69,11 +77,15 @@ class StreamedModel:
         towers: bool = False,
         head: bool = True,
     ) -> None:
-        """`dtype`: of the parameters; by default that of most of the checkpoint's weights.
+        """Build the model without its weights.
 
-        towers: whether vision and audio towers are loaded, too; text needs none.
-        head: whether calls need the output embeddings. If not, they are not loaded, or, where
-            they are tied to the input embeddings, freed with those.
+        Args:
+            source: The checkpoint.
+            device: The device of the loaded parameters.
+            dtype: The dtype of the parameters; by default that of most of the weights.
+            towers: Whether to load vision and audio towers, which text does not need.
+            head: Whether calls need the output embeddings. If not, they are not loaded; if they
+                are tied to the input embeddings, they are freed with those.
         """
         cache_few_kernels()
         self.held = CachedTensors(source)
@@ -89,19 +101,24 @@ class StreamedModel:
         self._keys = _keys_of_units(self.tree, self.tree.conversion, source, towers, skipped)
 
     def unit_bytes(self, layer: int | None) -> int:
-        """Bytes of a layer's tensors in the source; of the shell's for None."""
+        """Return the bytes of a layer's tensors in the source; None: of the non-layer tensors."""
         return sum(self.held.tensors[key].nbytes for key in self._keys[layer])
 
-    def load(self, layer: int | None) -> None:
-        """Load a decoder layer, or the shell for None."""
+    def load(self, layer: int | None, source: Source | None = None) -> None:
+        """Load a decoder layer, or the non-layer tensors for None.
+
+        Args:
+            layer: The layer's index.
+            source: Where to read the tensors, under the same names; by default the model's source.
+        """
         keys = self._keys[layer]
-        lazy = {key: LazyTensor(partial(self.held.read, key)) for key in keys}
+        lazy = {key: LazyTensor(partial((source or self.held).read, key)) for key in keys}
         load_tensors(self.tree.conversion, lazy, device=self.device, dtype=self.dtype)
         if layer is None:
             self.model.tie_weights()
 
     def free(self, layer: int | None) -> None:
-        """Give back the memory of a layer, or of the shell; its buffers stay."""
+        """Free the parameters of a layer, or the non-layer tensors; buffers stay."""
         modules = [self.model] if layer is None else [self.layers[layer]]
         for module in modules:
             free_parameters(module)
@@ -109,7 +126,7 @@ class StreamedModel:
         give_back_memory()
 
     def load_all(self) -> Any:
-        """The model with everything loaded, for what fits into memory."""
+        """Return the model with everything loaded, if it fits into memory."""
         for layer in (None, *range(len(self.layers))):
             self.load(layer)
             self.held.release()
@@ -119,38 +136,45 @@ class StreamedModel:
         self,
         calls: Sequence[Call],
         *,
-        parking: Parking | None = None,
+        store: ActivationStore | None = None,
         on_resume: Callable[[int], None] | None = None,
-        on_layer: Callable[[int], None] | None = None,
-        keep_shell: bool = True,
+        on_layer: Callable[[int, Pass], None] | None = None,
+        keep_embeddings: bool = True,
         inputs: Iterable[torch.Tensor] = (),
+        replacement: Callable[[int], Source] | None = None,
         saved: SavedActivations | None = None,
         on_skipped: Callable[[], object] = lambda: None,
     ) -> Generator[int]:
-        """Make all `calls`; yields each layer's index when all have passed it, before it is freed.
+        """Make all calls; yield each layer's index when it has run and before it is freed.
 
-        parking: where the activations of waiting calls are kept; in memory by default.
-        on_resume: called with a call's index whenever it goes on.
-        on_layer: called with a layer's index before the calls pass it.
-        keep_shell: whether embeddings stay for as long as the run, or only until the first layer.
-        inputs: tensors that calls are given and that somebody else may use meanwhile.
-        saved: where the outputs of finished layers are stored, and taken from by a run that
-            resumes; the first index that is yielded is then `saved.first`.
-        on_skipped: called after the calls passed the finished layers without computing them, or
-            tried to.
+        Args:
+            calls: What to run; each is called with the model.
+            store: Where the activations of paused calls are kept; by default in memory.
+            on_resume: Called with a call's index whenever the call, or its layer, runs.
+            on_layer: Called with a layer's index before it runs, and why it does.
+            keep_embeddings: Whether embeddings stay loaded after the first layer.
+            inputs: Tensors that calls read and that the caller may use meanwhile.
+            replacement: Returns the source of a layer's weights after the layer was yielded, under
+                the names of this model's source. None: the calls pass the layer as it is.
+            saved: Where the outputs of finished layers are stored, and read from by a run that
+                resumes; the first index that is yielded is then `saved.first`.
+            on_skipped: Called after the calls passed the finished layers without computing them,
+                or tried to.
         """
         with ExitStack() as stack:
-            running = _Running(self.model, calls, parking or Parking(), on_resume, saved)
+            running = _Running(self, calls, store or InMemoryActivations(), on_resume, saved)
             stack.callback(self._free_all)
             stack.callback(running.end)
             for index, layer in enumerate(self.layers):
                 hook = layer.register_forward_pre_hook(
-                    partial(running.park, index), with_kwargs=True, prepend=True
+                    partial(running.pause, index), with_kwargs=True, prepend=True
                 )
                 stack.callback(hook.remove)
                 if saved is not None:
                     after = layer.register_forward_hook(partial(running.note_output, index))
                     stack.callback(after.remove)
+            running.keeps_inputs = replacement is not None
+            on_layer = on_layer or _ignore_layer
             self.load(None)
             if saved is not None and saved.first:
                 self._skip_finished(running, saved, inputs)
@@ -158,17 +182,25 @@ class StreamedModel:
             if saved is None or not saved.first:
                 running.begin(inputs)
             self.held.release()
-            if not keep_shell:
+            if not keep_embeddings:
                 self._free_embeddings()
             while running.waiting:
                 for index in range(len(self.layers)):
-                    if running.at(index):
-                        self.load(index)
-                        if on_layer is not None:
-                            on_layer(index)
-                        running.step(index)
+                    if not running.before(index):
+                        continue
+                    self.load(index)
+                    on_layer(index, Pass.FIRST)
+                    if replacement is None:
+                        running.pass_layer(index)
                         yield index
-                        self.free(index)
+                    else:
+                        running.run_module(index)
+                        yield index
+                        free_parameters(self.layers[index])
+                        self.load(index, replacement(index))
+                        on_layer(index, Pass.REPLAY)
+                        running.pass_layer(index)
+                    self.free(index)
 
     def _skip_finished(
         self, running: _Running, saved: SavedActivations, inputs: Iterable[torch.Tensor]
@@ -176,17 +208,17 @@ class StreamedModel:
         """Start every call behind the finished layers, if that is exact; otherwise start over."""
         running.is_skipping = True
         with (
-            saved.skipping(self.layers, running.present),
+            saved.skipping(self.layers, running.current),
             suppress(ModelError, SafetensorError, OSError),
         ):
             running.begin(inputs)
         running.is_skipping = False
-        if not saved.matches or running.at(saved.first) != list(running.numbers.values()):
+        if not saved.matches or running.before(saved.first) != list(running.numbers.values()):
             running.end()
             saved.start_over()
 
     def _free_embeddings(self) -> None:
-        """Also the head that is tied to one: the memory goes when nobody holds it any more."""
+        """Free the embeddings, and an unused head that is tied to one."""
         heads = () if self._has_head else self.tree.heads
         for path in (*self.tree.embeddings, *heads):
             if not any(path.startswith(f"{layer}.") for layer in self.tree.layers):
@@ -197,59 +229,99 @@ class StreamedModel:
         self.held.release()
 
 
+class Pass(Enum):
+    """Why a layer runs."""
+
+    FIRST = "first"
+    REPLAY = "replay"
+    """Once more, with the replaced weights."""
+
+
+def _ignore_layer(layer: int, why: Pass) -> None:
+    pass
+
+
 class _Running:
-    """The calls of one run: each waits at a door, or has ended."""
+    """The calls of one run: each is paused before a layer, or has ended."""
 
     def __init__(
         self,
-        model: Any,
+        streamed: StreamedModel,
         calls: Sequence[Call],
-        parking: Parking,
+        store: ActivationStore,
         on_resume: Callable[[int], None] | None,
         saved: SavedActivations | None,
     ) -> None:
-        self.model, self.calls, self.parking, self.on_resume = model, calls, parking, on_resume
-        self.saved = saved
+        self.model, self.layers, self.calls = streamed.model, streamed.layers, calls
+        self.store, self.on_resume, self.saved = store, on_resume, saved
         self.is_skipping = False
         """True while the calls pass finished layers, which compute nothing."""
         self.coordinator = getcurrent()
         self.threads: list[greenlet] = []
         self.numbers: dict[greenlet, int] = {}
         self.waiting: dict[int, int] = {}
-        """Call → the layer whose door it waits at."""
-        self._outputs: dict[int, tuple[int, Any]] = {}
-        """Call → index and output of the layer that it passed last."""
+        """By call, the layer before which it is paused."""
+        self.keeps_inputs = False
+        self.inputs: dict[int, tuple[Any, Any]] = {}
+        """By call, the arguments of the layer before which it is paused."""
+        self.runs_module = False
+        """True while a layer's module runs by itself, and not as part of a call."""
+        self.outputs: dict[int, tuple[int, Any]] = {}
+        """By call, index and output of the layer that it passed last."""
 
     def begin(self, inputs: Iterable[torch.Tensor]) -> None:
-        """Start every call, up to its first door."""
+        """Start every call; each runs to its first pause."""
         self.threads = [greenlet(partial(call, self.model)) for call in self.calls]
         self.numbers = {thread: number for number, thread in enumerate(self.threads)}
         self.waiting.clear()
-        self.parking.begin((*self.model.parameters(), *self.model.buffers(), *inputs))
+        self.store.begin((*self.model.parameters(), *self.model.buffers(), *inputs))
         for number in range(len(self.threads)):
             self._switch(number)
 
-    def at(self, layer: int) -> list[int]:
-        """The calls that wait at a layer's door."""
-        return [number for number, door in self.waiting.items() if door == layer]
+    def before(self, layer: int) -> list[int]:
+        """The calls that are paused before a layer."""
+        return [number for number, paused in self.waiting.items() if paused == layer]
 
-    def step(self, layer: int) -> None:
-        """Let every call through that waits at this door, one at a time."""
-        for number in self.at(layer):
+    def pass_layer(self, layer: int) -> None:
+        """Let every call that is paused before a layer continue to its next pause, one by one."""
+        for number in self.before(layer):
             del self.waiting[number]
-            self.parking.fetch(number)
+            self.store.fetch(number)
+            self.inputs.pop(number, None)
             self._switch(number)
+
+    def run_module(self, layer: int) -> None:
+        """Run a layer's module on copies of the arguments of all calls that pause before it."""
+        for number in self.before(layer):
+            if self.on_resume is not None:
+                self.on_resume(number)
+            self.store.fetch(number)
+            args, kwargs = copied(self.inputs[number])
+            self.runs_module = True
+            try:
+                with self._explaining(), torch.no_grad():
+                    self.layers[layer](*args, **kwargs)
+            finally:
+                self.runs_module = False
+            del args, kwargs
+            self.store.park(number, self.inputs[number])
 
     def _switch(self, number: int) -> None:
         if self.on_resume is not None:
             self.on_resume(number)
         self.coordinator = getcurrent()
         self.threads[number].parent = self.coordinator
+        # no_grad here, not in the call: it belongs to the thread, which all calls share.
+        with self._explaining(), torch.no_grad():
+            self.threads[number].switch()
+        if self.threads[number].dead:
+            self.outputs.pop(number, None)
+
+    @contextmanager
+    def _explaining(self) -> Iterator[None]:
+        """Turn an error of the model's own code into a `ModelError` that names the model."""
         try:
-            with torch.no_grad():  # here, not in the call: it is of the thread that calls share
-                self.threads[number].switch()
-            if self.threads[number].dead:
-                self._outputs.pop(number, None)
+            yield
         except torch.OutOfMemoryError:
             raise
         except FAULTS as error:
@@ -259,23 +331,28 @@ class _Running:
                 f"{type(error).__name__}: {cause}. Does config.json belong to this checkpoint?"
             ) from error
 
-    def park(self, layer: int, _: nn.Module, args: Any, kwargs: Any) -> None:
-        """The hook at a layer's door."""
+    def pause(self, layer: int, _: nn.Module, args: Any, kwargs: Any) -> None:
+        """The hook before a layer: pause the call that is about to run it."""
+        if self.runs_module:
+            return
         number = self.numbers.get(getcurrent())
         if number is None:
             raise ModelError(
-                "the model was called from outside while its layers are streamed. Wait for the end."
+                "the model was called from outside while its layers are streamed. "
+                "Wait until the run has ended."
             )
         if self.is_skipping and self.saved is not None and layer < self.saved.first:
             return
         self.waiting[number] = layer
         if self.saved is not None:
-            self._save(number, layer, (args, kwargs), sys._getframe(1))
-        self.parking.leave(number, (args, kwargs, held_by_model(sys._getframe(1))))
+            self._save(self.saved, number, layer, (args, kwargs), sys._getframe(1))
+        if self.keeps_inputs:
+            self.inputs[number] = args, kwargs
+        self.store.park(number, (args, kwargs), sys._getframe(1))
         del args, kwargs
         self.coordinator.switch()
 
-    def present(self) -> int:
+    def current(self) -> int:
         """The number of the call that runs now."""
         return self.numbers[getcurrent()]
 
@@ -283,24 +360,26 @@ class _Running:
         """The hook behind a layer."""
         number = self.numbers.get(getcurrent())
         if number is not None:
-            self._outputs[number] = layer, output
+            self.outputs[number] = layer, output
 
-    def _save(self, number: int, layer: int, given: Any, frame: FrameType) -> None:
+    def _save(
+        self, saved: SavedActivations, number: int, layer: int, given: Any, frame: FrameType
+    ) -> None:
         """Save the output of the layer before, or note what the call holds at its first one."""
-        last = self._outputs.pop(number, None)
-        if self.saved is not None and self.saved.has_started(number):
-            held = [
-                x for x in tensors_in((given, held_by_model(frame))) if not self.parking.is_own(x)
-            ]
-            self.saved.save(number, layer, given, held, last)
-        elif self.saved is not None:
-            self.saved.start(number, layer, given, held_by_model(frame, inputs=True), last)
+        last = self.outputs.pop(number, None)
+        if saved.has_started(number):
+            tensors = tensors_in((given, held_by_model(frame)))
+            held = [tensor for tensor in tensors if not self.store.is_own(tensor)]
+            saved.save(number, layer, given, held, last)
+        else:
+            saved.start(number, layer, given, held_by_model(frame, inputs=True), last)
 
     def end(self) -> None:
-        """End every call that still waits, wherever it is."""
-        with ExitStack() as stack:  # whatever a call does at its end, the others are ended, too
-            stack.callback(self.parking.close)
-            stack.callback(self._outputs.clear)
+        """End every call that is still paused."""
+        self.inputs.clear()
+        self.outputs.clear()
+        with ExitStack() as stack:  # all are ended, whatever one of them raises at its end
+            stack.callback(self.store.close)
             for thread in self.threads:
                 stack.callback(_end, thread)
 
@@ -311,8 +390,27 @@ def _end(thread: greenlet) -> None:
         thread.throw()
 
 
+def copied(value: Any) -> Any:
+    """Copy a layer's arguments, so that running the layer does not change them.
+
+    Tensors and caches of keys and values are copied, also inside tuples, lists and dictionaries;
+    everything else stays the same object.
+    """
+    from transformers.cache_utils import Cache
+
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, Cache):
+        return deepcopy(value)
+    if type(value) in (tuple, list):
+        return type(value)(copied(item) for item in value)
+    if type(value) is dict:
+        return {key: copied(item) for key, item in value.items()}
+    return value
+
+
 def free_parameters(module: nn.Module) -> None:
-    """Put the parameters of a module back on the meta device, and with them their memory."""
+    """Put the parameters of a module back on the meta device, which frees their memory."""
     for owner in module.modules():
         for name, parameter in owner._parameters.items():
             if parameter is not None and not parameter.is_meta:
@@ -321,7 +419,7 @@ def free_parameters(module: nn.Module) -> None:
 
 
 def main_dtype(source: Source) -> torch.dtype:
-    """The dtype that most of a checkpoint's elements have, among those that are computed with."""
+    """Return the dtype of most of a checkpoint's elements, of those that PyTorch computes with."""
     sizes: dict[str, int] = defaultdict(int)
     for info in source.tensors.values():
         if info.dtype in TORCH_DTYPES:
@@ -341,7 +439,7 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
 def _keys_of_units(
     tree: ModuleTree, conversion: Conversion, source: Source, towers: bool, skipped: Iterable[str]
 ) -> Mapping[int | None, Sequence[str]]:
-    """Raw keys by the decoder layer that they are loaded with; None for the shell."""
+    """Raw keys by the decoder layer that they are loaded with; None for the non-layer tensors."""
     units: dict[int | None, list[str]] = defaultdict(list)
     for key in source.tensors:
         target = conversion.place(key).target

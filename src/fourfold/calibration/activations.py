@@ -1,0 +1,75 @@
+"""Where the activations of a paused call are kept: the interface, and the store in memory.
+
+A call that pauses before a decoder layer keeps its hidden states, masks and rotary embeddings
+alive. `InMemoryActivations` leaves them where they are. `parking.Parking` moves them off the
+device and, beyond a limit, to a file.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+
+class ActivationStore(ABC):
+    """Keeps what paused calls hold. Calls are numbered; one of them runs at a time."""
+
+    peak: int = 0
+    """The most bytes of paused calls that the store has kept in memory, as far as it knows."""
+    written: int = 0
+    """Bytes that the store has written to a file."""
+
+    def __init__(self) -> None:
+        self._own: dict[int, StorageWeakRef] = {}
+        """By the storage's address. As long as a weak reference exists, no other storage gets the
+        same address."""
+
+    def begin(self, own: Iterable[torch.Tensor]) -> None:
+        """Start a run. `own`: the model's tensors and the caller's, which stay where they are."""
+        storages = (tensor.untyped_storage() for tensor in own if not tensor.is_meta)
+        self._own = {storage._cdata: weakly(storage) for storage in storages}
+
+    def is_own(self, tensor: torch.Tensor) -> bool:
+        """True for a tensor of the model's own, or of the caller's."""
+        return tensor.untyped_storage()._cdata in self._own
+
+    @abstractmethod
+    def park(self, call: int, inputs: Any, frame: FrameType | None = None) -> None:
+        """Store what a call holds, which pauses now.
+
+        Args:
+            call: The number of the call.
+            inputs: The arguments of the layer before which it pauses.
+            frame: The innermost frame of the call; None if it has not run since it paused last.
+        """
+
+    @abstractmethod
+    def fetch(self, call: int) -> None:
+        """Restore everything that a call holds: it is about to run."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the run. Tensors that somebody still holds are restored."""
+
+
+class InMemoryActivations(ActivationStore):
+    """Leaves everything where it is."""
+
+    def park(self, call: int, inputs: Any, frame: FrameType | None = None) -> None:
+        pass
+
+    def fetch(self, call: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def weakly(storage: torch.UntypedStorage) -> StorageWeakRef:
+    """Return a weak reference to a storage."""
+    return StorageWeakRef(storage)  # type: ignore[no-untyped-call]
