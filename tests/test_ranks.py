@@ -24,7 +24,7 @@ from families import Truth
 from fourfold.config import CalibrationConfig, OutputConfig, Runtime
 from fourfold.distributed.launcher import Launch, launch
 from fourfold.distributed.machine import choose_device
-from fourfold.distributed.ranks import RankFailedError, Together
+from fourfold.distributed.ranks import RankFailedError, RankGroup, RankTimeouts
 from fourfold.errors import FourfoldError
 from fourfold.events import ShardWritten
 from fourfold.planning import deal
@@ -278,21 +278,20 @@ def test_what_is_hopeless_leaves_nothing(written: Written, tmp_path: Path) -> No
 
 
 @contextmanager
-def threads_of(size: int) -> Iterator[list[Together]]:
+def threads_of(size: int, timeouts: RankTimeouts | None = None) -> Iterator[list[RankGroup]]:
     """Ranks that are threads of this process."""
-    store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-    yield [
-        Together(TCPStore("127.0.0.1", store.port, None, False), rank, size) for rank in range(size)
-    ]
+    server = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    stores = [TCPStore("127.0.0.1", server.port, None, False) for _ in range(size)]
+    yield [RankGroup(store, rank, size, timeouts=timeouts) for rank, store in enumerate(stores)]
 
 
-def together(ranks: Sequence[Together], what: Callable[[Together], Any]) -> list[Any]:
+def together(ranks: Sequence[RankGroup], what: Callable[[RankGroup], Any]) -> list[Any]:
     """What each rank's part in a job gives: a value, or its error."""
     found: dict[int, Any] = {}
 
-    def run(rank: Together) -> None:
+    def run(rank: RankGroup) -> None:
         try:
-            with rank.taking_part():
+            with rank.joined():
                 found[rank.rank] = what(rank)
         except FourfoldError as error:
             found[rank.rank] = error
@@ -316,7 +315,7 @@ def test_ranks_gather() -> None:
 
 
 def test_an_error_reaches_those_who_wait_and_those_who_work() -> None:
-    def act(rank: Together) -> None:
+    def act(rank: RankGroup) -> None:
         if rank.rank == 2:
             raise fourfold.UsageError("no such thing.")
         if rank.rank == 1:
@@ -335,44 +334,39 @@ def test_an_error_reaches_those_who_wait_and_those_who_work() -> None:
 
 
 @pytest.mark.parametrize("silent", [0, 1])
-def test_a_rank_that_falls_silent(silent: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fourfold.distributed.ranks.SILENCE", 1.5)
-    with threads_of(3) as ranks:
+def test_a_rank_that_falls_silent(silent: int) -> None:
+    with threads_of(3, RankTimeouts(silence=1.5)) as ranks:
         mute = ranks[silent]
         alive = [rank for rank in ranks if rank is not mute]
         mute._store.set(f"pulse/{silent}", "0")
 
-        def wait(rank: Together) -> None:
+        def wait(rank: RankGroup) -> None:
             rank.gather("here")
 
         found = together(alive, wait)
     assert all(isinstance(error, RankFailedError) for error in found)
-    assert all(f"rank {silent}: has not answered" in str(error) for error in found)
+    assert all(f"rank {silent}: no sign of life" in str(error) for error in found)
 
 
 @pytest.mark.parametrize("is_alive", [True, False])
-def test_who_failed_waits_for_those_who_live(
-    is_alive: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_who_failed_waits_for_those_who_live(is_alive: bool) -> None:
     """For as long as they give signs of life, and not long for one that gives none."""
-    monkeypatch.setattr("fourfold.distributed.ranks.FAREWELL", 0.5)
-    monkeypatch.setattr("fourfold.distributed.ranks.PULSE", 0.05)
     events: list[str] = []
 
-    def act(rank: Together) -> None:
+    def act(rank: RankGroup) -> None:
         if rank.rank == 1:  # in the middle of a large shard
             time.sleep(2)
             events.append("done")
-            rank.settle()
+            rank.stop_writing()
             rank.check()
         try:
             raise fourfold.UsageError("no such thing.")
         except fourfold.UsageError:
-            rank.settle()
+            rank.stop_writing()
             events.append("settled")
             raise
 
-    with threads_of(2) as ranks:
+    with threads_of(2, RankTimeouts(pulse=0.05, farewell=1.0)) as ranks:
         found = together(ranks if is_alive else ranks[:1], act)
     texts = ["no such thing.", "rank 0: no such thing."]
     assert [str(error) for error in found] == texts[: len(found)]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fourfold
-from fourfold.distributed.ranks import Alone, RankFailedError, Together
+from fourfold.distributed.ranks import Alone, RankFailedError, RankGroup
 from test_ranks import free_port, threads_of, together
 
 
@@ -43,7 +43,7 @@ def test_in_the_order_of_ranks(op: str) -> None:
 
 
 def test_tensors_that_some_ranks_lack() -> None:
-    def act(rank: Together) -> list[dict[str, torch.Tensor]]:
+    def act(rank: RankGroup) -> list[dict[str, torch.Tensor]]:
         mine = {str(rank.rank): torch.tensor([rank.rank + 1])} if rank.rank < 2 else {}
         return [rank.reduce(mine, "sum"), rank.reduce({}, "max"), rank.reduce(mine, "max")]
 
@@ -60,7 +60,7 @@ def test_alone() -> None:
 def test_an_error_while_the_others_reduce() -> None:
     """They leave the operation that the failed rank never joins."""
 
-    def act(rank: Together) -> None:
+    def act(rank: RankGroup) -> None:
         rank.reduce(tensors_of(rank.rank), "max")
         assert rank._tensor_group is not None
         if rank.rank == 1:
@@ -79,11 +79,11 @@ RANK = """
 import os, signal, sys, threading
 import torch
 from torch.distributed import TCPStore
-from fourfold.distributed.ranks import Together
+from fourfold.distributed.ranks import RankGroup
 rank, port = int(sys.argv[1]), int(sys.argv[2])
 store = TCPStore("127.0.0.1", port, 3, rank == 0)
-together = Together(store, rank, 3)
-with together.taking_part():
+together = RankGroup(store, rank, 3)
+with together.joined():
     while True:
         together.reduce({"a": torch.ones(1 << 20)}, "sum")
         if rank == 1:

@@ -2,8 +2,12 @@
 
 Small values travel as JSON through the store of torch.distributed, which every launcher sets up;
 tensors are reduced over a gloo group (see `reduction`), which works alike with and without GPUs.
-A rank that waits for the others looks for their failure meanwhile, and a thread
-watches that they live: an error of one is an error of all within seconds.
+
+An error of one rank is an error of all within seconds, with that rank's message. The rank that
+fails writes it to the store, where a thread of every other rank looks twice a second. A rank that
+is killed writes nothing. torchrun then ends the other ranks of its machine; for those of other
+machines, and for other launchers, that thread also counts in the store, and a rank whose count
+stands still is dead.
 """
 
 from __future__ import annotations
@@ -13,9 +17,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import cache
 from itertools import count
@@ -32,18 +36,21 @@ from fourfold.distributed.reduction import TensorGroup
 from fourfold.errors import FourfoldError
 from fourfold.statistics import Reduction
 
-PULSE = 0.5
-"""Seconds between two signs of life."""
-
-SILENCE = 30.0
-"""Seconds without one after which a rank is taken for dead. An import can hold a process up."""
-
 MEETING = timedelta(minutes=2)
 """How long the first rank waits for the others at the start."""
 
-FAREWELL = 5.0
-"""Seconds that a rank that failed waits for one that gives no sign of life to hear of it. For one
-that is alive it waits `SILENCE`: it may be in the middle of a large shard, on a busy machine."""
+
+@dataclass(frozen=True)
+class RankTimeouts:
+    """Seconds after which ranks act."""
+
+    pulse: float = 0.5
+    """Between two signs of life."""
+    silence: float = 30.0
+    """Without a sign of life, after which a rank counts as dead. An import can block a process. A
+    rank that failed also waits this long for others that live and are in the middle of a shard."""
+    farewell: float = 5.0
+    """Without a sign of life, after which a rank that failed does not wait for another."""
 
 
 class Ranks(Protocol):
@@ -55,7 +62,7 @@ class Ranks(Protocol):
     """How many of them share this machine."""
 
     def gather(self, value: Any) -> list[Any]:
-        """What every rank gives, by rank. `value` is what JSON can hold."""
+        """Return the value of every rank, by rank. Values are what JSON can hold."""
 
     def reduce(self, tensors: Mapping[str, Tensor], op: Reduction) -> dict[str, Tensor]:
         """Combine the tensors of all ranks element by element, in the order of ranks.
@@ -69,10 +76,10 @@ class Ranks(Protocol):
         """
 
     def check(self) -> None:
-        """Raise `RankFailedError` where another rank has failed."""
+        """Raise `RankFailedError` if another rank has failed."""
 
-    def settle(self) -> None:
-        """After a failure: this rank writes no more. Waits until no other does, for seconds."""
+    def stop_writing(self) -> None:
+        """After a failure, say that this rank writes no more, and wait until no rank does."""
 
 
 @dataclass
@@ -92,24 +99,64 @@ class Alone:
     def check(self) -> None:
         pass
 
-    def settle(self) -> None:
+    def stop_writing(self) -> None:
         pass
 
 
+@dataclass(frozen=True)
+class Failure:
+    """The error of a rank, as the others learn of it."""
+
+    rank: int
+    text: str
+    exit_code: int = 1
+    kind: str = ""
+    """The error's class."""
+    resumable: bool = True
+
+    @classmethod
+    def of(cls, rank: int, error: BaseException) -> Failure:
+        """Describe an error of this rank."""
+        if isinstance(error, FourfoldError):
+            text = str(error)
+        else:
+            text = repr(error) if isinstance(error, Exception) else "was stopped"
+        exit_code, resumable = getattr(error, "exit_code", 1), getattr(error, "resumable", True)
+        return cls(rank, text, exit_code, type(error).__name__, resumable)
+
+
 class RankFailedError(FourfoldError):
-    """Another rank failed; the message is its own."""
+    """Another rank failed. Message, exit code and the rest are those of its error."""
 
-    kind = ""
-    """The class of the error that it failed with."""
-    resumable = True
-    """That of the error that it failed with."""
+    def __init__(self, text: str, failure: Failure | None = None) -> None:
+        super().__init__(text)
+        self.kind = "" if failure is None else failure.kind
+        self.exit_code = 1 if failure is None else failure.exit_code
+        self.resumable = failure is None or failure.resumable
 
 
-class Together:
+class RankGroup:
     """One of several ranks, which meet at a store of torch.distributed."""
 
-    def __init__(self, store: Any, rank: int, size: int, local_size: int = 1) -> None:
+    def __init__(
+        self,
+        store: Any,
+        rank: int,
+        size: int,
+        local_size: int = 1,
+        timeouts: RankTimeouts | None = None,
+    ) -> None:
+        """Describe the ranks; `joined` connects this one with the others.
+
+        Args:
+            store: A store that all ranks share.
+            rank: The number of this rank.
+            size: The number of ranks.
+            local_size: How many of them share this machine.
+            timeouts: When ranks count as dead.
+        """
         self.rank, self.size, self.local_size = rank, size, local_size
+        self.timeouts = timeouts or RankTimeouts()
         self._store = store
         self._round = 0
         self._tensor_group: TensorGroup | None = None
@@ -120,13 +167,13 @@ class Together:
     def gather(self, value: Any) -> list[Any]:
         self._round += 1
         self._store.set(f"{self._round}/{self.rank}", json.dumps(value))
-        found = []
+        values = []
         for rank in range(self.size):
             self._wait_for(f"{self._round}/{rank}")
-            found.append(json.loads(self._store.get(f"{self._round}/{rank}")))
-        if self._round > 1:  # everybody is here, so everybody has read what came before
+            values.append(json.loads(self._store.get(f"{self._round}/{rank}")))
+        if self._round > 1:  # all ranks are in this round, so all have read the one before
             self._store.delete_key(f"{self._round - 1}/{self.rank}")
-        return found
+        return values
 
     def reduce(self, tensors: Mapping[str, Tensor], op: Reduction) -> dict[str, Tensor]:
         layouts: dict[str, list[Any]] = {}
@@ -146,24 +193,10 @@ class Together:
         if self._failure is not None:
             raise self._failure
 
-    def settle(self) -> None:
-        with suppress(dist.DistError, RuntimeError):
-            self._tell_of(sys.exc_info()[1])
-            self._store.set(f"settled/{self.rank}", "")
-            self._wait_some("settled", SILENCE)
-
-    def _wait_some(self, word: str, most: float) -> None:
-        """Until every rank has said `word`, for `most` seconds; not for one that seems dead."""
-        begun = time.monotonic()
-        heard = dict.fromkeys(range(self.size), (b"", begun))
-        while (now := time.monotonic()) - begun < most:
-            missing = [rank for rank in heard if not self._store.check([f"{word}/{rank}"])]
-            for rank in missing:
-                if (pulse := self._pulse_of(rank)) != heard[rank][0]:
-                    heard[rank] = pulse, now
-            if not any(now - heard[rank][1] < FAREWELL for rank in missing):
-                return
-            time.sleep(0.02)
+    def stop_writing(self) -> None:
+        with suppress(dist.DistError, RuntimeError):  # the store may be gone, too
+            self._report_error(sys.exc_info()[1])
+            self._wait_for_all("stopped")
 
     def _wait_for(self, key: str) -> None:
         pause = 0.001
@@ -172,83 +205,89 @@ class Together:
             time.sleep(pause)
             pause = min(2 * pause, 0.1)
 
+    def _wait_for_all(self, word: str) -> None:
+        """Say `word`, and wait until every rank has, unless it seems dead."""
+        self._store.set(f"{word}/{self.rank}", "")
+        pulses, begun = _Pulses(self._store, range(self.size)), time.monotonic()
+        while time.monotonic() - begun < self.timeouts.silence:
+            missing = {x for x in range(self.size) if not self._store.check([f"{word}/{x}"])}
+            if missing <= pulses.silent(self.timeouts.farewell):
+                return
+            time.sleep(0.02)
+
     def _watch(self) -> None:
-        """The thread: give signs of life, look for those of others and for their failure."""
-        watched = range(1, self.size) if self.rank == 0 else range(1)
-        last = {rank: (b"", time.monotonic()) for rank in watched}
+        """Give signs of life, and look for those of others and for their failure."""
+        pulses = _Pulses(self._store, range(1, self.size) if self.rank == 0 else [0])
         try:
             for number in count():
                 self._store.set(f"pulse/{self.rank}", str(number))
                 if self._failure is None and self._store.check(["failed"]):
-                    self._hear(json.loads(self._store.get("failed")))
-                    last.clear()  # one failure is enough; and they leave now
-                for rank, (pulse, since) in last.items():
-                    now = self._pulse_of(rank)
-                    if now != pulse:
-                        last[rank] = now, time.monotonic()
-                    elif time.monotonic() - since > SILENCE:
-                        self._tell(rank, f"has not answered for {SILENCE:.0f} s: was it killed?")
-                if self._ended.wait(PULSE):
+                    failure = Failure(**json.loads(self._store.get("failed")))
+                    text = f"rank {failure.rank}: {failure.text}"
+                    self._failure = RankFailedError(text, failure)
+                if self._failure is None:  # otherwise the others may have left
+                    for rank in pulses.silent(self.timeouts.silence):
+                        seconds = f"{self.timeouts.silence:.0f} s"
+                        self._report(
+                            Failure(rank, f"no sign of life for {seconds}: was it killed?")
+                        )
+                if self._ended.wait(self.timeouts.pulse):
                     return
         except (dist.DistError, RuntimeError) as error:
             if not self._ended.is_set() and self._failure is None:
                 text = f"the other ranks cannot be reached ({str(error).splitlines()[0][:200]})"
                 self._failure = RankFailedError(f"{text}. Were they stopped?")
 
-    def _pulse_of(self, rank: int) -> bytes:
-        key = f"pulse/{rank}"
-        return bytes(self._store.get(key)) if self._store.check([key]) else b""
+    def _report_error(self, error: BaseException | None) -> None:
+        """Report an error of this rank, unless it is that of another."""
+        if error is not None and not isinstance(error, RankFailedError):
+            self._report(Failure.of(self.rank, error))
 
-    def _hear(self, failed: dict[str, Any]) -> None:
-        self._failure = RankFailedError(f"rank {failed['rank']}: {failed['text']}")
-        self._failure.exit_code = failed["exit_code"]
-        self._failure.kind = failed["kind"]
-        self._failure.resumable = failed["resumable"]
-
-    def _tell(
-        self, rank: int, text: str, exit_code: int = 1, kind: str = "", resumable: bool = True
-    ) -> None:
-        failed = {
-            "rank": rank,
-            "text": text,
-            "exit_code": exit_code,
-            "kind": kind,
-            "resumable": resumable,
-        }
-        self._store.compare_set("failed", "", json.dumps(failed))
-
-    def _tell_of(self, error: BaseException | None) -> None:
-        """Tell the others that this rank fails, unless that is why it does."""
-        if error is None or isinstance(error, RankFailedError):
-            return
-        text = str(error) if isinstance(error, FourfoldError) else repr(error)
-        if not isinstance(error, Exception):
-            text = "was stopped"
-        exit_code, resumable = getattr(error, "exit_code", 1), getattr(error, "resumable", True)
-        self._tell(self.rank, text, exit_code, type(error).__name__, resumable)
+    def _report(self, failure: Failure) -> None:
+        """Let all ranks know of a failure; the first one counts."""
+        self._store.compare_set("failed", "", json.dumps(asdict(failure)))
 
     @contextmanager
-    def taking_part(self) -> Iterator[None]:
-        """Within, an error here becomes one of all ranks; nobody leaves before the others."""
+    def joined(self) -> Iterator[None]:
+        """Within, an error here becomes one of all ranks; no rank leaves before the others."""
         self._watcher.start()
         try:
             yield
             self.gather("done")
         except BaseException as error:
             with suppress(dist.DistError, RuntimeError):  # the store may be gone, too
-                self._tell_of(error)
-                self._store.set(f"left/{self.rank}", "")
-                self._wait_some("left", SILENCE)
+                self._report_error(error)
+                self._wait_for_all("left")
                 if not isinstance(error, RankFailedError):
-                    time.sleep(PULSE)  # a launcher stops the others once this process has ended
+                    # A launcher stops the other ranks as soon as this process has ended.
+                    time.sleep(self.timeouts.pulse)
             raise
         else:
-            self._store.set(f"left/{self.rank}", "")
-            if self.rank == 0:  # which may be the one that has the store
-                self._wait_some("left", 5 * SILENCE)
+            if self.rank == 0:  # it may hold the store
+                self._wait_for_all("left")
+            else:
+                self._store.set(f"left/{self.rank}", "")
         finally:
             self._ended.set()
-            self._watcher.join(FAREWELL)
+            self._watcher.join(self.timeouts.farewell)
+
+
+class _Pulses:
+    """The signs of life of some ranks, as this rank sees them."""
+
+    def __init__(self, store: Any, ranks: Iterable[int]) -> None:
+        self._store = store
+        self._last = dict.fromkeys(ranks, (b"", time.monotonic()))
+
+    def silent(self, seconds: float) -> set[int]:
+        """Return the ranks whose last sign of life came longer than `seconds` ago."""
+        now = time.monotonic()
+        for rank, (last, _) in self._last.items():
+            key = f"pulse/{rank}"
+            pulse = bytes(self._store.get(key)) if self._store.check([key]) else b""
+            if pulse != last:
+                self._last[rank] = pulse, now
+        return {rank for rank, (_, since) in self._last.items() if now - since >= seconds}
 
 
 def _layout(tensor: Tensor) -> list[Any]:
@@ -261,27 +300,31 @@ def _dtype(name: str) -> torch.dtype:
 
 
 _jobs: list[Any] = []
-"""The store that jobs of this process have met at, once for each: another store begins anew."""
+"""The store that jobs of this process have met at, once for each job. A new store empties it."""
 
 
 @contextmanager
-def joining(found: Launch | None = None) -> Iterator[Ranks]:
-    """The ranks that this process was started among; alone without a launcher."""
-    found = found or launch()
-    if found.size == 1:
+def joining(place: Launch | None = None) -> Iterator[Ranks]:
+    """Join the ranks that this process was started among; without a launcher it is alone.
+
+    Args:
+        place: This process among them; by default as the launcher says.
+    """
+    place = place or launch()
+    if place.size == 1:
         yield Alone()
         return
     store = _store()
-    _jobs[:] = [*(each for each in _jobs if each is store), store]
-    # A launcher's store outlives its workers, and a job those before it.
+    _jobs[:] = [*(other for other in _jobs if other is store), store]
+    # A launcher's store lives longer than its processes, and sees several jobs.
     name = f"fourfold/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{len(_jobs) - 1}"
-    together = Together(PrefixStore(name, store), found.rank, found.size, found.local_size)
-    with together.taking_part():
-        yield together
+    group = RankGroup(PrefixStore(name, store), place.rank, place.size, place.local_size)
+    with group.joined():
+        yield group
 
 
 def of_process_group() -> Launch:
-    """The ranks of torch.distributed's default process group; alone without one."""
+    """Return this process's place in torch.distributed's default group; alone without one."""
     if not (dist.is_available() and dist.is_initialized()):
         return Launch()
     launched = launch()
@@ -301,7 +344,7 @@ def _launchers_store() -> Any:
     except (dist.DistError, RuntimeError, ValueError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise FourfoldError(
-            f"{address}: the ranks do not meet there: {str(error).splitlines()[0][:200]}. "
+            f"{address}: the ranks did not meet there: {str(error).splitlines()[0][:200]}. "
             "Start all of them with torchrun."
         ) from error
     return store

@@ -149,7 +149,7 @@ class Job:
         """Leave what the same job can go on from, where there is anything, or nothing at all."""
         if not (self.run.is_writer and self.folder.state.is_mine):
             return
-        self.ranks.settle()
+        self.ranks.stop_writing()
         is_leader = self.share.is_leader(self.ranks.rank)
         if is_leader and not self.folder.is_begun:
             self.folder.release()
