@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ import numpy as np
 import torch
 
 from fourfold.errors import SourceError, UsageError
-from fourfold.models.regions import Region, Span
 from fourfold.sources.codecs import CODECS
 from fourfold.sources.codecs.base import (
     FLOAT_DTYPES,
@@ -37,10 +35,11 @@ from fourfold.sources.codecs.base import (
     slabs_for,
 )
 from fourfold.sources.codecs.modelopt_nvfp4 import positive_scale
+from fourfold.sources.pieces import Piece, pieces_of
 from fourfold.sources.safetensors import open_source
 from fourfold.storage.fingerprints import FileStamp
 from fourfold.storage.names import REPORT, STATISTICS, SUMMARY
-from fourfold.storage.quant_summary import QuantSummary, RawRegion, find_summary
+from fourfold.storage.quant_summary import QuantSummary, find_summary
 from fourfold.storage.safetensors_header import TORCH_DTYPES, TensorInfo
 from fourfold.storage.source import Bytes, Source
 
@@ -112,7 +111,7 @@ class DecodedSource(Source):
         for key, weight in self.weights.items():
             info = in_dtype(weight.info, dtype or dtypes.get(key) or weight.info.dtype)
             self.weights[key] = replace(weight, info=info)
-        self._pieces = {} if summary is None else _pieces_of(summary)
+        self._pieces = {} if summary is None else pieces_of(summary)
         self.tensors = self._present(hidden, self._fused_infos(summary, dtype))
         self._check_pieces()
 
@@ -270,7 +269,7 @@ class DecodedSource(Source):
     def _decode(self, key: str, start: int, stop: int, out: torch.Tensor) -> None:
         self._codecs[key].decode(self.weights[key], start, stop, self.stored.slab, out)
 
-    def _place(self, piece: _Piece, start: int, slab: torch.Tensor) -> None:
+    def _place(self, piece: Piece, start: int, slab: torch.Tensor) -> None:
         """Write into `slab`, rows of a fused tensor from `start` on, what it has of a piece."""
         rows = piece.rows_within(start, start + len(slab))
         if not rows:
@@ -288,62 +287,6 @@ class DecodedSource(Source):
         if part.shape != target.shape:  # some columns of a transposed weight
             part = part.narrow(1, piece.first_dimension.index(rows[0]), len(rows))
         target.copy_(part)
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """A weight or bias of the checkpoint, and its place in a fused tensor of the source."""
-
-    key: str
-    region: Region
-
-    @property
-    def first_dimension(self) -> range:
-        """The indices of the fused tensor's first dimension that it lies at."""
-        expert, rows = self.region.expert, self.region.rows
-        return range(expert, expert + 1) if expert is not None else _range(rows)
-
-    def rows_within(self, start: int, stop: int) -> range:
-        """Those of `first_dimension` that are in `start:stop`."""
-        own = self.first_dimension
-        first, last = (max(0, -(-(at - own.start) // own.step)) for at in (start, stop))
-        return own[first:last]
-
-    def rows_to_decode(self, rows: range) -> tuple[int, int]:
-        """The rows of the weight to decode for some of `first_dimension`."""
-        if self.region.expert is not None or self.region.transposed:
-            return 0, self.region.shape[0]
-        first = self.first_dimension.index(rows[0])
-        return first, first + len(rows)
-
-    def fits(self, shape: Sequence[int]) -> bool:
-        """True if the region lies inside a tensor of this shape."""
-        region = self.region
-        lead = [] if region.expert is None else [region.expert + 1]
-        spans = [region.rows] if region.cols is None else [region.rows, region.cols]
-        stops = [*lead, *(span.stop for span in spans)]
-        return len(stops) == len(shape) and all(
-            stop <= size for stop, size in zip(stops, shape, strict=True)
-        )
-
-
-def _range(span: Span) -> range:
-    return range(span.start, span.stop, span.step)
-
-
-def _pieces_of(summary: QuantSummary) -> dict[str, list[_Piece]]:
-    """The source's fused tensors by name, and the weights and biases that they were cut into."""
-    cut = [(f"{x.name}.weight", x.raw) for x in summary.linears if x.raw is not None]
-    cut += [(f"{bias.name}.bias", bias.raw) for bias in summary.biases]
-    pieces: dict[str, list[_Piece]] = defaultdict(list)
-    for key, raw in cut:
-        pieces[raw.key].append(_Piece(key, _region(raw)))
-    return dict(pieces)
-
-
-def _region(raw: RawRegion) -> Region:
-    columns = None if raw.cols is None else Span(*raw.cols)
-    return Region(raw.key, raw.expert, Span(*raw.rows), columns, raw.transposed)
 
 
 def _misfit(folder: Path, name: str, what: str) -> SourceError:

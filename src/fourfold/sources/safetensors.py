@@ -1,4 +1,8 @@
-"""A checkpoint's folder as a source: config.json and one safetensors file, or several."""
+"""A checkpoint in Hugging Face's form: config.json and one safetensors file, or several.
+
+Headers and the index are checked when the folder is opened, since they may come from anybody; no
+weight is read, and nothing is unpickled. Tensors are then read with `pread` at known positions.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +25,18 @@ from fourfold.storage.source_files import SourceFiles
 OTHER_INDEX = "The index belongs to another checkpoint: download it again."
 
 READ_AHEAD = 1 << 26
-"""Bytes that the disk is told of at once: jobs follow each other in a file."""
+"""Bytes to read ahead at once: consecutive jobs read consecutive parts of a file."""
 
 
 class SafetensorsFolder(Source):
-    """A directory of safetensors, one file or several with an index. Safe for many threads."""
+    """A folder of safetensors, one file or several with an index. Safe for many threads."""
 
     def __init__(self, folder: Path) -> None:
+        """Open a folder.
+
+        Raises:
+            SourceError: A file is missing, cannot be read, or contradicts itself or the index.
+        """
         self.folder = folder
         self._stamps = Stamps()
         self.config = read_config(folder, self._stamps)
@@ -85,7 +94,13 @@ def _byte_range(info: TensorInfo, start: int, stop: int) -> tuple[int, int]:
 def find_side_files(
     folder: Path, shards: Collection[Path], stamps: Stamps
 ) -> tuple[list[Path], list[Path]]:
-    """Files of a folder to copy, which `stamps` remember, and those that are not; see `Source`."""
+    """Return the files of a folder to copy, and those to leave out; see `Source.side_files`.
+
+    Args:
+        folder: The checkpoint's folder.
+        shards: Its safetensors files, which are in neither list.
+        stamps: Remember the state of the files to copy.
+    """
     copied: list[Path] = []
     dropped: list[Path] = []
     for path in _walk(folder):
@@ -103,7 +118,7 @@ def find_side_files(
 
 
 def _walk(folder: Path) -> Iterable[Path]:
-    """Everything in a folder that is not a folder; links to folders are not followed."""
+    """Yield everything below a folder that is not a folder. Links to folders are not followed."""
     for path in list_folder(folder):
         if path.name.startswith("."):
             continue
@@ -114,7 +129,7 @@ def _walk(folder: Path) -> Iterable[Path]:
 
 
 def _status_of_file(path: Path) -> os.stat_result | None:
-    """A regular file's status, links followed; None for anything else, and what cannot be seen."""
+    """The status of a regular file, links followed; None for anything else."""
     try:
         status = path.stat()
     except (OSError, ValueError):
@@ -123,7 +138,7 @@ def _status_of_file(path: Path) -> os.stat_result | None:
 
 
 def _is_text(path: Path) -> bool:
-    """Whether a name can be written into a JSON document."""
+    """True if a name can be written into a JSON document."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -132,7 +147,7 @@ def _is_text(path: Path) -> bool:
 
 
 def _stays_inside(folder: Path, path: Path) -> bool:
-    """Whether a file is the folder's own: no link, or one into it or into its hub cache's blobs."""
+    """True unless a file is a link out of the folder, other than into the hub cache's blobs."""
     if not path.is_symlink():
         return True
     target, root = path.resolve(), folder.resolve()
@@ -143,7 +158,11 @@ def _stays_inside(folder: Path, path: Path) -> bool:
 
 
 def open_source(model: str | Path) -> SafetensorsFolder:
-    """The checkpoint that `model` names: a local directory, or a name on the Hugging Face hub."""
+    """Open a folder, or the snapshot of a name on the Hugging Face hub, which is downloaded.
+
+    Raises:
+        SourceError: There is no such checkpoint, or it cannot be read.
+    """
     name = str(model)
     try:
         folder = Path(model).expanduser()
@@ -215,17 +234,17 @@ def _read_indexed(folder: Path, stamps: Stamps) -> dict[str, TensorInfo]:
             raise SourceError(f"{where} has no shard name but {shown(name)}. {DOWNLOAD}")
     for name, key in {name: key for key, name in weight_map.items()}.items():
         _check_inside(folder, key, name)
-    found: dict[str, TensorInfo] = {}
+    tensors: dict[str, TensorInfo] = {}
     for name in sorted(set(weight_map.values())):
         for key, info in read_header(folder / name, stamps).items():
-            if key in found:
+            if key in tensors:
                 raise SourceError(
-                    f"{plain_name(key)}: lies both in {found[key].file.name} and in {name}. "
+                    f"{plain_name(key)}: lies both in {tensors[key].file.name} and in {name}. "
                     "One of the shards belongs to another checkpoint."
                 )
-            found[key] = info
-    _check_index(folder, weight_map, found)
-    return found
+            tensors[key] = info
+    _check_index(folder, weight_map, tensors)
+    return tensors
 
 
 def _check_inside(folder: Path, key: str, name: str) -> None:
@@ -238,23 +257,23 @@ def _check_inside(folder: Path, key: str, name: str) -> None:
 
 
 def _check_index(
-    folder: Path, weight_map: Mapping[str, str], found: Mapping[str, TensorInfo]
+    folder: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]
 ) -> None:
     files = {name: folder / name for name in set(weight_map.values())}
     for key, name in weight_map.items():
-        if key not in found:
+        if key not in tensors:
             raise SourceError(
                 f"{plain_name(key)}: {INDEX} puts it in {name}, but it is not there. {OTHER_INDEX}"
             )
-        if found[key].file != files[name]:
+        if tensors[key].file != files[name]:
             raise SourceError(
-                f"{plain_name(key)}: {INDEX} puts it in {name}, it is in {found[key].file.name}. "
+                f"{plain_name(key)}: {INDEX} puts it in {name}, it is in {tensors[key].file.name}. "
                 f"{OTHER_INDEX}"
             )
-    unlisted = found.keys() - weight_map.keys()
+    unlisted = tensors.keys() - weight_map.keys()
     if unlisted:
         key = min(unlisted)
         raise SourceError(
-            f"{plain_name(key)}: lies in {found[key].file.name} but {INDEX} does not list it "
+            f"{plain_name(key)}: lies in {tensors[key].file.name} but {INDEX} does not list it "
             f"({len(unlisted)} such). {OTHER_INDEX}"
         )

@@ -1,14 +1,14 @@
-"""The inverse of loading: a raw tensor, read from the parameters that it became in memory.
+"""The inverse of loading: raw tensors, read from the parameters that they became in memory.
 
-transformers' conversion says what becomes of the raw tensors when they are loaded. It is asked
-about its own positions, and the answer is read backwards; no family is known here:
+transformers' conversion turns raw tensors into parameters. It is run on tensors whose elements are
+their own positions, and the result is inverted. Nothing here depends on the model's family:
 
 - a raw tensor that is only renamed is its parameter;
-- routed experts are cut out of their raw tensors as the inventory cuts them (`fused_experts`);
-  each part is then put where it was cut: a half, every second row, a transposition;
-- what is left (fused q, k, v; interleaved shared experts; rotary permutations of vision towers)
-  is converted once with numbers for values. Where whole rows move, rows are numbered, else
-  elements; the answer is kept for all layers of the same shapes.
+- routed experts are cut out of their raw tensors as in the inventory (`fused_experts`), and each
+  part is put back where it was cut from: a half, every second row, a transposition;
+- everything else (fused q, k, v; interleaved shared experts; rotary permutations of vision towers)
+  is converted once with row numbers, or with element numbers if rows are cut; the resulting
+  permutation serves all layers of the same shapes.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from fourfold.models.regions import Region, number
 from fourfold.storage.safetensors_header import TensorInfo
 
 Values = Callable[[str], torch.Tensor]
-"""Gives the parameter (or buffer) of a name."""
+"""Returns the parameter or buffer of a name."""
 
 PROBE_WIDTH = 6
-"""Elements of a row that are tried: neither halves nor pairs of them can pass for a whole row."""
+"""Elements of a row that are probed: no half and no pair of them looks like a whole row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +48,12 @@ class _Piece:
 
 
 _Pieces = dict[int | None, list[_Piece]]
-"""What a raw tensor holds: pieces by expert; None where experts are no dimension of it."""
+"""The pieces of a raw tensor by expert; None if experts are not one of its dimensions."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Order:
-    """Where each row of some raw tensors, one below the other, lies in their parameters' rows."""
+    """Where each row of some concatenated raw tensors lies in their concatenated parameters."""
 
     rows: torch.Tensor
     width: int
@@ -62,7 +62,7 @@ class _Order:
 
 @dataclass(frozen=True)
 class _Group:
-    """Raw tensors that are converted together, by pattern, and the parameters they become."""
+    """Raw tensors that are converted together, by pattern, and the parameters that they become."""
 
     targets: tuple[str, ...]
     keys: Mapping[str | None, Sequence[str]]
@@ -85,7 +85,7 @@ class Unloading:
             name: tuple(value.shape) for name, value in tree.conversion.model.state_dict().items()
         }
         self.unplaced: list[str] = []
-        """Raw keys that have no place in the model."""
+        """Raw keys that become no parameter of the model."""
         self._groups = self._all_groups()
         self._group_of = {key: group for group in self._groups for key in group.all_keys}
         self._cuts: dict[str, Mapping[str, _Pieces]] = {}
@@ -94,7 +94,7 @@ class Unloading:
 
     def _all_groups(self) -> list[_Group]:
         conversion = self.tree.conversion
-        found: dict[tuple[str, ...], dict[str | None, list[str]]] = defaultdict(
+        groups: dict[tuple[str, ...], dict[str | None, list[str]]] = defaultdict(
             lambda: defaultdict(list)
         )
         for key in sorted(self.infos, key=natural):
@@ -102,15 +102,15 @@ class Unloading:
             if place.target is None:
                 self.unplaced.append(key)
             else:
-                found[tuple(conversion.targets(place))][place.pattern].append(key)
-        return [_Group(targets, keys) for targets, keys in found.items()]
+                groups[tuple(conversion.targets(place))][place.pattern].append(key)
+        return [_Group(targets, keys) for targets, keys in groups.items()]
 
     def parameters(self, key: str) -> Sequence[str]:
-        """The parameters that `rows` of `key` may ask for."""
+        """Return the parameters that `rows` needs for `key`."""
         return self._group_of[key].targets
 
     def misfit(self) -> str | None:
-        """Why these raw tensors cannot be the model's; None where nothing speaks against it."""
+        """Return why these raw tensors cannot be the model's, or None if they can."""
         covered = {target for group in self._groups for target in group.targets}
         missing = [name for name in self.tree.parameters if name not in covered | self.tree.tied]
         if missing:
@@ -124,7 +124,7 @@ class Unloading:
         return None
 
     def rows(self, key: str, start: int, stop: int, values: Values) -> torch.Tensor:
-        """Rows `start:stop` of the first dimension of `key`; a view where that is possible."""
+        """Return rows `start:stop` of the first dimension of `key`, as a view if possible."""
         group = self._group_of[key]
         if group.pattern is None:
             value = values(group.targets[0])
@@ -142,7 +142,7 @@ class Unloading:
         return _stack([self._put(pieces[e], shape[1:], values) for e in range(start, stop)])
 
     def _put(self, pieces: Sequence[_Piece], shape: Sequence[int], values: Values) -> torch.Tensor:
-        """The pieces of one expert, where they lie in the raw tensor."""
+        """Put the pieces of one expert where they lie in the raw tensor."""
         whole = torch.empty(0)
         for piece in pieces:
             region, module = piece.region, self.tree.experts[piece.parameter.rpartition(".")[0]]
@@ -156,10 +156,9 @@ class Unloading:
         return whole
 
     def _pieces_of(self, key: str, group: _Group) -> _Pieces:
-        """What a raw tensor of experts holds, by expert."""
+        """The pieces of a raw tensor of experts, by expert."""
         paths = dict.fromkeys(target.rpartition(".")[0] for target in group.targets)
-        found = [self._cut(path)[key] for path in paths if key in self._cut(path)]
-        return found[0]
+        return next(self._cut(path)[key] for path in paths if key in self._cut(path))
 
     def _cut(self, path: str) -> Mapping[str, _Pieces]:
         """Every piece of an experts module, by raw key."""
@@ -169,12 +168,12 @@ class Unloading:
                 targets = [f"{path}.{part.parameter}" for part in module.parts]
                 sources = {target: self._sources(target) for target in targets}
                 parts = {(part.projection, part.is_bias): part for part in module.parts}
-                found: dict[str, _Pieces] = defaultdict(lambda: defaultdict(list))
+                pieces: dict[str, _Pieces] = defaultdict(lambda: defaultdict(list))
                 for cut in cut_experts(module, self.tree, sources, self.infos):
                     part = parts[cut.projection, cut.is_bias]
                     piece = _Piece(cut.region, f"{path}.{part.parameter}", part, cut.expert)
-                    found[cut.region.key][cut.region.expert].append(piece)
-                self._cuts[path] = dict(found)
+                    pieces[cut.region.key][cut.region.expert].append(piece)
+                self._cuts[path] = dict(pieces)
             return self._cuts[path]
 
     def _sources(self, target: str) -> Mapping[str | None, Sequence[str]]:
@@ -184,28 +183,29 @@ class Unloading:
         self, key: str, group: _Group, start: int, stop: int, values: Values
     ) -> torch.Tensor:
         order, shape = self._order_of(group), self.infos[key].shape
-        each = math.prod(shape[1:])
-        begin, end = (0, shape[0]) if each < order.width else (start, stop)
+        row_size = math.prod(shape[1:])
+        begin, end = (0, shape[0]) if row_size < order.width else (start, stop)
         before = group.all_keys[: group.all_keys.index(key)]
-        first = sum(self.infos[other].numel for other in before) + begin * each
-        wanted = order.rows[first // order.width : (first + (end - begin) * each) // order.width]
-        rows = _gather([values(target) for target in group.targets], wanted, order.width)
+        first = sum(self.infos[other].numel for other in before) + begin * row_size
+        last = first + (end - begin) * row_size
+        positions = order.rows[first // order.width : last // order.width]
+        rows = _gather([values(target) for target in group.targets], positions, order.width)
         return rows.reshape(end - begin, *shape[1:])[start - begin : stop - begin]
 
     def _order_of(self, group: _Group) -> _Order:
         keys = group.all_keys
-        same = (
+        kind = (
             tuple((pattern, len(keys)) for pattern, keys in group.keys.items()),
             tuple(self.infos[key].shape for key in keys),
             tuple(self.shapes[target] for target in group.targets),
         )
         with self._lock:
-            if same not in self._orders:
-                self._orders[same] = self._probe(group)
-            return self._orders[same]
+            if kind not in self._orders:
+                self._orders[kind] = self._probe(group)
+            return self._orders[kind]
 
     def _probe(self, group: _Group) -> _Order:
-        """Ask the conversion: about a few elements of each row, or all where rows are cut."""
+        """Run the conversion on a few elements of each row, or on all if rows are cut."""
         shapes = [self.infos[key].shape for key in group.all_keys]
         lasts = {shape[-1:] for shape in (*shapes, *(self.shapes[t] for t in group.targets))}
         if len(lasts) == 1 and lasts != {()}:
@@ -219,9 +219,9 @@ class Unloading:
         return _Order(self._inverse(group, numbers), 1)
 
     def _numbers(self, group: _Group, width: int | None) -> torch.Tensor | None:
-        """Where the parameters' rows come from, or (width None) their elements.
+        """The positions that the parameters' rows come from, or their elements if `width` is None.
 
-        None where rows do not stay whole.
+        None if rows do not stay whole.
         """
 
         def narrow(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -234,14 +234,14 @@ class Unloading:
             tensors[pattern].append(tensor)
         shapes = {target: narrow(self.shapes[target]) for target in group.targets}
         try:
-            made = self.tree.conversion.convert(group.targets[0], patterns[0], tensors, shapes)
+            converted = self.tree.conversion.convert(group.targets[0], patterns[0], tensors, shapes)
         except ModelError:
             if width is None:
                 raise
             return None
-        if any(tuple(made[target].shape) != shapes[target] for target in group.targets):
+        if any(tuple(converted[target].shape) != shapes[target] for target in group.targets):
             return None
-        rows = torch.cat([made[target].reshape(-1, width or 1) for target in group.targets])
+        rows = torch.cat([converted[target].reshape(-1, width or 1) for target in group.targets])
         first = rows[:, :1]
         whole = rows - first == torch.arange(width or 1)
         return first.flatten() // (width or 1) if bool(whole.all()) else None
@@ -256,13 +256,13 @@ class Unloading:
         return inverse
 
 
-def _gather(tables: Sequence[torch.Tensor], wanted: torch.Tensor, width: int) -> torch.Tensor:
-    """The `wanted` rows of some tensors that lie one below the other."""
+def _gather(tables: Sequence[torch.Tensor], positions: torch.Tensor, width: int) -> torch.Tensor:
+    """The rows at `positions` of some concatenated tensors."""
     dtype = reduce(torch.promote_types, (table.dtype for table in tables))
-    rows, at = torch.empty((len(wanted), width), dtype=dtype), 0
+    rows, at = torch.empty((len(positions), width), dtype=dtype), 0
     for table in (table.cpu().reshape(-1, width) for table in tables):
-        mine = (wanted >= at) & (wanted < at + len(table))
-        rows[mine] = table[wanted[mine] - at].to(dtype)
+        is_here = (positions >= at) & (positions < at + len(table))
+        rows[is_here] = table[positions[is_here] - at].to(dtype)
         at += len(table)
     return rows
 

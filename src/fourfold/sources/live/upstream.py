@@ -1,7 +1,7 @@
-"""Where published checkpoints differ from what transformers makes of a model when it saves it.
+"""Families whose published checkpoints differ from what transformers would save.
 
-For a model in memory without its checkpoint: transformers reverses its own conversion to find
-names and shapes on disk, and is right for all families but these. All of it is data.
+For a model in memory without its checkpoint, transformers reverses its own conversion to find names
+and shapes on disk. That is right for all families except those in this table.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Upstream:
-    """How a family's published checkpoints differ."""
+    """How a family's published checkpoints differ from saved ones."""
 
     fused: bool = False
-    """Experts lie fused on disk; transformers would save one tensor each."""
+    """Experts are fused on disk; transformers would save one tensor for each."""
     transposed: str | None = None
-    """Regex of raw keys that lie `[E, in, out]` on disk; transformers would save `[E, out, in]`."""
+    """Regex of raw keys that are `[E, in, out]` on disk; transformers would save `[E, out, in]`."""
     renames: tuple[tuple[str, str], ...] = ()
-    """(regex, replacement) on the names that transformers would give, in order."""
+    """(regex, replacement) pairs to apply, in order, to the names that transformers would save."""
 
 
 _QWEN3_5 = Upstream(fused=True)
@@ -54,5 +54,5 @@ UPSTREAM: Mapping[str, Upstream] = {
 
 
 def upstream_of(*model_types: str) -> Upstream:
-    """The first of `model_types` that the table knows; nothing special otherwise."""
+    """Return the entry of the first of `model_types` in the table, or one without differences."""
     return next((UPSTREAM[name] for name in model_types if name in UPSTREAM), Upstream())

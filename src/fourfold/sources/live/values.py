@@ -1,9 +1,10 @@
 """The values of a live model's parameters and buffers, wherever they are.
 
-In memory, on another device, offloaded to disk by accelerate (then read one parameter at a time),
-or sharded over ranks by FSDP2. A sharded parameter is gathered by all ranks together, in `hold`;
-nothing else here is a collective (but that all make a `LiveValues`), so that threads may read what
-is held.
+They may be in memory, on another device, offloaded to disk by accelerate (and are then read one
+parameter at a time), or sharded over ranks by FSDP2.
+
+`LiveValues()` and `hold` are collectives of the ranks that share the model. Everything else is
+local and safe for many threads.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from fourfold.errors import SourceError, UsageError
 from fourfold.models.live_internals import offloaded_value
 
 KEPT = 4
-"""Offloaded parameters that are kept after they were read: gate and up, down, and their biases."""
+"""Offloaded parameters that stay in memory after they were read: the parts of a fused layer."""
 
 
 class LiveValues:
-    """Parameters and buffers of a model by name. Safe for many threads."""
+    """Parameters and buffers of a model by name."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -38,30 +39,33 @@ class LiveValues:
         self._held: dict[str, torch.Tensor] = {}
         self._recent: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._lock = threading.Lock()
-        # `state_dict` has just sharded anew what FSDP2 had gathered; it may gather it again.
+        # `state_dict` has just resharded what FSDP2 had gathered for a forward pass.
         tensors: list[Any] = [self._tensor(name) for name in self._owners]
         meshes = [tensor.device_mesh for tensor in tensors if _is_sharded(tensor)]
         self.is_sharded = bool(meshes)
-        """Whether parameters lie on several ranks, also while a forward has them gathered."""
+        """True if parameters lie on several ranks, even while a forward pass has gathered them."""
         self.ranks = _ranks_of(meshes) if meshes else GroupRank()
 
     def get(self, name: str) -> torch.Tensor:
-        """A whole parameter, on whatever device; it must not be changed."""
+        """Return a whole parameter, on its own device; it must not be changed."""
         if name in self._held:
             return self._held[name]
         tensor: Any = self._tensor(name)
         if _is_sharded(tensor):
             raise SourceError(
                 f"{name}: is sharded over {tensor.device_mesh.size()} ranks and not held. "
-                "All ranks must hold a unit together before it is read."
+                "All ranks must hold a layer together before it is read."
             )
         return self._offloaded(name) if tensor.is_meta else tensor
 
     def hold(self, names: Iterable[str], *, keep: bool = True) -> None:
-        """Gather what is sharded, read what is offloaded, until `release`.
+        """Gather sharded parameters and read offloaded ones, until `release`.
 
-        Where parameters are sharded, all ranks must call this with the same names in the same
-        order. keep: False for a rank that only takes part in the gathering.
+        If parameters are sharded, all ranks must call this with the same names in the same order.
+
+        Args:
+            names: Names of parameters and buffers.
+            keep: False on a rank that only takes part in the gathering.
         """
         for name in dict.fromkeys(names):
             tensor = self._tensor(name)
@@ -73,7 +77,7 @@ class LiveValues:
                 self._held[name] = self._offloaded(name)
 
     def release(self) -> None:
-        """Hold nothing any more."""
+        """Give back the memory of what was held."""
         with self._lock:
             self._held.clear()
             self._recent.clear()
@@ -93,8 +97,8 @@ class LiveValues:
             return self._recent[name]
 
     def _read(self, name: str) -> torch.Tensor:
-        for each in (name, self._ties.get(name)):
-            value = None if each is None else offloaded_value(self.model, each)
+        for alias in (name, self._ties.get(name)):
+            value = None if alias is None else offloaded_value(self.model, alias)
             if value is not None and not value.is_meta:
                 return value.detach()
         raise SourceError(
@@ -110,32 +114,31 @@ def _is_sharded(tensor: Any) -> bool:
 
 
 def _gathered(tensor: Any) -> torch.Tensor:
-    """All of a sharded tensor, on the ranks' own device; a collective."""
+    """Gather a sharded tensor on the ranks' own device; a collective."""
     whole: torch.Tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()
     return whole
 
 
 def _ranks_of(meshes: Iterable[Any]) -> GroupRank:
-    """All that the meshes of one model's parameters lie on; a collective of these ranks.
+    """Find the ranks that the meshes of a model's parameters lie on; a collective of these.
 
-    A model may have several meshes (expert parallelism), each with other ranks than this process
-    sees. Where the largest does not cover the others, that is every rank there is.
+    A model may have several meshes (expert parallelism), of which this process sees its own. If
+    the largest does not contain the others, all ranks of the job share the model.
     """
     members = {mesh: set(mesh.mesh.flatten().tolist()) for mesh in meshes}
-    mesh = max(members, key=lambda each: len(members[each]))
-    found = members[mesh]
-    if dist.get_rank() not in found:
+    mesh = max(members, key=lambda mesh: len(members[mesh]))
+    ranks = members[mesh]
+    if dist.get_rank() not in ranks:
         raise UsageError(
             f"rank {dist.get_rank()}: has no part of the model, which is sharded over ranks "
-            f"{sorted(found)}. Quantize it on these only."
+            f"{sorted(ranks)}. Quantize it on these only."
         )
     group = None
-    if len(found) < dist.get_world_size() and found.issuperset(set().union(*members.values())):
-        is_line = mesh.ndim == 1
-        group = mesh.get_group() if is_line else _group_of(sorted(found))
+    if len(ranks) < dist.get_world_size() and ranks.issuperset(set().union(*members.values())):
+        group = mesh.get_group() if mesh.ndim == 1 else _group_of(sorted(ranks))
     return GroupRank(dist.get_rank(group), dist.get_world_size(group), group)
 
 
 def _group_of(ranks: list[int]) -> Any:
-    """A new process group, that the ranks in it make without the others."""
+    """Create a process group without the ranks that are not in it."""
     return dist.new_group(ranks, use_local_synchronization=True)

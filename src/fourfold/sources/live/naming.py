@@ -1,0 +1,71 @@
+"""Names, shapes and dtypes on disk of a model in memory whose checkpoint is not at hand.
+
+transformers reverses its own conversion; `upstream` corrects the result for the families whose
+published checkpoints differ from it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fourfold.errors import ModelError
+from fourfold.models.live_internals import raw_tensors
+from fourfold.models.module_tree import ModuleTree
+from fourfold.models.names import natural
+from fourfold.sources.live.unloading import Unloading
+from fourfold.sources.live.upstream import Upstream, upstream_of
+from fourfold.storage.safetensors_header import DTYPE_NAMES, TensorInfo
+
+NO_FILE = Path("the live model")
+"""Stands for the file of a tensor that lies in none."""
+
+
+def name_tensors(model: Any, blueprint: Any, tree: ModuleTree) -> Unloading:
+    """Derive the tensors that `model` would have on disk from the model alone.
+
+    Args:
+        model: The model.
+        blueprint: The same architecture with parameters on the meta device.
+        tree: The blueprint's module tree.
+
+    Raises:
+        ModelError: No guess accounts for every parameter.
+    """
+    upstream, problem = upstream_of(*tree.model_types), "transformers cannot reverse its conversion"
+    for tensors in raw_tensors(model, blueprint, fused=upstream.fused):
+        unloading = Unloading(tree, _laid_out(tensors, upstream))
+        misfit = unloading.misfit()
+        if misfit is None and not unloading.unplaced:
+            return unloading
+        problem = misfit or f"{unloading.unplaced[0]} has no place in the model"
+    raise ModelError(
+        f"{tree.architecture}: what its tensors are called on disk is not known ({problem}). "
+        "Give the folder that it was loaded from as checkpoint."
+    )
+
+
+def _laid_out(tensors: Mapping[str, torch.Tensor], upstream: Upstream) -> dict[str, TensorInfo]:
+    """The tensors under their published names, one after the other in the order of these."""
+    published = {_published_name(name, upstream): tensor for name, tensor in tensors.items()}
+    infos, start = {}, 0
+    for key in sorted(published, key=natural):
+        tensor = published[key]
+        shape = tuple(tensor.shape)
+        if upstream.transposed is not None and re.search(upstream.transposed, key):
+            shape = (*shape[:-2], shape[-1], shape[-2])
+        stop = start + math.prod(shape) * tensor.element_size()
+        infos[key] = TensorInfo(key, DTYPE_NAMES[tensor.dtype], shape, NO_FILE, start, stop)
+        start = stop
+    return infos
+
+
+def _published_name(name: str, upstream: Upstream) -> str:
+    for pattern, replacement in upstream.renames:
+        name = re.sub(pattern, replacement, name)
+    return name

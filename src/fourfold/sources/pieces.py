@@ -1,0 +1,70 @@
+"""The fused tensors of a source, as a checkpoint of fourfold's holds them: cut into pieces.
+
+`quant_summary.json` says of each quantized weight and bias which region of which source tensor it
+was.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fourfold.models.regions import Region, Span
+from fourfold.storage.quant_summary import QuantSummary, RawRegion
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A weight or bias of the checkpoint, and its place in a fused tensor of the source."""
+
+    key: str
+    region: Region
+
+    @property
+    def first_dimension(self) -> range:
+        """The indices of the fused tensor's first dimension that it lies at."""
+        expert, rows = self.region.expert, self.region.rows
+        return range(expert, expert + 1) if expert is not None else _range(rows)
+
+    def rows_within(self, start: int, stop: int) -> range:
+        """Those of `first_dimension` that are in `start:stop`."""
+        own = self.first_dimension
+        first, last = (max(0, -(-(at - own.start) // own.step)) for at in (start, stop))
+        return own[first:last]
+
+    def rows_to_decode(self, rows: range) -> tuple[int, int]:
+        """The rows of the weight to decode for some of `first_dimension`."""
+        if self.region.expert is not None or self.region.transposed:
+            return 0, self.region.shape[0]
+        first = self.first_dimension.index(rows[0])
+        return first, first + len(rows)
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """True if the region lies inside a tensor of this shape."""
+        region = self.region
+        lead = [] if region.expert is None else [region.expert + 1]
+        spans = [region.rows] if region.cols is None else [region.rows, region.cols]
+        stops = [*lead, *(span.stop for span in spans)]
+        return len(stops) == len(shape) and all(
+            stop <= size for stop, size in zip(stops, shape, strict=True)
+        )
+
+
+def _range(span: Span) -> range:
+    return range(span.start, span.stop, span.step)
+
+
+def pieces_of(summary: QuantSummary) -> dict[str, list[Piece]]:
+    """The source's fused tensors by name, and the weights and biases that they were cut into."""
+    cut = [(f"{x.name}.weight", x.raw) for x in summary.linears if x.raw is not None]
+    cut += [(f"{bias.name}.bias", bias.raw) for bias in summary.biases]
+    pieces: dict[str, list[Piece]] = defaultdict(list)
+    for key, raw in cut:
+        pieces[raw.key].append(Piece(key, _region(raw)))
+    return dict(pieces)
+
+
+def _region(raw: RawRegion) -> Region:
+    columns = None if raw.cols is None else Span(*raw.cols)
+    return Region(raw.key, raw.expert, Span(*raw.rows), columns, raw.transposed)
