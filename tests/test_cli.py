@@ -58,7 +58,7 @@ def test_help_imports_no_torch() -> None:
         "from fourfold.cli.app import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
-        "assert not {'torch', 'transformers', 'numba', 'pydantic'} & set(sys.modules)\n"
+        "assert not {'torch', 'transformers', 'numba', 'pydantic', 'jinja2'} & set(sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

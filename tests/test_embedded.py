@@ -26,7 +26,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import fourfold
 from fourfold.embedded import heldout_text, model_dir
 from fourfold.errors import UsageError
-from fourfold.evaluation import demo
+from fourfold.evaluation.comparison import compare
+from fourfold.evaluation.continuation import Sampling, continue_prompt, text_after
+from fourfold.evaluation.demo import PROMPT, demonstrate
 from fourfold.formats import nvfp4
 
 LAYERS, EXPERTS, HIDDEN, INTERMEDIATE = 4, 16, 128, 64
@@ -210,7 +212,7 @@ def write_folder(folder: Path, tensors: Tensors) -> None:
 
 
 def test_a_model_equals_itself(model: Any, tokens: Tensor) -> None:
-    same = demo.compare(model, model, tokens[:2000], WINDOW)
+    same = compare(model, model, tokens[:2000], WINDOW)
     assert same.kl == 0.0
     assert same.top1_agreement == 1.0
     assert same.reference_bits == same.quantized_bits
@@ -222,7 +224,7 @@ def test_compare_is_the_definition(model: Any, folded: Path) -> None:
     ids = TOKENIZER("def read(self, size=-1):\n    return self", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         p, q = (m(ids).logits[0].double().softmax(-1) for m in (model, quantized))
-    found = demo.compare(model, quantized, ids[0], ids.shape[1])
+    found = compare(model, quantized, ids[0], ids.shape[1])
     assert found.kl == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-3)
     bits = -p[:-1].gather(1, ids[0, 1:, None]).log2().mean()
     assert found.reference_bits == pytest.approx(float(bits), rel=1e-5)
@@ -230,39 +232,41 @@ def test_compare_is_the_definition(model: Any, folded: Path) -> None:
 
 def test_compare_needs_a_window_of_text(model: Any, tokens: Tensor) -> None:
     with pytest.raises(UsageError, match="100 tokens in windows of 512"):
-        demo.compare(model, model, tokens[:100], WINDOW)
+        compare(model, model, tokens[:100], WINDOW)
 
 
-def test_generate_repeats_itself(model: Any) -> None:
-    greedy = demo.generate(model, TOKENIZER, "import ", 8)
-    assert greedy.startswith("import ")
-    assert greedy == demo.generate(model, TOKENIZER, "import ", 8)
-    drawn = [demo.generate(model, TOKENIZER, "import ", 8, seed=3, temperature=0.8) for _ in "12"]
-    assert drawn[0] == drawn[1]
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_text_repeats_itself(model: Any, temperature: float) -> None:
+    sampling = Sampling(8, temperature, seed=3)
+    tokens = continue_prompt(model, TOKENIZER, "import ", sampling)
+    assert tokens == continue_prompt(model, TOKENIZER, "import ", sampling)
+    assert text_after(TOKENIZER, "import ", tokens) == bytes(tokens).decode()
 
 
-def test_demonstrate_tells_a_small_loss(monkeypatch: pytest.MonkeyPatch, folded: Path) -> None:
-    monkeypatch.setattr(demo, "NEW_TOKENS", 16)
-    monkeypatch.setattr(demo, "heldout_text", lambda: heldout_text()[: 8 * WINDOW])
-    result = demo.demonstrate(model_dir(), folded)
-    assert result.reference_text.startswith(result.prompt)
-    assert result.quantized_text.startswith(result.prompt)
+def test_special_tokens_are_not_shown() -> None:
+    assert text_after(TOKENIZER, "ab", [99, 256, 100, 256]) == "cd"
+
+
+def test_the_demo_shows_a_small_loss(folded: Path) -> None:
+    text = heldout_text()[: 8 * WINDOW]
+    result = demonstrate(model_dir(), folded, text=text, sampling=Sampling(16, 0.7, seed=1))
+    assert result.reference_text.startswith(PROMPT)
+    assert result.quantized_text.startswith(PROMPT)
     assert 0 < result.comparison.kl < 0.1
     assert result.comparison.top1_agreement > 0.85
     assert not result.simulated
     assert "--- after, from the dequantized weights and the same seed:" in str(result)
 
 
-def test_demonstrate_rounds_the_activations_of_w4a4(
-    monkeypatch: pytest.MonkeyPatch, folded: Path, tmp_path: Path
-) -> None:
+def test_the_demo_rounds_the_activations_of_w4a4(folded: Path, tmp_path: Path) -> None:
     tensors = load_file(folded / "model.safetensors")
     for name in [name for name in tensors if name.endswith(".weight_scale_2")]:
         tensors[name.replace("weight_scale_2", "input_scale")] = torch.tensor(16 / 2688)
     write_folder(tmp_path / "w4a4", tensors)
-    monkeypatch.setattr(demo, "NEW_TOKENS", 4)
-    monkeypatch.setattr(demo, "heldout_text", lambda: heldout_text()[: 4 * WINDOW])
-    weights, both = (demo.demonstrate(model_dir(), x) for x in (folded, tmp_path / "w4a4"))
+    weights, both = (
+        demonstrate(model_dir(), out, text=heldout_text()[: 4 * WINDOW], sampling=Sampling(4))
+        for out in (folded, tmp_path / "w4a4")
+    )
     assert both.simulated
     assert both.comparison.kl > weights.comparison.kl
     assert "from the dequantized weights, rounded activations and the same seed" in str(both)

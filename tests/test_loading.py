@@ -173,8 +173,8 @@ NORM, EXPERT = "model.norm.weight", "model.layers.1.mlp.experts.3.up_proj"
     [
         (drop(f"{EXPERT}.weight_scale"), SourceError, f"{EXPERT}.weight_scale: missing, while"),
         (drop(NORM), SourceError, f"{NORM}: the checkpoint has no tensor for it"),
-        (add("model.surplus.weight"), ModelError, "model.surplus.weight: the checkpoint holds it"),
-        (add("model.surplus.bias"), ModelError, "the model has no place for it (1 such)"),
+        (add("model.surplus.weight"), ModelError, "model.surplus.weight: the model has no place"),
+        (add("model.surplus.bias"), ModelError, "no place for this tensor (1 in all)"),
     ],
 )
 def test_a_key_too_many_or_too_few_is_named(
@@ -480,14 +480,14 @@ def test_a_copy_would_be_without_so_there_is_none(w4a4: Made) -> None:
 
 
 def test_weights_alone_have_no_activations_to_simulate(made: Made) -> None:
-    with pytest.raises(UsageError, match=r"its weights alone are quantized \(W4A16\)"):
+    with pytest.raises(UsageError, match=r"only its weights are quantized \(W4A16\)"):
         fourfold.load(made("qwen3_moe"), simulate_activations=True)
 
 
 def test_a_missing_input_scale_is_named(w4a4: Made, tmp_path: Path) -> None:
     key = f"{EXPERT}.input_scale"
     folder = changed(w4a4("qwen3_moe", EXPERTS), tmp_path / "broken", drop(key))
-    with pytest.raises(SourceError, match=re.escape(f"{key}: missing, while 23 are there")):
+    with pytest.raises(SourceError, match=re.escape(f"{key}: is missing, while 23 are there")):
         fourfold.load(folder, simulate_activations=True)
     fourfold.load(folder)
 

@@ -1,1 +1,1 @@
-"""Load, run and look at quantized models."""
+"""Loading, running, measuring and inspecting quantized checkpoints, without an engine."""

@@ -1,179 +1,106 @@
-"""What quantization did to a model, measured and shown: `fourfold demo` prints this.
+"""`fourfold demo`: what quantization did to the embedded model, in figures and in text.
 
-    KL    mean over positions of Σ_v P_ref(v) · ln(P_ref(v) / P_q(v)), in nats
-    top-1 share of positions where both models rank the same token first
-    bits  mean of −log₂ P(next token); for the embedded model, a token is a byte
-
-An NVFP4 checkpoint becomes the ordinary transformers model of its dequantized weights; where it is
-W4A4, activations are rounded as well. The KV cache stays in full precision. No engine or GPU is
-needed. Models that fit in memory.
-
-Shapes: T tokens, N windows, W window, V vocabulary.
+Both models are ordinary transformers models in float32: the source, and the output with its
+weights dequantized and, if it is W4A4, its activations rounded. The KV cache stays in full
+precision.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fourfold.embedded import heldout_text, model_dir
-from fourfold.errors import UsageError
-from fourfold.evaluation.generation import continue_prompt
+from fourfold.errors import SourceError
+from fourfold.evaluation.comparison import Comparison, compare
+from fourfold.evaluation.continuation import Sampling, continue_prompt, text_after
 from fourfold.evaluation.loading import load
 from fourfold.models.internals import quiet
 from fourfold.sources.decoded import open_decoded
 from fourfold.sources.safetensors import open_source
-from fourfold.storage.names import SUMMARY
+from fourfold.storage.quant_summary import find_summary
 
 PROMPT = "import os\nimport sys\n\ndef main():\n    "
-NEW_TOKENS = 200
-SEED, TEMPERATURE = 1, 0.7
+SAMPLING = Sampling(max_new_tokens=200, temperature=0.7, seed=1)
 WINDOW = 512
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """A quantized model beside its reference, on the same text."""
-
-    kl: float
-    """Mean KL(P_ref ‖ P_q), nats per token."""
-    top1_agreement: float
-    """Share of positions, 0 to 1."""
-    reference_bits: float
-    """Bits per token of the reference."""
-    quantized_bits: float
-    """Bits per token of the quantized model."""
-    positions: int
-    """Over how many positions KL and agreement were taken."""
-
-
-@dataclass(frozen=True)
 class DemoResult:
-    """What `fourfold demo` prints after the job."""
+    """Texts and figures. Printing it gives what the command prints after the run."""
 
     prompt: str
     reference_text: str
     quantized_text: str
     comparison: Comparison
     simulated: bool
-    """Whether the quantized model's activations were rounded, too (W4A4)."""
+    """True if the quantized model's activations were rounded (W4A4)."""
+    temperature: float
 
     def __str__(self) -> str:
-        found = self.comparison
-        source = "dequantized weights" + (", rounded activations" if self.simulated else "")
+        figures = self.comparison
+        model = "dequantized weights" + (", rounded activations" if self.simulated else "")
         return (
-            f"--- before, drawn at temperature {TEMPERATURE}:\n{self.reference_text}\n"
-            f"--- after, from the {source} and the same seed:\n{self.quantized_text}\n"
-            f"--- on {found.positions:,} bytes of held-out text: KL {found.kl:.2e} nats a byte, "
-            f"top-1 agreement {found.top1_agreement:.1%}, "
-            f"{found.reference_bits:.4f} -> {found.quantized_bits:.4f} bits a byte"
+            f"--- before, drawn at temperature {self.temperature}:\n{self.reference_text}\n"
+            f"--- after, from the {model} and the same seed:\n{self.quantized_text}\n"
+            f"--- on {figures.positions:,} bytes of held-out text: KL {figures.kl:.2e} nats a "
+            f"byte, top-1 agreement {figures.top1_agreement:.1%}, "
+            f"{figures.reference_bits:.4f} -> {figures.quantized_bits:.4f} bits a byte"
         )
 
 
-def is_demo_output(out_dir: Path) -> bool:
-    """Whether `out_dir` holds the embedded model, quantized, and nothing else of value."""
+def is_demo_output(folder: Path) -> bool:
+    """Return True if `folder` holds the embedded model, quantized: it may be overwritten."""
     try:
-        ledger = json.loads((out_dir / SUMMARY).read_bytes())["ledger"]
-    except (OSError, ValueError, KeyError, TypeError):
+        summary = find_summary(folder)
+    except SourceError:
         return False
-    tensors = open_source(model_dir()).tensors
-    nbytes = sum(info.nbytes for info in tensors.values())
-    return (ledger.get("source_tensors"), ledger.get("bytes_before")) == (len(tensors), nbytes)
+    if summary is None:
+        return False
+    with closing(open_source(model_dir())) as source:
+        nbytes = sum(info.nbytes for info in source.tensors.values())
+        wanted = len(source.tensors), nbytes
+    return (summary.ledger.source_tensors, summary.ledger.bytes_before) == wanted
 
 
-def demonstrate(source_dir: Path, out_dir: Path) -> DemoResult:
-    """Compare a checkpoint with its NVFP4 output: on held-out text, and by what they write."""
-    tokenizer = AutoTokenizer.from_pretrained(source_dir)
-    simulated = _quantizes_activations(out_dir)
+def demonstrate(
+    source: Path, out: Path, *, text: str | None = None, sampling: Sampling = SAMPLING
+) -> DemoResult:
+    """Compare the checkpoint in `source` with its quantized output in `out`.
+
+    Args:
+        source: The folder of the embedded model.
+        out: The folder of the output.
+        text: The text to measure both models on; by default the held-out text.
+        sampling: How each model continues the prompt.
+    """
+    with closing(open_decoded(out)) as checkpoint:
+        simulated = bool(checkpoint.input_scales)
+    tokenizer = AutoTokenizer.from_pretrained(source)
     with quiet(), _one_thread():
-        reference = AutoModelForCausalLM.from_pretrained(source_dir, dtype=torch.float32)
-        quantized = load(out_dir, dtype=torch.float32, simulate_activations=simulated)
-        tokens_T = torch.tensor(tokenizer(heldout_text())["input_ids"])
-        return DemoResult(
-            prompt=PROMPT,
-            reference_text=generate(reference, tokenizer, PROMPT, NEW_TOKENS, SEED, TEMPERATURE),
-            quantized_text=generate(quantized, tokenizer, PROMPT, NEW_TOKENS, SEED, TEMPERATURE),
-            comparison=compare(reference, quantized, tokens_T, WINDOW),
-            simulated=simulated,
-        )
-
-
-def _quantizes_activations(out_dir: Path) -> bool:
-    checkpoint = open_decoded(out_dir)
-    try:
-        return bool(checkpoint.input_scales)
-    finally:
-        checkpoint.close()
+        reference = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        quantized = load(out, dtype=torch.float32, simulate_activations=simulated)
+        texts = [
+            text_after(tokenizer, PROMPT, continue_prompt(model, tokenizer, PROMPT, sampling))
+            for model in (reference, quantized)
+        ]
+        token_ids = torch.tensor(tokenizer(text or heldout_text())["input_ids"])
+        comparison = compare(reference, quantized, token_ids, WINDOW)
+    before, after = (PROMPT + text for text in texts)
+    return DemoResult(PROMPT, before, after, comparison, simulated, sampling.temperature)
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """A model this small gains nothing from threads, and loses tenfold where cores are shared."""
+    # A model this small gains nothing from threads, and loses tenfold if cores are shared.
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def compare(
-    reference: PreTrainedModel, quantized: PreTrainedModel, token_ids: Tensor, window: int
-) -> Comparison:
-    """Measure both models on `token_ids` [T], in windows that do not overlap.
-
-    The remainder that fills no window is left out. Raises UsageError if no window is filled.
-    """
-    count = len(token_ids) // window if window > 1 else 0
-    if count == 0:
-        raise UsageError(
-            f"{len(token_ids)} tokens in windows of {window}: nothing to compare. "
-            "Give a longer text, or a window of at least 2 tokens that fits into it."
-        )
-    kl = agreed = reference_nats = quantized_nats = 0.0
-    for tokens_W in token_ids[: count * window].view(count, window):
-        logp_WV, logq_WV = _log_probs(reference, tokens_W), _log_probs(quantized, tokens_W)
-        kl += float((logp_WV.exp() * (logp_WV - logq_WV)).sum())
-        agreed += int((logp_WV.argmax(-1) == logq_WV.argmax(-1)).sum())
-        reference_nats += float(F.nll_loss(logp_WV[:-1], tokens_W[1:], reduction="sum"))
-        quantized_nats += float(F.nll_loss(logq_WV[:-1], tokens_W[1:], reduction="sum"))
-    positions = count * window
-    predicted_bits = count * (window - 1) * math.log(2)
-    return Comparison(
-        kl=kl / positions,
-        top1_agreement=agreed / positions,
-        reference_bits=reference_nats / predicted_bits,
-        quantized_bits=quantized_nats / predicted_bits,
-        positions=positions,
-    )
-
-
-def generate(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    prompt: str,
-    max_new_tokens: int,
-    seed: int = 0,
-    temperature: float = 0.0,
-) -> str:
-    """The prompt and what the model makes of it: greedy, or sampled from `seed`."""
-    new_ids = continue_prompt(model, tokenizer, prompt, max_new_tokens, seed, temperature)
-    ids = [*tokenizer(prompt)["input_ids"], *new_ids]
-    return str(tokenizer.decode(ids, skip_special_tokens=True))
-
-
-@torch.no_grad()
-def _log_probs(model: PreTrainedModel, tokens_W: Tensor) -> Tensor:
-    """ln P(next token) at each position: [W, V], fp32."""
-    logits_WV = model(input_ids=tokens_W[None], use_cache=False).logits[0]
-    return F.log_softmax(logits_WV.float(), dim=-1)

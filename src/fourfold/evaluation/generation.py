@@ -1,10 +1,9 @@
-"""What a checkpoint writes, beside what its source writes: `fourfold generate` prints this.
+"""`fourfold generate`: what a quantized checkpoint writes, beside what its source writes.
 
 Both models are run by transformers, one after the other, from the same prompt and with the same
-seed: the source as it is, the checkpoint dequantized and, where it is W4A4, with rounded
-activations. A model that does not fit into memory is streamed: each token passes the layers one
-by one as they are read, and the keys and values of earlier tokens are kept, so what it writes is
-the same. Greedy by default; at a temperature, every token is drawn from the whole distribution.
+seed: the source as it is, the checkpoint dequantized and, if it is W4A4, with rounded activations.
+A model that does not fit into memory is streamed: each token passes the layers one by one as they
+are read, and the keys and values of earlier tokens are kept, so the tokens are the same.
 """
 
 from __future__ import annotations
@@ -12,10 +11,10 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,12 +24,12 @@ from rich.table import Table
 from rich.text import Text
 
 from fourfold.distributed.machine import choose_device, memory_available
-from fourfold.errors import ModelError, SourceError, UsageError
+from fourfold.errors import SourceError, UsageError
+from fourfold.evaluation.continuation import Sampling, continue_prompt, text_after
 from fourfold.evaluation.loading import OpenedModel
-from fourfold.evaluation.simulation import Simulation, check_w4a4
+from fourfold.evaluation.simulated_activations import check_w4a4
 from fourfold.events import OnEvent, TokenGenerated, ignore
 from fourfold.layouts import quantization_of
-from fourfold.models.internals import quiet, runnable
 from fourfold.models.tokenizer import load_tokenizer
 from fourfold.sources.decoded import DecodedSource, open_decoded
 from fourfold.sources.opening import opened
@@ -39,12 +38,10 @@ from fourfold.storage.units import plain
 
 MAX_NEW_TOKENS = 64
 
-Label = Literal["source", "quantized"]
-
 
 @dataclass(frozen=True)
 class Continuation:
-    """What one model wrote."""
+    """The text that one model wrote after the prompt."""
 
     model: str
     """The checkpoint's folder."""
@@ -52,29 +49,28 @@ class Continuation:
     """Without the prompt and without special tokens."""
     tokens: tuple[int, ...]
     streamed: bool
-    """Whether its layers were loaded one at a time."""
+    """True if the model's layers were loaded one at a time."""
     seconds: float
 
 
 @dataclass(frozen=True)
 class Generation:
-    """Both texts. Prints as the command prints."""
+    """Both texts. Printing it gives what the command prints."""
 
     prompt: str
     source: Continuation | None
-    """None where no source was given."""
+    """None if no source was given."""
     quantized: Continuation
     simulated: bool
-    """Whether the quantized model's activations were rounded, too."""
+    """True if the quantized model's activations were rounded."""
 
     @property
     def same_tokens(self) -> int | None:
-        """How many tokens both begin with alike; None without a source."""
+        """The number of tokens that both begin with; None without a source."""
         if self.source is None:
             return None
-        pairs = enumerate(zip(self.source.tokens, self.quantized.tokens, strict=False))
-        shorter = min(len(self.source.tokens), len(self.quantized.tokens))
-        return next((at for at, (one, other) in pairs if one != other), shorter)
+        pairs = zip(self.source.tokens, self.quantized.tokens, strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -122,46 +118,53 @@ def generate(
     trust_remote_code: bool = False,
     on_event: OnEvent = ignore,
 ) -> Generation:
-    """What the NVFP4 checkpoint `out`, and its `source` where given, make of `prompt`.
+    """Let the quantized checkpoint `out`, and its source if given, continue a prompt.
 
-    temperature: 0 takes the likeliest token; above, tokens are drawn from `seed`.
-    simulate_activations: round activations, too; by default where the checkpoint is W4A4.
-    stream: load one layer at a time; by default for a model that does not fit into memory.
-    device: cpu, cuda, cuda:N or auto.
+    Args:
+        out: A checkpoint that `load` can read.
+        prompt: The beginning of the text, taken as it is.
+        source: The checkpoint that `out` was made from.
+        max_new_tokens: The most tokens to write.
+        temperature: 0 takes the likeliest token; above 0, tokens are drawn.
+        seed: Random seed for sampling.
+        simulate_activations: Round activations as W4A4 engines do; by default if `out` is W4A4.
+        stream: Load one layer at a time; by default if the model does not fit into memory.
+        device: cpu, cuda, cuda:N or auto.
+        trust_remote_code: Run the Python code that the checkpoints bring.
+        on_event: Called with a `TokenGenerated` for every token.
 
-    Raises UsageError for options that make no sense; SourceError, ModelError or PlanError where a
-    checkpoint cannot be read or run, or lacks a tokenizer.
+    Raises:
+        UsageError: If the options make no sense.
+        SourceError, ModelError, ResourceError: If a checkpoint cannot be read or run, or lacks a
+            tokenizer.
     """
     _check_options(prompt, max_new_tokens, temperature)
-    checkpoint = open_decoded(out, trust_remote_code=trust_remote_code)
-    try:
-        simulated = bool(checkpoint.input_scales)
-        if simulate_activations is not None:
-            simulated = simulate_activations
+    with closing(open_decoded(out, trust_remote_code=trust_remote_code)) as checkpoint:
+        simulated = simulate_activations
+        if simulated is None:
+            simulated = bool(checkpoint.input_scales)
         if simulated:
             check_w4a4(checkpoint)
-        tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
         writer = _Writer(
-            _Request(prompt, max_new_tokens, temperature, seed),
-            tokenizer,
+            prompt,
+            Sampling(max_new_tokens, temperature, seed),
+            load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code),
             choose_device(device),
             stream,
             on_event,
         )
-        theirs = None if source is None else _from_source(writer, source, trust_remote_code)
-        ours = writer.write("quantized", checkpoint, rounded=checkpoint if simulated else None)
-    finally:
-        checkpoint.close()
-    return Generation(prompt, theirs, ours, simulated)
+        original = None if source is None else _from_source(writer, source, trust_remote_code)
+        quantized = writer.write("quantized", checkpoint, rounded=checkpoint if simulated else None)
+    return Generation(prompt, original, quantized, simulated)
 
 
 def _check_options(prompt: str, max_new_tokens: int, temperature: float) -> None:
     if not prompt:
-        raise UsageError("the prompt is empty: give the beginning of a text.")
+        raise UsageError("The prompt is empty. Give the beginning of a text.")
     if max_new_tokens < 1:
-        raise UsageError(f"{max_new_tokens} new tokens: give at least 1.")
+        raise UsageError(f"max_new_tokens {max_new_tokens}: give at least 1.")
     if not (math.isfinite(temperature) and temperature >= 0):
-        raise UsageError(f"a temperature of {temperature}: give 0, for the likeliest, or more.")
+        raise UsageError(f"temperature {temperature}: give 0, for the likeliest token, or more.")
 
 
 def _from_source(
@@ -171,144 +174,67 @@ def _from_source(
         algorithm = quantization_of(source.config)
         if algorithm is not None:
             raise SourceError(
-                f"{source.folder}: quantized already ({algorithm}). Give the checkpoint that OUT "
-                "was made of as --source."
+                f"{source.folder}: is quantized already ({algorithm}). Give the checkpoint that "
+                "OUT was made from as --source."
             )
         return writer.write("source", source)
 
 
 @dataclass(frozen=True)
-class _Request:
-    """What is to be written."""
+class _Writer:
+    """Lets one model after the other continue the same prompt."""
 
     prompt: str
-    max_new_tokens: int
-    temperature: float
-    seed: int
-
-
-@dataclass(frozen=True)
-class _Writer:
-    """Runs one model after the other on one request."""
-
-    request: _Request
+    sampling: Sampling
     tokenizer: Any
     device: str
     stream: bool | None
     on_event: OnEvent
 
     def write(
-        self, label: Label, source: Source, *, rounded: DecodedSource | None = None
+        self,
+        label: Literal["source", "quantized"],
+        source: Source,
+        *,
+        rounded: DecodedSource | None = None,
     ) -> Continuation:
-        """Let the model of `source` write a text. Nothing of the model stays in memory.
+        """Load the model of `source`, let it write, and free its memory.
 
-        rounded: the checkpoint whose input scales round the model's activations, if any.
+        rounded: The checkpoint whose input scales round the model's activations, if any.
         """
+
+        def count(tokens: int) -> None:
+            self.on_event(TokenGenerated(label, tokens, self.sampling.max_new_tokens))
+
+        def write(model: Any) -> list[int]:
+            return continue_prompt(model, self.tokenizer, self.prompt, self.sampling, count)
+
         begun = time.perf_counter()
-        runner = OpenedModel(source, device=self.device)
+        opened_model = OpenedModel(source, device=self.device)
         streamed = self.stream
         if streamed is None:
-            streamed = runner.nbytes > _available(self.device)
-        with ExitStack() as stack:
-            if rounded is not None:
-                sites = runner.sites(rounded)
-                simulation = Simulation(runner.model, runner.streamed.tree, sites)
-                stack.callback(simulation.remove)
-            ids = _run(runner, partial(self._continue, label), streamed)
-        del runner
+            streamed = opened_model.nbytes > _available(self.device)
+        with opened_model.simulate_activations(rounded) if rounded is not None else nullcontext():
+            tokens = _run(opened_model, write, streamed)
+        del opened_model
         gc.collect()
+        text = text_after(self.tokenizer, self.prompt, tokens)
         seconds = time.perf_counter() - begun
-        return Continuation(str(source.folder), self._text(ids), tuple(ids), streamed, seconds)
-
-    def _continue(self, label: Label, model: Any) -> list[int]:
-        count = _Count(label, self.request.max_new_tokens, self.on_event)
-        return continue_prompt(
-            model,
-            self.tokenizer,
-            self.request.prompt,
-            self.request.max_new_tokens,
-            self.request.seed,
-            self.request.temperature,
-            on_token=count,
-        )
-
-    def _text(self, new_ids: list[int]) -> str:
-        """New tokens as text, as they read after the prompt."""
-        prompt_ids = self.tokenizer(self.request.prompt)["input_ids"]
-        before = self.tokenizer.decode(prompt_ids, skip_special_tokens=True)
-        whole = self.tokenizer.decode([*prompt_ids, *new_ids], skip_special_tokens=True)
-        if whole.startswith(before):
-            return str(whole[len(before) :])
-        return str(self.tokenizer.decode(new_ids, skip_special_tokens=True))
+        return Continuation(str(source.folder), text, tuple(tokens), streamed, seconds)
 
 
-def _run(runner: OpenedModel, call: Callable[[Any], list[int]], streamed: bool) -> list[int]:
-    """What `call` makes of the model, loaded whole or layer by layer."""
+def _run(model: OpenedModel, write: Callable[[Any], list[int]], streamed: bool) -> list[int]:
+    """Call `write` with the model, loaded whole or layer by layer."""
     if not streamed:
-        return call(runner.load())
-    found: list[list[int]] = []
-    for _ in runner.streamed.run([lambda model: found.append(call(model))]):
+        return write(model.load())
+    results: list[list[int]] = []
+    for _ in model.streamed.run([lambda streamed: results.append(write(streamed))]):
         pass
-    return found[0]
-
-
-class _Count:
-    """A streamer of transformers' kind: is given the prompt, then each token."""
-
-    def __init__(self, label: Label, total: int, on_event: OnEvent) -> None:
-        self.label, self.total, self.on_event, self.done = label, total, on_event, -1
-
-    def put(self, _: Any) -> None:
-        self.done += 1
-        self.on_event(TokenGenerated(self.label, self.done, self.total))
-
-    def end(self) -> None:
-        """Nothing is left to do."""
-
-
-def continue_prompt(
-    model: Any,
-    tokenizer: Any,
-    prompt: str,
-    max_new_tokens: int,
-    seed: int = 0,
-    temperature: float = 0.0,
-    on_token: Any = None,
-) -> list[int]:
-    """The tokens that a model puts after the prompt: greedy, or sampled from `seed`."""
-    model = runnable(model)
-    if not (hasattr(model, "can_generate") and model.can_generate()):
-        raise ModelError(f"{type(model).__name__}: a model that does not write text.")
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    if not inputs["input_ids"].numel():
-        raise UsageError("the prompt has no token: give the beginning of a text.")
-    options: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), quiet():
-        torch.manual_seed(seed)
-        ids = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=max_new_tokens,
-            pad_token_id=pad,
-            streamer=on_token,
-            **options,
-        )[0].tolist()
-    if model.config.is_encoder_decoder:
-        return _without_leading(ids[1:], pad)  # a decoder is given one token to begin with
-    return [int(each) for each in ids[inputs["input_ids"].shape[1] :]]
-
-
-def _without_leading(ids: Sequence[int], pad: int | None) -> list[int]:
-    begin = next((at for at, each in enumerate(ids) if each != pad), len(ids))
-    return list(ids[begin:])
+    return results[0]
 
 
 def _available(device: str) -> int:
-    """Bytes that a model may take on the device, some room for what it computes left out."""
+    """Bytes that a model may take on the device, with some room left for what it computes."""
     if device.startswith("cuda"):
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * 0.9)
@@ -316,5 +242,5 @@ def _available(device: str) -> int:
 
 
 def _visible(text: str) -> Text:
-    """A model may write anything: what would steer a terminal is shown, not sent."""
+    """Escape control characters: a model may write anything, but must not steer a terminal."""
     return Text("".join(x if x.isprintable() or x in "\n\t" else repr(x)[1:-1] for x in text))

@@ -1,7 +1,7 @@
-"""What lies in a checkpoint folder, at a glance: tensors, formats, sizes, scales.
+"""`fourfold inspect`: the tensors, formats, sizes and scales of a checkpoint at a glance.
 
-Reads headers and scalar scales only, so it takes a moment whatever the model's size. Works on
-any safetensors checkpoint. Names that differ in numbers alone are shown as one: `layers.*`.
+Works on any safetensors checkpoint. Reads only headers and scalar scales, so it is quick for every
+size of model. Names that differ only in numbers share a line: `layers.*`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 @dataclass(frozen=True)
 class TensorKind:
-    """Tensors whose names differ in numbers alone, of one dtype and shape."""
+    """Tensors of one dtype and shape whose names differ only in numbers."""
 
     pattern: str
     dtype: str
@@ -40,13 +40,13 @@ class TensorKind:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A checkpoint at a glance. Prints as the command prints."""
+    """A checkpoint at a glance. Printing it gives what the command prints."""
 
     folder: str
     model_type: str
     quantization: str | None
     ignored: int
-    """Entries of the ignore list."""
+    """Number of entries in the ignore list."""
     files: int
     tensors: int
     nbytes: int
@@ -68,10 +68,10 @@ class Inspection:
             table.add_row(
                 Text(kind.pattern), kind.dtype, shape, f"{kind.count:,}", size(kind.nbytes), scales
             )
-        how = self.quantization or "not quantized"
+        quantization = self.quantization or "not quantized"
         ignored = f", {self.ignored:,} ignore entries" if self.ignored else ""
         return Group(
-            Text.assemble((self.folder, "bold"), f": {self.model_type}, {how}{ignored}"),
+            Text.assemble((self.folder, "bold"), f": {self.model_type}, {quantization}{ignored}"),
             table,
             Text(f"{self.tensors:,} tensors in {self.files} files, {size(self.nbytes)}"),
         )
@@ -81,7 +81,7 @@ class Inspection:
 
 
 def inspect(folder: str | Path) -> Inspection:
-    """Look at the checkpoint in `folder`. Raises `SourceError` where it cannot be read."""
+    """Summarize the checkpoint in `folder`. Raises SourceError if it cannot be read."""
     source = open_source(folder)
     try:
         return _inspect(source)

@@ -1,22 +1,23 @@
-"""The model of an NVFP4 checkpoint in transformers, dequantized: `fourfold.load`.
+"""`fourfold.load`: a quantized checkpoint as an ordinary transformers model.
 
-For previews, evaluation and tests, where no engine is at hand. It computes with ordinary weights
-and is as large as the source; what it predicts is what the checkpoint predicts, up to the order
-in which an engine adds.
+For previews, evaluation and tests without an engine. The model computes with dequantized weights
+and needs the memory of the source. It predicts what the checkpoint predicts, up to the order in
+which an engine adds.
 """
 
 from __future__ import annotations
 
 import re
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from fourfold.calibration.streaming import StreamedModel
 from fourfold.distributed.machine import memory_available
 from fourfold.errors import ModelError, ResourceError, SourceError
-from fourfold.evaluation.simulation import Simulation, Sites, find_sites
+from fourfold.evaluation.simulated_activations import Simulation, find_sites
 from fourfold.models.internals import quiet
 from fourfold.models.inventory import Inventory
 from fourfold.models.inventory_builder import take_inventory
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 GENERATION_CONFIG = "generation_config.json"
 
 PARAMETER = re.compile(r"\.(weight|bias)$")
-"""What is computed with. Old checkpoints hold buffers, too, that nobody needs."""
+"""Tensors that a model computes with. Old checkpoints hold buffers that nobody needs."""
 
 
 def load(
@@ -42,31 +43,35 @@ def load(
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The transformers model of the NVFP4 checkpoint `out`, its weights dequantized.
+    """Load a quantized checkpoint as a transformers model with dequantized weights.
 
-    simulate_activations: also round what quantized linear layers read, as W4A4 engines do; off
-        again with `model.fourfold_simulation.remove()`.
-    dtype: of the parameters; the source's by default. float32 gives the weights' values unrounded.
-    device: where the parameters are put.
+    The model is in evaluation mode and has the checkpoint's generation settings.
 
-    In evaluation mode, with the checkpoint's generation settings. Raises SourceError or ModelError
-    where checkpoint and architecture do not fit, naming a key; UsageError for a W4A16 checkpoint
-    whose activations should be simulated; ResourceError where the memory is too small.
+    Args:
+        out: A checkpoint in the ModelOpt layout, whoever wrote it.
+        simulate_activations: Round the inputs of quantized linear layers as W4A4 engines do.
+            `model.fourfold_simulation.remove()` ends that.
+        dtype: The dtype of the parameters; by default the source's. float32 gives the weights'
+            values unrounded.
+        device: The device of the parameters.
+        trust_remote_code: Run the Python code that the checkpoint brings.
+
+    Raises:
+        SourceError, ModelError: If checkpoint and architecture do not fit; names a tensor.
+        UsageError: If activations should be simulated and the checkpoint is W4A16.
+        ResourceError: If the model does not fit into memory.
     """
-    checkpoint = open_decoded(out, dtype=dtype, trust_remote_code=trust_remote_code)
-    try:
+    with closing(open_decoded(out, dtype=dtype, trust_remote_code=trust_remote_code)) as checkpoint:
         opened = OpenedModel(checkpoint, dtype=dtype, device=device)
-        sites = opened.sites(checkpoint) if simulate_activations else None
+        simulation = opened.simulate_activations(checkpoint) if simulate_activations else None
         model: Any = opened.load()
-        if sites is not None:
-            model.fourfold_simulation = Simulation(model, opened.streamed.tree, sites)
-        return model
-    finally:
-        checkpoint.close()
+    if simulation is not None:
+        model.fourfold_simulation = simulation
+    return cast("PreTrainedModel", model)
 
 
 class OpenedModel:
-    """A checkpoint's model on the meta device, checked: to be loaded whole, or to be streamed."""
+    """A checkpoint's model on the meta device, to be loaded whole or streamed."""
 
     def __init__(
         self,
@@ -75,7 +80,12 @@ class OpenedModel:
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Raises ModelError for a key without a place in the model, SourceError the other way."""
+        """Build the model and check it against the checkpoint.
+
+        Raises:
+            ModelError: If a tensor has no place in the model.
+            SourceError: If a parameter has no tensor.
+        """
         self.source = source
         self.inventory: Inventory = take_inventory(source)
         _check_known(source, self.inventory)
@@ -85,33 +95,34 @@ class OpenedModel:
 
     @property
     def nbytes(self) -> int:
-        """Memory that the whole model takes while it is loaded, about: one layer is there twice."""
+        """Approximate memory for loading the whole model; one layer is in memory twice."""
         units = [
             self.streamed.unit_bytes(unit) for unit in (None, *range(len(self.streamed.layers)))
         ]
         return sum(units) + max(units)
 
-    def sites(self, checkpoint: DecodedSource) -> Sites:
-        """Where activations are to be rounded, by the input scales of `checkpoint`."""
-        return find_sites(checkpoint, self.inventory, self.streamed.tree)
+    def simulate_activations(self, checkpoint: DecodedSource) -> Simulation:
+        """Round the model's activations from now on, by the input scales of `checkpoint`."""
+        sites = find_sites(checkpoint, self.inventory, self.streamed.tree)
+        return Simulation(self.model, self.streamed.tree, sites)
 
     def load(self) -> PreTrainedModel:
-        """The model, whole. Raises ResourceError where the memory is too small."""
+        """Return the whole model. Raises ResourceError if it does not fit into memory."""
         available = memory_available()
         if self.streamed.device.type == "cpu" and self.nbytes > available:
             raise ResourceError(
                 f"{self.source.folder}: {size(self.nbytes)} of memory are needed for the whole "
-                f"model, {size(available)} are available. `fourfold generate` does with one layer."
+                f"model, {size(available)} are available. `fourfold generate` needs one layer only."
             )
         model: PreTrainedModel = self.streamed.load_all()
         left = [name for name, value in model.named_parameters() if value.is_meta]
         if left:
-            raise SourceError(f"{self.source.folder}: {left[0]}: no tensor became it")
+            raise SourceError(f"{self.source.folder}: {left[0]}: has no tensor.")
         return model
 
 
 def _check_known(source: Source, inventory: Inventory) -> None:
-    """Nothing is left out in silence but MTP layers, which transformers does not build."""
+    # MTP layers may be left out: transformers does not build them.
     left = [
         key
         for key in inventory.unknown
@@ -119,8 +130,8 @@ def _check_known(source: Source, inventory: Inventory) -> None:
     ]
     if left:
         raise ModelError(
-            f"{source.folder}: {left[0]}: the checkpoint holds it, the model has no place for it "
-            f"({len(left)} such). Does config.json belong to this checkpoint?"
+            f"{source.folder}: {left[0]}: the model has no place for this tensor ({len(left)} in "
+            "all). Does config.json belong to this checkpoint?"
         )
 
 
@@ -132,5 +143,5 @@ def _take_generation_config(model: Any, folder: Path) -> None:
     try:
         with quiet():
             model.generation_config = GenerationConfig.from_pretrained(folder)
-    except Exception as error:  # whatever transformers finds wrong with it
+    except Exception as error:  # transformers raises many kinds
         raise SourceError(f"{folder / GENERATION_CONFIG}: cannot be read: {error}") from error

@@ -1,13 +1,12 @@
-"""W4A4 inside a model: what quantized linear layers read is rounded to NVFP4, as in an engine.
+"""W4A4 inside a transformers model: the inputs of quantized linear layers are rounded to NVFP4.
 
-Every quantized layer has an `input_scale`; engines fuse layers that read the same activation, and
-take the largest scale of a layer's experts. So here each input site has one scale, the largest.
-An `nn.Linear` is given rounded inputs by a hook. An experts module runs transformers' own
-function, shown what its two matrix products are about to read (`models/expert_hooks.py`). That is
-set up anew for each call of the module, so that nothing of it is left in the model's configuration,
-and several models can be simulated at once.
+Engines fuse layers that read the same activation and use the largest of their input scales; the
+experts of a layer share the largest, too. So each input site has one scale here. A hook rounds the
+inputs of an `nn.Linear`. An experts module runs transformers' own function, with its inputs
+rounded before both matrix products (`models/expert_hooks.py`). That is set up for each call, so
+that nothing of it stays in the model's configuration and several models can be simulated at once.
 
-Weights must be dequantized ones. The KV cache stays as it is.
+The weights must be dequantized already. The KV cache keeps its precision.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from fourfold.sources.decoded import DecodedSource
 
 @dataclass(frozen=True)
 class Sites:
-    """Where a model's inputs are rounded: module paths in memory, and the scales there."""
+    """The input scales of a model, by module path in memory."""
 
     linears: Mapping[str, float]
     experts: Mapping[str, Mapping[Product, float]]
@@ -44,12 +43,12 @@ class Sites:
 
 
 class Simulation:
-    """The rounding of a model's activations: on from the beginning, until `remove`."""
+    """Rounds a model's activations until `remove`; also a context manager."""
 
     def __init__(self, model: nn.Module, tree: ModuleTree, sites: Sites) -> None:
         self.sites = sites
         self.calls: Counter[str] = Counter()
-        """How often each module's input was rounded, by path."""
+        """The number of times that each input was rounded, by path."""
         self._stack = ExitStack()
         for path, scale in sites.linears.items():
             hook = model.get_submodule(path).register_forward_pre_hook(
@@ -63,8 +62,14 @@ class Simulation:
             self._stack.callback(experts.take_off)
 
     def remove(self) -> None:
-        """Give the model its exact activations back."""
+        """Return the model to exact activations."""
         self._stack.close()
+
+    def __enter__(self) -> Simulation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
 
     def _round_linear(
         self, path: str, scale: float, _: nn.Module, args: Any, kwargs: dict[str, Any]
@@ -76,13 +81,13 @@ class Simulation:
 
     def __reduce__(self) -> NoReturn:
         raise UsageError(
-            "a model whose activations are simulated cannot be copied: the copy would be without. "
-            "Call model.fourfold_simulation.remove() first, or load it again."
+            "A model whose activations are simulated cannot be copied: the copy would not be "
+            "simulated. Call model.fourfold_simulation.remove() first, or load it again."
         )
 
 
 class _Rounding:
-    """Rounds what an experts module's two products are given: a `Watch`."""
+    """Rounds the inputs of an experts module's two matrix products: a `Watch`."""
 
     all_experts = False
 
@@ -95,11 +100,11 @@ class _Rounding:
 
 
 _WATCHING = threading.RLock()
-"""Watching changes what transformers' configurations say, for the time of a call."""
+"""Held during a call of experts, which changes the configuration that transformers reads."""
 
 
 class _RoundedExperts:
-    """Stands in for the forward of one experts module."""
+    """Replaces the forward of one experts module."""
 
     def __init__(self, module: nn.Module, layout: ExpertsModule, watch: _Rounding) -> None:
         self.module, self.layout, self.watch = module, layout, watch
@@ -109,7 +114,7 @@ class _RoundedExperts:
         self.module.forward = self
 
     def take_off(self) -> None:
-        """The module's forward is what it was."""
+        """Restore the module's own forward."""
         if self.before is None:
             del self.module.forward
         else:
@@ -126,19 +131,21 @@ class _RoundedExperts:
 
 
 def check_w4a4(checkpoint: DecodedSource) -> None:
-    """Refuse a checkpoint whose weights alone are quantized."""
+    """Raise UsageError for a checkpoint whose activations are not quantized."""
     if not checkpoint.input_scales:
         raise UsageError(
-            f"{checkpoint.folder}: its weights alone are quantized (W4A16), so there are no "
+            f"{checkpoint.folder}: only its weights are quantized (W4A16), so there are no "
             "activations to simulate. Leave simulate_activations out."
         )
 
 
 def find_sites(checkpoint: DecodedSource, inventory: Inventory, tree: ModuleTree) -> Sites:
-    """Where in the model each `input_scale` of the checkpoint belongs.
+    """Return the modules that the checkpoint's input scales belong to.
 
-    Raises UsageError for a checkpoint without any, SourceError where a single one is missing,
-    ModelError where a quantized layer has no place in the model.
+    Raises:
+        UsageError: If the checkpoint has no input scale.
+        SourceError: If only some are missing.
+        ModelError: If a quantized layer has no place in the model.
     """
     check_w4a4(checkpoint)
     linears = [linear for linear in inventory.linears if linear.name in checkpoint.linears]
@@ -159,11 +166,11 @@ def find_sites(checkpoint: DecodedSource, inventory: Inventory, tree: ModuleTree
 
 
 def _check_all_found(checkpoint: DecodedSource, linears: list[LinearWeight]) -> None:
-    lost = sorted(checkpoint.linears.keys() - {linear.name for linear in linears})
-    if lost:
+    unknown = sorted(checkpoint.linears.keys() - {linear.name for linear in linears})
+    if unknown:
         raise ModelError(
-            f"{checkpoint.folder}: {lost[0]}: quantized, but no linear layer of the model "
-            f"({len(lost)} such). Does config.json belong to this checkpoint?"
+            f"{checkpoint.folder}: {unknown[0]}: is quantized, but not a linear layer of the model "
+            f"({len(unknown)} in all). Does config.json belong to this checkpoint?"
         )
 
 
@@ -173,7 +180,7 @@ def _largest_by_site(checkpoint: DecodedSource, linears: list[LinearWeight]) -> 
         scale = checkpoint.input_scales.get(linear.name)
         if scale is None:
             raise SourceError(
-                f"{linear.name}.input_scale: missing, while {len(checkpoint.input_scales)} are "
+                f"{linear.name}.input_scale: is missing, while {len(checkpoint.input_scales)} are "
                 "there. The checkpoint is incomplete: quantize the model again."
             )
         largest[linear.input_site] = max(scale, largest.get(linear.input_site, 0.0))
@@ -181,7 +188,7 @@ def _largest_by_site(checkpoint: DecodedSource, linears: list[LinearWeight]) -> 
 
 
 def _check_whole(path: str, linears: list[LinearWeight], inventory: Inventory) -> None:
-    """The experts of a module share one input: they are quantized together, or not at all."""
+    # Engines take all experts of a module in NVFP4, or none.
     quantized = [linear for linear in linears if linear.module == path]
     every = [linear for linear in inventory.linears if linear.module == path]
     if len(quantized) != len(every):
@@ -196,7 +203,7 @@ def _product(linear: LinearWeight) -> Product:
 
 
 def _modules_of(linear: LinearWeight, tree: ModuleTree) -> list[str]:
-    """The `nn.Linear` modules that a weight of the checkpoint becomes: one, or parts of it."""
+    """The `nn.Linear` modules that a weight of the checkpoint becomes: one, or several."""
     targets = tree.conversion.targets(tree.conversion.place(linear.region.key))
     return [path for name in targets if (path := name.removesuffix(".weight")) in tree.linears] or [
         linear.module

@@ -1,0 +1,101 @@
+"""The one way in which fourfold lets a model write text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fourfold.errors import ModelError, UsageError
+from fourfold.models.internals import quiet, runnable
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen, and how many."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    """0 takes the likeliest token; above 0, tokens are drawn from the whole distribution."""
+    seed: int = 0
+    """Random seed for sampling."""
+
+
+def continue_prompt(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    sampling: Sampling,
+    on_token: Callable[[int], None] | None = None,
+) -> list[int]:
+    """Return the tokens that `model` puts after `prompt`.
+
+    The `top_p`, `top_k` and temperature of the model's own generation settings do not count.
+
+    Args:
+        model: A transformers model.
+        tokenizer: Its tokenizer.
+        prompt: The beginning of the text.
+        sampling: How the tokens are chosen.
+        on_token: Called with the number of tokens written so far, first with 0.
+
+    Raises:
+        ModelError: If the model does not write text.
+        UsageError: If the prompt has no token.
+    """
+    model = runnable(model)
+    if not (hasattr(model, "can_generate") and model.can_generate()):
+        raise ModelError(f"{type(model).__name__}: a model that does not write text.")
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    if not inputs["input_ids"].numel():
+        raise UsageError("The prompt has no token. Give the beginning of a text.")
+    options: dict[str, Any] = {"do_sample": False}
+    if sampling.temperature > 0:
+        drawn = {"temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
+        options = {"do_sample": True, **drawn}
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), quiet():
+        torch.manual_seed(sampling.seed)
+        ids = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=sampling.max_new_tokens,
+            pad_token_id=pad,
+            streamer=None if on_token is None else _Counter(on_token),
+            **options,
+        )[0].tolist()
+    if model.config.is_encoder_decoder:
+        return _without_leading(ids[1:], pad)  # a decoder is given one token to begin with
+    return list(ids[inputs["input_ids"].shape[1] :])
+
+
+def text_after(tokenizer: Any, prompt: str, new_tokens: Sequence[int]) -> str:
+    """Return new tokens as text that reads on from the prompt, without special tokens."""
+    prompt_tokens = tokenizer(prompt)["input_ids"]
+    before = tokenizer.decode(prompt_tokens, skip_special_tokens=True)
+    whole = tokenizer.decode([*prompt_tokens, *new_tokens], skip_special_tokens=True)
+    if whole.startswith(before):
+        return str(whole[len(before) :])
+    return str(tokenizer.decode(new_tokens, skip_special_tokens=True))
+
+
+class _Counter:
+    """A streamer for transformers, which gives it the prompt and then each token."""
+
+    def __init__(self, on_token: Callable[[int], None]) -> None:
+        self.on_token, self.count = on_token, -1
+
+    def put(self, _: Any) -> None:
+        self.count += 1
+        self.on_token(self.count)
+
+    def end(self) -> None:
+        """Required by transformers."""
+
+
+def _without_leading(tokens: Sequence[int], pad: int | None) -> list[int]:
+    begin = next((index for index, token in enumerate(tokens) if token != pad), len(tokens))
+    return list(tokens[begin:])
