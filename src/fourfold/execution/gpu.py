@@ -236,8 +236,10 @@ class _Batch:
             return held
         buffer = self.buffers.host.take(slab_bytes(self.tensors[region.key], *region.slab))
         slab = self.context.source.slab(region.key, *region.slab, buffer.numpy())
-        self._slabs[region.key, *region.slab] = slab
-        return slab
+        # The same memory as `slab`, but as the tensor that PyTorch knows to be pinned.
+        pinned = buffer.view(slab.dtype).view(slab.shape)
+        self._slabs[region.key, *region.slab] = pinned
+        return pinned
 
     def _place(self, region: Region, slab: torch.Tensor, out_OI: torch.Tensor) -> None:
         """Queue the copy of a weight into its stack; a strided one is made contiguous there."""
