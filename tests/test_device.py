@@ -571,11 +571,11 @@ def test_pinned_memory_counts(
     written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = written("mixtral")[0]
-    kernels = backend.choose_kernels("cpu", fourfold.plan(model, W4A16), 2)
+    chosen = backend.choose_backend("cpu", fourfold.plan(model, W4A16), 2)
     plan = fourfold.plan(model, W4A16)
-    assert kernels.pool is not None
-    needed = plan.memory(2) + kernels.pool.pinned_bytes
-    assert kernels.memory(plan) == needed
+    assert chosen.pool is not None
+    needed = plan.memory(2) + chosen.pool.pinned_bytes
+    assert chosen.memory(plan) == needed
     monkeypatch.setattr("fourfold.run.preflight.memory_available", lambda: needed - 1)
     with pytest.raises(fourfold.ResourceError, match="of memory are needed for 2 threads"):
         quantized(model, tmp_path / "out")

@@ -131,12 +131,12 @@ def quantize(
             observation.check(chosen, source)
             folder = OutputFolder(target, ranks.rank, markers=marker_files())
             with source.agreeing():
-                work, kernels, observation = prepare(
+                work, backend, observation = prepare(
                     source, chosen, folder, ranks, observation, runtime, output, run
                 )
             strategy = choose_run(work, source, observation, folder, ranks)
             rest = partial(write_rest, warn=run.warn)
-            job = Job(work, source, folder, strategy, ranks, kernels, rest)
+            job = Job(work, source, folder, strategy, ranks, backend, rest)
             linears = job.write(output.overwrite, run)
             report = verify_written(job, linears, run) if output.verify else None
             ranks.gather("verified")  # until then others may need what this rank has in memory
@@ -151,7 +151,7 @@ def quantize(
             unreached_experts={} if strategy.scales is None else strategy.scales.unreached(),
             ranks=ranks.size,
             is_part=not job.share.is_whole,
-            kernels=str(kernels.choice),
+            kernels=str(backend.choice),
             warnings=tuple(run.warnings),
         )
 

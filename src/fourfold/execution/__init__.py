@@ -10,7 +10,7 @@ results    figures of a linear weight, and the single numbers written beside its
 context    what all workers share
 """
 
-from fourfold.execution.backend import Kernels, choose_kernels, warm_up, warm_up_device
+from fourfold.execution.backend import Backend, choose_backend, warm_up, warm_up_device
 from fourfold.execution.buffers import Arena
 from fourfold.execution.context import ExecutionContext
 from fourfold.execution.results import LinearResult
@@ -18,11 +18,11 @@ from fourfold.execution.scheduler import Scheduler
 
 __all__ = [
     "Arena",
+    "Backend",
     "ExecutionContext",
-    "Kernels",
     "LinearResult",
     "Scheduler",
-    "choose_kernels",
+    "choose_backend",
     "warm_up",
     "warm_up_device",
 ]

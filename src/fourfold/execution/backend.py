@@ -19,8 +19,8 @@ from fourfold.storage.units import size
 
 
 @dataclass(frozen=True)
-class Kernels:
-    """The kernels that quantize weights, the device they run on, and the reason.
+class Backend:
+    """Who quantizes the weights: which kernels on which device, and the reason.
 
     `str()` gives what the command prints.
     """
@@ -31,7 +31,7 @@ class Kernels:
     """The buffers on the GPU that quantizes; None if the CPU does."""
 
     @classmethod
-    def none(cls, threads: int) -> Kernels:
+    def none(cls, threads: int) -> Backend:
         """Return what a job has that quantizes nothing."""
         return cls(Choice(Kernel.REFERENCE, "nothing is quantized"), threads)
 
@@ -50,8 +50,8 @@ class Kernels:
         workers = None if self.pool is None else self.pool.count
         return plan.memory(self.threads, workers) + self.pinned_bytes
 
-    def on_cpu(self, error: Exception) -> Kernels:
-        """Return the CPU's kernels, because those of the device failed when they were tried."""
+    def on_cpu(self, error: Exception) -> Backend:
+        """Return the CPU as the backend, because the device's kernels failed at the trial."""
         assert self.pool is not None
         return _on_cpu(self.choice, self.pool.device, self.threads, error)
 
@@ -70,7 +70,7 @@ class Kernels:
         return f"{self.choice}\n{self.where}"
 
 
-def choose_kernels(
+def choose_backend(
     device: str,
     plan: Plan,
     threads: int,
@@ -78,8 +78,8 @@ def choose_kernels(
     memory: int | None = None,
     ranks: int = 1,
     warn: Callable[[str], None] = lambda _: None,
-) -> Kernels:
-    """Choose the kernels for a plan's weights.
+) -> Backend:
+    """Choose the backend for a plan's weights.
 
     Args:
         device: The device that was chosen for the job.
@@ -100,20 +100,20 @@ def choose_kernels(
         except RuntimeError as error:  # no room for a context, or another process's device
             return _on_cpu(choice, target, threads, error)
         pool.fit(plan)
-        return Kernels(choice, threads, pool)
+        return Backend(choice, threads, pool)
     if memory is not None and not choice.is_fallback:
         raise UsageError(
-            f"--device-memory has no effect with {choice}: no memory of {target} is taken. "
-            "Remove it, or give another --device."
+            f"`device_memory` has no effect with {choice}: no memory of {target} is taken. "
+            "Remove it, or give another `device`."
         )
-    return Kernels(choice, threads)
+    return Backend(choice, threads)
 
 
-def _on_cpu(wanted: Choice, device: torch.device, threads: int, error: Exception) -> Kernels:
+def _on_cpu(wanted: Choice, device: torch.device, threads: int, error: Exception) -> Backend:
     why = f"{wanted.kernel} kernels cannot run on {device}: {error}"
     kernel = dispatch.choice(Kernel.AUTO, torch.device("cpu")).kernel
     choice = Choice(kernel, f"on the CPU, since {' '.join(why.split())}", is_fallback=True)
-    return Kernels(choice, threads)
+    return Backend(choice, threads)
 
 
 def warm_up(schemes: Iterable[Scheme], dtypes: Iterable[torch.dtype]) -> None:

@@ -1,15 +1,20 @@
-"""Which kernels do the work: the one place that decides.
+"""Which kernels run for tensors on a device.
 
     reference   plain PyTorch, any device; the definition
     numba       compiled for this CPU at first use; the same bytes, some hundred times faster
     triton      compiled for a CUDA device at first use; the same bytes
 
-`auto` takes triton for tensors on a CUDA device and numba for those in CPU memory, where these can
-run, else the reference. The environment variable FOURFOLD_KERNELS (reference | numba | triton)
-overrides `auto`, not an explicit choice; where it names kernels that are not for a tensor's device,
-tensors of the CPU have numba beside triton, and those of a GPU the reference beside numba.
+By default (`auto`) the fast kernels of a tensor's device run, and the reference if they cannot. The
+environment variable FOURFOLD_KERNELS overrides `auto`, but not an explicit choice. As a job has
+tensors on several devices, the variable decides for each device as far as it applies there:
+
+    FOURFOLD_KERNELS    tensors in CPU memory    tensors on a CUDA device
+    reference           reference                reference
+    numba               numba                    reference
+    triton              numba                    triton
 
 Numba and Triton are imported at first use: they cost a second that most commands need not pay.
+Whether weights are moved to a device to be quantized is decided in `execution.backend`.
 """
 
 from __future__ import annotations
@@ -46,32 +51,33 @@ class Kernel(StrEnum):
 
 @dataclass(frozen=True)
 class Choice:
-    """Which kernels run, and why."""
+    """The kernels that run, and the reason."""
 
     kernel: Kernel
     reason: str
     is_fallback: bool = False
-    """Whether faster ones exist for the device, and cannot run."""
+    """True if faster kernels exist for the device but cannot run."""
 
     def __str__(self) -> str:
         return f"{self.kernel} kernels: {self.reason}"
 
 
 def choose(kernel: Kernel | str, device: torch.device) -> Kernel:
-    """The kernels for tensors on `device`: REFERENCE, NUMBA or TRITON; see `choice`.
+    """Return the kernels for tensors on `device`: REFERENCE, NUMBA or TRITON; see `choice`.
 
-    Warns, once for each reason, where `auto` has to fall back on a CUDA device.
+    A warning says, once for each reason, that `auto` falls back on a CUDA device.
     """
-    found = choice(kernel, device)
-    if found.is_fallback and device.type == "cuda":
-        _warn_once(str(found))
-    return found.kernel
+    chosen = choice(kernel, device)
+    if chosen.is_fallback and device.type == "cuda":
+        _warn_once(str(chosen))
+    return chosen.kernel
 
 
 def choice(kernel: Kernel | str, device: torch.device) -> Choice:
-    """The kernels for tensors on `device`, with the reason.
+    """Return the kernels for tensors on `device`, with the reason.
 
-    Raises UsageError for an unknown name, and for kernels that are asked for and cannot run there.
+    Raises:
+        UsageError: The name is unknown, or kernels were asked for that cannot run there.
     """
     wanted = _parse(kernel, "kernel")
     if wanted is not Kernel.AUTO:
@@ -80,37 +86,37 @@ def choice(kernel: Kernel | str, device: torch.device) -> Choice:
     if wanted is Kernel.AUTO:
         return _automatic(device)
     if wanted is not Kernel.REFERENCE and wanted is not _FAST.get(device.type):
-        return _beside(wanted, device)
+        return _for_another_device(wanted, device)
     return _forced(wanted, device, ENVIRONMENT_VARIABLE)
 
 
 def choice_for_weights(device: torch.device) -> Choice:
-    """The kernels for weights that lie in CPU memory and may be moved to `device`.
+    """Return the kernels for weights that lie in CPU memory and may be moved to `device`.
 
-    TRITON says that they should be; otherwise they are quantized where they are, by fast kernels of
-    the CPU rather than by the reference on the device.
+    TRITON means that they should be moved. Otherwise they are quantized where they are: the CPU's
+    fast kernels are faster than the reference on the device.
     """
     wanted = _from_environment()
     if wanted is Kernel.TRITON:
         return _forced(wanted, device, ENVIRONMENT_VARIABLE)
     if device.type != "cuda" or wanted is not Kernel.AUTO:
         return choice(Kernel.AUTO, torch.device("cpu"))
-    found = choice(Kernel.AUTO, device)
-    if found.kernel is Kernel.TRITON:
-        return found
+    on_device = choice(Kernel.AUTO, device)
+    if on_device.kernel is Kernel.TRITON:
+        return on_device
     kernel = choice(Kernel.AUTO, torch.device("cpu")).kernel
-    return Choice(kernel, f"on the CPU, since {found.reason}", is_fallback=True)
+    return Choice(kernel, f"on the CPU, since {on_device.reason}", is_fallback=True)
 
 
 @functools.cache
 def has_numba() -> bool:
-    """Whether numba is installed (it is not imported to find out)."""
+    """True if numba is installed (it is not imported to find out)."""
     return importlib.util.find_spec("numba") is not None
 
 
 @functools.cache
 def triton_version() -> str | None:
-    """The version of Triton that is installed, if one is (it is not imported to find out)."""
+    """Return the version of Triton; None if it is not installed. It is not imported for this."""
     if importlib.util.find_spec("triton") is None:
         return None
     for name in ("triton", "pytorch-triton", "triton-windows"):
@@ -133,13 +139,13 @@ def _forced(wanted: Kernel, device: torch.device, origin: str) -> Choice:
     return Choice(wanted, f"asked for by {origin}")
 
 
-def _beside(wanted: Kernel, device: torch.device) -> Choice:
-    """For tensors of a device that the environment's choice is not made for: a job has such too."""
+def _for_another_device(wanted: Kernel, device: torch.device) -> Choice:
+    """The kernels for tensors of a device that the environment's choice does not apply to."""
     if _problem(wanted, device) is None:  # Triton's interpreter
         return Choice(wanted, f"asked for by {ENVIRONMENT_VARIABLE}")
     if wanted is Kernel.TRITON:
         return _automatic(device)
-    return Choice(Kernel.REFERENCE, f"{ENVIRONMENT_VARIABLE}={wanted} is for others than {device}")
+    return Choice(Kernel.REFERENCE, f"{ENVIRONMENT_VARIABLE}={wanted} does not apply to {device}")
 
 
 def _automatic(device: torch.device) -> Choice:
@@ -155,7 +161,7 @@ def _automatic(device: torch.device) -> Choice:
 
 
 def _problem(kernel: Kernel, device: torch.device) -> str | None:
-    """Why these kernels cannot run on a device, and what to do; None if they can."""
+    """The reason why these kernels cannot run on a device, with a remedy; None if they can."""
     match kernel:
         case Kernel.NUMBA if not has_numba():
             return "numba is not installed: pip install numba"

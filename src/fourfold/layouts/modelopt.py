@@ -26,8 +26,6 @@ from fourfold.models.engines import write_ignore
 CODES, BLOCK_SCALE, GLOBAL_SCALE = "weight", "weight_scale", "weight_scale_2"
 INPUT_SCALE = "input_scale"
 K_SCALE, V_SCALE = "k_scale", "v_scale"
-BLOCK_SIZE = 16
-PARTS = frozenset({BLOCK_SCALE, GLOBAL_SCALE, INPUT_SCALE, K_SCALE, V_SCALE})
 QUANT_CONFIG = "hf_quant_config.json"
 
 _LEFTOVER = re.compile(

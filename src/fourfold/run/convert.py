@@ -23,7 +23,7 @@ from fourfold.distributed.machine import threads_available
 from fourfold.distributed.ranks import Alone
 from fourfold.errors import OutputError
 from fourfold.events import OnEvent, ignore
-from fourfold.execution import Kernels, LinearResult
+from fourfold.execution import Backend, LinearResult
 from fourfold.layouts import LAYOUTS, marker_files
 from fourfold.models.inventory_builder import take_inventory
 from fourfold.planning import DEFAULT_LIMITS, Action, Plan, Row, lay_out
@@ -81,9 +81,9 @@ def convert(
     )
     check_origins(folder, source, overwrite=output.overwrite)
     plan = plan_conversion(source, output.shards or 1)
-    kernels = Kernels.none(workers)
-    check_room(plan, folder, kernels, Alone())
-    job = Job(plan, source, folder, AtOnce(source, None), Alone(), kernels, rest=_write_rest)
+    backend = Backend.none(workers)
+    check_room(plan, folder, backend, Alone())
+    job = Job(plan, source, folder, AtOnce(source, None), Alone(), backend, rest=_write_rest)
     job.write(output.overwrite, on_event)
     _compare(out, source, workers)
     taken = time.perf_counter() - began

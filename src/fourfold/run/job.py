@@ -19,7 +19,7 @@ from fourfold.calibration.store import StatisticsStore
 from fourfold.distributed.ranks import RankFailedError, Ranks
 from fourfold.errors import FourfoldError, SourceChangedError
 from fourfold.events import OnEvent, OutputComplete, Resumed, WritingBegan, ignore
-from fourfold.execution import ExecutionContext, Kernels, LinearResult, Scheduler
+from fourfold.execution import Backend, ExecutionContext, LinearResult, Scheduler
 from fourfold.planning import Plan
 from fourfold.reporting.page import draw_report
 from fourfold.reporting.summary import summarize
@@ -47,12 +47,12 @@ class Job:
         folder: OutputFolder,
         run: Run,
         ranks: Ranks,
-        kernels: Kernels,
+        backend: Backend,
         rest: WriteRest,
     ) -> None:
         """rest: writes everything that is not a shard, config.json last."""
         self.work, self.source, self.folder, self.run = work, source, folder, run
-        self.ranks, self.kernels, self.write_rest = ranks, kernels, rest
+        self.ranks, self.backend, self.write_rest = ranks, backend, rest
         self.identity = identity_of(work, source, run)
 
     @property
@@ -81,7 +81,7 @@ class Job:
                         self.identity,
                         self.ranks,
                         overwrite=overwrite,
-                        threads=self.kernels.threads,
+                        threads=self.backend.threads,
                     )
             if self.share.finished:
                 on_event(Resumed(self.share.finished, len(self.work.shards)))
@@ -102,9 +102,9 @@ class Job:
             self.work,
             self.run.source,
             self.folder,
-            self.kernels.threads,
+            self.backend.threads,
             scales=self.run.scales,
-            pool=self.kernels.pool,
+            pool=self.backend.pool,
             on_event=on_event,
             check=self.ranks.check,
         )

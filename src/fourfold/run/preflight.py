@@ -10,7 +10,7 @@ from fourfold.distributed.machine import memory_available, threads_available
 from fourfold.distributed.ranks import Ranks
 from fourfold.errors import ResourceError
 from fourfold.events import BackendChosen, PlanMade
-from fourfold.execution import Kernels, choose_kernels
+from fourfold.execution import Backend, choose_backend
 from fourfold.models.inventory import Inventory
 from fourfold.models.roles import Role
 from fourfold.planning import Plan, make_plan
@@ -34,7 +34,7 @@ def prepare(
     runtime: Runtime,
     output: OutputConfig,
     session: Session,
-) -> tuple[Plan, Kernels, Observation]:
+) -> tuple[Plan, Backend, Observation]:
     """Plan the job, choose who quantizes, and check that the run can succeed.
 
     The observation that is returned has the threads that all ranks use for the forward pass.
@@ -46,7 +46,7 @@ def prepare(
     with warming_up(recipe, source, observation.device) as failures:
         plan = make_plan(source, recipe, parts=parts)
         check_placed(source, plan.inventory)
-        kernels = choose_kernels(
+        backend = choose_backend(
             observation.device,
             plan,
             runtime.threads or max(1, threads_available() // ranks.local_size),
@@ -55,14 +55,14 @@ def prepare(
             warn=session.warn,
         )
         runs_model = observation.config.statistics is None and source.model is None
-        check_room(plan, folder, kernels, ranks, runs_model=runs_model)
+        check_room(plan, folder, backend, ranks, runs_model=runs_model)
     session(PlanMade(plan))
-    if failures and kernels.pool is not None:
-        kernels = kernels.on_cpu(failures[0])
-    session(BackendChosen(str(kernels.choice), kernels.where, kernels.is_fallback))
-    if kernels.is_fallback and launch().local_rank == 0:
-        session.warn(str(kernels.choice))
-    return plan, kernels, replace(observation, threads=threads)
+    if failures and backend.pool is not None:
+        backend = backend.on_cpu(failures[0])
+    session(BackendChosen(str(backend.choice), backend.where, backend.is_fallback))
+    if backend.is_fallback and launch().local_rank == 0:
+        session.warn(str(backend.choice))
+    return plan, backend, replace(observation, threads=threads)
 
 
 def check_origins(folder: OutputFolder, source: Source, *, overwrite: bool) -> None:
@@ -78,7 +78,7 @@ def check_placed(source: Source, inventory: Inventory) -> None:
 
 
 def check_room(
-    work: Plan, folder: OutputFolder, kernels: Kernels, ranks: Ranks, *, runs_model: bool = False
+    work: Plan, folder: OutputFolder, backend: Backend, ranks: Ranks, *, runs_model: bool = False
 ) -> None:
     """Raise `ResourceError` if the disk or the memory is too small for the plan.
 
@@ -87,11 +87,11 @@ def check_room(
     """
     beside = sum((work.source / path).stat().st_size for path in work.side_files)
     check_disk(folder.folder, work.nbytes_after + beside - folder.nbytes_present())
-    memory = kernels.memory(work) + (work.calibration_memory if runs_model else 0)
+    memory = backend.memory(work) + (work.calibration_memory if runs_model else 0)
     memory, available = memory * ranks.local_size, memory_available()
     if memory > available:
         among = f" on each of {ranks.local_size} ranks" if ranks.local_size > 1 else ""
         raise ResourceError(
-            f"{size(memory)} of memory are needed for {kernels.threads} threads{among}, "
+            f"{size(memory)} of memory are needed for {backend.threads} threads{among}, "
             f"{size(available)} are available. Use fewer `threads`, or close other programs."
         )

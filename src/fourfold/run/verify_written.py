@@ -28,7 +28,7 @@ def verify_written(job: Job, linears: list[LinearResult], on_event: OnEvent) -> 
     report = verify(
         job.folder.folder,
         source=job.source if is_readable else None,
-        threads=_threads(job.kernels.threads, job.ranks),
+        threads=_threads(job.backend.threads, job.ranks),
         on_event=on_event,
     )
     if is_readable:

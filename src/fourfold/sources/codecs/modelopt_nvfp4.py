@@ -20,7 +20,6 @@ from fourfold.errors import SourceError
 from fourfold.formats import nvfp4
 from fourfold.layouts.modelopt import (
     BLOCK_SCALE,
-    BLOCK_SIZE,
     CODES,
     GLOBAL_SCALE,
     INPUT_SCALE,
@@ -94,7 +93,8 @@ def _weight(
     codes, scales, single = (tensors[name] for name in names.values())
     rows, half = codes.shape if len(codes.shape) == 2 else (0, 0)
     dtypes = (codes.dtype, scales.dtype, single.dtype)
-    fits = half % (BLOCK_SIZE // 2) == 0 and scales.shape == (rows, half * 2 // BLOCK_SIZE)
+    block = nvfp4.BLOCK_SIZE
+    fits = 2 * half % block == 0 and scales.shape == (rows, 2 * half // block)
     if dtypes != ("U8", "F8_E4M3", "F32") or not fits or not rows * half or single.numel != 1:
         raise SourceError(
             f"{linear}: codes {codes.dtype} {list(codes.shape)}, block scales {scales.dtype} "
