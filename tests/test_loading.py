@@ -473,9 +473,9 @@ def test_models_in_several_threads_do_not_mix(made: Made, w4a4: Made) -> None:
     assert all(torch.equal(each, expected[at % 2]) for at, each in enumerate(found))
 
 
-def test_a_copy_would_be_without_so_there_is_none(w4a4: Made) -> None:
+def test_a_simulated_model_cannot_be_copied(w4a4: Made) -> None:
     model = fourfold.load(w4a4("qwen3_moe"), simulate_activations=True)
-    with pytest.raises(UsageError, match="a model whose activations are simulated cannot be copi"):
+    with pytest.raises(UsageError, match="A model whose activations are simulated cannot be copi"):
         copy.deepcopy(model)
 
 
