@@ -8,15 +8,18 @@ import re
 import shutil
 from collections.abc import Callable
 from functools import cache
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import fourfold
 from families import Truth
+from fourfold.cli.tables import generation_table
 from fourfold.config import OutputConfig
 from fourfold.embedded import model_dir
 from fourfold.errors import ModelError, ResourceError, SourceError, UsageError
@@ -190,8 +193,9 @@ THEIRS = Continuation("model", "two four", (2, 5), True, 1.5)
 
 
 def test_it_prints_side_by_side() -> None:
-    text = str(Generation("one", THEIRS, OURS, simulated=True))
-    lines = [line.rstrip() for line in text.splitlines()]
+    console = Console(width=110, file=StringIO())
+    console.print(generation_table(Generation("one", THEIRS, OURS, simulated=True)))
+    lines = [line.rstrip() for line in console.file.getvalue().splitlines()]
     assert lines[0] == "one"
     assert re.fullmatch(r"source +quantized, activations rounded \(W4A4\)", lines[2])
     assert re.fullmatch(r"model +out", lines[3])
@@ -203,7 +207,7 @@ def test_it_prints_side_by_side() -> None:
 def test_alone_it_says_how_to_get_both() -> None:
     text = str(Generation("one", None, OURS, simulated=False))
     assert "quantized, weights alone" in text
-    assert "--source MODEL shows beside it what the source writes" in text
+    assert "`source` shows the source's text next to it" in text
 
 
 def test_the_same_tokens_are_counted() -> None:

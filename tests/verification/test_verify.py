@@ -12,6 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from fourfold.cli.tables import report_text
 from fourfold.errors import SourceError
 from fourfold.sources.safetensors import open_source
 from fourfold.verification import Report, UnreadableError, verify
@@ -263,9 +264,10 @@ def test_the_report_prints_for_people(tmp_path: Path) -> None:
     assert "model.layers.0.mlp.experts.1.up_proj.input_scale: missing" in text
     assert "the 10 largest" in text
     assert text.endswith("not clean: 1 error")
-    console = Console(width=200, record=True, file=StringIO())
-    console.print(report)
-    assert "not clean" in console.export_text()
+    console = Console(width=500, record=True, file=StringIO(), force_terminal=True)
+    console.print(report_text(report))
+    assert console.export_text(clear=False).rstrip() == text
+    assert "\x1b[1;31mnot clean" in console.export_text(styles=True)
 
 
 def test_many_findings_of_a_rule_are_cut_in_print_and_whole_in_json(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from fourfold.cli.options import (
     in_bytes,
 )
 from fourfold.cli.progress import CommandDisplay
+from fourfold.cli.tables import generation_table, inspection_table, plan_text, report_text
 from fourfold.cli.terminal import console, print_json, print_result
 from fourfold.config import CalibrationConfig, OutputConfig, Runtime
 from fourfold.distributed.launcher import launch
@@ -165,7 +166,7 @@ def plan(
     if as_json:
         print_json(made.to_dict())
     else:
-        console().print(made)
+        console().print(plan_text(made), soft_wrap=True)
 
 
 @app.command()
@@ -195,7 +196,7 @@ def verify(
     if as_json:
         print(report.to_json())
     else:
-        console().print(report)
+        console().print(report_text(report), soft_wrap=True)
     if not report.clean:
         raise typer.Exit(1)
 
@@ -295,7 +296,7 @@ def inspect(
     if as_json:
         print_json(found.to_dict())
     else:
-        console().print(found)
+        console().print(inspection_table(found))
 
 
 @app.command()
@@ -443,7 +444,7 @@ def generate(
     if as_json:
         print_json(written.to_dict())
     else:
-        console().print(written)
+        console().print(generation_table(written))
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from fourfold.cli.options import as_options
 from fourfold.cli.signals import guard
+from fourfold.cli.tables import plan_text
 from fourfold.cli.terminal import console
 from fourfold.distributed.launcher import launch
 from fourfold.events import (
@@ -44,7 +45,7 @@ class CommandDisplay:
         guard(event)
         match event:
             case PlanMade(plan):
-                self._print(plan)
+                self._print(plan_text(plan))
             case BackendChosen(backend, where, is_fallback):
                 if self.verbose:
                     self._say(where if is_fallback else f"{backend}\n{where}")
@@ -62,7 +63,7 @@ class CommandDisplay:
     def _print(self, value: object, style: str | None = None) -> None:
         """Print on stdout, above the progress bars."""
         if not self.quiet:
-            console().print(value, style=style, markup=False)
+            console().print(value, style=style, markup=False, soft_wrap=True)
 
     def _say(self, text: str) -> None:
         """Print on stderr: above the progress bars, if there are any."""

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from fourfold.cli.options import as_options
 from fourfold.cli.signals import guard
+from fourfold.cli.tables import report_text
 from fourfold.errors import FourfoldError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def run(app: Callable[[], object]) -> None:
 def print_result(result: Result | Merged) -> None:
     """Print the closing lines of a job."""
     if result.report is not None:
-        console().print(result.report)
+        console().print(report_text(result.report), soft_wrap=True)
     console().print(str(result), style="bold", soft_wrap=True, markup=False)
 
 

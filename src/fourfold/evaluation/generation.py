@@ -19,9 +19,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Group
-from rich.table import Table
-from rich.text import Text
 
 from fourfold.distributed.machine import choose_device, memory_available
 from fourfold.errors import SourceError, UsageError
@@ -34,7 +31,6 @@ from fourfold.models.tokenizer import load_tokenizer
 from fourfold.sources.decoded import DecodedSource, open_decoded
 from fourfold.sources.opening import opened
 from fourfold.storage.source import Source
-from fourfold.storage.units import plain
 
 MAX_NEW_TOKENS = 64
 
@@ -76,32 +72,31 @@ class Generation:
         """Plain data for JSON."""
         return asdict(self) | {"same_tokens": self.same_tokens}
 
-    def __rich__(self) -> Group:
-        table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="", expand=True)
-        texts = [part for part in (self.source, self.quantized) if part is not None]
-        for part in texts:
-            table.add_column(self._heading(part), ratio=1, overflow="fold", vertical="top")
-        table.add_row(*(_visible(part.text) for part in texts))
-        return Group(_visible(self.prompt), Text(), table, Text(), Text(self._remark(), "dim"))
+    @property
+    def visible_prompt(self) -> str:
+        return visible(self.prompt)
 
-    def _heading(self, part: Continuation) -> Text:
-        name = "source"
-        if part is self.quantized:
-            name = (
-                f"quantized, {'activations rounded (W4A4)' if self.simulated else 'weights alone'}"
-            )
-        return Text.assemble((name, "bold"), (f"\n{part.model}", "dim"))
-
-    def _remark(self) -> str:
+    def columns(self) -> list[tuple[str, str, str]]:
+        """Return a heading, the model's folder and its text, for each model."""
+        how = "activations rounded (W4A4)" if self.simulated else "weights alone"
+        ours = (f"quantized, {how}", self.quantized.model, visible(self.quantized.text))
         if self.source is None:
-            return "--source MODEL shows beside it what the source writes"
+            return [ours]
+        return [("source", self.source.model, visible(self.source.text)), ours]
+
+    @property
+    def remark(self) -> str:
+        """How many tokens are the same."""
+        if self.source is None:
+            return "`source` shows the source's text next to it"
         longer = max(len(self.source.tokens), len(self.quantized.tokens))
         if self.same_tokens == longer:
             return f"all {longer} tokens are the same"
         return f"the first {self.same_tokens} of {longer} tokens are the same"
 
     def __str__(self) -> str:
-        return plain(self)
+        texts = [f"--- {heading}: {model}\n{text}" for heading, model, text in self.columns()]
+        return "\n".join([self.visible_prompt, *texts, f"--- {self.remark}"])
 
 
 def generate(
@@ -241,6 +236,6 @@ def _available(device: str) -> int:
     return int(memory_available() * 0.9)
 
 
-def _visible(text: str) -> Text:
-    """Escape control characters: a model may write anything, but must not steer a terminal."""
-    return Text("".join(x if x.isprintable() or x in "\n\t" else repr(x)[1:-1] for x in text))
+def visible(text: str) -> str:
+    """Return `text` with control characters spelled out, since a model may write anything."""
+    return "".join(x if x.isprintable() or x in "\n\t" else repr(x)[1:-1] for x in text)

@@ -13,14 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group
-from rich.table import Table
-from rich.text import Text
-
 from fourfold.layouts import quantization_of
 from fourfold.sources.safetensors import SafetensorsFolder, open_source
 from fourfold.storage.safetensors_header import TensorInfo
-from fourfold.storage.units import plain, size
+from fourfold.storage.units import aligned, size
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
@@ -56,28 +52,29 @@ class Inspection:
         """Plain data for JSON."""
         return asdict(self)
 
-    def __rich__(self) -> Group:
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for name in ("tensors", "dtype", "shape"):
-            table.add_column(name, overflow="fold")
-        for name in ("count", "bytes", "scales"):
-            table.add_column(name, justify="right")
-        for kind in self.kinds:
-            shape = "×".join(map(str, kind.shape)) or "scalar"
-            scales = "" if kind.scales is None else f"{kind.scales[0]:.3g} … {kind.scales[1]:.3g}"
-            table.add_row(
-                Text(kind.pattern), kind.dtype, shape, f"{kind.count:,}", size(kind.nbytes), scales
-            )
-        quantization = self.quantization or "not quantized"
+    @property
+    def headline(self) -> str:
+        """The folder, its model type and its quantization."""
         ignored = f", {self.ignored:,} ignore entries" if self.ignored else ""
-        return Group(
-            Text.assemble((self.folder, "bold"), f": {self.model_type}, {quantization}{ignored}"),
-            table,
-            Text(f"{self.tensors:,} tensors in {self.files} files, {size(self.nbytes)}"),
-        )
+        return f"{self.folder}: {self.model_type}, {self.quantization or 'not quantized'}{ignored}"
+
+    @property
+    def total(self) -> str:
+        return f"{self.tensors:,} tensors in {self.files} files, {size(self.nbytes)}"
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """Return the table of tensors: a header, and a row of cells for each kind."""
+        header = ("tensors", "dtype", "shape", "count", "bytes", "scales")
+        return [header, *map(_row, self.kinds)]
 
     def __str__(self) -> str:
-        return plain(self)
+        return "\n".join([self.headline, *aligned(self.rows(), left=3), self.total])
+
+
+def _row(kind: TensorKind) -> tuple[str, ...]:
+    shape = "×".join(map(str, kind.shape)) or "scalar"
+    scales = "" if kind.scales is None else f"{kind.scales[0]:.3g} … {kind.scales[1]:.3g}"
+    return kind.pattern, kind.dtype, shape, f"{kind.count:,}", size(kind.nbytes), scales
 
 
 def inspect(folder: str | Path) -> Inspection:

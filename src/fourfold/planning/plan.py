@@ -17,9 +17,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group
-from rich.text import Text
-
 from fourfold.algorithms.base import ALGORITHMS, RowwiseAlgorithm
 from fourfold.distributed.machine import threads_available
 from fourfold.errors import SourceError
@@ -46,12 +43,12 @@ from fourfold.planning.rows import (
 from fourfold.planning.schemes import Scheme
 from fourfold.planning.selection import Selection
 from fourfold.planning.shards import check_kept, check_names, lay_out, outputs_of, shard_names
-from fourfold.planning.tables import role_table, tensor_parallel_lines
 from fourfold.planning.tensor_parallel import marlin_note, tensor_parallel
+from fourfold.planning.text import role_lines, tensor_parallel_lines
 from fourfold.recipes import Recipe
 from fourfold.storage.names import CONFIG, INDEX, REPORT, STATISTICS, SUMMARY
 from fourfold.storage.source import Source
-from fourfold.storage.units import plain, size
+from fourfold.storage.units import size
 
 SMALL = frozenset({"amax", "tokens"})
 """Statistics that the summary lists for every weight whose inputs are measured."""
@@ -297,30 +294,21 @@ class Plan:
             ],
         }
 
-    def __rich__(self) -> Group:
+    def __str__(self) -> str:
         memory = size(self.memory(threads_available()) + self.calibration_memory)
         written = sum(len(shard.tensors) for shard in self.shards)
-        return Group(
-            Text.assemble(
-                (str(self.source), "bold"),
-                f": {self.inventory.architecture} → recipe {self.recipe.name}",
-            ),
-            role_table(self.rows),
+        lines = [
+            f"{self.source}: {self.inventory.architecture} → recipe {self.recipe.name}",
+            *role_lines(self.rows),
             *tensor_parallel_lines(self.tensor_parallel),
-            Text(
-                f"{len(self.rows):,} tensors in, {written:,} out in {len(self.shards)} shards · "
-                f"{len(self.linears):,} linear weights to quantize · "
-                f"{len(self.ignore):,} ignore entries"
-            ),
-            Text(
-                f"disk {size(self.nbytes_after)} · memory about {memory}, plus half a GB for "
-                "Python and PyTorch"
-            ),
-            *(Text(f"note: {note}", style="yellow") for note in self.notes),
-        )
-
-    def __str__(self) -> str:
-        return plain(self)
+            f"{len(self.rows):,} tensors in, {written:,} out in {len(self.shards)} shards · "
+            f"{len(self.linears):,} linear weights to quantize · "
+            f"{len(self.ignore):,} ignore entries",
+            f"disk {size(self.nbytes_after)} · memory about {memory}, plus half a GB for "
+            "Python and PyTorch",
+            *(f"note: {note}" for note in self.notes),
+        ]
+        return "\n".join(lines)
 
 
 def make_plan(

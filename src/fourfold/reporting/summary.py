@@ -14,7 +14,7 @@ from fourfold.models.inventory import ExpertBias, LinearWeight
 from fourfold.models.names import natural
 from fourfold.models.regions import Region, Span, whole
 from fourfold.planning import Plan, Scheme, outputs_of
-from fourfold.planning.tables import by_role
+from fourfold.planning.text import by_role
 from fourfold.storage.quant_summary import (
     SCHEMA_VERSION,
     BiasEntry,

@@ -1,20 +1,11 @@
-"""Small helps for printing, by rich."""
+"""Sizes and tables as plain text."""
 
 from __future__ import annotations
 
-import io
-from typing import Any
-
-from rich.console import Console
+from collections.abc import Sequence
 
 PLAIN_WIDTH = 110
-
-
-def plain(value: Any) -> str:
-    """What rich would print of `value`, without colors."""
-    buffer = io.StringIO()
-    Console(file=buffer, width=PLAIN_WIDTH, no_color=True).print(value)
-    return buffer.getvalue().rstrip("\n")
+"""The width of text that is not printed to a terminal."""
 
 
 def size(nbytes: int) -> str:
@@ -23,3 +14,18 @@ def size(nbytes: int) -> str:
         if nbytes >= scale:
             return f"{nbytes / scale:,.1f} {unit}"
     return f"{nbytes} B"
+
+
+def aligned(rows: Sequence[Sequence[str]], *, left: int) -> list[str]:
+    """Return rows of cells as lines with columns of equal width.
+
+    left: how many columns are flush left; the others are flush right.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if at < left else cell.rjust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

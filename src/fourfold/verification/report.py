@@ -9,8 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.text import Text
-
 from fourfold.verification.compare import LinearError, sqnr_db
 from fourfold.verification.rules import Finding, Severity
 
@@ -105,10 +103,7 @@ class Report:
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
 
     def __str__(self) -> str:
-        return self.__rich__().plain
-
-    def __rich__(self) -> Text:
-        return Text("\n").join(_render(self))
+        return "\n".join(_lines(self))
 
 
 def _by_error(error: LinearError) -> tuple[bool, float, str]:
@@ -142,67 +137,62 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _render(report: Report) -> Iterator[Text]:
+def _lines(report: Report) -> Iterator[str]:
     counts = report.counts
-    yield Text(f"{report.folder}: {report.quant_algo}")
-    yield Text(
+    yield f"{report.folder}: {report.quant_algo}"
+    yield (
         f"  {counts.tensors:,} tensors, {counts.quantized_linears:,} quantized linears "
         f"({counts.quantized_weights:,} weights), {counts.unquantized_linears:,} left as they are"
     )
-    yield Text(
+    yield (
         f"  {counts.block_scales:,} block scales: {counts.zero_block_scales:,} zero, "
         f"{counts.nan_block_scales:,} NaN, {counts.negative_block_scales:,} negative, "
         f"{counts.subnormal_block_scales:,} subnormal"
     )
-    yield Text(f"  {counts.input_scales:,} input scales, {counts.kv_scales:,} KV scales")
+    yield f"  {counts.input_scales:,} input scales, {counts.kv_scales:,} KV scales"
     if report.source is not None:
-        yield Text(
+        yield (
             f"  against {report.source}: {counts.copied_tensors:,} copied tensors bit for bit, "
             f"{counts.compared_linears:,} quantized linears dequantized"
         )
-    yield from _render_errors(report)
-    yield from _render_findings(report)
+    yield from _error_lines(report)
+    yield from _finding_lines(report)
     yield _verdict(report)
 
 
-def _render_errors(report: Report) -> Iterator[Text]:
+def _error_lines(report: Report) -> Iterator[str]:
     if not report.errors:
         return
-    yield Text("  relative error   SQNR dB    largest")
+    yield "  relative error   SQNR dB    largest"
     for role in report.roles:
-        yield Text(
+        yield (
             f"  {role.relative_error:14.4f} {role.sqnr_db:9.2f} {role.largest:10.4f}  "
             f"{role.role} ({role.linears:,})"
         )
     worst = report.worst
-    yield Text(f"  the {len(worst)} largest:" if len(worst) > 1 else "  the largest:")
+    yield f"  the {len(worst)} largest:" if len(worst) > 1 else "  the largest:"
     for error in worst:
-        yield Text(f"  {error.relative_error:14.4f} {error.sqnr_db:9.2f}  {error.name}")
+        yield f"  {error.relative_error:14.4f} {error.sqnr_db:9.2f}  {error.name}"
 
 
-_COLORS = {Severity.ERROR: "bold red", Severity.WARNING: "yellow"}
-
-
-def _render_findings(report: Report) -> Iterator[Text]:
+def _finding_lines(report: Report) -> Iterator[str]:
     by_rule: dict[str, list[Finding]] = defaultdict(list)
     for finding in report.findings:
         by_rule[finding.id].append(finding)
     for rule_id, findings in by_rule.items():
         first = findings[0]
-        yield Text.assemble((f"{first.severity} {rule_id}", _COLORS[first.severity]))
-        yield Text(f"    {first.effect}", style="dim")
+        yield f"{first.severity} {rule_id}"
+        yield f"    {first.effect}"
         for finding in findings[:SHOWN_OF_A_RULE]:
-            yield Text(f"  - {finding.tensor}: {finding.found}")
+            yield f"  - {finding.tensor}: {finding.found}"
         if len(findings) > SHOWN_OF_A_RULE:
-            yield Text(f"  - and {len(findings) - SHOWN_OF_A_RULE:,} more; --json lists them all")
+            yield f"  - and {len(findings) - SHOWN_OF_A_RULE:,} more; --json lists them all"
 
 
-def _verdict(report: Report) -> Text:
+def _verdict(report: Report) -> str:
     errors = sum(finding.severity is Severity.ERROR for finding in report.findings)
     warnings = len(report.findings) - errors
     warned = f", {warnings:,} warning{'s' * (warnings != 1)}" if warnings else ""
     if report.clean:
-        return Text.assemble(("clean", "bold green"), f": no errors{warned}")
-    return Text.assemble(
-        ("not clean", "bold red"), f": {errors:,} error{'s' * (errors != 1)}{warned}"
-    )
+        return f"clean: no errors{warned}"
+    return f"not clean: {errors:,} error{'s' * (errors != 1)}{warned}"

@@ -71,6 +71,7 @@ def test_results_are_typed_and_print(written: Written, tmp_path: Path) -> None:
     assert str(result).splitlines()[0].endswith(" · verified")
     assert str(result).endswith("of memory at the peak")
     assert "bits/weight" in str(plan)
+    assert str(plan).splitlines()[1].startswith("role ")
     assert "clean: no errors" in str(report)
     assert json.loads(json.dumps(result.to_dict()))["linear_weights_quantized"] == 36
     assert [linear.name for linear in result.linears] == sorted(x.name for x in plan.linears)
