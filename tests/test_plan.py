@@ -173,7 +173,7 @@ def test_custom_code_is_not_run(copy: Callable[[str], Path], tmp_path: Path) -> 
     folder = copy("qwen3_moe")
     edit_config(folder, model_type="mine", auto_map={"AutoConfig": "mine.Config"})
     (folder / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    with pytest.raises(fourfold.ModelError, match="--trust-remote-code"):
+    with pytest.raises(fourfold.ModelError, match="`trust_remote_code=True`"):
         fourfold.plan(folder, EXPERTS)
     assert not (tmp_path / "ran").exists()
 

@@ -133,7 +133,7 @@ def stopped(model: Path, out: Path, options: dict[str, Any], shards: int) -> Non
 
     with pytest.raises(KeyboardInterrupt) as caught:
         fourfold.quantize(model, out, **flat(on_event=only(ShardWritten, stop), **options))
-    without = ", without --overwrite" if options.get("overwrite") else ""
+    without = ", without `overwrite=True`" if options.get("overwrite") else ""
     assert caught.value.__notes__[0].endswith(f"the same command goes on from there{without}.")
 
 
@@ -322,7 +322,7 @@ def test_another_job_does_not_go_on(change: str, job, written: Written, tmp_path
     with pytest.raises(fourfold.OutputError, match=words) as caught:
         fourfold.quantize(model, out, **flat(**options))
     assert "unfinished run of something else" in str(caught.value)
-    assert "--overwrite to start over" in str(caught.value)
+    assert "`overwrite=True` to start over" in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 2
     assert files_of(out) == before
     fourfold.quantize(model, out, **flat(overwrite=True, **options))

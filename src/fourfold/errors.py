@@ -3,7 +3,7 @@
     FourfoldError                 exit code 1
     ├── UsageError                exit code 2: an option or argument is wrong
     │   ├── RecipeError           a recipe: unknown name, key, role; a pattern without a match
-    │   └── CalibrationError      --calib: missing, malformed, too little; ids the model lacks
+    │   └── CalibrationError      `calib`: missing, malformed, too little; ids the model lacks
     ├── SourceError               the checkpoint that is read: folder, index, shard, header, config
     │   ├── NonFiniteError        a weight that holds NaN or Inf
     │   ├── SourceChangedError    a file that is not as it was when the run began

@@ -116,7 +116,7 @@ def test_what_is_missing_is_said(made: Made, tmp_path: Path) -> None:
     with pytest.raises(fourfold.FourfoldError) as error:
         fourfold.quantize(checkpoint, tmp_path / "out", "nvfp4_experts_only_mse")
     assert str(error.value) == (
-        f"{checkpoint}: has no tokenizer. Give a folder with one as --hf-config. "
+        f"{checkpoint}: has no tokenizer. Give a folder with one as `hf_config`. "
         "JSONL with input_ids needs none."
     )
     assert not (tmp_path / "out").exists()
@@ -150,7 +150,7 @@ def test_a_run_without_a_configuration_goes_on(
 
 
 def test_without_arguments_a_configuration_must_be_given(made: Made) -> None:
-    with pytest.raises(UsageError, match=r"without training arguments.*--hf-config DIR"):
+    with pytest.raises(UsageError, match=r"without training arguments.*`hf_config`"):
         fourfold.plan(made()[0], W4A16)
 
 
@@ -221,7 +221,7 @@ def test_what_these_families_do_not_do_is_refused(name: str, value: Any) -> None
         made_of(ARGS | EXPERTS | {name: value})
     text = str(error.value)
     assert text.startswith(f"iter_7/common.pt: {name} is {value!r}"[:130])
-    assert text.endswith("--hf-config DIR.")
+    assert text.endswith("`hf_config`.")
     assert len(text.splitlines()) == 1
 
 
@@ -237,7 +237,7 @@ def test_what_is_not_said_is_named(name: str) -> None:
     for values in ({**ARGS, **EXPERTS, name: None}, ARGS | EXPERTS):
         if values[name] is not None:
             values = {key: value for key, value in values.items() if key != name}
-        with pytest.raises(UsageError, match=rf"do not say {name}\..*--hf-config DIR"):
+        with pytest.raises(UsageError, match=rf"do not say {name}\..*`hf_config`"):
             made_of(values)
 
 

@@ -104,7 +104,7 @@ def check_own_configuration(case: Case, checkpoint: Path, out: Path, theirs: tor
         predicted(case, out, theirs)
         assert json.loads((out / "config.json").read_text())["eos_token_id"] is None
     else:
-        with pytest.raises(fourfold.UsageError, match="--hf-config DIR"):
+        with pytest.raises(fourfold.UsageError, match="`hf_config`"):
             fourfold.convert(checkpoint, out)
 
 

@@ -238,7 +238,7 @@ def test_the_commands(made: Callable[..., tuple[Path, Path]], tmp_path: Path) ->
 
 def test_the_configuration_must_be_given(made: Callable[..., tuple[Path, Path]]) -> None:
     checkpoint, hf = made()
-    with pytest.raises(UsageError, match="--hf-config DIR"):
+    with pytest.raises(UsageError, match="`hf_config`"):
         fourfold.plan(checkpoint, W4A16)
     with pytest.raises(UsageError, match="no such folder"):
         fourfold.plan(checkpoint, W4A16, hf_config=hf / "nothing")

@@ -7,6 +7,7 @@ import signal
 import sys
 from typing import NoReturn
 
+from fourfold.cli.options import as_options
 from fourfold.run.signals import SignalGuard
 from fourfold.storage.temporary import remove_all
 
@@ -14,7 +15,7 @@ from fourfold.storage.temporary import remove_all
 def end_process(number: int, outcome: str) -> NoReturn:
     """End at once; `outcome` is a sentence on what is left in OUT."""
     show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
-    text = f"{show_cursor}error: stopped by {signal.Signals(number).name}; {outcome}\n"
+    text = f"{show_cursor}error: stopped by {signal.Signals(number).name}; {as_options(outcome)}\n"
     remove_all()
     os.write(2, text.encode())
     os._exit(128 + number)

@@ -170,7 +170,7 @@ def _from_source(
         if algorithm is not None:
             raise SourceError(
                 f"{source.folder}: is quantized already ({algorithm}). Give the checkpoint that "
-                "OUT was made from as --source."
+                "OUT was made from as `source`."
             )
         return writer.write("source", source)
 

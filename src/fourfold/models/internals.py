@@ -402,7 +402,9 @@ def _load_config(folder: Path, trust_remote_code: bool) -> Any:
     except Exception as error:
         cause = first_line(error)
         if "trust_remote_code" in str(error):
-            cause = "it needs the checkpoint's own code; pass --trust-remote-code if you trust it"
+            cause = (
+                "it needs the checkpoint's own code; pass `trust_remote_code=True` if you trust it"
+            )
         raise ModelError(
             f"{folder / 'config.json'}: transformers {transformers.__version__} cannot read it: "
             f"{cause}"
@@ -454,7 +456,7 @@ def _factory(config: Any, trust_remote_code: bool) -> tuple[str, Any]:
         return name, partial(auto.AutoModelForCausalLM.from_config, trust_remote_code=True)
     raise ModelError(
         f"{name}: transformers {transformers.__version__} has no such model. If the checkpoint "
-        "brings its own code and you trust it, pass --trust-remote-code."
+        "brings its own code and you trust it, pass `trust_remote_code=True`."
     )
 
 

@@ -28,7 +28,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
             )
     except Exception as error:  # missing or broken files, custom code, missing libraries
         cause = " ".join(str(error).split())[:200] or type(error).__name__
-        hint = "" if trust_remote_code else " (--trust-remote-code if it brings its own code)"
+        hint = "" if trust_remote_code else " (`trust_remote_code=True` if it brings its own code)"
         raise SourceError(
             f"{folder}: its tokenizer cannot be loaded: {cause}. Put its files there{hint}."
         ) from error

@@ -160,7 +160,7 @@ class Job:
             self.folder.discard()
             if self.folder.has_cleared:
                 error.add_note(
-                    f"Nothing is left in {self.folder.folder}: --overwrite has removed the "
+                    f"Nothing is left in {self.folder.folder}: `overwrite=True` has removed the "
                     "checkpoint that was there."
                 )
             return
@@ -168,10 +168,10 @@ class Job:
         if not is_leader:
             return
         if kind == SourceChangedError.__name__:
-            how = "made of the source as it was: --overwrite starts over"
+            how = "made of the source as it was: `overwrite=True` starts over"
         else:
             how = "finished: the same command goes on from there"
-        without = ", without --overwrite" if overwrite and "same" in how else ""
+        without = ", without `overwrite=True`" if overwrite and "same" in how else ""
         error.add_note(
             f"{self.folder.folder} keeps {len(finished)} of {len(self.work.shards)} shards that "
             f"are {how}{without}."

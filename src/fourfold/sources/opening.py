@@ -114,12 +114,12 @@ def _open_folder(model: str | Path, hf_config: str | Path | None) -> Source:
         return decoded_to_quantize(open_source(model))
     if not is_megatron_folder or folder is None:
         raise UsageError(
-            f"--hf-config: only for a Megatron checkpoint (torch_dist), which {model} is not. "
+            f"`hf_config`: only for a Megatron checkpoint (torch_dist), which {model} is not. "
             "Leave it out, or give the folder that Megatron wrote."
         )
     beside = _local(hf_config)
     if beside is None:
-        raise UsageError(f"--hf-config {hf_config}: no such folder. Give one with {CONFIG}.")
+        raise UsageError(f"`hf_config={hf_config}`: no such folder. Give one with {CONFIG}.")
     return MegatronCheckpoint(folder, beside)
 
 

@@ -66,7 +66,7 @@ def read_config(folder: Path, stamps: Stamps | None = None) -> dict[str, Any]:
         if any(os.path.lexists(folder / name) for name in MEGATRON):
             raise SourceError(
                 f"{folder}: a Megatron checkpoint (torch_dist), not Hugging Face's. Convert it "
-                "first: `fourfold convert`; or give --hf-config where a command has it."
+                "first: `fourfold convert`; or give `hf_config` where a command has it."
             )
         seen = [plain_name(path.name) for path in list_folder(folder)[:5]]
         inside = f"it holds {', '.join(seen)}, …" if seen else "it is empty"

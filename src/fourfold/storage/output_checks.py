@@ -50,7 +50,7 @@ def check_contents(out: Path, state: RunState, *, overwrite: bool) -> None:
     is_whole = run is None or ("identity" not in run and CONFIG in present)
     if is_whole and not overwrite:
         raise OutputError(
-            f"{out}: not empty ({others[0]}, …). Choose another folder, or --overwrite."
+            f"{out}: not empty ({others[0]}, …). Choose another folder, or give `overwrite=True`."
         )
 
 
@@ -65,7 +65,7 @@ def check_resumable(out: Path, state: RunState, identity: Mapping[str, Any] | No
     if identity is None or state.identity is None:
         raise OutputError(
             f"{out}: holds an unfinished run that cannot be resumed. "
-            "--overwrite starts over in its place."
+            "`overwrite=True` starts over in its place."
         )
     changed = list(differences(state.identity, identity))
     if changed:
@@ -74,7 +74,7 @@ def check_resumable(out: Path, state: RunState, identity: Mapping[str, Any] | No
         more = f" (and {hidden} more)" if hidden > 0 else ""
         raise OutputError(
             f"{out}: holds an unfinished run of something else. Changed since: {shown}{more}.\n"
-            "Give the same as before to resume it, or --overwrite to start over."
+            "Give the same as before to resume it, or give `overwrite=True` to start over."
         )
 
 

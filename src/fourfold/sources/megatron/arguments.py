@@ -86,7 +86,7 @@ class Arguments:
             return None
         return (
             f"{self.file.parent}: has no training arguments, which would tell interleaved gates and"
-            " norms kept as w − 1 from others; they are assumed to be as the family of --hf-config "
+            " norms kept as w − 1 from others; they are assumed to be as the family of `hf_config` "
             "has them"
         )
 
@@ -118,7 +118,7 @@ class Arguments:
         if isinstance(centered, bool) and centered is not book.zero_centered_norms:
             raise SourceError(
                 f"{self.file}: norms are kept as {'w − 1' if centered else 'w'} "
-                f"(apply_layernorm_1p is {centered}), other than in the family of --hf-config. "
+                f"(apply_layernorm_1p is {centered}), other than in the family of `hf_config`. "
                 "Is it the right one?"
             )
         for name, expected in self._expected(sizes, config):

@@ -143,7 +143,7 @@ def _in_order(
                 raise SourceError(
                     f"{name}: {where}part {part + 1} of {first.rule.parts} is missing; the rule "
                     f"[{first.rule}] needs all of them. Is the checkpoint complete, and "
-                    "--hf-config its own?"
+                    "`hf_config` its own?"
                 )
             yield pieces[slot]
 

@@ -3,7 +3,7 @@
     .metadata ─▶ stored tensors ─▶ parameters ─▶ rules of the family ─▶ Hugging Face tensors
 
 Configuration, tokenizer and other files come from a folder of the Hugging Face model, which
-`--hf-config` names. Without it the configuration is made from the checkpoint's training arguments,
+`hf_config` names. Without it the configuration is made from the checkpoint's training arguments,
 if they suffice. Opening a checkpoint reads no weight, and a slab is read from the chunks that hold
 it.
 """
@@ -113,7 +113,7 @@ class MegatronCheckpoint(MegatronSource):
     def tokenizer_hint(self) -> str | None:
         if self._temporary is None:
             return None
-        return f"{self._checkpoint}: has no tokenizer. Give a folder with one as --hf-config."
+        return f"{self._checkpoint}: has no tokenizer. Give a folder with one as `hf_config`."
 
     @property
     def _origin_of_config(self) -> str:

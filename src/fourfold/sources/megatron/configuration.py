@@ -15,9 +15,7 @@ from fourfold.errors import UsageError
 from fourfold.sources.megatron.arguments import Arguments
 from fourfold.storage.safetensors_header import shown
 
-REMEDY = (
-    "Give the folder with the model's Hugging Face configuration and tokenizer: --hf-config DIR."
-)
+REMEDY = "Give the folder with the model's Hugging Face configuration and tokenizer: `hf_config`."
 
 REQUIRED: Mapping[str, Any] = {
     "swiglu": True,

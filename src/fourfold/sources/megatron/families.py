@@ -208,6 +208,6 @@ def rules_for(model_type: object) -> RuleBook:
     if book is None:
         raise SourceError(
             f"{model_type}: no rules for Megatron models of this family, only for "
-            f"{', '.join(FAMILIES)}. Is --hf-config the right one?"
+            f"{', '.join(FAMILIES)}. Is `hf_config` the right one?"
         )
     return book

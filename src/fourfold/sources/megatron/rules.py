@@ -194,7 +194,7 @@ class RuleBook:
         if not matches:
             raise SourceError(
                 f"{parameter.stored}: no rule for it: its name here is {parameter.name}. "
-                "Is it of another family than --hf-config says?"
+                "Is it of another family than `hf_config` says?"
             )
         if len(matches) > 1:
             rules = " and ".join(f"[{rule}]" for _, rule, _, _ in matches)

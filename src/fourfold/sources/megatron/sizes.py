@@ -10,7 +10,7 @@ from typing import Any
 from fourfold.errors import SourceError
 from fourfold.storage.safetensors_header import shown
 
-WRONG_CONFIG = "If that is another model's configuration, give this one's: --hf-config DIR."
+WRONG_CONFIG = "If that is another model's configuration, give this one's: `hf_config`."
 """What to do if a configuration and a checkpoint do not agree."""
 
 
@@ -53,7 +53,7 @@ class Sizes:
             if default is None:
                 raise SourceError(
                     f"{file}: has no {names[0]}. Give the folder of the model's Hugging Face "
-                    "configuration as --hf-config."
+                    "configuration as `hf_config`."
                 )
             return default
 
