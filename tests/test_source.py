@@ -9,6 +9,7 @@ import os
 import shutil
 import struct
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from fourfold.errors import SourceError
 from fourfold.sources.cached import CachedTensors
+from fourfold.sources.opening import opened
 from fourfold.sources.safetensors import open_source
 from fourfold.storage.names import INDEX
 from fourfold.storage.safetensors_header import build_header, read_header
@@ -417,3 +419,15 @@ def test_a_disk_that_fails(folder: Path, number: int, monkeypatch: pytest.Monkey
         "Check the disk",
     )
     assert all(word in str(caught.value) for word in words)
+
+
+def test_an_open_source_is_trusted_for_the_length_of_a_call(folder: Path) -> None:
+    with closing(open_source(folder)) as source:
+        with opened(source, trust_remote_code=True) as same:
+            assert same is source
+            assert source.trust_remote_code
+        assert not source.trust_remote_code
+        assert source.read("a").numel()  # it was not closed
+    with opened(source.folder, trust_remote_code=True) as trusted:
+        assert trusted.trust_remote_code
+        assert CachedTensors(trusted).trust_remote_code
