@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import fourfold
-from families import FAMILIES, LAYOUTS, Truth
+from families import FAMILIES, Truth, mostly_slow
 from fourfold.config import CalibrationConfig, Runtime
 from fourfold.events import PlanMade
 from fourfold.models.inventory import Inventory
@@ -102,14 +102,7 @@ def refused(folder: Path, out: Path, error: type[Exception], words: str, options
     assert not out.exists()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(x, marks=[] if x in LAYOUTS else pytest.mark.slow)
-        for x in MOE
-        if x not in UNCUT
-    ],
-)
+@pytest.mark.parametrize("name", mostly_slow(name for name in MOE if name not in UNCUT))
 @pytest.mark.parametrize("recipe", WEIGHTS_ONLY)
 def test_weights_only(name: str, recipe: str, written: Written, tmp_path: Path) -> None:
     check_weights(name, written, tmp_path / "out", recipe)

@@ -30,7 +30,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import fourfold
-from families import FAMILIES, LAYOUTS, quiet, read_back, write_checkpoint
+from families import FAMILIES, mostly_slow, quiet, read_back, write_checkpoint
 from families.configs import tiny_config
 from fourfold.config import Runtime
 from fourfold.errors import SourceError, UsageError
@@ -78,10 +78,7 @@ def test_every_family_is_tried_or_named() -> None:
     assert sorted(FAMILIES.keys() - set(LOADABLE)) == ["longcat_flash_zero"]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(x, marks=[] if x in LAYOUTS else pytest.mark.slow) for x in LOADABLE],
-)
+@pytest.mark.parametrize("name", mostly_slow(LOADABLE))
 def test_tensors_are_those_of_the_folder(name: str, written) -> None:
     folder, truth = written(name)
     disk = SafetensorsFolder(folder)

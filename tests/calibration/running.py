@@ -35,6 +35,17 @@ Batch = dict[str, Tensor]
 
 RUNNABLE = [name for name, family in FAMILIES.items() if not family.load_error]
 
+VARIED = (
+    "qwen3_next", "deepseek_v3", "deepseek_v4", "gemma4", "jamba", "nemotron_h", "kimi_linear"
+)  # fmt: skip
+"""Families with attention of several kinds, beside those of `families.LAYOUTS`."""
+
+NO_KNOWN_EXPERTS = {
+    "jetmoe": "its experts' layout is not known, and `plan` refuses it",
+    "nllb_moe": "its experts are nn.Linear modules",
+    "switch_transformers": "its experts are nn.Linear modules",
+}
+
 SHAPES = ((2, 24, 0), (3, 17, 5), (1, 9, 0))
 """Samples, tokens, and how many of the last sample's tokens are padding, on the right."""
 

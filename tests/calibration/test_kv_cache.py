@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from families import FAMILIES, build_model
+from families import FAMILIES, build_model, mostly_slow
 from fourfold.calibration.kv_cache import recording_cache
 from fourfold.models.internals import runnable
 
-from .running import NO_CACHE, RUNNABLE, batches_of
+from .running import NO_CACHE, RUNNABLE, VARIED, batches_of
 
 HOLDS = {
     "deepseek_v4": "what it compresses; but MLA takes no KV scales, and is not calibrated",
@@ -49,7 +49,7 @@ def held(value: Any) -> Iterator[Tensor]:
         yield from held(vars(value))
 
 
-@pytest.mark.parametrize("name", FAMILIES_WITH_A_CACHE)
+@pytest.mark.parametrize("name", mostly_slow(FAMILIES_WITH_A_CACHE, *VARIED))
 def test_it_holds_nothing(name: str) -> None:
     model = runnable(build_model(FAMILIES[name]))
     recorded: list[tuple[Tensor, Tensor]] = []

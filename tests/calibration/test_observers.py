@@ -1,7 +1,6 @@
-"""Proves the statistics: of every family, those that plain hooks find, and nothing changes.
+"""Proves the statistics: pads do not count, and all implementations of experts give the same.
 
-Plain hooks count from the router's choice, token after token (`running.Seen`). Counts and largest
-values are compared for equality: both sides take them from the same rows.
+`test_every_family.py` compares the statistics of every family with those of plain hooks.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from families import FAMILIES, build_model
+from families import FAMILIES, build_model, mostly_slow
 from fourfold.calibration.kv_cache import recording_cache
 from fourfold.calibration.observers import Observers
 from fourfold.calibration.statistics import DataSummary, Statistics
@@ -24,60 +23,15 @@ from fourfold.models.experts import Half, Part, Projection
 from fourfold.models.internals import runnable
 from fourfold.models.module_tree import describe
 
-from .running import NO_CACHE, RUNNABLE, batches_of, compare, differences
+from .running import NO_CACHE, NO_KNOWN_EXPERTS, RUNNABLE, VARIED, batches_of
 from .whole_numbers import DECORATED, EAGER_ONLY, KINDS, Experts, experts_with, tokens
-
-OTHER_WITH_A_CACHE = {"inkling": "with transformers' cache its convolutions round otherwise"}
-"""Families whose keys and values are not the same bits with a cache that stores and without."""
-
-NO_KNOWN_EXPERTS = {
-    "jetmoe": "its experts' layout is not known, and `plan` refuses it",
-    "nllb_moe": "its experts are nn.Linear modules",
-    "switch_transformers": "its experts are nn.Linear modules",
-}
 
 
 def none_yet() -> Statistics:
     return Statistics(DataSummary("random", "", 0, 0, 0))
 
 
-# --- every family ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", RUNNABLE)
-def test_observers_change_nothing(name: str, written: Any) -> None:
-    run = compare(name, written(name)[0])
-    assert differences(run.observed.trace, run.whole) == []
-
-
-@pytest.mark.parametrize("name", RUNNABLE)
-def test_experts_as_plain_hooks_see_them(name: str, written: Any) -> None:
-    run = compare(name, written(name)[0])
-    found, seen = run.observed.statistics.experts, run.seen
-    assert found.keys() == seen.tokens.keys()
-    assert bool(found) is (FAMILIES[name].layout != "dense" and name not in NO_KNOWN_EXPERTS)
-    for path, experts in found.items():
-        assert experts.tokens.tolist() == seen.tokens[path].tolist(), path
-        assert experts.gate_up_amax.tolist() == seen.gate_up[path].tolist(), path
-        assert experts.down_amax.tolist() == seen.down[path].tolist(), path
-        assert experts.unreached == [e for e, n in enumerate(seen.tokens[path].tolist()) if not n]
-
-
-@pytest.mark.parametrize("name", RUNNABLE)
-def test_linears_as_plain_hooks_see_them(name: str, written: Any) -> None:
-    run = compare(name, written(name)[0])
-    found = {path: (x.amax, x.rows) for path, x in run.observed.statistics.linears.items()}
-    assert found == run.seen.linears
-    assert found
-
-
-@pytest.mark.parametrize("name", [name for name in RUNNABLE if name not in NO_CACHE])
-def test_keys_and_values_as_transformers_cache_gets_them(name: str, written: Any) -> None:
-    run = compare(name, written(name)[0])
-    found = run.observed.statistics.kv
-    assert found.keys() == run.seen.kv.keys() <= set(run.tree.layers)
-    assert found
-    assert (found == run.seen.kv) is (name not in OTHER_WITH_A_CACHE)
+# --- whole models -------------------------------------------------------------------------
 
 
 PADS_ARE_SEEN = {
@@ -89,7 +43,10 @@ PADS_ARE_SEEN = {
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in RUNNABLE if not name.endswith(("_mtp", "_tied", "_unnamed"))]
+    "name",
+    mostly_slow(
+        [name for name in RUNNABLE if not name.endswith(("_mtp", "_tied", "_unnamed"))], *VARIED
+    ),
 )
 def test_what_stands_in_pads_does_not_matter(name: str) -> None:
     """Every model computes the same for real tokens; so all statistics are the same."""
@@ -133,7 +90,7 @@ DECORATED_FAMILIES = [
 ]
 
 
-@pytest.mark.parametrize("name", DECORATED_FAMILIES)
+@pytest.mark.parametrize("name", mostly_slow(DECORATED_FAMILIES, *VARIED))
 def test_all_experts_and_eager_of_every_family(name: str) -> None:
     """Every token through every expert: what is computed and counted stays; eager agrees."""
     model = build_model(FAMILIES[name])

@@ -10,7 +10,7 @@ for the sizes.
 
 from .checkpoint import build_model, difference, quiet, read_back, write_checkpoint
 from .decorated import decorated_classes, list_decorated
-from .table import FAMILIES, LAYOUTS, Family
+from .table import FAMILIES, LAYOUTS, Family, mostly_slow
 from .truth import Expert, Truth
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "decorated_classes",
     "difference",
     "list_decorated",
+    "mostly_slow",
     "quiet",
     "read_back",
     "write_checkpoint",

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
+import pytest
 from transformers import PreTrainedConfig
 
 from . import edits as e
@@ -234,3 +236,9 @@ LAYOUTS = ("qwen3_moe", "qwen3_5_moe_vl", "gpt_oss", "llama4", "dbrx", "ernie4_5
 """A family of each kind of layout on disk: one tensor per expert; stacked; interleaved with biases;
 stacked transposed; 2-D; experts of several modules in one list. Every family goes through the whole
 job in `test_every_family.py`; other tests take these six, and all others in the slow suite."""
+
+
+def mostly_slow(names: Iterable[str], *more: str) -> list[Any]:
+    """Parameters of a test: the families of `LAYOUTS` and `more`; the others in the slow suite."""
+    usual = {*LAYOUTS, *more}
+    return [pytest.param(name, marks=[] if name in usual else pytest.mark.slow) for name in names]

@@ -1,1 +1,1 @@
-"""What a model contains: its module tree, its linear weights, and where their bytes lie."""
+"""The contents of a model: its module tree, its linear weights, and their places on disk."""
