@@ -135,6 +135,7 @@ class Calibration:
         if all(unit in self._kept for unit in units):
             for unit in units:
                 yield self._complete(unit, self._kept[unit])
+                self.statistics.drop_large()
             return
         done: set[int] = set()
         passes = self._layers() if self.batches else self._layers_of_others()
@@ -147,6 +148,7 @@ class Calibration:
                     )
                 done.add(layer)
                 yield self._merge(layer, statistics)
+                self.statistics.drop_large()
         for layer in sorted(set(range(count)) - done):
             yield self._complete(layer, self._new_statistics())
         yield self._merge(None, self._last)

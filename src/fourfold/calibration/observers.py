@@ -22,10 +22,7 @@ from fourfold.calibration.statistics import Statistics
 from fourfold.errors import ObservationError
 from fourfold.models.expert_hooks import Rows, watch_experts
 from fourfold.models.experts import ExpertsModule
-from fourfold.statistics import STATISTICS, Site, State, Statistic
-
-SMALL = frozenset(name for name, statistic in STATISTICS.items() if statistic.is_small)
-"""The statistics that are collected where nothing else is asked for."""
+from fourfold.statistics import SMALL, STATISTICS, Site, State, Statistic
 
 
 class Observers:

@@ -10,6 +10,7 @@ is an error. A site that saw only zeros gets the scale 1, as an all-zero weight 
 from __future__ import annotations
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fourfold.calibration.statistics import ModelSummary, Statistics
@@ -19,8 +20,9 @@ from fourfold.formats.nvfp4.e4m3 import E4M3_MAX
 from fourfold.models.expert_hooks import Product
 from fourfold.models.inventory import LinearWeight
 from fourfold.models.names import SINGLE_EXPERT, natural
-from fourfold.planning import KVScales, Plan, observed_site
-from fourfold.statistics import statistic_of
+from fourfold.planning import KVScales, Plan
+from fourfold.statistics import SMALL, STATISTICS
+from fourfold.storage.names import STATISTICS as FILE
 
 
 def model_summary(plan: Plan) -> ModelSummary:
@@ -97,13 +99,19 @@ class ActivationScales:
             needs: Names of statistics.
 
         Returns:
-            The tensors of the statistics' states, by the tensors' names.
+            The tensors of the statistics' states, by the tensors' names; zeros if no row reached
+            the weight.
         """
-        state = self.statistics.sites.get(observed_site(linear), {})
-        tensors = {name: x for name, x in state.items() if statistic_of(name).name in needs}
-        if linear.expert is None:
-            return tensors
-        return {name: tensor[linear.expert] for name, tensor in tensors.items()}
+        tensors: dict[str, Tensor] = {}
+        for name in needs:
+            site = self.plan.site(linear, name)
+            collected = self.statistics.sites.get(site.name, {})
+            for key, (dtype, shape) in STATISTICS[name].shapes(site).items():
+                tensor = collected.get(key)
+                if tensor is None:
+                    tensor = torch.zeros(shape, dtype=dtype)
+                tensors[key] = tensor if linear.expert is None else tensor[linear.expert]
+        return tensors
 
     def unreached(self) -> dict[str, list[int]]:
         """Return the quantized experts that no token reached, by experts module."""
@@ -169,6 +177,12 @@ class ActivationScales:
                 raise CalibrationError(
                     f"{path}: the statistics have nothing of it. "
                     "Give those of this model, from a recipe that quantizes as much."
+                )
+        for linear in self.plan.observed:
+            for name in sorted(self.plan.needs_of(linear) - SMALL):
+                raise CalibrationError(
+                    f"{linear.name}: recipe {self.plan.recipe.name} needs the statistic {name}, "
+                    f"which {FILE} does not hold. Calibrate again, with --calib."
                 )
         for layer in (None, *range(len(self.plan.inventory.layer_paths))):
             self.check(layer)

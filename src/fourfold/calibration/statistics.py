@@ -16,11 +16,10 @@ Names are module paths in transformers' model. The file's metadata describe data
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from torch import Tensor
 from fourfold.calibration.data import CalibrationData
 from fourfold.distributed.ranks import Ranks
 from fourfold.errors import CalibrationError
-from fourfold.statistics import Reduction, State, Statistic, statistic_of
+from fourfold.statistics import SMALL, Reduction, State, Statistic, statistic_of
 from fourfold.storage.names import STATISTICS
 
 FORMAT = "fourfold calibration 1"
@@ -140,12 +139,11 @@ class Statistics:
             mine = self.sites.get(name, {})
             self.sites[name] = merged_states([mine, state])
 
-    def drop_large(self, sites: Iterable[str]) -> None:
-        """Drop the statistics of some sites that are not kept for the whole run."""
-        for site in sites:
-            state = self.sites.get(site, {})
-            for tensor in [name for name in state if not statistic_of(name).is_small]:
-                del state[tensor]
+    def drop_large(self) -> None:
+        """Drop all statistics but the small ones."""
+        for site, state in self.sites.items():
+            small = {name: x for name, x in state.items() if statistic_of(name).name in SMALL}
+            self.sites[site] = small
 
     def save(self, file: Path) -> None:
         """Write the small statistics; the same statistics give the same bytes."""
@@ -159,21 +157,12 @@ class Statistics:
             _name_in_file(site, name, tensor): tensor
             for site, state in sorted(self.sites.items())
             for name, tensor in sorted(state.items())
-            if statistic_of(name).is_small
+            if statistic_of(name).name in SMALL
         }
         summaries = {"data": asdict(self.data), "model": asdict(self.model)}
         head = json.dumps(summaries, ensure_ascii=False, sort_keys=True)
         # One key only: safetensors writes several in random order.
         return bytes(save(tensors, metadata={FORMAT: head}))
-
-    def to_text(self) -> str:
-        """Return the small statistics as text, for JSON."""
-        return base64.b64encode(self.to_bytes()).decode()
-
-    @classmethod
-    def from_text(cls, text: str) -> Statistics:
-        """Parse what `to_text` returned."""
-        return cls.from_bytes(base64.b64decode(text))
 
     @classmethod
     def load(cls, file: Path) -> Statistics:

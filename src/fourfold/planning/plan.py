@@ -46,12 +46,11 @@ from fourfold.planning.shards import check_kept, check_names, lay_out, outputs_o
 from fourfold.planning.tensor_parallel import marlin_note, tensor_parallel
 from fourfold.planning.text import role_lines, tensor_parallel_lines
 from fourfold.recipes import Recipe
+from fourfold.statistics import SMALL, Site
+from fourfold.statistics import STATISTICS as ALL_STATISTICS
 from fourfold.storage.names import CONFIG, INDEX, REPORT, STATISTICS, SUMMARY
 from fourfold.storage.source import Source
 from fourfold.storage.units import size
-
-SMALL = frozenset({"amax", "tokens"})
-"""Statistics that the summary lists for every weight whose inputs are measured."""
 
 
 @dataclass(frozen=True)
@@ -164,10 +163,54 @@ class Plan:
         """The statistics that calibration measures: names by `observed_site`."""
         needs: dict[str, frozenset[str]] = defaultdict(frozenset)
         for linear in self.observed:
-            needs[observed_site(linear)] |= self.needs_of(linear)
+            for name in self.needs_of(linear):
+                needs[self.site_of(linear, name)] |= {name}
         for job in self.kv_scales:
             needs[f"{self.inventory.layer_paths[job.layer]}.kv"] = frozenset({"amax"})
         return dict(needs)
+
+    def site_of(self, linear: LinearWeight, statistic: str) -> str:
+        """Return the name of the site where a statistic of a linear weight's inputs is measured.
+
+        Small statistics are measured at every module. Large ones are measured once for the modules
+        that read the same activation, such as q, k and v.
+        """
+        if statistic in SMALL or linear.expert is not None:
+            return observed_site(linear)
+        return self._shared_sites[_activation_of(linear), statistic]
+
+    @cached_property
+    def _shared_sites(self) -> Mapping[tuple[str, str], str]:
+        """By activation and statistic, the first module that reads it and needs the statistic."""
+        sites: dict[tuple[str, str], str] = {}
+        for linear in self.observed:
+            if linear.expert is None:
+                for name in self.needs_of(linear):
+                    sites.setdefault((_activation_of(linear), name), observed_site(linear))
+        return sites
+
+    def site(self, linear: LinearWeight, statistic: str) -> Site:
+        """Return the site where a statistic of a linear weight's inputs is measured."""
+        experts = None
+        if linear.expert is not None:
+            experts = self.inventory.experts_counts[linear.module]
+        return Site(self.site_of(linear, statistic), linear.shape[1], experts)
+
+    def _statistics_memory(self) -> int:
+        """Bytes of all small statistics, and of the large ones of the layer with the most."""
+        sizes: dict[tuple[str, str], tuple[int | None, int]] = {}
+        for linear in self.observed:
+            for name in self.needs_of(linear):
+                site = self.site(linear, name)
+                sizes[site.name, name] = linear.layer, ALL_STATISTICS[name].nbytes(site)
+        large: Counter[int | None] = Counter()
+        small = 0
+        for (_, name), (layer, nbytes) in sizes.items():
+            if name in SMALL:
+                small += nbytes
+            else:
+                large[layer] += nbytes
+        return small + max(large.values(), default=0)
 
     @property
     def needs_calibration(self) -> bool:
@@ -231,8 +274,8 @@ class Plan:
     def calibration_memory(self) -> int:
         """Bytes that running the model takes besides activations.
 
-        They are the non-layer tensors, and a layer three times: as it lies on disk, as
-        transformers holds it, and in between while it is loaded.
+        They are the non-layer tensors, a layer three times (as it lies on disk, as transformers
+        holds it, and in between while it is loaded), and the statistics.
         """
         if not self.needs_calibration:
             return 0
@@ -241,7 +284,7 @@ class Plan:
             if raw.role not in {Role.VISION, Role.MTP}:
                 sizes[raw.layer] += raw.info.nbytes
         layers = [size for layer, size in sizes.items() if layer is not None]
-        return sizes[None] + 3 * max(layers, default=0)
+        return sizes[None] + 3 * max(layers, default=0) + self._statistics_memory()
 
     @cached_property
     def files(self) -> list[str]:
@@ -309,6 +352,15 @@ class Plan:
             *(f"note: {note}" for note in self.notes),
         ]
         return "\n".join(lines)
+
+
+def _activation_of(linear: LinearWeight) -> str:
+    """The name of the activation that a linear module reads. Experts that are modules of their own
+    share an input scale, and not the rows that they read."""
+    expert = SINGLE_EXPERT.search(linear.name)
+    return linear.input_site if expert is None else (
+        f"{linear.input_site} of {linear.name[: expert.end()]}"
+    )  # fmt: skip
 
 
 def make_plan(

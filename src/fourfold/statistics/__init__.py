@@ -14,6 +14,9 @@ from fourfold.statistics.tokens import Tokens
 STATISTICS: dict[str, Statistic] = {statistic.name: statistic for statistic in (Amax(), Tokens())}
 """Every statistic, by the name with which an algorithm asks for it."""
 
+SMALL = frozenset({"amax", "tokens"})
+"""The statistics that are measured wherever any is; `calibration.safetensors` holds them."""
+
 
 def statistic_of(tensor: str) -> Statistic:
     """Return the statistic that a tensor of a state belongs to, by the tensor's name."""
@@ -21,6 +24,7 @@ def statistic_of(tensor: str) -> Statistic:
 
 
 __all__ = [
+    "SMALL",
     "STATISTICS",
     "Amax",
     "Reduction",

@@ -19,7 +19,6 @@ class Amax(Statistic):
 
     name = "amax"
     reduction: Reduction = "max"
-    is_small = True
 
     def shapes(self, site: Site) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
         return {self.name: (torch.float32, site.lead)}

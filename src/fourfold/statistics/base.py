@@ -56,10 +56,6 @@ class Statistic(ABC):
     """How two states of the same site become one. Every row counts once in a sum: a product that
     is computed in two parts is shown to the statistic only once."""
 
-    is_small: bool = False
-    """True for a few numbers for each expert. Such a statistic is kept for the whole run and
-    written to `calibration.safetensors`; others are dropped once their layer is quantized."""
-
     is_routing: bool = False
     """True for a sum that describes the router: it does not count the tokens that the recipe's
     `all_experts` shows to experts they are not routed to."""

@@ -15,7 +15,6 @@ class Tokens(Statistic):
 
     name = "tokens"
     reduction: Reduction = "sum"
-    is_small = True
     is_routing = True
     products = frozenset({"gate_up"})
 
