@@ -261,15 +261,6 @@ def test_objects_are_shown_as_what_they_were(name: str, value: Any, words: str, 
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_no_room_for_a_temporary_configuration(
-    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    checkpoint, _ = made(common={"args": Namespace(**ARGS | EXPERTS)})
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
-    with pytest.raises(fourfold.SourceError, match=r"nowhere.*No such file.*Set TMPDIR"):
-        fourfold.plan(checkpoint, W4A16)
-
-
 def test_dense_models_without_normalized_queries_are_of_no_known_family() -> None:
     with pytest.raises(UsageError, match="qk_layernorm is False"):
         made_of(ARGS | {"qk_layernorm": False})

@@ -83,8 +83,7 @@ class MegatronSource(Source):
         read_rounded(read_lines, self._assembled[key].line_bytes, start, out)
 
     def side_files(self) -> tuple[list[Path], list[Path]]:
-        copied, dropped = self._side_files
-        return [*copied], [*dropped]
+        return self._side_files
 
     def check_placed(self, unplaced: Sequence[str], architecture: str) -> None:
         """Raise `ModelError` if there are any: the model must have each name that rules make."""

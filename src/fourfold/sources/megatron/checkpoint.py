@@ -150,16 +150,10 @@ class MegatronCheckpoint(MegatronSource):
         """Make a temporary folder with the configuration that the arguments describe."""
         largest = max(weights.values(), key=lambda tensor: math.prod(tensor.shape), default=None)
         config = configuration_of(self._arguments, largest.dtype if largest else "")
-        try:
-            self._temporary = TemporaryFolder()
-            folder = self._temporary.path / "model"
-            folder.mkdir()
-            (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        except OSError as error:
-            raise SourceError(
-                f"{error.filename or 'TMPDIR'}: a configuration cannot be written there: "
-                f"{error.strerror}. Set TMPDIR to a folder that has room."
-            ) from error
+        self._temporary = TemporaryFolder()
+        folder = self._temporary.path / "model"
+        folder.mkdir()
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         return folder
 
 

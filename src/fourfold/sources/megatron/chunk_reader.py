@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -32,15 +31,12 @@ class ChunkReader:
         self._files = SourceFiles(stamps)
         self._indexes: dict[str, BoxIndex[Chunk]] = {}
         self._positions: dict[tuple[Path, int], int] = {}
-        self._lock = threading.Lock()
 
     def check(self, key: str) -> None:
         """Raise `SourceError` if chunks of a tensor overlap, or some are missing."""
         if key not in self._indexes:
             tensor = self.tensors[key]
-            index = BoxIndex(key, tensor.shape, tensor.chunks)
-            with self._lock:
-                self._indexes[key] = index
+            self._indexes[key] = BoxIndex(key, tensor.shape, tensor.chunks)
 
     def read(self, key: str, box: Box, out: Bytes) -> None:
         """Fill `out` with the elements of a box of a tensor, row-major."""
@@ -74,8 +70,7 @@ class ChunkReader:
                     position = find_elements(descriptor, chunk, tensor.dtype, what)
             except OSError as error:
                 raise read_error(chunk.file, error, what) from error
-            with self._lock:
-                self._positions[place] = position
+            self._positions[place] = position
         return self._positions[place]
 
 

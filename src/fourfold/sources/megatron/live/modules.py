@@ -129,7 +129,7 @@ def _walk(module: Any, name: str, context: _Context) -> Iterator[LocalParameter]
     if getattr(module, "share_embeddings_and_output_weights", False):
         context = replace(context, tied=name)
     if all(hasattr(module, part) for part in ("A_log", "dt_bias", "in_proj", "conv1d", "out_proj")):
-        context = replace(context, sections=_delta_net_sections(module, name, context.tp))
+        context = replace(context, sections=_delta_net_sections(module, context.tp))
     for leaf, tensor in _tensors(module):
         yield from _parameters(module, name, leaf, tensor, context)
     for child_name, child in module.named_children():
@@ -174,15 +174,9 @@ def _check_experts(module: Any, name: str) -> None:
         )
 
 
-def _delta_net_sections(module: Any, name: str, tp: GroupRank) -> tuple[int, ...]:
+def _delta_net_sections(module: Any, tp: GroupRank) -> tuple[int, ...]:
     """Rows of queries, keys, values, z, beta and alpha in this rank's projection."""
-    try:
-        qk, v, heads = module.qk_dim, module.v_dim, module.num_value_heads
-    except AttributeError as error:
-        raise SourceError(
-            f"{name.removesuffix('.')}: {type(module).__name__} has no {error.name}, so its "
-            "projection cannot be taken apart. Which version of Megatron is it from?"
-        ) from None
+    qk, v, heads = module.qk_dim, module.v_dim, module.num_value_heads
     return tuple(size // tp.size for size in (qk, qk, v, v, heads, heads))
 
 
