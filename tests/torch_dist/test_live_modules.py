@@ -323,7 +323,7 @@ def test_what_is_given_wrongly(made: Callable[..., tuple[Any, Path]], tmp_path: 
     refused(nn.Linear(2, 2), folder, r"Linear: not a Megatron model", UsageError)
     with pytest.raises(UsageError, match=r"a Megatron model\. Give the folder with its Hugging"):
         fourfold.quantize(model, tmp_path / "out", W4A16)
-    with pytest.raises(UsageError, match=r"forward_loop: only for a model of transformers"):
+    with pytest.raises(UsageError, match=r"forward_loop.*only for a transformers model"):
         fourfold.quantize(
             model, tmp_path / "out", "nvfp4_experts_only", hf_config=folder,
             forward_loop=lambda model: None,

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 import fourfold
 from conftest import Written
 from fourfold.cli.app import app
+from fourfold.config import Runtime
 from fourfold.errors import FourfoldError, ModelError, OutputError, SourceError, UsageError
 from fourfold.events import Resumed, ShardWritten
 from fourfold.sources.megatron import MegatronCheckpoint
@@ -119,11 +120,14 @@ def run_with_a_damaged_layer(
 
     write(damaged)
     with pytest.raises(SourceError, match="is damaged"):
-        run(checkpoint, *arguments, threads=1, **options)
+        run(checkpoint, *arguments, **options)
     write(intact)
 
 
-RUNS = [(fourfold.quantize, {"recipe": W4A16}), (fourfold.convert, {})]
+RUNS = [
+    (fourfold.quantize, {"recipe": W4A16, "runtime": Runtime(threads=1)}),
+    (fourfold.convert, {"threads": 1}),
+]
 
 
 @pytest.mark.parametrize(("run", "options"), RUNS)
@@ -190,7 +194,7 @@ def test_a_checkpoint_that_changes_meanwhile_ends_the_run(
     on_event = only(ShardWritten, lambda _: os.utime(file, (1, 1)))
 
     with pytest.raises(SourceError, match="changed while it was read"):
-        run(checkpoint, tmp_path / "out", hf_config=own, threads=1, on_event=on_event, **options)
+        run(checkpoint, tmp_path / "out", hf_config=own, on_event=on_event, **options)
     assert not (tmp_path / "out" / "config.json").exists()
 
 
