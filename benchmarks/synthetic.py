@@ -178,9 +178,9 @@ def measure(folder: Path, layers: int, threads: int, runs: int) -> dict[str, flo
     source = open_source(model)
 
     def run_fold() -> None:
-        target = OutputFolder(out)
+        target = OutputFolder(out, overwrite=True)
         target.lock("benchmark")
-        target.begin(None, work.files, overwrite=True)
+        target.begin(None, work.files)
         with Scheduler(ExecutionContext(work, source, target, threads)) as job:
             job.run()
             job.finish()

@@ -115,8 +115,8 @@ def test_a_ledger_that_does_not_close(field: str, written: Written, tmp_path: Pa
 def test_a_weight_that_is_not_written(
     written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    linears_of = job.linears_of
-    monkeypatch.setattr(job, "linears_of", lambda entries: linears_of(entries)[1:])
+    results_in = job.results_in
+    monkeypatch.setattr(job, "results_in", lambda records: results_in(records)[1:])
     with pytest.raises(fourfold.FourfoldError, match="36 linear weights planned, 35 written"):
         fourfold.quantize(written("mixtral")[0], tmp_path / "out", EXPERTS)
     assert not (tmp_path / "out" / "config.json").exists()

@@ -533,7 +533,7 @@ def test_a_stopped_run_leaves_what_is_finished(
         _, err = process.communicate(timeout=60)
     assert process.returncode == code
     assert err.startswith("error: stopped by SIG")
-    assert re.search(rf"{out} keeps [1-9] of \d shards .*the same command goes on from there", err)
+    assert re.search(rf"{out} keeps [1-9] of \d shards .*the same command resumes", err)
     assert "Traceback" not in err
     assert not list(out.glob("*.json"))
     assert not list(out.glob(".*.partial"))

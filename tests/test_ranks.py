@@ -273,7 +273,7 @@ def test_what_is_hopeless_leaves_nothing(written: Written, tmp_path: Path) -> No
     code, _, err = ended(torchrun(["quantize", model, out, "-r", W4A16], before=NAN))
     assert code != 0
     assert "experts.down_proj in model.safetensors): nan at [0, 0]" in err
-    assert "goes on from there" not in err
+    assert "the same command resumes" not in err
     assert not out.exists()
 
 
@@ -471,7 +471,7 @@ def test_a_signal_to_one_of_the_ranks(written: Written, tmp_path: Path) -> None:
     code, _, err = ended(process)
     assert code != 0
     assert "error: stopped by SIGTERM" in err
-    assert "the same command goes on from there" in err
+    assert "the same command resumes" in err
     assert not list(out.glob("*.json"))
     before = files_of(out).keys()
     assert not [name for name in before if name.endswith(".partial")]

@@ -134,7 +134,7 @@ def stopped(model: Path, out: Path, options: dict[str, Any], shards: int) -> Non
     with pytest.raises(KeyboardInterrupt) as caught:
         fourfold.quantize(model, out, **flat(on_event=only(ShardWritten, stop), **options))
     without = ", without `overwrite=True`" if options.get("overwrite") else ""
-    assert caught.value.__notes__[0].endswith(f"the same command goes on from there{without}.")
+    assert caught.value.__notes__[0].endswith(f"the same command resumes{without}.")
 
 
 @pytest.mark.parametrize("recipe", [W4A16, W4A4])
@@ -176,7 +176,7 @@ def test_all_that_was_left_is_the_end(job, written: Written, tmp_path: Path, mon
     options, unbroken, _ = job(W4A4)
     model, out = written(MODEL)[0], tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("fourfold.run.job.write_rest", raise_full)
+        patch.setattr("fourfold.api.write_other_files", raise_full)
         with pytest.raises(fourfold.OutputError):
             fourfold.quantize(model, out, **flat(**options))
     monkeypatch.setattr(SafetensorsFolder, "slab", None)

@@ -28,7 +28,7 @@ from fourfold.recipes import DEFAULT_RECIPE, Recipe
 from fourfold.run import convert as conversion
 from fourfold.run import merge as merging
 from fourfold.run.convert import Converted
-from fourfold.run.job import Job, write_rest
+from fourfold.run.job import Job, write_other_files
 from fourfold.run.merge import Merged
 from fourfold.run.preflight import check_placed, prepare
 from fourfold.run.result import Result
@@ -129,16 +129,20 @@ def quantize(
             model, hf_config, tokenizer=tokenizer, trust_remote_code=trust_remote_code
         ) as source:
             observation.check(chosen, source)
-            folder = OutputFolder(target, ranks.rank, markers=marker_files())
+            folder = OutputFolder(
+                target, ranks.rank, markers=marker_files(), overwrite=output.overwrite
+            )
             with source.agreeing():
                 work, backend, observation = prepare(
                     source, chosen, folder, ranks, observation, runtime, output, run
                 )
             strategy = choose_run(work, source, observation, folder, ranks)
-            rest = partial(write_rest, warn=run.warn)
-            job = Job(work, source, folder, strategy, ranks, backend, rest)
-            linears = job.write(output.overwrite, run)
-            report = verify_written(job, linears, run) if output.verify else None
+            other_files = partial(
+                write_other_files, plan=work, source=source, scales=strategy.scales, warn=run.warn
+            )
+            job = Job(work, source, folder, strategy, ranks, backend, other_files)
+            linears = job.write(run)
+            report = verify_written(job, work, linears, run) if output.verify else None
             ranks.gather("verified")  # until then others may need what this rank has in memory
         return Result(
             out=target,
@@ -150,7 +154,7 @@ def quantize(
             statistics=None if strategy.scales is None else strategy.scales.statistics,
             unreached_experts={} if strategy.scales is None else strategy.scales.unreached(),
             ranks=ranks.size,
-            is_part=not job.share.is_whole,
+            is_part=not job.assignment.has_one_folder,
             kernels=str(backend.choice),
             warnings=tuple(run.warnings),
         )

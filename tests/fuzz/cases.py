@@ -41,7 +41,7 @@ MEMORY = 1 << 30
 ADDRESSES = 16 << 30
 """Bytes of address space: more than this fails at once, before it takes the machine's memory."""
 
-KEPT = "the same command goes on from there"
+KEPT = "the same command resumes"
 """What a run says that has stopped in the middle: OUT is no checkpoint, but not empty."""
 
 OPTIONS = [f"--{name.replace('_', '-')}={value}" for name, value in CALIB_OPTIONS.items()]

@@ -124,7 +124,7 @@ class Calibration:
 
         Args:
             kept: Statistics that an earlier run collected, by layer; the same on all ranks. These
-                layers are not observed again, though the data passes them.
+                layers are not observed again, though the data may have to pass them; see `saved`.
             on_observed: Called with a layer's statistics, merged over all ranks.
         """
         self._kept, self._on_observed = kept or {}, on_observed
@@ -232,8 +232,9 @@ class Calibration:
         self.scales.check(unit)
         if self._on_observed is not None and unit not in self._kept:
             self._on_observed(unit, statistics)
-        if self.saved is not None:
-            self.saved.finished(unit)
+        if self.saved is not None and unit is not None:
+            # Replayed layers store their outputs after their statistics: keep one layer more.
+            self.saved.finished(unit if self.quantized is None else unit - 1)
         return unit
 
     def _call(self, observers: Observers, batch: Batch, model: Any) -> None:

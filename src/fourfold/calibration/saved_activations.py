@@ -159,11 +159,10 @@ class SavedActivations:
             for identity, tensor in _storages(values).items()
         )
 
-    def finished(self, layer: int | None) -> None:
+    def finished(self, layer: int) -> None:
         """Remove the inputs of layers up to `layer`, whose statistics are complete and stored."""
-        if layer is not None:
-            folders = self.folder.glob("layer-*")
-            self._remove(x for x in folders if int(x.name.removeprefix("layer-")) <= layer)
+        folders = self.folder.glob("layer-*")
+        self._remove(x for x in folders if int(x.name.removeprefix("layer-")) <= layer)
 
     def stop_saving(self) -> None:
         """Save nothing more, and remove what was saved."""

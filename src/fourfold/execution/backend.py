@@ -14,7 +14,7 @@ from fourfold.formats import dispatch
 from fourfold.formats.base import FORMATS
 from fourfold.formats.dispatch import Choice, Kernel
 from fourfold.formats.scheme import Scheme
-from fourfold.planning import Plan
+from fourfold.planning import CopyPlan, Plan
 from fourfold.storage.units import size
 
 
@@ -45,7 +45,7 @@ class Backend:
         """Bytes of the host's memory besides those that workers take on the CPU."""
         return 0 if self.pool is None else self.pool.pinned_bytes
 
-    def memory(self, plan: Plan) -> int:
+    def memory(self, plan: CopyPlan) -> int:
         """Return an estimate of the host's memory that the job takes, in bytes."""
         workers = None if self.pool is None else self.pool.count
         return plan.memory(self.threads, workers) + self.pinned_bytes

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from fourfold.calibration.scales import ActivationScales
 from fourfold.events import OnEvent, ignore
 from fourfold.models.inventory import LinearWeight
-from fourfold.planning import Plan
+from fourfold.planning import CopyPlan
 from fourfold.storage.output import OutputFolder
 from fourfold.storage.source import Source
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class ExecutionContext:
     """A plan, and everything that is needed to execute it."""
 
-    plan: Plan
+    plan: CopyPlan
     source: Source
     out: OutputFolder
     threads: int

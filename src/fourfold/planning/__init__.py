@@ -1,6 +1,7 @@
 """Recipe × inventory → plan: one explicit row for each tensor of the source."""
 
 from fourfold.formats.base import Spec
+from fourfold.planning.copy_plan import CopyPlan
 from fourfold.planning.limits import DEFAULT_LIMITS, Limits
 from fourfold.planning.plan import Plan, make_plan
 from fourfold.planning.rows import (
@@ -22,6 +23,7 @@ from fourfold.planning.shards import cut, deal, lay_out, outputs_of, shard_names
 __all__ = [
     "DEFAULT_LIMITS",
     "Action",
+    "CopyPlan",
     "Job",
     "KVScales",
     "Limits",

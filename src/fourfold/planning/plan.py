@@ -8,8 +8,6 @@ express, an ignore list that some engine would misread.
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,22 +25,20 @@ from fourfold.models.inventory import Inventory, LinearWeight
 from fourfold.models.inventory_builder import take_inventory
 from fourfold.models.names import SINGLE_EXPERT
 from fourfold.models.roles import Role
+from fourfold.planning.copy_plan import CopyPlan
 from fourfold.planning.limits import DEFAULT_LIMITS, Limits
 from fourfold.planning.rows import (
     Action,
     KVScales,
-    Row,
     ScaleGroup,
-    Shard,
     is_plain,
     job_bytes,
     observed_site,
-    raw_keys,
     slabs_of,
 )
 from fourfold.planning.schemes import Scheme
 from fourfold.planning.selection import Selection
-from fourfold.planning.shards import check_kept, check_names, lay_out, outputs_of, shard_names
+from fourfold.planning.shards import check_kept, check_names, lay_out
 from fourfold.planning.tensor_parallel import marlin_note, tensor_parallel
 from fourfold.planning.text import role_lines, tensor_parallel_lines
 from fourfold.recipes import Recipe
@@ -53,35 +49,24 @@ from fourfold.storage.source import Source
 from fourfold.storage.units import size
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, kw_only=True)
+class Plan(CopyPlan):
     """What becomes of every tensor of a source: nothing is left over."""
 
-    source: Path
     recipe: Recipe
-    inventory: Inventory
-    rows: tuple[Row, ...]
-    shards: tuple[Shard, ...]
     ignore: tuple[str, ...]
-    side_files: tuple[Path, ...]
-    dropped_files: tuple[Path, ...]
-    notes: tuple[str, ...]
-    """What a user should know: engines without a loader, files that are not copied."""
     tensor_parallel: Mapping[int, str]
     """Why a checkpoint does not load, by tensor-parallel size; empty if it does."""
-    parts: int = 1
-    """The least number of shards of a decoder layer."""
-    limits: Limits = DEFAULT_LIMITS
-
-    @property
-    def model(self) -> str:
-        """The name of the source's folder, even if it was given as `.`."""
-        return os.path.basename(os.path.abspath(self.source))
 
     @cached_property
     def layout(self) -> Layout:
         """The layout of the checkpoint that is written."""
         return LAYOUTS[self.recipe.layout]
+
+    @property
+    def settings(self) -> Any:
+        """The recipe, as plain data."""
+        return self.recipe.model_dump(mode="json")
 
     @cached_property
     def groups(self) -> tuple[ScaleGroup, ...]:
@@ -104,25 +89,9 @@ class Plan:
         return self.schemes[linear.name]
 
     @cached_property
-    def nbytes(self) -> int:
-        return sum(row.nbytes for row in self.rows)
-
-    @cached_property
-    def nbytes_after(self) -> int:
-        return sum(shard.nbytes for shard in self.shards)
-
-    def memory(self, threads: int, workers: int | None = None) -> int:
-        """Estimate the memory of the job, without the interpreter and its libraries.
-
-        Args:
-            threads: The number of threads that compute.
-            workers: The number of workers that hold a job; by default a few more than `threads`.
-
-        Returns:
-            Bytes.
-        """
-        largest = max(self.limits.copy_bytes, *map(self._memory_of, self.groups), 0)
-        return (threads + self.limits.waiting if workers is None else workers) * largest * 3 // 2
+    def largest_job(self) -> int:
+        """Bytes that the largest job has in memory at a time."""
+        return max(self.limits.copy_bytes, *map(self._memory_of, self.groups), 0)
 
     def _memory_of(self, group: ScaleGroup) -> int:
         """Bytes of a group that are in memory at a time; a matrix that is not plain is copied."""
@@ -249,26 +218,9 @@ class Plan:
         """The contents of configuration files besides config.json, by file name."""
         return self.layout.config_files(self.contents)
 
-    def shards_of(self, layer: int | None) -> Sequence[int]:
-        """Return the numbers of a decoder layer's shards; for None, of the non-layer tensors'."""
-        return self._shards_by_layer.get(layer, ())
-
-    @cached_property
-    def _shards_by_layer(self) -> Mapping[int | None, Sequence[int]]:
-        numbers: dict[int | None, list[int]] = defaultdict(list)
-        for number, shard in enumerate(self.shards):
-            numbers[shard.layer].append(number)
-        return numbers
-
-    @cached_property
-    def digest(self) -> str:
-        """A digest of all that is written: each shard's tensors and what they are made of."""
-        digest = hashlib.sha256(repr(self.ignore).encode())
-        for shard in self.shards:
-            for job in shard.jobs:
-                digest.update(repr((shard.layer, outputs_of(job, self.layout))).encode())
-                digest.update(repr(raw_keys(job)).encode())
-        return digest.hexdigest()
+    @property
+    def _digested(self) -> Any:
+        return self.ignore
 
     @cached_property
     def calibration_memory(self) -> int:
@@ -293,10 +245,6 @@ class Plan:
         if self.needs_calibration:
             beside.append(STATISTICS)
         return [*self.shard_names, *beside, SUMMARY, REPORT, *self.config_files, INDEX, CONFIG]
-
-    @cached_property
-    def shard_names(self) -> tuple[str, ...]:
-        return shard_names(len(self.shards))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain data for JSON, with one entry for each source tensor."""

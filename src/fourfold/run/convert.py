@@ -2,8 +2,8 @@
 
     source ─▶ inventory ─▶ shards of copies ─▶ write ─▶ compare byte for byte
 
-The job is that of `quantize` with a plan that only copies: whole or absent, and the same command
-goes on with what a run that was stopped has left.
+The job is that of `quantize` with a plan that only copies: the output is whole or absent, and the
+same command resumes a run that was stopped.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ from __future__ import annotations
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fourfold.calibration.scales import ActivationScales
 from fourfold.config import OutputConfig, Runtime
 from fourfold.distributed.machine import threads_available
 from fourfold.distributed.ranks import Alone
@@ -25,17 +24,17 @@ from fourfold.errors import OutputError
 from fourfold.events import OnEvent, ignore
 from fourfold.execution import Backend, LinearResult
 from fourfold.layouts import LAYOUTS, marker_files
+from fourfold.models.inventory import RawTensor
 from fourfold.models.inventory_builder import take_inventory
-from fourfold.planning import DEFAULT_LIMITS, Action, Plan, Row, lay_out
-from fourfold.recipes import DEFAULT_LAYOUT, Recipe
-from fourfold.run.job import Job
+from fourfold.planning import DEFAULT_LIMITS, Action, CopyPlan, Row, lay_out
+from fourfold.recipes import DEFAULT_LAYOUT
+from fourfold.run.job import Job, index_of_plan
 from fourfold.run.preflight import check_origins, check_placed, check_room
 from fourfold.run.strategies import AtOnce
 from fourfold.sources.safetensors import SafetensorsFolder
 from fourfold.storage.atomic import FileWriter
 from fourfold.storage.names import CONFIG, INDEX
 from fourfold.storage.output import OutputFolder
-from fourfold.storage.shard_file import index_of
 from fourfold.storage.source import Source
 from fourfold.storage.units import size
 
@@ -77,73 +76,61 @@ def convert(
     began = time.perf_counter()
     workers, folder = (
         runtime.threads or threads_available(),
-        OutputFolder(out, markers=marker_files()),
+        OutputFolder(out, markers=marker_files(), overwrite=output.overwrite),
     )
-    check_origins(folder, source, overwrite=output.overwrite)
+    check_origins(folder, source)
     plan = plan_conversion(source, output.shards or 1)
     backend = Backend.none(workers)
     check_room(plan, folder, backend, Alone())
-    job = Job(plan, source, folder, AtOnce(source, None), Alone(), backend, rest=_write_rest)
-    job.write(output.overwrite, on_event)
+    other_files = partial(_write_other_files, plan=plan, source=source)
+    job = Job(plan, source, folder, AtOnce(source, None), Alone(), backend, other_files)
+    job.write(on_event)
     _compare(out, source, workers)
     taken = time.perf_counter() - began
     return Converted(out, len(plan.rows), len(plan.shards), plan.nbytes, taken, plan.notes)
 
 
-class ConversionPlan(Plan):
-    """A plan that copies everything."""
+def plan_conversion(source: Source, parts: int) -> CopyPlan:
+    """Decide which tensors lie in which shard. No weight is read.
 
-    @cached_property
-    def files(self) -> list[str]:
-        """Every file of the output, relative to its folder."""
-        return [*self.shard_names, *(path.as_posix() for path in self.side_files), INDEX, CONFIG]
+    Args:
+        source: What is converted.
+        parts: The least number of shards of a decoder layer.
 
-
-def plan_conversion(source: Source, parts: int) -> ConversionPlan:
-    """Which tensors lie in which shard; reads no weight."""
+    Raises:
+        ModelError: The architecture is unknown, or has no place for a tensor.
+    """
     inventory = take_inventory(source)
     check_placed(source, inventory)
-    kept = list(inventory.tensors.values())
+    tensors = list(inventory.tensors.values())
+    layout = LAYOUTS[DEFAULT_LAYOUT]
     copied, dropped = source.side_files()
-    return ConversionPlan(
+    return CopyPlan(
         source=source.place,
-        recipe=Recipe.model_construct(name="convert", description="nothing is quantized"),
         inventory=inventory,
-        rows=tuple(
-            Row(
-                raw.info.key, Action.COPY, raw.role, "converted",
-                raw.info.numel, raw.info.nbytes, raw.info.nbytes, 0,
-            )
-            for raw in kept
-        ),
-        shards=tuple(
-            lay_out([], [], kept, [], inventory, layout=LAYOUTS[DEFAULT_LAYOUT], parts=parts)
-        ),
-        ignore=(),
+        rows=tuple(map(_row, tensors)),
+        shards=tuple(lay_out([], [], tensors, [], inventory, layout=layout, parts=parts)),
         side_files=tuple(copied),
         dropped_files=tuple(dropped),
         notes=source.notes,
-        tensor_parallel={},
         parts=parts,
-    )  # fmt: skip
+    )
 
 
-def _write_rest(
-    work: Plan,
-    source: Source,
-    folder: FileWriter,
-    linears: list[LinearResult],
-    scales: ActivationScales | None,
+def _row(raw: RawTensor) -> Row:
+    size = raw.info.nbytes
+    return Row(raw.info.key, Action.COPY, raw.role, "converted", raw.info.numel, size, size, 0)
+
+
+def _write_other_files(
+    files: FileWriter, _: list[LinearResult], *, plan: CopyPlan, source: Source
 ) -> None:
-    """The files beside the weights; what makes it a checkpoint comes last."""
-    for path in work.side_files:
-        folder.copy(source.folder, path)
+    """Write all files that are not shards, config.json last."""
+    for path in plan.side_files:
+        files.copy(source.folder, path)
     source.check_unchanged()
-    shards = [
-        (name, shard.tensors) for name, shard in zip(work.shard_names, work.shards, strict=True)
-    ]
-    folder.write_json(INDEX, index_of(shards, work.nbytes_after))
-    folder.write_json(CONFIG, source.config)
+    files.write_json(INDEX, index_of_plan(plan))
+    files.write_json(CONFIG, source.config)
 
 
 def _compare(out: Path, source: Source, threads: int) -> None:

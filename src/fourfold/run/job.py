@@ -1,10 +1,10 @@
-"""Write a plan into OUT: take the folder, observe, fold, and make it a checkpoint.
+"""Write a plan into OUT: take the folder, observe, quantize, and make it a checkpoint.
 
-    take_share ─▶ steps of the run ─▶ fold ─▶ everything that is no shard, config.json last
-        │                                        │
-    an earlier run's journal               one OUT: a checkpoint · several: parts, for `merge`
+    assign_shards ─▶ steps of the strategy ─▶ scheduler ─▶ all other files, config.json last
+          │                                                       │
+    an earlier run's state                     one OUT: a checkpoint · several: inputs of `merge`
 
-A job that ends early leaves what the same job goes on from, or nothing.
+A job that ends early leaves what the same job can resume, or nothing.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from fourfold.distributed.ranks import RankFailedError, Ranks
 from fourfold.errors import FourfoldError, SourceChangedError
 from fourfold.events import OnEvent, OutputComplete, Resumed, WritingBegan, ignore
 from fourfold.execution import Backend, ExecutionContext, LinearResult, Scheduler
-from fourfold.planning import Plan
+from fourfold.planning import CopyPlan, Plan
 from fourfold.reporting.page import draw_report
 from fourfold.reporting.summary import summarize
-from fourfold.run.resume import Share, check_whole, identity_of, take_share
-from fourfold.run.strategies import Kept, Run
+from fourfold.run.resume import Assignment, assign_shards, check_all_written, identity_of
+from fourfold.run.strategies import Run
 from fourfold.storage.atomic import FileWriter
 from fourfold.storage.names import CONFIG, INDEX, REPORT, STATISTICS, SUMMARY
 from fourfold.storage.output import OutputFolder
@@ -32,74 +32,92 @@ from fourfold.storage.run_state import REST
 from fourfold.storage.shard_file import index_of
 from fourfold.storage.source import Source
 
-WriteRest = Callable[[Plan, Source, FileWriter, list[LinearResult], ActivationScales | None], None]
+WriteOtherFiles = Callable[[FileWriter, list[LinearResult]], None]
+"""Writes all files that are not shards, config.json last, given the figures of all weights."""
 
 
 class Job:
-    """What is written into OUT: observe, fold, and make it a checkpoint."""
+    """Writes a plan into OUT."""
 
-    share: Share
+    assignment: Assignment
 
     def __init__(
         self,
-        work: Plan,
+        plan: CopyPlan,
         source: Source,
         folder: OutputFolder,
         run: Run,
         ranks: Ranks,
         backend: Backend,
-        rest: WriteRest,
+        write_other_files: WriteOtherFiles,
     ) -> None:
-        """rest: writes everything that is not a shard, config.json last."""
-        self.work, self.source, self.folder, self.run = work, source, folder, run
-        self.ranks, self.backend, self.write_rest = ranks, backend, rest
-        self.identity = identity_of(work, source, run)
+        """Describe the job; nothing is read or written yet.
+
+        Args:
+            plan: What is written.
+            source: What is read.
+            folder: OUT, as this rank sees it.
+            run: The strategy: which shards can be quantized when, and from what.
+            ranks: The processes that share the job.
+            backend: What quantizes.
+            write_other_files: Writes all files that are not shards, config.json last.
+        """
+        self.plan, self.source, self.folder, self.run = plan, source, folder, run
+        self.ranks, self.backend, self.write_other_files = ranks, backend, write_other_files
+        self.identity = identity_of(plan, source, run)
+
+    @property
+    def is_leader(self) -> bool:
+        """True if this rank is the first of those that write into its OUT."""
+        return self.assignment.is_leader(self.ranks.rank)
 
     @property
     def is_finisher(self) -> bool:
-        """Whether this rank makes OUT a checkpoint, which it is only where all ranks share it."""
-        return self.share.is_whole and self.share.is_leader(self.ranks.rank)
+        """True if this rank makes OUT a checkpoint, which needs all shards in one folder."""
+        return self.assignment.has_one_folder and self.is_leader
 
-    def write(self, overwrite: bool, on_event: OnEvent = ignore) -> list[LinearResult]:
-        """Do this rank's share; the figures of all weights that are in this rank's OUT.
+    def write(self, on_event: OnEvent = ignore) -> list[LinearResult]:
+        """Do this rank's part; return the figures of all weights in this rank's OUT.
 
-        Emits `WritingBegan`, `Resumed`, `ShardWritten` and `OutputComplete`.
-        After an error or a signal nothing is left, or what the same job goes on from.
+        Emits `WritingBegan`, `Resumed`, `ShardWritten` and `OutputComplete`. After an error or a
+        signal, OUT holds what the same job can resume, or nothing of this run.
         """
         with self.source.agreeing():
             if self.run.is_writer and self.ranks.size == 1:
-                self.folder.check_continues(self.identity, overwrite=overwrite)
+                self.folder.check_resumable(self.identity)
         on_event(WritingBegan(self.folder.folder))
         try:
-            self.share = Share.of_all(self.work)
-            with self.source.agreeing():
-                if self.run.is_writer:
-                    self.share = take_share(
-                        self.work,
-                        self.source,
-                        self.folder,
-                        self.identity,
-                        self.ranks,
-                        overwrite=overwrite,
-                        threads=self.backend.threads,
-                    )
-            if self.share.finished:
-                on_event(Resumed(self.share.finished, len(self.work.shards)))
+            self._assign()
+            if self.assignment.finished:
+                on_event(Resumed(self.assignment.finished, len(self.plan.shards)))
             self._execute(on_event)
             self.ranks.gather("written")
             with self.source.agreeing():
                 linears = self._finish() if self.run.is_writer else []
         except BaseException as error:
-            self._stop(error, overwrite)
+            self._stop(error)
             raise
         self.folder.close()
         on_event(OutputComplete(self.folder.folder))
         return linears
 
+    def _assign(self) -> None:
+        self.assignment = Assignment.of_one_rank(self.plan)
+        with self.source.agreeing():
+            if self.run.is_writer:
+                self.assignment = assign_shards(
+                    self.plan,
+                    self.source,
+                    self.folder,
+                    self.identity,
+                    self.ranks,
+                    threads=self.backend.threads,
+                )
+
     def _execute(self, on_event: OnEvent) -> None:
-        kept = Kept(self.share.kept, self._note_observed)
+        """Quantize and write the shards of this rank, as the strategy makes them available."""
         context = ExecutionContext(
-            self.work,
+            self.plan,
             self.run.source,
             self.folder,
             self.backend.threads,
@@ -109,8 +127,8 @@ class Job:
             check=self.ranks.check,
         )
         with (
-            Scheduler(context, self.share.shards) as scheduler,
-            closing(self.run.steps(kept)) as steps,
+            Scheduler(context, self.assignment.shards) as scheduler,
+            closing(self.run.steps(self.assignment.statistics, self._store_statistics)) as steps,
         ):
             for shards in steps:
                 with self.source.agreeing():
@@ -119,43 +137,43 @@ class Job:
             with self.source.agreeing():
                 scheduler.finish()
 
-    def _note_observed(self, layer: int | None, found: Statistics) -> None:
-        if self.share.is_leader(self.ranks.rank):
+    def _store_statistics(self, layer: int | None, statistics: Statistics) -> None:
+        if self.is_leader:
             with self.folder.recording():
-                StatisticsStore(self.folder.state.statistics).save(layer, found)
+                StatisticsStore(self.folder.state.statistics).save(layer, statistics)
 
     def _finish(self) -> list[LinearResult]:
-        """Everything that is not a shard, by the leaders; what makes it a checkpoint comes last."""
-        is_leader = self.share.is_leader(self.ranks.rank)
-        if self.share.is_whole and not is_leader:
-            return []  # and look at nothing: the leader may have taken the state away by now
-        mine = self.folder.state.finished_shards() if is_leader else {}
+        """Write all other files, if this rank leads; config.json comes last."""
+        if self.assignment.has_one_folder and not self.is_leader:
+            return []  # the leader may have removed the state by now
+        records = self.folder.state.finished_shards() if self.is_leader else {}
         self.folder.check_mine()
-        if self.share.is_whole:
-            linears = linears_of(mine)
-            check_whole(self.folder.folder, self.work, mine)
-            self.write_rest(self.work, self.source, self.folder, linears, self.run.scales)
+        if self.assignment.has_one_folder:
+            check_all_written(self.folder.folder, self.plan, records)
+            self._write_other_files(records, self.folder)
             self.folder.done()
-            return linears
-        everything: dict[str, Any] = {}
-        for each in self.ranks.gather(mine):
-            everything |= each
-        if self.ranks.rank == 0:
-            linears, files = linears_of(everything), FileWriter(self.folder.state.folder / REST)
-            self.write_rest(self.work, self.source, files, linears, self.run.scales)
-        return linears_of(mine)
+        else:
+            all_records: dict[str, Any] = {}
+            for others in self.ranks.gather(records):
+                all_records |= others
+            if self.ranks.rank == 0:
+                self._write_other_files(all_records, FileWriter(self.folder.state.folder / REST))
+        return results_in(records)
 
-    def _stop(self, error: BaseException, overwrite: bool) -> None:
-        """Leave what the same job can go on from, where there is anything, or nothing at all."""
+    def _write_other_files(
+        self, records: Mapping[str, Mapping[str, Any]], files: FileWriter
+    ) -> None:
+        self.write_other_files(files, results_in(records))
+
+    def _stop(self, error: BaseException) -> None:
+        """Keep what the same job can resume, if there is anything; otherwise leave nothing."""
         if not (self.run.is_writer and self.folder.state.is_mine):
             return
         self.ranks.stop_writing()
-        is_leader = self.share.is_leader(self.ranks.rank)
-        if is_leader and not self.folder.is_begun:
+        if self.is_leader and not self.folder.is_begun:
             self.folder.release()
             return
-        finished = self.folder.state.finished_shards()
-        kind = error.kind if isinstance(error, RankFailedError) else type(error).__name__
+        finished = len(self.folder.state.finished_shards())
         if self.identity is None or not finished or not getattr(error, "resumable", True):
             self.folder.discard()
             if self.folder.has_cleared:
@@ -165,59 +183,71 @@ class Job:
                 )
             return
         self.folder.keep_unfinished()
-        if not is_leader:
-            return
+        if self.is_leader:
+            kept = f"{self.folder.folder} keeps {finished} of {len(self.plan.shards)} shards that"
+            error.add_note(f"{kept} are {self._remedy(error)}.")
+
+    def _remedy(self, error: BaseException) -> str:
+        """Say what finished shards are good for, and what to do."""
+        kind = error.kind if isinstance(error, RankFailedError) else type(error).__name__
         if kind == SourceChangedError.__name__:
-            how = "made of the source as it was: `overwrite=True` starts over"
-        else:
-            how = "finished: the same command goes on from there"
-        without = ", without `overwrite=True`" if overwrite and "same" in how else ""
-        error.add_note(
-            f"{self.folder.folder} keeps {len(finished)} of {len(self.work.shards)} shards that "
-            f"are {how}{without}."
-        )
+            return "made of the source as it was: `overwrite=True` starts over"
+        without = ", without `overwrite=True`" if self.folder.overwrite else ""
+        return f"finished: the same command resumes{without}"
 
 
-def linears_of(entries: Mapping[str, Mapping[str, Any]]) -> list[LinearResult]:
-    """The figures of the weights in some shards, by name."""
-    found = [
-        LinearResult.from_dict(each) for entry in entries.values() for each in entry["linears"]
-    ]
-    return sorted(found, key=lambda result: result.name)
+def results_in(records: Mapping[str, Mapping[str, Any]]) -> list[LinearResult]:
+    """Return the figures of the weights in some shards, by the weights' names."""
+    linears = (linear for record in records.values() for linear in record["linears"])
+    return sorted(map(LinearResult.from_dict, linears), key=lambda result: result.name)
 
 
-def write_rest(
-    work: Plan,
-    source: Source,
-    folder: FileWriter,
-    linears: list[LinearResult],
-    scales: ActivationScales | None,
+def write_other_files(
+    files: FileWriter,
+    results: list[LinearResult],
     *,
+    plan: Plan,
+    source: Source,
+    scales: ActivationScales | None,
     warn: Callable[[str], None],
 ) -> None:
-    """Write everything that is not a shard; what makes it a checkpoint comes last.
+    """Write all files of a quantized checkpoint that are not shards, config.json last.
 
-    warn: is called if the report cannot be drawn.
+    Args:
+        files: Where to write.
+        results: The figures of all weights.
+        plan: The plan that was carried out.
+        source: What was read.
+        scales: The statistics, for a plan that needs them.
+        warn: Called if the report cannot be drawn.
+
+    Raises:
+        FourfoldError: Not all planned weights have figures.
+        SourceError: A side file cannot be read, or the source has changed.
+        OutputError: A file cannot be written.
     """
-    if len(linears) != len(work.linears):
+    if len(results) != len(plan.linears):
         raise FourfoldError(
-            f"{folder.folder}: {len(work.linears)} linear weights planned, {len(linears)} written. "
+            f"{files.folder}: {len(plan.linears)} linear weights planned, {len(results)} written. "
             "This is a defect of fourfold; please report it."
         )
-    for path in work.side_files:
-        folder.copy(source.folder, path)
-    source.check_unchanged()  # what was copied is of the same source, too
-    if scales is not None and work.needs_calibration:
-        folder.write_bytes(STATISTICS, scales.statistics.to_bytes())
-    summary = summarize(work, linears, scales)
-    folder.write_text(SUMMARY, summary.to_json())
+    for path in plan.side_files:
+        files.copy(source.folder, path)
+    source.check_unchanged()  # the side files, too, are of the source that was quantized
+    if scales is not None and plan.needs_calibration:
+        files.write_bytes(STATISTICS, scales.statistics.to_bytes())
+    summary = summarize(plan, results, scales)
+    files.write_text(SUMMARY, summary.to_json())
     if (report := draw_report(summary, warn)) is not None:
-        folder.write_text(REPORT, report)
-    for name, contents in work.config_files.items():
-        folder.write_json(name, contents)
-    shards = [
-        (name, shard.tensors) for name, shard in zip(work.shard_names, work.shards, strict=True)
-    ]
-    folder.write_json(INDEX, index_of(shards, work.nbytes_after))
-    config = dict(source.config) | {"quantization_config": work.quantization_config}
-    folder.write_json(CONFIG, config)
+        files.write_text(REPORT, report)
+    for name, contents in plan.config_files.items():
+        files.write_json(name, contents)
+    files.write_json(INDEX, index_of_plan(plan))
+    config = dict(source.config) | {"quantization_config": plan.quantization_config}
+    files.write_json(CONFIG, config)
+
+
+def index_of_plan(plan: CopyPlan) -> dict[str, Any]:
+    """Return the contents of model.safetensors.index.json."""
+    shards = zip(plan.shard_names, (shard.tensors for shard in plan.shards), strict=True)
+    return index_of(shards, plan.nbytes_after)

@@ -105,18 +105,18 @@ def merge(
         )
     units = list(_units(summary.shards, _places(parts, summary)))
     layout = [(unit, *each) for unit in units for each in unit.cut(output.shards or 1)]
-    target = OutputFolder(out, markers=marker_files())
+    target = OutputFolder(out, markers=marker_files(), overwrite=output.overwrite)
     for part in parts:
-        target.check(part.folder, overwrite=output.overwrite, what="a part")
+        target.check(part.folder, "a part")
     total = sum(info.nbytes for unit in units for info in unit.tensors)
     check_disk(target.folder, total)
     files = _files(rest, summary, shard_names(len(layout)))
     try:
         target.lock(uuid4().hex)
         on_event(WritingBegan(target.folder))
-        target.begin(None, files, overwrite=output.overwrite)
+        target.begin(None, files)
         _copy_all(layout, target, total, on_event)
-        _write_rest(rest, summary, layout, files, target, on_event)
+        _write_other_files(rest, summary, layout, files, target, on_event)
         target.done()
     except BaseException:
         target.discard()
@@ -331,7 +331,7 @@ def _walk(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _write_rest(
+def _write_other_files(
     rest: Path,
     summary: QuantSummary,
     layout: _Layout,

@@ -13,9 +13,9 @@ from fourfold.events import BackendChosen, PlanMade
 from fourfold.execution import Backend, choose_backend
 from fourfold.models.inventory import Inventory
 from fourfold.models.roles import Role
-from fourfold.planning import Plan, make_plan
+from fourfold.planning import CopyPlan, Plan, make_plan
 from fourfold.recipes import Recipe
-from fourfold.run.resume import forward_threads, parts_of
+from fourfold.run.resume import calibration_threads, shards_per_layer
 from fourfold.run.session import Session
 from fourfold.run.strategies import Observation
 from fourfold.run.warm_up import warming_up
@@ -40,9 +40,9 @@ def prepare(
     The observation that is returned has the threads that all ranks use for the forward pass.
     Kernels are compiled meanwhile. Emits `PlanMade` and `BackendChosen`.
     """
-    check_origins(folder, source, overwrite=output.overwrite)
-    parts = parts_of(folder, ranks, output.shards, output.overwrite, source)
-    threads = forward_threads(folder, ranks, runtime.threads, output.overwrite)
+    check_origins(folder, source)
+    parts = shards_per_layer(folder, ranks, output.shards, source)
+    threads = calibration_threads(folder, ranks, runtime.threads)
     with warming_up(recipe, source, observation.device) as failures:
         plan = make_plan(source, recipe, parts=parts)
         check_placed(source, plan.inventory)
@@ -65,10 +65,10 @@ def prepare(
     return plan, backend, replace(observation, threads=threads)
 
 
-def check_origins(folder: OutputFolder, source: Source, *, overwrite: bool) -> None:
+def check_origins(folder: OutputFolder, source: Source) -> None:
     """Raise `OutputError` if `folder` holds something else, or overlaps what the source reads."""
     for origin in source.origin_folders:
-        folder.check(origin, overwrite=overwrite)
+        folder.check(origin)
 
 
 def check_placed(source: Source, inventory: Inventory) -> None:
@@ -78,7 +78,12 @@ def check_placed(source: Source, inventory: Inventory) -> None:
 
 
 def check_room(
-    work: Plan, folder: OutputFolder, backend: Backend, ranks: Ranks, *, runs_model: bool = False
+    work: CopyPlan,
+    folder: OutputFolder,
+    backend: Backend,
+    ranks: Ranks,
+    *,
+    runs_model: bool = False,
 ) -> None:
     """Raise `ResourceError` if the disk or the memory is too small for the plan.
 

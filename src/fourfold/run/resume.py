@@ -1,8 +1,8 @@
-"""Who writes which shards into which folder, and what of them is finished already.
+"""Which rank writes which shards into which folder, and what an earlier run has finished there.
 
-Ranks find out which of them see the same OUT. The first of those is its leader: it takes OUT,
-reads the journal that an earlier run left, and makes the folder a checkpoint in the end. Where
-all ranks share one OUT that is the whole; otherwise each OUT holds parts, and `merge` joins them.
+Ranks find out which of them see the same OUT. The first of those is its leader: it begins or
+resumes the run in OUT, and makes the folder a checkpoint in the end. If all ranks share one OUT,
+that is the whole checkpoint; otherwise each OUT holds some of the shards, and `merge` joins them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fourfold.calibration.statistics import Statistics
 from fourfold.calibration.store import StatisticsStore
 from fourfold.distributed.ranks import Ranks
 from fourfold.errors import FourfoldError
-from fourfold.planning import Plan, Shard, deal, slabs_of
+from fourfold.planning import CopyPlan, Shard, deal, slabs_of
 from fourfold.reporting.summary import versions
 from fourfold.run.strategies import Run
 from fourfold.storage.output import OutputFolder
@@ -32,36 +32,37 @@ from fourfold.storage.source import Source
 
 
 @dataclass(frozen=True)
-class Share:
-    """What this rank does, and what was done before."""
+class Assignment:
+    """What one rank has to do, and what was done before."""
 
     shards: Sequence[int]
-    """Numbers of those that this rank writes."""
+    """The numbers of the shards that this rank writes."""
     finished: int
-    """How many an earlier run has finished, on all ranks."""
-    kept: Mapping[int | None, Statistics]
-    """What an earlier run has observed, by layer."""
+    """How many shards an earlier run has finished, on all ranks."""
+    statistics: Mapping[int | None, Statistics]
+    """What an earlier run has observed, by layer; None stands for what lies outside the layers."""
     leaders: Sequence[int]
-    """By rank, the first of those that write into the same folder."""
+    """By rank, the first of the ranks that write into the same folder."""
 
     @classmethod
-    def of_all(cls, plan: Plan) -> Share:
-        """Everything, by one rank, from the beginning."""
+    def of_one_rank(cls, plan: CopyPlan) -> Assignment:
+        """Return the assignment of a single rank with nothing done before."""
         return cls(range(len(plan.shards)), 0, {}, [0])
 
     def is_leader(self, rank: int) -> bool:
+        """True for the first of the ranks that write into its folder."""
         return rank < len(self.leaders) and self.leaders[rank] == rank
 
     @property
-    def is_whole(self) -> bool:
-        """Whether all ranks write into one folder."""
+    def has_one_folder(self) -> bool:
+        """True if all ranks write into the same folder."""
         return not any(self.leaders)
 
 
-def identity_of(plan: Plan, source: Source, run: Run) -> dict[str, Any] | None:
-    """What must be as it was for a run to go on, so that the bytes are those of an unbroken one.
+def identity_of(plan: CopyPlan, source: Source, run: Run) -> dict[str, Any] | None:
+    """Return what must stay the same for a run to resume with the bytes of an unbroken one.
 
-    None for a source that cannot say whether it is still the same.
+    None for a source that cannot tell if it is still the same.
     """
     stamps = source.stamps()
     if stamps is None:
@@ -74,98 +75,111 @@ def identity_of(plan: Plan, source: Source, run: Run) -> dict[str, Any] | None:
                 name: [stamp.size, stamp.mtime_ns, stamp.digest] for name, stamp in stamps.items()
             },
         },
-        "recipe": plan.recipe.model_dump(mode="json"),
+        "recipe": plan.settings,
         "calibration": run.identity,
         "shards": {"for each layer": plan.parts, "plan": plan.digest},
     }
-    found: dict[str, Any] = json.loads(json.dumps(identity))  # as it will be read again
-    return found
+    as_json: dict[str, Any] = json.loads(json.dumps(identity))  # it is compared with stored JSON
+    return as_json
 
 
 def without_times(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """An identity as several machines share it: copies of a file differ in when they were made."""
+    """Return an identity without the times of files, which differ in copies of a source."""
     source = identity["source"]
     files = {name: [size, digest] for name, (size, _, digest) in source["files"].items()}
     return {**identity, "source": {**source, "files": files}}
 
 
-def parts_of(
-    folder: OutputFolder, ranks: Ranks, wanted: int | None, overwrite: bool, source: Source
+def shards_per_layer(
+    folder: OutputFolder, ranks: Ranks, requested: int | None, source: Source
 ) -> int:
-    """How many shards a layer is cut into: as it is wanted, or as an unfinished run has begun, or
-    one for each rank; of a model whose layers lie on some of the ranks, one for each of these."""
-    begun = _begun(folder, overwrite, "shards", "for each layer")
-    known = [parts for parts in ranks.gather(begun) if parts is not None]
-    return wanted or (known[0] if known else source.ranks_per_layer or ranks.size)
+    """Return the number of shards that a layer is cut into.
+
+    It is the requested number, else that of an unfinished run in the folder, else one for each
+    rank that has a part of the layer.
+    """
+    begun = _setting_of_unfinished_run(folder, "shards", "for each layer")
+    known = [count for count in ranks.gather(begun) if count is not None]
+    return requested or (known[0] if known else source.ranks_per_layer or ranks.size)
 
 
-def forward_threads(
-    folder: OutputFolder, ranks: Ranks, wanted: int | None, overwrite: bool
-) -> int | None:
-    """Threads of a calibration's matrix products, which what is found may depend on: as it is
-    wanted, or as an unfinished run has begun, or as the first rank has them; None for its own."""
-    begun = _begun(folder, overwrite, "calibration", "threads")
-    every = ranks.gather([begun, torch.get_num_threads()])
-    known = [threads for threads, _ in every if threads is not None]
-    return wanted or (known[0] if known else every[0][1] if ranks.size > 1 else None)
+def calibration_threads(folder: OutputFolder, ranks: Ranks, requested: int | None) -> int | None:
+    """Return the number of PyTorch threads for calibration, which its results may depend on.
+
+    It is the requested number, else that of an unfinished run in the folder, else that of rank 0;
+    None for a single rank, which leaves PyTorch as it is.
+    """
+    begun = _setting_of_unfinished_run(folder, "calibration", "threads")
+    settings = ranks.gather([begun, torch.get_num_threads()])
+    known = [threads for threads, _ in settings if threads is not None]
+    return requested or (known[0] if known else settings[0][1] if ranks.size > 1 else None)
 
 
-def _begun(folder: OutputFolder, overwrite: bool, *names: str) -> int | None:
-    """A number that an unfinished run has begun with."""
-    if overwrite or not folder.state.has_finished_shards:
+def _setting_of_unfinished_run(folder: OutputFolder, *path: str) -> int | None:
+    """Return a number from the identity of the run that could be resumed."""
+    if folder.overwrite or not folder.state.has_finished_shards:
         return None
-    try:
-        value: Any = folder.state.identity or {}
-        for name in names:
-            value = value[name]
-        return int(value)
-    except (KeyError, TypeError, ValueError, OverflowError):
-        return None
+    value: Any = folder.state.identity
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value if isinstance(value, int) else None
 
 
-def take_share(
-    plan: Plan,
+def assign_shards(
+    plan: CopyPlan,
     source: Source,
     folder: OutputFolder,
     identity: Mapping[str, Any] | None,
     ranks: Ranks,
     *,
-    overwrite: bool,
     threads: int,
-) -> Share:
-    """Take OUT, read what is finished there, and share out the rest."""
-    _check_same(ranks, identity or _plan_of(plan))
-    leaders = _take_folders(folder, ranks)
+) -> Assignment:
+    """Lock OUT, find out what is finished there, and assign the other shards to ranks.
+
+    Args:
+        plan: The plan, the same on all ranks.
+        source: What is read.
+        folder: This rank's OUT.
+        identity: What must stay the same for the run to resume; see `identity_of`.
+        ranks: All ranks call this at the same time.
+        threads: How many finished shards are read at a time.
+
+    Raises:
+        OutputError: Another process writes into OUT, or it holds something else.
+        FourfoldError: The ranks were given different things.
+    """
+    _check_same(ranks, identity or _identity_without_source(plan))
+    leaders = _lock_folders(folder, ranks)
     is_leader = leaders[ranks.rank] == ranks.rank
     if is_leader:
-        folder.begin(identity, plan.files, overwrite=overwrite)
-    finished = ranks.gather(_finished(folder, plan, threads) if is_leader else [])
+        folder.begin(identity, plan.files)
+    finished = ranks.gather(_finished_shards(folder, plan, threads) if is_leader else [])
     done = {name for names in finished for name in names}
-    kept = StatisticsStore(folder.state.statistics).load()
-    common = set.intersection(*map(set, ranks.gather(list(kept))))
-    kept = {unit: statistics for unit, statistics in kept.items() if unit in common}
+    statistics = StatisticsStore(folder.state.statistics).load()
+    common = set.intersection(*map(set, ranks.gather(list(statistics))))
+    statistics = {layer: statistics[layer] for layer in statistics if layer in common}
 
     def nearness(shard: Shard) -> Sequence[int] | None:
         return source.rank_affinity(slab for job in shard.jobs for slab in slabs_of(job))
 
     unfinished = [number for number, name in enumerate(plan.shard_names) if name not in done]
     mine = deal(plan.shards, unfinished, ranks.size, nearness)[ranks.rank]
-    return Share(mine, len(done), kept, leaders)
+    return Assignment(mine, len(done), statistics, leaders)
 
 
-def _plan_of(plan: Plan) -> dict[str, Any]:
-    """What ranks must have the same, where the source is no folder."""
-    recipe: Any = json.loads(json.dumps(plan.recipe.model_dump(mode="json")))
+def _identity_without_source(plan: CopyPlan) -> dict[str, Any]:
+    """What ranks must have in common if the source is not a folder."""
+    recipe: Any = json.loads(json.dumps(plan.settings))
     return {"versions": versions(), "recipe": recipe, "plan": plan.digest}
 
 
 def _check_same(ranks: Ranks, identity: Mapping[str, Any]) -> None:
-    """Raise where ranks were given another source or recipe, or run other versions."""
+    """Raise if ranks were given different sources or recipes, or run different versions."""
     if ranks.size == 1:
         return
-    every = ranks.gather(without_times(identity) if "source" in identity else dict(identity))
-    for rank, other in enumerate(every):
-        different = [what for what in other if other[what] != every[0][what]]
+    identities = ranks.gather(without_times(identity) if "source" in identity else dict(identity))
+    for rank, other in enumerate(identities):
+        different = [name for name in other if other[name] != identities[0][name]]
         if different:
             raise FourfoldError(
                 f"rank {rank} has another {' and another '.join(different)} than rank 0. "
@@ -173,35 +187,36 @@ def _check_same(ranks: Ranks, identity: Mapping[str, Any]) -> None:
             )
 
 
-def _take_folders(folder: OutputFolder, ranks: Ranks) -> list[int]:
-    """By rank, the leader of those that see the same folder; it is theirs afterwards."""
+def _lock_folders(folder: OutputFolder, ranks: Ranks) -> list[int]:
+    """Lock OUT for this run; return, by rank, the leader of those that see the same folder."""
     token = ranks.gather(uuid4().hex)[0]
     leaders: list[int | None] = [None] * ranks.size
     while None in leaders:
-        first = leaders.index(None)
-        if ranks.rank == first:
+        candidate = leaders.index(None)
+        if ranks.rank == candidate:
             folder.lock(token)
         ranks.gather("locked")
-        is_mine = ranks.rank == first or _sees(folder.folder, first, folder, token)
-        for rank, sees in enumerate(ranks.gather(is_mine)):
+        is_same = ranks.rank == candidate or _sees_lock(folder, candidate, token)
+        for rank, sees in enumerate(ranks.gather(is_same)):
             if sees and leaders[rank] is None:
-                leaders[rank] = first
-    found = [leader for leader in leaders if leader is not None]
-    if found[ranks.rank] != ranks.rank:
+                leaders[rank] = candidate
+    complete = [leader for leader in leaders if leader is not None]
+    if complete[ranks.rank] != ranks.rank:
         folder.lock(token)
-    ranks.gather("taken")
-    return found
+    ranks.gather("all locked")
+    return complete
 
 
-def _sees(out: Path, rank: int, folder: OutputFolder, token: str) -> bool:
-    for path in (out.parent, out):  # asks a network's file system what is there by now
+def _sees_lock(folder: OutputFolder, rank: int, token: str) -> bool:
+    """True if another rank has locked this rank's folder."""
+    for path in (folder.folder.parent, folder.folder):
         if path.is_dir():
-            os.listdir(path)
+            os.listdir(path)  # makes a network file system look again
     return folder.state.token_of(rank) == token
 
 
-def _finished(folder: OutputFolder, plan: Plan, threads: int) -> list[str]:
-    """The shards with a record whose files still have the recorded digest."""
+def _finished_shards(folder: OutputFolder, plan: CopyPlan, threads: int) -> list[str]:
+    """Return the shards with a record whose files still have the recorded digest."""
     records = folder.state.finished_shards()
     names = [name for name in plan.shard_names if name in records]
     with ThreadPoolExecutor(threads) as pool:
@@ -213,16 +228,20 @@ def _finished(folder: OutputFolder, plan: Plan, threads: int) -> list[str]:
         ]
 
 
-def check_whole(out: Path, plan: Plan, entries: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise where a shard is missing, or is not what the plan says: the last look at OUT."""
+def check_all_written(out: Path, plan: CopyPlan, records: Mapping[str, Mapping[str, Any]]) -> None:
+    """Check, before OUT becomes a checkpoint, that every shard holds the planned tensors.
+
+    Raises:
+        FourfoldError: A shard has no record, or other tensors.
+    """
     for name, shard in zip(plan.shard_names, plan.shards, strict=True):
-        if name not in entries:
+        if name not in records:
             raise FourfoldError(
                 f"{out / name}: planned, but no rank wrote it. "
                 "This is a defect of fourfold; please report it."
             )
-        found = read_header(out / name)
-        if {key: (info.dtype, info.shape) for key, info in found.items()} != shard.tensors:
+        tensors = read_header(out / name)
+        if {key: (info.dtype, info.shape) for key, info in tensors.items()} != shard.tensors:
             raise FourfoldError(
                 f"{out / name}: holds other tensors than planned. "
                 "Does another program write into the folder?"

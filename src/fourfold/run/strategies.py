@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -73,13 +73,8 @@ class Observation:
         )
 
 
-@dataclass(frozen=True)
-class Kept:
-    """What an earlier run has observed, and who wants to know of what is observed now."""
-
-    statistics: Mapping[int | None, Statistics] = field(default_factory=dict)
-    """By layer; None for the shell."""
-    on_observed: Callable[[int | None, Statistics], None] | None = None
+OnObserved = Callable[[int | None, Statistics], None]
+"""Called with a layer and its statistics, once all ranks have observed it."""
 
 
 class Run(Protocol):
@@ -93,8 +88,15 @@ class Run(Protocol):
     identity: Mapping[str, Any]
     """What the bytes that are written depend on, beside source, recipe and plan."""
 
-    def steps(self, kept: Kept) -> Generator[Sequence[int] | None]:
-        """Numbers of the shards that can be folded now; None for all of them."""
+    def steps(
+        self, finished: Mapping[int | None, Statistics], on_observed: OnObserved
+    ) -> Generator[Sequence[int] | None]:
+        """Yield the numbers of the shards that can be quantized now; None for all of them.
+
+        Args:
+            finished: Statistics that an earlier run has collected, by layer.
+            on_observed: Called with the statistics that this run collects.
+        """
 
 
 class AtOnce:
@@ -107,7 +109,9 @@ class AtOnce:
             {} if statistics is None else {"statistics": _digest(statistics)}
         )
 
-    def steps(self, kept: Kept) -> Generator[None]:
+    def steps(
+        self, finished: Mapping[int | None, Statistics], on_observed: OnObserved
+    ) -> Generator[None]:
         yield None
 
 
@@ -124,8 +128,10 @@ class Streamed:
         device = calibration.streamed.device.type
         self.identity: Mapping[str, Any] = {"data": data, "device": device, "threads": threads}
 
-    def steps(self, kept: Kept) -> Generator[Sequence[int]]:
-        with closing(self.calibration.units(kept.statistics, kept.on_observed)) as units:
+    def steps(
+        self, finished: Mapping[int | None, Statistics], on_observed: OnObserved
+    ) -> Generator[Sequence[int]]:
+        with closing(self.calibration.units(finished, on_observed)) as units:
             for layer in units:
                 yield self.plan.shards_of(layer)
 
@@ -140,7 +146,9 @@ class Live:
         self.scales = scales
         self.is_writer = source.rank == 0
 
-    def steps(self, kept: Kept) -> Generator[Sequence[int]]:
+    def steps(
+        self, finished: Mapping[int | None, Statistics], on_observed: OnObserved
+    ) -> Generator[Sequence[int]]:
         for layer in units_of(self.plan, self.source):
             yield self.plan.shards_of(layer)
 

@@ -13,7 +13,9 @@ from fourfold.storage.output import OutputFolder
 from fourfold.verification import Report, verify
 
 
-def verify_written(job: Job, linears: list[LinearResult], on_event: OnEvent) -> Report | None:
+def verify_written(
+    job: Job, plan: Plan, linears: list[LinearResult], on_event: OnEvent
+) -> Report | None:
     """Read the output of `job` back and compare it with the source, tensor by tensor.
 
     Returns None on a rank that has no whole output to verify. A source that is sharded over ranks
@@ -32,7 +34,7 @@ def verify_written(job: Job, linears: list[LinearResult], on_event: OnEvent) -> 
         on_event=on_event,
     )
     if is_readable:
-        check_ledger(job.work, linears, report, job.folder)
+        check_ledger(plan, linears, report, job.folder)
     return report
 
 

@@ -33,17 +33,26 @@ from fourfold.storage.shard_file import ShardFile
 class OutputFolder(FileWriter):
     """The folder that a run writes: in the end a checkpoint, nothing, or what can be resumed."""
 
-    def __init__(self, folder: Path, rank: int = 0, *, markers: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        rank: int = 0,
+        *,
+        markers: Sequence[str] = (),
+        overwrite: bool = False,
+    ) -> None:
         """Describe the folder; nothing is read or written yet.
 
         Args:
             folder: The folder to write.
             rank: This process's rank.
+            overwrite: True starts over, and may replace what an earlier run of fourfold wrote.
             markers: Files of the layout that make the folder a checkpoint, beside config.json and
                 the index. They are written last and removed first.
         """
         super().__init__(folder)
         self.markers = (CONFIG, INDEX, *markers)
+        self.overwrite = overwrite
         self.state = RunState(folder, rank)
         self.is_begun = False
         """True once this rank has made the folder this run's own, to keep or to remove."""
@@ -51,7 +60,7 @@ class OutputFolder(FileWriter):
         """True once this run has removed an earlier checkpoint."""
         self._made_folder = False
 
-    def check(self, source: Path, *, overwrite: bool, what: str = "the model") -> None:
+    def check(self, source: Path, what: str = "the model") -> None:
         """Check that the folder may be written. Changes nothing.
 
         Args:
@@ -71,15 +80,15 @@ class OutputFolder(FileWriter):
             )
         with self._errors_of(self.folder):
             self.state.check_free()
-            check_contents(self.folder, self.state, overwrite=overwrite)
+            check_contents(self.folder, self.state, overwrite=self.overwrite)
 
-    def check_continues(self, identity: Mapping[str, Any] | None, *, overwrite: bool) -> None:
+    def check_resumable(self, identity: Mapping[str, Any] | None) -> None:
         """Check that an unfinished run in the folder is the one that `identity` describes.
 
         Raises:
             OutputError: It is another one. The message says what has changed.
         """
-        if not overwrite:
+        if not self.overwrite:
             check_resumable(self.folder, self.state, identity)
 
     def lock(self, token: str) -> None:
@@ -95,9 +104,7 @@ class OutputFolder(FileWriter):
             self._made_folder = not self.folder.exists()
             self.state.lock(token)
 
-    def begin(
-        self, identity: Mapping[str, Any] | None, files: Sequence[str], *, overwrite: bool
-    ) -> None:
+    def begin(self, identity: Mapping[str, Any] | None, files: Sequence[str]) -> None:
         """Make the folder this run's own: resume the unfinished run in it, or clear it.
 
         Args:
@@ -109,9 +116,10 @@ class OutputFolder(FileWriter):
                 there and not part of an earlier checkpoint.
         """
         with self._errors_of(self.folder):
-            check_contents(self.folder, self.state, overwrite=overwrite)
-            self.check_continues(identity, overwrite=overwrite)
-            if self.state.run is not None and self.state.has_finished_shards and not overwrite:
+            check_contents(self.folder, self.state, overwrite=self.overwrite)
+            self.check_resumable(identity)
+            has_run = self.state.run is not None and self.state.has_finished_shards
+            if has_run and not self.overwrite:
                 self.is_begun = True
                 self._remove_partial(files)
                 return

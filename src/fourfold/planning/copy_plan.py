@@ -1,0 +1,123 @@
+"""The part of a plan that does not depend on quantization: which tensors lie in which shard.
+
+`CopyPlan` alone describes a checkpoint that is written anew with the same tensors. `Plan` adds what
+is quantized, and how.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fourfold.layouts.base import LAYOUTS, Layout
+from fourfold.models.inventory import Inventory
+from fourfold.planning.limits import DEFAULT_LIMITS, Limits
+from fourfold.planning.rows import Row, Shard, raw_keys
+from fourfold.planning.shards import outputs_of, shard_names
+from fourfold.recipes import DEFAULT_LAYOUT
+from fourfold.storage.names import CONFIG, INDEX
+
+
+@dataclass(frozen=True, kw_only=True)
+class CopyPlan:
+    """Where every tensor of a source is written to, unchanged."""
+
+    source: Path
+    inventory: Inventory
+    rows: tuple[Row, ...]
+    shards: tuple[Shard, ...]
+    side_files: tuple[Path, ...]
+    dropped_files: tuple[Path, ...]
+    notes: tuple[str, ...]
+    """What a user should know: engines without a loader, files that are not copied."""
+    parts: int = 1
+    """The least number of shards of a decoder layer."""
+    limits: Limits = DEFAULT_LIMITS
+
+    @property
+    def model(self) -> str:
+        """The name of the source's folder, even if it was given as `.`."""
+        return os.path.basename(os.path.abspath(self.source))
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of the checkpoint that is written. Tensors that are copied are the same in
+        all layouts."""
+        return LAYOUTS[DEFAULT_LAYOUT]
+
+    @property
+    def settings(self) -> Any:
+        """What was asked for, as plain data: a run with other settings is another run."""
+        return "copy"
+
+    @cached_property
+    def nbytes(self) -> int:
+        return sum(row.nbytes for row in self.rows)
+
+    @cached_property
+    def nbytes_after(self) -> int:
+        return sum(shard.nbytes for shard in self.shards)
+
+    @cached_property
+    def largest_job(self) -> int:
+        """Bytes that the largest job has in memory at a time."""
+        return self.limits.copy_bytes
+
+    def memory(self, threads: int, workers: int | None = None) -> int:
+        """Estimate the memory of the job, without the interpreter and its libraries.
+
+        Args:
+            threads: The number of threads that compute.
+            workers: The number of workers that hold a job; by default a few more than `threads`.
+
+        Returns:
+            Bytes.
+        """
+        count = threads + self.limits.waiting if workers is None else workers
+        return count * self.largest_job * 3 // 2
+
+    @property
+    def calibration_memory(self) -> int:
+        """Bytes that running the model takes besides activations."""
+        return 0
+
+    def shards_of(self, layer: int | None) -> Sequence[int]:
+        """Return the numbers of a decoder layer's shards; for None, of the non-layer tensors'."""
+        return self._shards_by_layer.get(layer, ())
+
+    @cached_property
+    def _shards_by_layer(self) -> Mapping[int | None, Sequence[int]]:
+        numbers: dict[int | None, list[int]] = defaultdict(list)
+        for number, shard in enumerate(self.shards):
+            numbers[shard.layer].append(number)
+        return numbers
+
+    @cached_property
+    def digest(self) -> str:
+        """A digest of all that is written: each shard's tensors and what they are made of."""
+        digest = hashlib.sha256(repr(self._digested).encode())
+        for shard in self.shards:
+            for job in shard.jobs:
+                digest.update(repr((shard.layer, outputs_of(job, self.layout))).encode())
+                digest.update(repr(raw_keys(job)).encode())
+        return digest.hexdigest()
+
+    @property
+    def _digested(self) -> Any:
+        """What the digest covers besides the shards."""
+        return ()
+
+    @cached_property
+    def files(self) -> list[str]:
+        """Every file of the output, relative to its folder."""
+        return [*self.shard_names, *(path.as_posix() for path in self.side_files), INDEX, CONFIG]
+
+    @cached_property
+    def shard_names(self) -> tuple[str, ...]:
+        return shard_names(len(self.shards))
