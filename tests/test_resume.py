@@ -184,7 +184,7 @@ def test_all_that_was_left_is_the_end(job, written: Written, tmp_path: Path, mon
     assert_same(out, unbroken)
 
 
-def raise_full(*_: object) -> None:
+def raise_full(*_: object, **__: object) -> None:
     raise fourfold.OutputError("OUT: the disk is full")
 
 
