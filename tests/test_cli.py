@@ -174,7 +174,7 @@ def test_device_memory(
     check_error(run(*quantize, "--device", "cuda:99"), 2, "this machine has")
     check_error(run(*quantize, "--device", "tpu"), 2, "give cpu, cuda, cuda:N or auto")
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr("fourfold.execution.backend.uses_lanes", lambda _: True)
+    monkeypatch.setattr("fourfold.execution.backend.uses_device", lambda _: True)
     code, _, err = run(*quantize, "--device-memory", "0.0001", "--verbose", "--threads", 1)
     assert code == 0
     assert err.splitlines()[-1].startswith("weights are quantized on cpu, 2 batches at a time of ")

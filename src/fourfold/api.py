@@ -70,9 +70,9 @@ def plan(
     """
     chosen = _load_recipe(recipe)
     with opened(model, hf_config, trust_remote_code=trust_remote_code) as source:
-        made = make_plan(source, chosen)
-        check_placed(source, made.inventory)
-        return made
+        work = make_plan(source, chosen)
+        check_placed(source, work.inventory)
+        return work
 
 
 def quantize(

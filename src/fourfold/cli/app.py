@@ -1,4 +1,4 @@
-"""The command line: parses, calls the API, prints. Nothing else.
+"""The commands: each parses its options, calls the API and prints the result.
 
 PyTorch and transformers are imported inside the commands, so that `--help` answers at once.
 """
@@ -51,13 +51,13 @@ app = typer.Typer(
 def _options(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Errors with a traceback.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.")] = False,
 ) -> None:
     if version:
         print(f"fourfold {__version__}")
         raise typer.Exit
     if context.invoked_subcommand != "quantize" and launch().rank > 0:
-        raise typer.Exit  # the first rank does alone what is not shared out
+        raise typer.Exit  # only quantize shares its work among ranks
 
 
 @app.command()
@@ -69,59 +69,66 @@ def quantize(
     calib: Annotated[
         list[str] | None,
         typer.Option(
-            help="What the model reads for calibration: text, JSONL, Parquet, or a name on the "
-            "hub. May be repeated. By default a mixed text that comes with fourfold."
+            help="Calibration data: a text, JSONL or Parquet file, or a dataset on the hub. May be "
+            "repeated. By default a mixed text that comes with fourfold."
         ),
     ] = None,
     calib_size: Annotated[
-        int | None, typer.Option(help="Samples of calibration data; by default up to 128.")
+        int | None, typer.Option(help="How many calibration samples to use; by default up to 128.")
     ] = None,
     calib_seq: Annotated[
-        int | None, typer.Option(help="Tokens of a sample; by default up to 512.")
+        int | None, typer.Option(help="Tokens per sample; by default up to 512.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Samples that pass the model together.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Samples per forward pass.")] = 8,
     packing: Annotated[
-        str, typer.Option(help="packed: samples are full; padded: a document is a sample.")
+        str,
+        typer.Option(
+            help="packed: join documents and cut them into full samples; padded: a document is "
+            "a sample."
+        ),
     ] = "packed",
-    seed: Annotated[int, typer.Option(help="Which samples are chosen.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed for choosing samples.")] = 0,
     calibration: Annotated[
         Path | None,
-        typer.Option(help="The calibration.safetensors of an earlier run, instead of running."),
+        typer.Option(
+            help="Use the calibration.safetensors of an earlier run; the model is not run."
+        ),
     ] = None,
     device: Annotated[
         str,
         typer.Option(
-            help="Where weights are quantized, and the model runs for calibration: cpu, cuda, "
-            "cuda:N, auto."
+            help="Where to quantize weights and run the model for calibration: cpu, cuda, cuda:N "
+            "or auto."
         ),
     ] = "auto",
     device_memory: Annotated[
         float | None,
         typer.Option(
-            help="GB of the device that quantization may take; by default about 1, and no more "
-            "than half of what is free."
+            help="GB of GPU memory that quantization may use; by default about 1, and at most half "
+            "of what is free."
         ),
     ] = None,
     activation_memory: Annotated[
         float | None,
-        typer.Option(help="GB of activations in memory; the rest waits in a file in OUT.", min=0),
+        typer.Option(
+            help="GB of activations to keep in memory; the rest waits in a file in OUT.", min=0
+        ),
     ] = None,
     threads: Threads = None,
     shards: Shards = None,
     overwrite: Overwrite = False,
     no_verify: Annotated[
-        bool, typer.Option("--no-verify", help="Do not read OUT back to compare it with MODEL.")
+        bool, typer.Option("--no-verify", help="Do not read OUT back and compare it with MODEL.")
     ] = False,
     trust_remote_code: Trust = False,
     verbose: Annotated[
-        bool, typer.Option("--verbose", help="Say which kernels are used, and why.")
+        bool, typer.Option("--verbose", help="Say which kernels quantize the weights, and why.")
     ] = False,
     as_json: Json = False,
 ) -> None:
     """Quantize MODEL into OUT, and verify what was written.
 
-    The same command goes on with what a run that was stopped has left in OUT. Under torchrun, all
-    ranks share the work.
+    If a run was stopped, the same command resumes it. Under torchrun, all ranks share the work.
     """
     from fourfold import api
 
@@ -159,28 +166,28 @@ def plan(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Show what would be done, to what, and what it takes. Reads no weight."""
+    """Show what quantize would do to every kind of tensor. Reads no weight."""
     from fourfold import api
 
-    made = api.plan(model, recipe, hf_config=hf_config, trust_remote_code=trust_remote_code)
+    work = api.plan(model, recipe, hf_config=hf_config, trust_remote_code=trust_remote_code)
     if as_json:
-        print_json(made.to_dict())
+        print_json(work.to_dict())
     else:
-        console().print(plan_text(made), soft_wrap=True)
+        console().print(plan_text(work), soft_wrap=True)
 
 
 @app.command()
 def verify(
-    out: Annotated[Path, typer.Argument(help="The NVFP4 checkpoint, whoever wrote it.")],
+    out: Annotated[Path, typer.Argument(help="A checkpoint in NVFP4, whoever wrote it.")],
     source: Annotated[
-        str | None, typer.Option("--source", "-s", help="The checkpoint that it was made from.")
+        str | None, typer.Option("--source", "-s", help="The checkpoint that OUT was made from.")
     ] = None,
     hf_config: HfConfig = None,
     threads: Threads = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Check OUT tensor by tensor. Exit 0: clean, 1: a finding, 2: not readable."""
+    """Verify OUT tensor by tensor. Exit code 0: clean, 1: an error was found, 2: not readable."""
     from fourfold import api
 
     with CommandDisplay(quiet=as_json) as display:
@@ -209,14 +216,14 @@ def convert(
     threads: Threads = None,
     shards: Shards = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Begin anew where a run was stopped in OUT.")
+        bool, typer.Option("--overwrite", help="Start over if a run was stopped in OUT.")
     ] = False,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Write MODEL as a Hugging Face checkpoint, unquantized, and compare what was written.
+    """Write MODEL as a Hugging Face checkpoint, unquantized, and compare the two.
 
-    The same command goes on with what a run that was stopped has left in OUT.
+    If a run was stopped, the same command resumes it.
     """
     from fourfold import api
 
@@ -243,18 +250,19 @@ def merge(
     folders: Annotated[
         list[Path],
         typer.Argument(
-            metavar="DIR... OUT", help="What each node wrote, or one checkpoint; then OUT."
+            metavar="DIR... OUT",
+            help="The folders that the nodes wrote, or one checkpoint; then OUT.",
         ),
     ],
     shards: Annotated[int, typer.Option(min=1, help="Files for each layer, at least.")] = 1,
     threads: Threads = None,
     overwrite: Overwrite = False,
     no_verify: Annotated[
-        bool, typer.Option("--no-verify", help="Do not check OUT afterwards.")
+        bool, typer.Option("--no-verify", help="Do not verify OUT afterwards.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Join what nodes without a shared file system wrote, or cut a checkpoint anew."""
+    """Join what nodes without a shared file system wrote, or re-shard a checkpoint."""
     from fourfold import api
 
     if len(folders) < 2:
@@ -274,7 +282,7 @@ def merge(
 
 
 def _conclude(result: Result | Merged, as_json: bool) -> None:
-    """Say what was written, once; exit code 1 where it was verified and is not clean."""
+    """Print the result on the first rank; exit with 1 if the verification found an error."""
     if launch().rank == 0:
         if as_json:
             print_json(result.to_dict())
@@ -289,14 +297,14 @@ def inspect(
     folder: Annotated[Path, typer.Argument(help="Any safetensors checkpoint.")],
     as_json: Json = False,
 ) -> None:
-    """Show tensors, formats, sizes and scales at a glance."""
+    """Show the tensors of a checkpoint: formats, sizes and scales at a glance."""
     from fourfold.evaluation.inspection import inspect as run
 
-    found = run(folder)
+    inspection = run(folder)
     if as_json:
-        print_json(found.to_dict())
+        print_json(inspection.to_dict())
     else:
-        console().print(inspection_table(found))
+        console().print(inspection_table(inspection))
 
 
 @app.command()
@@ -305,14 +313,15 @@ def summary(
     role: Annotated[str | None, typer.Option(help="Only weights of this role.")] = None,
     layer: Annotated[int | None, typer.Option(min=0, help="Only weights of this layer.")] = None,
     every: Annotated[
-        bool, typer.Option("--all", help="A line for each weight, each expert's too.")
+        bool, typer.Option("--all", help="Print a line for each weight of each expert.")
     ] = False,
     worst: Annotated[
-        int | None, typer.Option(min=1, help="Only so many, the largest relative error first.")
+        int | None,
+        typer.Option(min=1, help="Only this many weights, the largest relative error first."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what was done to each linear weight: scales, input amax, tokens, error."""
+    """Show the result for each linear weight: scales, input amax, tokens, error."""
     from fourfold.reporting import read_summary, select, table_of
 
     document = read_summary(out)
@@ -347,12 +356,14 @@ def recipes(
     from fourfold.recipes import Recipe, builtin_names
 
     if name is None:
-        known = [Recipe.load(each) for each in builtin_names()]
+        all_recipes = [Recipe.load(builtin) for builtin in builtin_names()]
         if as_json:
-            print_json({each.name: each.model_dump(mode="json") for each in known})
+            print_json({recipe.name: recipe.model_dump(mode="json") for recipe in all_recipes})
         else:
-            for each in known:
-                console().print(f"[bold]{each.name}[/]\n    {each.description}", highlight=False)
+            for recipe in all_recipes:
+                console().print(
+                    f"[bold]{recipe.name}[/]\n    {recipe.description}", highlight=False
+                )
         return
     chosen = Recipe.load(name)
     if as_json:
@@ -368,7 +379,7 @@ def demo(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Do the whole job on the embedded model, offline, and show what it did to the model."""
+    """Quantize the embedded model, offline, and show how its output changes."""
     from fourfold import api
     from fourfold.embedded import model_dir
     from fourfold.evaluation.demo import demonstrate, is_demo_output
@@ -393,19 +404,19 @@ def demo(
 
 @app.command()
 def generate(
-    out: Annotated[str, typer.Argument(help="The NVFP4 checkpoint.")],
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The beginning of a text.")],
+    out: Annotated[str, typer.Argument(help="A checkpoint in NVFP4.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue.")],
     source: Annotated[
-        str | None, typer.Option("--source", "-s", help="The checkpoint that it was made from.")
+        str | None, typer.Option("--source", "-s", help="The checkpoint that OUT was made from.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="How much to write, at most.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the tokens that are drawn.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="How many tokens to generate, at most.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Random seed for sampling.")] = 0,
     simulate_activations: Annotated[
         bool | None,
         typer.Option(
             "--simulate-activations/--weights-only",
-            help="Round activations, too; by default where OUT is W4A4.",
+            help="Also round activations; by default if OUT is W4A4.",
             show_default=False,
         ),
     ] = None,
@@ -413,17 +424,17 @@ def generate(
         bool | None,
         typer.Option(
             "--stream/--no-stream",
-            help="One layer in memory at a time; by default where the model does not fit.",
+            help="Load one layer at a time; by default if the model does not fit into memory.",
             show_default=False,
         ),
     ] = None,
     device: Annotated[
-        str, typer.Option(help="Where the models run: cpu, cuda, cuda:N, auto.")
+        str, typer.Option(help="Where to run the models: cpu, cuda, cuda:N or auto.")
     ] = "auto",
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Show what the model and the quantized model write after a prompt, side by side."""
+    """Let the quantized model and its source continue a prompt, side by side."""
     from fourfold import api
 
     with CommandDisplay(quiet=as_json) as display:

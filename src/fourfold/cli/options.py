@@ -60,10 +60,10 @@ def as_options(message: str) -> str:
     """A message in which arguments of Python are spelled as options: `calib_size=0` as
     --calib-size 0."""
 
-    def spell(found: re.Match[str]) -> str:
-        name, value = found.groups()
+    def spell(argument: re.Match[str]) -> str:
+        name, value = argument.groups()
         if name not in _OPTIONS:
-            return found[0]
+            return argument[0]
         return _OPTIONS[name] if value in (None, "True", "False") else f"{_OPTIONS[name]} {value}"
 
     return re.sub(r"`(\w+)(?:=([^`]*))?`", spell, message)

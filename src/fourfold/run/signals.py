@@ -69,8 +69,8 @@ class SignalGuard:
         if not self._is_writing:
             self._end(number, self._outcome)
             return
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_IGN)  # a second signal must not stop the clean-up
+        for both in SIGNALS:
+            signal.signal(both, signal.SIG_IGN)  # a second signal must not stop the clean-up
         raise StoppedError(number)
 
 

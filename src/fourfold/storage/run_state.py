@@ -131,7 +131,7 @@ class RunState:
 
     def _write(self, path: Path, record: Mapping[str, Any]) -> None:
         with replacing(path) as handle:
-            handle.write(json.dumps(record, ensure_ascii=False).encode())
+            handle.write(json.dumps(record).encode())
 
     def release(self) -> None:
         """Give the lock back."""
