@@ -129,7 +129,6 @@ def render_report(summary: QuantSummary) -> str:
     return environment.get_template(f"{REPORT}.jinja").render(
         summary=summary,
         recipe=_recipe(summary),
-        is_balanced=_is_balanced(summary),
         tiles=_tiles(summary),
         roles=_roles(summary.roles),
         errors=_spreads("role", linears, attrgetter("role"), attrgetter("relative_error")),
@@ -155,11 +154,6 @@ def _recipe(summary: QuantSummary) -> list[str]:
         entries, sort_keys=False, default_flow_style=None, width=1000, allow_unicode=True
     )
     return text.splitlines()
-
-
-def _is_balanced(summary: QuantSummary) -> bool:
-    planned = summary.ledger.linear_weights_planned
-    return planned == summary.ledger.linear_weights_quantized == len(summary.linears)
 
 
 def _tiles(summary: QuantSummary) -> list[tuple[str, str, str]]:
