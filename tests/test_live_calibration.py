@@ -330,9 +330,8 @@ def failing(rank: int, failure: str, folder: Path, tmp_path: Path) -> None:
     if failure == "plan" and rank == 1:
         preflight.check_room = broken
     if failure == "nan" and rank == 1:
-        from fourfold.calibration import observers
-
-        observers._row_amax = lambda x: torch.full(x.shape[:-1], torch.inf)
+        norm = next(x for path, x in model.named_modules() if path.endswith("1.input_layernorm"))
+        norm.register_forward_hook(lambda _, __, output: output * torch.inf)
     fourfold.quantize(
         model, tmp_path / "out", RECIPE, forward_loop=loop, runtime=Runtime(threads=1)
     )

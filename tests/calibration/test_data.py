@@ -398,28 +398,17 @@ def test_templates_that_print_the_date_give_the_same_on_every_day(tmp_path: Path
 # --- how much is read ---------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("packing", "needed"), [("packed", 4 * 50 // 10), ("padded", 4)])
 def test_a_huge_file_is_read_as_far_as_it_is_needed(
-    words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    packing: str, needed: int, words: Path, tmp_path: Path
 ) -> None:
-    path = write_jsonl(tmp_path / "huge.jsonl", numbered(20_000, 10))
-    parsed: list[bytes] = []
-    parse = readers._parse_line
-
-    def counting(where: str, line: bytes) -> Any:
-        parsed.append(line)
-        return parse(where, line)
-
-    monkeypatch.setattr(readers, "_parse_line", counting)
-    load(words, path, size=4, seq=50)
-    assert len(parsed) == module.POOL * 4 * 50 // 10
-    parsed.clear()
-    load(words, path, size=4, seq=50, packing="padded")
-    assert len(parsed) == module.POOL * 4
+    """A broken line behind the pool is not noticed; one within it is."""
+    path = write_jsonl(tmp_path / "huge.jsonl", numbered(module.POOL * needed, 10))
     with path.open("a") as file:
         file.write("{broken")
-    load(words, path, size=4, seq=50)
-    with pytest.raises(CalibrationError, match="line 20001"):
-        load(words, path, size=20_000, seq=10)
+    load(words, path, size=4, seq=50, packing=packing)
+    with pytest.raises(CalibrationError, match=f"line {module.POOL * needed + 1}"):
+        load(words, path, size=5, seq=50, packing=packing)
 
 
 def test_files_are_read_in_turn(words: Path, tmp_path: Path) -> None:

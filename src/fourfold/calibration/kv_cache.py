@@ -1,9 +1,9 @@
-"""A cache that records the largest keys and values, and stores nothing.
+"""A cache that shows the keys and values it is given, and stores nothing.
 
 Attention gives its cache the keys after rotary embedding, and the values: what an engine with an
-FP8 KV cache would store. In a single pass over a text nothing has to be remembered, so the cache
-gives back what it was given, and takes no memory. Only where a decoder reads what an encoder left
-in the cache does it remember.
+FP8 KV cache would store. A single pass over a text reads nothing from the cache again, so it
+returns its inputs and takes no memory. It stores them only if a decoder reads what an encoder put
+there.
 """
 
 from __future__ import annotations
@@ -17,35 +17,35 @@ from typing import Any
 import torch
 
 Record = Callable[[torch.Tensor, torch.Tensor], None]
-"""Is shown the keys and the values of one update."""
+"""Called with the keys and the values of one update."""
 
 
 def recording_cache(model: Any, record: Record) -> Any:
-    """A cache to give to one call of `model`: `model(…, past_key_values=cache, use_cache=True)`."""
-    made = _made(_recording(_cache_class(model)), model)
-    made.record = record
-    made.remembers = _reads_the_encoders(model)
-    return made
+    """Return a cache for one call: `model(…, past_key_values=cache, use_cache=True)`."""
+    recording = _new_cache(_recording(_cache_class(model)), model)
+    recording.record = record
+    recording.remembers = _reads_the_encoders(model)
+    return recording
 
 
 def usual_cache(model: Any) -> Any:
-    """The cache that the model would make for itself: it stores, and a later call may read it."""
-    return _made(_cache_class(model), model)
+    """Return the cache that the model would make for itself; a later call may read it."""
+    return _new_cache(_cache_class(model), model)
 
 
-def _made(cache_class: type, model: Any) -> Any:
+def _new_cache(cache_class: type, model: Any) -> Any:
     takes_config = "config" in inspect.signature(cache_class).parameters
     return cache_class(config=model.config) if takes_config else cache_class()
 
 
 def _reads_the_encoders(model: Any) -> bool:
-    """Whether a decoder attends to keys that an encoder left in the cache that both are given."""
+    """True if a decoder attends to keys that an encoder has put into their common cache."""
     has_decoder = "decoder_input_ids" in inspect.signature(model.forward).parameters
     return has_decoder and not model.config.is_encoder_decoder
 
 
 def _cache_class(model: Any) -> type:
-    """The cache that this model makes for itself: its module's own, or transformers' usual one."""
+    """The class of the cache that the model makes for itself: its module's own, or the default."""
     from transformers import DynamicCache
 
     module = sys.modules[type(model).__module__]
@@ -65,7 +65,7 @@ def _recording(base: type) -> type:
 
 
 class _Recording:
-    """Goes before a cache class: records, and forgets."""
+    """A mixin before a cache class: it records updates and drops states."""
 
     record: Record
     remembers: bool
@@ -100,7 +100,7 @@ class _Recording:
         return states
 
     def set_linear_cache(self, layer_idx: int, linear_cache: torch.Tensor) -> None:
-        """MiniMax's recurrent states: large, and nobody reads them in a single pass."""
+        """Drop MiniMax's recurrent states, which are large and not read in a single pass."""
         cache: Any = super()
         cache.set_linear_cache(layer_idx, linear_cache.new_empty(0))
 
@@ -112,7 +112,7 @@ def _forget(states: Any) -> None:
 
 
 def record_updates(cache: Any, record: Record) -> Callable[[], None]:
-    """Let a cache that stores be recorded too; what is returned undoes it."""
+    """Record the updates of a cache that stores; return a function that undoes it."""
     if "update" in vars(cache):
         return lambda: None
     update = cache.update

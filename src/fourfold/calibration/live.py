@@ -35,7 +35,8 @@ ForwardLoop = Callable[[Any], object]
 
 
 def units_of(plan: Plan, source: Source) -> Iterator[int | None]:
-    """Every decoder layer, then the shell (None); each in memory while it is the present one."""
+    """Yield every decoder layer, then None for the non-layer tensors; each is in memory until the
+    next one."""
     for layer in (*range(len(plan.inventory.layer_paths)), None):
         shards = (plan.shards[number] for number in plan.shards_of(layer))
         jobs = (job for shard in shards for job in shard.jobs)
