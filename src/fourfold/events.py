@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Event:
     """Base of all events."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PlanMade(Event):
     """The plan is made, and disk and memory suffice for it."""
 
@@ -36,7 +36,7 @@ class PlanMade(Event):
     """The `fourfold.Plan`."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class BackendChosen(Event):
     """It is known which backend will quantize the weights."""
 
@@ -48,14 +48,14 @@ class BackendChosen(Event):
     """True if a faster backend exists for this device but cannot be used."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class WarningIssued(Event):
     """Something goes otherwise than it was meant; each warning is issued once."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class DataLoaded(Event):
     """The calibration data is read and cut into samples."""
 
@@ -72,14 +72,14 @@ class DataLoaded(Event):
     """How the first sample begins."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class WritingBegan(Event):
     """From now on `out` holds an unfinished run, which must be cleaned up if the run ends early."""
 
     out: Path
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Resumed(Event):
     """An earlier run has finished some of the shards; this run does the others."""
 
@@ -88,7 +88,7 @@ class Resumed(Event):
     """How many there are in all."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LayerCalibrated(Event):
     """All calibration data has passed a decoder layer."""
 
@@ -97,7 +97,7 @@ class LayerCalibrated(Event):
     layers: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ShardWritten(Event):
     """A shard is on the disk."""
 
@@ -111,7 +111,7 @@ class ShardWritten(Event):
     bytes_total: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class BytesCopied(Event):
     """Tensors were copied into a merged checkpoint."""
 
@@ -119,14 +119,14 @@ class BytesCopied(Event):
     bytes_total: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class OutputComplete(Event):
     """`out` is a whole checkpoint; what follows only reads it."""
 
     out: Path
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class BytesVerified(Event):
     """Some of the output was verified."""
 
@@ -134,7 +134,7 @@ class BytesVerified(Event):
     bytes_total: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TokenGenerated(Event):
     """A model has generated a token."""
 

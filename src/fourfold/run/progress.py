@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fourfold.distributed.launcher import launch
-from fourfold.distributed.machine import resident
 from fourfold.events import (
     BytesCopied,
     BytesVerified,
@@ -82,7 +81,7 @@ class ProgressDisplay:
         rate = self._rate("quantizing", event.bytes_done)
         self.say(
             f"  {event.unit}: shard {event.shards_done}/{event.shards} · {rate} · "
-            f"{size(resident())} resident",
+            f"{_resident()} resident",
             style="dim",
         )
 
@@ -97,12 +96,18 @@ class ProgressDisplay:
         if name not in self._tasks:
             self._tasks[name] = self._bars.add_task(name, total=total, rate="", rss="")
         self._bars.update(
-            self._tasks[name], completed=done, total=total, rate=rate, rss=size(resident())
+            self._tasks[name], completed=done, total=total, rate=rate, rss=_resident()
         )
 
     def _rate(self, name: str, done: int) -> str:
         seconds = time.perf_counter() - self._begun[name]
         return f"{size(int(done / seconds))}/s" if seconds > 0.2 else ""
+
+
+def _resident() -> str:
+    from fourfold.distributed.machine import resident  # psutil would slow down `--help`
+
+    return size(resident())
 
 
 def sentence(event: DataLoaded | Resumed) -> str:
