@@ -37,7 +37,7 @@ class Row:
     nbytes: int
     nbytes_after: int
     linears: int
-    """How many linear weights it holds that are quantized."""
+    """The number of quantized linear weights in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class Shard:
 
 
 def job_bytes(job: Job) -> int:
-    """Bytes of the source that a job reads."""
+    """Return the bytes of the source that a job reads."""
     match job:
         case ScaleGroup():
             size = BITS[job.linears[0].dtype] // 8
@@ -92,7 +92,7 @@ def job_bytes(job: Job) -> int:
 
 
 def is_plain(region: Region) -> bool:
-    """Whether consecutive rows of the matrix are consecutive rows of the raw tensor."""
+    """True if consecutive rows of the matrix are consecutive rows of the raw tensor."""
     return region.expert is None and not region.transposed and region.rows.step == 1
 
 
@@ -109,7 +109,7 @@ def observed_site(linear: LinearWeight) -> str:
 
 
 def raw_keys(job: Job) -> list[str]:
-    """The raw tensors that a job reads."""
+    """Return the raw tensors that a job reads."""
     match job:
         case ScaleGroup():
             return [linear.region.key for linear in job.linears]
@@ -122,7 +122,7 @@ def raw_keys(job: Job) -> list[str]:
 
 
 def slabs_of(job: Job) -> Iterator[tuple[str, int, int]]:
-    """The slabs that a job reads: raw tensor, first row, the one past the last."""
+    """Yield the slabs that a job reads: raw tensor, first row, the row after the last."""
     match job:
         case ScaleGroup():
             yield from dict.fromkeys((x.region.key, *x.region.slab) for x in job.linears)

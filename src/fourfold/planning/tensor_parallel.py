@@ -1,4 +1,4 @@
-"""Which tensor-parallel sizes an engine can load a quantized model with, and why not others.
+"""The tensor-parallel sizes with which engines can load a quantized model, and why not others.
 
 A rank holds 1/TP of each linear layer: of the rows of most, of the columns (inputs) of those
 that close a block (`o_proj`, `down_proj`, …). Columns are cut between blocks of the format, and

@@ -311,10 +311,11 @@ class Recipe(_Strict):
 
     @classmethod
     def load(cls, name: str | Path) -> Recipe:
-        """The built-in recipe of that name, or the one in a YAML file.
+        """Return the built-in recipe of that name, or the one in a YAML file.
 
-        Raises `RecipeError` for an unknown name (with the nearest ones), a file that cannot be
-        read, and keys or values that no recipe has.
+        Raises:
+            RecipeError: The name is unknown, the file cannot be read, or it has keys or values that
+                no recipe has. The message names the nearest valid ones.
         """
         path = Path(name)
         if path.suffix in {".yaml", ".yml"} or path.exists():
@@ -348,13 +349,13 @@ class Recipe(_Strict):
         return recipe
 
     def to_yaml(self) -> str:
-        """This recipe as YAML that `load` reads back."""
+        """Return this recipe as YAML that `load` reads back."""
         data = self.model_dump(mode="json", exclude={"name"})
         return yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=100)
 
 
 def builtin_names() -> list[str]:
-    """The names of the recipes that come with fourfold."""
+    """Return the names of the recipes that come with fourfold."""
     folder = resources.files("fourfold.recipes")
     return sorted(
         entry.name.removesuffix(".yaml")

@@ -1,5 +1,5 @@
-"""What the Triton kernels share: how blocks of 16 weights come into registers, and what is done
-with the bits of their formats.
+"""The parts that the Triton kernels share: loading blocks of 16 weights into registers, and taking
+the bits of their formats apart.
 
 A thread holds a block, its 16 magnitudes in 16 variables (a tuple, in Triton's words), so that no
 value passes between threads, and the search runs as it would in CUDA. Bytes are read as words of
@@ -66,12 +66,12 @@ def load_blocks(words, at, valid, KIND: tl.constexpr):
 @triton.jit
 def _magnitudes(word, KIND: tl.constexpr):
     if KIND == FLOAT32:
-        found = (as_float(word & 0x7FFFFFFF),)
+        magnitudes = (as_float(word & 0x7FFFFFFF),)
     elif KIND == BFLOAT16:
-        found = (as_float((word << 16) & 0x7FFF0000), as_float(word & 0x7FFF0000))
+        magnitudes = (as_float((word << 16) & 0x7FFF0000), as_float(word & 0x7FFF0000))
     else:
-        found = (half(word & 0x7FFF), half((word >> 16) & 0x7FFF))
-    return found
+        magnitudes = (half(word & 0x7FFF), half((word >> 16) & 0x7FFF))
+    return magnitudes
 
 
 @triton.jit
@@ -83,10 +83,10 @@ def half(bits):
 @triton.jit
 def largest(magnitudes):
     """The largest magnitude of each block."""
-    found = magnitudes[0]
+    bmax = magnitudes[0]
     for k in tl.static_range(1, 16):
-        found = tl.maximum(found, magnitudes[k])
-    return found
+        bmax = tl.maximum(bmax, magnitudes[k])
+    return bmax
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The numba kernels, called with tensors: addresses, strides and dtypes are sorted out here.
+"""The numba kernels, called with tensors: turns these into addresses, strides and kinds.
 
 Import this module only through `nvfp4`, at first use: it imports numba.
 """
@@ -46,7 +46,7 @@ def quantize(
 ) -> tuple[float, float, int]:
     """Σ(w − q·s·S)², Σw² and the number of blocks settled by the definition; fills the buffers.
 
-    A sum that is not finite says that the bytes are void: NaN or Inf in the weight, or a weight so
+    If a sum is not finite, the bytes are void: NaN or Inf in the weight, or a weight so
     far beyond 6·448·S that float32 cannot tell the losses apart.
     """
     w_OI = _rows(weight_OI)
@@ -109,7 +109,7 @@ def error_energy(
 
 
 def census(scales: Tensor) -> tuple[int, int, int, int]:
-    """How many bytes are zero, NaN, negative, subnormal."""
+    """Return how many block scales are zero, NaN, negative and subnormal."""
     scales = scales.contiguous()
     zero, nan, negative, subnormal = stream_cpu.census_kernel(scales.data_ptr(), scales.numel())
     return zero, nan, negative, subnormal

@@ -1,11 +1,12 @@
-"""The Triton kernels, called with tensors: layouts, grids and tiles are sorted out here.
+"""The Triton kernels, called with tensors: chooses memory layouts, grids and tiles.
 
-Any thread may call them: one launches at a time. That takes microseconds, but for the first time,
-when Triton compiles and loads; it hands out a kernel that is not loaded yet.
+Any thread may call them, but one launches at a time. A launch takes microseconds, except the
+first, for which Triton compiles and loads the kernel: without the lock, Triton could hand out a
+kernel that is not loaded yet.
 
-Import this module only through `nvfp4` and `activations`, at first use: it imports Triton. Nothing
-here waits for the device, but `tune`. With TRITON_INTERPRET set when Triton is imported, kernels
-are interpreted, on tensors in CPU memory.
+Import this module only through `nvfp4` and `activations`, at first use: it imports Triton. Only
+`tune` and `quantize_matrix` wait for the device. With TRITON_INTERPRET set when Triton is imported,
+kernels are interpreted, on tensors in CPU memory.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from fourfold.formats.nvfp4 import stream_cuda, sweep, sweep_cuda
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 HAS_FMA = not INTERPRETED
-"""Whether `tl.fma` fuses: the interpreter multiplies and adds."""
+"""True if `tl.fma` fuses; the interpreter multiplies and adds."""
 
 TILES = ((32, 1), (64, 1), (64, 2), (128, 2), (128, 4))
-"""Blocks of a tile, and the warps that have them, among which `tune` chooses."""
+"""The tile sizes that `tune` times: blocks of a tile, and the warps that process them."""
 
 DEFAULT_TILE = (32, 1)
-"""Least registers wasted, and a loop is left as soon as 32 blocks agree; by counting instructions
-(`benchmarks/NOTES.md`), not by measuring."""
+"""The tile that is used untuned: it wastes the fewest registers, and its loops end once 32 blocks
+agree. This was found by counting instructions (`benchmarks/NOTES.md`), not by measuring."""
 
 _KINDS = {
     torch.bfloat16: sweep.BFLOAT16,
@@ -46,7 +47,7 @@ _tuned: dict[tuple[int | None, int, int, bool], tuple[int, int]] = {}
 
 
 def amaxes(weight_NX: Tensor) -> Tensor:
-    """float32 [N]: the largest magnitude of each weight; not finite if it holds Inf or NaN."""
+    """Return each weight's largest magnitude, float32 [N]; not finite if it holds Inf or NaN."""
     w_NX = _aligned(weight_NX)
     words_NW = w_NX.view(torch.int64)
     count, tile = words_NW.shape[1], _MANY_WORDS if INTERPRETED else _AMAX_WORDS
@@ -123,9 +124,9 @@ def quantize_matrix(
     w_1X, codes, scales = (x.reshape(1, -1) for x in (weight_OI, codes_out, block_scale_out))
     s_1 = torch.tensor([global_scale], dtype=torch.float32, device=weight_OI.device)
     error, energy = quantize(w_1X, codes, scales, s_1, algorithm)[0].tolist()
-    for made, out in ((codes, codes_out), (scales, block_scale_out)):
-        if made.data_ptr() != out.data_ptr():
-            out.copy_(made.view(out.shape))
+    for filled, out in ((codes, codes_out), (scales, block_scale_out)):
+        if filled.data_ptr() != out.data_ptr():
+            out.copy_(filled.view(out.shape))
     return error, energy
 
 
@@ -134,7 +135,7 @@ def dequantize(codes: Tensor, scales: Tensor, global_scale: float, out: Tensor) 
     is_bf16 = out.dtype == torch.bfloat16
     codes = _aligned(codes.reshape(1, -1))
     words = codes.view(torch.int16 if is_bf16 else torch.uint8)
-    made = _own(out.view(1, -1), 8)
+    buffer = _own(out.view(1, -1), 8)
     count, tile = words.numel(), _MANY_WORDS if INTERPRETED else _DEQUANTIZE_WORDS
     if count:
         with _on(codes):
@@ -142,14 +143,14 @@ def dequantize(codes: Tensor, scales: Tensor, global_scale: float, out: Tensor) 
                 words,
                 scales.contiguous(),
                 global_scale,
-                made.view(torch.int64),
+                buffer.view(torch.int64),
                 count,
                 is_bf16,
                 tile,
                 enable_fp_fusion=False,
             )
-    if made.data_ptr() != out.data_ptr():
-        out.copy_(made.view(out.shape))
+    if buffer.data_ptr() != out.data_ptr():
+        out.copy_(buffer.view(out.shape))
 
 
 def fake_quantize(x: Tensor, input_scale: float, out: Tensor) -> None:
@@ -170,11 +171,11 @@ def fake_quantize(x: Tensor, input_scale: float, out: Tensor) -> None:
 
 
 def tune(device: torch.device, dtype: torch.dtype, algorithm: int, packs: bool = True) -> None:
-    """Compile the kernel for all `TILES`, and let later calls use the one that is fastest here.
+    """Compile the kernel for all `TILES`, time them, and let later calls use the fastest.
 
-    Takes some seconds the first time on a machine (Triton keeps what it compiled), a quarter of a
-    GB of the device's memory, and waits for the device. Without room the default stays. Call it
-    before other threads use the kernels.
+    It takes some seconds the first time on a machine (Triton caches what it compiled) and a quarter
+    of a GB of the device's memory, and waits for the device. If there is no room, the default tile
+    stays. Call it before other threads use the kernels.
     """
     if device.type == "cuda" and device.index is None:  # as tensors on it name it
         device = torch.device("cuda", torch.cuda.current_device())
@@ -218,15 +219,15 @@ def _median(work: Callable[[], Any]) -> float:
         for _ in range(8):
             work()
     graph.replay()
-    found = []
+    times = []
     for _ in range(5):
         begin, end = (api.Event(enable_timing=True) for _ in "be")
         begin.record()
         graph.replay()
         end.record()
         end.synchronize()
-        found.append(float(begin.elapsed_time(end)))
-    return statistics.median(found)
+        times.append(float(begin.elapsed_time(end)))
+    return statistics.median(times)
 
 
 def _aligned(tensor: Tensor) -> Tensor:
@@ -236,14 +237,14 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 
 def _own(buffer: Tensor, alignment: int) -> Tensor:
-    """The buffer, or one like it that the kernels can write."""
+    """The buffer, or a new one like it if the kernels cannot write to it."""
     fits = buffer.is_contiguous() and buffer.data_ptr() % alignment == 0
     return buffer if fits else torch.empty_like(buffer, memory_format=torch.contiguous_format)
 
 
 @contextmanager
 def _on(tensor: Tensor) -> Iterator[None]:
-    """Launch on the tensor's device, no other thread meanwhile."""
+    """Make the tensor's device current and keep other threads from launching."""
     device = torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
     with _launching, device:
         try:
@@ -254,8 +255,8 @@ def _on(tensor: Tensor) -> Iterator[None]:
 
 
 def _forget() -> None:
-    """Let Triton load its kernels anew (it has them on disk): one that found no memory when it was
-    loaded stays as it is otherwise, and cannot be launched."""
+    """Let Triton load its kernels again, from its cache on disk. A kernel for which there was no
+    memory when it was loaded would otherwise stay in that state, and could never be launched."""
     for kernel in (
         sweep_cuda.quantize_kernel,
         stream_cuda.amax_kernel,

@@ -1,4 +1,4 @@
-"""What the CPU kernels share: 64 blocks side by side, so that every step is a vector operation.
+"""The parts that the CPU kernels share: 64 blocks in SIMD lanes, each step a vector operation.
 
 A block is 16 weights, and most of what is done to it is per block: its scale, its loss, whether a
 candidate won. The kernels therefore work on 64 blocks in lockstep, transposed: row k of a scratch

@@ -175,7 +175,7 @@ def error_kernel(
 
 @entry_point
 def census_kernel(scales: int, n: int) -> Any:
-    """How many bytes are zero, NaN, negative and subnormal."""
+    """Return how many bytes are zero, NaN, negative and subnormal."""
     zero, nan, negative, subnormal = 0, 0, 0, 0
     for i in range(n):
         byte = load_u8(scales + i)

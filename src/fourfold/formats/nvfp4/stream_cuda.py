@@ -29,12 +29,12 @@ def amax_kernel(words, result, count, KIND: tl.constexpr, TILE: tl.constexpr):
     bits = tl.load(words + (n.to(tl.int64) * count + word), mask=word < count, other=0)
     if KIND == FLOAT32:
         low = bits.to(tl.int32) & 0x7FFFFFFF
-        found = tl.maximum(low, (bits >> 32).to(tl.int32) & 0x7FFFFFFF)
+        magnitude = tl.maximum(low, (bits >> 32).to(tl.int32) & 0x7FFFFFFF)
     else:
         low, high = bits.to(tl.int32), (bits >> 32).to(tl.int32)
-        found = tl.maximum(low & 0x7FFF, (low >> 16) & 0x7FFF)
-        found = tl.maximum(found, tl.maximum(high & 0x7FFF, (high >> 16) & 0x7FFF))
-    tl.atomic_max(result + n, tl.max(found, axis=0))
+        magnitude = tl.maximum(low & 0x7FFF, (low >> 16) & 0x7FFF)
+        magnitude = tl.maximum(magnitude, tl.maximum(high & 0x7FFF, (high >> 16) & 0x7FFF))
+    tl.atomic_max(result + n, tl.max(magnitude, axis=0))
 
 
 @triton.jit
@@ -81,13 +81,13 @@ def fake_quantize_kernel(x, input_scale, out, blocks, KIND: tl.constexpr, TILE: 
     byte = e4m3_byte(tl.minimum(quotient, 448.0))
     m = tl.where(byte == 0, 1.0, scale_of(byte) * input_scale)[:, None]
     _, q = round_e2m1(tl.math.div_rn(as_float(tl.minimum(magnitude, 0x7F800000)), m))
-    found = tl.where((byte == 0)[:, None], 0.0, q * m)
-    found = as_float(as_bits(found) | sign)
-    found = tl.where((bmax > 0x7F800000)[:, None], _NAN, found)
+    rounded = tl.where((byte == 0)[:, None], 0.0, q * m)
+    rounded = as_float(as_bits(rounded) | sign)
+    rounded = tl.where((bmax > 0x7F800000)[:, None], _NAN, rounded)
     if KIND == FLOAT32:
-        bits = as_bits(found)
+        bits = as_bits(rounded)
     elif KIND == BFLOAT16:
-        bits = bf16_bits(found).to(tl.int16)
+        bits = bf16_bits(rounded).to(tl.int16)
     else:
-        bits = found.to(tl.float16).to(tl.int16, bitcast=True)
+        bits = rounded.to(tl.float16).to(tl.int16, bitcast=True)
     tl.store(out + at, bits, mask=valid)

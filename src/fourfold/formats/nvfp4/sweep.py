@@ -61,13 +61,13 @@ but from fl32(w/m), correctly rounded, once for the winner.
 from __future__ import annotations
 
 MAX, MSE, MSE_FULL = 0, 1, 2
-"""What a kernel is asked for: scales by max, by the search, or by the search without parts 1-3."""
+"""How a kernel chooses scales: by max, by the search, or by the search without parts 1-3."""
 
 BFLOAT16, FLOAT16, FLOAT32 = 0, 1, 2
-"""What a weight is made of."""
+"""The dtype of a weight."""
 
 SPLIT = 2.0**22 + 1
-"""Of part 5."""
+"""The factor of part 5."""
 
 EDGE = 1 / 6.99
 """FIRST is the least byte whose step is not below b times this (part 1)."""

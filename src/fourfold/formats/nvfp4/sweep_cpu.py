@@ -172,7 +172,7 @@ def _reach(best: Any, energy: Any) -> Any:
 
 @contract
 def _below_can_win(f: Any, global_scale: Any, step: Any) -> Any:
-    """Whether any lane may have a winner at FIRST − step or lower (part 2)."""
+    """True if any lane may have a winner at FIRST − step or lower (part 2)."""
     alive = u32(0)
     for lane in range(LANES):
         first = as_bits(get(f, FIRST + lane))
@@ -185,7 +185,7 @@ def _below_can_win(f: Any, global_scale: Any, step: Any) -> Any:
 
 @contract
 def _count_close(f: Any) -> Any:
-    """How many lanes have a second best within reach."""
+    """Return how many lanes have a second best within reach."""
     close = u32(0)
     for lane in range(LANES):
         reach = _reach(get(f, BEST + lane), get(f, ENERGY + lane))

@@ -219,6 +219,6 @@ def quantize_kernel(
 def _store_sums(sums, values, square, blocks, TILE: tl.constexpr):
     parts = tl.cdiv(blocks, FIGURES)
     part = tl.program_id(0) * (TILE // FIGURES) + tl.arange(0, TILE // FIGURES)
-    found = tl.sum(tl.reshape(values, (TILE // FIGURES, FIGURES)), axis=1)
+    part_sums = tl.sum(tl.reshape(values, (TILE // FIGURES, FIGURES)), axis=1)
     to = sums + (tl.program_id(1).to(tl.int64) * parts + part)
-    tl.store(to, found.to(tl.float64) * square, mask=part < parts)
+    tl.store(to, part_sums.to(tl.float64) * square, mask=part < parts)

@@ -42,7 +42,7 @@ FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class ScaleAlgorithm(StrEnum):
-    """How block scales are chosen."""
+    """The ways to choose block scales that the kernels know."""
 
     MAX = "max"
     MSE = "mse"
@@ -63,7 +63,7 @@ class QuantizeStats:
 
 @dataclass(frozen=True)
 class BlockScaleCensus:
-    """How many block scales of a tensor are not what an engine expects."""
+    """Counts of block scales that engines do not expect."""
 
     zero: int
     nan: int
@@ -93,9 +93,10 @@ class NVFP4Tensor:
 
 
 def amax(weight: Tensor, *, name: str = "weight", kernel: Kernel | str = "auto") -> float:
-    """The largest magnitude of a bf16, fp16 or fp32 tensor of any shape; 0.0 if it is empty.
+    """Return the largest magnitude of a bf16, fp16 or fp32 tensor of any shape; 0.0 if it is empty.
 
-    Raises NonFiniteError, naming tensor and position, if the weight holds NaN or Inf.
+    Raises:
+        NonFiniteError: The weight holds NaN or Inf; the message names the tensor and the position.
     """
     _check_dtype(weight, name)
     weight = weight.detach()
@@ -111,9 +112,10 @@ def amax(weight: Tensor, *, name: str = "weight", kernel: Kernel | str = "auto")
 
 
 def global_scale(amax: float) -> float:
-    """fl32(amax/2688) as a Python float, held to its range (see the module's head).
+    """Return fl32(amax/2688) as a Python float, held to its range (see the module's head).
 
-    Raises UsageError unless amax is finite and not negative.
+    Raises:
+        UsageError: `amax` is negative or not finite.
     """
     if not (math.isfinite(amax) and amax >= 0.0):
         raise UsageError(
@@ -135,10 +137,16 @@ def quantize(
 ) -> NVFP4Tensor:
     """Quantize a bf16, fp16 or fp32 weight [..., in], with `in` a multiple of 16.
 
-    global_scale: that of the weight's scale group; the weight's own amax / 2688 if None.
+    Args:
+        weight: The weight.
+        scale: How block scales are chosen.
+        global_scale: The scale of the weight's scale group; by default its own amax / 2688.
+        name: The weight's name, for messages.
+        kernel: The kernels to use; see `dispatch`.
 
-    Raises NonFiniteError if the weight holds NaN or Inf; UsageError for a dtype, shape, global
-    scale or name of an algorithm that does not exist.
+    Raises:
+        NonFiniteError: The weight holds NaN or Inf.
+        UsageError: The dtype, shape, global scale or name of a kernel is invalid.
     """
     weight = weight.detach()
     largest = amax(weight, name=name, kernel=kernel)
@@ -174,11 +182,12 @@ def quantize_into(
 ) -> QuantizeStats:
     """Quantize [O, I] into uint8 buffers [O, I/2] and [O, I/16].
 
-    The buffers may be views into larger ones (of any alignment), with contiguous rows. Nothing is
-    allocated but scratch, no thread is started, and the numba kernels release the GIL: call it
-    on ranges of rows from a thread pool.
+    The buffers may be views into larger ones (of any alignment), with contiguous rows. Only scratch
+    memory is allocated, no thread is started, and the numba kernels release the GIL, so that ranges
+    of rows can be quantized from a thread pool.
 
-    Raises NonFiniteError if the weight holds NaN or Inf (what was written is then worthless).
+    Raises:
+        NonFiniteError: The weight holds NaN or Inf. The buffers then hold nothing of use.
     """
     algorithm = _parse_algorithm(scale)
     s_value = _check_global_scale(global_scale, name)
@@ -204,8 +213,11 @@ def quantize_into(
 
 
 def amaxes(weight_NX: Tensor, kernel: Kernel | str = "auto") -> Tensor:
-    """The largest magnitude of each of N weights `[N, ...]`, not finite where one holds NaN or Inf:
-    float32 [N] on their device, which is not waited for."""
+    """Return the largest magnitude of each of N weights `[N, ...]`, without waiting for the device.
+
+    Returns:
+        float32 [N] on the weights' device; not finite where a weight holds NaN or Inf.
+    """
     _check_dtype(weight_NX, "weight")
     w_NX = weight_NX.detach().flatten(1)
     if w_NX.numel() == 0:
@@ -231,13 +243,20 @@ def quantize_batch_into(
     """Quantize N weights [N, 16·B], each with its own global scale, into uint8 buffers [N, 8·B] and
     [N, B]; all of them contiguous and on one device, which is not waited for.
 
-    global_scales: float32 [N], each within the range of `global_scale` (not checked: that would
-    mean to wait).
-    workspace: uint8, `workspace_bytes` of it, at an address that 8 divides; allocated by default.
+    Args:
+        weight_NX: The weights.
+        codes_out: The buffer for the codes.
+        block_scale_out: The buffer for the block scales.
+        scale: How block scales are chosen.
+        global_scales: float32 [N], each within the range of `global_scale`. That is not checked,
+            because checking would wait for the device.
+        workspace: uint8, `workspace_bytes` of it, 8-byte aligned; allocated by default.
+        kernel: The kernels to use; see `dispatch`.
 
-    Returns Σ(w − q·s·S)² and Σw² of each weight, float64 [N, 2]. Where one of them is not finite,
-    the bytes of that weight are void: it holds NaN or Inf, or lies far beyond its global scale;
-    `quantize_into` quantizes it, or says what is wrong with it.
+    Returns:
+        Σ(w − q·s·S)² and Σw² of each weight, float64 [N, 2]. Where one of them is not finite, the
+        bytes of that weight are void: it holds NaN or Inf, or is far beyond its global scale.
+        `quantize_into` quantizes it, or raises the error.
     """
     algorithm = _parse_algorithm(scale)
     _check_dtype(weight_NX, "weight")
@@ -255,7 +274,7 @@ def quantize_batch_into(
         number = _NUMBERS[algorithm]
         parts = w_NX, codes_out, block_scale_out, global_scales
         return cast(Tensor, _cuda().quantize(*parts, number, workspace))
-    made = [
+    all_stats = [
         quantize_into(
             w_NX[n : n + 1],
             codes_out[n : n + 1],
@@ -266,13 +285,13 @@ def quantize_batch_into(
         )
         for n in range(len(w_NX))
     ]
-    figures = [(stats.sum_sq_err, stats.sum_sq_w) for stats in made]
+    figures = [(stats.sum_sq_err, stats.sum_sq_w) for stats in all_stats]
     return torch.tensor(figures, dtype=torch.float64, device=w_NX.device).reshape(-1, 2)
 
 
 def workspace_bytes(count: int, numel: int) -> int:
-    """Bytes that `quantize_batch_into` works in, beside its buffers, for `count` weights of `numel`
-    elements: two sums in float64 for every 32 blocks. The CPU needs none, and has the same answer.
+    """Return the bytes of workspace that `quantize_batch_into` needs for `count` weights of `numel`
+    elements: two float64 sums for every 32 blocks. The CPU's kernels do not use it.
     """
     return 16 * count * -(-numel // (32 * BLOCK_SIZE))
 
@@ -284,8 +303,10 @@ def dequantize(
     dtype: torch.dtype = torch.float32,
     kernel: Kernel | str = "auto",
 ) -> Tensor:
-    """The weight [..., in] of codes [..., in/2] and block scales [..., in/16]: fl32(q · fl32(s·S)),
-    rounded to `dtype`. Any bytes and any global scale are taken as they are, NaN included."""
+    """Return the weight [..., in] of codes [..., in/2] and block scales [..., in/16].
+
+    It is fl32(q · fl32(s·S)), rounded to `dtype`, for any bytes and any global scale, NaN included.
+    """
     _check_pair(codes, block_scale)
     direct = dtype if dtype == torch.bfloat16 else torch.float32
     shape = (*codes.shape[:-1], codes.shape[-1] * 2)
@@ -327,7 +348,7 @@ def error_energy(
     global_scale: Tensor | float,
     kernel: Kernel | str = "auto",
 ) -> tuple[float, float]:
-    """(Σ(w − q·s·S)², Σw²) in one pass, summed up in float64: the figures of a verification."""
+    """Return Σ(w − q·s·S)² and Σw², computed in one pass with float64 sums."""
     _check_dtype(weight_OI, "weight")
     _check_pair(codes, block_scale)
     if weight_OI.ndim != 2 or weight_OI.shape != (codes.shape[0], codes.shape[-1] * 2):
@@ -345,7 +366,7 @@ def error_energy(
 
 
 def block_scale_census(block_scale: Tensor, kernel: Kernel | str = "auto") -> BlockScaleCensus:
-    """Counts the block scales (float8_e4m3fn or their bytes) that are zero (of either sign), NaN,
+    """Count the block scales (float8_e4m3fn or their bytes) that are zero (of either sign), NaN,
     negative (sign bit set, not NaN), or subnormal (of either sign)."""
     byte = block_scale.view(torch.uint8)
     if dispatch.choose(kernel, byte.device) is Kernel.NUMBA:
@@ -365,23 +386,24 @@ def warm_up(
     kernel: Kernel | str = "auto",
     device: torch.device | str = "cpu",
 ) -> None:
-    """Compile what a job with weights of `dtype` will run, so that a thread can do so early.
+    """Compile the kernels for weights of `dtype`, so that a thread can do so early.
 
-    With triton kernels on a CUDA device, some are timed, and the fastest is used from then on.
+    Triton's kernels on a CUDA device are also timed with several tile sizes; the fastest is used
+    from then on.
     """
     weight = torch.ones(BLOCK_SIZE, BLOCK_SIZE, dtype=dtype, device=device)
     if dispatch.choose(kernel, weight.device) is Kernel.TRITON:
         _cuda().tune(weight.device, dtype, _NUMBERS[_parse_algorithm(scale)])
-    made = quantize(weight, scale=scale, kernel=kernel)
-    error_energy(weight, made.codes, made.block_scale, made.global_scale, kernel)
-    block_scale_census(made.block_scale, kernel)
+    tensor = quantize(weight, scale=scale, kernel=kernel)
+    error_energy(weight, tensor.codes, tensor.block_scale, tensor.global_scale, kernel)
+    block_scale_census(tensor.block_scale, kernel)
 
 
 _own_global_scale = global_scale
 
 
 def _cpu() -> ModuleType:
-    """The numba kernels; imported at first use, since numba takes its time."""
+    """The numba kernels; imported at first use, because importing numba is slow."""
     return importlib.import_module("fourfold.formats.nvfp4.cpu")
 
 
@@ -400,10 +422,10 @@ def _quantize_reference(
 ) -> QuantizeStats:
     if not bool(torch.isfinite(weight_OI).all()):
         _raise_non_finite(weight_OI, name)
-    made = reference.quantize(weight_OI, global_scale, mse=algorithm is ScaleAlgorithm.MSE)
-    codes.copy_(made[0])
-    scales.copy_(made[1])
-    return QuantizeStats(*error_energy(weight_OI, *made, global_scale, Kernel.REFERENCE))
+    parts = reference.quantize(weight_OI, global_scale, mse=algorithm is ScaleAlgorithm.MSE)
+    codes.copy_(parts[0])
+    scales.copy_(parts[1])
+    return QuantizeStats(*error_energy(weight_OI, *parts, global_scale, Kernel.REFERENCE))
 
 
 def _raise_non_finite(weight: Tensor, name: str) -> None:
@@ -464,7 +486,7 @@ def _check_pair(codes: Tensor, block_scale: Tensor) -> None:
 
 
 def _check_workspace(workspace: Tensor | None, weight_NX: Tensor) -> None:
-    """Kernels write into it unchecked."""
+    """Check the workspace: kernels write into it without checks."""
     if workspace is None:
         return
     wanted = workspace_bytes(*weight_NX.shape)
