@@ -559,7 +559,7 @@ def test_buffers_of_another_size_are_not_kept(monkeypatch: pytest.MonkeyPatch) -
 
 def test_device_memory_that_means_nothing(written: Written, tmp_path: Path) -> None:
     for memory in (0, -5):
-        with pytest.raises(fourfold.UsageError, match=r"device_memory=.*give more than 0"):
+        with pytest.raises(fourfold.UsageError, match=r"device_memory=.*at least 1"):
             quantized(written("mixtral")[0], tmp_path / "out", device_memory=memory)
     with pytest.raises(fourfold.UsageError, match=r"no memory of cpu is taken\. Remove it"):
         quantized(written("mixtral")[0], tmp_path / "out", device_memory=10**9)
