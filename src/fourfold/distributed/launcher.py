@@ -1,4 +1,4 @@
-"""What a launcher such as torchrun tells a process of the others that it has started."""
+"""This process's place among those that a launcher such as torchrun has started."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ class Launch:
 
 
 def launch() -> Launch:
-    """How this process was launched; alone unless all of the launcher's variables are set.
+    """Read this process's place from the launcher's variables; it is alone if one is missing.
 
-    Raises `UsageError` where they make no sense.
+    Raises:
+        UsageError: The variables do not fit together.
     """
     if not all(os.environ.get(name) for name in NEEDED):
         return Launch()
     rank, size = _number("RANK", 0), _number("WORLD_SIZE", 1)
-    found = Launch(rank, size, _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1))
-    if not (0 <= rank < size and found.local_rank >= 0 and found.local_size >= 1):
+    place = Launch(rank, size, _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1))
+    if not (0 <= rank < size and place.local_rank >= 0 and place.local_size >= 1):
         raise UsageError(
             f"RANK={rank} of WORLD_SIZE={size} in the environment: ranks go from 0 to "
             f"{size - 1}. Start all of them with torchrun."
         )
-    return found if size > 1 else Launch()
+    return place if size > 1 else Launch()
 
 
 def _number(name: str, default: int) -> int:
@@ -44,5 +45,5 @@ def _number(name: str, default: int) -> int:
         return int(value)
     except ValueError:
         raise UsageError(
-            f"{name}={value!r} in the environment: no number. Start all ranks with torchrun."
+            f"{name}={value!r} in the environment: not a number. Start all ranks with torchrun."
         ) from None

@@ -26,14 +26,19 @@ def list_folder(folder: Path) -> list[Path]:
 
 
 def plain_name(name: str) -> str:
-    """A name as it is where it can stand in a line, quoted where it cannot."""
+    """Return a name as it is, or quoted if it does not fit into a line."""
     return name if name.isprintable() and len(name) <= SHOWN_CHARACTERS else shown(name)
 
 
 def read_json(file: Path, stamps: Stamps | None = None) -> dict[str, Any]:
-    """A JSON object from a file, which `stamps` remember.
+    """Read a JSON object from a file.
 
-    Raises `SourceError` where it is missing or something else.
+    Args:
+        file: The file.
+        stamps: Remembers how the file looked.
+
+    Raises:
+        SourceError: The file is missing, or holds something else.
     """
     try:
         with opened(file) as (handle, status):
@@ -56,12 +61,16 @@ def read_json(file: Path, stamps: Stamps | None = None) -> dict[str, Any]:
 
 
 def read_config(folder: Path, stamps: Stamps | None = None) -> dict[str, Any]:
-    """A checkpoint folder's config.json."""
+    """Read the config.json of a checkpoint's folder.
+
+    Raises:
+        SourceError: There is none. The message says what the folder holds instead.
+    """
     if not os.path.lexists(folder / CONFIG):
         if (folder / STATE / RUN).is_file():
             raise SourceError(
-                f"{folder}: no config.json yet, as its run is not finished. The command that "
-                "began it goes on from there."
+                f"{folder}: no config.json yet, as its run is not finished. Run the command that "
+                "began it again; it resumes."
             )
         if any(os.path.lexists(folder / name) for name in MEGATRON):
             raise SourceError(

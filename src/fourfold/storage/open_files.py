@@ -1,4 +1,4 @@
-"""Files that stay open between reads, but never too many: a checkpoint may have a thousand."""
+"""Files that stay open between reads, but not all of them: a checkpoint may have a thousand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MOST_OPEN = 128
-"""Far below the usual limit of 1,024 for a process, above what threads read from at a time."""
+"""Far below the usual limit of 1,024 per process, and more than threads read at a time."""
 
 
 @dataclass(slots=True)
@@ -20,17 +20,17 @@ class _Open:
 
 
 class OpenFiles:
-    """Descriptors by file, opened when they are first asked for. Safe for many threads."""
+    """File descriptors, opened when they are first used. Safe for many threads."""
 
     def __init__(self, open_file: Callable[[Path], int]) -> None:
-        """`open_file`: opens a file for reading and returns its descriptor."""
+        """Use `open_file` to open a file for reading; it returns a descriptor."""
         self._open_file = open_file
-        self._open: dict[Path, _Open] = {}  # the one that was asked for last stands last
+        self._open: dict[Path, _Open] = {}  # the last used one is last
         self._lock = threading.Lock()
 
     @contextmanager
     def descriptor(self, file: Path) -> Iterator[int]:
-        """The descriptor of `file`, for as long as the context lasts."""
+        """Yield the descriptor of `file`; it stays open within the context."""
         with self._lock:
             held = self._open.pop(file, None) or _Open(self._open_file(file))
             self._open[file] = held
