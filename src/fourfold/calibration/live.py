@@ -196,6 +196,7 @@ def _mask_of(ids: Any, mask: Any) -> torch.Tensor | None:
 
 
 def _of_all_ranks(source: Source, statistics: Statistics) -> list[Statistics]:
-    found = [Statistics.from_bytes(each) for each in source.gather(statistics.to_bytes())]
-    same = all(each.data.digest == found[0].data.digest for each in found)
-    return found[:1] if same else found  # all that read the same text: it counts once
+    """The statistics of all ranks; only one rank's if all have read the same data."""
+    every: list[Statistics] = source.gather(statistics)
+    is_same = all(rank.data.digest == every[0].data.digest for rank in every)
+    return every[:1] if is_same else every
