@@ -17,7 +17,7 @@ from fourfold.config import OutputConfig
 from fourfold.sources.cached import CachedTensors
 from fourfold.sources.decoded import open_decoded
 from fourfold.sources.live.source import LiveSource
-from fourfold.sources.megatron import LiveMegatron, MegatronFolder
+from fourfold.sources.megatron import LiveMegatron, MegatronCheckpoint
 from fourfold.sources.safetensors import SafetensorsFolder
 from fourfold.storage.source import Source
 from torch_dist.inverse import to_megatron
@@ -46,7 +46,7 @@ def live(written: Written, tmp_path: Path) -> Source:
 def megatron(written: Written, tmp_path: Path) -> Source:
     folder, truth = written("qwen3_moe")
     write_torch_dist(tmp_path / "saved", to_megatron(truth.raw))
-    return MegatronFolder(tmp_path / "saved", folder)
+    return MegatronCheckpoint(tmp_path / "saved", folder)
 
 
 def live_megatron(written: Written, tmp_path: Path) -> Source:
