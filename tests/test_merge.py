@@ -131,7 +131,7 @@ SPOILT: dict[str, tuple[Callable[[list[Path]], Any], str]] = {
         lambda each: each.insert(0, each[0].parent / "whole"), "a whole checkpoint, not a part"
     ),
     "a whole one behind": (
-        lambda each: each.append(each[0].parent / "whole"), "no part of a run"
+        lambda each: each.append(each[0].parent / "whole"), "is not a part of a run"
     ),
 }  # fmt: skip
 
@@ -249,7 +249,7 @@ def test_a_run_that_makes_no_sense(identity: object, parts, tmp_path: Path) -> N
     folders = parts()
     file = folders[1] / ".fourfold" / "run.json"
     file.write_text(json.dumps({"files": [], "identity": identity}))
-    with pytest.raises(fourfold.SourceError, match="is not that of a run that can be joined"):
+    with pytest.raises(fourfold.SourceError, match="does not describe a run that can be joined"):
         fourfold.merge(folders, tmp_path / "out")
 
 

@@ -28,7 +28,7 @@ from fourfold.run.strategies import Run
 from fourfold.storage.atomic import FileWriter
 from fourfold.storage.names import CONFIG, INDEX, REPORT, STATISTICS, SUMMARY
 from fourfold.storage.output import OutputFolder
-from fourfold.storage.run_state import REST
+from fourfold.storage.run_state import OTHER_FILES
 from fourfold.storage.shard_file import index_of
 from fourfold.storage.source import Source
 
@@ -157,7 +157,9 @@ class Job:
             for others in self.ranks.gather(records):
                 all_records |= others
             if self.ranks.rank == 0:
-                self._write_other_files(all_records, FileWriter(self.folder.state.folder / REST))
+                self._write_other_files(
+                    all_records, FileWriter(self.folder.state.folder / OTHER_FILES)
+                )
         return results_in(records)
 
     def _write_other_files(

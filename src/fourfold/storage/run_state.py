@@ -33,7 +33,7 @@ STATE = ".fourfold"
 
 RUN = "run.json"
 
-REST = "rest"
+OTHER_FILES = "rest"
 """A folder inside it with the config and side files, if the shards lie in several OUTs."""
 
 
@@ -112,7 +112,7 @@ class RunState:
 
     def begin(self, run: Mapping[str, Any]) -> None:
         """Record what the run is, and forget what an earlier one has finished."""
-        for folder in (self.shards, self.statistics, self.activations, self.folder / REST):
+        for folder in (self.shards, self.statistics, self.activations, self.folder / OTHER_FILES):
             with suppress(FileNotFoundError):
                 shutil.rmtree(folder)
         self.shards.mkdir()
