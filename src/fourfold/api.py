@@ -170,7 +170,7 @@ def verify(
     progress: bool | None = None,
     on_event: OnEvent | None = None,
 ) -> Report:
-    """Verify the quantized checkpoint in the folder `out`, whoever wrote it.
+    """Verify the quantized checkpoint in the folder `out`, whichever tool wrote it.
 
     Args:
         out: A checkpoint in NVFP4.

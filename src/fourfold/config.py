@@ -31,7 +31,7 @@ PACKINGS = ("packed", "padded")
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """What the model reads while its activations are observed, for recipes that need it.
+    """The text that the model reads while its activations are observed, for recipes that need it.
 
     `quantize` also takes short forms of it; see `CalibrationConfig.of`.
     """
@@ -40,11 +40,11 @@ class CalibrationConfig:
     """A file (text, JSONL, Parquet), a dataset of the hub (`org/name[:config][:split]`), or several
     of them. By default a mixed text that comes with fourfold."""
     calib_size: int | None = None
-    """How many samples. By default up to 128, as many as the data has."""
+    """The number of samples. By default up to 128, as many as the data has."""
     calib_seq: int | None = None
     """Tokens of a sample. By default 512, or what the model takes if that is less."""
     batch_size: int = 8
-    """How many samples pass the model together."""
+    """The number of samples that pass the model together."""
     packing: str = "packed"
     """"packed" joins documents and cuts them into full samples; "padded" makes each a sample."""
     seed: int = 0
@@ -97,7 +97,7 @@ class CalibrationConfig:
 
     @property
     def _sizes(self) -> list[str]:
-        """The sizes that are given."""
+        """The names of the sizes that the caller has set."""
         return [name for name in ("calib_size", "calib_seq") if getattr(self, name) is not None]
 
     def check_use(
@@ -135,11 +135,11 @@ class CalibrationConfig:
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where to compute, and how much of the machine to take."""
+    """The device that computes, and how much of the machine a run may take."""
 
     device: str = "auto"
-    """Where weights are quantized and the model runs for calibration: cpu, cuda, cuda:N, or auto,
-    which takes a GPU where there is one. Quantized weights do not depend on it."""
+    """The device that quantizes and runs the model for calibration: cpu, cuda, cuda:N, or auto,
+    which takes a GPU if there is one. Quantized weights do not depend on it."""
     device_memory: int | None = None
     """Bytes of the device that quantization may take. By default up to 1 GiB, and no more than half
     of what is free."""
@@ -154,7 +154,7 @@ class Runtime:
 
 @dataclass(frozen=True)
 class OutputConfig:
-    """What to write, and whether to verify it."""
+    """How the output is cut into files, whether it may replace others, and whether to verify it."""
 
     shards: int | None = None
     """Files that a decoder layer is cut into, at least; by default one for each rank."""

@@ -61,7 +61,7 @@ class SourceChangedError(SourceError):
 
 
 class UnreadableError(SourceError):
-    """What should be verified, or compared with, cannot be read; or is no NVFP4 checkpoint."""
+    """A checkpoint to verify or to compare with cannot be read, or is not an NVFP4 checkpoint."""
 
     exit_code = 2
 
@@ -73,7 +73,7 @@ class ModelError(FourfoldError):
 
 
 class ObservationError(FourfoldError):
-    """What calibration observed gives no scale: NaN or Inf, or nothing at all."""
+    """Calibration observed NaN or Inf, or nothing at all, so that there is no scale."""
 
     resumable = False
 

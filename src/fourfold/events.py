@@ -69,7 +69,7 @@ class DataLoaded(Event):
     is_embedded: bool
     """True if it is the text that comes with fourfold."""
     beginning: str
-    """How the first sample begins."""
+    """The beginning of the first sample."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Resumed(Event):
 
     finished: int
     shards: int
-    """How many there are in all."""
+    """The number of all shards."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class TokenGenerated(Event):
     model: Literal["source", "quantized"]
     tokens_done: int
     tokens: int
-    """How many there will be, at most."""
+    """The largest number of tokens that it may generate."""
 
 
 OnEvent = Callable[[Event], None]

@@ -1,4 +1,4 @@
-"""Where the activations of a paused call are kept: the interface, and the store in memory.
+"""Stores for the activations of paused calls: the interface, and the store in memory.
 
 A call that pauses before a decoder layer keeps its hidden states, masks and rotary embeddings
 alive. `InMemoryActivations` leaves them where they are. `parking.Parking` moves them off the

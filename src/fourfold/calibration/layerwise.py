@@ -41,10 +41,10 @@ from fourfold.sources.cached import CachedTensors
 from fourfold.storage.source import Source
 
 ALL_PASSED = "all layers passed"
-"""What a rank reports when its batches have passed every layer."""
+"""The report of a rank whose batches have passed every layer."""
 
 NO_BATCHES = "no batches"
-"""What a rank reports that has no batches."""
+"""The report of a rank that has no batches."""
 
 LIKELY_BYTES = 16
 """Bytes for each element of the hidden states that a paused call holds at most, usually: hidden

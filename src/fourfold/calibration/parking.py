@@ -226,17 +226,19 @@ def held_by_model(frame: FrameType | None, *, inputs: bool = False) -> list[torc
     """
     held: list[Any] = []
     beside: list[Any] = []
-    given: Any = ()
+    arguments: Any = ()
     while frame is not None:
         variables = _variables(frame)
         if frame.f_code is CALL:
-            held, beside, given = [*held, *beside], [], list(variables.values())
+            held, beside, arguments = [*held, *beside], [], list(variables.values())
         beside.append(variables)
         frame = frame.f_back
     if inputs:
-        return list(tensors_in((held, given)))
-    theirs = {tensor.untyped_storage()._cdata for tensor in tensors_in(given)}
-    return [each for each in tensors_in(held) if each.untyped_storage()._cdata not in theirs]
+        return list(tensors_in((held, arguments)))
+    of_caller = {tensor.untyped_storage()._cdata for tensor in tensors_in(arguments)}
+    return [
+        tensor for tensor in tensors_in(held) if tensor.untyped_storage()._cdata not in of_caller
+    ]
 
 
 def _variables(frame: FrameType) -> dict[str, Any]:
@@ -261,8 +263,8 @@ def tensors_in(value: Any, inside: frozenset[int] = frozenset()) -> Iterator[tor
         if not value.is_meta and value.layout is torch.strided:
             yield value
     elif isinstance(value, Mapping | list | tuple | set) and id(value) not in inside:
-        for each in value.values() if isinstance(value, Mapping) else value:
-            yield from tensors_in(each, inside | {id(value)})
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(item, inside | {id(value)})
 
 
 def _is_held_elsewhere(storage: torch.UntypedStorage) -> bool:

@@ -363,16 +363,16 @@ class _Running:
             self.outputs[number] = layer, output
 
     def _save(
-        self, saved: SavedActivations, number: int, layer: int, given: Any, frame: FrameType
+        self, saved: SavedActivations, number: int, layer: int, inputs: Any, frame: FrameType
     ) -> None:
         """Save the output of the layer before, or note what the call holds at its first one."""
         last = self.outputs.pop(number, None)
         if saved.has_started(number):
-            tensors = tensors_in((given, held_by_model(frame)))
+            tensors = tensors_in((inputs, held_by_model(frame)))
             held = [tensor for tensor in tensors if not self.store.is_own(tensor)]
-            saved.save(number, layer, given, held, last)
+            saved.save(number, layer, inputs, held, last)
         else:
-            saved.start(number, layer, given, held_by_model(frame, inputs=True), last)
+            saved.start(number, layer, inputs, held_by_model(frame, inputs=True), last)
 
     def end(self) -> None:
         """End every call that is still paused."""

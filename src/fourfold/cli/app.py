@@ -178,7 +178,7 @@ def plan(
 
 @app.command()
 def verify(
-    out: Annotated[Path, typer.Argument(help="A checkpoint in NVFP4, whoever wrote it.")],
+    out: Annotated[Path, typer.Argument(help="A checkpoint in NVFP4, whichever tool wrote it.")],
     source: Annotated[
         str | None, typer.Option("--source", "-s", help="The checkpoint that OUT was made from.")
     ] = None,

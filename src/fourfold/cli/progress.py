@@ -1,4 +1,4 @@
-"""What a command prints while it works: one `match` over the events of the run."""
+"""Print a command's progress: one `match` over the events of the run."""
 
 from __future__ import annotations
 

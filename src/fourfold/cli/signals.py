@@ -1,4 +1,4 @@
-"""What a signal does to a command: one line on stderr, and exit code 130 or 143."""
+"""Signals end a command with one line on stderr and exit code 130 or 143."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ class Launch:
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
-    """How many of them share this machine."""
+    """The number of ranks on this machine."""
 
 
 def launch() -> Launch:

@@ -37,7 +37,7 @@ from fourfold.errors import FourfoldError
 from fourfold.statistics import Reduction
 
 MEETING = timedelta(minutes=2)
-"""How long the first rank waits for the others at the start."""
+"""The time that the first rank waits for the others at the start."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Ranks(Protocol):
     rank: int
     size: int
     local_size: int
-    """How many of them share this machine."""
+    """The number of ranks on this machine."""
 
     def gather(self, value: Any) -> list[Any]:
         """Return the value of every rank, by rank. Values are what JSON can hold."""

@@ -31,7 +31,7 @@ from fourfold.errors import FourfoldError
 from fourfold.statistics import Reduction
 
 TIMEOUT = timedelta(seconds=30)
-"""How long a gloo operation may take. It moves at most `PIECE_BYTES` to and from each rank."""
+"""The time that a gloo operation may take. It moves at most `PIECE_BYTES` to and from each rank."""
 
 PIECE_BYTES = 1 << 24
 
@@ -66,7 +66,7 @@ class TensorGroup:
     def _reduced(self, tensor: Tensor, op: Reduction) -> Tensor:
         result = torch.empty(tensor.shape, dtype=tensor.dtype)
         elements = max(1, PIECE_BYTES // tensor.dtype.itemsize)
-        pieces = (torch.split(each.reshape(-1), elements) for each in (tensor, result))
+        pieces = (torch.split(whole.reshape(-1), elements) for whole in (tensor, result))
         for mine, target in zip(*pieces, strict=True):
             target.copy_(_combined(self._all_of(mine), op))
         return result
@@ -75,7 +75,7 @@ class TensorGroup:
         """The piece of every rank, by rank."""
         pieces = [torch.empty_like(piece) for _ in range(self.size)]
         # As bytes: gloo knows few dtypes.
-        as_bytes = [each.view(torch.uint8) for each in pieces]
+        as_bytes = [received.view(torch.uint8) for received in pieces]
         self._finish(self._group.allgather([as_bytes], [piece.view(torch.uint8)]))
         return pieces
 

@@ -86,7 +86,7 @@ class Generation:
 
     @property
     def remark(self) -> str:
-        """How many tokens are the same."""
+        """The number of tokens that are the same."""
         if self.source is None:
             return "`source` shows the source's text next to it"
         longer = max(len(self.source.tokens), len(self.quantized.tokens))

@@ -48,7 +48,7 @@ def load(
     The model is in evaluation mode and has the checkpoint's generation settings.
 
     Args:
-        out: A checkpoint in the ModelOpt layout, whoever wrote it.
+        out: A checkpoint in the ModelOpt layout, whichever tool wrote it.
         simulate_activations: Round the inputs of quantized linear layers as W4A4 engines do.
             `model.fourfold_simulation.remove()` ends that.
         dtype: The dtype of the parameters; by default the source's. float32 gives the weights'

@@ -1,4 +1,4 @@
-"""Where weights are quantized, on a GPU or on the CPU, and why."""
+"""The choice of a backend: a GPU or the CPU quantizes the weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fourfold.storage.units import size
 
 @dataclass(frozen=True)
 class Backend:
-    """Who quantizes the weights: which kernels on which device, and the reason.
+    """The backend that quantizes the weights: its device and kernels, and the reason.
 
     `str()` gives what the command prints.
     """

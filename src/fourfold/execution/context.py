@@ -1,4 +1,4 @@
-"""What all workers share while a plan is executed."""
+"""The state that all workers share while a plan is executed."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class ExecutionContext:
     threads: int
     """The number of threads that compute at a time."""
     scales: ActivationScales | None = None
-    """What calibration measured; None if nothing was. Complete for a layer before its shards are
-    written."""
+    """The scales that calibration measured, or None. They are complete for a layer before its
+    shards are written."""
     pool: BufferPool | None = None
     """The buffers of the GPU that quantizes; None if the CPU does."""
     on_event: OnEvent = ignore

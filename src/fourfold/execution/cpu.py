@@ -29,7 +29,7 @@ from fourfold.storage.shard_file import ShardFile
 
 
 class RowKernels(Protocol):
-    """Where rows of weights are quantized, for one format and one way to choose scales."""
+    """Kernels that quantize rows of weights, for one format and one way to choose scales."""
 
     def amax(self, w_OI: torch.Tensor, name: str) -> float:
         """Return the largest magnitude. Raises `NonFiniteError`, naming `name`."""

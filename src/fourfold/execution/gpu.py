@@ -164,7 +164,7 @@ class _Stack:
 
 
 class _Alike(NamedTuple):
-    """What the weights of one stack have in common."""
+    """The properties that the weights of one stack have in common."""
 
     numel: int
     dtype: torch.dtype

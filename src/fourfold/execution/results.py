@@ -1,5 +1,5 @@
-"""What quantizing a linear weight yields: figures for the summary, and the single numbers that are
-written beside its codes."""
+"""The results of quantizing a linear weight: figures for the summary, and the single numbers that
+are written beside its codes."""
 
 from __future__ import annotations
 

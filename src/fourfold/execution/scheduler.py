@@ -130,7 +130,7 @@ class Scheduler:
             return shard, jobs
 
     def _need_of(self, job: Job) -> Need | None:
-        """What a job needs of a GPU's buffers; None if it is not one for a batch there."""
+        """The room that a job needs in a GPU's buffers; None if it cannot be part of a batch."""
         if self.context.pool is None or not isinstance(job, ScaleGroup) or not can_batch(job):
             return None
         return need_of(job, self.source.tensors)

@@ -1,4 +1,4 @@
-"""What a recipe says about one linear weight."""
+"""The scheme of one linear weight, as a recipe chooses it."""
 
 from __future__ import annotations
 

@@ -30,12 +30,12 @@ class TensorSpec(NamedTuple):
 
 @dataclass(frozen=True)
 class CheckpointContents:
-    """What configuration files must say about a checkpoint."""
+    """The facts that the configuration files of a checkpoint must state."""
 
     schemes: Mapping[str, Scheme]
     """The scheme of every quantized linear weight, by name."""
     ignore: Sequence[str]
-    """What `Layout.ignore` returned."""
+    """The list that `Layout.ignore` returned."""
     has_fp8_kv_cache: bool
     """True if engines shall keep keys and values in FP8."""
 

@@ -36,7 +36,7 @@ _PRODUCER = {"name": "fourfold", "version": __version__}
 
 
 class ModelOpt(Layout):
-    """What NVIDIA's Model Optimizer writes.
+    """The layout that NVIDIA's Model Optimizer writes.
 
     A checkpoint has one algorithm (`quant_algo`) for all of its layers.
     """

@@ -1,6 +1,6 @@
 """The part of a plan that does not depend on quantization: which tensors lie in which shard.
 
-`CopyPlan` alone describes a checkpoint that is written anew with the same tensors. `Plan` adds what
+`CopyPlan` alone describes a checkpoint that has the same tensors in new shards. `Plan` adds what
 is quantized, and how.
 """
 
@@ -26,7 +26,7 @@ from fourfold.storage.names import CONFIG, INDEX
 
 @dataclass(frozen=True, kw_only=True)
 class CopyPlan:
-    """Where every tensor of a source is written to, unchanged."""
+    """A plan that writes every tensor of a source unchanged, and says into which shard."""
 
     source: Path
     inventory: Inventory
@@ -35,7 +35,7 @@ class CopyPlan:
     side_files: tuple[Path, ...]
     dropped_files: tuple[Path, ...]
     notes: tuple[str, ...]
-    """What a user should know: engines without a loader, files that are not copied."""
+    """Remarks for the user: engines without a loader, files that are not copied."""
     parts: int = 1
     """The least number of shards of a decoder layer."""
     limits: Limits = DEFAULT_LIMITS
@@ -53,7 +53,7 @@ class CopyPlan:
 
     @property
     def settings(self) -> Any:
-        """What was asked for, as plain data: a run with other settings is another run."""
+        """The user's settings as plain data. A run with other settings does not resume this one."""
         return "copy"
 
     @cached_property
@@ -110,7 +110,7 @@ class CopyPlan:
 
     @property
     def _digested(self) -> Any:
-        """What the digest covers besides the shards."""
+        """The data that the digest covers besides the shards."""
         return ()
 
     @cached_property

@@ -51,7 +51,7 @@ from fourfold.storage.units import size
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(CopyPlan):
-    """What becomes of every tensor of a source: nothing is left over."""
+    """The plan for a source: it says of every tensor how it is treated."""
 
     recipe: Recipe
     ignore: tuple[str, ...]
@@ -205,7 +205,7 @@ class Plan(CopyPlan):
 
     @cached_property
     def contents(self) -> CheckpointContents:
-        """What the configuration files must say."""
+        """The facts that the configuration files must state."""
         return CheckpointContents(self.schemes, self.ignore, self.recipe.kv_cache != "none")
 
     @cached_property

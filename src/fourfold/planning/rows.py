@@ -1,4 +1,4 @@
-"""What a plan consists of: rows, scale groups, jobs and shards. Pure data."""
+"""The elements of a plan: rows, scale groups, jobs and shards. Pure data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fourfold.storage.safetensors_header import BITS, nbytes_of
 
 
 class Action(StrEnum):
-    """What becomes of a source tensor."""
+    """How a plan treats a source tensor."""
 
     QUANTIZE = "quantize"
     COPY = "copy"
@@ -27,7 +27,7 @@ class Action(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What becomes of one source tensor, and why."""
+    """How a plan treats one source tensor, and why."""
 
     key: str
     action: Action

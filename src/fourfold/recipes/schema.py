@@ -198,7 +198,7 @@ class Rule(_Strict):
 
     @property
     def scheme(self) -> Scheme:
-        """What the rule says about the weights that it quantizes."""
+        """The scheme of the weights that the rule quantizes."""
         weights, activations = self.weights, self.activations
         if activations == "none":
             return Scheme(weights.format, weights.scale)
@@ -218,7 +218,7 @@ _RULE_KEYS = ("weights", "activations", "quantize", "quantize_if_present", "keep
 
 
 class Recipe(_Strict):
-    """What to do with a model. `name` is that of the file or of the built-in recipe."""
+    """A recipe: how to quantize a model. `name` is that of the file or of the built-in recipe."""
 
     name: str = "recipe"
     description: str = ""

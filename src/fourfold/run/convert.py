@@ -41,7 +41,7 @@ from fourfold.storage.units import size
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written. Prints as the command's closing line."""
+    """The result of a conversion. Prints as the command's closing line."""
 
     out: Path
     tensors: int

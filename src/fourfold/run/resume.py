@@ -33,14 +33,14 @@ from fourfold.storage.source import Source
 
 @dataclass(frozen=True)
 class Assignment:
-    """What one rank has to do, and what was done before."""
+    """The work of one rank, and the results of an earlier run."""
 
     shards: Sequence[int]
     """The numbers of the shards that this rank writes."""
     finished: int
-    """How many shards an earlier run has finished, on all ranks."""
+    """The number of shards that an earlier run has finished, on all ranks."""
     statistics: Mapping[int | None, Statistics]
-    """What an earlier run has observed, by layer; None stands for what lies outside the layers."""
+    """The statistics of an earlier run by layer; None stands for the modules outside the layers."""
     leaders: Sequence[int]
     """By rank, the first of the ranks that write into the same folder."""
 
@@ -168,7 +168,7 @@ def assign_shards(
 
 
 def _identity_without_source(plan: CopyPlan) -> dict[str, Any]:
-    """What ranks must have in common if the source is not a folder."""
+    """The identity that all ranks must share if the source is not a folder."""
     recipe: Any = json.loads(json.dumps(plan.settings))
     return {"versions": versions(), "recipe": recipe, "plan": plan.digest}
 

@@ -1,4 +1,4 @@
-"""What surrounds every call of the API: who hears its events, and what a signal does meanwhile."""
+"""The context of every call of the API: it passes events on and lets signals end a run."""
 
 from __future__ import annotations
 

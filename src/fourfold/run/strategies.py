@@ -1,4 +1,4 @@
-"""Ways to go through a plan: which shards can be folded now, and from what.
+"""Strategies to execute a plan: which shards can be quantized now, and from which source.
 
 AtOnce       all of them: weights only, or the statistics of an earlier run
 Streamed     layer by layer, as calibration passes through the model
@@ -78,15 +78,15 @@ OnObserved = Callable[[int | None, Statistics], None]
 
 
 class Run(Protocol):
-    """One way to go through a plan."""
+    """A strategy to execute a plan."""
 
     source: Source
-    """What the fold reads from."""
+    """The source that quantization reads from."""
     scales: ActivationScales | None
     is_writer: bool
-    """Whether this process writes; other ranks of a sharded model only take part."""
+    """True if this process writes. Other ranks of a sharded model only take part."""
     identity: Mapping[str, Any]
-    """What the bytes that are written depend on, beside source, recipe and plan."""
+    """The settings that the output's bytes depend on, besides source, recipe and plan."""
 
     def steps(
         self, finished: Mapping[int | None, Statistics], on_observed: OnObserved
@@ -100,7 +100,7 @@ class Run(Protocol):
 
 
 class AtOnce:
-    """Every shard can be folded at any time."""
+    """Quantize every shard at any time: no calibration precedes it."""
 
     def __init__(self, source: Source, scales: ActivationScales | None) -> None:
         self.source, self.scales, self.is_writer = source, scales, True
@@ -116,7 +116,7 @@ class AtOnce:
 
 
 class Streamed:
-    """Calibration loads a layer and observes it; then it is folded, from memory."""
+    """Calibrate layer by layer, and quantize each layer from memory once it is observed."""
 
     def __init__(self, plan: Plan, calibration: Calibration) -> None:
         self.plan, self.calibration = plan, calibration
@@ -167,7 +167,7 @@ def choose_run(
     """
     scales = None
     if observation.config.statistics is not None:
-        scales = _given_scales(plan, observation.config.statistics)
+        scales = _scales_of_earlier_run(plan, observation.config.statistics)
     if source.model is not None:
         if plan.needs_calibration and scales is None:
             with source.agreeing():
@@ -222,9 +222,9 @@ def _check_spill(
     return needed + saved <= free
 
 
-def _given_scales(plan: Plan, given: str | Path | Statistics) -> ActivationScales:
-    """The scales that the statistics of an earlier run give, all of them checked."""
-    statistics = given if isinstance(given, Statistics) else Statistics.load(Path(given))
+def _scales_of_earlier_run(plan: Plan, saved: str | Path | Statistics) -> ActivationScales:
+    """Return the scales that follow from the statistics of an earlier run, all of them checked."""
+    statistics = saved if isinstance(saved, Statistics) else Statistics.load(Path(saved))
     scales = ActivationScales(plan, statistics)
     scales.check_fit()
     return scales

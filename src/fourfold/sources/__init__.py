@@ -1,1 +1,1 @@
-"""Where tensors come from."""
+"""The sources that tensors are read from: folders, the hub, Megatron checkpoints, live models."""

@@ -61,8 +61,8 @@ class Statistic(ABC):
     `all_experts` shows to experts they are not routed to."""
 
     products: frozenset[str] | None = None
-    """Where it is accumulated in an experts module (`gate_up`, `down`) and a KV cache (`kv`);
-    None for everywhere."""
+    """The inputs that it observes: `gate_up` and `down` of an experts module, `kv` of a KV cache;
+    None for all of them."""
 
     @abstractmethod
     def shapes(self, site: Site) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:

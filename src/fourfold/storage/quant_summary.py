@@ -56,7 +56,7 @@ class RoleEntry(_Entry):
 
     role: str
     what: str
-    """What happened to them: quantized, kept, dropped, and why."""
+    """How they were treated (quantized, kept, dropped), and why."""
     tensors: Count
     linear_weights: Count
     numel: Count

@@ -55,7 +55,7 @@ class RunState:
 
     @property
     def identity(self) -> dict[str, Any] | None:
-        """What the unfinished run is; None if there is none, or if it cannot be resumed."""
+        """The identity of the unfinished run; None if there is none, or if it cannot be resumed."""
         identity = (self.run or {}).get("identity")
         return identity if isinstance(identity, dict) else None
 

@@ -29,7 +29,7 @@ MAX_HEADER_BYTES = 100_000_000
 """The limit of the reference implementation; a longer header is refused there, too."""
 
 MAX_DIMENSIONS = 64
-"""What NumPy and PyTorch can hold."""
+"""The limit of NumPy and PyTorch."""
 
 _LIMIT = 1 << 63
 SHOWN_CHARACTERS = 200
@@ -123,7 +123,7 @@ def read_header(file: Path, stamps: Stamps | None = None) -> dict[str, TensorInf
 
 
 def _raw_header(file: Path, handle: BinaryIO, size: int) -> bytes:
-    """The header's JSON. A length that the file cannot hold is not believed."""
+    """Read the header's JSON. Raises if the file is too small for the length that it states."""
     first = handle.read(8)
     if len(first) < 8:
         raise _broken(file, f"{size} bytes are too few for a header")
@@ -134,7 +134,7 @@ def _raw_header(file: Path, handle: BinaryIO, size: int) -> bytes:
 
 
 def shown(name: object) -> str:
-    """A name from a file as a message has it: on one line, and not for ever."""
+    """Return a name from a file as messages show it: on one line, and cut off if it is long."""
     try:
         text = repr(name)
     except (ValueError, RecursionError):  # thousands of digits, lists in lists
@@ -185,9 +185,9 @@ def _is_index(value: object) -> bool:
 
 
 def _is_shape(shape: Sequence[Any]) -> bool:
-    """Whether a tensor can have this shape: its size and its strides are 64-bit numbers."""
+    """True if a tensor can have this shape: its size and its strides are 64-bit numbers."""
     fits = len(shape) <= MAX_DIMENSIONS and all(map(_is_index, shape))
-    return fits and math.prod(int(each) for each in shape if each) < _LIMIT
+    return fits and math.prod(int(size) for size in shape if size) < _LIMIT
 
 
 def _tensor(file: Path, key: str, entry: Any, base: int, size: int) -> TensorInfo:

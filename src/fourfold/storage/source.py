@@ -120,7 +120,7 @@ class Source(ABC):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know of where names, weights and configuration come from."""
+        """Remarks for the user on the origin of names, weights and configuration."""
         return ()
 
     @property

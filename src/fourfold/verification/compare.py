@@ -321,8 +321,8 @@ def _count_different(first: Bytes, second: Bytes) -> int:
     """The number of bytes that differ. Words of eight bytes are compared first, for speed."""
     words = len(first) // 8 * 8
     same = np.array_equal(first[:words].view(np.uint64), second[:words].view(np.uint64))
-    rest = first[words:] != second[words:]
-    return int(rest.sum()) if same else int((first != second).sum())
+    tail = first[words:] != second[words:]
+    return int(tail.sum()) if same else int((first != second).sum())
 
 
 def _is_plain(region: Region) -> bool:

@@ -1,8 +1,8 @@
 """Read back an NVFP4 checkpoint and prove it tensor by tensor.
 
-This works on any checkpoint, whoever made it. Without a source, the files alone are judged: names,
-dtypes, shapes, scales, groups, configuration. With a source, every copied tensor is compared bit
-for bit, and every quantized weight is dequantized and compared.
+This works on any checkpoint, no matter which tool wrote it. Without a source, the files alone are
+judged: names, dtypes, shapes, scales, groups, configuration. With a source, every copied tensor is
+compared bit for bit, and every quantized weight is dequantized and compared.
 
 Memory is a few buffers per thread, whatever the model's size.
 """

@@ -7,8 +7,8 @@ ten of them; and max scales in the same style. `sweep.py` has the proof, and the
 **Why so.** A candidate costs 7 vector operations for 16 weights (multiply, multiply, max, three
 subtractions, one fused multiply-add), as balanced over the pipes of a Zen 4 or a Golden Cove as it
 gets; all lanes walk the same offsets from their own FIRST, so nothing is gathered; the search below
-goes on only while a lane of the 64 needs it. Search, codes and packing are one pass: the 64 blocks
-lie in the first-level cache.
+continues only while one of the 64 lanes needs it. Search, codes and packing are one pass: the 64
+blocks lie in the first-level cache.
 """
 
 from __future__ import annotations

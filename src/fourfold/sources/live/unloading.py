@@ -53,7 +53,7 @@ _Pieces = dict[int | None, list[_Piece]]
 
 @dataclass(frozen=True, slots=True)
 class _Order:
-    """Where each row of some concatenated raw tensors lies in their concatenated parameters."""
+    """The position of each row of concatenated raw tensors in their concatenated parameters."""
 
     rows: torch.Tensor
     width: int

@@ -46,8 +46,8 @@ DEFAULTS: Mapping[str, tuple[Any, ...]] = {
     "moe_router_score_function": ("softmax",),
     "moe_router_topk_scaling_factor": (1.0,),
 }
-"""What plain families compute, if an argument says it at all: older versions of Megatron had no
-other way."""
+"""The values that these arguments have for plain families. An argument may be missing: older
+versions of Megatron had no other way."""
 
 OFF = (
     "add_qkv_bias", "apply_layernorm_1p", "attention_output_gate", "enable_hyper_connections",

@@ -100,7 +100,7 @@ def _first(pieces: Mapping[tuple[int, ...], Piece]) -> Piece:
 
 
 def _kind(piece: Piece) -> tuple[int, bool, bool]:
-    """What all pieces of a tensor must have in common."""
+    """The properties that all pieces of a tensor must have in common."""
     return piece.rule.parts, piece.is_stacked, piece.plus_one
 
 

@@ -11,7 +11,7 @@ from fourfold.errors import SourceError
 from fourfold.storage.safetensors_header import shown
 
 WRONG_CONFIG = "If that is another model's configuration, give this one's: `hf_config`."
-"""What to do if a configuration and a checkpoint do not agree."""
+"""The advice in messages about a configuration and a checkpoint that do not agree."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,7 @@ TIMEOUT = timedelta(days=30)
 break all connections. A rank that dies closes its connections."""
 
 GOODBYE_SECONDS = 10.0
-"""How long a rank waits for others that should have said goodbye."""
+"""The time that a rank waits for the others when they close the exchange."""
 
 
 class Exchange:

@@ -55,7 +55,7 @@ class LocalParameter:
 
 @dataclass(frozen=True, slots=True)
 class _Context:
-    """What a walk through the modules knows of the modules around it."""
+    """The facts about the modules around the current one, on a walk through the model."""
 
     model: Any
     tp: GroupRank

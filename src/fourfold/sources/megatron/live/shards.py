@@ -36,7 +36,7 @@ _Place = tuple[tuple[int, ...], tuple[int, ...]]
 """Offsets and sizes of a shard."""
 
 _Declared = tuple[str, str, tuple[int, ...], tuple[_Place, ...]]
-"""What a rank declares of a parameter: name, dtype, shape of the whole, its shards."""
+"""A rank's declaration of a parameter: name, dtype, global shape, its shards."""
 
 
 @dataclass(frozen=True)

@@ -111,27 +111,27 @@ class LiveMegatron(MegatronSource):
             self._temporary.remove()
 
     def _folder_of(self, hf_config: Any, tokenizer: Any) -> Path:
-        """The folder that was given, or a temporary one with configuration and tokenizer."""
-        given = Path(hf_config).expanduser() if isinstance(hf_config, str | Path) else None
-        if given is not None and not given.is_dir():
+        """Return the folder `hf_config`, or a temporary one with configuration and tokenizer."""
+        config_folder = Path(hf_config).expanduser() if isinstance(hf_config, str | Path) else None
+        if config_folder is not None and not config_folder.is_dir():
             raise UsageError(f"hf_config {hf_config}: no such folder. Give one with {CONFIG}.")
-        if given is None and not hasattr(hf_config, "to_json_file"):
+        if config_folder is None and not hasattr(hf_config, "to_json_file"):
             raise UsageError(
                 f"hf_config: {type(hf_config).__name__} is neither a folder nor a configuration of "
                 "transformers. Give AutoConfig.from_pretrained(…), or a folder."
             )
-        if given is not None and tokenizer is None:
-            return given
+        if config_folder is not None and tokenizer is None:
+            return config_folder
         self._temporary = TemporaryFolder()
-        name = hf_config.model_type if given is None else given.name
+        name = hf_config.model_type if config_folder is None else config_folder.name
         folder = self._temporary.path / (name or "model")
         folder.mkdir()
-        if given is None:
+        if config_folder is None:
             hf_config.to_json_file(folder / CONFIG, use_diff=False)
         else:
-            for path in (Path(CONFIG), *find_side_files(given, frozenset(), Stamps())[0]):
+            for path in (Path(CONFIG), *find_side_files(config_folder, frozenset(), Stamps())[0]):
                 (folder / path).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(given / path, folder / path)
+                shutil.copyfile(config_folder / path, folder / path)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         return folder
