@@ -1,8 +1,9 @@
-"""Proves that calibration reads what it is given, all that it promises, and nothing else.
+"""Proves that calibration data becomes the documented samples, and that errors name the cause.
 
-Every kind of input gives the ids that a few plain lines give. Packed samples are full, padded
-ones masked; the seed decides, and nothing else does. What does not fit is an error that says what
-is there and what is needed. A corpus is read as far as it is needed. The embedded text is mixed.
+Every kind of input gives the ids that a few simple lines compute. Packed samples are full, and
+padded ones are masked. The order depends on the seed alone. Data that does not fit is an error that
+says what there is and what is needed. No more of a corpus is read than is needed. The embedded text
+is mixed.
 """
 
 from __future__ import annotations
@@ -275,7 +276,7 @@ def test_a_chat_closes_its_turns_itself(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "corpus.jsonl", [{"messages": CHAT[0][:1]}])
     expected = [ID[word] for word in ("<bos>", "<user>", "w1", "w2", "<end>")]
     assert rows(load(folder, path, seq=5)) == [expected]
-    with pytest.raises(CalibrationError, match=r"5 tokens make 0 samples of 6"):
+    with pytest.raises(CalibrationError, match=r"5 tokens, which make 0 samples of 6"):
         load(folder, path, seq=6)
 
 
@@ -287,7 +288,7 @@ def test_a_chat_closes_its_turns_itself(tmp_path: Path) -> None:
 def test_packing_loses_nothing_and_fills_every_sample(
     documents: list[list[int]], seq: int, first: list[int]
 ) -> None:
-    stream = [each for document in documents for each in document]
+    stream = [token for document in documents for token in document]
     samples = pack(documents, seq, first)
     at = 0
     for sample in samples:
@@ -348,7 +349,7 @@ def test_the_model_bounds_the_length_of_a_sample(words: Path, tmp_path: Path) ->
     assert load_calibration(words, options, vocab_size=67, max_positions=100).seq == 100
     options = CalibrationConfig(path, calib_seq=101)
     assert load_calibration(words, options, vocab_size=67, max_positions=101).seq == 101
-    with pytest.raises(UsageError, match=r"`calib_seq=101`: the model takes 100 tokens"):
+    with pytest.raises(UsageError, match=r"`calib_seq=101`: the model takes at most 100 tokens"):
         load_calibration(words, options, vocab_size=67, max_positions=100)
 
 
@@ -417,7 +418,7 @@ def test_files_are_read_in_turn(words: Path, tmp_path: Path) -> None:
     paths = [write_jsonl(tmp_path / f"{n}.jsonl", part) for n, part in enumerate(records)]
     data = load(words, *paths, size=5, packing="padded")
     pool = [10, 20, 30, 10, 20, 30, *([10, 30] * 7)]  # until there are 4 × 5
-    assert rows(data) == by_seed([[each] for each in pool], 0)[:5]
+    assert rows(data) == by_seed([[token] for token in pool], 0)[:5]
     assert data.origin == "0.jsonl, 1.jsonl, 2.jsonl"
     assert load(words, *paths, *paths, packing="padded").origin.endswith(" and 2 more")
 
@@ -441,7 +442,7 @@ def test_importing_brings_no_heavy_library() -> None:
 def test_ids_need_no_tokenizer(bare: Path, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"input_ids": [n, n + 1]} for n in range(8)])
     documents = by_seed([[n, n + 1] for n in range(8)], 0)
-    stream = [each for document in documents for each in document]
+    stream = [token for document in documents for token in document]
     assert rows(load(bare, path, seq=4)) == [stream[n : n + 4] for n in range(0, 16, 4)]
 
 
@@ -452,29 +453,30 @@ BROKEN_RECORDS: dict[str, tuple[Any, str]] = {
         '{"text": ',
         r"a\.jsonl, line 2: is not JSON \(Expecting value at character 10\)\. Write one JSON obj",
     ),
-    "brackets without end": ("[" * 100_000, r"line 2: cannot be read as JSON: .*recursion"),
-    "digits without end": ("9" * 5_000, r"line 2: cannot be read as JSON: .*digits"),
-    "a list": ('["text"]', r"line 2: holds a JSON list, not an object"),
+    "a list": ('["text"]', r"line 2: contains a JSON list, not an object"),
     "no known key": (
         {"instruction": "x", "output": "y"},
-        r"line 2: has instruction, output\. It needs text, prompt and completion, messages, or",
+        r"line 2: has instruction, output\. Give text, prompt and completion, messages, or",
     ),
-    "half a pair": ({"prompt": "w1"}, r"line 2: has prompt\. It needs"),
-    "null": ({"text": None, "id": 3}, r"line 2: has id, text \(null\)\. It needs"),
-    "nothing": ({}, r"line 2: has no key\. It needs"),
-    "text that is none": ({"text": 5}, r"line 2: text is a int, not a string"),
-    "a surrogate": ({"text": "w1 \ud800"}, r"line 2: text is not Unicode .* at character 3"),
+    "half a pair": ({"prompt": "w1"}, r"line 2: has prompt\. Give"),
+    "null": ({"text": None, "id": 3}, r"line 2: has id, text \(null\)\. Give"),
+    "nothing": ({}, r"line 2: has no key\. Give"),
+    "text that is none": ({"text": 5}, r"line 2: text has the type int"),
+    "a surrogate": ({"text": "w1 \ud800"}, r"line 2: its text is not Unicode .* at character 3"),
+    "a surrogate in a chat": (
+        {"messages": [{"role": "user", "content": "\ud800"}]}, r"line 2: its text is not Unicode",
+    ),
     "nested ids": ({"input_ids": [[1, 2]]}, r"line 2: input_ids is not a list of integers"),
     "ids that are words": ({"input_ids": ["1"]}, r"line 2: input_ids is not a list of integers"),
     "ids that are true": ({"input_ids": [True]}, r"line 2: input_ids is not a list of integers"),
     "a short mask": (
         {"input_ids": [1, 2], "attention_mask": [1]},
-        r"line 2: attention_mask is not a 0 or 1 for each of 2 input_ids",
+        r"line 2: attention_mask does not have a 0 or 1 for each of 2 input_ids",
     ),
-    "a nested mask": ({"input_ids": [1], "attention_mask": [[1]]}, r"line 2: attention_mask is"),
+    "a nested mask": ({"input_ids": [1], "attention_mask": [[1]]}, r"line 2: attention_mask does"),
     "an id too large": (
         {"input_ids": [1, 67, 2]},
-        r"line 2: token id 67 is outside the model's vocabulary \(0 to 66\)\. The ids are another",
+        r"line 2: token id 67 is outside the model's vocabulary \(0 to 66\)\. The ids are for",
     ),
     "a negative id": ({"input_ids": [-1]}, r"line 2: token id -1 is outside"),
     "messages that are text": ({"messages": "hello"}, r"line 2: messages is not a list of objects"),
@@ -487,7 +489,7 @@ BROKEN_RECORDS: dict[str, tuple[Any, str]] = {
     ),
     "what the template refuses": (
         {"messages": [{"role": "judge", "content": "w1"}]},
-        r"line 2: the model's chat template does not take the messages: no judges here",
+        r"line 2: the model's chat template rejects the messages \(no judges here\)",
     ),
 }  # fmt: skip
 
@@ -519,16 +521,16 @@ def test_rows_of_parquet_are_named(words: Path, tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match=r"b\.parquet, row 1: has answer, question"):
         load(words, path)
     path.write_bytes(b"PAR1 or so they say")
-    with pytest.raises(CalibrationError, match=r"b\.parquet: cannot be read as Parquet: "):
+    with pytest.raises(CalibrationError, match=r"b\.parquet: cannot be read as Parquet \("):
         load(words, path)
 
 
 FILES: dict[str, tuple[str, bytes | None, str]] = {
-    "empty": ("a.txt", b"", r"a\.txt: is empty"),
-    "empty JSONL": ("a.jsonl", b"", r"a\.jsonl: is empty"),
-    "blank": ("a.txt", b" \n\n", r"a\.txt: holds no text"),
-    "blank lines": ("a.jsonl", b"\n\n", r"a\.jsonl: holds no text"),
-    "empty texts": ("a.jsonl", b'{"text": ""}\n{"messages": []}\n', r"a\.jsonl: holds no text"),
+    "empty": ("a.txt", b"", r"a\.txt: contains no text"),
+    "empty JSONL": ("a.jsonl", b"", r"a\.jsonl: contains no text"),
+    "blank": ("a.txt", b" \n\n", r"a\.txt: contains no text"),
+    "blank lines": ("a.jsonl", b"\n\n", r"a\.jsonl: contains no text"),
+    "empty texts": ("a.jsonl", b'{"text": ""}\n{"messages": []}\n', r"a\.jsonl: contains no text"),
     "Latin-1": ("a.txt", "w1 é".encode("latin-1"), r"a\.txt: is not UTF-8 .*byte 0xe9"),
     "Latin-1 JSONL": ("a.jsonl", b'{"text": "w1"}\n{"text": "\xe9"}', r"line 2: is not UTF-8"),
     "UTF-16": ("a.txt", "w1".encode("utf-16"), r"a\.txt: is not UTF-8 .*byte 0xff"),
@@ -554,17 +556,14 @@ def test_a_file_that_does_not_serve_is_named(
 def test_folders_and_other_things_are_no_files(words: Path, tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match=r"is a folder\. Give the files in it"):
         load(words, tmp_path)
-    with pytest.raises(CalibrationError, match="/dev/null: is no file"):
+    with pytest.raises(CalibrationError, match="/dev/null: is not a regular file"):
         load(words, "/dev/null")
 
 
-def test_a_file_that_is_one_line_of_json(
-    words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 1 << 20)
+def test_a_file_that_is_one_line_of_json(words: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    path.write_text(json.dumps([{"text": "w1 " * 500_000}]))
-    with pytest.raises(CalibrationError, match="line 1: is longer than 1 MiB"):
+    path.write_bytes(b'[{"text": "' + b"w1 " * (readers.MAX_LINE_BYTES // 3) + b'"}]')
+    with pytest.raises(CalibrationError, match="line 1: is longer than 64 MiB"):
         load(words, path)
 
 
@@ -573,14 +572,14 @@ def test_too_little_says_what_is_there_and_what_is_needed(words: Path, tmp_path:
     with pytest.raises(CalibrationError) as caught:
         load(words, path, size=12, seq=10)
     assert str(caught.value) == (
-        "a.jsonl: 100 tokens make 10 samples of 10; 12 samples take 120. "
+        "a.jsonl: has 100 tokens, which make 10 samples of 10; 12 samples need 120. "
         "Give more text, or `calib_size=10`."
     )
-    with pytest.raises(CalibrationError, match=r"100 tokens make 0 samples of 512; 128 samples ta"):
+    with pytest.raises(CalibrationError, match=r"100 tokens, which make 0 samples of 512; 128 "):
         load(words, path)
     with pytest.raises(CalibrationError, match=r"or a smaller `calib_seq`\."):
         load(words, path, seq=101)
-    with pytest.raises(CalibrationError, match=r"20 documents; 21 padded .* or `calib_size=20"):
+    with pytest.raises(CalibrationError, match=r"20 documents, and 21 padded .* or `calib_size=20"):
         load(words, path, size=21, packing="padded")
     assert load(words, path, size=20, packing="padded").samples == 20
     assert load(words, path, size=10, seq=10).samples == 10
@@ -640,7 +639,8 @@ def test_a_dataset_that_the_hub_does_not_give(words: Path, monkeypatch: pytest.M
     with pytest.raises(CalibrationError) as caught:
         load(words, "org/name")
     assert str(caught.value) == (
-        "org/name: no such file, and the hub does not give the dataset: no route to host"
+        "org/name: no such file, and the dataset cannot be read from the hub (no route to host). "
+        "Check the name and the network."
     )
     rows_without = iter([{"question": "w1"}])
     stand_in.load_dataset = lambda *a, **o: rows_without  # type: ignore[attr-defined]
@@ -713,7 +713,7 @@ def test_without_a_name_the_embedded_text_serves() -> None:
     texts = [record["text"] for record in calibration_records()]
     stream = "\0".join(by_seed(texts, 0)).encode() + b"\0"  # no document holds a zero
     expected = [BYTE_END if byte == 0 else byte for byte in stream[: 128 * 512]]
-    assert [each for row in rows(data) for each in row] == expected
+    assert [token for row in rows(data) for token in row] == expected
     assert data.digest == load(model_dir()).digest
     assert data.digest != load(model_dir(), seed=1).digest
 

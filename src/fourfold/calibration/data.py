@@ -1,20 +1,21 @@
-"""Calibration data: what the model reads while its activations are observed.
+"""Calibration data: the text that the model reads while its activations are observed.
 
     names ──▶ records ──▶ documents (token ids) ──▶ samples ──▶ batches
       readers.py    encoding.py     pool, shuffle, pack or pad
 
-**Pool.** Documents are read in turn, one from each file, until there are `POOL` times as many
-tokens (padded: documents) as are wanted, and no further: a corpus may be far larger than the
-machine. The seed shuffles the pool; what comes first is taken.
+**Pool.** One document is read from each file in turn, until the pool holds `POOL` times as many
+tokens (padded: documents) as the samples need. Nothing more is read, since a corpus may be far
+larger than the machine. The seed shuffles the pool, and the samples are made from its beginning.
 
-**Packed.** Documents are joined, the end-of-text token between them, and cut into samples of
-exactly `seq` tokens. If the tokenizer begins every text with a token, each sample begins with it:
-models with such a token are not themselves without it.
+**Packed.** Documents are joined, with the end-of-text token between them, and cut into samples of
+exactly `seq` tokens. If the tokenizer begins every text with a token, every sample begins with it,
+because models that have such a token behave differently without it.
 
-**Padded.** A document is a sample, cut at `seq`, padded on the right to the longest of its batch.
+**Padded.** Each document is one sample. It is cut at `seq` tokens and padded on the right to the
+longest sample of its batch.
 
-The order comes from SHA-256 of seed and position, not from a random generator: the same files,
-options and seed give the same `digest` under every Python.
+The order comes from SHA-256 of seed and position, not from a random generator, so that the same
+files, options and seed give the same `digest` under every version of Python.
 """
 
 from __future__ import annotations
@@ -34,64 +35,75 @@ from fourfold.calibration.readers import Corpus, open_corpora
 from fourfold.config import CalibrationConfig
 from fourfold.errors import CalibrationError, UsageError
 from fourfold.models.internals import quiet
+from fourfold.storage.names import storable
 
 DEFAULT_SIZE = 128
 DEFAULT_SEQ = 512
 
 POOL = 4
-"""How many times more is read than is wanted, so that a seed has something to choose from."""
+"""How many times more is read than is needed, so that the seed has something to choose from."""
 
 CHARACTERS_PER_TOKEN = 4
-"""How long a piece of a text file is, for each token of a sample."""
+"""A text file is cut into pieces of about this many characters for each token of a sample."""
 
 SHOWN_NAMES = 4
+"""How many files `CalibrationData.origin` names before it only counts them."""
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples that pass the model together: B samples of S tokens, padded on the right."""
+    """B samples that pass the model together, each padded on the right to S tokens."""
 
     input_ids: torch.Tensor
     """int64 [B, S]."""
     attention_mask: torch.Tensor
-    """int64 [B, S]: 1 where there is a token."""
+    """int64 [B, S]: 1 for a token, 0 for padding."""
 
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """All samples, in batches, and what they are."""
+    """All samples in batches, and a description of them."""
 
     batches: tuple[Batch, ...]
     digest: str
-    """SHA-256 of ids, masks and shapes: equal where the model reads the same."""
+    """SHA-256 of ids, masks and shapes. It is equal if the model reads the same."""
     samples: int
     seq: int
+    """Tokens of a sample; padded samples may have fewer."""
     tokens: int
-    """Without pads."""
+    """Tokens of all samples, without padding."""
     origin: str
-    """Where the text is from, for messages: names without their folders."""
+    """The names of the files or datasets, without their folders, for messages."""
     is_embedded: bool
+    """True if this is the text that comes with fourfold."""
     beginning: str = ""
-    """How the first sample begins, as `preview` shows it."""
+    """The beginning of the first sample, as `preview` returns it."""
 
     def preview(self, tokenizer: Any, characters: int = 200) -> str:
-        """The beginning of the first sample as text, without pads and special tokens.
+        """Return the beginning of the first sample, without padding and special tokens.
 
-        Characters that would move a terminal's cursor are replaced. Without a tokenizer (None),
-        the ids.
+        Args:
+            tokenizer: Decodes the ids. If it is None, the ids themselves are returned as text.
+            characters: The text is cut after this many characters.
+
+        Returns:
+            Text that can be printed: control characters, which could move a terminal's cursor,
+            are replaced.
         """
         first = self.batches[0]
         ids: list[int] = first.input_ids[0][first.attention_mask[0].bool()].tolist()
         if tokenizer is None:
             text = " ".join(map(str, ids))
         else:
-            ids = list(dropwhile(lambda each: each == tokenizer.pad_token_id, ids))
+            ids = list(dropwhile(lambda token: token == tokenizer.pad_token_id, ids))
             with quiet():
                 text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-        shown = _CONTROLS.sub("\ufffd", text)
-        return shown if len(shown) <= characters else shown[:characters].rstrip() + "…"
+        printable = _CONTROLS.sub("\ufffd", text)
+        if len(printable) <= characters:
+            return printable
+        return printable[:characters].rstrip() + "…"
 
 
 def load_calibration(
@@ -101,19 +113,26 @@ def load_calibration(
     vocab_size: int,
     max_positions: int | None = None,
     trust_remote_code: bool = False,
-    no_tokenizer: str | None = None,
+    tokenizer_hint: str | None = None,
 ) -> CalibrationData:
-    """Read what `config` names, or the embedded text, for the model in `folder`.
+    """Read the files and datasets that `config` names, or the embedded text if it names none.
 
-    `vocab_size` is the number of rows of its embedding, `max_positions` the longest sequence it
-    takes; its tokenizer is loaded if a record needs one. Where it is known to have none,
-    `no_tokenizer` says so, and what to do.
+    Args:
+        folder: The model's folder. Its tokenizer is loaded if a record needs it.
+        config: The names, sizes, packing and seed.
+        vocab_size: The number of rows of the model's embedding.
+        max_positions: The longest sequence that the model takes; None if it has no limit.
+        trust_remote_code: True if the tokenizer's own code may run.
+        tokenizer_hint: Why the model cannot have a tokenizer, and how to give it one; None if it
+            can.
 
-    Raises `CalibrationError` for data that cannot be read, does not fit the model, or is less than
-    `options` ask for; `UsageError` for a sample longer than the model takes.
+    Raises:
+        CalibrationError: If the data cannot be read, does not fit the model, or is less than
+            `config` asks for.
+        UsageError: If a sample would be longer than the model takes.
     """
     seq = _sample_length(config, max_positions)
-    encoder = Encoder(folder, vocab_size, trust_remote_code, no_tokenizer)
+    encoder = Encoder(folder, vocab_size, trust_remote_code, tokenizer_hint)
     corpora = open_corpora(config.files, seq * CHARACTERS_PER_TOKEN)
     documents = shuffled(_pool(corpora, encoder, config, seq), config.seed)
     if config.packing == "packed":
@@ -121,7 +140,7 @@ def load_calibration(
     else:
         samples = [document[:seq] for document in documents]
     origin = _origin(corpora)
-    chosen = _enough(samples, documents, config, seq, origin)
+    chosen = _choose(samples, documents, config, seq, origin)
     batches = tuple(_batches(chosen, config.batch_size, encoder.pad))
     data = CalibrationData(
         batches=batches,
@@ -141,7 +160,7 @@ def _sample_length(config: CalibrationConfig, max_positions: int | None) -> int:
         return min(DEFAULT_SEQ, longest)
     if max_positions is not None and config.calib_seq > max_positions:
         raise UsageError(
-            f"`calib_seq={config.calib_seq}`: the model takes {max_positions} tokens at most "
+            f"`calib_seq={config.calib_seq}`: the model takes at most {max_positions} tokens "
             f"(max_position_embeddings). Give `calib_seq={max_positions}` or less."
         )
     return config.calib_seq
@@ -153,38 +172,40 @@ def _sample_length(config: CalibrationConfig, max_positions: int | None) -> int:
 def _pool(
     corpora: list[Corpus], encoder: Encoder, config: CalibrationConfig, seq: int
 ) -> list[list[int]]:
-    """Documents as ids, in turn from each corpus: the embedded text whole, of others enough."""
-    packed = config.packing == "packed"
-    wanted = POOL * (config.calib_size or DEFAULT_SIZE) * (seq if packed else 1)
+    """Read enough documents, one from each corpus in turn. The embedded text is read whole."""
+    is_packed = config.packing == "packed"
+    needed = POOL * (config.calib_size or DEFAULT_SIZE) * (seq if is_packed else 1)
     pool: list[list[int]] = []
-    found = 0
-    for turn in _turns([_documents(corpus, encoder, close=packed) for corpus in corpora]):
-        pool += turn
-        found += sum(map(len, turn)) if packed else len(turn)
-        if found >= wanted and config.files:
+    size = 0
+    for documents in _in_turn([_documents(corpus, encoder, close=is_packed) for corpus in corpora]):
+        pool += documents
+        size += sum(map(len, documents)) if is_packed else len(documents)
+        if size >= needed and config.files:
             break
     return pool
 
 
 def _documents(corpus: Corpus, encoder: Encoder, close: bool) -> Iterator[list[int]]:
-    """The documents of a corpus that hold something: one at least."""
-    empty = True
+    """Yield the documents of a corpus that are not empty. A corpus without any is an error."""
+    is_empty = True
     for record in corpus.records:
         if ids := encoder.encode(record, close):
-            empty = False
+            is_empty = False
             yield ids
-    if empty:
-        raise CalibrationError(f"{corpus.name}: holds no text. Give a file that holds text.")
+    if is_empty:
+        raise CalibrationError(f"{corpus.name}: contains no text. Give a file that contains text.")
 
 
-def _turns(each: list[Iterator[list[int]]]) -> Iterator[list[list[int]]]:
-    """The next of each iterator, until none has one."""
-    while turn := [found for one in each if (found := next(one, None)) is not None]:
-        yield turn
+def _in_turn(iterators: list[Iterator[list[int]]]) -> Iterator[list[list[int]]]:
+    """Yield the next document of every iterator that has one, until none has."""
+    while documents := [
+        document for iterator in iterators if (document := next(iterator, None)) is not None
+    ]:
+        yield documents
 
 
 def shuffled(documents: list[list[int]], seed: int) -> list[list[int]]:
-    """The documents in the order of SHA-256 of "seed:position"."""
+    """Return the documents in the order of SHA-256 of "seed:position"."""
 
     def key(position: int) -> bytes:
         return hashlib.sha256(f"{seed}:{position}".encode()).digest()
@@ -196,44 +217,53 @@ def shuffled(documents: list[list[int]], seed: int) -> list[list[int]]:
 
 
 def pack(documents: list[list[int]], seq: int, first: list[int]) -> list[list[int]]:
-    """All documents one after the other, cut into samples of `seq` ids that begin with `first`.
+    """Join the documents, and cut them into samples of `seq` ids that begin with `first`.
 
-    What is left over at the end and fills no sample is left out.
+    Args:
+        documents: Token ids of each document.
+        seq: The length of a sample, more than that of `first`.
+        first: The token that the tokenizer begins every text with, or nothing.
+
+    Returns:
+        Samples of `seq` ids. Ids at the end that do not fill a sample are dropped.
     """
+    assert len(first) < seq
     stream = list(chain.from_iterable(documents))
-    assert len(first) < seq, "a sample has room for more than its beginning"
     samples: list[list[int]] = []
-    at = 0
+    start = 0
     while True:
-        begin = [] if stream[at : at + len(first)] == first else first
-        sample = begin + stream[at : at + seq - len(begin)]
+        prefix = [] if stream[start : start + len(first)] == first else first
+        sample = prefix + stream[start : start + seq - len(prefix)]
         if len(sample) < seq:
             return samples
         samples.append(sample)
-        at += seq - len(begin)
+        start += seq - len(prefix)
 
 
-def _enough(
+def _choose(
     samples: list[list[int]],
     documents: list[list[int]],
     config: CalibrationConfig,
     seq: int,
     origin: str,
 ) -> list[list[int]]:
-    """As many samples as are wanted. An error where that was asked for and is not there."""
+    """Return the first samples, as many as are needed.
+
+    Fewer are an error only if `calib_size` asks for more, or if there are none.
+    """
     size = config.calib_size or DEFAULT_SIZE
     if len(samples) >= size or (samples and config.calib_size is None):
         return samples[:size]
     if config.packing == "padded":
         raise CalibrationError(
-            f"{origin}: {len(documents):,} documents; {size:,} padded samples take one each. "
-            f"Give more, or `calib_size={len(documents)}`."
+            f"{origin}: has {len(documents):,} documents, and {size:,} padded samples need one "
+            f"each. Give more documents, or `calib_size={len(documents)}`."
         )
     tokens = sum(map(len, documents))
     remedy = f"`calib_size={len(samples)}`" if samples else "a smaller `calib_seq`"
     raise CalibrationError(
-        f"{origin}: {tokens:,} tokens make {len(samples):,} samples of {seq:,}; "
-        f"{size:,} samples take {size * seq:,}. Give more text, or {remedy}."
+        f"{origin}: has {tokens:,} tokens, which make {len(samples):,} samples of {seq:,}; "
+        f"{size:,} samples need {size * seq:,}. Give more text, or {remedy}."
     )
 
 
@@ -256,18 +286,19 @@ def _digest(batches: tuple[Batch, ...]) -> str:
 
 
 def digest_batch(digest: hashlib._Hash, input_ids: torch.Tensor, mask: torch.Tensor) -> None:
-    """Let a batch's ids and mask, [B, S] each in CPU memory, count for a digest."""
+    """Add a batch to a digest.
+
+    Args:
+        digest: The digest to update.
+        input_ids: [B, S], in CPU memory.
+        mask: [B, S], in CPU memory.
+    """
     digest.update(repr(tuple(input_ids.shape)).encode())
     for tensor in (input_ids, mask):
         digest.update(tensor.numpy().astype("<i8").tobytes())
 
 
-def plain_text(name: str) -> str:
-    """A file's name as text that can be stored: bytes that are no UTF-8 are spelled out."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
 def _origin(corpora: list[Corpus]) -> str:
-    names = [plain_text(corpus.name) for corpus in corpora]
+    names = [storable(corpus.name) for corpus in corpora]
     more = len(names) - SHOWN_NAMES
     return ", ".join(names[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")

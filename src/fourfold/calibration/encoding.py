@@ -1,23 +1,22 @@
-"""Records as token ids, by the tokenizer in the model's folder.
+"""Turns records into token ids, with the tokenizer in the model's folder.
 
-A text begins and ends as the tokenizer has it begin and end. `close` adds the end-of-text token,
-where the tokenizer has one and has not put it there, so that documents can be joined. A chat
-template closes its turns itself, and ids that are given are taken as they are.
+The tokenizer decides how a text begins and ends. `close` adds the end-of-text token, unless the
+tokenizer has none or has added it itself, so that documents can be joined. Chat templates close
+their turns themselves, and `input_ids` are not changed.
 
-Every id is checked against the embedding: an id without a row is an error here, with its record,
-and not an access out of bounds in the first layer.
+Every id is compared with the size of the embedding, so that an id without a row is an error that
+names the record, and not an access out of bounds in the first layer.
 """
 
 from __future__ import annotations
 
-from functools import cached_property
 from itertools import compress
 from pathlib import Path
 from typing import Any
 
 from fourfold.calibration.readers import Record
 from fourfold.errors import CalibrationError, SourceError
-from fourfold.models import tokenizer
+from fourfold.models.tokenizer import load_tokenizer
 
 TODAY = (
     "{%- macro strftime_now(format) -%}{{ format"
@@ -26,101 +25,126 @@ TODAY = (
     "|replace('%a', 'Thu')|replace('%H', '12')|replace('%M', '00')|replace('%S', '00')"
     " }}{%- endmacro -%}"
 )
-"""What chat templates that print the date are told: the same data on every day."""
-
+"""A fixed date for chat templates that print it, so that the data is the same on every day."""
 
 NEEDS_NONE = "JSONL with input_ids needs none."
 
 
 class Encoder:
-    """Makes ids of records. Loads the tokenizer with the first record that needs one."""
+    """Encodes records. The tokenizer is loaded with the first record that needs one."""
 
     def __init__(
         self,
         folder: Path,
         vocab_size: int,
         trust_remote_code: bool = False,
-        no_tokenizer: str | None = None,
+        tokenizer_hint: str | None = None,
     ) -> None:
+        """Describe the model; nothing is loaded yet.
+
+        Args:
+            folder: The model's folder.
+            vocab_size: The number of rows of the model's embedding.
+            trust_remote_code: True if the tokenizer's own code may run.
+            tokenizer_hint: Why the model cannot have a tokenizer, and how to give it one.
+        """
         self._folder = folder
-        self._no_tokenizer = no_tokenizer
         self._vocab_size = vocab_size
         self._trust_remote_code = trust_remote_code
-
-    def encode(self, record: Record, close: bool) -> list[int]:
-        """The ids of a record, each with a row in the embedding; empty for an empty text.
-
-        A record with several forms is read by the first of `input_ids`, `messages`, `prompt` with
-        `completion`, `text`; without a chat template, `messages` only where there is no other.
-        """
-        if "input_ids" in record.content:
-            ids = _given_ids(record)
-        elif "messages" in record.content and not self._plain_must_do(record):
-            ids = self._chat(record)
-        else:
-            ids = self._text(record, close)
-        self._check(record, ids)
-        return ids
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The tokenizer in the model's folder."""
-        if self._no_tokenizer is not None:
-            raise CalibrationError(f"{self._no_tokenizer} {NEEDS_NONE}")
-        return load_tokenizer(self._folder, self._trust_remote_code)
+        self._tokenizer_hint = tokenizer_hint
+        self.loaded: Any = None
+        """The tokenizer; None as long as no record has needed it."""
 
     @property
-    def loaded(self) -> Any:
-        """The tokenizer, if a record needed it; else None."""
-        return self.__dict__.get("tokenizer")
+    def tokenizer(self) -> Any:
+        """The tokenizer in the model's folder. Raises `CalibrationError` if there is none."""
+        if self._tokenizer_hint is not None:
+            raise CalibrationError(f"{self._tokenizer_hint} {NEEDS_NONE}")
+        if self.loaded is None:
+            try:
+                self.loaded = load_tokenizer(
+                    self._folder, trust_remote_code=self._trust_remote_code
+                )
+            except SourceError as error:
+                raise CalibrationError(f"{error} {NEEDS_NONE}") from error
+        return self.loaded
 
     @property
     def first(self) -> list[int]:
-        """The token with which the tokenizer begins every text: one, or none."""
-        if not self._has_tokenizer:
+        """The token with which the tokenizer begins every text, if it does so and was loaded."""
+        if self.loaded is None:
             return []
-        begin = self.tokenizer.bos_token_id
-        starts = begin is not None and _tokenize(self.tokenizer, "")[:1] == [begin]
-        return [begin] if starts else []
+        bos = self.loaded.bos_token_id
+        is_added = bos is not None and _tokenize(self.loaded, "")[:1] == [bos]
+        return [bos] if is_added else []
 
     @property
     def pad(self) -> int:
-        """The id to fill up with: pad, end of text or 0, the first that the embedding has."""
-        known: list[int | None] = []
-        if self._has_tokenizer:
-            known = [self.tokenizer.pad_token_id, self.tokenizer.eos_token_id]
-        return next((each for each in known if each is not None and each < self._vocab_size), 0)
+        """The id for padding: the first of pad, end of text and 0 that the embedding has."""
+        candidates: list[int | None] = []
+        if self.loaded is not None:
+            candidates = [self.loaded.pad_token_id, self.loaded.eos_token_id]
+        valid = (token for token in candidates if token is not None and token < self._vocab_size)
+        return next(valid, 0)
+
+    def encode(self, record: Record, close: bool) -> list[int]:
+        """Return the ids of a record.
+
+        If a record has several forms, the first of `input_ids`, `messages`, `prompt` with
+        `completion` and `text` is used. Without a chat template, `messages` are used only if there
+        is no other form.
+
+        Args:
+            record: One document.
+            close: True if the end-of-text token shall follow plain text.
+
+        Returns:
+            Ids that each have a row in the embedding; none for an empty document.
+
+        Raises:
+            CalibrationError: If the record cannot be encoded for this model.
+        """
+        content = record.content
+        if "input_ids" in content:
+            ids = _input_ids(record)
+        elif "messages" in content and (_plain_text(record) is None or self._has_template):
+            ids = self._encode_chat(record)
+        else:
+            ids = self._encode_text(record, close)
+        self._check(record, ids)
+        return ids
 
     @property
-    def _has_tokenizer(self) -> bool:
-        return "tokenizer" in self.__dict__
+    def _has_template(self) -> bool:
+        return bool(self.tokenizer.chat_template)
 
-    def _plain_must_do(self, record: Record) -> bool:
-        return plain_text(record) is not None and not self.tokenizer.chat_template
-
-    def _text(self, record: Record, close: bool) -> list[int]:
-        text = plain_text(record)
-        assert text is not None, "the readers let no other record through"
+    def _encode_text(self, record: Record, close: bool) -> list[int]:
+        text = _plain_text(record)
+        assert text is not None, "the readers only return records that can be encoded"
         if not text.strip():
             return []
+        _check_unicode(record, text)
         ids = _tokenize(self.tokenizer, text)
         end = self.tokenizer.eos_token_id
         if close and end is not None and ids[-1:] != [end]:
             ids.append(end)
         return ids
 
-    def _chat(self, record: Record) -> list[int]:
+    def _encode_chat(self, record: Record) -> list[int]:
         if record.content["messages"] == []:
             return []
-        if not self.tokenizer.chat_template:
+        if not self._has_template:
             raise CalibrationError(
                 f"{record.where}: has messages, but the tokenizer in {self._folder} has no chat "
                 "template. Give text, prompt and completion, or input_ids."
             )
-        return _tokenize(self.tokenizer, self._rendered(record), add_special_tokens=False)
+        text = self._render(record)
+        _check_unicode(record, text)
+        return _tokenize(self.tokenizer, text, add_special_tokens=False)
 
-    def _rendered(self, record: Record) -> str:
-        messages, tools = _chat_of(record)
+    def _render(self, record: Record) -> str:
+        """Apply the chat template to the messages of a record."""
+        messages, tools = _chat(record)
         try:
             text: str = self.tokenizer.apply_chat_template(
                 messages,
@@ -128,36 +152,29 @@ class Encoder:
                 chat_template=TODAY + self.tokenizer.get_chat_template(tools=tools),
                 tokenize=False,
             )
-            text.encode()
-        except Exception as error:  # a template is a program: it can fail in any way
+        except Exception as error:  # a template is a program, which can fail in any way
             cause = " ".join(str(error).split())[:200] or type(error).__name__
             raise CalibrationError(
-                f"{record.where}: the model's chat template does not take the messages: {cause}"
+                f"{record.where}: the model's chat template rejects the messages ({cause}). "
+                "Change them, or give text."
             ) from error
         return text
 
     def _check(self, record: Record, ids: list[int]) -> None:
+        """Raise `CalibrationError` if an id has no row in the embedding."""
         if not ids or (min(ids) >= 0 and max(ids) < self._vocab_size):
             return
-        wrong = next(each for each in ids if not 0 <= each < self._vocab_size)
-        given = "input_ids" in record.content
-        cause = "The ids are" if given else f"The tokenizer in {self._folder} is"
+        wrong = next(token for token in ids if not 0 <= token < self._vocab_size)
+        is_tokenized = "input_ids" in record.content
+        culprit = "The ids are" if is_tokenized else f"The tokenizer in {self._folder} is"
         raise CalibrationError(
             f"{record.where}: token id {wrong} is outside the model's vocabulary (0 to "
-            f"{self._vocab_size - 1}). {cause} another model's: use this model's own tokenizer."
+            f"{self._vocab_size - 1}). {culprit} for another model. Use this model's own tokenizer."
         )
 
 
-def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer in a model's folder. `CalibrationError` where there is none that works."""
-    try:
-        return tokenizer.load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    except SourceError as error:
-        raise CalibrationError(f"{error} {NEEDS_NONE}") from error
-
-
-def plain_text(record: Record) -> str | None:
-    """`prompt` and `completion`, one after the other, or `text`; None where it has neither."""
+def _plain_text(record: Record) -> str | None:
+    """Return `prompt` and `completion` joined, or `text`; None if the record has neither."""
     for keys in (("prompt", "completion"), ("text",)):
         if record.content.keys() >= set(keys):
             return "".join(_string(record, key) for key in keys)
@@ -167,27 +184,33 @@ def plain_text(record: Record) -> str | None:
 def _string(record: Record, key: str) -> str:
     value = record.content[key]
     if not isinstance(value, str):
-        raise CalibrationError(
-            f"{record.where}: {key} is a {type(value).__name__}, not a string. Write text there."
-        )
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise CalibrationError(
-            f"{record.where}: {key} is not Unicode ({error.reason} at character {error.start}). "
-            "Take that character out."
-        ) from None
+        kind = type(value).__name__
+        raise CalibrationError(f"{record.where}: {key} has the type {kind}. Write a string.")
     return value
 
 
-def _chat_of(record: Record) -> tuple[list[Any], list[Any] | None]:
-    """`messages` and `tools`. A template would print a missing role or content as nothing."""
+def _check_unicode(record: Record, text: str) -> None:
+    """JSON can escape half a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise CalibrationError(
+            f"{record.where}: its text is not Unicode ({error.reason} at character {error.start}). "
+            "Remove that character."
+        ) from None
+
+
+def _chat(record: Record) -> tuple[list[Any], list[Any] | None]:
+    """Return `messages` and `tools`. A template would print a missing role or content as nothing,
+    so their presence is checked here."""
     messages, tools = record.content["messages"], record.content.get("tools")
-    fit = isinstance(messages, list) and all(
-        isinstance(each, dict) and "role" in each and each.keys() & {"content", "tool_calls"}
-        for each in messages
+    is_valid = isinstance(messages, list) and all(
+        isinstance(message, dict)
+        and "role" in message
+        and message.keys() & {"content", "tool_calls"}
+        for message in messages
     )
-    if not fit:
+    if not is_valid:
         raise CalibrationError(
             f"{record.where}: messages is not a list of objects with role and content. "
             'Write [{"role": "user", "content": "…"}, …].'
@@ -199,23 +222,23 @@ def _chat_of(record: Record) -> tuple[list[Any], list[Any] | None]:
     return messages, tools
 
 
-def _given_ids(record: Record) -> list[int]:
-    """`input_ids`, without those that `attention_mask` masks."""
+def _input_ids(record: Record) -> list[int]:
+    """Return `input_ids` without those that `attention_mask` masks."""
     ids = record.content["input_ids"]
-    if not isinstance(ids, list) or any(type(each) is not int for each in ids):
+    if not isinstance(ids, list) or any(type(token) is not int for token in ids):
         raise CalibrationError(
             f"{record.where}: input_ids is not a list of integers. Write the ids as one flat list."
         )
     mask = record.content.get("attention_mask", [1] * len(ids))
-    if not isinstance(mask, list) or len(mask) != len(ids) or any(e not in (0, 1) for e in mask):
+    if not isinstance(mask, list) or len(mask) != len(ids) or any(x not in (0, 1) for x in mask):
         raise CalibrationError(
-            f"{record.where}: attention_mask is not a 0 or 1 for each of {len(ids)} input_ids. "
-            "Correct it, or leave it out."
+            f"{record.where}: attention_mask does not have a 0 or 1 for each of {len(ids)} "
+            "input_ids. Correct it, or leave it out."
         )
     return list(compress(ids, mask))
 
 
 def _tokenize(tokenizer: Any, text: str, add_special_tokens: bool = True) -> list[int]:
-    """Without the warning that a text is longer than the model: it will be cut."""
+    # Not verbose: a text may be longer than the model takes, because it is cut afterwards.
     encoded = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
     return list(encoded["input_ids"])

@@ -1,13 +1,13 @@
-"""Files and datasets as records, read one by one: nobody's corpus has to fit in memory.
+"""Reads files and datasets record by record, so that a corpus need not fit in memory.
 
-    .jsonl .json .ndjson    one JSON object a line
-    .parquet                one record a row (pyarrow)
+    .jsonl .json .ndjson    one JSON object per line
+    .parquet                one record per row (needs pyarrow)
     any other file          text; whole paragraphs of about `characters` make a record
-    org/name[:config][:split]   a dataset of the hub, streamed (datasets)
+    org/name[:config][:split]   a dataset of the hub, streamed (needs datasets)
 
-A record is a mapping with one of: `input_ids` (and, if it likes, `attention_mask`), `messages`
-(and `tools`), `prompt` and `completion`, `text`. Other keys are nobody's business and are left
-out; a record with none of these is an error that lists what it has.
+A record is a mapping with one of: `input_ids` (optionally with `attention_mask`), `messages`
+(optionally with `tools`), `prompt` and `completion`, `text`. Other keys are ignored. A record with
+none of these is an error that lists the keys it has.
 """
 
 from __future__ import annotations
@@ -29,44 +29,58 @@ JSON_SUFFIXES = frozenset({".jsonl", ".json", ".ndjson"})
 KEYS = ("input_ids", "attention_mask", "messages", "tools", "prompt", "completion", "text")
 
 MAX_LINE_BYTES = 1 << 26
-"""A longer line of JSON is no record but a whole file on one line."""
+"""A longer line of JSON is a whole file on one line, which would not fit in memory."""
 
-ROWS_AT_ONCE = 64
+BATCH_ROWS = 64
+"""Rows of a Parquet file that are decoded together."""
 
 _FILE_SUFFIXES = JSON_SUFFIXES | {".parquet", ".txt", ".md", ".csv", ".gz", ".zst"}
-"""A name that ends like this is a file's, not a dataset's."""
+"""A name with one of these suffixes is the name of a file, not of a dataset."""
 
 _DATASET = re.compile(r"(?P<path>[\w.-]+/[\w.-]+)(:(?P<one>[^:/\\]+))?(:(?P<two>[^:/\\]+))?")
 
 
 @dataclass(frozen=True)
 class Record:
-    """One document before it is tokenized: where it lies, and those of `KEYS` that it has."""
+    """One document before it is tokenized."""
 
     where: str
+    """The file and line, for messages."""
     content: Mapping[str, Any]
+    """Those of `KEYS` that the record has."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A file, a dataset or the embedded text: a name for messages, and records, read lazily."""
+    """A file, a dataset or the embedded text."""
 
     name: str
+    """The name for messages."""
     records: Iterator[Record]
+    """Read lazily."""
 
 
 def open_corpora(names: Iterable[str], characters: int) -> list[Corpus]:
-    """What `--calib` names, in order; without a name, the embedded text.
+    """Open files and datasets.
 
-    Everything that can be known without reading is checked here: `CalibrationError` for a folder,
-    a file that is missing or empty, a library that is not installed.
+    Args:
+        names: Paths of files, or names of datasets. Without any, the embedded text is opened.
+        characters: The approximate length of a record of a text file.
+
+    Returns:
+        One corpus for each name, in the same order.
+
+    Raises:
+        CalibrationError: If a name is a folder or does not exist, or if a library is missing. The
+            same error is raised for broken contents when they are read.
     """
     return [_open(name, characters) for name in names] or [_embedded()]
 
 
 def _embedded() -> Corpus:
-    records = calibration_records()
-    return Corpus(EMBEDDED, (_record(f"{EMBEDDED}, {each['name']}", each) for each in records))
+    documents = calibration_records()
+    records = (_record(f"{EMBEDDED}, {document['name']}", document) for document in documents)
+    return Corpus(EMBEDDED, records)
 
 
 def _open(name: str, characters: int) -> Corpus:
@@ -75,10 +89,8 @@ def _open(name: str, characters: int) -> Corpus:
         return _dataset(name)
     if path.is_dir():
         raise CalibrationError(f"{path}: is a folder. Give the files in it, one by one.")
-    if not path.is_file():
-        raise CalibrationError(f"{path}: is no file. Save the text to a file first.")
-    if path.stat().st_size == 0:
-        raise CalibrationError(f"{path}: is empty. Give a file that holds text.")
+    if not path.is_file():  # a pipe could not be read again by other ranks or when a run resumes
+        raise CalibrationError(f"{path}: is not a regular file. Save the text to a file first.")
     if path.suffix.lower() in JSON_SUFFIXES:
         return Corpus(path.name, _json_records(path))
     if path.suffix.lower() == ".parquet":
@@ -87,14 +99,14 @@ def _open(name: str, characters: int) -> Corpus:
 
 
 def _record(where: str, content: Mapping[str, Any]) -> Record:
-    """The keys that matter. A null is what Parquet puts where a record lacks the key."""
+    # In Parquet, a record without a key has null there.
     known = {key: content[key] for key in KEYS if content.get(key) is not None}
     if known.keys() & {"input_ids", "messages", "text"} or {"prompt", "completion"} <= known.keys():
         return Record(where, known)
-    found = [f"{key} (null)" if content[key] is None else str(key) for key in content]
+    keys = sorted(f"{key} (null)" if value is None else key for key, value in content.items())
     raise CalibrationError(
-        f"{where}: has {', '.join(sorted(found)[:8]) or 'no key'}. "
-        "It needs text, prompt and completion, messages, or input_ids."
+        f"{where}: has {', '.join(keys[:8]) or 'no key'}. "
+        "Give text, prompt and completion, messages, or input_ids."
     )
 
 
@@ -109,31 +121,42 @@ def _text_records(path: Path, characters: int) -> Iterator[Record]:
     except UnicodeDecodeError as error:
         raise _not_utf8(str(path), error) from None
     except OSError as error:
-        raise CalibrationError(f"{path}: cannot be read: {error.strerror}") from error
+        raise _unreadable(path, error) from error
 
 
 def text_pieces(file: TextIO, characters: int) -> Iterator[str]:
-    """The text in pieces that end with a paragraph, once they have `characters`.
+    """Cut a text into pieces that end with a paragraph.
 
-    A paragraph without end is cut at the end of a line, a line without end anywhere, so that no
-    piece has more than three times `characters`. The pieces, joined, are the text.
+    A paragraph that is too long is cut at the end of a line, and a line that is too long anywhere.
+
+    Args:
+        file: The text.
+        characters: The least length of a piece; only the last one may be shorter.
+
+    Yields:
+        Pieces shorter than three times `characters`. Joined, they are the text.
     """
-    piece, length = [], 0
+    lines: list[str] = []
+    length = 0
     while line := file.readline(characters):
-        piece.append(line)
+        lines.append(line)
         length += len(line)
         if length >= characters and (not line.strip() or length >= 2 * characters):
-            yield "".join(piece)
-            piece, length = [], 0
-    if piece:
-        yield "".join(piece)
+            yield "".join(lines)
+            lines, length = [], 0
+    if lines:
+        yield "".join(lines)
 
 
 def _not_utf8(where: str, error: UnicodeDecodeError) -> CalibrationError:
     byte = error.object[error.start]
     return CalibrationError(
-        f"{where}: is not UTF-8 (it holds the byte 0x{byte:02x}). Save it as plain text in UTF-8."
+        f"{where}: is not UTF-8 (it contains the byte 0x{byte:02x}). Save it as text in UTF-8."
     )
+
+
+def _unreadable(path: Path, error: OSError) -> CalibrationError:
+    return CalibrationError(f"{path}: cannot be read ({error.strerror}). Make it readable.")
 
 
 # --- JSON lines ---------------------------------------------------------------------------
@@ -142,19 +165,18 @@ def _not_utf8(where: str, error: UnicodeDecodeError) -> CalibrationError:
 def _json_records(path: Path) -> Iterator[Record]:
     try:
         with path.open("rb") as file:
-            number = 0
-            while line := file.readline(MAX_LINE_BYTES):
-                number += 1
+            lines = iter(partial(file.readline, MAX_LINE_BYTES), b"")
+            for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield _parse_line(f"{path.name}, line {number}", line)
     except OSError as error:
-        raise CalibrationError(f"{path}: cannot be read: {error.strerror}") from error
+        raise _unreadable(path, error) from error
 
 
 def _parse_line(where: str, line: bytes) -> Record:
     if len(line) == MAX_LINE_BYTES:
         raise CalibrationError(
-            f"{where}: is longer than {MAX_LINE_BYTES >> 20} MiB. Write one JSON object a line."
+            f"{where}: is longer than {MAX_LINE_BYTES >> 20} MiB. Write one JSON object per line."
         )
     try:
         content = json.loads(line.decode("utf-8-sig"))
@@ -163,14 +185,12 @@ def _parse_line(where: str, line: bytes) -> Record:
     except json.JSONDecodeError as error:
         raise CalibrationError(
             f"{where}: is not JSON ({error.msg} at character {error.pos}). "
-            "Write one JSON object a line."
+            "Write one JSON object per line."
         ) from None
-    except (ValueError, RecursionError) as error:  # numbers without end, brackets without end
-        raise CalibrationError(f"{where}: cannot be read as JSON: {error}.") from None
     if not isinstance(content, dict):
         kind = type(content).__name__
         raise CalibrationError(
-            f"{where}: holds a JSON {kind}, not an object. Write one JSON object a line."
+            f"{where}: contains a JSON {kind}, not an object. Write one JSON object per line."
         )
     return _record(where, content)
 
@@ -183,7 +203,7 @@ def _parquet_records(path: Path) -> Iterator[Record]:
         from pyarrow import parquet
     except ImportError:
         raise CalibrationError(
-            f'{path}: Parquet needs pyarrow: pip install "fourfold[data]". Or give JSONL.'
+            f'{path}: Parquet needs pyarrow. Run pip install "fourfold[data]", or give JSONL.'
         ) from None
     rows = enumerate(_parquet_rows(path, parquet), start=1)
     return (_record(f"{path.name}, row {number}", row) for number, row in rows)
@@ -194,27 +214,31 @@ def _parquet_rows(path: Path, parquet: Any) -> Iterator[dict[str, Any]]:
         with parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             columns = [name for name in names if name in KEYS] or names[:8]
-            for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=columns):
+            for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=columns):
                 yield from batch.to_pylist()
-    except (OSError, ValueError) as error:  # pyarrow's errors are these
-        raise CalibrationError(f"{path}: cannot be read as Parquet: {_cause(error)}") from error
+    except (OSError, ValueError) as error:  # the base classes of pyarrow's errors
+        raise CalibrationError(
+            f"{path}: cannot be read as Parquet ({_first_line(error)}). Give a Parquet file, or "
+            "another suffix."
+        ) from error
 
 
 def _dataset(name: str) -> Corpus:
-    found = _DATASET.fullmatch(name)
-    if not found or name.startswith(".") or Path(name).suffix.lower() in _FILE_SUFFIXES:
+    match = _DATASET.fullmatch(name)
+    if not match or name.startswith(".") or Path(name).suffix.lower() in _FILE_SUFFIXES:
         raise CalibrationError(
-            f"{name}: no such file. Give text, JSONL or Parquet; a dataset's name is "
+            f"{name}: no such file. Give a text, JSONL or Parquet file, or the name of a dataset: "
             "org/name, org/name:split or org/name:config:split."
         )
     try:
         from datasets import load_dataset
     except ImportError:
         raise CalibrationError(
-            f'{name}: no such file; for the dataset of that name, pip install "fourfold[data]".'
+            f"{name}: no such file, and datasets of the hub need the package datasets. "
+            'Run pip install "fourfold[data]".'
         ) from None
-    config, split = (found["one"], found["two"]) if found["two"] else (None, found["one"])
-    load = partial(load_dataset, found["path"], config, split=split or "train", streaming=True)
+    config, split = (match["one"], match["two"]) if match["two"] else (None, match["one"])
+    load = partial(load_dataset, match["path"], config, split=split or "train", streaming=True)
     rows = enumerate(_dataset_rows(name, load), start=1)
     return Corpus(name, (_record(f"{name}, record {number}", row) for number, row in rows))
 
@@ -224,10 +248,11 @@ def _dataset_rows(name: str, load: Callable[[], Iterable[Any]]) -> Iterator[Mapp
         yield from load()
     except Exception as error:  # the hub client and datasets raise errors of many libraries
         raise CalibrationError(
-            f"{name}: no such file, and the hub does not give the dataset: {_cause(error)}"
+            f"{name}: no such file, and the dataset cannot be read from the hub "
+            f"({_first_line(error)}). Check the name and the network."
         ) from error
 
 
-def _cause(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__

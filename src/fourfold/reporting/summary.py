@@ -7,7 +7,6 @@ from dataclasses import asdict
 from importlib import metadata
 
 from fourfold._version import __version__
-from fourfold.calibration.data import plain_text
 from fourfold.calibration.scales import ActivationScales
 from fourfold.execution import LinearResult
 from fourfold.models.inventory import ExpertBias, LinearWeight
@@ -15,6 +14,7 @@ from fourfold.models.names import natural
 from fourfold.models.regions import Region, Span, whole
 from fourfold.planning import Plan, Scheme, outputs_of
 from fourfold.planning.text import by_role
+from fourfold.storage.names import storable
 from fourfold.storage.quant_summary import (
     SCHEMA_VERSION,
     BiasEntry,
@@ -48,7 +48,7 @@ def summarize(
         producer=f"fourfold {__version__}",
         schema_version=SCHEMA_VERSION,
         versions=versions(),
-        model=plain_text(plan.model),
+        model=storable(plan.model),
         recipe=plan.recipe.model_dump(mode="json"),
         model_type=plan.inventory.model_types[0],
         architecture=plan.inventory.architecture,

@@ -237,7 +237,7 @@ def _data(plan: Plan, source: Source, observation: Observation) -> CalibrationDa
         vocab_size=plan.inventory.vocab_size,
         max_positions=plan.inventory.max_positions,
         trust_remote_code=source.trust_remote_code,
-        no_tokenizer=source.tokenizer_hint,
+        tokenizer_hint=source.tokenizer_hint,
     )
     observation.on_event(
         DataLoaded(

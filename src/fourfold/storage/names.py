@@ -26,3 +26,8 @@ REPORT = "report.html"
 
 OWN_FILES = frozenset({CONFIG, INDEX, "hf_quant_config.json"})
 """Files that describe a checkpoint's weights: the output has its own."""
+
+
+def storable(name: str) -> str:
+    """Return a file's name as text that UTF-8 can hold, with all other bytes escaped."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
