@@ -72,7 +72,7 @@ done = time.perf_counter()
 print(json.dumps(dict(
     total=done - begun, peak=peak_resident() - base, parked=run.store.peak,
     to_disk=run.store.written,
-    shell=run.streamed.unit_bytes(None), layer=run.streamed.unit_bytes(0),
+    outside=run.streamed.unit_bytes(None), layer=run.streamed.unit_bytes(0),
 )))
 """
 
@@ -99,7 +99,7 @@ def write_model(folder: Path, layers: int) -> int:
 
     def layer(number: int) -> dict[str, torch.Tensor]:
         at, kv = f"model.layers.{number}", 4 * HIDDEN // HEADS
-        made = {
+        tensors = {
             f"{at}.input_layernorm.weight": torch.ones(HIDDEN).bfloat16(),
             f"{at}.post_attention_layernorm.weight": torch.ones(HIDDEN).bfloat16(),
             f"{at}.self_attn.q_norm.weight": torch.ones(HIDDEN // HEADS).bfloat16(),
@@ -112,12 +112,12 @@ def write_model(folder: Path, layers: int) -> int:
         }
         for expert in range(EXPERTS):
             to = f"{at}.mlp.experts.{expert}"
-            made[f"{to}.gate_proj.weight"] = weight(INTERMEDIATE, HIDDEN)
-            made[f"{to}.up_proj.weight"] = weight(INTERMEDIATE, HIDDEN)
-            made[f"{to}.down_proj.weight"] = weight(HIDDEN, INTERMEDIATE)
-        return made
+            tensors[f"{to}.gate_proj.weight"] = weight(INTERMEDIATE, HIDDEN)
+            tensors[f"{to}.up_proj.weight"] = weight(INTERMEDIATE, HIDDEN)
+            tensors[f"{to}.down_proj.weight"] = weight(HIDDEN, INTERMEDIATE)
+        return tensors
 
-    shell = {
+    outside_layers = {
         "model.embed_tokens.weight": weight(VOCAB, HIDDEN),
         "model.norm.weight": torch.ones(HIDDEN).bfloat16(),
         "lm_head.weight": weight(VOCAB, HIDDEN),
@@ -128,7 +128,7 @@ def write_model(folder: Path, layers: int) -> int:
         {key.replace("layers.0", f"layers.{n}"): value for key, value in first.items()}
         for n in range(layers)
     )
-    for number, tensors in enumerate([shell, *others]):
+    for number, tensors in enumerate([outside_layers, *others]):
         name = f"model-{number + 1:05d}-of-{layers + 1:05d}.safetensors"
         save_file(tensors, folder / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
@@ -139,25 +139,25 @@ def write_model(folder: Path, layers: int) -> int:
 
 
 def run(program: str, **values: Any) -> dict[str, float]:
-    """What a program prints that runs in a process of its own."""
+    """Run a program in a process of its own, and return the figures that it prints."""
     text = (COMMON + program).format(vocab=VOCAB, batch=BATCH, **values)
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
 
 
 def measure(model: Path, runs: int, options: dict[str, Any]) -> dict[str, float]:
     """Medians of both, taken in turn, so that a drift of the machine meets both."""
-    found: dict[str, list[dict[str, float]]] = {"whole": [], "streamed": [], "evicted": []}
+    figures: dict[str, list[dict[str, float]]] = {"whole": [], "streamed": [], "evicted": []}
     for _ in range(runs):
-        found["whole"].append(run(WHOLE, model=str(model), **options))
+        figures["whole"].append(run(WHOLE, model=str(model), **options))
         for name, limit in (("streamed", None), ("evicted", 1 << 24)):
-            found[name].append(run(STREAMED, model=str(model), activations=limit, **options))
+            figures[name].append(run(STREAMED, model=str(model), activations=limit, **options))
     return {
-        f"{name}_{key}": statistics.median(each[key] for each in results)
-        for name, results in found.items()
+        f"{name}_{key}": statistics.median(result[key] for result in results)
+        for name, results in figures.items()
         for key in results[0]
     }
 
@@ -176,29 +176,32 @@ def main() -> None:
     nbytes = write_model(model, arguments.layers)
     options = {"samples": arguments.samples, "seq": arguments.seq, "threads": arguments.threads}
     try:
-        found = measure(model, arguments.runs, options)
+        figures = measure(model, arguments.runs, options)
     finally:
         shutil.rmtree(model)
-    unit = max(found["streamed_layer"], found["streamed_shell"])
-    found["allowed"] = 2 * unit + found["streamed_parked"] + 1e9
-    found["ratio_to_forward"] = found["streamed_total"] / found["whole_forward"]
-    found["ratio_to_load_and_forward"] = found["streamed_total"] / (
-        found["whole_forward"] + found["whole_load"]
+    unit = max(figures["streamed_layer"], figures["streamed_outside"])
+    figures["allowed"] = 2 * unit + figures["streamed_parked"] + 1e9
+    figures["ratio_to_forward"] = figures["streamed_total"] / figures["whole_forward"]
+    figures["ratio_to_load_and_forward"] = figures["streamed_total"] / (
+        figures["whole_forward"] + figures["whole_load"]
     )
     print(f"{platform.processor() or platform.machine()}, {arguments.threads} threads: "
           f"{nbytes / 1e9:.2f} GB, {arguments.layers} layers, "
           f"{arguments.samples} × {arguments.seq} tokens")  # fmt: skip
-    print(f"  whole model  load {found['whole_load']:.1f} s, forward "
-          f"{found['whole_forward']:.1f} s, peak {found['whole_peak'] / 1e9:.2f} GB")  # fmt: skip
+    print(f"  whole model  load {figures['whole_load']:.1f} s, "
+          f"forward {figures['whole_forward']:.1f} s, "
+          f"peak {figures['whole_peak'] / 1e9:.2f} GB")  # fmt: skip
     for name in ("streamed", "evicted"):
-        print(f"  {name:<11}  {found[f'{name}_total']:.1f} s in all, peak "
-              f"{found[f'{name}_peak'] / 1e9:.2f} GB; activations "
-              f"{found[f'{name}_parked'] / 1e9:.2f} GB in memory, "
-              f"{found[f'{name}_to_disk'] / 1e9:.2f} GB written to disk")  # fmt: skip
-    print(f"  allowed      {found['allowed'] / 1e9:.2f} GB: 2 × {unit / 1e9:.2f} + activations + 1")
-    print(f"  streamed / forward {found['ratio_to_forward']:.2f}, streamed / (load + forward) "
-          f"{found['ratio_to_load_and_forward']:.2f}")  # fmt: skip
-    print(json.dumps(found))
+        print(f"  {name:<11}  {figures[f'{name}_total']:.1f} s in all, peak "
+              f"{figures[f'{name}_peak'] / 1e9:.2f} GB; activations "
+              f"{figures[f'{name}_parked'] / 1e9:.2f} GB in memory, "
+              f"{figures[f'{name}_to_disk'] / 1e9:.2f} GB written to disk")  # fmt: skip
+    print(
+        f"  allowed      {figures['allowed'] / 1e9:.2f} GB: 2 × {unit / 1e9:.2f} + activations + 1"
+    )
+    print(f"  streamed / forward {figures['ratio_to_forward']:.2f}, streamed / (load + forward) "
+          f"{figures['ratio_to_load_and_forward']:.2f}")  # fmt: skip
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@ million expert weights), then measures in one run, each the median of several:
 
     copy     plain reads of all input bytes and plain writes of all output bytes, synced
     kernel   search and pack alone, over the experts of one layer in memory, times the layers
-    fold     what `quantize` does after the plan: read, search, pack, write, sync
+    job      the work of `quantize` after the plan: read, search, pack, write, sync
     verify   reading the output back and comparing it with the source
 
-and the peak resident memory of `fold` in a process of its own, above that of its imports.
+and the peak resident memory of the job in a process of its own, above that of its imports.
 `warm`: the input lies in the page cache; `cold`: it was dropped from it before.
 """
 
@@ -144,7 +144,7 @@ def median(
     return statistics.median(taken)
 
 
-def memory_of_fold(model: Path, out: Path, threads: int) -> tuple[float, float]:
+def memory_of_job(model: Path, out: Path, threads: int) -> tuple[float, float]:
     """Peak resident GB of the job in a process of its own, and of its imports and plan alone."""
     program = (
         "import sys; from fourfold import OutputConfig, Runtime, api\n"
@@ -177,7 +177,7 @@ def measure(folder: Path, layers: int, threads: int, runs: int) -> dict[str, flo
     work = plan(model, RECIPE)
     source = open_source(model)
 
-    def run_fold() -> None:
+    def run_job() -> None:
         target = OutputFolder(out, overwrite=True)
         target.lock("benchmark")
         target.begin(None, work.files)
@@ -197,16 +197,16 @@ def measure(folder: Path, layers: int, threads: int, runs: int) -> dict[str, flo
     figures["verify"] = median(lambda: verify(out, source=source, threads=threads), 3)
     for state in ("warm", "cold"):
         before = (lambda: drop_cache(model)) if state == "cold" else (lambda: None)
-        copied, folded = [], []
+        copied, finished = [], []
         for _ in range(runs):  # in turn, so that a drift of the machine meets both
             copied.append(median(copy, 1, before))
-            folded.append(median(run_fold, 1, before))
+            finished.append(median(run_job, 1, before))
         figures[f"copy_{state}"] = statistics.median(copied)
-        figures[f"fold_{state}"] = statistics.median(folded)
+        figures[f"job_{state}"] = statistics.median(finished)
         bound = max(figures[f"copy_{state}"], kernel)
-        figures[f"ratio_{state}"] = figures[f"fold_{state}"] / bound
-    plain, verified = memory_of_fold(model, out, threads)
-    figures |= {"peak_fold_gb": plain, "peak_with_verify_gb": verified}
+        figures[f"ratio_{state}"] = figures[f"job_{state}"] / bound
+    plain, verified = memory_of_job(model, out, threads)
+    figures |= {"peak_job_gb": plain, "peak_with_verify_gb": verified}
     figures |= {
         "layers": layers, "threads": threads, "input_gb": work.nbytes / 1e9,
         "output_gb": work.nbytes_after / 1e9,
@@ -230,17 +230,17 @@ def report(figures: dict[str, float | int | str]) -> str:
         f"{figures['layers']} layers, {figures['weights']:,} expert weights, "
         f"{figures['input_gb']:.2f} GB in, {figures['output_gb']:.2f} GB out, "
         f"{figures['threads']} threads, {figures['cpu']}, {figures['date']}",
-        f"{'':8}{'copy':>9}{'kernel':>9}{'fold':>9}   fold / max(copy, kernel)",
+        f"{'':8}{'copy':>9}{'kernel':>9}{'job':>9}   job / max(copy, kernel)",
     ]
     for state in ("warm", "cold"):
         lines.append(
             f"{state:8}{figures[f'copy_{state}']:8.2f}s{figures['kernel']:8.2f}s"
-            f"{figures[f'fold_{state}']:8.2f}s   {figures[f'ratio_{state}']:.2f}"
+            f"{figures[f'job_{state}']:8.2f}s   {figures[f'ratio_{state}']:.2f}"
         )
-    rate = float(figures["weights"]) / float(figures["fold_warm"]) / 1e6
+    rate = float(figures["weights"]) / float(figures["job_warm"]) / 1e6
     lines.append(
-        f"fold {rate:,.0f} M weights/s warm · verify against the source {figures['verify']:.2f}s · "
-        f"peak resident above imports: fold {figures['peak_fold_gb']:.2f} GB, "
+        f"job {rate:,.0f} M weights/s warm · verify against the source {figures['verify']:.2f}s · "
+        f"peak resident above imports: job {figures['peak_job_gb']:.2f} GB, "
         f"with verify {figures['peak_with_verify_gb']:.2f} GB"
     )
     return "\n".join(lines)

@@ -51,9 +51,8 @@ from fourfold.models.internals import Conversion, LazyTensor, build_model, load_
 from fourfold.models.module_tree import ModuleTree, describe
 from fourfold.models.roles import TOWER
 from fourfold.sources.cached import CachedTensors
+from fourfold.storage.safetensors_header import COMPUTE_DTYPES, TORCH_DTYPES
 from fourfold.storage.source import Source
-
-TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 FAULTS = (
     ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError,
@@ -422,10 +421,12 @@ def main_dtype(source: Source) -> torch.dtype:
     """Return the dtype of most of a checkpoint's elements, of those that PyTorch computes with."""
     sizes: dict[str, int] = defaultdict(int)
     for info in source.tensors.values():
-        if info.dtype in TORCH_DTYPES:
+        if info.dtype in COMPUTE_DTYPES:
             sizes[info.dtype] += info.numel
     if not sizes:
-        raise ModelError(f"{source.folder}: no tensor of {', '.join(TORCH_DTYPES)}: nothing to run")
+        raise ModelError(
+            f"{source.folder}: no tensor of {', '.join(COMPUTE_DTYPES)}: nothing to run"
+        )
     return TORCH_DTYPES[max(sizes, key=lambda dtype: sizes[dtype])]
 
 

@@ -14,7 +14,7 @@ from fourfold.models.internals import quiet, runnable
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen, and how many."""
+    """The settings of generation: the number of tokens, and how they are chosen."""
 
     max_new_tokens: int
     temperature: float = 0.0

@@ -191,7 +191,7 @@ class BufferSet:
 
 
 class BufferPool:
-    """How many sets of buffers there are on a device, and how large they are now. Thread-safe."""
+    """The buffer sets of a device: their number, and their size at present. Thread-safe."""
 
     def __init__(
         self,

@@ -58,7 +58,7 @@ __all__ = [
 
 
 class Verdict(StrEnum):
-    """How an engine treats a module, or how it should."""
+    """The treatment of a module: the one that it gets from an engine, or the one that it needs."""
 
     QUANTIZED = "quantized"
     EXCLUDED = "unquantized"

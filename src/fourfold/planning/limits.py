@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much is read, held and written at a time."""
+    """Limits on the bytes that are read, held and written at a time."""
 
     group_bytes: int = 1 << 28
     """A scale group with more bytes of source weights is read twice, in pieces, instead of held."""

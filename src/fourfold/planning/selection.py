@@ -21,9 +21,7 @@ from fourfold.planning.schemes import (
     rules_of_linears,
 )
 from fourfold.recipes import Recipe
-from fourfold.storage.safetensors_header import nbytes_of
-
-QUANTIZABLE_DTYPES = ("BF16", "F16", "F32")
+from fourfold.storage.safetensors_header import COMPUTE_DTYPES, nbytes_of
 
 
 class Selection:
@@ -87,10 +85,10 @@ class Selection:
                     f"recipe {self.recipe.name}: {linear.name}: transformers does not run MTP "
                     "layers, so their inputs cannot be calibrated. Leave the role mtp out."
                 )
-            if linear.dtype not in QUANTIZABLE_DTYPES:
+            if linear.dtype not in COMPUTE_DTYPES:
                 raise PlanError(
                     f"{linear.region.key}: dtype {linear.dtype}; only "
-                    f"{', '.join(QUANTIZABLE_DTYPES)} can be quantized. Is it quantized already?"
+                    f"{', '.join(COMPUTE_DTYPES)} can be quantized. Is it quantized already?"
                 )
 
     def _check_wholeness(self) -> None:

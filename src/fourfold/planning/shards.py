@@ -11,9 +11,7 @@ from fourfold.layouts.base import Layout
 from fourfold.models.inventory import ExpertBias, Inventory, RawTensor
 from fourfold.planning.limits import DEFAULT_LIMITS, Limits
 from fourfold.planning.rows import Job, KVScales, ScaleGroup, Shard
-from fourfold.storage.safetensors_header import nbytes_of
-
-FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
+from fourfold.storage.safetensors_header import FLOATS, nbytes_of
 
 
 def lay_out(
@@ -148,7 +146,7 @@ def check_kept(kept: Iterable[RawTensor], layout: Layout) -> None:
                 f"{raw.info.key} in {raw.info.file.name}: engines would take it for a part of a "
                 "quantized layer. Is the checkpoint quantized already?"
             )
-        if raw.is_matrix and raw.info.dtype not in FLOAT_DTYPES:
+        if raw.is_matrix and raw.info.dtype not in FLOATS:
             raise PlanError(
                 f"{raw.info.key} in {raw.info.file.name}: a weight of {raw.info.dtype}, which "
                 "no engine reads beside quantized weights. Is the checkpoint quantized already?"

@@ -71,7 +71,7 @@ def _known(name: str, names: Iterable[str]) -> str:
 
 
 class Weights(_Strict):
-    """How weights are stored, and which algorithm chooses their scales and codes."""
+    """The format of weights, and the algorithm that chooses their scales and codes."""
 
     format: str = "nvfp4"
     scale: str = "mse"
@@ -97,7 +97,7 @@ class Headroom(_Strict):
 
 
 class Activations(_Strict):
-    """How engines round the inputs of quantized layers (W4A4)."""
+    """The rounding that engines apply to the inputs of quantized layers (W4A4)."""
 
     format: str = "nvfp4"
     amax: Literal["max"] | Headroom = "max"
@@ -114,14 +114,17 @@ class Activations(_Strict):
 
 
 class KVCache(_Strict):
-    """How engines store keys and values. `cast` needs no calibration and no tensors."""
+    """The format in which engines store keys and values.
+
+    `cast` needs no calibration and no tensors.
+    """
 
     format: Literal["fp8"] = "fp8"
     scale: Literal["cast", "calibrated"] = "cast"
 
 
 class Calibration(_Strict):
-    """How activations are observed."""
+    """The settings for observing activations."""
 
     all_experts: bool = False
     """Show every token to every expert, for statistics; the output stays the routed one."""

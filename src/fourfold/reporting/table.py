@@ -108,7 +108,7 @@ class LinearTable:
     summary: QuantSummary
     lines: tuple[tuple[LinearEntry, ...], ...]
     total: int
-    """How many linear weights there are, of which `lines` may show only the worst."""
+    """The number of all linear weights; `lines` may show only the worst of them."""
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
         """Return the heads and the cells of each line, without columns that nothing fills."""

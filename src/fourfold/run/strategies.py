@@ -42,7 +42,7 @@ SAVED_LAYERS = 2
 
 @dataclass(frozen=True)
 class Observation:
-    """How activations are observed, if the recipe wants them quantized."""
+    """The settings for observing activations, if the recipe wants them quantized."""
 
     config: CalibrationConfig
     forward_loop: ForwardLoop | None = None

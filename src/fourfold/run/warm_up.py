@@ -12,10 +12,8 @@ import torch
 from fourfold.errors import UsageError
 from fourfold.execution import warm_up, warm_up_device
 from fourfold.recipes import Recipe
+from fourfold.storage.safetensors_header import COMPUTE_DTYPES, TORCH_DTYPES
 from fourfold.storage.source import Source
-
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-"""Dtypes of weights that can be quantized, by their names in safetensors."""
 
 
 @contextmanager
@@ -41,9 +39,9 @@ def _dtypes_of(source: Source) -> list[torch.dtype]:
     """The dtypes of its matrices, the most frequent first."""
     nbytes: Counter[str] = Counter()
     for info in source.tensors.values():
-        if len(info.shape) > 1 and info.dtype in DTYPES:
+        if len(info.shape) > 1 and info.dtype in COMPUTE_DTYPES:
             nbytes[info.dtype] += info.nbytes
-    return [DTYPES[dtype] for dtype, _ in nbytes.most_common()]
+    return [TORCH_DTYPES[dtype] for dtype, _ in nbytes.most_common()]
 
 
 def _compile(

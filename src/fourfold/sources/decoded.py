@@ -28,7 +28,6 @@ import torch
 from fourfold.errors import SourceError, UsageError
 from fourfold.sources.codecs import CODECS
 from fourfold.sources.codecs.base import (
-    FLOAT_DTYPES,
     EncodedWeight,
     TensorCodec,
     in_dtype,
@@ -40,7 +39,7 @@ from fourfold.sources.safetensors import open_source
 from fourfold.storage.fingerprints import FileStamp
 from fourfold.storage.names import REPORT, STATISTICS, SUMMARY
 from fourfold.storage.quant_summary import QuantSummary, find_summary
-from fourfold.storage.safetensors_header import TORCH_DTYPES, TensorInfo
+from fourfold.storage.safetensors_header import COMPUTE_DTYPES, DTYPE_NAMES, TensorInfo
 from fourfold.storage.source import Bytes, Source
 
 _SCALES = re.compile(
@@ -311,7 +310,7 @@ def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _name_of(dtype: torch.dtype) -> str:
-    for name in FLOAT_DTYPES.values():
-        if TORCH_DTYPES[name] == dtype:
-            return name
+    name = DTYPE_NAMES.get(dtype)
+    if name in COMPUTE_DTYPES:
+        return name
     raise UsageError(f"weights of {dtype} cannot be made; give bfloat16, float16 or float32")

@@ -53,15 +53,15 @@ class Statistic(ABC):
     """The name in `STATISTICS`, and the beginning of the name of every tensor of a state."""
 
     reduction: Reduction
-    """How two states of the same site become one. Every row counts once in a sum: a product that
-    is computed in two parts is shown to the statistic only once."""
+    """The operation that combines two states of the same site. Every row counts once in a sum: the
+    statistic is shown a product that is computed in two parts only once."""
 
     is_routing: bool = False
     """True for a sum that describes the router: it does not count the tokens that the recipe's
     `all_experts` shows to experts they are not routed to."""
 
     products: frozenset[str] | None = None
-    """The inputs that it observes: `gate_up` and `down` of an experts module, `kv` of a KV cache;
+    """The inputs that it observes in an experts module (`gate_up`, `down`) and a KV cache (`kv`);
     None for all of them."""
 
     @abstractmethod

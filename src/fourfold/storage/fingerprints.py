@@ -24,7 +24,7 @@ START_AGAIN = "Start again with a source that stays as it is."
 
 @dataclass(frozen=True)
 class FileStamp:
-    """How a file looked, in numbers that a later run can compare."""
+    """A file's size, time of modification and digest, which a later run can compare."""
 
     size: int
     mtime_ns: int

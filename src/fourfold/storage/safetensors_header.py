@@ -51,7 +51,10 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
-FLOATS = ("BF16", "F16", "F32", "F64")
+COMPUTE_DTYPES = ("BF16", "F16", "F32")
+"""Dtypes that models compute in, and that can be quantized."""
+
+FLOATS = (*COMPUTE_DTYPES, "F64")
 """Dtypes of weights that are not quantized."""
 
 

@@ -21,14 +21,14 @@ from typing import Any, ClassVar
 import torch
 
 from fourfold.formats.registry import Registry
-from fourfold.storage.safetensors_header import TensorInfo, nbytes_of
+from fourfold.storage.safetensors_header import COMPUTE_DTYPES, TORCH_DTYPES, TensorInfo, nbytes_of
 from fourfold.storage.source import Slab
 
 ReadRows = Callable[[str, int, int], torch.Tensor]
 """Reads rows `start:stop` of the first dimension of a stored tensor; a scalar has one row."""
 
-FLOAT_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-"""The dtypes that weights can be presented in, by PyTorch's name."""
+FLOAT_DTYPES = {str(TORCH_DTYPES[name]).removeprefix("torch."): name for name in COMPUTE_DTYPES}
+"""The dtypes that weights can be presented in, by PyTorch's name: `bfloat16` → `BF16`."""
 
 
 @dataclass(frozen=True, slots=True)

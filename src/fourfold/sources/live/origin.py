@@ -44,7 +44,7 @@ class Origin:
     source: Source | None = None
     """The checkpoint, if it can be opened."""
     unloading: Unloading | None = None
-    """How its tensors are read out of the model; None if it does not fit the model."""
+    """The map by which its tensors are read out of the model; None if it does not fit the model."""
     why_not: str | None = None
     """Why it is not used."""
     differences: str | None = None

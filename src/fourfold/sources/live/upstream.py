@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Upstream:
-    """How a family's published checkpoints differ from saved ones."""
+    """The differences between a family's published checkpoints and saved ones."""
 
     fused: bool = False
     """Experts are fused on disk; transformers would save one tensor for each."""

@@ -30,7 +30,7 @@ Rows = tuple[int, int]
 
 
 class Transform(StrEnum):
-    """How a parameter's rows are divided among its targets."""
+    """The division of a parameter's rows among its targets."""
 
     RENAME = "rename"
     PLUS_ONE = "plus one"

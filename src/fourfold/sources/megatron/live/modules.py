@@ -69,7 +69,7 @@ class _Context:
 
 @dataclass(frozen=True, slots=True)
 class _Cut:
-    """How tensor parallelism cuts a tensor: along `dim`, in sections that may have names."""
+    """The cut of tensor parallelism: along `dim`, in sections that may have names."""
 
     dim: int
     sections: tuple[int, ...]
