@@ -149,4 +149,4 @@ OnEvent = Callable[[Event], None]
 
 
 def ignore(event: Event) -> None:
-    """Do nothing: the callback where nobody listens."""
+    """Do nothing: the callback if the caller gives none."""

@@ -54,7 +54,7 @@ class ActivationStore(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """End the run. Tensors that somebody still holds are restored."""
+        """End the run. Tensors that are still referenced are restored."""
 
 
 class InMemoryActivations(ActivationStore):

@@ -132,7 +132,7 @@ class Observers:
         return rows
 
     def see_kv(self, layer: str, keys: Tensor, values: Tensor) -> None:
-        """Observe what attention puts into its cache.
+        """Observe the keys and values that attention puts into its cache.
 
         Args:
             layer: Path of the decoder layer.

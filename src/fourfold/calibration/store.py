@@ -18,14 +18,14 @@ from safetensors.torch import save_file
 from fourfold.calibration.statistics import DataSummary, ModelSummary, Sites, Statistics
 
 NON_LAYER = "non-layer"
-"""The name of the file for what lies outside the decoder layers."""
+"""The file name of the statistics of modules outside the decoder layers."""
 
 SUMMARY = "summary"
 SEPARATOR = ":"
 
 
 class StatisticsStore:
-    """Statistics by decoder layer; None stands for what lies outside the layers."""
+    """Statistics by decoder layer; None stands for the modules outside the layers."""
 
     def __init__(self, folder: Path) -> None:
         """Use `folder`, which `save` creates if it does not exist."""

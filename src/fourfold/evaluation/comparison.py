@@ -1,4 +1,4 @@
-"""Measures what quantization did to a model's predictions.
+"""Measure the effect of quantization on a model's predictions.
 
     KL    mean over positions of Σ_v P_ref(v) · ln(P_ref(v) / P_q(v)), in nats
     top-1 share of positions where both models rank the same token first

@@ -1,4 +1,4 @@
-"""`fourfold demo`: what quantization did to the embedded model, in figures and in text.
+"""`fourfold demo`: the effect of quantization on the embedded model, in figures and in text.
 
 Both models are ordinary transformers models in float32: the source, and the output with its
 weights dequantized and, if it is W4A4, its activations rounded. The KV cache stays in full

@@ -1,4 +1,4 @@
-"""`fourfold generate`: what a quantized checkpoint writes, beside what its source writes.
+"""`fourfold generate`: the text of a quantized checkpoint, beside the text of its source.
 
 Both models are run by transformers, one after the other, from the same prompt and with the same
 seed: the source as it is, the checkpoint dequantized and, if it is W4A4, with rounded activations.

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 GENERATION_CONFIG = "generation_config.json"
 
 PARAMETER = re.compile(r"\.(weight|bias)$")
-"""Tensors that a model computes with. Old checkpoints hold buffers that nobody needs."""
+"""Tensors that a model computes with. Old checkpoints hold buffers that no model needs."""
 
 
 def load(

@@ -32,7 +32,7 @@ class Backend:
 
     @classmethod
     def none(cls, threads: int) -> Backend:
-        """Return what a job has that quantizes nothing."""
+        """Return the backend of a job that quantizes nothing."""
         return cls(Choice(Kernel.REFERENCE, "nothing is quantized"), threads)
 
     @property

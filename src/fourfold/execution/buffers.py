@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 ALIGNMENT = 256
-"""Bytes: what a GPU likes best, and more than a CPU asks for."""
+"""Bytes. GPUs read aligned memory fastest; CPUs need less."""
 
 
 def on_host(nbytes: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""An ignore list, indexed by what the engines' rules ask of it.
+"""An ignore list, indexed for the lookups of the engines' rules.
 
 A checkpoint of 60 layers asks some hundred thousand questions of a list of thousands of entries.
 With the index, a question costs a few lookups and not a walk over the list.

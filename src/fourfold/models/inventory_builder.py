@@ -47,7 +47,7 @@ def take_inventory(source: Source) -> Inventory:
 
 
 def _check_config(source: Source) -> None:
-    """Refuse a configuration that transformers would fail on, or build for ever."""
+    """Refuse a configuration that transformers would fail on, or build without end."""
     parts = [source.config, *(x for x in source.config.values() if isinstance(x, Mapping))]
     for part in parts:
         kind = part.get("model_type")

@@ -314,7 +314,7 @@ def _activation_of(linear: LinearWeight) -> str:
 def make_plan(
     source: Source, recipe: Recipe, *, parts: int = 1, limits: Limits = DEFAULT_LIMITS
 ) -> Plan:
-    """Decide what becomes of every tensor of `source`. No weight is read.
+    """Decide how every tensor of `source` is treated. No weight is read.
 
     Args:
         source: The checkpoint.

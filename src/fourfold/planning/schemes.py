@@ -1,4 +1,4 @@
-"""Which rule of a recipe decides about each linear weight, and what the rule says."""
+"""Find the rule of a recipe that decides about each linear weight, and the scheme it gives."""
 
 from __future__ import annotations
 

@@ -31,7 +31,8 @@ class Selection:
         """Select weights.
 
         Raises:
-            RecipeError: The recipe names something that the model lacks, or that nobody can do.
+            RecipeError: The recipe names something that the model lacks, or combines settings that
+                exclude each other.
             PlanError: The weights, or what engines fuse, do not allow it.
         """
         self.recipe, self.inventory = recipe, inventory
@@ -141,7 +142,7 @@ class Selection:
         return self.inventory.tensors[f"{scale.rpartition('.')[0]}.weight"].layer
 
     def kv_notes(self) -> Iterable[str]:
-        """Yield what a user should know about the scales of the KV cache."""
+        """Yield remarks for the user on the scales of the KV cache."""
         if self.recipe.calibrates_kv and not self._kv_names:
             yield (
                 "no attention layer here has a k_proj that engines know a KV scale for (MLA's "
@@ -149,7 +150,7 @@ class Selection:
             )
 
     def row(self, raw: RawTensor) -> Row:
-        """Return what becomes of one tensor of the source.
+        """Return how the plan treats one tensor of the source.
 
         Raises:
             PlanError: It would be copied, and no engine reads it beside quantized weights.
@@ -175,7 +176,7 @@ class Selection:
         return Row(key, Action.COPY, raw.role, reason, numel, nbytes, nbytes, 0)
 
     def _check_copied(self, raw: RawTensor) -> None:
-        """Engines must have a place for what is copied beside packed weights."""
+        """Raise `PlanError` if engines have no place for a tensor that is to be copied."""
         key, dtype = raw.info.key, raw.info.dtype
         stem, _, leaf = key.rpartition(".")
         if stem in self.chosen and leaf != "bias" and leaf not in self.layout.part_names:

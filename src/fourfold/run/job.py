@@ -190,7 +190,7 @@ class Job:
             error.add_note(f"{kept} are {self._remedy(error)}.")
 
     def _remedy(self, error: BaseException) -> str:
-        """Say what finished shards are good for, and what to do."""
+        """Return the end of the note on finished shards: how to resume, or that one cannot."""
         kind = error.kind if isinstance(error, RankFailedError) else type(error).__name__
         if kind == SourceChangedError.__name__:
             return "made of the source as it was: `overwrite=True` starts over"

@@ -29,7 +29,7 @@ from fourfold.storage.units import size
 
 
 class ProgressDisplay:
-    """Bars for what takes long, and a line for what a user should know."""
+    """Progress bars for long steps, and lines for warnings and other messages."""
 
     def __init__(self, console: Console) -> None:
         self.console = console

@@ -1,4 +1,4 @@
-"""Which rank writes which shards into which folder, and what an earlier run has finished there.
+"""Assign shards and folders to ranks, and find the shards that an earlier run has finished.
 
 Ranks find out which of them see the same OUT. The first of those is its leader: it begins or
 resumes the run in OUT, and makes the folder a checkpoint in the end. If all ranks share one OUT,

@@ -2,7 +2,7 @@
 
 AtOnce       all of them: weights only, or the statistics of an earlier run
 Streamed     layer by layer, as calibration passes through the model
-Live         layer by layer, out of a model that somebody else has in memory
+Live         layer by layer, from a model that the caller holds in memory
 """
 
 from __future__ import annotations
@@ -137,9 +137,9 @@ class Streamed:
 
 
 class Live:
-    """A model in memory, on the disk, or in parts on several ranks: brought together by layers."""
+    """Quantize a live model layer by layer; each layer is gathered from its devices or ranks."""
 
-    identity: Mapping[str, Any] = {}  # such a run cannot go on
+    identity: Mapping[str, Any] = {}  # such a run cannot be resumed
 
     def __init__(self, plan: Plan, source: Source, scales: ActivationScales | None) -> None:
         self.plan, self.source = plan, source
@@ -160,10 +160,14 @@ def _digest(statistics: Statistics) -> str:
 def choose_run(
     plan: Plan, source: Source, observation: Observation, out: OutputFolder, ranks: Ranks
 ) -> Run:
-    """Everything ready to go through `plan`; a live model is observed here already.
+    """Choose the strategy to execute `plan`. A live model is observed here already.
 
-    out: the output's folder, which also holds activations that memory has no room for.
-    ranks: with whom the calibration is shared.
+    Args:
+        plan: The plan to execute.
+        source: The source of the plan.
+        observation: The settings for observing activations.
+        out: The output folder. It also holds the activations that memory has no room for.
+        ranks: The ranks that share the calibration.
     """
     scales = None
     if observation.config.statistics is not None:

@@ -145,7 +145,7 @@ class OutputFolder(FileWriter):
             record: What a run that resumes needs to know of the shard, beside its digest.
 
         Raises:
-            OutputError: It cannot be written, or somebody removed or moved the folder.
+            OutputError: It cannot be written, or the folder was removed or moved.
         """
         self.check_mine()  # files of the same name may be another run's by now
         try:
@@ -161,14 +161,14 @@ class OutputFolder(FileWriter):
         """Within, something is added to the run's state, in the folder that is yielded.
 
         Raises:
-            OutputError: It cannot be written, or somebody removed or moved OUT.
+            OutputError: It cannot be written, or OUT was removed or moved.
         """
         self.check_mine()
         with self._errors_of(self.state.folder):
             yield self.state.folder
 
     def check_mine(self) -> None:
-        """Raise `OutputError` if somebody removed or replaced the folder since it was locked."""
+        """Raise `OutputError` if the folder was removed or replaced since it was locked."""
         if not self.state.is_mine:
             raise OutputError(
                 f"{self.folder}: was removed or moved away while it was written. Start again."

@@ -2,7 +2,7 @@
 
 A run may replace only what an earlier run of fourfold wrote, by that run's own lists of files
 (`run.json` of an unfinished run, `quant_summary.json` of a finished one), and only if it was asked
-to. Everything else in OUT is somebody's data.
+to. Everything else in OUT belongs to the user.
 """
 
 from __future__ import annotations

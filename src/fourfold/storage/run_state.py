@@ -1,11 +1,11 @@
 """The state of an unfinished run, which lies in OUT until the checkpoint is whole.
 
-    OUT/.fourfold/run.json                what the run is, and the files that it writes
+    OUT/.fourfold/run.json                identity of the run, and the files that it writes
     OUT/.fourfold/shards/NAME.json        digest and figures of a finished shard
     OUT/.fourfold/statistics/…            statistics of observed layers
-    OUT/.fourfold/activations/…           what the last observed layer returned
-    OUT/.fourfold/rank-00000.lock         locked by rank 0 while it is alive; so for every rank
-    OUT/.fourfold/rank-00000.json         which process that is
+    OUT/.fourfold/activations/…           outputs of the last observed layer
+    OUT/.fourfold/rank-00000.lock         locked by rank 0 while it is alive; every rank has one
+    OUT/.fourfold/rank-00000.json         the process of rank 0
 
 A record is written after what it describes was flushed to the disk, under a temporary name, and
 renamed: there are no half records. Without `run.json` there is no run, and without any record of a
@@ -111,7 +111,7 @@ class RunState:
         return (_read(self.folder / f"rank-{rank:05d}.json") or {}).get("token")
 
     def begin(self, run: Mapping[str, Any]) -> None:
-        """Record what the run is, and forget what an earlier one has finished."""
+        """Record the identity of the run, and remove the records of an earlier one."""
         for folder in (self.shards, self.statistics, self.activations, self.folder / OTHER_FILES):
             with suppress(FileNotFoundError):
                 shutil.rmtree(folder)

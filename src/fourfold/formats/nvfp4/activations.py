@@ -12,7 +12,7 @@
 fl32 is IEEE rounding to nearest even, subnormals kept. Where s is 0 (bmax at most 6·S·2⁻¹⁰) the
 block becomes zero: dynamic scales are not held to 2⁻⁹, as those of weights are (`reference.py`).
 Beyond 2688·S an input saturates, infinities too, as in the engines. A block with a NaN becomes
-NaN throughout: an engine makes some number of it, but nobody should measure that number.
+NaN throughout: an engine makes some number of it, which must not be measured.
 
 **What engines compute.** vLLM, SGLang, TensorRT-LLM and FlashInfer share one kernel
 (`cvt_warp_fp16_to_fp4`, and its kin for experts). With g = 1/S it computes

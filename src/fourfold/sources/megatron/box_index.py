@@ -28,7 +28,7 @@ DAMAGED = (
 
 
 class Held(Protocol):
-    """A box of a tensor, and what holds it."""
+    """A box of a tensor, and the chunk that holds it."""
 
     @property
     def offsets(self) -> tuple[int, ...]: ...
