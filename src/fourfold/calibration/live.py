@@ -1,10 +1,11 @@
-"""Calibration of a model that is live in memory: the caller's own loop runs it.
+"""Calibration of a model that is in memory already: the caller's own loop runs it.
 
     quantize(model, OUT, recipe, forward_loop=lambda model: [model(**batch) for batch in data])
 
-The same observers as in the streamed run see the same activations, so the same data gives the
-same bytes. Ranks that share a sharded model run their own part of the data; amaxes are reduced by
-maximum and counts by sum. Then layer after layer is brought into memory, for rank 0 to write.
+The observers are those of the streamed run and see the same activations, so the same data gives the
+same bytes. Ranks that share a sharded model each run their own part of the data; amaxes are then
+reduced by maximum and counts by sum. Afterwards one layer after the other is gathered in memory,
+and rank 0 writes it.
 """
 
 from __future__ import annotations
@@ -31,12 +32,22 @@ from fourfold.planning import Plan, raw_keys
 from fourfold.storage.source import Source
 
 ForwardLoop = Callable[[Any], object]
-"""Calls the model on calibration data, as often as it likes."""
+"""Calls the model on calibration data, any number of times."""
 
 
-def units_of(plan: Plan, source: Source) -> Iterator[int | None]:
-    """Yield every decoder layer, then None for the non-layer tensors; each is in memory until the
-    next one."""
+def held_layers(plan: Plan, source: Source) -> Iterator[int | None]:
+    """Bring one decoder layer after the other into memory, then the non-layer tensors.
+
+    All ranks that share the model must iterate together.
+
+    Args:
+        plan: The plan to execute.
+        source: The model in memory. Only rank 0 keeps what it gathers.
+
+    Yields:
+        The layer that is in memory until the next one is asked for; None for the non-layer
+        tensors.
+    """
     for layer in (*range(len(plan.inventory.layer_paths)), None):
         shards = (plan.shards[number] for number in plan.shards_of(layer))
         jobs = (job for shard in shards for job in shard.jobs)
@@ -51,10 +62,21 @@ def units_of(plan: Plan, source: Source) -> Iterator[int | None]:
 def observe_live(
     plan: Plan, source: Source, forward_loop: ForwardLoop | CalibrationData
 ) -> ActivationScales:
-    """Run the caller's loop, or calibration data, with observers attached; the scales of that.
+    """Observe a model in memory while it reads calibration data.
 
-    The model is in evaluation mode meanwhile, and without gradients; afterwards it is as before.
-    Raises what the loop raises, and `ObservationError` where an input site saw nothing.
+    Meanwhile the model is in evaluation mode and computes no gradients; afterwards it is as before.
+
+    Args:
+        plan: The plan, which says what to observe.
+        source: The model in memory.
+        forward_loop: The caller's loop, or the calibration data to call the model on.
+
+    Returns:
+        The scales of all ranks' activations.
+
+    Raises:
+        ObservationError: If the loop does not call the model, or an input site saw no tokens.
+            Errors of the loop itself are passed on.
     """
     with source.agreeing():
         statistics = _observed(plan, source, forward_loop)
@@ -69,45 +91,49 @@ def observe_live(
 def _observed(
     plan: Plan, source: Source, forward_loop: ForwardLoop | CalibrationData
 ) -> Statistics:
-    """What this process saw."""
-    seen, all_experts = _Seen(), plan.recipe.calibration.all_experts
-    given = forward_loop if isinstance(forward_loop, CalibrationData) else None
-    loop: ForwardLoop = (
-        partial(_read, source, forward_loop)
-        if isinstance(forward_loop, CalibrationData)
-        else forward_loop
-    )
+    """Return the statistics of this process."""
+    data = forward_loop if isinstance(forward_loop, CalibrationData) else None
+    calls = _SeenCalls()
     with _evaluating(source.model), ExitStack() as stack:
         observers = stack.enter_context(observing(plan, source.model, source.module_tree))
-        stack.enter_context(_watching_calls(plan, source, observers, seen))
-        loop(source.model)
-    if not seen.samples:
+        stack.enter_context(_watching_calls(plan, source, observers, calls))
+        if isinstance(forward_loop, CalibrationData):
+            _read(source, forward_loop)
+        else:
+            forward_loop(source.model)
+    if not calls.samples:
         raise ObservationError(
             "forward_loop: the model itself was never called with input_ids. Call it on your data: "
             "`model(input_ids=…)`, not a part of it."
         )
-    summary = seen.summary(all_experts) if given is None else data_summary(
-        given, all_experts=all_experts
-    )  # fmt: skip
+    all_experts = plan.recipe.calibration.all_experts
+    if data is None:
+        summary = calls.summary(all_experts)
+    else:
+        summary = data_summary(data, all_experts=all_experts)
     statistics = Statistics(summary, model=model_summary(plan))
     observers.take(statistics)
     return statistics
 
 
-def _read(source: Source, data: CalibrationData, model: Any) -> None:
-    """Call the model on calibration data. On every rank all of it, where several share the model:
-    its layers are brought together for a call, and what is found is then the same everywhere."""
-    part = runnable(model)
-    device = part.get_input_embeddings().weight.device
+def _read(source: Source, data: CalibrationData) -> None:
+    """Call the model on calibration data.
+
+    Ranks that share the model all read all of the data, because a call gathers layers from all of
+    them. Their statistics are equal then.
+    """
+    model = runnable(source.model)
+    device = model.get_input_embeddings().weight.device
     device = torch.device("cpu") if device.type == "meta" else device
-    ending = nullcontext() if source.is_sharded else ending_at_the_head(part)
-    with ending:  # of a sharded model, a call that does not end leaves layers unsharded
+    # In a sharded model, a call that does not end would leave layers gathered.
+    ending = nullcontext() if source.is_sharded else ending_at_the_head(model)
+    with ending:
         for batch in data.batches:
-            read_batch(part, batch, device)
+            read_batch(model, batch, device)
 
 
-class _Seen:
-    """What data the model was called on, in the terms of `CalibrationData`."""
+class _SeenCalls:
+    """Describes the data that the model was called on, as `CalibrationData` does."""
 
     def __init__(self) -> None:
         self.digest = hashlib.sha256()
@@ -145,38 +171,40 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _watching_calls(
-    plan: Plan, source: Source, observers: Observers, seen: _Seen
+    plan: Plan, source: Source, observers: Observers, calls: _SeenCalls
 ) -> Iterator[None]:
-    """See each call's ids and mask; where the KV cache is calibrated, its keys and values."""
-    present = [""]
+    """Record ids and mask of each call, and keys and values if the KV cache is calibrated."""
+    current_layer = ""
 
     def record(keys: torch.Tensor, values: torch.Tensor) -> None:
-        observers.see_kv(present[0], keys, values)
+        observers.see_kv(current_layer, keys, values)
 
-    def before(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        given = signature.bind_partial(*args, **kwargs).arguments
-        ids = given.get("input_ids")
-        mask = _mask_of(ids, given.get("attention_mask"))
+    def before(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        arguments = signature.bind_partial(*args, **kwargs).arguments
+        ids = arguments.get("input_ids")
+        mask = _mask_of(ids, arguments.get("attention_mask"))
         observers.see(mask)
         if isinstance(ids, torch.Tensor):
-            seen.add(ids, mask)
+            calls.add(ids, mask)
         if plan.kv_scales:
-            cache = given.get("past_key_values")
+            cache = arguments.get("past_key_values")
             if cache is None:
-                stores = given.get("use_cache") is not False
-                cache = usual_cache(model) if stores else recording_cache(model, record)
+                # The caller may read the cache that the model returns, unless it asked for none.
+                is_returned = arguments.get("use_cache") is not False
+                cache = usual_cache(model) if is_returned else recording_cache(model, record)
                 kwargs = kwargs | {"past_key_values": cache, "use_cache": True}
             if not hasattr(cache, "record"):
                 stack.callback(record_updates(cache, record))
         return args, kwargs
 
     def enter(path: str, *_: Any) -> None:
-        present[0] = path
+        nonlocal current_layer
+        current_layer = path
 
-    part = runnable(source.model)
-    signature = inspect.signature(part.forward)
+    model = runnable(source.model)
+    signature = inspect.signature(model.forward)
     with ExitStack() as stack:
-        stack.callback(part.register_forward_pre_hook(before, with_kwargs=True).remove)
+        stack.callback(model.register_forward_pre_hook(before, with_kwargs=True).remove)
         for path in plan.inventory.layer_paths:
             layer = source.model.get_submodule(path)
             stack.callback(layer.register_forward_pre_hook(partial(enter, path)).remove)
@@ -184,19 +212,19 @@ def _watching_calls(
 
 
 def _mask_of(ids: Any, mask: Any) -> torch.Tensor | None:
-    """The mask of the tokens that a call is given, [B, S]; None where none is padding."""
+    """Return the mask [B, S] of the tokens of a call; None if there is no padding."""
     if mask is None or not isinstance(ids, torch.Tensor):
         return None
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
         raise ObservationError(
-            "forward_loop: attention_mask is no [batch, sequence] tensor, so padding cannot be "
-            "told from text. Give one, or leave it out where nothing is padded."
+            "forward_loop: attention_mask is not a tensor of shape [batch, sequence], so padding "
+            "cannot be told from text. Give such a mask, or leave it out if nothing is padded."
         )
     return mask[:, -ids.shape[1] :]
 
 
 def _of_all_ranks(source: Source, statistics: Statistics) -> list[Statistics]:
-    """The statistics of all ranks; only one rank's if all have read the same data."""
-    every: list[Statistics] = source.gather(statistics)
-    is_same = all(rank.data.digest == every[0].data.digest for rank in every)
-    return every[:1] if is_same else every
+    """Return the statistics of all ranks; only those of rank 0 if all read the same data."""
+    all_ranks: list[Statistics] = source.gather(statistics)
+    is_same = all(rank.data.digest == all_ranks[0].data.digest for rank in all_ranks)
+    return all_ranks[:1] if is_same else all_ranks

@@ -1,20 +1,22 @@
-"""The output of the last finished layer, on the disk, so that a resumed run starts behind it.
+"""Stores the output of the last finished layer on disk, so that a resumed run starts behind it.
 
     OUT/.fourfold/activations/layer-00007/batch-00003.safetensors
 
-A call of the model cannot be stored: its Python frames cannot. So a resumed run makes every call
-again, but finished layers compute nothing: the last of them returns its stored output, those before
-it return tensors without data (on the meta device), and the call reaches the first unfinished layer
-as it did before. That is exact if the layer is called with the same values, and if nothing else
-that the call holds came out of a finished layer. Both are checked:
+A call of the model cannot be stored, because its Python frames cannot. So a resumed run makes every
+call again, but finished layers compute nothing: the last of them returns its stored output, and
+those before it return tensors without data (on the meta device). The call then reaches the first
+unfinished layer as it did before. This is exact if that layer is called with the same values, and
+if nothing else that the call holds was computed by a finished layer. Both are checked:
 
-- While a run saves: whatever the model's frames hold at a layer, and whatever the layer is called
-  with, must be there since the call's first layer, unchanged, or be part of the last layer's
-  output. Otherwise (states that pass several layers) nothing is saved.
-- When a run resumes: the digest of all that the first unfinished layer is called with, objects such
-  as caches included, must be the one that was saved. Otherwise the text passes all layers again.
+- While a run saves: every tensor that the model's frames hold at a layer, or that the layer is
+  called with, must be part of the previous layer's output, or must have been there, unchanged,
+  since the call's first layer. Otherwise (if states pass several layers) nothing is saved.
+- When a run resumes: the digest of everything that the first unfinished layer is called with,
+  including objects such as caches, must equal the saved one. Otherwise the text passes all layers
+  again.
 
-A tensor without data that were used in spite of this would be an error, not a wrong result.
+If a tensor without data were used in spite of this, PyTorch would raise an error; the result could
+not be wrong.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ OUTPUT, INPUTS = "output", "inputs"
 """Keys of a file's metadata: the output's structure, and the digest of the next layer's inputs."""
 
 PLAIN = (type(None), bool, int, float, str)
+"""Types of values that JSON stores exactly."""
 
 
 class UnstorableError(Exception):
@@ -47,24 +50,25 @@ class UnstorableError(Exception):
 
 
 class SavedActivations:
-    """Stores what each call's last finished layer returned. One object serves one run."""
+    """Stores the output of the last finished layer of every call. A run has one such object."""
 
     def __init__(self, folder: Path, batches: Sequence[int], device: str = "cpu") -> None:
         """Describe the store; nothing is read or written yet.
 
         Args:
             folder: The store's folder.
-            batches: The number of the batch that each call reads, among those of all ranks.
+            batches: For each call of this rank, the number of its batch among those of all ranks.
             device: The device that the model runs on.
         """
         self.folder, self.batches, self.device = folder, batches, device
         self.first = 0
-        """The first unfinished layer: those before it compute nothing. 0 if all of them do."""
+        """The first layer that computes; 0 if all layers compute."""
         self.matches = True
-        """False once a call has not reached `first` as it did when it was saved."""
+        """False if a call has reached `first` with other inputs than when it was saved."""
         self.is_saving = True
         self._start: dict[int, dict[int, tuple[StorageWeakRef, int]]] = {}
-        """Call → the storages that it held at its first layer, by identity, with their versions."""
+        """For each call, the storages that it held at its first layer, with the versions of their
+        tensors, by the storages' identities."""
 
     def find(self, finished: Collection[int | None]) -> None:
         """Set `first` to the last layer whose inputs are stored for every batch.
@@ -79,13 +83,13 @@ class SavedActivations:
                 self.first = layer
 
     def start_over(self) -> None:
-        """Let all layers compute: what is stored does not fit."""
+        """Let all layers compute, because the stored outputs do not fit."""
         self.first = 0
         self._start.clear()
 
     @contextmanager
     def skipping(self, layers: Sequence[nn.Module], call: Callable[[], int]) -> Iterator[None]:
-        """Within, layers before `first` return stored outputs, or tensors without data.
+        """Let layers before `first` return stored outputs, or tensors without data, meanwhile.
 
         Args:
             layers: The decoder layers.
@@ -111,48 +115,48 @@ class SavedActivations:
         """True if `start` was called for a call."""
         return call in self._start
 
-    def start(self, call: int, layer: int, given: Any, held: Any, output: Any) -> None:
-        """Note what a call holds at its first layer that computes.
+    def start(self, call: int, layer: int, inputs: Any, held: Any, output: Any) -> None:
+        """Record the tensors that a call holds at the first of its layers that computes.
 
         Args:
             call: The call's number.
             layer: The layer's index.
-            given: The arguments that the layer is called with.
-            held: Everything that the model's frames hold, and what the model was called with.
-            output: What a layer that computed nothing returned before.
+            inputs: The arguments that the layer is called with.
+            held: Everything that the model's frames hold, and the arguments of the call itself.
+            output: The output of the layer before, if that layer computed nothing.
         """
         if self.first:
-            self.matches &= layer == self.first and self._digest(call) == digest_of(given)
+            self.matches &= layer == self.first and self._digest(call) == digest_of(inputs)
         stored = _storages(output)
         self._start[call] = {
             identity: (StorageWeakRef(tensor.untyped_storage()), tensor._version)  # type: ignore[no-untyped-call]
-            for identity, tensor in _storages((given, held)).items()
+            for identity, tensor in _storages((inputs, held)).items()
             if identity not in stored
         }
 
     def save(
-        self, call: int, layer: int, given: Any, held: Any, last: tuple[int, Any] | None
+        self, call: int, layer: int, inputs: Any, held: Any, last: tuple[int, Any] | None
     ) -> None:
         """Save the output of the layer that a call has just passed, at the layer after it.
 
         Args:
             call: The call's number.
             layer: The index of the layer that the call has reached.
-            given: The arguments that this layer is called with.
-            held: `given`, and everything that the model's frames hold but its own parameters.
-            last: Index and output of the layer that the call passed before.
+            inputs: The arguments that this layer is called with.
+            held: `inputs`, and everything that the model's frames hold except its parameters.
+            last: Index and output of the layer that the call has just passed.
         """
         if not self.is_saving:
             return
         try:
             if last is None or last[0] != layer - 1 or not self._is_known(call, held, last):
                 raise UnstorableError
-            self._save(call, layer, last[1], given)
+            self._save(call, layer, last[1], inputs)
         except (UnstorableError, SafetensorError, OSError):
             self.stop_saving()
 
     def _is_known(self, call: int, values: Any, last: Any) -> bool:
-        """True if all tensors are the call's since its first layer, or of the last output."""
+        """True if the call has had each tensor since its first layer, or from the last output."""
         start, output = self._start[call], _storages(last)
         return all(
             identity in output or (identity in start and start[identity][1] == tensor._version)
@@ -160,9 +164,11 @@ class SavedActivations:
         )
 
     def finished(self, layer: int) -> None:
-        """Remove the inputs of layers up to `layer`, whose statistics are complete and stored."""
+        """Remove what is saved for layers up to `layer`, whose statistics are stored."""
         folders = self.folder.glob("layer-*")
-        self._remove(x for x in folders if int(x.name.removeprefix("layer-")) <= layer)
+        self._remove(
+            folder for folder in folders if int(folder.name.removeprefix("layer-")) <= layer
+        )
 
     def stop_saving(self) -> None:
         """Save nothing more, and remove what was saved."""
@@ -171,7 +177,7 @@ class SavedActivations:
 
     def _remove(self, folders: Iterable[Path]) -> None:
         for folder in folders:
-            for batch in self.batches:  # other ranks remove theirs
+            for batch in self.batches:  # every rank removes its own files
                 (folder / self._name(batch)).unlink(missing_ok=True)
 
     def _name(self, batch: int) -> str:
@@ -180,9 +186,9 @@ class SavedActivations:
     def _file(self, layer: int, batch: int) -> Path:
         return self.folder / f"layer-{layer:05d}" / self._name(batch)
 
-    def _save(self, call: int, layer: int, output: Any, given: Any) -> None:
+    def _save(self, call: int, layer: int, output: Any, inputs: Any) -> None:
         tensors: list[torch.Tensor] = []
-        metadata = {OUTPUT: json.dumps(_encode(output, tensors)), INPUTS: digest_of(given)}
+        metadata = {OUTPUT: json.dumps(_encode(output, tensors)), INPUTS: digest_of(inputs)}
         file = self._file(layer, self.batches[call])
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(".partial")
@@ -210,7 +216,7 @@ def _storages(values: Any) -> dict[int, torch.Tensor]:
 
 
 def _encode(value: Any, tensors: list[torch.Tensor]) -> Any:
-    """Describe a value in JSON; its tensors are appended to `tensors`."""
+    """Describe a value in JSON, and append its tensors to `tensors`."""
     if type(value) is torch.Tensor and value.is_contiguous():
         tensors.append(value)
         return {"tensor": str(len(tensors) - 1)}
@@ -222,7 +228,7 @@ def _encode(value: Any, tensors: list[torch.Tensor]) -> Any:
 
 
 def _decode(value: Mapping[str, Any], tensor: Any) -> Any:
-    """Make the value that `_encode` described; `tensor` returns a tensor by its name."""
+    """Return the value that `_encode` described; `tensor` returns a tensor by its name."""
     ((kind, content),) = value.items()
     match kind:
         case "tensor":
@@ -236,10 +242,13 @@ def _decode(value: Mapping[str, Any], tensor: Any) -> Any:
 
 
 def digest_of(value: Any) -> str:
-    """Return a digest of a value: of all tensors in it, and of all that objects hold.
+    """Return a digest of a value, including all tensors in it and the attributes of objects.
 
-    Functions and modules count by their names. A value of which nothing is known gives another
-    digest in every process.
+    Of functions, classes and modules, only the names count. An object without attributes counts by
+    its `repr`. If that contains an address, the digest differs in every process.
+
+    Args:
+        value: Any value. The bytes of tensors count, except for those on the meta device.
     """
     digest = xxhash.xxh3_128()
     for piece in _pieces(value, set()):

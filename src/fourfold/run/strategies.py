@@ -18,7 +18,7 @@ import torch
 
 from fourfold.calibration.data import CalibrationData, load_calibration
 from fourfold.calibration.layerwise import Calibration
-from fourfold.calibration.live import ForwardLoop, observe_live, units_of
+from fourfold.calibration.live import ForwardLoop, held_layers, observe_live
 from fourfold.calibration.saved_activations import SavedActivations
 from fourfold.calibration.scales import ActivationScales
 from fourfold.calibration.statistics import Statistics
@@ -149,7 +149,7 @@ class Live:
     def steps(
         self, finished: Mapping[int | None, Statistics], on_observed: OnObserved
     ) -> Generator[Sequence[int]]:
-        for layer in units_of(self.plan, self.source):
+        for layer in held_layers(self.plan, self.source):
             yield self.plan.shards_of(layer)
 
 
