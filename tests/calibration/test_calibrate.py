@@ -27,6 +27,7 @@ import fourfold
 from fourfold.calibration.statistics import Statistics
 from fourfold.config import CalibrationConfig, Runtime
 from fourfold.errors import CalibrationError, ObservationError, OutputError, PlanError, UsageError
+from fourfold.events import Event, LayerCalibrated, ShardWritten
 from fourfold.storage.names import STATISTICS, SUMMARY
 from jobs import flat
 
@@ -396,14 +397,10 @@ class Trouble:
         if self.count == number:
             self.what()
 
-    @property
-    def callbacks(self) -> dict[str, Callable[..., None]]:
-        names = {
-            "a layer that was run": "calibration_progress",
-            "a shard that was written": "progress",
-        }
-        name = names.get(self.where)
-        return {} if name is None else {name: lambda _: self.step(2)}
+    def on_event(self, event: Event) -> None:
+        kinds = {"a layer that was run": LayerCalibrated, "a shard that was written": ShardWritten}
+        if self.where in kinds and isinstance(event, kinds[self.where]):
+            self.step(2)
 
 
 def boom() -> None:
@@ -445,7 +442,7 @@ def test_a_failure_leaves_no_checkpoint_and_can_be_made_good(
         trouble = Trouble(where, what, patch)
         with pytest.raises(error):
             fourfold.quantize(
-                folder, out, EVERYTHING, **flat(calib=[calib], **SHARED, **trouble.callbacks)
+                folder, out, EVERYTHING, **flat(calib=[calib], **SHARED), on_event=trouble.on_event
             )
     assert not list(out.glob("*.json"))
     assert not list(out.glob(".*.partial"))
