@@ -138,7 +138,8 @@ class _Cut:
             count, complete = self.infos[group[0]].shape[0], True
         else:
             numbers = [int(number) for key in group for number in EXPERT_NUMBER.findall(key)]
-            count, complete = len(group), numbers == list(range(expected))
+            count = len(group)
+            complete = len(numbers) == expected and numbers == list(range(expected))
         if count != expected or not complete:
             raise SourceError(
                 f"{group[0]}: {count} experts on disk, {expected} in the architecture "
