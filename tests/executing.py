@@ -24,7 +24,7 @@ def execute(
         plan = make_plan(source, Recipe.load(recipe), limits=limits)
         target = OutputFolder(out)
         target.lock("test")
-        target.begin(None, plan.files, overwrite=False)
+        target.begin(None, plan.files)
         with Scheduler(ExecutionContext(plan, source, target, threads, **options)) as scheduler:
             scheduler.run()
             scheduler.finish()
