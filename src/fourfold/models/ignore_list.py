@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from itertools import combinations
 
 _MAGIC = re.compile(r"[*?\[]")
 _PLAIN = re.compile(r"[\w.\-]+")
+_STARS = re.compile(r"\*+")
+_STARRED = re.compile(r"[\w.\-*]+")
 _QUOTED = re.compile(r"(?:[\w.\-]|\[\w\])*\[\w\](?:[\w.\-]|\[\w\])*")
 
 SGLANG_MLA = frozenset({"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"})
@@ -87,11 +90,9 @@ class IgnoreList:
 
     def _add_regex(self, entry: str) -> None:
         try:
-            regex = re.compile(entry.replace(".", r"\.").replace("*", ".*"))
-        except re.error:
+            self.regexes.append((entry, _sglang_regex(entry).fullmatch))
+        except (re.error, RecursionError, OverflowError):
             self.broken = self.broken or entry
-        else:
-            self.regexes.append((entry, regex.fullmatch))
 
     def inside(self, name: str) -> str | None:
         """Return an entry that is a proper substring of `name`, or None."""
@@ -118,6 +119,20 @@ class IgnoreList:
         if text in self.entries:
             return text
         return self.quoted.get(text) or _first(self.regexes, text)
+
+
+def _sglang_regex(entry: str) -> re.Pattern[str]:
+    """Compile an entry as SGLang reads it.
+
+    An entry in which only `*` is special becomes a pattern that does not backtrack: a name such as
+    `*a*a*a*b`, which a checkpoint from the hub may hold, would otherwise never finish.
+    """
+    entry = _STARS.sub("*", entry)
+    if _STARRED.fullmatch(entry):
+        return re.compile(fnmatch.translate(entry))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # about sets within sets: not our pattern
+        return re.compile(entry.replace(".", r"\.").replace("*", ".*"))
 
 
 def _first(matchers: Sequence[tuple[str, Matcher]], name: str) -> str | None:
