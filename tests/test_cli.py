@@ -390,7 +390,7 @@ def test_disk_full(
     if after < 40:
         assert not (tmp_path / "out").exists()  # no shard was finished
         return
-    assert "the same command goes on" in result[2]
+    assert "the same command resumes" in result[2]
     assert not list((tmp_path / "out").glob("*.json"))
     monkeypatch.undo()
     code, out, _ = run("quantize", written("qwen3_moe")[0], tmp_path / "out")
