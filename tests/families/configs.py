@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -442,7 +443,9 @@ OVERRIDES: dict[str, Overrides] = {
 
 def tiny_config(model_type: str, overrides: Overrides | None = None) -> PreTrainedConfig:
     """A tiny configuration of a registered `model_type`; `overrides` win over the tables."""
-    return _tiny(CONFIG_MAPPING[model_type], _merge(OVERRIDES.get(model_type, {}), overrides or {}))
+    merged = _merge(OVERRIDES.get(model_type, {}), overrides or {})
+    # Families share dictionaries in the table, and transformers writes into the ones it is given.
+    return _tiny(CONFIG_MAPPING[model_type], deepcopy(merged))
 
 
 def _merge(base: Overrides, more: Overrides) -> dict[str, Any]:
