@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from families import Truth
+from fourfold.storage.run_state import RunState
 from test_cli import check_error, in_process
 
 Written = Callable[[str], tuple[Path, Truth]]
@@ -136,7 +137,7 @@ def test_a_run_that_is_stopped_while_it_observes(
         [sys.executable, "-c", SLOW_EXPERTS, *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
-        while not list(out.glob(".fourfold/shards/*.json")):
+        while not RunState(out).has_finished_shards:
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)
         process.send_signal(number)

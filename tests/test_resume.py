@@ -9,6 +9,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import fourfold
 from families import Truth
 from fourfold.events import Event, PlanMade, Resumed, ShardWritten
 from fourfold.sources.safetensors import SafetensorsFolder
+from fourfold.storage.output import OutputFolder
 from fourfold.storage.run_state import RunState
 from jobs import MODEL, W4A4, W4A16, assert_same, files_of, flat, ids_file, only, start
 
@@ -453,6 +455,25 @@ def test_the_last_moments_of_a_state(tmp_path: Path, monkeypatch: pytest.MonkeyP
     second.remove()
     assert not second.folder.exists()
     assert tmp_path.is_dir()
+
+
+def test_ranks_remove_the_state_together(tmp_path: Path) -> None:
+    """After an error that no run could resume from, every rank of a folder does."""
+    for _ in range(100):
+        folders = [OutputFolder(tmp_path / "out", rank) for rank in range(4)]
+        for folder in folders:
+            folder.lock("token")
+        folders[0].begin(None, ["a.safetensors", "b.safetensors"])
+        for name in "abcdefgh":
+            folders[0].state.add_shard(f"{name}.safetensors", {})
+        with ThreadPoolExecutor(len(folders)) as pool:
+            list(pool.map(count_and_discard, folders))
+        assert not (tmp_path / "out").exists()
+
+
+def count_and_discard(folder: OutputFolder) -> None:
+    folder.state.finished_shards()
+    folder.discard()
 
 
 def test_a_state_that_goes_before_its_lock_is_made(

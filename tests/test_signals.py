@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ import pytest
 import fourfold
 from conftest import Written
 from fourfold import Runtime
-from fourfold.events import Event, Resumed
+from fourfold.events import Event, Resumed, WritingBegan
+from fourfold.run.signals import SignalGuard
 from jobs import W4A16, assert_same
 
 SIGNALLED = """
@@ -73,3 +75,20 @@ def test_a_handler_of_the_callers_own_stays(written: Written, tmp_path: Path) ->
     assert "heard" in printed
     assert "ended in order" in printed
     assert (out / "config.json").exists()
+
+
+class SignalledWhenCollected:
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_signal_in_a_destructor_still_ends_the_run(tmp_path: Path) -> None:
+    """Python drops what is raised there."""
+    ends: list[tuple[int, str]] = []
+    guard = SignalGuard(lambda number, outcome: ends.append((number, outcome)))
+    with pytest.raises(BaseException, match=str(int(signal.SIGTERM))), guard:
+        guard(WritingBegan(tmp_path))
+        SignalledWhenCollected()
+        for _ in range(1000):
+            time.sleep(0.01)
+    assert ends == [(signal.SIGTERM, "nothing was written.")]

@@ -4,12 +4,16 @@ While `out` is written, a signal raises `StoppedError` in the main thread: the r
 cleans up, and only then does the signal do what it would have done at once. At any other time
 there is nothing to clean up, and it acts at once. (It must not raise then: an exception in the
 middle of an import would leave an import lock behind that another thread waits for.)
+
+Python drops an exception that is raised in a destructor or in the callback of a weak reference,
+and a signal may arrive in one. The guard then sends the signal again.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from types import TracebackType
@@ -19,6 +23,9 @@ from fourfold.events import Event, OutputComplete, WritingBegan
 from fourfold.storage.temporary import remove_all
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+SENT_AGAIN_AFTER = 0.01
+"""Seconds until a signal is sent again whose exception was dropped."""
 
 NOTHING_WRITTEN = "nothing was written."
 NOT_VERIFIED = "OUT is written, but not verified."
@@ -43,6 +50,7 @@ class SignalGuard:
         self._is_writing = False
         self._outcome = NOTHING_WRITTEN
         self._previous: dict[signal.Signals, Any] = {}
+        self._previous_hook = sys.unraisablehook
 
     def __call__(self, event: Event) -> None:
         match event:
@@ -53,6 +61,7 @@ class SignalGuard:
 
     def __enter__(self) -> SignalGuard:
         self._is_writing, self._outcome = False, NOTHING_WRITTEN
+        self._previous_hook, sys.unraisablehook = sys.unraisablehook, self._send_again
         self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
@@ -61,6 +70,7 @@ class SignalGuard:
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        sys.unraisablehook = self._previous_hook
         if isinstance(error, StoppedError):
             notes = getattr(error, "__notes__", ())
             self._end(error.number, " ".join(notes) or self._outcome)
@@ -72,6 +82,15 @@ class SignalGuard:
         for both in SIGNALS:
             signal.signal(both, signal.SIG_IGN)  # a second signal must not stop the clean-up
         raise StoppedError(number)
+
+    def _send_again(self, dropped: sys.UnraisableHookArgs) -> None:
+        """Send a signal again whose exception Python has dropped."""
+        if not isinstance(dropped.exc_value, StoppedError):
+            self._previous_hook(dropped)
+            return
+        number = dropped.exc_value.number
+        signal.signal(number, self._handle)
+        threading.Timer(SENT_AGAIN_AFTER, os.kill, (os.getpid(), number)).start()
 
 
 def default_guard() -> SignalGuard | None:

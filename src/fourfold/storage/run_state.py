@@ -62,7 +62,7 @@ class RunState:
     @property
     def has_finished_shards(self) -> bool:
         """True if there is anything to resume from."""
-        return any(self.shards.glob("*.json"))
+        return bool(self._records())
 
     def check_free(self) -> None:
         """Check that no living process writes here. Changes nothing.
@@ -126,8 +126,15 @@ class RunState:
 
     def finished_shards(self) -> dict[str, dict[str, Any]]:
         """Return the records of finished shards, by name. Unreadable ones count as missing."""
-        records = {path.stem: _read(path) for path in sorted(self.shards.glob("*.json"))}
+        records = {path.stem: _read(path) for path in self._records()}
         return {name: record for name, record in records.items() if record is not None}
+
+    def _records(self) -> list[Path]:
+        try:
+            names = sorted(os.listdir(self.shards))
+        except FileNotFoundError:  # no run, or another rank is removing it
+            return []
+        return [self.shards / name for name in names if name.endswith(".json")]
 
     def _write(self, path: Path, record: Mapping[str, Any]) -> None:
         with replacing(path) as handle:
@@ -142,12 +149,13 @@ class RunState:
         """Remove the folder, `run.json` first, and give the lock back.
 
         The lock file goes last: from then on another process may take the folder, which then is
-        not empty, and that process's to remove.
+        not empty, and that process's to remove. Ranks that share the folder may all remove it at
+        once.
         """
         (self.folder / RUN).unlink(missing_ok=True)
-        for path in self.folder.iterdir():
+        for path in [self.folder / name for name in os.listdir(self.folder)]:
             if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)
             elif path != Path(self._lock.lock_file):
                 path.unlink(missing_ok=True)
         Path(self._lock.lock_file).unlink(missing_ok=True)
