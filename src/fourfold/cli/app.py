@@ -1,13 +1,16 @@
 """The commands: each parses its options, calls the API and prints the result.
 
-PyTorch and transformers are imported inside the commands, so that `--help` answers at once.
+PyTorch, transformers and rich are imported inside the commands, so that `--help` answers at once;
+that is also why typer shows the help without rich.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,9 +27,7 @@ from fourfold.cli.options import (
     Trust,
     in_bytes,
 )
-from fourfold.cli.progress import CommandDisplay
-from fourfold.cli.tables import generation_table, inspection_table, plan_text, report_text
-from fourfold.cli.terminal import console, print_json, print_result
+from fourfold.cli.terminal import console, print_json, show, show_result
 from fourfold.config import CalibrationConfig, OutputConfig, Runtime
 from fourfold.distributed.launcher import launch
 from fourfold.errors import UsageError
@@ -43,8 +44,18 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@contextmanager
+def _shown_progress(*, quiet: bool, verbose: bool = False) -> Iterator[dict[str, Any]]:
+    """Show the progress of a call of the API: yields the arguments for it."""
+    from fourfold.cli.progress import CommandDisplay
+
+    with CommandDisplay(quiet=quiet, verbose=verbose) as display:
+        yield {"progress": False, "on_event": display}
 
 
 @app.callback(invoke_without_command=True)
@@ -142,7 +153,7 @@ def quantize(
         statistics=calibration,
         activation_memory=in_bytes("--activation-memory", activation_memory),
     )
-    with CommandDisplay(quiet=as_json, verbose=verbose) as display:
+    with _shown_progress(quiet=as_json, verbose=verbose) as progress:
         result = api.quantize(
             model,
             out,
@@ -152,8 +163,7 @@ def quantize(
             runtime=Runtime(device, in_bytes("--device-memory", device_memory), threads),
             output=OutputConfig(shards, overwrite, verify=not no_verify),
             trust_remote_code=trust_remote_code,
-            progress=False,
-            on_event=display,
+            **progress,
         )
     _conclude(result, as_json)
 
@@ -168,12 +178,10 @@ def plan(
 ) -> None:
     """Show what quantize would do to every kind of tensor. Reads no weight."""
     from fourfold import api
+    from fourfold.cli.tables import plan_text
 
     work = api.plan(model, recipe, hf_config=hf_config, trust_remote_code=trust_remote_code)
-    if as_json:
-        print_json(work.to_dict())
-    else:
-        console().print(plan_text(work), soft_wrap=True)
+    show(work, as_json, plan_text)
 
 
 @app.command()
@@ -189,21 +197,18 @@ def verify(
 ) -> None:
     """Verify OUT tensor by tensor. Exit code 0: clean, 1: an error was found, 2: not readable."""
     from fourfold import api
+    from fourfold.cli.tables import report_text
 
-    with CommandDisplay(quiet=as_json) as display:
+    with _shown_progress(quiet=as_json) as progress:
         report = api.verify(
             out,
             source=source,
             hf_config=hf_config,
             threads=threads,
             trust_remote_code=trust_remote_code,
-            progress=False,
-            on_event=display,
+            **progress,
         )
-    if as_json:
-        print(report.to_json())
-    else:
-        console().print(report_text(report), soft_wrap=True)
+    show(report, as_json, report_text)
     if not report.clean:
         raise typer.Exit(1)
 
@@ -221,13 +226,15 @@ def convert(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Write MODEL as a Hugging Face checkpoint, unquantized, and compare the two.
+    """Write MODEL as an unquantized Hugging Face checkpoint.
 
-    If a run was stopped, the same command resumes it.
+    What was written is compared with MODEL, byte for byte. If a run was stopped, the same command
+    resumes it.
     """
     from fourfold import api
+    from fourfold.cli.tables import result_text
 
-    with CommandDisplay(quiet=as_json) as display:
+    with _shown_progress(quiet=as_json) as progress:
         converted = api.convert(
             model,
             out,
@@ -236,13 +243,9 @@ def convert(
             shards=shards,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
-            progress=False,
-            on_event=display,
+            **progress,
         )
-    if as_json:
-        print_json(converted.to_dict())
-    else:
-        console().print(str(converted), style="bold", soft_wrap=True, markup=False)
+    show(converted, as_json, result_text)
 
 
 @app.command()
@@ -262,12 +265,15 @@ def merge(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Join what nodes without a shared file system wrote, or re-shard a checkpoint."""
+    """Join the parts that nodes wrote, or re-shard a checkpoint.
+
+    The nodes need no shared file system.
+    """
     from fourfold import api
 
     if len(folders) < 2:
         raise UsageError("give the folders to join, and then OUT.")
-    with CommandDisplay(quiet=as_json) as display:
+    with _shown_progress(quiet=as_json) as progress:
         result = api.merge(
             folders[:-1],
             folders[-1],
@@ -275,8 +281,7 @@ def merge(
             overwrite=overwrite,
             verified=not no_verify,
             threads=threads,
-            progress=False,
-            on_event=display,
+            **progress,
         )
     _conclude(result, as_json)
 
@@ -284,10 +289,7 @@ def merge(
 def _conclude(result: Result | Merged, as_json: bool) -> None:
     """Print the result on the first rank; exit with 1 if the verification found an error."""
     if launch().rank == 0:
-        if as_json:
-            print_json(result.to_dict())
-        else:
-            print_result(result)
+        show_result(result, as_json)
     if result.report is not None and not result.report.clean:
         raise typer.Exit(1)
 
@@ -297,14 +299,11 @@ def inspect(
     folder: Annotated[Path, typer.Argument(help="Any safetensors checkpoint.")],
     as_json: Json = False,
 ) -> None:
-    """Show the tensors of a checkpoint: formats, sizes and scales at a glance."""
+    """Show the formats, sizes and scales of a checkpoint's tensors."""
+    from fourfold.cli.tables import inspection_table
     from fourfold.evaluation.inspection import inspect as run
 
-    inspection = run(folder)
-    if as_json:
-        print_json(inspection.to_dict())
-    else:
-        console().print(inspection_table(inspection))
+    show(run(folder), as_json, inspection_table)
 
 
 @app.command()
@@ -321,7 +320,7 @@ def summary(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show the result for each linear weight: scales, input amax, tokens, error."""
+    """Show each linear weight's scales, input amax, tokens and error."""
     from fourfold.reporting import read_summary, select, table_of
 
     document = read_summary(out)
@@ -379,27 +378,26 @@ def demo(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Quantize the embedded model, offline, and show how its output changes."""
+    """Quantize the embedded model, offline, and show the effect."""
     from fourfold import api
     from fourfold.embedded import model_dir
     from fourfold.evaluation.demo import demonstrate, is_demo_output
 
-    with CommandDisplay(quiet=as_json) as display:
+    with _shown_progress(quiet=as_json) as progress:
         again = overwrite or is_demo_output(out)
         result = api.quantize(
             model_dir(),
             out,
             recipe,
             output=OutputConfig(overwrite=again),
-            progress=False,
-            on_event=display,
+            **progress,
         )
     shown = demonstrate(model_dir(), out)
     if as_json:
         print_json(result.to_dict() | {"demo": asdict(shown)})
-        return
-    print_result(result)
-    print(shown)
+    else:
+        show_result(result, as_json)
+        print(shown)
 
 
 @app.command()
@@ -434,10 +432,11 @@ def generate(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Let the quantized model and its source continue a prompt, side by side."""
+    """Let OUT and its source continue a prompt, side by side."""
     from fourfold import api
+    from fourfold.cli.tables import generation_table
 
-    with CommandDisplay(quiet=as_json) as display:
+    with _shown_progress(quiet=as_json) as progress:
         written = api.generate(
             out,
             prompt,
@@ -449,13 +448,9 @@ def generate(
             stream=stream,
             device=device,
             trust_remote_code=trust_remote_code,
-            progress=False,
-            on_event=display,
+            **progress,
         )
-    if as_json:
-        print_json(written.to_dict())
-    else:
-        console().print(generation_table(written))
+    show(written, as_json, generation_table)
 
 
 def main() -> None:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from fourfold.evaluation.generation import Generation
     from fourfold.evaluation.inspection import Inspection
     from fourfold.planning import Plan
+    from fourfold.run.convert import Converted
+    from fourfold.run.merge import Merged
+    from fourfold.run.result import Result
     from fourfold.verification import Report
 
 _PLAN = {
@@ -41,6 +44,11 @@ def plan_text(plan: Plan) -> Text:
 def report_text(report: Report) -> Text:
     """A verification: counts, errors of roles, findings, the verdict."""
     return _colored(str(report), _REPORT)
+
+
+def result_text(result: Result | Merged | Converted) -> Text:
+    """The closing lines of a job."""
+    return Text(str(result), style="bold")
 
 
 def inspection_table(inspection: Inspection) -> RenderableType:

@@ -1,4 +1,7 @@
-"""Printing results and errors, and the frame around every command."""
+"""Printing results and errors, and the frame around every command.
+
+Importing it does not import rich; see `cli.app`.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,15 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
-
-from rich.console import Console
+from typing import TYPE_CHECKING, Any
 
 from fourfold.cli.options import as_options
 from fourfold.cli.signals import guard
-from fourfold.cli.tables import report_text
 from fourfold.errors import FourfoldError
 
 if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
     from fourfold.run.merge import Merged
     from fourfold.run.result import Result
 
@@ -39,15 +41,30 @@ def run(app: Callable[[], object]) -> None:
             _fail(_with_notes(text, error), 1, debug)
 
 
-def print_result(result: Result | Merged) -> None:
-    """Print the closing lines of a job."""
-    if result.report is not None:
-        console().print(report_text(result.report), soft_wrap=True)
-    console().print(str(result), style="bold", soft_wrap=True, markup=False)
+def show(result: Any, as_json: bool, draw: Callable[[Any], RenderableType]) -> None:
+    """Print a result on stdout: as one JSON document, or as `draw` lays it out."""
+    if as_json:
+        print_json(result.to_dict())
+        return
+    from rich.text import Text
+
+    drawn = draw(result)
+    console().print(drawn, soft_wrap=isinstance(drawn, Text))
+
+
+def show_result(result: Result | Merged, as_json: bool) -> None:
+    """Print the result of a job, after its verification."""
+    from fourfold.cli.tables import report_text, result_text
+
+    if result.report is not None and not as_json:
+        show(result.report, as_json, report_text)
+    show(result, as_json, result_text)
 
 
 def console() -> Console:
     """The console for results, on stdout."""
+    from rich.console import Console
+
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
     return Console(width=width, highlight=False)
 
