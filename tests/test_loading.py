@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -468,9 +469,14 @@ def test_models_in_several_threads_do_not_mix(made: Made, w4a4: Made) -> None:
         fourfold.load(w4a4("mixtral"), simulate_activations=True),
     ]
     expected = [logits(model) for model in models]
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(logits, models * 20))
-    assert all(torch.equal(each, expected[at % 2]) for at, each in enumerate(found))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads take turns in the middle of everything
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            simulated = list(pool.map(logits, models * 20))
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(torch.equal(result, expected[n % 2]) for n, result in enumerate(simulated))
 
 
 def test_a_simulated_model_cannot_be_copied(w4a4: Made) -> None:

@@ -104,11 +104,12 @@ _WATCHING = threading.RLock()
 
 
 class _RoundedExperts:
-    """Replaces the forward of one experts module."""
+    """Replaces the forward of one experts module. Other threads wait while one computes."""
 
     def __init__(self, module: nn.Module, layout: ExpertsModule, watch: _Rounding) -> None:
         self.module, self.layout, self.watch = module, layout, watch
-        self.before = module.__dict__.get("forward")
+        self.before, self.exact = module.__dict__.get("forward"), module.forward
+        self.is_watched = False
 
     def put_on(self) -> None:
         self.module.forward = self
@@ -122,12 +123,14 @@ class _RoundedExperts:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with _WATCHING:
-            self.take_off()
+            if self.is_watched:  # this thread's own call below
+                return self.exact(*args, **kwargs)
+            self.is_watched = True
             try:
                 with watch_experts(self.module, {"": self.layout}, self.watch):
                     return self.module.forward(*args, **kwargs)
             finally:
-                self.put_on()
+                self.is_watched = False
 
 
 def check_w4a4(checkpoint: DecodedSource) -> None:
