@@ -13,17 +13,14 @@ from hypothesis import strategies as st
 
 from fourfold.errors import PlanError
 from fourfold.models.engines import (
-    Engine,
     Mismatch,
     Verdict,
     check,
+    excludes,
     modules_of,
-    sglang_excludes,
-    trtllm_excludes,
-    vllm_excludes,
     write_ignore,
 )
-from fourfold.models.families import FAMILIES, experts_module
+from fourfold.models.families import FAMILIES, Engine, experts_module
 
 QUANTIZED, EXCLUDED, REFUSED = Verdict.QUANTIZED, Verdict.EXCLUDED, Verdict.REFUSED
 LAYER = "model.layers.0"
@@ -106,13 +103,13 @@ def attention(layer: str) -> list[str]:
 def test_the_rules_differ(
     module: str, ignore: list[str], vllm: Verdict, sglang: Verdict, trtllm: Verdict
 ) -> None:
-    assert vllm_excludes(module, ignore).verdict is vllm
-    assert sglang_excludes(module, ignore).verdict is sglang
-    assert trtllm_excludes(module, ignore).verdict is trtllm
+    assert excludes(Engine.VLLM, module, ignore).verdict is vllm
+    assert excludes(Engine.SGLANG, module, ignore).verdict is sglang
+    assert excludes(Engine.TRTLLM, module, ignore).verdict is trtllm
 
 
 def test_an_entry_that_is_no_regular_expression_is_refused_by_sglang() -> None:
-    assert sglang_excludes("a.b", ["a.(b"]).verdict is REFUSED
+    assert excludes(Engine.SGLANG, "a.b", ["a.(b"]).verdict is REFUSED
 
 
 # ---------------------------------------------------------------------------- engine modules
@@ -336,9 +333,9 @@ def test_the_index_agrees_with_the_plain_rules(
     module: str, edits: list[tuple[str | None, int, int, int]]
 ) -> None:
     ignore = [mutilate(name or module, how, a, b) for name, how, a, b in edits]
-    assert vllm_excludes(module, ignore).verdict is plain_vllm(module, ignore)
-    assert sglang_excludes(module, ignore).verdict is plain_sglang(module, ignore)
-    assert trtllm_excludes(module, ignore).verdict is plain_trtllm(module, ignore)
+    assert excludes(Engine.VLLM, module, ignore).verdict is plain_vllm(module, ignore)
+    assert excludes(Engine.SGLANG, module, ignore).verdict is plain_sglang(module, ignore)
+    assert excludes(Engine.TRTLLM, module, ignore).verdict is plain_trtllm(module, ignore)
 
 
 PARTS = {

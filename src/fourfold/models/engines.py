@@ -42,20 +42,6 @@ from fourfold.models.families import Engine, experts_module
 from fourfold.models.fusion import FUSED_MODULES, FusedModule, fuse
 from fourfold.models.ignore_list import IgnoreList, quote, subpaths
 
-__all__ = [
-    "Engine",
-    "Mismatch",
-    "Module",
-    "Ruling",
-    "Verdict",
-    "check",
-    "modules_of",
-    "sglang_excludes",
-    "trtllm_excludes",
-    "vllm_excludes",
-    "write_ignore",
-]
-
 
 class Verdict(StrEnum):
     """The treatment of a module: the one that it gets from an engine, or the one that it needs."""
@@ -214,33 +200,13 @@ RULES: Mapping[Engine, Rule] = {
 }
 
 
-def _parts_of(name: str, engine: Engine) -> tuple[str, ...]:
-    last = name.rpartition(".")[2]
-    for fused in FUSED_MODULES:
-        if last in fused.called(engine):
-            return tuple(_sibling(name, part) for part in fused.parts)
-    return ()
-
-
-def _ask(engine: Engine, module: str, ignore: Iterable[str]) -> Ruling:
-    is_experts = module.rpartition(".")[2] in ("experts", "local_experts")
-    rule = RULES[engine]
-    return rule(module, _parts_of(module, engine), is_experts, IgnoreList.of(ignore))
-
-
-def vllm_excludes(module: str, ignore: Sequence[str]) -> Ruling:
-    """Return how vLLM treats its module `module` (`...qkv_proj`, `...experts`) under `ignore`."""
-    return _ask(Engine.VLLM, module, ignore)
-
-
-def sglang_excludes(module: str, ignore: Sequence[str]) -> Ruling:
-    """Return how SGLang treats its module `module` under `ignore`."""
-    return _ask(Engine.SGLANG, module, ignore)
-
-
-def trtllm_excludes(module: str, ignore: Sequence[str]) -> Ruling:
-    """Return how TensorRT-LLM treats its module `module` under `ignore`."""
-    return _ask(Engine.TRTLLM, module, ignore)
+def excludes(engine: Engine, module: str, ignore: Iterable[str]) -> Ruling:
+    """Return how `engine` treats its module `module` (`...qkv_proj`, `...experts`) by a list."""
+    last = module.rpartition(".")[2]
+    fused = next((fused for fused in FUSED_MODULES if last in fused.called(engine)), None)
+    parts = () if fused is None else tuple(_sibling(module, part) for part in fused.parts)
+    is_experts = last in ("experts", "local_experts")
+    return RULES[engine](module, parts, is_experts, IgnoreList.of(ignore))
 
 
 # ----------------------------------------------------------------------------- check and write

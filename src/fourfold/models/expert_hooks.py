@@ -16,18 +16,18 @@ E experts.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fourfold.models.experts import ExpertsModule, Part, Projection
 from fourfold.models.internals import ExpertsFunction, experts_function, experts_kind
@@ -213,33 +213,15 @@ def _under_mode(
             whole.forward = before
 
 
-Note = TypeVar("Note")
-
-
-class _Notes(Generic[Note]):
-    """Notes on tensors, which are dropped with the tensors."""
-
-    def __init__(self) -> None:
-        self._notes: dict[int, tuple[weakref.ref[Tensor], Note]] = {}
-
-    def put(self, tensor: Tensor, note: Note) -> None:
-        identity = id(tensor)
-        gone = weakref.ref(tensor, lambda _: self._notes.pop(identity, None))
-        self._notes[identity] = gone, note
-
-    def get(self, tensor: Tensor) -> Note | None:
-        return self._notes[id(tensor)][1] if id(tensor) in self._notes else None
-
-
 class _KnownWeights(TorchFunctionMode):
     """Recognizes products `x @ w` in which `w` is (a part of) one of the experts' parameters."""
 
     def __init__(self, module: nn.Module, layout: ExpertsModule, watch: Watch) -> None:
         super().__init__()
         self.module, self.layout, self.watch = module, layout, watch
-        self.casts = _Notes[Tensor]()
+        self.casts: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
         """A part cast to another dtype → the part itself."""
-        self.taken = _Notes[tuple[Tensor, int]]()
+        self.taken: MutableMapping[Tensor, tuple[Tensor, int]] = WeakTensorKeyDictionary()
         """Rows indexed out of a matrix → their indices, and the number of rows of the matrix."""
         self.last: tuple[int, tuple[Tensor, int]] | None = None
         """The expert whose rows came last, and the note on these rows."""
@@ -258,7 +240,7 @@ class _KnownWeights(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in _PRODUCTS and len(args) >= 2 and isinstance(args[1], Tensor):
-            weight = self._original(args[1])
+            weight = self.casts.get(args[1], args[1])
             known = self.parts.get(weight.untyped_storage()._cdata)
             if known is not None:
                 args = (self._show(args[0], weight, *known), *args[1:])
@@ -266,18 +248,14 @@ class _KnownWeights(TorchFunctionMode):
         if func in _CASTS and result is not args[0]:
             self._follow(args[0], result)
         elif func is Tensor.__getitem__ and _is_rows(*args):
-            self.taken.put(result, (args[1], len(args[0])))
+            self.taken[result] = args[1], len(args[0])
         return result
 
     def _follow(self, tensor: Tensor, cast: Tensor) -> None:
         if tensor.untyped_storage()._cdata in self.parts:
-            self.casts.put(cast, tensor)
+            self.casts[cast] = tensor
         if (rows := self.taken.get(tensor)) is not None:
-            self.taken.put(cast, rows)
-
-    def _original(self, weight: Tensor) -> Tensor:
-        known = self.casts.get(weight)
-        return weight if known is None else known
+            self.taken[cast] = rows
 
     def _show(self, x: Tensor, weight: Tensor, parameter: Tensor, part: Part) -> Tensor:
         product = Product.DOWN if part.projection is Projection.DOWN else Product.GATE_UP

@@ -206,34 +206,16 @@ _TABLE: dict[str, Family] = {
 }
 
 _OTHER_TYPES: Mapping[str, str] = {
-    "aria_text": "aria",
-    "deepseek_ocr2_text": "deepseek_ocr2",
-    "diffusion_gemma_text": "diffusion_gemma",
-    "dots3_note_text": "dots3_note",
-    "ernie4_5_vl_moe_text": "ernie4_5_vl_moe",
-    "gemma4_text": "gemma4",
-    "glm4v_moe_text": "glm4v_moe",
-    "glm5_next_text": "glm5_next",
-    "inkling_text": "inkling",
     "inkling_mm_model": "inkling",
-    "inkling2_text": "inkling2",
     "kimi_k25": "deepseek_v3",
-    "llama4_text": "llama4",
-    "minimax_m3_vl_text": "minimax_m3_vl",
-    "mistral_large4_text": "mistral_large4",
-    "muse_spark_text": "muse_spark",
-    "qwen3_5_moe_text": "qwen3_5_moe",
-    "qwen3_omni_moe_text": "qwen3_omni_moe",
     "qwen3_omni_moe_thinker": "qwen3_omni_moe",
-    "qwen3_vl_moe_text": "qwen3_vl_moe",
-    "qwen4_exp_text": "qwen4_exp",
     "step3p5": "step3p7",
-    "unlimited_ocr_text": "unlimited_ocr",
 }
-"""Text and wrapper model types of the families above."""
+"""Further model types of the families above, besides the text models' (`gemma4_text`)."""
 
 FAMILIES: Mapping[str, Family] = {
     **_TABLE,
+    **{f"{name}_text": family for name, family in _TABLE.items()},
     **{model_type: _TABLE[name] for model_type, name in _OTHER_TYPES.items()},
 }
 """By `model_type`, of the text model and of its wrapper."""

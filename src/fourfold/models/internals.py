@@ -24,6 +24,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -57,20 +58,16 @@ class Conversion:
         return dict(self.model.state_dict())
 
     @cached_property
-    def _renamings(self) -> list[Any]:
-        from transformers.core_model_loading import WeightRenaming
+    def _by_kind(self) -> tuple[list[Any], list[Any]]:
+        """The rules that only rename a key, and those that convert its tensor."""
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-        return [rule for rule in self.rules if isinstance(rule, WeightRenaming)]
-
-    @cached_property
-    def _converters(self) -> list[Any]:
-        from transformers.core_model_loading import WeightConverter
-
-        return [rule for rule in self.rules if isinstance(rule, WeightConverter)]
+        renamings = [rule for rule in self.rules if isinstance(rule, WeightRenaming)]
+        return renamings, [rule for rule in self.rules if isinstance(rule, WeightConverter)]
 
     @cached_property
     def _by_pattern(self) -> dict[str, Any]:
-        return {pattern: rule for rule in self._converters for pattern in rule.source_patterns}
+        return {pattern: rule for rule in self._by_kind[1] for pattern in rule.source_patterns}
 
     def place(self, key: str) -> Place:
         """Return the place of a raw key. It is found once for all experts of a layer."""
@@ -86,9 +83,7 @@ class Conversion:
         from transformers.core_model_loading import rename_source_key
 
         prefix = self.model.base_model_prefix
-        target, pattern = rename_source_key(
-            key, self._renamings, self._converters, prefix, self._state
-        )
+        target, pattern = rename_source_key(key, *self._by_kind, prefix, self._state)
         if target not in self._state and key in self._state:
             target, pattern = rename_source_key(key, [], [], prefix, self._state)
         return (target, pattern) if target in self._state else (None, None)
@@ -136,23 +131,16 @@ class Conversion:
         rule = deepcopy(self._by_pattern[pattern])
         for source_pattern, group in tensors.items():
             rule.collected_tensors[source_pattern] = list(group)
+        stand_in = SimpleNamespace(
+            get_parameter=lambda name: torch.empty(tuple(shapes[name]), device="meta")
+        )
         try:
-            result = rule.convert(target, model=_StandIn(shapes), config=self.model.config)
+            result = rule.convert(target, model=stand_in, config=self.model.config)
         except Exception as error:  # whatever an operation of transformers may raise
             raise ModelError(f"{target}: its conversion {rule} fails: {error}") from error
         return {
             name: value[0] if isinstance(value, list) else value for name, value in result.items()
         }
-
-
-@dataclass(frozen=True)
-class _StandIn:
-    """Stands in for the model and knows shapes only, at the scale of the stand-in tensors."""
-
-    shapes: Mapping[str, Sequence[int]]
-
-    def get_parameter(self, name: str) -> torch.Tensor:
-        return torch.empty(tuple(self.shapes[name]), device="meta")
 
 
 def _with_numbers_of(target: str, key: str) -> str:
@@ -441,7 +429,8 @@ def _factory(config: Any, trust_remote_code: bool) -> tuple[str, Any]:
     names = [name for name in stated if isinstance(name, str)]
     for name in names:
         model_class: Any = getattr(transformers, name, None)
-        if _is_model_class(model_class):
+        is_class = isinstance(model_class, type)
+        if is_class and issubclass(model_class, transformers.PreTrainedModel):
             return name, model_class._from_config
     candidates = (
         (auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, auto.AutoModelForImageTextToText),
@@ -458,12 +447,6 @@ def _factory(config: Any, trust_remote_code: bool) -> tuple[str, Any]:
         f"{name}: transformers {transformers.__version__} has no such model. If the checkpoint "
         "brings its own code and you trust it, pass `trust_remote_code=True`."
     )
-
-
-def _is_model_class(value: object) -> bool:
-    from transformers import PreTrainedModel
-
-    return isinstance(value, type) and issubclass(value, PreTrainedModel)
 
 
 def plain_class(module: Any) -> type:
