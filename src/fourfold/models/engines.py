@@ -206,7 +206,7 @@ def excludes(engine: Engine, module: str, ignore: Iterable[str]) -> Ruling:
     fused = next((fused for fused in FUSED_MODULES if last in fused.called(engine)), None)
     parts = () if fused is None else tuple(_sibling(module, part) for part in fused.parts)
     is_experts = last in ("experts", "local_experts")
-    return RULES[engine](module, parts, is_experts, IgnoreList.of(ignore))
+    return RULES[engine](module, parts, is_experts, IgnoreList(ignore))
 
 
 # ----------------------------------------------------------------------------- check and write
@@ -228,7 +228,7 @@ def check(
     """
     kept = frozenset(unquantized)
     packed = frozenset(quantized)
-    index = IgnoreList.of(ignore)
+    index = IgnoreList(ignore)
     mismatches = [
         mismatch
         for module in modules_of([*packed, *kept])

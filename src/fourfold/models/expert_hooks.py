@@ -84,11 +84,7 @@ def watch_experts(
 ) -> Iterator[None]:
     """Call `watch` with the inputs of the experts modules at these paths inside the context.
 
-    Args:
-        model: the model.
-        experts: the experts modules by their paths in `model`.
-        watch: called with the rows of each matrix product.
-        rows_at_a_time: rows of one product when every token is sent through every expert.
+    Where every token is sent through every expert, a product has `rows_at_a_time` rows at most.
     """
     modules = {path: model.get_submodule(path) for path in experts}
     paths = {id(module): path for path, module in modules.items()}

@@ -60,42 +60,34 @@ class ExpertsModule:
 
 
 def decorated_parts(
-    *, has_gate: bool, has_bias: bool, is_transposed: bool, is_concatenated: bool
+    *,
+    has_gate: bool = True,
+    has_bias: bool = False,
+    is_transposed: bool = False,
+    is_concatenated: bool = True,
 ) -> tuple[Part, ...]:
     """Return the parts of an experts class that carries transformers' experts flags."""
     axes = "eio" if is_transposed else "eoi"
-    first: list[tuple[Projection, str, Half | None]]
+    first: list[tuple[Projection, str, Half | None]] = [(Projection.UP, "up_proj", None)]
     if has_gate:
         halves = (Half.FIRST, Half.SECOND) if is_concatenated else (Half.EVEN, Half.ODD)
-        first = [
-            (Projection.GATE, "gate_up_proj", halves[0]),
-            (Projection.UP, "gate_up_proj", halves[1]),
-        ]
-    else:
-        first = [(Projection.UP, "up_proj", None)]
+        projections = (Projection.GATE, Projection.UP)
+        first = [(x, "gate_up_proj", half) for x, half in zip(projections, halves, strict=True)]
     places = [*first, (Projection.DOWN, "down_proj", None)]
     weights = [Part(projection, name, axes, half) for projection, name, half in places]
     biases = [Part(projection, f"{name}_bias", "eo", half) for projection, name, half in places]
     return (*weights, *(biases if has_bias else ()))
 
 
-_GATE_UP = (
-    Part(Projection.GATE, "gate_up_proj", "eoi", Half.FIRST),
-    Part(Projection.UP, "gate_up_proj", "eoi", Half.SECOND),
-    Part(Projection.DOWN, "down_proj", "eoi"),
-)
-
 UNDECORATED: Mapping[str, tuple[Part, ...]] = {
-    "Llama4TextExperts": decorated_parts(
-        has_gate=True, has_bias=False, is_transposed=True, is_concatenated=True
-    ),
+    "Llama4TextExperts": decorated_parts(is_transposed=True),
     "DbrxExpertGLU": (
         Part(Projection.GATE, "w1", "(eo)i"),
         Part(Projection.UP, "v1", "(eo)i"),
         Part(Projection.DOWN, "w2", "(ei)o"),
     ),
-    "LongcatFlashExperts": _GATE_UP,
-    "Step3p7Experts": _GATE_UP,
+    "LongcatFlashExperts": decorated_parts(),
+    "Step3p7Experts": decorated_parts(),
 }
 """Experts classes without transformers' experts flags, whose layout is known."""
 
@@ -108,14 +100,11 @@ def part_of(parameter: torch.Tensor, part: Part, expert: int, num_experts: int) 
     if part.axes in {"eio", "(ei)o"}:
         matrix = matrix.T
     middle = matrix.shape[0] // 2
-    match part.half:
-        case None:
-            return matrix
-        case Half.FIRST:
-            return matrix[:middle]
-        case Half.SECOND:
-            return matrix[middle:]
-        case Half.EVEN:
-            return matrix[0::2]
-        case Half.ODD:
-            return matrix[1::2]
+    rows = {
+        None: slice(None),
+        Half.FIRST: slice(middle),
+        Half.SECOND: slice(middle, None),
+        Half.EVEN: slice(0, None, 2),
+        Half.ODD: slice(1, None, 2),
+    }
+    return matrix[rows[part.half]]

@@ -71,7 +71,7 @@ _W1_W3_W2 = ExpertNames("w1", "w3", "w2")
 
 
 def _stacks(*keys: str, experts: str = "{stem}") -> tuple[Stack, ...]:
-    """Stacks whose raw keys are match these regexes as a whole."""
+    """Stacks whose whole raw keys match these regexes."""
     return tuple(Stack(f"^{key}$", experts) for key in keys)
 
 
@@ -222,18 +222,14 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def family_of(*model_types: str | None) -> Family:
-    """Return the family of the first model type that the table has, else `DEFAULT`.
-
-    Args:
-        model_types: the wrapper's type first, then the text model's.
-    """
+    """Return the family of the first of a wrapper's and its text model's types, or `DEFAULT`."""
     return next((FAMILIES[name] for name in model_types if name and name in FAMILIES), DEFAULT)
 
 
 def _stacks_by_last_name() -> Mapping[str, list[Stack]]:
     """The stacks of all families, by the last name of the raw key without `.weight`."""
     stacks = dict.fromkeys(stack for family in FAMILIES.values() for stack in family.stacks)
-    by_last = defaultdict(list)
+    by_last: Mapping[str, list[Stack]] = defaultdict(list)
     for stack in stacks:
         key = stack.key.removesuffix("$").removesuffix(r"\.weight")
         by_last[key.rpartition(r"\.")[2]].append(stack)
@@ -244,13 +240,9 @@ _STACKS = _stacks_by_last_name()
 
 
 def experts_module(name: str) -> str | None:
-    """Return the name of the experts module that a raw linear belongs to.
+    """Return the name in the output of the experts module that a raw linear belongs to.
 
-    Args:
-        name: name of one expert's linear layer, or of a stack, without `.weight`.
-
-    Returns:
-        The module's name in the output, or None if `name` is not that of an expert.
+    `name`, without `.weight`, may be a stack's; None if it is not that of an expert.
     """
     if expert := EXPERT_LINEAR.match(name):
         return expert["module"]

@@ -49,12 +49,6 @@ def cut_experts(
 ) -> list[ExpertPart]:
     """Return all projections of all experts of one experts module.
 
-    Args:
-        module: the experts module.
-        tree: the module tree that it belongs to.
-        sources: the raw keys of each parameter.
-        infos: all raw tensors, by key.
-
     Raises:
         ModelError: if the layout on disk is not one of slices, strides and transpositions.
         SourceError: if experts are missing or have different shapes.
@@ -76,8 +70,7 @@ def fused_name(model_types: Sequence[str], key: str, expert: int, projection: Pr
     for stack in (*family.stacks, *DEFAULT.stacks):
         match = re.match(stack.key, key)
         if match:
-            names = family.names
-            leaf = getattr(names, projection)
+            leaf = getattr(family.names, projection)
             if leaf is None:
                 raise ModelError(f"{key}: the family's experts have no {projection}")
             experts = stack.experts.format(stem=match.group("stem"))
@@ -110,37 +103,30 @@ class _Cut:
         """One list of experts on disk becomes several modules in memory (ERNIE 4.5 VL)."""
 
     def run(self) -> list[ExpertPart]:
-        if not self.is_mixed:
-            self._check_alike()
         is_stacked = self.parts[0].axes.startswith("(")
+        for group in () if self.is_mixed else self.sources.values():
+            self._check_alike(group)
+            if not is_stacked:
+                self._check_count(group)
         experts = self._stacked() if is_stacked else self._probed()
         self._check_cover(experts)
         return experts
 
-    def _check_alike(self) -> None:
-        for group in self.sources.values():
-            first = self.infos[group[0]]
-            for key in group:
-                if self.infos[key].shape != first.shape:
-                    raise SourceError(
-                        f"{key}: shape {list(self.infos[key].shape)}, but {first.key} has "
-                        f"{list(first.shape)}. Experts of one layer must be alike."
-                    )
-        for group in self.sources.values():
-            self._check_count(group)
+    def _check_alike(self, group: Sequence[str]) -> None:
+        first = self.infos[group[0]]
+        for key in group:
+            if self.infos[key].shape != first.shape:
+                raise SourceError(
+                    f"{key}: shape {list(self.infos[key].shape)}, but {first.key} has "
+                    f"{list(first.shape)}. Experts of one layer must be alike."
+                )
 
     def _check_count(self, group: Sequence[str]) -> None:
         """There are as many experts on disk as in the architecture, numbered without a gap."""
         expected = self.module.num_experts
-        if self.parts[0].axes.startswith("("):
-            return
-        if self.is_fused:
-            count, complete = self.infos[group[0]].shape[0], True
-        else:
-            numbers = [int(number) for key in group for number in EXPERT_NUMBER.findall(key)]
-            count = len(group)
-            complete = len(numbers) == expected and numbers == list(range(expected))
-        if count != expected or not complete:
+        numbers = [int(number) for key in group for number in EXPERT_NUMBER.findall(key)]
+        count = self.infos[group[0]].shape[0] if self.is_fused else len(group)
+        if count != expected or not (self.is_fused or numbers == list(range(expected))):
             raise SourceError(
                 f"{group[0]}: {count} experts on disk, {expected} in the architecture "
                 f"({self.module.path}). Is a shard missing, or the config another model's?"

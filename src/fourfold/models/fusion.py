@@ -101,14 +101,9 @@ KEEP_ALWAYS: tuple[KeepAlways, ...] = (
 
 
 def fuse(last_names: Iterable[str]) -> list[tuple[FusedModule, tuple[str, ...]]]:
-    """Group sibling linear layers as engines fuse them.
+    """Group sibling linear layers, given by their last names, as engines fuse them.
 
-    Args:
-        last_names: the last part of each sibling's name, such as `q_proj`.
-
-    Returns:
-        Each fused module with the siblings that belong to it; siblings that are not fused are
-        left out.
+    Each fused module comes with its siblings; siblings that are not fused are left out.
     """
     left, fused = set(last_names), []
     for module in FUSED_MODULES:

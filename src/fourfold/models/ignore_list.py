@@ -11,7 +11,6 @@ import re
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import combinations
 
 _MAGIC = re.compile(r"[*?\[]")
@@ -35,43 +34,36 @@ def _unquote(entry: str) -> str:
     return entry.replace("[", "").replace("]", "")
 
 
-@dataclass(slots=True)
 class IgnoreList:
     """The entries of an ignore list, and indexes over them."""
 
-    entries: frozenset[str]
-    paths: frozenset[str] = frozenset()
-    """The entries as SGLang's paths: without trailing dots."""
-    quoted: dict[str, str] = field(default_factory=dict)
-    """The name that a quoted entry stands for → the entry."""
-    globs: list[tuple[str, Matcher]] = field(default_factory=list)
-    regexes: list[tuple[str, Matcher]] = field(default_factory=list)
-    """Entries that SGLang has to match as regular expressions."""
-    broken: str | None = None
-    """An entry that SGLang cannot compile."""
-    mla: dict[str, str] = field(default_factory=dict)
-    """Last name of an MLA projection → the first entry that ends in it."""
-    short: list[str] = field(default_factory=list)
-    """Entries of at most two dotted parts; `by_inner` has the longer ones."""
-    by_inner: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    """An entry without its first and last dotted part → the entries.
-
-    An entry can be a substring of a name only if these inner parts are a run of whole parts of
-    that name, whereas the first and the last part may be cut anywhere.
-    """
-    with_experts: list[str] = field(default_factory=list)
-    experts_text: str = ""
-
-    @classmethod
-    def of(cls, entries: Iterable[str]) -> IgnoreList:
+    def __init__(self, entries: Iterable[str]) -> None:
         """Index `entries`."""
         ordered = list(dict.fromkeys(entries))
-        ignore = cls(frozenset(ordered), frozenset(entry.rstrip(".") for entry in ordered))
+        self.entries = frozenset(ordered)
+        self.paths = frozenset(entry.rstrip(".") for entry in ordered)
+        """The entries as SGLang's paths: without trailing dots."""
+        self.quoted: dict[str, str] = {}
+        """The name that a quoted entry stands for → the entry."""
+        self.globs: list[tuple[str, Matcher]] = []
+        self.regexes: list[tuple[str, Matcher]] = []
+        """Entries that SGLang has to match as regular expressions."""
+        self.broken: str | None = None
+        """An entry that SGLang cannot compile."""
+        self.mla: dict[str, str] = {}
+        """Last name of an MLA projection → the first entry that ends in it."""
+        self.short: list[str] = []
+        """Entries of at most two dotted parts; `by_inner` has the longer ones."""
+        self.by_inner: defaultdict[str, list[str]] = defaultdict(list)
+        """An entry without its first and last dotted part → the entries.
+
+        An entry can be a substring of a name only if these inner parts are a run of whole parts of
+        that name, whereas the first and the last part may be cut anywhere.
+        """
+        self.with_experts = [entry for entry in ordered if "experts" in entry]
+        self.experts_text = "\n".join(self.with_experts)
         for entry in ordered:
-            ignore._add(entry)
-        ignore.with_experts = [entry for entry in ordered if "experts" in entry]
-        ignore.experts_text = "\n".join(ignore.with_experts)
-        return ignore
+            self._add(entry)
 
     def _add(self, entry: str) -> None:
         if (tail := entry.rpartition(".")[2]) in SGLANG_MLA:

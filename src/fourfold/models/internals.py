@@ -76,7 +76,8 @@ class Conversion:
             self._cache[probe] = self._place(probe)
         target, pattern = self._cache[probe]
         if target is not None and pattern is None and probe != key:
-            target = _with_numbers_of(target, key)
+            numbers = iter(EXPERT_NUMBER.findall(key))
+            target = EXPERT_NUMBER.sub(lambda number: next(numbers, number.group()), target)
         return Place(key, target, pattern)
 
     def _place(self, key: str) -> tuple[str | None, str | None]:
@@ -114,16 +115,13 @@ class Conversion:
         tensors: Mapping[str, list[torch.Tensor]],
         shapes: Mapping[str, Sequence[int]],
     ) -> dict[str, torch.Tensor]:
-        """Run the conversion that `pattern` belongs to on stand-ins for the raw tensors.
+        """Run a conversion on stand-ins for the raw tensors; return the parameters by name.
 
         Args:
             target: a parameter that the conversion produces.
             pattern: a source pattern of the conversion.
             tensors: the stand-ins, in lists by source pattern.
             shapes: the shapes of the parameters in memory, at the scale of the stand-ins.
-
-        Returns:
-            The parameters by name.
 
         Raises:
             ModelError: if the conversion fails on these tensors.
@@ -143,34 +141,36 @@ class Conversion:
         }
 
 
-def _with_numbers_of(target: str, key: str) -> str:
-    numbers = iter(EXPERT_NUMBER.findall(key))
-    return EXPERT_NUMBER.sub(lambda number: next(numbers, number.group()), target)
-
-
 def build_model(
     folder: Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
 ) -> Any:
     """Build the model of the checkpoint in `folder` from its config.json; no weight is read.
 
-    Args:
-        folder: folder with the config.json.
-        dtype: dtype of the parameters; the config's own by default.
-        trust_remote_code: whether the checkpoint's own modeling code may run.
-
     Returns:
-        The model in evaluation mode: its parameters on the meta device, its buffers real.
+        The model in evaluation mode: its parameters on the meta device, in `dtype` or in that of
+        the configuration, its buffers real.
 
     Raises:
         ModelError: if transformers does not know the architecture or cannot build it.
     """
+    import transformers
+    from accelerate import init_empty_weights
+
     with quiet():
         config = _load_config(folder, trust_remote_code)
         if getattr(config, "quantization_config", None) is not None:
             del config.quantization_config
         if dtype is not None:
             config.dtype = dtype
-        return _build(folder, config, trust_remote_code).eval()
+        name, factory = _factory(config, trust_remote_code)
+        try:
+            with LargeOnMeta(), init_empty_weights(include_buffers=False):
+                return factory(config).eval()
+        except Exception as error:
+            raise ModelError(
+                f"{folder / 'config.json'}: transformers {transformers.__version__} cannot build "
+                f"{name}: {first_line(error)}"
+            ) from error
 
 
 def conversion_of(model: Any) -> Conversion:
@@ -218,11 +218,9 @@ def output_embeddings(model: Any) -> nn.Module | None:
 
 def tied_parameters(model: Any) -> frozenset[str]:
     """Return the parameters that share another one's storage and need no key of their own."""
-    if not getattr(model.config.get_text_config(), "tie_word_embeddings", False) and not getattr(
-        model.config, "tie_word_embeddings", False
-    ):
-        return frozenset()
-    return frozenset(getattr(model, "_tied_weights_keys", None) or {})
+    configs = model.config.get_text_config(), model.config
+    is_tied = any(getattr(config, "tie_word_embeddings", False) for config in configs)
+    return frozenset(getattr(model, "_tied_weights_keys", None) or ()) if is_tied else frozenset()
 
 
 def load_tensors(
@@ -319,11 +317,10 @@ ROW_KINDS = ("grouped_mm", "batched_mm")
 
 
 def experts_kind(module: Any) -> str | None:
-    """Return the name of the implementation that runs as this experts module's forward.
+    """Return which of `ROW_KINDS` runs as this experts module's forward.
 
-    Returns:
-        One of `ROW_KINDS`; None for classes that transformers does not decorate, and for models
-        that have the eager forward only.
+    None for classes that transformers does not decorate, and for models that have the eager
+    forward only.
     """
     if not hasattr(module, "is_transposed"):
         return None
@@ -403,21 +400,6 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, for use in one of ours."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:240]
-
-
-def _build(folder: Path, config: Any, trust_remote_code: bool) -> Any:
-    import transformers
-    from accelerate import init_empty_weights
-
-    name, factory = _factory(config, trust_remote_code)
-    try:
-        with LargeOnMeta(), init_empty_weights(include_buffers=False):
-            return factory(config)
-    except Exception as error:
-        raise ModelError(
-            f"{folder / 'config.json'}: transformers {transformers.__version__} cannot build "
-            f"{name}: {first_line(error)}"
-        ) from error
 
 
 def _factory(config: Any, trust_remote_code: bool) -> tuple[str, Any]:

@@ -44,10 +44,8 @@ def blueprint_of(model: Any) -> Any:
 def raw_tensors(model: Any, blueprint: Any, *, fused: bool) -> Iterator[dict[str, torch.Tensor]]:
     """Yield guesses of a live model's tensors on disk (on the meta device), the best first.
 
-    The layout that `from_pretrained` read comes first.
-
     Args:
-        model: the live model.
+        model: the live model. The layout that `from_pretrained` read comes first.
         blueprint: the same architecture on the meta device; its conversion rules are changed.
         fused: for a model that was not loaded from disk, whether the family's checkpoints hold
             stacked experts, not one tensor per expert.
@@ -59,15 +57,9 @@ def raw_tensors(model: Any, blueprint: Any, *, fused: bool) -> Iterator[dict[str
     if loaded_with is not None:
         yield _reversed(model, blueprint, loaded_with)
     known = get_model_conversion_mapping(blueprint, add_legacy=False)
-    yield _reversed(
-        model,
-        blueprint,
-        [
-            rule
-            for rule in known
-            if not isinstance(rule, PrefixChange) and not (fused and _merges_experts(rule))
-        ],
-    )
+    splits = [rule for rule in known if not (fused and _merges(rule))]
+    kept = [rule for rule in splits if not isinstance(rule, PrefixChange)]
+    yield _reversed(model, blueprint, kept)
 
 
 def _reversed(model: Any, blueprint: Any, rules: Sequence[Any]) -> dict[str, torch.Tensor]:
@@ -88,7 +80,7 @@ def _reversed(model: Any, blueprint: Any, rules: Sequence[Any]) -> dict[str, tor
         return {}
 
 
-def _merges_experts(rule: Any) -> bool:
+def _merges(rule: Any) -> bool:
     return any(re.search(r"experts\.\*\.", pattern) for pattern in rule.source_patterns)
 
 

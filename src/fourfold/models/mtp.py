@@ -30,13 +30,7 @@ def is_mtp(key: str, num_hidden_layers: int) -> bool:
 def mtp_linears(
     keys: Iterable[str], linears: Sequence[LinearWeight], infos: Mapping[str, TensorInfo]
 ) -> Iterator[LinearWeight]:
-    """Yield the linear weights in the MTP tensors `keys`.
-
-    Args:
-        keys: raw keys of MTP layers.
-        linears: the linear weights of the decoder layers.
-        infos: all raw tensors, by key.
-    """
+    """Yield the linear weights in MTP tensors, cut like the `linears` of decoder layers."""
     templates = _first_by_suffix(linears)
     for key in keys:
         for template in templates.get(_suffix(key), ()):
@@ -46,11 +40,10 @@ def mtp_linears(
 
 
 def _cut_like(key: str, template: LinearWeight, dtype: str) -> LinearWeight:
-    prefix, template_prefix = _prefix(key), _prefix(template.region.key)
-    number = EXPERT_NUMBER.search(key)
-    expert = template.expert if number is None else int(number.group())
-    name = prefix + template.name.removeprefix(template_prefix)
-    if number is not None:
+    prefix, expert = _prefix(key), template.expert
+    name = prefix + template.name.removeprefix(_prefix(template.region.key))
+    if (number := EXPERT_NUMBER.search(key)) is not None:
+        expert = int(number.group())
         name = EXPERT_NUMBER.sub(number.group(), name)
     module = prefix + template.module
     half = template.input_site.rpartition(".")[2]

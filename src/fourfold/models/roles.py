@@ -75,12 +75,10 @@ EXPERTS_CLASS = re.compile(r"Expert")
 
 
 def role_of_linear(path: str, enclosing_classes: Sequence[str]) -> Role:
-    """Return the role of the linear layer at `path`.
+    """Return the role of the linear layer at `path` in the module tree.
 
-    Args:
-        path: the layer's path in the module tree.
-        enclosing_classes: names of its own class if that is a subclass of `nn.Linear`, then of
-            the modules around it, innermost first.
+    `enclosing_classes` are the names of its own class if that is a subclass of `nn.Linear`, then
+    of the modules around it, innermost first.
     """
     for pattern, role in PATH_RULES:
         if pattern.search(path):

@@ -10,11 +10,7 @@ from fourfold.models.internals import quiet
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """Load the tokenizer in `folder`.
-
-    Args:
-        folder: a checkpoint's folder; nothing is downloaded.
-        trust_remote_code: whether the checkpoint's own tokenizer code may run.
+    """Load the tokenizer in a checkpoint's folder; nothing is downloaded.
 
     Raises:
         SourceError: if there is no tokenizer, or it does not load.
