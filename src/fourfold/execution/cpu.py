@@ -23,6 +23,7 @@ from fourfold.execution.context import ExecutionContext
 from fourfold.execution.results import LinearResult, finish_group, row_tensors
 from fourfold.formats.base import FORMATS, WeightFormat
 from fourfold.models.inventory import LinearWeight
+from fourfold.models.regions import as_slice
 from fourfold.planning import ScaleGroup, is_plain, job_bytes
 from fourfold.storage.safetensors_header import TensorInfo, nbytes_of
 from fourfold.storage.shard_file import ShardFile
@@ -204,7 +205,7 @@ class _Group:
             w_OI = region.view(slab)
         else:
             assert region.cols is not None
-            w_OI = slab[:, region.cols.slice]
+            w_OI = slab[:, as_slice(region.cols)]
         return w_OI if w_OI.stride(1) == 1 else _contiguous(w_OI, self.arena)
 
     def _slab(self, key: str, start: int, stop: int) -> torch.Tensor:

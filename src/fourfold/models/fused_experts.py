@@ -20,7 +20,7 @@ from fourfold.models.experts import ExpertsModule, Part, Projection, part_of
 from fourfold.models.families import DEFAULT, family_of
 from fourfold.models.module_tree import ModuleTree
 from fourfold.models.names import EXPERT_NUMBER
-from fourfold.models.regions import Located, Region, Span, locate, number, reduction
+from fourfold.models.regions import Located, Region, locate, number, reduction
 from fourfold.storage.safetensors_header import TensorInfo
 
 Sources = Mapping[str | None, Sequence[str]]
@@ -140,7 +140,7 @@ class _Cut:
             raise ModelError(f"{key} has shape {[rows, cols]}, not {list(self.memory_shape)}")
         height, transposed = rows // self.module.num_experts, part.axes == "(ei)o"
         regions = [
-            Region(key, None, Span(e * height, (e + 1) * height), Span(0, cols), transposed)
+            Region(key, None, range(e * height, (e + 1) * height), range(cols), transposed)
             for e in range(self.module.num_experts)
         ]
         return [self._expert_part(part, e, region) for e, region in enumerate(regions)]

@@ -23,22 +23,6 @@ from fourfold.errors import ModelError
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
-    """`range(start, stop, step)` of one dimension."""
-
-    start: int
-    stop: int
-    step: int = 1
-
-    def __len__(self) -> int:
-        return len(range(self.start, self.stop, self.step))
-
-    @property
-    def slice(self) -> slice:
-        return slice(self.start, self.stop, self.step)
-
-
-@dataclass(frozen=True, slots=True)
 class Region:
     """A matrix `[out, in]`, or a vector `[out]` where `cols` is None, inside the tensor `key`.
 
@@ -49,8 +33,8 @@ class Region:
 
     key: str
     expert: int | None
-    rows: Span
-    cols: Span | None
+    rows: range
+    cols: range | None
     transposed: bool = False
 
     @property
@@ -69,17 +53,22 @@ class Region:
 
     def view(self, slab: torch.Tensor) -> torch.Tensor:
         """Return this region as a view of its slab."""
-        rows = slab[:: self.rows.step] if self.expert is None else slab[0][self.rows.slice]
+        rows = slab[:: self.rows.step] if self.expert is None else slab[0][as_slice(self.rows)]
         if self.cols is None:
             return rows
-        matrix = rows[:, self.cols.slice]
+        matrix = rows[:, as_slice(self.cols)]
         return matrix.T if self.transposed else matrix
+
+
+def as_slice(span: range) -> slice:
+    """Return the slice that takes these indices."""
+    return slice(span.start, span.stop, span.step)
 
 
 def whole(key: str, shape: Sequence[int]) -> Region:
     """Return the region that covers a whole 2-D tensor."""
     rows, cols = shape
-    return Region(key, None, Span(0, rows), Span(0, cols))
+    return Region(key, None, range(rows), range(cols))
 
 
 def number(shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
@@ -108,8 +97,8 @@ class Located:
 
     ordinal: int
     lead: int | None
-    rows: Span
-    cols: Span | None
+    rows: range
+    cols: range | None
     transposed: bool
 
 
@@ -153,17 +142,17 @@ def locate(numbers: torch.Tensor, shapes: Sequence[Sequence[int]], scale: int) -
     )
 
 
-def _span(positions: torch.Tensor, size: int, scale: int) -> Span:
+def _span(positions: torch.Tensor, size: int, scale: int) -> range:
     """`positions` in a dimension of `size` as a span, multiplied by `scale`."""
     first, count = int(positions[0]), len(positions)
     step = int(positions[1]) - first if count > 1 else 1
     if step < 1 or not bool((positions == first + step * torch.arange(count)).all()):
         raise _irregular()
     if step == 1:
-        return Span(first * scale, (first + count) * scale)
+        return range(first * scale, (first + count) * scale)
     if first >= step or count * step != size:
         raise _irregular()
-    return Span(first, size * scale, step)
+    return range(first, size * scale, step)
 
 
 def _irregular() -> ModelError:

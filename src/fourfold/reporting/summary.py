@@ -11,7 +11,7 @@ from fourfold.calibration.scales import ActivationScales
 from fourfold.execution import LinearResult
 from fourfold.models.inventory import ExpertBias, LinearWeight
 from fourfold.models.names import natural
-from fourfold.models.regions import Region, Span, whole
+from fourfold.models.regions import Region, whole
 from fourfold.planning import Plan, Scheme, outputs_of
 from fourfold.planning.text import by_role
 from fourfold.storage.names import storable
@@ -179,5 +179,5 @@ def _raw(region: Region) -> RawRegion:
     )
 
 
-def _numbers(span: Span) -> tuple[int, int, int]:
+def _numbers(span: range) -> tuple[int, int, int]:
     return span.start, span.stop, span.step

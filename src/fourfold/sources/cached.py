@@ -5,7 +5,6 @@ Calibration runs a layer, and then the layer is quantized: both read the same ra
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,20 +22,16 @@ class CachedTensors(Source):
         self.folder, self.config, self.tensors = source.folder, source.config, source.tensors
         self.trust_remote_code = source.trust_remote_code
         self._cache: dict[str, torch.Tensor] = {}
-        self._lock = threading.Lock()
 
     def read(self, key: str) -> torch.Tensor:
         """Return the whole tensor, and keep it until `release`. It must not be changed."""
         if key not in self._cache:
-            tensor = self.source.read(key)
-            with self._lock:
-                self._cache[key] = tensor
+            self._cache[key] = self.source.read(key)
         return self._cache[key]
 
     def release(self) -> None:
         """Forget all tensors."""
-        with self._lock:
-            self._cache.clear()
+        self._cache.clear()
 
     def slab(self, key: str, start: int, stop: int, out: Bytes | None = None) -> torch.Tensor:
         tensor = self._cache.get(key)

@@ -6,12 +6,13 @@ was.
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fourfold.models.regions import Region, Span
-from fourfold.storage.quant_summary import QuantSummary, RawRegion
+from fourfold.models.regions import Region
+from fourfold.storage.quant_summary import QuantSummary
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +25,8 @@ class Piece:
     @property
     def first_dimension(self) -> range:
         """The indices of the fused tensor's first dimension that it lies at."""
-        expert, rows = self.region.expert, self.region.rows
-        return range(expert, expert + 1) if expert is not None else _range(rows)
+        expert = self.region.expert
+        return self.region.rows if expert is None else range(expert, expert + 1)
 
     def rows_within(self, start: int, stop: int) -> range:
         """Those of `first_dimension` that are in `start:stop`."""
@@ -44,15 +45,9 @@ class Piece:
         """True if the region lies inside a tensor of this shape."""
         region = self.region
         lead = [] if region.expert is None else [region.expert + 1]
-        spans = [region.rows] if region.cols is None else [region.rows, region.cols]
-        stops = [*lead, *(span.stop for span in spans)]
-        return len(stops) == len(shape) and all(
-            stop <= size for stop, size in zip(stops, shape, strict=True)
-        )
-
-
-def _range(span: Span) -> range:
-    return range(span.start, span.stop, span.step)
+        columns = [] if region.cols is None else [region.cols.stop]
+        stops = [*lead, region.rows.stop, *columns]
+        return len(stops) == len(shape) and all(map(operator.le, stops, shape))
 
 
 def pieces_of(summary: QuantSummary) -> dict[str, list[Piece]]:
@@ -61,10 +56,7 @@ def pieces_of(summary: QuantSummary) -> dict[str, list[Piece]]:
     cut += [(f"{bias.name}.bias", bias.raw) for bias in summary.biases]
     pieces: dict[str, list[Piece]] = defaultdict(list)
     for key, raw in cut:
-        pieces[raw.key].append(Piece(key, _region(raw)))
+        columns = None if raw.cols is None else range(*raw.cols)
+        region = Region(raw.key, raw.expert, range(*raw.rows), columns, raw.transposed)
+        pieces[raw.key].append(Piece(key, region))
     return dict(pieces)
-
-
-def _region(raw: RawRegion) -> Region:
-    columns = None if raw.cols is None else Span(*raw.cols)
-    return Region(raw.key, raw.expert, Span(*raw.rows), columns, raw.transposed)

@@ -7,6 +7,7 @@ weight is read, and nothing is unpickled. Tensors are then read with `pread` at 
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path, PurePosixPath
@@ -18,11 +19,14 @@ from fourfold.errors import SourceError
 from fourfold.storage.fingerprints import FileStamp, Stamps
 from fourfold.storage.json_files import DOWNLOAD, list_folder, plain_name, read_config, read_json
 from fourfold.storage.names import INDEX, OTHER_WEIGHTS, OWN_FILES, SINGLE, WEIGHT_SUFFIXES
-from fourfold.storage.safetensors_header import TensorInfo, read_header, shown
+from fourfold.storage.safetensors_header import TensorInfo, nbytes_of, read_header, shown
 from fourfold.storage.source import Bytes, Source
 from fourfold.storage.source_files import SourceFiles
 
 OTHER_INDEX = "The index belongs to another checkpoint: download it again."
+
+IN_MEMORY = Path("the live model")
+"""Stands for the file of a tensor that lies in none."""
 
 READ_AHEAD = 1 << 26
 """Bytes to read ahead at once: consecutive jobs read consecutive parts of a file."""
@@ -115,6 +119,26 @@ def find_side_files(
         else:
             dropped.append(relative)
     return copied, dropped
+
+
+def copy_files(folder: Path, names: Iterable[Path], to: Path) -> None:
+    """Copy files of a folder, named relative to it, into another folder."""
+    for name in names:
+        (to / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / name, to / name)
+
+
+def lay_out(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], file: Path
+) -> dict[str, TensorInfo]:
+    """Describe tensors (name, dtype, shape) as if they lay one after the other in a single file."""
+    infos: dict[str, TensorInfo] = {}
+    start = 0
+    for key, dtype, shape in tensors:
+        stop = start + nbytes_of(dtype, shape)
+        infos[key] = TensorInfo(key, dtype, shape, file, start, stop)
+        start = stop
+    return infos
 
 
 def _walk(folder: Path) -> Iterable[Path]:

@@ -6,10 +6,8 @@ published checkpoints differ from it.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +18,8 @@ from fourfold.models.module_tree import ModuleTree
 from fourfold.models.names import natural
 from fourfold.sources.live.unloading import Unloading
 from fourfold.sources.live.upstream import Upstream, upstream_of
+from fourfold.sources.safetensors import IN_MEMORY, lay_out
 from fourfold.storage.safetensors_header import DTYPE_NAMES, TensorInfo
-
-NO_FILE = Path("the live model")
-"""Stands for the file of a tensor that lies in none."""
 
 
 def name_tensors(model: Any, blueprint: Any, tree: ModuleTree) -> Unloading:
@@ -39,7 +35,7 @@ def name_tensors(model: Any, blueprint: Any, tree: ModuleTree) -> Unloading:
     """
     upstream, problem = upstream_of(*tree.model_types), "transformers cannot reverse its conversion"
     for tensors in raw_tensors(model, blueprint, fused=upstream.fused):
-        unloading = Unloading(tree, _laid_out(tensors, upstream))
+        unloading = Unloading(tree, _published(tensors, upstream))
         misfit = unloading.misfit()
         if misfit is None and not unloading.unplaced:
             return unloading
@@ -50,19 +46,16 @@ def name_tensors(model: Any, blueprint: Any, tree: ModuleTree) -> Unloading:
     )
 
 
-def _laid_out(tensors: Mapping[str, torch.Tensor], upstream: Upstream) -> dict[str, TensorInfo]:
+def _published(tensors: Mapping[str, torch.Tensor], upstream: Upstream) -> dict[str, TensorInfo]:
     """The tensors under their published names, one after the other in the order of these."""
     published = {_published_name(name, upstream): tensor for name, tensor in tensors.items()}
-    infos, start = {}, 0
+    laid_out = []
     for key in sorted(published, key=natural):
-        tensor = published[key]
-        shape = tuple(tensor.shape)
+        shape = tuple(published[key].shape)
         if upstream.transposed is not None and re.search(upstream.transposed, key):
             shape = (*shape[:-2], shape[-1], shape[-2])
-        stop = start + math.prod(shape) * tensor.element_size()
-        infos[key] = TensorInfo(key, DTYPE_NAMES[tensor.dtype], shape, NO_FILE, start, stop)
-        start = stop
-    return infos
+        laid_out.append((key, DTYPE_NAMES[published[key].dtype], shape))
+    return lay_out(laid_out, IN_MEMORY)
 
 
 def _published_name(name: str, upstream: Upstream) -> str:

@@ -14,7 +14,6 @@ share a sharded model call `hold` together for one layer after the other (`value
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -30,8 +29,9 @@ from fourfold.models.live_internals import blueprint_of, saved_config
 from fourfold.models.module_tree import ModuleTree, describe
 from fourfold.models.names import natural
 from fourfold.sources.live.naming import name_tensors
-from fourfold.sources.live.origin import Origin, find_origin
+from fourfold.sources.live.origin import find_origin
 from fourfold.sources.live.values import LiveValues
+from fourfold.sources.safetensors import copy_files
 from fourfold.storage.names import CONFIG, OWN_FILES
 from fourfold.storage.safetensors_header import TensorInfo
 from fourfold.storage.source import Bytes, Source
@@ -93,12 +93,11 @@ class LiveSource(Source):
 
     @property
     def origin_folders(self) -> tuple[Path, ...]:
-        folders = (self.folder, *([] if self._origin.folder is None else [self._origin.folder]))
-        return tuple(dict.fromkeys(folders))
+        return tuple(dict.fromkeys((self.folder, self._origin.folder or self.folder)))
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return tuple(self._describe_origin(self._origin))
+        return tuple(self._remarks())
 
     @classmethod
     def job_ranks(cls) -> AbstractContextManager[Ranks]:
@@ -147,18 +146,6 @@ class LiveSource(Source):
             return rows.cpu().contiguous()
         return torch.from_numpy(out).view(rows.dtype).reshape(rows.shape).copy_(rows)
 
-    def read_bytes(self, key: str, start: int, out: Bytes) -> None:
-        copied = self._copied.get(key)
-        if copied is not None:
-            copied.read_bytes(key, start, out)
-        else:
-            super().read_bytes(key, start, out)
-
-    def will_need(self, key: str, start: int, stop: int) -> None:
-        copied = self._copied.get(key)
-        if copied is not None:
-            copied.will_need(key, start, stop)
-
     def side_files(self) -> tuple[list[Path], list[Path]]:
         if self._temporary is None and self._checkpoint is not None:
             return self._checkpoint.side_files()
@@ -185,12 +172,11 @@ class LiveSource(Source):
         folder = Path(self._temporary.name) / (self._origin.name or self._tree.architecture)
         folder.mkdir()
         if self._checkpoint is not None:
-            for path in self._checkpoint.side_files()[0]:
-                (folder / path).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(self._checkpoint.folder / path, folder / path)
+            copy_files(self._checkpoint.folder, self._checkpoint.side_files()[0], folder)
         return folder
 
-    def _describe_origin(self, origin: Origin) -> Iterator[str]:
+    def _remarks(self) -> Iterator[str]:
+        origin = self._origin
         if origin.why_not is not None:
             yield f"names and config.json are made from the model in memory: {origin.why_not}"
         if origin.differences is not None:

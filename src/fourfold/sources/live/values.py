@@ -68,9 +68,9 @@ class LiveValues:
             keep: False on a rank that only takes part in the gathering.
         """
         for name in dict.fromkeys(names):
-            tensor = self._tensor(name)
+            tensor: Any = self._tensor(name)
             if _is_sharded(tensor):
-                whole = _gathered(tensor)
+                whole = tensor.to(tensor.device_mesh.device_type).full_tensor()  # on all ranks
                 if keep:
                     self._held[name] = whole.cpu()
             elif tensor.is_meta and keep:
@@ -113,12 +113,6 @@ def _is_sharded(tensor: Any) -> bool:
     return isinstance(tensor, DTensor)
 
 
-def _gathered(tensor: Any) -> torch.Tensor:
-    """Gather a sharded tensor on the ranks' own device; a collective."""
-    whole: torch.Tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()
-    return whole
-
-
 def _ranks_of(meshes: Iterable[Any]) -> GroupRank:
     """Find the ranks that the meshes of a model's parameters lie on; a collective of these.
 
@@ -135,10 +129,8 @@ def _ranks_of(meshes: Iterable[Any]) -> GroupRank:
         )
     group = None
     if len(ranks) < dist.get_world_size() and ranks.issuperset(set().union(*members.values())):
-        group = mesh.get_group() if mesh.ndim == 1 else _group_of(sorted(ranks))
+        if mesh.ndim == 1:
+            group = mesh.get_group()
+        else:  # made without the ranks that are not in it
+            group = dist.new_group(sorted(ranks), use_local_synchronization=True)
     return GroupRank(dist.get_rank(group), dist.get_world_size(group), group)
-
-
-def _group_of(ranks: list[int]) -> Any:
-    """Create a process group without the ranks that are not in it."""
-    return dist.new_group(ranks, use_local_synchronization=True)

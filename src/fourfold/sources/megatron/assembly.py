@@ -53,10 +53,6 @@ class AssembledTensor:
     plus_one: bool
     """True if 1 is added to the values that are read."""
 
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * BITS[self.dtype] // 8
-
     def within(self, first: int, last: int) -> Iterator[Range]:
         """Yield the ranges of lines `first:last`, cut off at both ends."""
         number = bisect_right(self.ranges, first, key=lambda rows: rows.line) - 1

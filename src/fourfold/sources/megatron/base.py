@@ -22,11 +22,11 @@ from fourfold.sources.megatron.box_index import Box
 from fourfold.sources.megatron.families import rules_for
 from fourfold.sources.megatron.parameters import EXPERT, LAYER, MTP_LAYER, Parameter
 from fourfold.sources.megatron.sizes import WRONG_CONFIG, Sizes
-from fourfold.sources.safetensors import find_side_files
+from fourfold.sources.safetensors import find_side_files, lay_out
 from fourfold.storage.fingerprints import Stamps
 from fourfold.storage.json_files import read_config
 from fourfold.storage.names import CONFIG
-from fourfold.storage.safetensors_header import BITS, TensorInfo, nbytes_of
+from fourfold.storage.safetensors_header import BITS, nbytes_of
 from fourfold.storage.source import Bytes, Source, read_rounded
 
 SHOWN_LENGTH = 60
@@ -113,25 +113,12 @@ class MegatronSource(Source):
         _check_head(parameters, sizes, file)
         mtp_layers = _check_counts(parameters, sizes, file, where.name)
         self._lacks_mtp = bool(sizes.mtp_layers) and not mtp_layers
-        tensors = assemble(parameters, book, replace(sizes, mtp_layers=mtp_layers))
+        tensors = list(assemble(parameters, book, replace(sizes, mtp_layers=mtp_layers)))
         self._assembled = {tensor.name: tensor for tensor in tensors}
-        self.tensors = dict(self._infos(where))
-
-    def _infos(self, where: Path) -> Iterator[tuple[str, TensorInfo]]:
-        """The tensors, as if they lay one after the other in a single safetensors file.
-
-        The output therefore does not depend on how the model was sharded, and is the same as from a
-        checkpoint that `convert` wrote.
-        """
-        start = 0
-        tensors = self._assembled.values()
-        for tensor in sorted(tensors, key=lambda tensor: (-BITS[tensor.dtype], tensor.name)):
-            stop = start + tensor.nbytes
-            yield (
-                tensor.name,
-                TensorInfo(tensor.name, tensor.dtype, tensor.shape, where, start, stop),
-            )
-            start = stop
+        # The output must not depend on how the model was sharded, and be the same as from a
+        # checkpoint that `convert` wrote: the order is that of a single safetensors file.
+        in_order = sorted(tensors, key=lambda tensor: (-BITS[tensor.dtype], tensor.name))
+        self.tensors = lay_out(((x.name, x.dtype, x.shape) for x in in_order), where)
 
     def _ranges(self, key: str, start: int, stop: int) -> Iterator[Range]:
         """The rows of parameters that make up rows `start:stop` of a tensor."""

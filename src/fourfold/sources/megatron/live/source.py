@@ -8,7 +8,6 @@ model: it reads what it needs from its own memory, and the rest from the other r
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -28,14 +27,11 @@ from fourfold.sources.megatron.live.modules import (
     local_parameters,
 )
 from fourfold.sources.megatron.live.shards import SharedTensors
-from fourfold.sources.safetensors import find_side_files
+from fourfold.sources.safetensors import IN_MEMORY, copy_files, find_side_files
 from fourfold.storage.fingerprints import Stamps
 from fourfold.storage.names import CONFIG
 from fourfold.storage.source import Bytes, Slab
 from fourfold.storage.temporary import TemporaryFolder
-
-NO_FILE = Path("the live model")
-"""Stands for the file of a tensor that is in memory."""
 
 
 class LiveMegatron(MegatronSource):
@@ -66,8 +62,8 @@ class LiveMegatron(MegatronSource):
                 chunks = chunks_of(model)
                 local = list(local_parameters(chunks))
             self._shared = SharedTensors(self._exchange, local)
-            arguments = Arguments(NO_FILE, arguments_of(chunks[0]))
-            self._present([*self._shared.parameters.values()], arguments, NO_FILE)
+            arguments = Arguments(IN_MEMORY, arguments_of(chunks[0]))
+            self._present([*self._shared.parameters.values()], arguments, IN_MEMORY)
         except BaseException:
             self.close()
             raise
@@ -129,9 +125,8 @@ class LiveMegatron(MegatronSource):
         if config_folder is None:
             hf_config.to_json_file(folder / CONFIG, use_diff=False)
         else:
-            for path in (Path(CONFIG), *find_side_files(config_folder, frozenset(), Stamps())[0]):
-                (folder / path).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(config_folder / path, folder / path)
+            names = find_side_files(config_folder, frozenset(), Stamps())[0]
+            copy_files(config_folder, [Path(CONFIG), *names], folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         return folder
