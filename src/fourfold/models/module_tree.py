@@ -158,12 +158,10 @@ def _experts(modules: Mapping[str, Any]) -> tuple[dict[str, ExpertsModule], dict
                 is_transposed=module.is_transposed,
                 is_concatenated=module.is_concatenated,
             )
-        elif name in UNDECORATED:
-            parts = UNDECORATED[name]
         else:
-            unknown[path] = name
-            continue
-        if all(isinstance(getattr(module, part.parameter, None), nn.Parameter) for part in parts):
+            parts = UNDECORATED.get(name, ())
+        parameters = [getattr(module, part.parameter, None) for part in parts]
+        if parts and all(isinstance(parameter, nn.Parameter) for parameter in parameters):
             known[path] = ExpertsModule(path, name, _num_experts(module, parts), parts)
         else:
             unknown[path] = name

@@ -30,38 +30,31 @@ class Role(StrEnum):
     OTHER = "other"
 
 
-PATH_RULES: Sequence[tuple[re.Pattern[str], Role]] = (
+PATH_RULES: Sequence[tuple[str | re.Pattern[str], Role]] = (
     (
-        re.compile(
-            r"(^|\.)(vision|visual|audio|image|multi_modal|mm_|projector|perceiver?|talker|code2wav"
-            r"|speech|sound|embed_vision|embed_audio|vit\b|sam_model|qformer|resampler)"
-            r"|(^|\.)\w*(vision|audio)_?(tower|model|projection|proj|encoder|embed\w*)\b"
-        ),
+        r"(^|\.)(vision|visual|audio|image|multi_modal|mm_|projector|perceiver?|talker|code2wav"
+        r"|speech|sound|embed_vision|embed_audio|vit\b|sam_model|qformer|resampler)"
+        r"|(^|\.)\w*(vision|audio)_?(tower|model|projection|proj|encoder|embed\w*)\b",
         Role.VISION,
     ),
-    (re.compile(r"\.shared_expert_gate$"), Role.ROUTER),
+    (r"\.shared_expert_gate$", Role.ROUTER),
     (SINGLE_EXPERT, Role.EXPERTS),
-    (re.compile(r"\.(shared_experts?|shared_mlp)(\.|$)"), Role.SHARED_EXPERTS),
+    (r"\.(shared_experts?|shared_mlp)(\.|$)", Role.SHARED_EXPERTS),
 )
 """Module path → role. These are tried first, in this order."""
 
-CLASS_RULES: Sequence[tuple[re.Pattern[str], Role]] = (
-    (re.compile(r"Vision|Audio|MultiModal|PatchMerger|Projector|Resampler|Talker"), Role.VISION),
+CLASS_RULES: Sequence[tuple[str, Role]] = (
+    (r"Vision|Audio|MultiModal|PatchMerger|Projector|Resampler|Talker", Role.VISION),
+    (r"Indexer|GateMLP|GatedResidual|PLELayer|HyperConnection|DynamicShort", Role.OTHER),
+    (r"Router|(?<!Forget)(?<!Linear)Gate$|Gating$", Role.ROUTER),
+    (r"^KimiLinearAttention$", Role.ATTENTION),  # MLA; the Linear is Kimi Linear's
     (
-        re.compile(r"Indexer|GateMLP|GatedResidual|PLELayer|HyperConnection|DynamicShort"),
-        Role.OTHER,
-    ),
-    (re.compile(r"Router|(?<!Forget)(?<!Linear)Gate$|Gating$"), Role.ROUTER),
-    (re.compile(r"^KimiLinearAttention$"), Role.ATTENTION),  # MLA; the Linear is Kimi Linear's
-    (
-        re.compile(
-            r"Mamba|DeltaNet|DeltaAttention|LinearAttention|LightningAttention|ShortConv|ForgetGate"
-        ),
+        r"Mamba|DeltaNet|DeltaAttention|LinearAttention|LightningAttention|ShortConv|ForgetGate",
         Role.LINEAR_ATTENTION,
     ),
-    (re.compile(r"Attention|Attn|MLA$|Compressor|CCAProjection"), Role.ATTENTION),
-    (re.compile(r"MLP|FeedForward|FFN"), Role.MLP),
-    (re.compile(r"MoE$|Moe$|SparseMoe|MoeBlock|MoEBlock|DecoderLayer"), Role.OTHER),
+    (r"Attention|Attn|MLA$|Compressor|CCAProjection", Role.ATTENTION),
+    (r"MLP|FeedForward|FFN", Role.MLP),
+    (r"MoE$|Moe$|SparseMoe|MoeBlock|MoEBlock|DecoderLayer", Role.OTHER),
 )
 """Class name of an enclosing module → role. The innermost class that matches decides."""
 
@@ -81,11 +74,11 @@ def role_of_linear(path: str, enclosing_classes: Sequence[str]) -> Role:
     of the modules around it, innermost first.
     """
     for pattern, role in PATH_RULES:
-        if pattern.search(path):
+        if re.search(pattern, path):
             return role
     for class_name in enclosing_classes:
         for pattern, role in CLASS_RULES:
-            if pattern.search(class_name):
+            if re.search(pattern, class_name):
                 return role
     return Role.OTHER
 

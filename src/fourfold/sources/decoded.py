@@ -27,12 +27,7 @@ import torch
 
 from fourfold.errors import SourceError, UsageError
 from fourfold.sources.codecs import CODECS
-from fourfold.sources.codecs.base import (
-    EncodedWeight,
-    TensorCodec,
-    in_dtype,
-    slabs_for,
-)
+from fourfold.sources.codecs.base import EncodedWeight, TensorCodec, in_dtype, slabs_for
 from fourfold.sources.codecs.modelopt_nvfp4 import positive_scale
 from fourfold.sources.pieces import Piece, pieces_of
 from fourfold.sources.safetensors import open_source
@@ -63,7 +58,9 @@ def open_decoded(
             quantized tensors that no codec can read.
         UsageError: Weights cannot have this dtype.
     """
-    name = None if dtype is None else _name_of(dtype)
+    name = None if dtype is None else DTYPE_NAMES.get(dtype)
+    if dtype is not None and name not in COMPUTE_DTYPES:
+        raise UsageError(f"weights of {dtype} cannot be made; give bfloat16, float16 or float32")
     stored = open_source(folder)
     stored.trust_remote_code = trust_remote_code
     return DecodedSource(stored, CODECS.values(), summary=find_summary(stored.folder), dtype=name)
@@ -307,10 +304,3 @@ def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in config.items()
         if key != "quantization_config"
     }
-
-
-def _name_of(dtype: torch.dtype) -> str:
-    name = DTYPE_NAMES.get(dtype)
-    if name in COMPUTE_DTYPES:
-        return name
-    raise UsageError(f"weights of {dtype} cannot be made; give bfloat16, float16 or float32")

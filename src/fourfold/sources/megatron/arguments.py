@@ -20,6 +20,8 @@ from fourfold.storage.fingerprints import Stamps, opened, read_error
 from fourfold.storage.safetensors_header import shown
 
 COMMON = "common.pt"
+NUMBER = (int, float)
+ROUTING = "moe_router_load_balancing_type"
 
 REFUSED: Mapping[str, str] = {
     "moe_mlp_glu_interleave_size": "gate and up are interleaved, which no rule undoes",
@@ -35,8 +37,10 @@ REFUSED: Mapping[str, str] = {
     "enable_mhc_connections": "its residuals are not those of these families",
     "use_mup": "its outputs are scaled by width, which these families do not do",
     "heterogeneous_layers_config_path": "its layers differ from each other in size",
+    ROUTING: "its router is not that of these families",
 }
-"""Arguments that change the meaning of weights if they are set → why they are not supported."""
+"""Arguments that change the meaning of weights if they are set (`ROUTING`: to "sinkhorn") → why
+they are not supported."""
 
 DEFAULTS: Mapping[str, tuple[Any, ...]] = {
     "rotary_percent": (1.0,),
@@ -103,27 +107,26 @@ class Arguments:
             SourceError: The weights have a layout that is not supported, or `config` is another
                 model's.
         """
-        if self.values is None:
+        values = self.values
+        if values is None:
             return
         for name, reason in REFUSED.items():
-            if self.values.get(name) not in (None, False, 0):
-                raise self._unsupported(name, reason)
-        if self.values.get("moe_router_load_balancing_type") == "sinkhorn":
-            raise self._unsupported(
-                "moe_router_load_balancing_type", "its router is not that of these families"
-            )
-        centered = self.values.get(
-            "apply_layernorm_1p", self.values.get("layernorm_zero_centered_gamma")
-        )
+            value = values.get(name)
+            if value == "sinkhorn" or (name != ROUTING and value not in (None, False, 0)):
+                raise SourceError(
+                    f"{self.file}: {name} is {shown(value)}: {reason}. "
+                    "Only models without it can be read."
+                )
+        centered = values.get("apply_layernorm_1p", values.get("layernorm_zero_centered_gamma"))
         if isinstance(centered, bool) and centered is not book.zero_centered_norms:
             raise SourceError(
                 f"{self.file}: norms are kept as {'w − 1' if centered else 'w'} "
                 f"(apply_layernorm_1p is {centered}), other than in the family of `hf_config`. "
                 "Is it the right one?"
             )
-        for name, expected in self._expected(sizes, config):
-            value = self.values.get(name)
-            if _is_number(value) and _is_number(expected) and value != expected:
+        for name, expected in _expected(values, sizes, config):
+            value = values.get(name)
+            if isinstance(value, NUMBER) and isinstance(expected, NUMBER) and value != expected:
                 raise SourceError(
                     f"{self.file}: {name} is {shown(value)}, {file} says {expected}. {WRONG_CONFIG}"
                 )
@@ -131,10 +134,10 @@ class Arguments:
             for name in self.not_plain():
                 if name not in CONFIGURED:
                     raise SourceError(
-                        f"{self.file}: {name} is {shown(self.values[name])}, which "
+                        f"{self.file}: {name} is {shown(values[name])}, which "
                         f"{config['model_type']} models of {file} do not do. {WRONG_CONFIG}"
                     )
-        self._check_router(config, file)
+        self._check_router(values, config, file)
 
     def not_plain(self) -> Iterator[str]:
         """Yield the arguments that ask for what models of plain families do not compute."""
@@ -143,53 +146,45 @@ class Arguments:
             if value and value not in DEFAULTS.get(name, ()):
                 yield name
 
-    def _unsupported(self, name: str, reason: str) -> SourceError:
-        assert self.values is not None
-        return SourceError(
-            f"{self.file}: {name} is {shown(self.values[name])}: {reason}. "
-            "Only models without it can be read."
-        )
-
-    def _check_router(self, config: Mapping[str, Any], file: Path) -> None:
+    def _check_router(
+        self, values: Mapping[str, Any], config: Mapping[str, Any], file: Path
+    ) -> None:
         """The configuration must know whether the weights of a token's experts sum to one.
 
         A softmax over all experts gives them a sum below 1; one over the token's own does not.
         """
-        assert self.values is not None
-        before_topk = self.values.get("moe_router_pre_softmax")
+        before_topk = values.get("moe_router_pre_softmax")
         sums_to_one = config.get("norm_topk_prob")
         if config.get("model_type") in SUMS_TO_ONE:
             sums_to_one = True
-        is_softmax = self.values.get("moe_router_score_function", "softmax") == "softmax"
+        is_softmax = values.get("moe_router_score_function", "softmax") == "softmax"
         if not (is_softmax and isinstance(before_topk, bool) and isinstance(sums_to_one, bool)):
             return
-        if before_topk is sums_to_one and self.values.get("num_experts", 1) is not None:
+        if before_topk is sums_to_one and values.get("num_experts", 1) is not None:
             raise SourceError(
                 f"{self.file}: moe_router_pre_softmax is {before_topk}, but by {file} or its "
                 f"family norm_topk_prob is {sums_to_one}: another router. {WRONG_CONFIG}"
             )
 
-    def _expected(self, sizes: Sizes, config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-        """Arguments, and their values by the configuration; not numbers if it does not say."""
-        assert self.values is not None
-        text = text_config(config)
-        rope = text.get("rope_parameters")
-        yield "norm_epsilon", text.get("rms_norm_eps")
-        yield "rotary_base", (rope if isinstance(rope, Mapping) else text).get("rope_theta")
-        yield "moe_router_topk", text.get("num_experts_per_tok")
-        yield "num_layers", sizes.layers
-        yield "hidden_size", sizes.hidden
-        yield "num_attention_heads", sizes.heads
-        yield "num_experts", sizes.experts or None
-        yield "num_moe_experts", sizes.experts or None
-        if self.values.get("group_query_attention"):
-            yield "num_query_groups", sizes.kv_heads
-        if not self.values.get("multi_latent_attention"):
-            yield "kv_channels", sizes.head_dim
 
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
+def _expected(
+    values: Mapping[str, Any], sizes: Sizes, config: Mapping[str, Any]
+) -> Iterator[tuple[str, Any]]:
+    """Arguments, and their values by the configuration; not numbers if it does not say."""
+    text = text_config(config)
+    rope = text.get("rope_parameters")
+    yield "norm_epsilon", text.get("rms_norm_eps")
+    yield "rotary_base", (rope if isinstance(rope, Mapping) else text).get("rope_theta")
+    yield "moe_router_topk", text.get("num_experts_per_tok")
+    yield "num_layers", sizes.layers
+    yield "hidden_size", sizes.hidden
+    yield "num_attention_heads", sizes.heads
+    yield "num_experts", sizes.experts or None
+    yield "num_moe_experts", sizes.experts or None
+    if values.get("group_query_attention"):
+        yield "num_query_groups", sizes.kv_heads
+    if not values.get("multi_latent_attention"):
+        yield "kv_channels", sizes.head_dim
 
 
 def read_arguments(folder: Path, stamps: Stamps) -> Arguments:

@@ -71,7 +71,7 @@ class MegatronCheckpoint(MegatronSource):
         try:
             super().__init__(hf_config or self._write_configuration(weights))
             for key in weights:
-                self._chunks.check(key)
+                self._chunks.index(key)
             where = iteration / METADATA_FILE
             self._present(list(parameters_of(weights)), self._arguments, where)
         except BaseException:

@@ -32,18 +32,18 @@ class ChunkReader:
         self._indexes: dict[str, BoxIndex[Chunk]] = {}
         self._positions: dict[tuple[Path, int], int] = {}
 
-    def check(self, key: str) -> None:
-        """Raise `SourceError` if chunks of a tensor overlap, or some are missing."""
+    def index(self, key: str) -> BoxIndex[Chunk]:
+        """The chunks of a tensor; raises `SourceError` if they overlap, or some are missing."""
         if key not in self._indexes:
             tensor = self.tensors[key]
             self._indexes[key] = BoxIndex(key, tensor.shape, tensor.chunks)
+        return self._indexes[key]
 
     def read(self, key: str, box: Box, out: Bytes) -> None:
         """Fill `out` with the elements of a box of a tensor, row-major."""
-        self.check(key)
         tensor = self.tensors[key]
         element = BITS[tensor.dtype] // 8
-        for chunk, inner, view in self._indexes[key].targets(box, element, out):
+        for chunk, inner, view in self.index(key).targets(box, element, out):
             begin = self._position(tensor, chunk)
             for piece, first in _runs(inner, chunk.sizes):
                 with contiguous(view[piece]) as buffer:
@@ -51,8 +51,7 @@ class ChunkReader:
 
     def will_need(self, key: str, box: Box) -> None:
         """Say that a box will be read soon, so that the disk can read ahead."""
-        self.check(key)
-        for _, chunk in self._indexes[key].cells(box):
+        for _, chunk in self.index(key).cells(box):
             if chunk.stop - chunk.start <= HINTED_BYTES:
                 self._files.will_need(chunk.file, chunk.start, chunk.stop)
 

@@ -9,6 +9,7 @@ or that is missing, is named in an error. Tokenizer and special tokens are in no
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from fourfold.errors import UsageError
@@ -66,8 +67,12 @@ def configuration_of(arguments: Arguments, dtype: str) -> dict[str, Any]:
             f"{arguments.file.parent}: a Megatron checkpoint without training arguments: nothing "
             f"says how its model computes. {REMEDY}"
         )
-    reader = _Reader(arguments)
-    reader.check()
+    reader = _Reader(arguments.file, arguments.values)
+    for name, value in REQUIRED.items():
+        if reader.present(name) != value:
+            raise reader.refused(name)
+    for name in arguments.not_plain():
+        raise reader.refused(name)
     heads = "num_query_groups" if reader.flag("group_query_attention") else "num_attention_heads"
     common = {
         **{field: reader.size(name) for field, name in SIZES.items()},
@@ -79,12 +84,9 @@ def configuration_of(arguments: Arguments, dtype: str) -> dict[str, Any]:
         "tie_word_embeddings": not reader.flag("untie_embeddings_and_output_weights"),
         "dtype": DTYPES.get(dtype, "bfloat16"),
     }
-    is_normalized = reader.flag("qk_layernorm", default=False)
-    if not reader.get("num_experts"):
-        if not is_normalized:
-            raise reader.refused("qk_layernorm")
-        return common | _qwen3(reader)
-    return common | (_qwen3_moe(reader) if is_normalized else _mixtral(reader))
+    if not reader.flag("qk_layernorm", default=False):
+        return common | _mixtral(reader)
+    return common | (_qwen3_moe(reader) if reader.get("num_experts") else _qwen3(reader))
 
 
 def _qwen3(reader: _Reader) -> dict[str, Any]:
@@ -114,6 +116,8 @@ def _qwen3_moe(reader: _Reader) -> dict[str, Any]:
 
 
 def _mixtral(reader: _Reader) -> dict[str, Any]:
+    if not reader.get("num_experts"):
+        raise reader.refused("qk_layernorm")
     if reader.flag("moe_router_pre_softmax", default=False):
         raise reader.refused("moe_router_pre_softmax")
     if reader.dense_layers():
@@ -130,35 +134,24 @@ def _mixtral(reader: _Reader) -> dict[str, Any]:
 class _Reader:
     """Reads arguments, each of which must be there and make sense."""
 
-    def __init__(self, arguments: Arguments) -> None:
-        self._arguments = arguments
-
-    def get(self, name: str) -> Any:
-        return (self._arguments.values or {}).get(name)
-
-    def check(self) -> None:
-        """Raise `UsageError` for a model that computes otherwise than these families."""
-        for name, wanted in REQUIRED.items():
-            if self._present(name) != wanted:
-                raise self.refused(name)
-        for name in self._arguments.not_plain():
-            raise self.refused(name)
+    def __init__(self, file: Path, values: Mapping[str, Any]) -> None:
+        self._file, self.get = file, values.get
 
     def refused(self, name: str) -> UsageError:
         return UsageError(
-            f"{self._arguments.file}: {name} is {shown(self.get(name))}, and no configuration can "
+            f"{self._file}: {name} is {shown(self.get(name))}, and no configuration can "
             f"be made of these arguments alone: it would be Qwen3's, Qwen3-MoE's or Mixtral's. "
             f"{REMEDY}"
         )
 
-    def _present(self, name: str) -> Any:
+    def present(self, name: str) -> Any:
         value = self.get(name)
         if value is None:
-            raise UsageError(f"{self._arguments.file}: its arguments do not say {name}. {REMEDY}")
+            raise UsageError(f"{self._file}: its arguments do not say {name}. {REMEDY}")
         return value
 
     def number(self, name: str) -> int | float:
-        value = self._present(name)
+        value = self.present(name)
         if isinstance(value, int | float) and value is not True and value > 0:
             return value
         raise self.refused(name)
@@ -171,21 +164,20 @@ class _Reader:
 
     def flag(self, name: str, default: bool | None = None) -> bool:
         """A boolean. default: its value if an older version of Megatron did not have it."""
-        value = self.get(name)
-        if value is None and default is not None:
+        if default is not None and self.get(name) is None:
             return default
-        if not isinstance(self._present(name), bool):
+        if not isinstance(value := self.present(name), bool):
             raise self.refused(name)
-        return value is True
+        return value
 
     def expert_size(self) -> int:
-        own = self.get("moe_ffn_hidden_size")
-        return self.size("ffn_hidden_size" if own is None else "moe_ffn_hidden_size")
+        is_own = self.get("moe_ffn_hidden_size") is not None
+        return self.size("moe_ffn_hidden_size" if is_own else "ffn_hidden_size")
 
     def dense_layers(self) -> list[int]:
         """The layers without experts: every N-th layer has experts, or a list says which do."""
-        count, frequency = self.size("num_layers"), self.get("moe_layer_freq")
-        if isinstance(frequency, list):
-            return [layer for layer, has_experts in enumerate(frequency) if not has_experts]
-        step = 1 if frequency is None else self.size("moe_layer_freq")
-        return [layer for layer in range(count) if layer % step]
+        frequency = self.get("moe_layer_freq")
+        if not isinstance(frequency, list):
+            step = 1 if frequency is None else self.size("moe_layer_freq")
+            frequency = [layer % step == 0 for layer in range(self.size("num_layers"))]
+        return [layer for layer, has_experts in enumerate(frequency) if not has_experts]

@@ -25,21 +25,13 @@ class Parallelism:
     """The group's name on a module."""
     collected: str
     """Its name in a module's `pg_collection`."""
-    getter: str
-    """The function of Megatron's global state that returns it."""
     field: str
     """The field of the model's configuration that holds its size."""
 
 
-TENSOR = Parallelism(
-    "tp_group", "tp", "get_tensor_model_parallel_group", "tensor_model_parallel_size"
-)
-EXPERT = Parallelism(
-    "ep_group", "ep", "get_expert_model_parallel_group", "expert_model_parallel_size"
-)
-EXPERT_TENSOR = Parallelism(
-    "tp_group", "expt_tp", "get_expert_tensor_parallel_group", "expert_tensor_parallel_size"
-)
+TENSOR = Parallelism("tp_group", "tp", "tensor_model_parallel_size")
+EXPERT = Parallelism("ep_group", "ep", "expert_model_parallel_size")
+EXPERT_TENSOR = Parallelism("tp_group", "expt_tp", "expert_tensor_parallel_size")
 
 
 def group_rank(parallelism: Parallelism, owner: Any, model: Any) -> GroupRank:
@@ -66,4 +58,5 @@ def _groups(parallelism: Parallelism, owner: Any, model: Any) -> Iterator[Any]:
         yield getattr(getattr(module, "pg_collection", None), parallelism.collected, None)
     if _GLOBAL_GROUPS in sys.modules:
         state: Any = sys.modules[_GLOBAL_GROUPS]
-        yield getattr(state, parallelism.getter)(check_initialized=False)
+        getter = f"get_{parallelism.field.removesuffix('_size')}_group"
+        yield getattr(state, getter)(check_initialized=False)

@@ -129,7 +129,9 @@ def _walk(module: Any, name: str, context: _Context) -> Iterator[LocalParameter]
     if getattr(module, "share_embeddings_and_output_weights", False):
         context = replace(context, tied=name)
     if all(hasattr(module, part) for part in ("A_log", "dt_bias", "in_proj", "conv1d", "out_proj")):
-        context = replace(context, sections=_delta_net_sections(module, context.tp))
+        qk, v, heads = module.qk_dim, module.v_dim, module.num_value_heads
+        sizes = (qk, qk, v, v, heads, heads)
+        context = replace(context, sections=tuple(size // context.tp.size for size in sizes))
     for leaf, tensor in _tensors(module):
         yield from _parameters(module, name, leaf, tensor, context)
     for child_name, child in module.named_children():
@@ -172,12 +174,6 @@ def _check_experts(module: Any, name: str) -> None:
             "weight, which no rule takes apart. Build the model with TEGroupedMLP (weight0, "
             "weight1, …) or SequentialMLP."
         )
-
-
-def _delta_net_sections(module: Any, tp: GroupRank) -> tuple[int, ...]:
-    """Rows of queries, keys, values, z, beta and alpha in this rank's projection."""
-    qk, v, heads = module.qk_dim, module.v_dim, module.num_value_heads
-    return tuple(size // tp.size for size in (qk, qk, v, v, heads, heads))
 
 
 def _tensors(module: Any) -> Iterator[tuple[str, torch.Tensor]]:
