@@ -10,11 +10,11 @@ ranks wrote the folders.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import groupby, pairwise
+from functools import cached_property
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -33,20 +33,19 @@ from fourfold.layouts import marker_files
 from fourfold.planning import Spec, cut, shard_names
 from fourfold.reporting.page import draw_report
 from fourfold.run.resume import without_times
+from fourfold.storage.atomic import COPY_BYTES
 from fourfold.storage.disk import check_disk
-from fourfold.storage.fingerprints import read_error
+from fourfold.storage.fingerprints import Stamps
 from fourfold.storage.json_files import read_json
 from fourfold.storage.names import CONFIG, INDEX, REPORT, SUMMARY
-from fourfold.storage.open_files import OpenFiles
 from fourfold.storage.output import OutputFolder
 from fourfold.storage.quant_summary import QuantSummary, ShardEntry, read_summary
 from fourfold.storage.run_state import OTHER_FILES, RUN, STATE, RunState, differences, is_inside
 from fourfold.storage.safetensors_header import TensorInfo, read_header
 from fourfold.storage.shard_file import ShardFile, digest_of_file, index_of
+from fourfold.storage.source_files import SourceFiles
 from fourfold.storage.units import size
 from fourfold.verification import Report, verify
-
-PIECE_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -105,23 +104,21 @@ def merge(
             f"{config_folder / SUMMARY}: does not say how the shards were cut. "
             "Quantize the model again."
         )
-    layers = list(_read_layers(summary.shards, _locate_shards(inputs, summary)))
-    new_shards = [
-        _NewShard(layer, jobs, tensors)
-        for layer in layers
-        for jobs, tensors in layer.cut(output.shards or 1)
-    ]
+    stamps = Stamps()
+    cuts = _cut(summary.shards, _locate_shards(inputs, summary), output.shards or 1, stamps)
+    cut_shards = list(cuts)
+    new_shards = dict(zip(shard_names(len(cut_shards)), cut_shards, strict=True))
     target = OutputFolder(out, markers=marker_files(), overwrite=output.overwrite)
     for part in inputs:
         target.check(part.folder, "a part")
-    total = sum(info.nbytes for layer in layers for info in layer.tensors)
+    total = sum(info.nbytes for shard in cut_shards for info in shard.tensors.values())
     check_disk(target.folder, total)
-    files = _output_files(config_folder, summary, shard_names(len(new_shards)))
+    files = _output_files(config_folder, summary, new_shards)
     try:
         target.lock(uuid4().hex)
         on_event(WritingBegan(target.folder))
         target.begin(None, files)
-        _copy_all(new_shards, target, total, on_event)
+        _copy_all(new_shards, target, total, stamps, on_event)
         _write_other_files(config_folder, summary, new_shards, files, target, on_event)
         target.done()
     except BaseException:
@@ -159,17 +156,14 @@ def _open_input(folder: Path) -> _InputFolder:
     config_folder = state.folder / OTHER_FILES
     digests = {name: str(record.get("digest")) for name, record in state.finished_shards().items()}
     has_config = (config_folder / CONFIG).is_file()
-    identity = state.identity
     try:
-        known = None if identity is None else without_times(identity)
+        identity = without_times(state.identity or {})
     except (KeyError, TypeError, ValueError, AttributeError):
-        known = None
-    if known is None:
         raise SourceError(
             f"{folder}: its {STATE}/{RUN} does not describe a run that can be joined. "
             "Give the folders as the nodes wrote them."
-        )
-    return _InputFolder(folder, config_folder if has_config else None, known, digests)
+        ) from None
+    return _InputFolder(folder, config_folder if has_config else None, identity, digests)
 
 
 def _config_folder(inputs: Sequence[_InputFolder]) -> Path:
@@ -229,141 +223,123 @@ def _locate_shards(
 
 
 @dataclass(frozen=True)
-class _Layer:
-    """A decoder layer or the non-layer tensors, in the order of the jobs that wrote the tensors."""
-
-    unit: str
-    """The name in the summary."""
-    number: int | None
-    """None for the non-layer tensors."""
-    tensors: Sequence[TensorInfo]
-    jobs: Sequence[int]
-    """The number of tensors that each job wrote."""
-
-    def cut(self, shards: int) -> Iterator[tuple[Sequence[int], Sequence[TensorInfo]]]:
-        """Yield the jobs and the tensors of each shard that the layer is cut into."""
-        ends = [0]
-        for count in self.jobs:
-            ends.append(ends[-1] + count)
-        bundles: list[Mapping[str, Spec]] = [
-            {info.key: (info.dtype, info.shape) for info in self.tensors[begin:end]}
-            for begin, end in pairwise(ends)
-        ]
-        for begin, end in cut(bundles, shards):
-            yield self.jobs[begin:end], self.tensors[ends[begin] : ends[end]]
-
-
-@dataclass(frozen=True)
 class _NewShard:
     """A shard of the output."""
 
-    layer: _Layer
-    jobs: Sequence[int]
-    """The number of tensors that each job wrote."""
-    tensors: Sequence[TensorInfo]
+    unit: str
+    """The name in the summary."""
+    layer: int | None
+    """None for the non-layer tensors."""
+    jobs: Sequence[Mapping[str, TensorInfo]]
+    """The tensors that each job wrote, in their order."""
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return {key: info for job in self.jobs for key, info in job.items()}
 
 
-def _read_layers(
-    shards: Sequence[ShardEntry], places: Mapping[str, tuple[Path, str | None]]
-) -> Iterator[_Layer]:
-    """Read the headers of the shards, and check the shards of parts against their digests."""
-    for (unit, number), group in groupby(shards, lambda shard: (shard.unit, shard.layer)):
-        tensors, jobs = list[TensorInfo](), list[int]()
+def _cut(
+    shards: Sequence[ShardEntry],
+    places: Mapping[str, tuple[Path, str | None]],
+    count: int,
+    stamps: Stamps,
+) -> Iterator[_NewShard]:
+    """Yield the shards of the output: at least `count` of each unit of the old ones."""
+    for (unit, layer), group in groupby(shards, lambda shard: (shard.unit, shard.layer)):
+        jobs: list[Mapping[str, TensorInfo]] = []
         for shard in group:
-            folder, digest = places[shard.file]
-            file = folder / shard.file
-            infos = list(read_header(file).values())  # in the order of the jobs
-            if len(infos) != sum(shard.jobs):
-                raise SourceError(
-                    f"{file}: holds {len(infos)} tensors, but {sum(shard.jobs)} were written. "
-                    "Quantize again."
-                )
-            if digest is not None and digest_of_file(file) != digest:
-                raise SourceError(f"{file}: damaged since it was written. Quantize again.")
-            tensors += infos
-            jobs += shard.jobs
-        yield _Layer(unit, number, tensors, jobs)
+            infos = iter(_read_shard(shard, *places[shard.file], stamps).items())
+            jobs += [dict(islice(infos, number)) for number in shard.jobs]
+        for begin, end in cut([_specs(job) for job in jobs], count):
+            yield _NewShard(unit, layer, jobs[begin:end])
+
+
+def _specs(tensors: Mapping[str, TensorInfo]) -> dict[str, Spec]:
+    return {key: (info.dtype, info.shape) for key, info in tensors.items()}
+
+
+def _read_shard(
+    shard: ShardEntry, folder: Path, digest: str | None, stamps: Stamps
+) -> Mapping[str, TensorInfo]:
+    """Read a shard's header, in the order of its jobs; check a part's shard against its digest."""
+    file = folder / shard.file
+    infos = read_header(file, stamps)
+    if len(infos) != sum(shard.jobs):
+        raise SourceError(
+            f"{file}: holds {len(infos)} tensors, but {sum(shard.jobs)} were written. "
+            "Quantize again."
+        )
+    if digest is not None and digest_of_file(file) != digest:
+        raise SourceError(f"{file}: damaged since it was written. Quantize again.")
+    return infos
 
 
 def _copy_all(
-    new_shards: Sequence[_NewShard], target: OutputFolder, total: int, on_event: OnEvent
+    new_shards: Mapping[str, _NewShard],
+    target: OutputFolder,
+    total: int,
+    stamps: Stamps,
+    on_event: OnEvent,
 ) -> None:
     copied = 0
-    for name, new in zip(shard_names(len(new_shards)), new_shards, strict=True):
-        shard = target.shard(name, {info.key: (info.dtype, info.shape) for info in new.tensors})
-        try:
-            with closing(
-                OpenFiles(lambda file: os.open(file, os.O_RDONLY | os.O_CLOEXEC))
-            ) as files:
-                for info in new.tensors:
+    with closing(SourceFiles(stamps)) as files:
+        for name, new in new_shards.items():
+            with closing(target.shard(name, _specs(new.tensors))) as shard:
+                for info in new.tensors.values():
                     _copy(info, shard, files)
-            target.finish_shard(shard, {})
-        finally:
-            shard.close()
-        copied += sum(info.nbytes for info in new.tensors)
-        on_event(BytesCopied(copied, total))
+                    copied += info.nbytes
+                target.finish_shard(shard, {})
+            on_event(BytesCopied(copied, total))
 
 
-def _copy(info: TensorInfo, shard: ShardFile, files: OpenFiles) -> None:
+def _copy(info: TensorInfo, shard: ShardFile, files: SourceFiles) -> None:
     """Copy a tensor into a shard, piece by piece."""
-    done = 0
-    while done < info.nbytes:
-        piece = bytearray(min(PIECE_BYTES, info.nbytes - done))
-        try:
-            with files.descriptor(info.file) as descriptor:
-                count = os.preadv(descriptor, [piece], info.start + done)
-        except OSError as error:
-            raise read_error(info.file, error, info.key) from error
-        if count == 0:
-            raise SourceError(
-                f"{info.file}: ended while {info.key} was read from it. "
-                "Give the folders as the nodes wrote them."
-            )
-        shard.write(info.key, memoryview(piece)[:count], done)
-        done += count
+    for begin in range(0, info.nbytes, COPY_BYTES):
+        piece = memoryview(bytearray(min(COPY_BYTES, info.nbytes - begin)))
+        files.read(info.file, info.start + begin, piece, info.key)
+        shard.write(info.key, piece, begin)
 
 
-def _output_files(folder: Path, summary: QuantSummary, names: Sequence[str]) -> list[str]:
+def _output_files(folder: Path, summary: QuantSummary, names: Iterable[str]) -> list[str]:
     """Return the files of the output: the new shards, and the other files of the input."""
     before = {shard.file for shard in summary.shards}
     listed = [name for name in summary.files if is_inside(name) and name not in before]
-    present = [path.relative_to(folder).as_posix() for path in _own_files(folder)]
-    added = [name for name in present if name not in before and name not in listed]
+    added = [name for name in _own_files(folder) if name not in before and name not in listed]
     for name in listed:
-        if name == REPORT:
-            continue  # drawn again
-        path = folder / name
-        if not (path.is_file() and path.resolve().is_relative_to(folder.resolve())):
+        if name != REPORT and not _is_own(folder / name, folder):  # the report is drawn again
             raise SourceError(
-                f"{path}: is missing, or a link out of its folder. "
+                f"{folder / name}: is missing, or a link out of its folder. "
                 "Give the folders as the nodes wrote them."
             )
     return [*names, *added, *listed]
 
 
-def _own_files(folder: Path) -> Iterator[Path]:
+def _own_files(folder: Path) -> Iterator[str]:
     """Yield the files of a folder in sorted order, without hidden ones and links out of it."""
     for path in sorted(folder.rglob("*")):
-        is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if not is_hidden and path.is_file() and path.resolve().is_relative_to(folder.resolve()):
-            yield path
+        name = path.relative_to(folder)
+        if not any(part.startswith(".") for part in name.parts) and _is_own(path, folder):
+            yield name.as_posix()
+
+
+def _is_own(path: Path, folder: Path) -> bool:
+    return path.is_file() and path.resolve().is_relative_to(folder.resolve())
 
 
 def _write_other_files(
     config_folder: Path,
     summary: QuantSummary,
-    new_shards: Sequence[_NewShard],
+    new_shards: Mapping[str, _NewShard],
     files: Sequence[str],
     target: OutputFolder,
     on_event: OnEvent,
 ) -> None:
     """Write every file but the shards, config.json last: without it OUT is no checkpoint."""
-    names = shard_names(len(new_shards))
     shards = tuple(
-        ShardEntry(file=name, unit=new.layer.unit, layer=new.layer.number, jobs=tuple(new.jobs))
-        for name, new in zip(names, new_shards, strict=True)
+        ShardEntry(file=name, unit=new.unit, layer=new.layer, jobs=tuple(map(len, new.jobs)))
+        for name, new in new_shards.items()
     )
-    own = {SUMMARY, REPORT, INDEX, CONFIG, *names}
+    own = {SUMMARY, REPORT, INDEX, CONFIG, *new_shards}
     for name in files:
         if name not in own:
             target.copy(config_folder, Path(name))
@@ -372,10 +348,7 @@ def _write_other_files(
     report = draw_report(summary, lambda text: on_event(WarningIssued(text)))
     if report is not None:
         target.write_text(REPORT, report)
-    infos = [
-        (name, {info.key: info for info in new.tensors})
-        for name, new in zip(names, new_shards, strict=True)
-    ]
-    total = sum(info.nbytes for _, tensors in infos for info in tensors.values())
-    target.write_json(INDEX, index_of(infos, total))
+    tensors = {name: new.tensors for name, new in new_shards.items()}
+    total = sum(info.nbytes for infos in tensors.values() for info in infos.values())
+    target.write_json(INDEX, index_of(tensors.items(), total))
     target.write_json(CONFIG, read_json(config_folder / CONFIG))
