@@ -9,6 +9,7 @@ A job that ends early leaves what the same job can resume, or nothing.
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from typing import Any
@@ -26,6 +27,7 @@ from fourfold.reporting.summary import summarize
 from fourfold.run.resume import Assignment, assign_shards, check_all_written, identity_of
 from fourfold.run.strategies import Run
 from fourfold.storage.atomic import FileWriter
+from fourfold.storage.disk import writing
 from fourfold.storage.names import CONFIG, INDEX, REPORT, STATISTICS, SUMMARY
 from fourfold.storage.output import OutputFolder
 from fourfold.storage.run_state import OTHER_FILES
@@ -51,17 +53,7 @@ class Job:
         backend: Backend,
         write_other_files: WriteOtherFiles,
     ) -> None:
-        """Describe the job; nothing is read or written yet.
-
-        Args:
-            plan: What is written.
-            source: What is read.
-            folder: OUT, as this rank sees it.
-            run: The strategy: which shards can be quantized when, and from what.
-            ranks: The processes that share the job.
-            backend: What quantizes.
-            write_other_files: Writes all files that are not shards, config.json last.
-        """
+        """Describe the job; nothing is read or written yet."""
         self.plan, self.source, self.folder, self.run = plan, source, folder, run
         self.ranks, self.backend, self.write_other_files = ranks, backend, write_other_files
         self.identity = identity_of(plan, source, run)
@@ -97,7 +89,7 @@ class Job:
         except BaseException as error:
             self._stop(error)
             raise
-        self.folder.close()
+        self.folder.state.release()
         on_event(OutputComplete(self.folder.folder))
         return linears
 
@@ -139,7 +131,8 @@ class Job:
 
     def _store_statistics(self, layer: int | None, statistics: Statistics) -> None:
         if self.is_leader:
-            with self.folder.recording():
+            self.folder.check_mine()
+            with writing(self.folder.state.folder):
                 StatisticsStore(self.folder.state.statistics).save(layer, statistics)
 
     def _finish(self) -> list[LinearResult]:
@@ -150,22 +143,14 @@ class Job:
         self.folder.check_mine()
         if self.assignment.has_one_folder:
             check_all_written(self.folder.folder, self.plan, records)
-            self._write_other_files(records, self.folder)
+            self.write_other_files(self.folder, results_in(records))
             self.folder.done()
         else:
-            all_records: dict[str, Any] = {}
-            for others in self.ranks.gather(records):
-                all_records |= others
+            all_records = ChainMap(*self.ranks.gather(records))
             if self.ranks.rank == 0:
-                self._write_other_files(
-                    all_records, FileWriter(self.folder.state.folder / OTHER_FILES)
-                )
+                files = FileWriter(self.folder.state.folder / OTHER_FILES)
+                self.write_other_files(files, results_in(all_records))
         return results_in(records)
-
-    def _write_other_files(
-        self, records: Mapping[str, Mapping[str, Any]], files: FileWriter
-    ) -> None:
-        self.write_other_files(files, results_in(records))
 
     def _stop(self, error: BaseException) -> None:
         """Keep what the same job can resume, if there is anything; otherwise leave nothing."""
@@ -215,18 +200,9 @@ def write_other_files(
 ) -> None:
     """Write all files of a quantized checkpoint that are not shards, config.json last.
 
-    Args:
-        files: Where to write.
-        results: The figures of all weights.
-        plan: The plan that was carried out.
-        source: What was read.
-        scales: The statistics, for a plan that needs them.
-        warn: Called if the report cannot be drawn.
-
     Raises:
         FourfoldError: Not all planned weights have figures.
         SourceError: A side file cannot be read, or the source has changed.
-        OutputError: A file cannot be written.
     """
     if len(results) != len(plan.linears):
         raise FourfoldError(

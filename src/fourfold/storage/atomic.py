@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fourfold.storage.disk import output_error
-from fourfold.storage.fingerprints import read_error
+from fourfold.storage.disk import writing
+from fourfold.storage.fingerprints import reading
 
 COPY_BYTES = 1 << 22
 """Files are copied in pieces of this size."""
@@ -24,9 +24,9 @@ def partial_of(path: Path) -> Path:
     return path.with_name(f".{path.name}{PARTIAL}")
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush the names in a folder to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -35,20 +35,14 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for writing; it gets its name and replaces an earlier one at the end.
-
-    Raises:
-        OutputError: It cannot be written.
-    """
+    """Open a file for writing; it gets its name and replaces an earlier one at the end."""
     partial = partial_of(path)
-    try:
+    with writing(path):
         with partial.open("wb") as handle:
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
         partial.replace(path)
-    except OSError as error:
-        raise output_error(path, error) from error
 
 
 class FileWriter:
@@ -68,40 +62,28 @@ class FileWriter:
         self.write_bytes(name, text.encode())
 
     def write_bytes(self, name: str, data: bytes) -> None:
-        """Write bytes."""
         with self._replacing(name) as handle:
             handle.write(data)
 
     def copy(self, source: Path, relative: Path) -> None:
-        """Copy the contents of one file of the folder `source`.
+        """Copy one file of the folder `source`. Raises `SourceError` if it cannot be read."""
+        file = source / relative
+        with reading(file):
+            original = file.open("rb")
 
-        Raises:
-            SourceError: The file in `source` cannot be read.
-            OutputError: The copy cannot be written.
-        """
-        try:
-            original = (source / relative).open("rb")
-        except OSError as error:
-            raise read_error(source / relative, error) from error
+        def read() -> bytes:
+            with reading(file):
+                return original.read(COPY_BYTES)
+
         with original, self._replacing(str(relative)) as copy:
-            while piece := _read_piece(original, source / relative):
+            while piece := read():
                 copy.write(piece)
 
     @contextmanager
     def _replacing(self, name: str) -> Iterator[BinaryIO]:
         path = self.folder / name
         self.written.append(path)
-        try:
+        with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise output_error(path, error) from error
         with replacing(path) as handle:
             yield handle
-
-
-def _read_piece(file: BinaryIO, path: Path) -> bytes:
-    """Read on in a file that is copied: its errors are the source's, not the output's."""
-    try:
-        return file.read(COPY_BYTES)
-    except OSError as error:
-        raise read_error(path, error) from error

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fourfold.errors import OutputError, ResourceError
@@ -11,11 +13,7 @@ from fourfold.storage.units import size
 
 
 def check_disk(folder: Path, needed: int) -> None:
-    """Check that the disk has room for `needed` bytes in `folder`, which need not exist yet.
-
-    Raises:
-        ResourceError: It has not.
-    """
+    """Raise `ResourceError` if the disk of `folder`, which need not exist, lacks `needed` bytes."""
     free = free_bytes(folder)
     if needed > free:
         raise ResourceError(
@@ -32,13 +30,17 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def output_error(path: Path, error: OSError) -> OutputError:
-    """Return the error for a file of the output that the system could not write."""
-    match error.errno:
-        case errno.ENOSPC | errno.EDQUOT:
-            remedy = "The disk is full: free some room, or write to another one."
-        case errno.EACCES | errno.EROFS | errno.EPERM:
-            remedy = "The folder cannot be written: change its permissions, or choose another."
-        case _:
-            remedy = f"{error.strerror or error}."
-    return OutputError(f"{path}: {remedy}")
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within, an `OSError` becomes the `OutputError` of a file that could not be written."""
+    try:
+        yield
+    except OSError as error:
+        match error.errno:
+            case errno.ENOSPC | errno.EDQUOT:
+                remedy = "The disk is full: free some room, or write to another one."
+            case errno.EACCES | errno.EROFS | errno.EPERM:
+                remedy = "The folder cannot be written: change its permissions, or choose another."
+            case _:
+                remedy = f"{error.strerror or error}."
+        raise OutputError(f"{path}: {remedy}") from error

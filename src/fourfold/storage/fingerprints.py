@@ -50,16 +50,10 @@ class Stamps:
         return dict(sorted(stamps.items()))
 
     def check(self) -> None:
-        """Check that every file is as it was.
-
-        Raises:
-            SourceError: A file is gone, or has changed.
-        """
+        """Raise `SourceError` if a file is gone, or has changed."""
         for file in self._stamps:
-            try:
+            with reading(file):
                 self.same(file, file.stat())
-            except OSError as error:
-                raise read_error(file, error) from error
 
     def same(self, file: Path, status: os.stat_result) -> None:
         """Raise `SourceChangedError` if the present `status` of a file is not as it was."""
@@ -93,6 +87,15 @@ def opened(file: Path) -> Iterator[tuple[BinaryIO, os.stat_result]]:
 def _check_regular(file: Path, status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise SourceError(f"{file}: is not a regular file. Download the checkpoint again.")
+
+
+@contextmanager
+def reading(file: Path, key: str | None = None) -> Iterator[None]:
+    """Within, an `OSError` becomes the `SourceError` of a file, or of the tensor `key` in it."""
+    try:
+        yield
+    except OSError as error:
+        raise read_error(file, error, key) from error
 
 
 def read_error(file: Path, error: OSError, key: str | None = None) -> SourceError:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fourfold.errors import SourceError
-from fourfold.storage.fingerprints import Stamps, opened, read_error
+from fourfold.storage.fingerprints import Stamps, opened, read_error, reading
 from fourfold.storage.names import CONFIG, MEGATRON
 from fourfold.storage.run_state import RUN, STATE
 from fourfold.storage.safetensors_header import SHOWN_CHARACTERS, load_json, shown
@@ -19,10 +19,8 @@ DOWNLOAD = "Download it again."
 
 
 def list_folder(folder: Path) -> list[Path]:
-    try:
+    with reading(folder):
         return sorted(folder.iterdir())
-    except OSError as error:
-        raise read_error(folder, error) from error
 
 
 def plain_name(name: str) -> str:
@@ -31,15 +29,7 @@ def plain_name(name: str) -> str:
 
 
 def read_json(file: Path, stamps: Stamps | None = None) -> dict[str, Any]:
-    """Read a JSON object from a file.
-
-    Args:
-        file: The file.
-        stamps: Remembers how the file looked.
-
-    Raises:
-        SourceError: The file is missing, or holds something else.
-    """
+    """Read a JSON object; `stamps` remember the file. Raises `SourceError` if it holds another."""
     try:
         with opened(file) as (handle, status):
             raw = handle.read(MAX_JSON_BYTES + 1)

@@ -58,11 +58,7 @@ class OpenFiles:
 
 
 def read_full(descriptor: int, view: memoryview, position: int) -> int:
-    """Fill `view` with the bytes of a file from `position`.
-
-    Returns:
-        The number of bytes read; fewer than `len(view)` only if the file ends before.
-    """
+    """Fill `view` from `position` of a file; return the bytes read, fewer only at its end."""
     done = 0
     while done < len(view):
         count = os.preadv(descriptor, [view[done:]], position + done)
@@ -70,3 +66,10 @@ def read_full(descriptor: int, view: memoryview, position: int) -> int:
             break
         done += count
     return done
+
+
+def write_full(descriptor: int, view: memoryview, position: int) -> None:
+    """Write all of `view` into a file from `position`."""
+    done = 0
+    while done < len(view):
+        done += os.pwrite(descriptor, view[done:], position + done)

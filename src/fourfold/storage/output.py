@@ -10,14 +10,14 @@ written last and removed first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from fourfold.errors import OutputError
-from fourfold.storage.atomic import FileWriter, partial_of, sync_folder
-from fourfold.storage.disk import output_error
+from fourfold.storage.atomic import FileWriter, partial_of, sync
+from fourfold.storage.disk import writing
 from fourfold.storage.names import CONFIG, INDEX
 from fourfold.storage.output_checks import (
     check_contents,
@@ -61,11 +61,7 @@ class OutputFolder(FileWriter):
         self._made_folder = False
 
     def check(self, source: Path, what: str = "the model") -> None:
-        """Check that the folder may be written. Changes nothing.
-
-        Args:
-            source: A folder that the run reads from.
-            what: A name for what is read there.
+        """Check that the folder may be written by a run that reads `what` from `source`.
 
         Raises:
             OutputError: It lies inside `source` or around it, another process writes it, or it
@@ -78,29 +74,18 @@ class OutputFolder(FileWriter):
             raise OutputError(
                 f"{self.state.folder}: is a link. Remove it, or choose another folder."
             )
-        with self._errors_of(self.folder):
+        with writing(self.folder):
             self.state.check_free()
             check_contents(self.folder, self.state, overwrite=self.overwrite)
 
     def check_resumable(self, identity: Mapping[str, Any] | None) -> None:
-        """Check that an unfinished run in the folder is the one that `identity` describes.
-
-        Raises:
-            OutputError: It is another one. The message says what has changed.
-        """
+        """Raise `OutputError` if the folder holds an unfinished run other than `identity`."""
         if not self.overwrite:
             check_resumable(self.folder, self.state, identity)
 
     def lock(self, token: str) -> None:
-        """Make the folder, and let no other process write into it.
-
-        Args:
-            token: A word of this run's own, the same on all ranks.
-
-        Raises:
-            OutputError: Another process writes into it.
-        """
-        with self._errors_of(self.folder):
+        """Make the folder, and let no other process write into it; see `RunState.lock`."""
+        with writing(self.folder):
             self._made_folder = not self.folder.exists()
             self.state.lock(token)
 
@@ -115,13 +100,13 @@ class OutputFolder(FileWriter):
             OutputError: The folder's contents have changed since `check`, or one of `files` is
                 there and not part of an earlier checkpoint.
         """
-        with self._errors_of(self.folder):
+        with writing(self.folder):
             check_contents(self.folder, self.state, overwrite=self.overwrite)
             self.check_resumable(identity)
             has_run = self.state.run is not None and self.state.has_finished_shards
             if has_run and not self.overwrite:
                 self.is_begun = True
-                self._remove_partial(files)
+                self._remove(map(partial_of, map(Path, files)))
                 return
             earlier = earlier_files(self.folder, self.state)
             check_not_in_the_way(self.folder, files, set(earlier))
@@ -129,43 +114,24 @@ class OutputFolder(FileWriter):
             self.state.begin({"files": [*earlier, *files]})
             self.is_begun = True
             self.has_cleared = (self.folder / CONFIG).exists()
-            self._remove_files(earlier)
-            self._remove_partial(earlier)
+            self.remove(earlier)
+            self._remove(map(partial_of, map(Path, earlier)))
             self.state.begin({"files": list(files), "identity": identity})
 
     def shard(self, name: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> ShardFile:
-        """Begin a shard."""
         self.written.append(self.folder / name)
         return ShardFile(self.folder / name, tensors)
 
     def finish_shard(self, shard: ShardFile, record: Mapping[str, Any]) -> None:
-        """Flush a full shard to the disk, and record that it is finished.
-
-        Args:
-            record: What a run that resumes needs to know of the shard, beside its digest.
-
-        Raises:
-            OutputError: It cannot be written, or the folder was removed or moved.
-        """
+        """Flush a full shard to the disk; `record` it, with its digest, for a run that resumes."""
         self.check_mine()  # files of the same name may be another run's by now
         try:
             digest = shard.finish()
         except OutputError:
             self.check_mine()
             raise
-        with self._errors_of(self.state.folder):
+        with writing(self.state.folder):
             self.state.add_shard(shard.path.name, {"digest": digest, **record})
-
-    @contextmanager
-    def recording(self) -> Iterator[Path]:
-        """Within, something is added to the run's state, in the folder that is yielded.
-
-        Raises:
-            OutputError: It cannot be written, or OUT was removed or moved.
-        """
-        self.check_mine()
-        with self._errors_of(self.state.folder):
-            yield self.state.folder
 
     def check_mine(self) -> None:
         """Raise `OutputError` if the folder was removed or replaced since it was locked."""
@@ -181,13 +147,9 @@ class OutputFolder(FileWriter):
 
     def done(self) -> None:
         """Remove the run's state: the checkpoint is whole."""
-        with self._errors_of(self.folder):
+        with writing(self.folder):
             self.state.remove()
-            sync_folder(self.folder)
-
-    def close(self) -> None:
-        """Release the folder as it is."""
-        self.state.release()
+            sync(self.folder)
 
     def release(self) -> None:
         """Release the folder and remove whatever this run created in it beside its files."""
@@ -197,7 +159,8 @@ class OutputFolder(FileWriter):
             if self._made_folder:
                 folders = sorted(filter(Path.is_dir, self.folder.rglob("*")), reverse=True)
                 for folder in [*folders, self.folder]:
-                    _remove_if_empty(folder)
+                    if not any(folder.iterdir()):
+                        folder.rmdir()
         self.state.release()
 
     def discard(self) -> None:
@@ -220,30 +183,12 @@ class OutputFolder(FileWriter):
                 partial_of(path).unlink(missing_ok=True)
                 if path.name in self.markers:
                     path.unlink(missing_ok=True)
-            self.close()
+            self.state.release()
 
     def remove(self, files: Sequence[str]) -> None:
-        """Remove a checkpoint that was finished here."""
-        self._remove_files([*self.markers, *files])
+        """Remove files of a checkpoint, first of all those that make the folder one."""
+        self._remove([*(marker for marker in self.markers if marker in files), *files])
 
-    def _remove_files(self, names: Sequence[str]) -> None:
-        """Remove files, first of all those that make the folder a checkpoint."""
-        for name in [*(marker for marker in self.markers if marker in names), *names]:
-            (self.folder / name).unlink(missing_ok=True)
-
-    def _remove_partial(self, names: Sequence[str]) -> None:
+    def _remove(self, names: Iterable[str | Path]) -> None:
         for name in names:
-            partial_of(self.folder / name).unlink(missing_ok=True)
-
-    @contextmanager
-    def _errors_of(self, path: Path) -> Iterator[None]:
-        """Turn errors of the system into those of the output."""
-        try:
-            yield
-        except OSError as error:
-            raise output_error(path, error) from error
-
-
-def _remove_if_empty(folder: Path) -> None:
-    if not any(folder.iterdir()):
-        folder.rmdir()
+            (self.folder / name).unlink(missing_ok=True)

@@ -21,11 +21,7 @@ SHOWN_DIFFERENCES = 3
 
 
 def check_location(out: Path, source: Path, what: str) -> None:
-    """Refuse an output folder that lies in the folder `source`, or around it.
-
-    Args:
-        what: A name for what is read from `source`.
-    """
+    """Refuse an output folder that lies in or around `source`, from which `what` is read."""
     resolved, model = out.resolve(), source.resolve()
     if resolved == model or model in resolved.parents:
         raise OutputError(f"{out}: lies inside {what}'s folder. Choose another.")
@@ -55,11 +51,7 @@ def check_contents(out: Path, state: RunState, *, overwrite: bool) -> None:
 
 
 def check_resumable(out: Path, state: RunState, identity: Mapping[str, Any] | None) -> None:
-    """Refuse an unfinished run of something else, or one that cannot be resumed.
-
-    Args:
-        identity: What the run is that wants to write; None if it could not be resumed either.
-    """
+    """Refuse an unfinished run other than `identity`, or one that cannot be resumed."""
     if state.run is None or not state.has_finished_shards:
         return
     if identity is None or state.identity is None:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from fourfold.errors import SourceError
-from fourfold.storage.fingerprints import read_error
+from fourfold.storage.fingerprints import reading
 from fourfold.storage.names import SUMMARY
 
 SCHEMA_VERSION = 1
@@ -239,9 +239,8 @@ def find_summary(folder: Path) -> QuantSummary | None:
     if not file.is_file():
         return None
     try:
-        return QuantSummary.model_validate_json(file.read_bytes())
-    except OSError as error:
-        raise read_error(file, error) from error
+        with reading(file):
+            return QuantSummary.model_validate_json(file.read_bytes())
     except ValidationError as error:
         raise SourceError(f"{file}: {_first_problem(error)}. Quantize the model again.") from None
 

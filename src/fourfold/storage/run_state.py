@@ -26,7 +26,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from fourfold.errors import OutputError
-from fourfold.storage.atomic import replacing, sync_folder
+from fourfold.storage.atomic import replacing, sync
 
 STATE = ".fourfold"
 """The state's folder inside OUT."""
@@ -65,11 +65,7 @@ class RunState:
         return bool(self._records())
 
     def check_free(self) -> None:
-        """Check that no living process writes here. Changes nothing.
-
-        Raises:
-            OutputError: One does.
-        """
+        """Raise `OutputError` if a living process writes here."""
         for path in sorted(self.folder.glob("rank-*.lock")):
             try:
                 with FileLock(path, blocking=False):
@@ -118,7 +114,7 @@ class RunState:
         self.shards.mkdir()
         self.statistics.mkdir()
         self._write(self.folder / RUN, run)
-        sync_folder(self.folder)
+        sync(self.folder)
 
     def add_shard(self, name: str, record: Mapping[str, Any]) -> None:
         """Record that the shard `name` is finished."""
@@ -153,7 +149,7 @@ class RunState:
         once.
         """
         (self.folder / RUN).unlink(missing_ok=True)
-        for path in [self.folder / name for name in os.listdir(self.folder)]:
+        for path in list(self.folder.iterdir()):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             elif path != Path(self._lock.lock_file):

@@ -14,8 +14,9 @@ from typing import Any
 import xxhash
 
 from fourfold._version import __version__
-from fourfold.storage.atomic import partial_of, sync_folder
-from fourfold.storage.disk import output_error
+from fourfold.storage.atomic import partial_of, sync
+from fourfold.storage.disk import writing
+from fourfold.storage.open_files import write_full
 from fourfold.storage.safetensors_header import build_header, nbytes_of
 
 DIGEST_BYTES = 1 << 22
@@ -28,24 +29,14 @@ class ShardFile:
     """One safetensors file while it is filled. `write` may be called from many threads."""
 
     def __init__(self, path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
-        """Create the file under a temporary name, in full size and with its header.
-
-        Args:
-            path: The file's final name.
-            tensors: Dtype and shape of each tensor, in the file's order.
-
-        Raises:
-            OutputError: The file cannot be written.
-        """
+        """Create the file under a temporary name, in full size and with its header."""
         self.path = path
         header, self._begins = build_header(tensors, METADATA)
         nbytes = len(header) + sum(nbytes_of(*spec) for spec in tensors.values())
-        try:
+        with writing(path):
             flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
             self._descriptor = os.open(partial_of(path), flags, 0o644)
             os.ftruncate(self._descriptor, nbytes)
-        except OSError as error:
-            raise output_error(path, error) from error
         self._pwrite(header, 0)
 
     def write(self, name: str, data: Any, offset: int = 0) -> None:
@@ -53,24 +44,17 @@ class ShardFile:
         self._pwrite(data, self._begins[name] + offset)
 
     def _pwrite(self, data: Any, position: int) -> None:
-        view = memoryview(data).cast("B")
-        done = 0
-        try:
-            while done < len(view):
-                done += os.pwrite(self._descriptor, view[done:], position + done)
-        except OSError as error:
-            raise output_error(self.path, error) from error
+        with writing(self.path):
+            write_full(self._descriptor, memoryview(data).cast("B"), position)
 
     def finish(self) -> str:
         """Flush the file to the disk and give it its name; return the digest of its bytes."""
-        try:
+        with writing(self.path):
             digest = _digest_of(self._descriptor)
             os.fsync(self._descriptor)
             self.close()
             partial_of(self.path).replace(self.path)
-            sync_folder(self.path.parent)
-        except OSError as error:
-            raise output_error(self.path, error) from error
+            sync(self.path.parent)
         return digest
 
     def close(self) -> None:
@@ -103,12 +87,7 @@ def _digest_of(descriptor: int) -> str:
 
 
 def index_of(shards: Iterable[tuple[str, Mapping[str, Any]]], total_size: int) -> dict[str, Any]:
-    """Return the contents of model.safetensors.index.json.
-
-    Args:
-        shards: File name and tensors of each shard.
-        total_size: Bytes of all tensors.
-    """
+    """Return the contents of model.safetensors.index.json: `shards` are file names and tensors."""
     weight_map = {name: file for file, tensors in shards for name in tensors}
     return {
         "metadata": {"total_size": total_size},

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from fourfold.errors import SourceError
-from fourfold.storage.fingerprints import START_AGAIN, Stamps, opened, read_error
+from fourfold.storage.fingerprints import START_AGAIN, Stamps, opened, reading
 from fourfold.storage.open_files import OpenFiles, read_full
 
 
@@ -20,22 +20,13 @@ class SourceFiles(OpenFiles):
         self._stamps = stamps
 
     def read(self, file: Path, position: int, out: memoryview, name: str) -> None:
-        """Fill `out` with bytes of a file from `position` on.
-
-        Args:
-            file: The file.
-            position: The first byte.
-            out: A buffer of bytes.
-            name: The tensor that is read, for messages.
+        """Fill `out` with bytes of a file from `position` on, for the tensor `name`.
 
         Raises:
             SourceError: The file has changed, is too short, or cannot be read.
         """
-        try:
-            with self.descriptor(file) as descriptor:
-                count = read_full(descriptor, out, position)
-        except OSError as error:
-            raise read_error(file, error, name) from error
+        with reading(file, name), self.descriptor(file) as descriptor:
+            count = read_full(descriptor, out, position)
         if count < len(out):
             raise SourceError(f"{file}: ended while {name} was read. {START_AGAIN}")
 
