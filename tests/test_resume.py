@@ -548,6 +548,26 @@ def test_a_checkpoint_about_to_be_replaced(job, written: Written, tmp_path: Path
     assert_same(out, unbroken)
 
 
+def test_the_rest_of_a_state_beside_a_checkpoint(job, written: Written, tmp_path: Path) -> None:
+    """Killed while it removes its state, a run leaves a checkpoint that is as good as any."""
+    options, unbroken, _ = job(W4A16)
+    model, out, rest = written(MODEL)[0], tmp_path / "out", tmp_path / "rest"
+    stopped(model, out, options, 2)
+    shutil.copytree(out / ".fourfold", rest)
+    (rest / "run.json").unlink()
+    fourfold.quantize(model, out, **flat(**options))
+    shutil.copytree(rest, out / ".fourfold")
+    assert fourfold.verify(out, source=model).clean
+    fourfold.load(out)
+    fourfold.merge([out], tmp_path / "merged")
+    assert_same(tmp_path / "merged", unbroken)
+    with pytest.raises(fourfold.OutputError, match=r"not empty .* or give `overwrite=True`"):
+        fourfold.quantize(model, out, **flat(**options))
+    fourfold.quantize(model, out, **flat(overwrite=True, **options))
+    assert not (out / ".fourfold").exists()
+    assert_same(out, unbroken)
+
+
 def test_statistics_that_cannot_be_read(job, written: Written, tmp_path: Path) -> None:
     """The layer is observed again."""
     options, unbroken, _ = job(W4A4)

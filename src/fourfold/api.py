@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fourfold.calibration.live import ForwardLoop
 from fourfold.calibration.statistics import Statistics
 from fourfold.config import CalibrationConfig, OutputConfig, Runtime, output_folder
-from fourfold.distributed.machine import peak_resident
+from fourfold.distributed.machine import choose_device, peak_resident
 from fourfold.evaluation import generation
 from fourfold.evaluation.generation import MAX_NEW_TOKENS, Generation
 from fourfold.evaluation.loading import load
@@ -123,7 +123,8 @@ def quantize(
     output, target = output or OutputConfig(), output_folder(out)
     with session(progress, on_event) as run, job_ranks(model) as ranks:
         chosen = _load_recipe(recipe)
-        observation = Observation.of(config, runtime, forward_loop, run)
+        device = choose_device(runtime.device)
+        observation = Observation(config, forward_loop, device, runtime.threads, run)
         ranks.gather("called")  # a rank that fails before this leaves none waiting in a collective
         with opened(
             model, hf_config, tokenizer=tokenizer, trust_remote_code=trust_remote_code

@@ -74,10 +74,8 @@ def convert(
 ) -> Converted:
     """Write `source` into `out` as a Hugging Face checkpoint, and compare the two."""
     began = time.perf_counter()
-    workers, folder = (
-        runtime.threads or threads_available(),
-        OutputFolder(out, markers=marker_files(), overwrite=output.overwrite),
-    )
+    workers = runtime.threads or threads_available()
+    folder = OutputFolder(out, markers=marker_files(), overwrite=output.overwrite)
     check_origins(folder, source)
     plan = plan_conversion(source, output.shards or 1)
     backend = Backend.none(workers)
@@ -91,11 +89,7 @@ def convert(
 
 
 def plan_conversion(source: Source, parts: int) -> CopyPlan:
-    """Decide which tensors lie in which shard. No weight is read.
-
-    Args:
-        source: What is converted.
-        parts: The least number of shards of a decoder layer.
+    """Decide which tensors lie in which shard, at least `parts` for a layer. No weight is read.
 
     Raises:
         ModelError: The architecture is unknown, or has no place for a tensor.
@@ -108,7 +102,7 @@ def plan_conversion(source: Source, parts: int) -> CopyPlan:
     return CopyPlan(
         source=source.place,
         inventory=inventory,
-        rows=tuple(map(_row, tensors)),
+        rows=tuple(_row(raw) for raw in tensors),
         shards=tuple(lay_out([], [], tensors, [], inventory, layout=layout, parts=parts)),
         side_files=tuple(copied),
         dropped_files=tuple(dropped),

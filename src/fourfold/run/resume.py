@@ -136,19 +136,17 @@ def assign_shards(
 ) -> Assignment:
     """Lock OUT, find out what is finished there, and assign the other shards to ranks.
 
-    Args:
-        plan: The plan, the same on all ranks.
-        source: What is read.
-        folder: This rank's OUT.
-        identity: What must stay the same for the run to resume; see `identity_of`.
-        ranks: All ranks call this at the same time.
-        threads: How many finished shards are read at a time.
+    All ranks call this at the same time. `identity` is that of `identity_of`.
 
     Raises:
         OutputError: Another process writes into OUT, or it holds something else.
         FourfoldError: The ranks were given different things.
     """
-    _check_same(ranks, identity or _identity_without_source(plan))
+    if identity is None:  # the source is not a folder
+        recipe = json.loads(json.dumps(plan.settings))
+        _check_same(ranks, {"versions": versions(), "recipe": recipe, "plan": plan.digest})
+    else:
+        _check_same(ranks, without_times(identity))
     leaders = _lock_folders(folder, ranks)
     is_leader = leaders[ranks.rank] == ranks.rank
     if is_leader:
@@ -167,17 +165,9 @@ def assign_shards(
     return Assignment(mine, len(done), statistics, leaders)
 
 
-def _identity_without_source(plan: CopyPlan) -> dict[str, Any]:
-    """The identity that all ranks must share if the source is not a folder."""
-    recipe: Any = json.loads(json.dumps(plan.settings))
-    return {"versions": versions(), "recipe": recipe, "plan": plan.digest}
-
-
 def _check_same(ranks: Ranks, identity: Mapping[str, Any]) -> None:
     """Raise if ranks were given different sources or recipes, or run different versions."""
-    if ranks.size == 1:
-        return
-    identities = ranks.gather(without_times(identity) if "source" in identity else dict(identity))
+    identities = ranks.gather(dict(identity))
     for rank, other in enumerate(identities):
         different = [name for name in other if other[name] != identities[0][name]]
         if different:
@@ -229,11 +219,7 @@ def _finished_shards(folder: OutputFolder, plan: CopyPlan, threads: int) -> list
 
 
 def check_all_written(out: Path, plan: CopyPlan, records: Mapping[str, Mapping[str, Any]]) -> None:
-    """Check, before OUT becomes a checkpoint, that every shard holds the planned tensors.
-
-    Raises:
-        FourfoldError: A shard has no record, or other tensors.
-    """
+    """Check, before OUT becomes a checkpoint, that every shard holds the planned tensors."""
     for name, shard in zip(plan.shard_names, plan.shards, strict=True):
         if name not in records:
             raise FourfoldError(

@@ -22,8 +22,8 @@ from fourfold.calibration.live import ForwardLoop, held_layers, observe_live
 from fourfold.calibration.saved_activations import SavedActivations
 from fourfold.calibration.scales import ActivationScales
 from fourfold.calibration.statistics import Statistics
-from fourfold.config import CalibrationConfig, Runtime
-from fourfold.distributed.machine import choose_device, memory_available
+from fourfold.config import CalibrationConfig
+from fourfold.distributed.machine import memory_available
 from fourfold.distributed.ranks import Ranks
 from fourfold.errors import ResourceError
 from fourfold.events import DataLoaded, OnEvent, ignore
@@ -50,18 +50,6 @@ class Observation:
     threads: int | None = None
     """PyTorch's threads while the model runs; None leaves them as they are."""
     on_event: OnEvent = ignore
-
-    @classmethod
-    def of(
-        cls,
-        config: CalibrationConfig,
-        runtime: Runtime,
-        forward_loop: ForwardLoop | None,
-        on_event: OnEvent,
-    ) -> Observation:
-        """Raises `UsageError` for a device that this machine lacks."""
-        device = choose_device(runtime.device)
-        return cls(config, forward_loop, device, runtime.threads, on_event)
 
     def check(self, recipe: Recipe, source: Source) -> None:
         """Raise `UsageError` for what the recipe or the source cannot use."""
@@ -104,10 +92,10 @@ class AtOnce:
 
     def __init__(self, source: Source, scales: ActivationScales | None) -> None:
         self.source, self.scales, self.is_writer = source, scales, True
-        statistics = None if scales is None else scales.statistics
-        self.identity: Mapping[str, Any] = (
-            {} if statistics is None else {"statistics": _digest(statistics)}
-        )
+        self.identity: Mapping[str, Any] = {}
+        if scales is not None:
+            digest = hashlib.sha256(scales.statistics.to_bytes()).hexdigest()
+            self.identity = {"statistics": digest}
 
     def steps(
         self, finished: Mapping[int | None, Statistics], on_observed: OnObserved
@@ -153,25 +141,18 @@ class Live:
             yield self.plan.shards_of(layer)
 
 
-def _digest(statistics: Statistics) -> str:
-    return hashlib.sha256(statistics.to_bytes()).hexdigest()
-
-
 def choose_run(
     plan: Plan, source: Source, observation: Observation, out: OutputFolder, ranks: Ranks
 ) -> Run:
     """Choose the strategy to execute `plan`. A live model is observed here already.
 
-    Args:
-        plan: The plan to execute.
-        source: The source of the plan.
-        observation: The settings for observing activations.
-        out: The output folder. It also holds the activations that memory has no room for.
-        ranks: The ranks that share the calibration.
+    `out` also holds the activations that memory has no room for.
     """
-    scales = None
-    if observation.config.statistics is not None:
-        scales = _scales_of_earlier_run(plan, observation.config.statistics)
+    scales, saved = None, observation.config.statistics
+    if saved is not None:
+        statistics = saved if isinstance(saved, Statistics) else Statistics.load(Path(saved))
+        scales = ActivationScales(plan, statistics)
+        scales.check_fit()
     if source.model is not None:
         if plan.needs_calibration and scales is None:
             with source.agreeing():
@@ -180,19 +161,19 @@ def choose_run(
         return Live(plan, source, scales)
     if scales is not None or not plan.needs_calibration:
         return AtOnce(source, scales)
-    available = memory_available() // ranks.local_size
-    room = max((available - plan.calibration_memory) // 2, LEAST_ACTIVATION_MEMORY)
     limit = observation.config.activation_memory
-    data = _data(plan, source, observation)
-    device = observation.device
-    has_room = _check_spill(plan, data, room if limit is None else limit, out.folder, ranks)
+    if limit is None:
+        available = memory_available() // ranks.local_size
+        limit = max((available - plan.calibration_memory) // 2, LEAST_ACTIVATION_MEMORY)
+    data, device = _data(plan, source, observation), observation.device
+    has_room = _check_spill(plan, data, limit, out.folder, ranks)
     batches = range(ranks.rank, len(data.batches), ranks.size)
     calibration = Calibration(
         plan,
         source,
         data,
         device=device,
-        activation_memory=room if limit is None else limit,
+        activation_memory=limit,
         scratch=out.folder,
         saved=SavedActivations(out.state.activations, batches, device) if has_room else None,
         threads=observation.threads,
@@ -224,14 +205,6 @@ def _check_spill(
         )
     saved = SAVED_LAYERS * 4 * elements * ranks.local_size
     return needed + saved <= free
-
-
-def _scales_of_earlier_run(plan: Plan, saved: str | Path | Statistics) -> ActivationScales:
-    """Return the scales that follow from the statistics of an earlier run, all of them checked."""
-    statistics = saved if isinstance(saved, Statistics) else Statistics.load(Path(saved))
-    scales = ActivationScales(plan, statistics)
-    scales.check_fit()
-    return scales
 
 
 def _data(plan: Plan, source: Source, observation: Observation) -> CalibrationData:

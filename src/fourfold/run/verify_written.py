@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fourfold.distributed.machine import threads_available
-from fourfold.distributed.ranks import Ranks
 from fourfold.errors import FourfoldError
 from fourfold.events import OnEvent
 from fourfold.execution import LinearResult
@@ -26,23 +25,18 @@ def verify_written(
     """
     if not (job.run.is_writer and job.is_finisher):
         return None
-    is_readable = not job.source.is_sharded
+    is_readable, threads = not job.source.is_sharded, job.backend.threads
+    if job.ranks.local_size > 1:  # the other ranks have finished
+        threads = min(threads * job.ranks.local_size, threads_available())
     report = verify(
         job.folder.folder,
         source=job.source if is_readable else None,
-        threads=_threads(job.backend.threads, job.ranks),
+        threads=threads,
         on_event=on_event,
     )
     if is_readable:
         check_ledger(plan, linears, report, job.folder)
     return report
-
-
-def _threads(workers: int, ranks: Ranks) -> int:
-    """The threads of all ranks of this machine, since the other ranks have finished."""
-    return (
-        workers if ranks.local_size == 1 else min(workers * ranks.local_size, threads_available())
-    )
 
 
 def check_ledger(
