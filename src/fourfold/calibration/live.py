@@ -36,17 +36,9 @@ ForwardLoop = Callable[[Any], object]
 
 
 def held_layers(plan: Plan, source: Source) -> Iterator[int | None]:
-    """Bring one decoder layer after the other into memory, then the non-layer tensors.
+    """Bring one decoder layer after the other into memory, then (None) the non-layer tensors.
 
-    All ranks that share the model must iterate together.
-
-    Args:
-        plan: The plan to execute.
-        source: The model in memory. Only rank 0 keeps what it gathers.
-
-    Yields:
-        The layer that is in memory until the next one is asked for; None for the non-layer
-        tensors.
+    All ranks that share the model must iterate together; only rank 0 keeps what it gathers.
     """
     for layer in (*range(len(plan.inventory.layer_paths)), None):
         shards = (plan.shards[number] for number in plan.shards_of(layer))
@@ -62,17 +54,9 @@ def held_layers(plan: Plan, source: Source) -> Iterator[int | None]:
 def observe_live(
     plan: Plan, source: Source, forward_loop: ForwardLoop | CalibrationData
 ) -> ActivationScales:
-    """Observe a model in memory while it reads calibration data.
+    """Observe a model in memory while it reads data; return the scales of all ranks' activations.
 
     Meanwhile the model is in evaluation mode and computes no gradients; afterwards it is as before.
-
-    Args:
-        plan: The plan, which says what to observe.
-        source: The model in memory.
-        forward_loop: The caller's loop, or the calibration data to call the model on.
-
-    Returns:
-        The scales of all ranks' activations.
 
     Raises:
         ObservationError: If the loop does not call the model, or an input site saw no tokens.
@@ -83,8 +67,7 @@ def observe_live(
     if source.is_sharded:
         statistics = merged(_of_all_ranks(source, statistics))
     scales = ActivationScales(plan, statistics)
-    for layer in (None, *range(len(plan.inventory.layer_paths))):
-        scales.check(layer)
+    scales.check_all()
     return scales
 
 
@@ -92,7 +75,6 @@ def _observed(
     plan: Plan, source: Source, forward_loop: ForwardLoop | CalibrationData
 ) -> Statistics:
     """Return the statistics of this process."""
-    data = forward_loop if isinstance(forward_loop, CalibrationData) else None
     calls = _SeenCalls()
     with _evaluating(source.model), ExitStack() as stack:
         observers = stack.enter_context(observing(plan, source.model, source.module_tree))
@@ -107,10 +89,10 @@ def _observed(
             "`model(input_ids=…)`, not a part of it."
         )
     all_experts = plan.recipe.calibration.all_experts
-    if data is None:
-        summary = calls.summary(all_experts)
+    if isinstance(forward_loop, CalibrationData):
+        summary = data_summary(forward_loop, all_experts=all_experts)
     else:
-        summary = data_summary(data, all_experts=all_experts)
+        summary = calls.summary(all_experts)
     statistics = Statistics(summary, model=model_summary(plan))
     observers.take(statistics)
     return statistics
@@ -147,14 +129,8 @@ class _SeenCalls:
         self.tokens += int(mask.sum())
 
     def summary(self, all_experts: bool) -> DataSummary:
-        return DataSummary(
-            "forward_loop",
-            self.digest.hexdigest(),
-            self.samples,
-            self.seq,
-            self.tokens,
-            all_experts,
-        )
+        digest = self.digest.hexdigest()
+        return DataSummary("forward_loop", digest, self.samples, self.seq, self.tokens, all_experts)
 
 
 @contextmanager

@@ -73,11 +73,7 @@ class Observers:
             yield
 
     def see(self, attention_mask: Tensor | None) -> None:
-        """Note which tokens the call that runs from now on reads.
-
-        Args:
-            attention_mask: `[B, S]`, 0 for padding; None if no token is padding.
-        """
+        """Note the mask `[B, S]`, 0 for padding, of the call that runs from now on."""
         self.mask_T = None
         if attention_mask is not None and not bool(attention_mask.all()):
             self.mask_T, self.mask_shape = attention_mask.reshape(-1).bool(), attention_mask.shape
@@ -132,12 +128,9 @@ class Observers:
         return rows
 
     def see_kv(self, layer: str, keys: Tensor, values: Tensor) -> None:
-        """Observe the keys and values that attention puts into its cache.
+        """Observe keys and values `[B, heads, S, width]` that a decoder layer puts into its cache.
 
-        Args:
-            layer: Path of the decoder layer.
-            keys: `[B, heads, S, width]`, after rotary embedding.
-            values: `[B, heads, S, width]`; the width may be another.
+        Keys are those after rotary embedding; the width of values may be another.
         """
         if self._is_ignored(layer):
             return
@@ -162,11 +155,7 @@ class Observers:
                 yield statistic, {tensor: states[tensor] for tensor in shapes}
 
     def take(self, statistics: Statistics) -> None:
-        """Move what was collected into `statistics`, on the CPU.
-
-        Raises:
-            ObservationError: A site read NaN or Inf.
-        """
+        """Move what was collected into `statistics`; `ObservationError` if NaN or Inf is in it."""
         for site, states in self.states.items():
             statistics.sites[site] = {name: _finite(site, states[name]) for name in sorted(states)}
         self.states.clear()

@@ -46,14 +46,7 @@ def observing(plan: Plan, model: Any, tree: ModuleTree) -> Iterator[Observers]:
 
 
 def read_batch(model: Any, batch: Batch, device: torch.device, cache: Any = None) -> None:
-    """Call a model (the part that is `runnable`) on a batch.
-
-    Args:
-        model: The model. Inside `ending_at_the_head`, it computes no logits.
-        batch: The samples.
-        device: The device of the inputs.
-        cache: The cache of keys and values to use; None for no cache.
-    """
+    """Call a model (the part that is `runnable`) on a batch, with a cache of keys and values."""
     inputs: dict[str, Any] = {
         "input_ids": batch.input_ids.to(device),
         "attention_mask": batch.attention_mask.to(device),

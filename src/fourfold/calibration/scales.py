@@ -57,7 +57,7 @@ class ActivationScales:
         """The largest input of a linear layer, or of all experts of an experts module."""
         if linear.expert is None:
             single = self.statistics.linear_of(linear.module)
-            return single.amax if single is not None else None
+            return None if single is None else single.amax
         amaxes = self._expert_amaxes(linear)
         return None if amaxes is None else float(amaxes.max())
 
@@ -92,15 +92,9 @@ class ActivationScales:
         return None if amaxes is None else float(amaxes[linear.expert])
 
     def statistics_of(self, linear: LinearWeight, needs: frozenset[str]) -> dict[str, Tensor]:
-        """Return the statistics of the inputs that a linear weight itself saw.
+        """Return the statistics `needs` of the inputs that a linear weight itself saw.
 
-        Args:
-            linear: The linear weight. The inputs of a routed expert are the rows routed to it.
-            needs: Names of statistics.
-
-        Returns:
-            The tensors of the statistics' states, by the tensors' names; zeros if no row reached
-            the weight.
+        These are the tensors of their states, by name; zeros if no row reached the weight.
         """
         tensors: dict[str, Tensor] = {}
         for name in needs:
@@ -151,6 +145,11 @@ class ActivationScales:
             if job.layer == layer:
                 self.kv(job)
 
+    def check_all(self) -> None:
+        """Raise `ObservationError` if anything that is needed was not observed."""
+        for layer in (None, *range(len(self.plan.inventory.layer_paths))):
+            self.check(layer)
+
     def check_fit(self) -> None:
         """Raise `CalibrationError` if the statistics are not of this plan's model."""
         model, wanted = self.statistics.model, model_summary(self.plan)
@@ -184,8 +183,7 @@ class ActivationScales:
                     f"{linear.name}: recipe {self.plan.recipe.name} needs the statistic {name}, "
                     f"which {FILE} does not hold. Calibrate again, with --calib."
                 )
-        for layer in (None, *range(len(self.plan.inventory.layer_paths))):
-            self.check(layer)
+        self.check_all()
 
 
 def _kv_scale(amax: float) -> float:

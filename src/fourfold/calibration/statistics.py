@@ -22,6 +22,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -92,31 +93,28 @@ class Statistics:
     @property
     def experts(self) -> dict[str, ExpertsStatistics]:
         """Amaxes and counts of the experts modules, by module path."""
-        paths = (name.removesuffix(".gate_up") for name in self.sites if _is_gate_up(name))
+        paths = (name.removesuffix(".gate_up") for name in self.sites if name.endswith(".gate_up"))
         return {path: experts for path in paths if (experts := self.experts_of(path)) is not None}
 
     @property
     def linears(self) -> dict[str, LinearStatistics]:
         """Amax and row count of the linear layers, by module path."""
-        return {
-            name: LinearStatistics(float(state["amax"]), int(state["tokens"]))
-            for name, state in self.sites.items()
-            if _is_small(state) and state["amax"].ndim == 0
-        }
+        return {path: linear for path in self.sites if (linear := self.linear_of(path)) is not None}
 
     @property
     def kv(self) -> dict[str, tuple[float, float]]:
         """The largest key and the largest value, by path of the decoder layer."""
-        return {
-            name.removesuffix(".kv"): self.kv_of(name.removesuffix(".kv"))
+        layers = (
+            name.removesuffix(".kv")
             for name, state in self.sites.items()
-            if name.endswith(".kv") and not _is_small(state)
-        }
+            if name.endswith(".kv") and "tokens" not in state
+        )
+        return {layer: self.kv_of(layer) for layer in layers}
 
     def experts_of(self, path: str) -> ExpertsStatistics | None:
         """Amaxes and counts of one experts module; None if they were not collected."""
         state = self.sites.get(f"{path}.gate_up", {})
-        if not _is_small(state) or state["amax"].ndim == 0:
+        if not state.keys() >= SMALL or state["amax"].ndim == 0:
             return None
         down = self.sites.get(f"{path}.down", {}).get("amax", torch.zeros_like(state["amax"]))
         return ExpertsStatistics(state["tokens"], state["amax"], down)
@@ -124,7 +122,7 @@ class Statistics:
     def linear_of(self, path: str) -> LinearStatistics | None:
         """Amax and row count of one linear layer; None if it saw nothing."""
         state = self.sites.get(path, {})
-        if not _is_small(state) or state["amax"].ndim != 0:
+        if not state.keys() >= SMALL or state["amax"].ndim != 0:
             return None
         return LinearStatistics(float(state["amax"]), int(state["tokens"]))
 
@@ -136,8 +134,17 @@ class Statistics:
     def add(self, other: Statistics) -> None:
         """Merge in the statistics of another layer, or of other data."""
         for name, state in other.sites.items():
-            mine = self.sites.get(name, {})
-            self.sites[name] = merged_states([mine, state])
+            self.sites[name] = merged_states([self.sites.get(name, {}), state])
+
+    @property
+    def summaries(self) -> dict[str, Any]:
+        """The summaries of data and model, as JSON can hold them."""
+        return {"data": asdict(self.data), "model": asdict(self.model)}
+
+    @classmethod
+    def of(cls, summaries: Mapping[str, Any], sites: Sites) -> Statistics:
+        """Return the statistics at some sites, given their `summaries`."""
+        return cls(DataSummary(**summaries["data"]), sites, ModelSummary(**summaries["model"]))
 
     def drop_large(self) -> None:
         """Drop all statistics but the small ones."""
@@ -159,8 +166,7 @@ class Statistics:
             for name, tensor in sorted(state.items())
             if statistic_of(name).name in SMALL
         }
-        summaries = {"data": asdict(self.data), "model": asdict(self.model)}
-        head = json.dumps(summaries, ensure_ascii=False, sort_keys=True)
+        head = json.dumps(self.summaries, ensure_ascii=False, sort_keys=True)
         # One key only: safetensors writes several in random order.
         return bytes(save(tensors, metadata={FORMAT: head}))
 
@@ -193,9 +199,7 @@ class Statistics:
         head = json.loads(data[8 : 8 + size]).get("__metadata__", {}).get(FORMAT)
         if head is None:
             raise ValueError(f"it is no {FORMAT!r}")
-        summaries = json.loads(head)
-        data_summary, model = DataSummary(**summaries["data"]), ModelSummary(**summaries["model"])
-        return Statistics(data_summary, _sites_in_file(tensors), model)
+        return cls.of(json.loads(head), _sites_in_file(tensors))
 
 
 def merged_states(states: Sequence[State]) -> State:
@@ -214,8 +218,7 @@ def merged_states(states: Sequence[State]) -> State:
 def reduced(ranks: Ranks, sites: Sites) -> Sites:
     """Merge the states that all ranks have collected; each rank may have seen other sites."""
     result: Sites = {}
-    operations: tuple[Reduction, ...] = ("max", "sum")
-    for op in operations:
+    for op in get_args(Reduction):
         tensors = {
             f"{site}:{name}": tensor
             for site, state in sites.items()
@@ -226,14 +229,6 @@ def reduced(ranks: Ranks, sites: Sites) -> Sites:
             site, _, name = key.rpartition(":")
             result.setdefault(site, {})[name] = tensor
     return result
-
-
-def _is_small(state: State) -> bool:
-    return state.keys() >= {"amax", "tokens"}
-
-
-def _is_gate_up(site: str) -> bool:
-    return site.endswith(".gate_up")
 
 
 # --- calibration.safetensors --------------------------------------------------------------------
@@ -278,13 +273,9 @@ def data_summary(data: CalibrationData, *, all_experts: bool) -> DataSummary:
 
 
 def merged(parts: Sequence[Statistics]) -> Statistics:
-    """Merge the statistics of several ranks.
-
-    Parts that were collected from the same data, which the ranks have shared out, are statistics of
-    that data; otherwise the summaries of the data are merged, too.
-    """
-    summaries = {part.data: part.data for part in parts}
-    statistics = Statistics(_merged_data(list(summaries)), model=parts[0].model)
+    """Merge the statistics of several ranks, and the summaries of their data if they differ."""
+    summaries = list(dict.fromkeys(part.data for part in parts))
+    statistics = Statistics(_merged_data(summaries), model=parts[0].model)
     for part in parts:
         statistics.add(part)
     return statistics

@@ -7,15 +7,14 @@ again. Unlike `calibration.safetensors`, a file holds every statistic, also larg
 from __future__ import annotations
 
 import json
-import os
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from fourfold.calibration.statistics import DataSummary, ModelSummary, Sites, Statistics
+from fourfold.calibration.statistics import Sites, Statistics
+from fourfold.storage.atomic import partial_of, sync
 
 NON_LAYER = "non-layer"
 """The file name of the statistics of modules outside the decoder layers."""
@@ -39,13 +38,12 @@ class StatisticsStore:
             for site, state in statistics.sites.items()
             for name, tensor in state.items()
         }
-        summary = {"data": asdict(statistics.data), "model": asdict(statistics.model)}
-        file = self._file(layer)
-        partial = file.with_name(f".{file.name}.partial")
-        save_file(tensors, partial, metadata={SUMMARY: json.dumps(summary)})
-        _sync(partial)
+        file = self.folder / f"{NON_LAYER if layer is None else f'layer-{layer:05d}'}.safetensors"
+        partial = partial_of(file)
+        save_file(tensors, partial, metadata={SUMMARY: json.dumps(statistics.summaries)})
+        sync(partial)
         partial.replace(file)
-        _sync(self.folder)
+        sync(self.folder)
 
     def load(self) -> dict[int | None, Statistics]:
         """Read every layer that was stored. A damaged file counts as absent."""
@@ -56,25 +54,12 @@ class StatisticsStore:
                 statistics[None if name == NON_LAYER else int(name)] = _read(file)
         return statistics
 
-    def _file(self, layer: int | None) -> Path:
-        name = NON_LAYER if layer is None else f"layer-{layer:05d}"
-        return self.folder / f"{name}.safetensors"
-
 
 def _read(file: Path) -> Statistics:
     sites: Sites = {}
     with safe_open(file, framework="pt") as opened:
-        summary = json.loads(opened.metadata()[SUMMARY])
+        summaries = json.loads(opened.metadata()[SUMMARY])
         for key in opened.keys():  # noqa: SIM118 (not a mapping)
             site, _, name = key.rpartition(SEPARATOR)
             sites.setdefault(site, {})[name] = opened.get_tensor(key)
-    return Statistics(DataSummary(**summary["data"]), sites, ModelSummary(**summary["model"]))
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return Statistics.of(summaries, sites)
