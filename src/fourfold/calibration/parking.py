@@ -25,6 +25,7 @@ import inspect
 import os
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
@@ -38,7 +39,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fourfold.calibration.activations import ActivationStore, weakly
 from fourfold.errors import OutputError
-from fourfold.storage.open_files import read_full
+from fourfold.storage.open_files import read_full, write_full
 
 SMALL = 1 << 16
 """Storages of fewer bytes are not worth moving, unless the limit is small, too."""
@@ -83,7 +84,8 @@ class Parking(ActivationStore):
     _seen: dict[int, list[StorageWeakRef]] = field(default_factory=dict)
     """By call, the storages that were moved when it paused last."""
     _file: int = -1
-    _free: list[tuple[int, int]] = field(default_factory=list)
+    _free: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
+    """By size, the positions in the file that can be used again."""
     _end: int = 0
 
     def __post_init__(self) -> None:
@@ -120,10 +122,9 @@ class Parking(ActivationStore):
             if self._file >= 0:
                 os.close(self._file)
                 self._file = -1
-            self._parked.clear()
-            for known in (self._own, self._shared, self._seen):
+            for known in (self._parked, self._own, self._shared, self._seen, self._free):
                 known.clear()
-            self._free, self._end, self.resident = [], 0, 0
+            self._end = self.resident = 0
 
     def _still_held(self, call: int) -> Iterator[torch.UntypedStorage]:
         """The storages that were moved when this call paused last, and that are still alive."""
@@ -170,15 +171,14 @@ class Parking(ActivationStore):
             away.in_memory = None
         elif away.in_file is not None:
             self._read(away.in_file, target)
-            self._free.append((away.in_file, away.nbytes))
+            self._free[away.nbytes].append(away.in_file)
             away.in_file = None
 
     def _write(self, data: torch.Tensor) -> int:
         position = self._place_for(data.numel())
-        view, done = _memory_of(data), 0
+        view = _memory_of(data)
         try:
-            while done < len(view):
-                done += os.pwrite(self._open(), view[done:], position + done)
+            write_full(self._open(), view, position)
         except OSError as error:
             raise OutputError(
                 f"{self._where()}: no room for the activations of waiting samples: "
@@ -199,10 +199,8 @@ class Parking(ActivationStore):
             target.copy_(data)
 
     def _place_for(self, nbytes: int) -> int:
-        for index, (position, size) in enumerate(self._free):
-            if size == nbytes:
-                del self._free[index]
-                return position
+        if self._free[nbytes]:
+            return self._free[nbytes].pop()
         position, self._end = self._end, self._end + nbytes
         return position
 

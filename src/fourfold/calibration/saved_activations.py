@@ -23,8 +23,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
@@ -53,29 +55,21 @@ class SavedActivations:
     """Stores the output of the last finished layer of every call. A run has one such object."""
 
     def __init__(self, folder: Path, batches: Sequence[int], device: str = "cpu") -> None:
-        """Describe the store; nothing is read or written yet.
-
-        Args:
-            folder: The store's folder.
-            batches: For each call of this rank, the number of its batch among those of all ranks.
-            device: The device that the model runs on.
-        """
-        self.folder, self.batches, self.device = folder, batches, device
+        """Describe the store; nothing is read or written yet."""
+        self.folder, self.device = folder, device
+        self.batches = batches
+        """For each call of this rank, the number of its batch among those of all ranks."""
         self.first = 0
         """The first layer that computes; 0 if all layers compute."""
         self.matches = True
         """False if a call has reached `first` with other inputs than when it was saved."""
         self.is_saving = True
-        self._start: dict[int, dict[int, tuple[StorageWeakRef, int]]] = {}
+        self.start_of: dict[int, dict[int, tuple[StorageWeakRef, int]]] = {}
         """For each call, the storages that it held at its first layer, with the versions of their
         tensors, by the storages' identities."""
 
     def find(self, finished: Collection[int | None]) -> None:
-        """Set `first` to the last layer whose inputs are stored for every batch.
-
-        Args:
-            finished: Layers with complete statistics.
-        """
+        """Set `first` to the last layer behind finished ones whose inputs are stored in full."""
         layer = 0
         while layer in finished:
             layer += 1
@@ -85,42 +79,31 @@ class SavedActivations:
     def start_over(self) -> None:
         """Let all layers compute, because the stored outputs do not fit."""
         self.first = 0
-        self._start.clear()
+        self.start_of.clear()
 
     @contextmanager
     def skipping(self, layers: Sequence[nn.Module], call: Callable[[], int]) -> Iterator[None]:
         """Let layers before `first` return stored outputs, or tensors without data, meanwhile.
 
-        Args:
-            layers: The decoder layers.
-            call: Returns the number of the call that runs now.
+        `call` returns the number of the call that runs now.
         """
 
-        def forward(index: int) -> Any:
-            def stored(*_: Any, **__: Any) -> Any:
-                is_last = index == self.first - 1
-                return self._read(call(), has_data=is_last)
-
-            return stored
+        def stored(index: int, *_: Any, **__: Any) -> Any:
+            return self._read(call(), has_data=index == self.first - 1)
 
         for index in range(self.first):
-            layers[index].forward = forward(index)
+            layers[index].forward = partial(stored, index)
         try:
             yield
         finally:
             for index in range(self.first):
                 del layers[index].forward
 
-    def has_started(self, call: int) -> bool:
-        """True if `start` was called for a call."""
-        return call in self._start
-
     def start(self, call: int, layer: int, inputs: Any, held: Any, output: Any) -> None:
         """Record the tensors that a call holds at the first of its layers that computes.
 
         Args:
-            call: The call's number.
-            layer: The layer's index.
+            call, layer: The numbers of both.
             inputs: The arguments that the layer is called with.
             held: Everything that the model's frames hold, and the arguments of the call itself.
             output: The output of the layer before, if that layer computed nothing.
@@ -128,7 +111,7 @@ class SavedActivations:
         if self.first:
             self.matches &= layer == self.first and self._digest(call) == digest_of(inputs)
         stored = _storages(output)
-        self._start[call] = {
+        self.start_of[call] = {
             identity: (StorageWeakRef(tensor.untyped_storage()), tensor._version)  # type: ignore[no-untyped-call]
             for identity, tensor in _storages((inputs, held)).items()
             if identity not in stored
@@ -140,8 +123,7 @@ class SavedActivations:
         """Save the output of the layer that a call has just passed, at the layer after it.
 
         Args:
-            call: The call's number.
-            layer: The index of the layer that the call has reached.
+            call, layer: The numbers of the call, and of the layer that it has reached.
             inputs: The arguments that this layer is called with.
             held: `inputs`, and everything that the model's frames hold except its parameters.
             last: Index and output of the layer that the call has just passed.
@@ -157,7 +139,7 @@ class SavedActivations:
 
     def _is_known(self, call: int, values: Any, last: Any) -> bool:
         """True if the call has had each tensor since its first layer, or from the last output."""
-        start, output = self._start[call], _storages(last)
+        start, output = self.start_of[call], _storages(last)
         return all(
             identity in output or (identity in start and start[identity][1] == tensor._version)
             for identity, tensor in _storages(values).items()
@@ -165,26 +147,19 @@ class SavedActivations:
 
     def finished(self, layer: int) -> None:
         """Remove what is saved for layers up to `layer`, whose statistics are stored."""
-        folders = self.folder.glob("layer-*")
-        self._remove(
-            folder for folder in folders if int(folder.name.removeprefix("layer-")) <= layer
-        )
+        for folder in self.folder.glob("layer-*"):
+            number = int(folder.name.removeprefix("layer-"))
+            if number <= layer:
+                for batch in self.batches:  # every rank removes its own files
+                    self._file(number, batch).unlink(missing_ok=True)
 
     def stop_saving(self) -> None:
         """Save nothing more, and remove what was saved."""
         self.is_saving = False
-        self._remove(self.folder.glob("layer-*"))
-
-    def _remove(self, folders: Iterable[Path]) -> None:
-        for folder in folders:
-            for batch in self.batches:  # every rank removes its own files
-                (folder / self._name(batch)).unlink(missing_ok=True)
-
-    def _name(self, batch: int) -> str:
-        return f"batch-{batch:05d}.safetensors"
+        self.finished(sys.maxsize)
 
     def _file(self, layer: int, batch: int) -> Path:
-        return self.folder / f"layer-{layer:05d}" / self._name(batch)
+        return self.folder / f"layer-{layer:05d}" / f"batch-{batch:05d}.safetensors"
 
     def _save(self, call: int, layer: int, output: Any, inputs: Any) -> None:
         tensors: list[torch.Tensor] = []
@@ -244,11 +219,9 @@ def _decode(value: Mapping[str, Any], tensor: Any) -> Any:
 def digest_of(value: Any) -> str:
     """Return a digest of a value, including all tensors in it and the attributes of objects.
 
-    Of functions, classes and modules, only the names count. An object without attributes counts by
-    its `repr`. If that contains an address, the digest differs in every process.
-
-    Args:
-        value: Any value. The bytes of tensors count, except for those on the meta device.
+    Of functions, classes and modules, only the names count; of tensors on the meta device, only
+    shapes. An object without attributes counts by its `repr`. If that contains an address, the
+    digest differs in every process.
     """
     digest = xxhash.xxh3_128()
     for piece in _pieces(value, set()):

@@ -104,12 +104,7 @@ class StreamedModel:
         return sum(self.held.tensors[key].nbytes for key in self._keys[layer])
 
     def load(self, layer: int | None, source: Source | None = None) -> None:
-        """Load a decoder layer, or the non-layer tensors for None.
-
-        Args:
-            layer: The layer's index.
-            source: Where to read the tensors, under the same names; by default the model's source.
-        """
+        """Load a decoder layer, or for None the non-layer tensors, from `source` or the model's."""
         keys = self._keys[layer]
         lazy = {key: LazyTensor(partial((source or self.held).read, key)) for key in keys}
         load_tensors(self.tree.conversion, lazy, device=self.device, dtype=self.dtype)
@@ -117,10 +112,8 @@ class StreamedModel:
             self.model.tie_weights()
 
     def free(self, layer: int | None) -> None:
-        """Free the parameters of a layer, or the non-layer tensors; buffers stay."""
-        modules = [self.model] if layer is None else [self.layers[layer]]
-        for module in modules:
-            free_parameters(module)
+        """Free the parameters of a layer, or for None those of the whole model; buffers stay."""
+        free_parameters(self.model if layer is None else self.layers[layer])
         self.held.release()
         give_back_memory()
 
@@ -136,8 +129,8 @@ class StreamedModel:
         calls: Sequence[Call],
         *,
         store: ActivationStore | None = None,
-        on_resume: Callable[[int], None] | None = None,
-        on_layer: Callable[[int, Pass], None] | None = None,
+        on_resume: Callable[[int], object] = lambda _: None,
+        on_layer: Callable[[int, Pass], object] = lambda *_: None,
         keep_embeddings: bool = True,
         inputs: Iterable[torch.Tensor] = (),
         replacement: Callable[[int], Source] | None = None,
@@ -161,19 +154,11 @@ class StreamedModel:
                 or tried to.
         """
         with ExitStack() as stack:
-            running = _Running(self, calls, store or InMemoryActivations(), on_resume, saved)
-            stack.callback(self._free_all)
+            store = store or InMemoryActivations()
+            running = _Running(self, calls, store, on_resume, saved, replacement is not None)
+            stack.callback(self.free, None)
             stack.callback(running.end)
-            for index, layer in enumerate(self.layers):
-                hook = layer.register_forward_pre_hook(
-                    partial(running.pause, index), with_kwargs=True, prepend=True
-                )
-                stack.callback(hook.remove)
-                if saved is not None:
-                    after = layer.register_forward_hook(partial(running.note_output, index))
-                    stack.callback(after.remove)
-            running.keeps_inputs = replacement is not None
-            on_layer = on_layer or _ignore_layer
+            running.attach(stack)
             self.load(None)
             if saved is not None and saved.first:
                 self._skip_finished(running, saved, inputs)
@@ -184,32 +169,38 @@ class StreamedModel:
             if not keep_embeddings:
                 self._free_embeddings()
             while running.waiting:
-                for index in range(len(self.layers)):
-                    if not running.before(index):
-                        continue
-                    self.load(index)
-                    on_layer(index, Pass.FIRST)
-                    if replacement is None:
-                        running.pass_layer(index)
-                        yield index
-                    else:
-                        running.run_module(index)
-                        yield index
-                        free_parameters(self.layers[index])
-                        self.load(index, replacement(index))
-                        on_layer(index, Pass.REPLAY)
-                        running.pass_layer(index)
-                    self.free(index)
+                for layer in range(len(self.layers)):
+                    if running.before(layer):
+                        yield from self._run_layer(running, layer, on_layer, replacement)
+
+    def _run_layer(
+        self,
+        running: _Running,
+        layer: int,
+        on_layer: Callable[[int, Pass], object],
+        replacement: Callable[[int], Source] | None,
+    ) -> Generator[int]:
+        self.load(layer)
+        on_layer(layer, Pass.FIRST)
+        if replacement is None:
+            running.pass_layer(layer)
+            yield layer
+        else:
+            running.run_module(layer)
+            yield layer
+            free_parameters(self.layers[layer])
+            self.load(layer, replacement(layer))
+            on_layer(layer, Pass.REPLAY)
+            running.pass_layer(layer)
+        self.free(layer)
 
     def _skip_finished(
         self, running: _Running, saved: SavedActivations, inputs: Iterable[torch.Tensor]
     ) -> None:
         """Start every call behind the finished layers, if that is exact; otherwise start over."""
         running.is_skipping = True
-        with (
-            saved.skipping(self.layers, running.current),
-            suppress(ModelError, SafetensorError, OSError),
-        ):
+        is_skipping = saved.skipping(self.layers, running.current)
+        with is_skipping, suppress(ModelError, SafetensorError, OSError):
             running.begin(inputs)
         running.is_skipping = False
         if not saved.matches or running.before(saved.first) != list(running.numbers.values()):
@@ -223,10 +214,6 @@ class StreamedModel:
             if not any(path.startswith(f"{layer}.") for layer in self.tree.layers):
                 free_parameters(self.model.get_submodule(path))
 
-    def _free_all(self) -> None:
-        free_parameters(self.model)
-        self.held.release()
-
 
 class Pass(Enum):
     """Why a layer runs."""
@@ -234,10 +221,6 @@ class Pass(Enum):
     FIRST = "first"
     REPLAY = "replay"
     """Once more, with the replaced weights."""
-
-
-def _ignore_layer(layer: int, why: Pass) -> None:
-    pass
 
 
 class _Running:
@@ -248,8 +231,9 @@ class _Running:
         streamed: StreamedModel,
         calls: Sequence[Call],
         store: ActivationStore,
-        on_resume: Callable[[int], None] | None,
+        on_resume: Callable[[int], object],
         saved: SavedActivations | None,
+        keeps_inputs: bool,
     ) -> None:
         self.model, self.layers, self.calls = streamed.model, streamed.layers, calls
         self.store, self.on_resume, self.saved = store, on_resume, saved
@@ -260,13 +244,24 @@ class _Running:
         self.numbers: dict[greenlet, int] = {}
         self.waiting: dict[int, int] = {}
         """By call, the layer before which it is paused."""
-        self.keeps_inputs = False
+        self.keeps_inputs = keeps_inputs
         self.inputs: dict[int, tuple[Any, Any]] = {}
         """By call, the arguments of the layer before which it is paused."""
         self.runs_module = False
         """True while a layer's module runs by itself, and not as part of a call."""
         self.outputs: dict[int, tuple[int, Any]] = {}
         """By call, index and output of the layer that it passed last."""
+
+    def attach(self, stack: ExitStack) -> None:
+        """Set the hooks of all layers, until the stack is closed."""
+        for index, layer in enumerate(self.layers):
+            before = layer.register_forward_pre_hook(
+                partial(self.pause, index), with_kwargs=True, prepend=True
+            )
+            stack.callback(before.remove)
+            if self.saved is not None:
+                after = layer.register_forward_hook(partial(self.note_output, index))
+                stack.callback(after.remove)
 
     def begin(self, inputs: Iterable[torch.Tensor]) -> None:
         """Start every call; each runs to its first pause."""
@@ -292,8 +287,7 @@ class _Running:
     def run_module(self, layer: int) -> None:
         """Run a layer's module on copies of the arguments of all calls that pause before it."""
         for number in self.before(layer):
-            if self.on_resume is not None:
-                self.on_resume(number)
+            self.on_resume(number)
             self.store.fetch(number)
             args, kwargs = copied(self.inputs[number])
             self.runs_module = True
@@ -306,8 +300,7 @@ class _Running:
             self.store.park(number, self.inputs[number])
 
     def _switch(self, number: int) -> None:
-        if self.on_resume is not None:
-            self.on_resume(number)
+        self.on_resume(number)
         self.coordinator = getcurrent()
         self.threads[number].parent = self.coordinator
         # no_grad here, not in the call: it belongs to the thread, which all calls share.
@@ -366,7 +359,7 @@ class _Running:
     ) -> None:
         """Save the output of the layer before, or note what the call holds at its first one."""
         last = self.outputs.pop(number, None)
-        if saved.has_started(number):
+        if number in saved.start_of:
             tensors = tensors_in((inputs, held_by_model(frame)))
             held = [tensor for tensor in tensors if not self.store.is_own(tensor)]
             saved.save(number, layer, inputs, held, last)
@@ -452,7 +445,5 @@ def _keys_of_units(
 
 
 def _layer_of(target: str, layers: Iterable[str]) -> int | None:
-    for index, layer in enumerate(layers):
-        if target.startswith(f"{layer}."):
-            return index
-    return None
+    indices = (index for index, layer in enumerate(layers) if target.startswith(f"{layer}."))
+    return next(indices, None)
