@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from families import FAMILIES, quiet, read_back
-from fourfold.calibration.activations import ActivationStore, InMemoryActivations
+from fourfold.calibration.activations import ActivationStore
 from fourfold.calibration.kv_cache import recording_cache
 from fourfold.calibration.observers import Observers
 from fourfold.calibration.parking import Parking
@@ -384,7 +384,7 @@ def run_streamed(
     """
     model, tree = streamed.model, streamed.tree
     trace, statistics = Trace(), Statistics(DataSummary("random", "", 0, 0, 0))
-    store = Parking(limit=LIMIT, smallest=SMALL) if evicting else InMemoryActivations()
+    store = Parking(limit=LIMIT, smallest=SMALL) if evicting else ActivationStore()
     observers = Observers(model, tree.experts, tree.linears)
     present = [0, 0]
 

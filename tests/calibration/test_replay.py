@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fourfold
 from families import quiet
-from fourfold.calibration.activations import ActivationStore, InMemoryActivations
+from fourfold.calibration.activations import ActivationStore
 from fourfold.calibration.data import Batch, CalibrationData
 from fourfold.calibration.kv_cache import recording_cache
 from fourfold.calibration.layerwise import Calibration
@@ -90,7 +90,7 @@ def call(trace: Trace, number: int, batch: dict[str, Tensor], has_cache: bool, m
     part(**batch, **kwargs)
 
 
-@pytest.mark.parametrize("store", [InMemoryActivations(), Parking(limit=0)], ids=["memory", "file"])
+@pytest.mark.parametrize("store", [ActivationStore(), Parking(limit=0)], ids=["memory", "file"])
 @pytest.mark.parametrize("has_cache", [False, True], ids=["bare", "with a cache"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_replay_is_the_dequantized_model(

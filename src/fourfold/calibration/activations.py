@@ -1,13 +1,12 @@
-"""Stores for the activations of paused calls: the interface, and the store in memory.
+"""Stores for the activations of paused calls: the interface, which is the store in memory.
 
 A call that pauses before a decoder layer keeps its hidden states, masks and rotary embeddings
-alive. `InMemoryActivations` leaves them where they are. `parking.Parking` moves them off the
-device and, beyond a limit, to a file.
+alive. `ActivationStore` leaves them where they are. `parking.Parking` moves them off the device
+and, beyond a limit, to a file.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from types import FrameType
 from typing import Any
@@ -16,13 +15,8 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 
-class ActivationStore(ABC):
+class ActivationStore:
     """Keeps what paused calls hold. Calls are numbered; one of them runs at a time."""
-
-    peak: int = 0
-    """The most bytes of paused calls that the store has kept in memory, as far as it knows."""
-    written: int = 0
-    """Bytes that the store has written to a file."""
 
     def __init__(self) -> None:
         self._own: dict[int, StorageWeakRef] = {}
@@ -38,7 +32,6 @@ class ActivationStore(ABC):
         """True for a tensor of the model's own, or of the caller's."""
         return tensor.untyped_storage()._cdata in self._own
 
-    @abstractmethod
     def park(self, call: int, inputs: Any, frame: FrameType | None = None) -> None:
         """Store what a call holds, which pauses now.
 
@@ -48,26 +41,11 @@ class ActivationStore(ABC):
             frame: The innermost frame of the call; None if it has not run since it paused last.
         """
 
-    @abstractmethod
     def fetch(self, call: int) -> None:
         """Restore everything that a call holds: it is about to run."""
 
-    @abstractmethod
     def close(self) -> None:
         """End the run. Tensors that are still referenced are restored."""
-
-
-class InMemoryActivations(ActivationStore):
-    """Leaves everything where it is."""
-
-    def park(self, call: int, inputs: Any, frame: FrameType | None = None) -> None:
-        pass
-
-    def fetch(self, call: int) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 def weakly(storage: torch.UntypedStorage) -> StorageWeakRef:

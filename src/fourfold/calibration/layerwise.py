@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fourfold.calibration.activations import ActivationStore, InMemoryActivations
+from fourfold.calibration.activations import ActivationStore
 from fourfold.calibration.data import Batch, CalibrationData
 from fourfold.calibration.kv_cache import recording_cache
 from fourfold.calibration.observers import Observers
@@ -72,17 +72,14 @@ class Calibration:
         """Build the model; nothing is read or run yet.
 
         Args:
-            plan: What to observe.
-            source: The checkpoint.
-            data: The calibration data.
+            plan, source, data: What to observe, in which checkpoint, and what it reads.
             device: The device that the model runs on.
             activation_memory: Bytes of paused activations to keep in memory; None for no limit.
             scratch: The folder for the file with the activations beyond that.
             threads: PyTorch's threads while the model runs; None leaves them as they are.
             ranks: The ranks that share the batches. A batch stays whole, so its statistics are the
                 same whichever rank runs it.
-            saved: Where the outputs of finished layers are stored, so that a run that resumes does
-                not compute them again.
+            saved: Where the outputs of finished layers are stored, for a run that resumes.
             on_event: Called with a `LayerCalibrated` for every layer.
             quantized: Propagates quantized inputs: returns a source of the dequantized weights of
                 a layer after `units` has yielded it, under the names of `source`. Later layers
@@ -106,7 +103,7 @@ class Calibration:
         likely = LIKELY_BYTES * elements * self.plan.inventory.hidden_size
         on_cpu = self.streamed.device.type == "cpu"
         if on_cpu and (limit is None or likely <= limit):
-            return InMemoryActivations()
+            return ActivationStore()
         return Parking(limit=limit, folder=scratch)
 
     @property

@@ -38,6 +38,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from fourfold.calibration.activations import weakly
 from fourfold.calibration.parking import tensors_in
 
 OUTPUT, INPUTS = "output", "inputs"
@@ -112,7 +113,7 @@ class SavedActivations:
             self.matches &= layer == self.first and self._digest(call) == digest_of(inputs)
         stored = _storages(output)
         self.start_of[call] = {
-            identity: (StorageWeakRef(tensor.untyped_storage()), tensor._version)  # type: ignore[no-untyped-call]
+            identity: (weakly(tensor.untyped_storage()), tensor._version)
             for identity, tensor in _storages((inputs, held)).items()
             if identity not in stored
         }

@@ -42,7 +42,7 @@ from greenlet import getcurrent, greenlet
 from safetensors import SafetensorError
 from torch import nn
 
-from fourfold.calibration.activations import ActivationStore, InMemoryActivations
+from fourfold.calibration.activations import ActivationStore
 from fourfold.calibration.parking import held_by_model, tensors_in
 from fourfold.calibration.saved_activations import SavedActivations
 from fourfold.distributed.machine import cache_few_kernels, give_back_memory
@@ -154,7 +154,7 @@ class StreamedModel:
                 or tried to.
         """
         with ExitStack() as stack:
-            store = store or InMemoryActivations()
+            store = store or ActivationStore()
             running = _Running(self, calls, store, on_resume, saved, replacement is not None)
             stack.callback(self.free, None)
             stack.callback(running.end)

@@ -98,9 +98,8 @@ def shards_per_layer(
     It is the requested number, else that of an unfinished run in the folder, else one for each
     rank that has a part of the layer.
     """
-    begun = _setting_of_unfinished_run(folder, "shards", "for each layer")
-    known = [count for count in ranks.gather(begun) if count is not None]
-    return requested or (known[0] if known else source.ranks_per_layer or ranks.size)
+    begun = _setting_of_unfinished_run(folder, ranks, "shards", "for each layer")
+    return requested or begun or source.ranks_per_layer or ranks.size
 
 
 def calibration_threads(folder: OutputFolder, ranks: Ranks, requested: int | None) -> int | None:
@@ -109,20 +108,21 @@ def calibration_threads(folder: OutputFolder, ranks: Ranks, requested: int | Non
     It is the requested number, else that of an unfinished run in the folder, else that of rank 0;
     None for a single rank, which leaves PyTorch as it is.
     """
-    begun = _setting_of_unfinished_run(folder, "calibration", "threads")
-    settings = ranks.gather([begun, torch.get_num_threads()])
-    known = [threads for threads, _ in settings if threads is not None]
-    return requested or (known[0] if known else settings[0][1] if ranks.size > 1 else None)
+    begun = _setting_of_unfinished_run(folder, ranks, "calibration", "threads")
+    threads: int = ranks.gather(torch.get_num_threads())[0]
+    return requested or begun or (threads if ranks.size > 1 else None)
 
 
-def _setting_of_unfinished_run(folder: OutputFolder, *path: str) -> int | None:
-    """Return a number from the identity of the run that could be resumed."""
-    if folder.overwrite or not folder.state.has_finished_shards:
-        return None
-    value: Any = folder.state.identity
-    for name in path:
-        value = value.get(name) if isinstance(value, dict) else None
-    return value if isinstance(value, int) else None
+def _setting_of_unfinished_run(
+    folder: OutputFolder, ranks: Ranks, part: str, name: str
+) -> int | None:
+    """Return a number from the identity of the run that could be resumed on any rank."""
+    value = None
+    if not folder.overwrite and folder.state.has_finished_shards:
+        settings = (folder.state.identity or {}).get(part)
+        value = settings.get(name) if isinstance(settings, dict) else None
+    known = [value for value in ranks.gather(value) if isinstance(value, int)]
+    return known[0] if known else None
 
 
 def assign_shards(

@@ -7,7 +7,6 @@ to. Everything else in OUT belongs to the user.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from fourfold.errors import OutputError
 from fourfold.storage.names import CONFIG, SUMMARY
-from fourfold.storage.run_state import STATE, RunState, differences, names_in
+from fourfold.storage.run_state import STATE, RunState, differences, names_in, read_record
 
 SHOWN_DIFFERENCES = 3
 
@@ -83,8 +82,4 @@ def check_not_in_the_way(out: Path, files: Sequence[str], earlier: Collection[st
 
 def earlier_files(out: Path, state: RunState) -> list[str]:
     """Return the files that an earlier run lists as its own, finished or not."""
-    try:
-        summary = json.loads((out / SUMMARY).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        summary = None
-    return list(dict.fromkeys([*names_in(state.run), *names_in(summary)]))
+    return list(dict.fromkeys([*names_in(state.run), *names_in(read_record(out / SUMMARY))]))

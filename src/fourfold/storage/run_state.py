@@ -51,7 +51,7 @@ class RunState:
     @property
     def run(self) -> dict[str, Any] | None:
         """The contents of run.json; None if there is no unfinished run, or no readable one."""
-        return _read(self.folder / RUN)
+        return read_record(self.folder / RUN)
 
     @property
     def identity(self) -> dict[str, Any] | None:
@@ -104,7 +104,7 @@ class RunState:
 
     def token_of(self, rank: int) -> str | None:
         """The token that a rank gave when it took its lock."""
-        return (_read(self.folder / f"rank-{rank:05d}.json") or {}).get("token")
+        return (read_record(self.folder / f"rank-{rank:05d}.json") or {}).get("token")
 
     def begin(self, run: Mapping[str, Any]) -> None:
         """Record the identity of the run, and remove the records of an earlier one."""
@@ -122,7 +122,7 @@ class RunState:
 
     def finished_shards(self) -> dict[str, dict[str, Any]]:
         """Return the records of finished shards, by name. Unreadable ones count as missing."""
-        records = {path.stem: _read(path) for path in self._records()}
+        records = {path.stem: read_record(path) for path in self._records()}
         return {name: record for name, record in records.items() if record is not None}
 
     def _records(self) -> list[Path]:
@@ -160,12 +160,12 @@ class RunState:
             self.folder.rmdir()
 
     def _held_by(self, lock: Path) -> str:
-        holder = _read(lock.with_suffix(".json"))
+        holder = read_record(lock.with_suffix(".json"))
         who = f"process {holder.get('pid')} on {holder.get('host')}" if holder else "a process"
         return f"{self.out}: {who} is writing it. Wait for it, stop it, or choose another folder."
 
 
-def _read(file: Path) -> dict[str, Any] | None:
+def read_record(file: Path) -> dict[str, Any] | None:
     """Read a JSON object; None if there is none that can be read."""
     try:
         value = json.loads(file.read_bytes()) if file.is_file() else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,6 @@ from fourfold.storage.atomic import partial_of, sync
 from fourfold.storage.disk import writing
 from fourfold.storage.open_files import write_full
 from fourfold.storage.safetensors_header import build_header, nbytes_of
-
-DIGEST_BYTES = 1 << 22
-"""Files are read in pieces of this size for their digest."""
 
 METADATA = {"format": "pt", "producer": f"fourfold {__version__}"}
 
@@ -50,7 +48,8 @@ class ShardFile:
     def finish(self) -> str:
         """Flush the file to the disk and give it its name; return the digest of its bytes."""
         with writing(self.path):
-            digest = _digest_of(self._descriptor)
+            with open(self._descriptor, "rb", closefd=False) as file:
+                digest = file_digest(file, xxhash.xxh3_128).hexdigest()
             os.fsync(self._descriptor)
             self.close()
             partial_of(self.path).replace(self.path)
@@ -66,24 +65,12 @@ class ShardFile:
 
 def digest_of_file(path: Path) -> str | None:
     """Return the XXH3 digest of a file's bytes; None for a link and for what cannot be read."""
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(path, "rb", opener=lambda file, mode: os.open(file, mode | flags)) as file:
+            return file_digest(file, xxhash.xxh3_128).hexdigest()
     except OSError:
         return None
-    try:
-        return _digest_of(descriptor)
-    except OSError:
-        return None
-    finally:
-        os.close(descriptor)
-
-
-def _digest_of(descriptor: int) -> str:
-    digest, buffer, position = xxhash.xxh3_128(), bytearray(DIGEST_BYTES), 0
-    while count := os.preadv(descriptor, [buffer], position):
-        digest.update(memoryview(buffer)[:count])
-        position += count
-    return digest.hexdigest()
 
 
 def index_of(shards: Iterable[tuple[str, Mapping[str, Any]]], total_size: int) -> dict[str, Any]:
