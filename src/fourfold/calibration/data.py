@@ -84,13 +84,8 @@ class CalibrationData:
     def preview(self, tokenizer: Any, characters: int = 200) -> str:
         """Return the beginning of the first sample, without padding and special tokens.
 
-        Args:
-            tokenizer: Decodes the ids. If it is None, the ids themselves are returned as text.
-            characters: The text is cut after this many characters.
-
-        Returns:
-            Text that can be printed: control characters, which could move a terminal's cursor,
-            are replaced.
+        Without a tokenizer, the ids themselves are the text. Control characters, which could move
+        a terminal's cursor, are replaced.
         """
         first = self.batches[0]
         ids: list[int] = first.input_ids[0][first.attention_mask[0].bool()].tolist()
@@ -101,9 +96,8 @@ class CalibrationData:
             with quiet():
                 text = tokenizer.decode(ids, skip_special_tokens=True).strip()
         printable = _CONTROLS.sub("\ufffd", text)
-        if len(printable) <= characters:
-            return printable
-        return printable[:characters].rstrip() + "…"
+        is_short = len(printable) <= characters
+        return printable if is_short else printable[:characters].rstrip() + "…"
 
 
 def load_calibration(
@@ -123,8 +117,7 @@ def load_calibration(
         vocab_size: The number of rows of the model's embedding.
         max_positions: The longest sequence that the model takes; None if it has no limit.
         trust_remote_code: True if the tokenizer's own code may run.
-        tokenizer_hint: Why the model cannot have a tokenizer, and how to give it one; None if it
-            can.
+        tokenizer_hint: See `Source.tokenizer_hint`.
 
     Raises:
         CalibrationError: If the data cannot be read, does not fit the model, or is less than
@@ -219,15 +212,8 @@ def shuffled(documents: list[list[int]], seed: int) -> list[list[int]]:
 def pack(documents: list[list[int]], seq: int, first: list[int]) -> list[list[int]]:
     """Join the documents, and cut them into samples of `seq` ids that begin with `first`.
 
-    Args:
-        documents: Token ids of each document.
-        seq: The length of a sample, more than that of `first`.
-        first: The token that the tokenizer begins every text with, or nothing.
-
-    Returns:
-        Samples of `seq` ids. Ids at the end that do not fill a sample are dropped.
+    Ids at the end that do not fill a sample are dropped.
     """
-    assert len(first) < seq
     stream = list(chain.from_iterable(documents))
     samples: list[list[int]] = []
     start = 0
@@ -247,10 +233,7 @@ def _choose(
     seq: int,
     origin: str,
 ) -> list[list[int]]:
-    """Return the first samples, as many as are needed.
-
-    Fewer are an error only if `calib_size` asks for more, or if there are none.
-    """
+    """Return the first samples, as many as are needed or `calib_size` lets there be."""
     size = config.calib_size or DEFAULT_SIZE
     if len(samples) >= size or (samples and config.calib_size is None):
         return samples[:size]
@@ -286,13 +269,7 @@ def _digest(batches: tuple[Batch, ...]) -> str:
 
 
 def digest_batch(digest: hashlib._Hash, input_ids: torch.Tensor, mask: torch.Tensor) -> None:
-    """Add a batch to a digest.
-
-    Args:
-        digest: The digest to update.
-        input_ids: [B, S], in CPU memory.
-        mask: [B, S], in CPU memory.
-    """
+    """Add a batch, ids and mask `[B, S]` in CPU memory, to a digest."""
     digest.update(repr(tuple(input_ids.shape)).encode())
     for tensor in (input_ids, mask):
         digest.update(tensor.numpy().astype("<i8").tobytes())

@@ -40,18 +40,9 @@ class Encoder:
         trust_remote_code: bool = False,
         tokenizer_hint: str | None = None,
     ) -> None:
-        """Describe the model; nothing is loaded yet.
-
-        Args:
-            folder: The model's folder.
-            vocab_size: The number of rows of the model's embedding.
-            trust_remote_code: True if the tokenizer's own code may run.
-            tokenizer_hint: Why the model cannot have a tokenizer, and how to give it one.
-        """
-        self._folder = folder
-        self._vocab_size = vocab_size
-        self._trust_remote_code = trust_remote_code
-        self._tokenizer_hint = tokenizer_hint
+        """Describe the model, as `load_calibration` does; nothing is loaded yet."""
+        self._folder, self._vocab_size = folder, vocab_size
+        self._trust_remote_code, self._tokenizer_hint = trust_remote_code, tokenizer_hint
         self.loaded: Any = None
         """The tokenizer; None as long as no record has needed it."""
 
@@ -88,7 +79,7 @@ class Encoder:
         return next(valid, 0)
 
     def encode(self, record: Record, close: bool) -> list[int]:
-        """Return the ids of a record.
+        """Return the ids of a record; none for an empty document.
 
         If a record has several forms, the first of `input_ids`, `messages`, `prompt` with
         `completion` and `text` is used. Without a chat template, `messages` are used only if there
@@ -98,11 +89,8 @@ class Encoder:
             record: One document.
             close: True if the end-of-text token shall follow plain text.
 
-        Returns:
-            Ids that each have a row in the embedding; none for an empty document.
-
         Raises:
-            CalibrationError: If the record cannot be encoded for this model.
+            CalibrationError: The record cannot be encoded for this model.
         """
         content = record.content
         if "input_ids" in content:
@@ -119,8 +107,7 @@ class Encoder:
         return bool(self.tokenizer.chat_template)
 
     def _encode_text(self, record: Record, close: bool) -> list[int]:
-        text = _plain_text(record)
-        assert text is not None, "the readers only return records that can be encoded"
+        text = _plain_text(record) or ""
         if not text.strip():
             return []
         _check_unicode(record, text)

@@ -61,26 +61,20 @@ class Corpus:
 
 
 def open_corpora(names: Iterable[str], characters: int) -> list[Corpus]:
-    """Open files and datasets.
+    """Open files and datasets, or the embedded text if there are no names.
 
     Args:
-        names: Paths of files, or names of datasets. Without any, the embedded text is opened.
+        names: Paths of files, or names of datasets.
         characters: The approximate length of a record of a text file.
 
-    Returns:
-        One corpus for each name, in the same order.
-
     Raises:
-        CalibrationError: If a name is a folder or does not exist, or if a library is missing. The
-            same error is raised for broken contents when they are read.
+        CalibrationError: A name is a folder or does not exist, or a library is missing. The same
+            error is raised for broken contents when they are read.
     """
-    return [_open(name, characters) for name in names] or [_embedded()]
-
-
-def _embedded() -> Corpus:
-    documents = calibration_records()
-    records = (_record(f"{EMBEDDED}, {document['name']}", document) for document in documents)
-    return Corpus(EMBEDDED, records)
+    if corpora := [_open(name, characters) for name in names]:
+        return corpora
+    records = (_record(f"{EMBEDDED}, {entry['name']}", entry) for entry in calibration_records())
+    return [Corpus(EMBEDDED, records)]
 
 
 def _open(name: str, characters: int) -> Corpus:
@@ -127,14 +121,8 @@ def _text_records(path: Path, characters: int) -> Iterator[Record]:
 def text_pieces(file: TextIO, characters: int) -> Iterator[str]:
     """Cut a text into pieces that end with a paragraph.
 
-    A paragraph that is too long is cut at the end of a line, and a line that is too long anywhere.
-
-    Args:
-        file: The text.
-        characters: The least length of a piece; only the last one may be shorter.
-
-    Yields:
-        Pieces shorter than three times `characters`. Joined, they are the text.
+    Pieces have `characters` at least, but for the last, and less than three times as many. A
+    paragraph that is too long is cut at the end of a line, and a line that is too long anywhere.
     """
     lines: list[str] = []
     length = 0

@@ -44,11 +44,10 @@ class OutputFolder(FileWriter):
         """Describe the folder; nothing is read or written yet.
 
         Args:
-            folder: The folder to write.
-            rank: This process's rank.
-            overwrite: True starts over, and may replace what an earlier run of fourfold wrote.
+            folder, rank: The folder to write, and this process's rank.
             markers: Files of the layout that make the folder a checkpoint, beside config.json and
                 the index. They are written last and removed first.
+            overwrite: True starts over, and may replace what an earlier run of fourfold wrote.
         """
         super().__init__(folder)
         self.markers = (CONFIG, INDEX, *markers)

@@ -78,11 +78,7 @@ class RunState:
     def lock(self, token: str) -> None:
         """Make the folder and take this rank's lock, until `release`.
 
-        Args:
-            token: A word of this run's own. Other ranks see by it that they share the folder.
-
-        Raises:
-            OutputError: Another process holds the lock.
+        Other ranks see by `token`, a word of this run's own, that they share the folder.
         """
         path = Path(self._lock.lock_file)
         while self._token is None:

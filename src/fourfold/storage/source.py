@@ -16,6 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +74,7 @@ class Source(ABC):
 
     def read_bytes(self, key: str, start: int, out: Bytes) -> None:
         """Fill `out` with bytes of a tensor, from byte `start` on, whatever its dtype."""
-
-        def read_rows(first: int, last: int, rows: Bytes) -> None:
-            self.slab(key, first, last, rows)
-
-        read_rounded(read_rows, self.tensors[key].row_bytes, start, out)
+        read_rounded(partial(self.slab, key), self.tensors[key].row_bytes, start, out)
 
     def will_need(self, key: str, start: int, stop: int) -> None:  # noqa: B027  # a hook
         """Say that this slab will be read soon, so that the disk can read ahead."""
@@ -205,15 +202,12 @@ class Source(ABC):
 
 
 def read_rounded(
-    read: Callable[[int, int, Bytes], None], unit: int, start: int, out: Bytes
+    read: Callable[[int, int, Bytes], object], unit: int, start: int, out: Bytes
 ) -> None:
     """Fill `out` from byte `start` on, where only whole units of `unit` bytes can be read.
 
-    Args:
-        read: Called with the first unit, the unit after the last, and a buffer for them.
-        unit: Bytes of a unit: a row of a tensor, for example.
-        start: A byte position, counted from the first unit.
-        out: The buffer to fill. It is passed to `read` as it is if it begins and ends with a unit.
+    `read` is called with the first unit, the unit after the last, and a buffer for them: `out`
+    itself if that begins and ends with a unit.
     """
     if not len(out):
         return
