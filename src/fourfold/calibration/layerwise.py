@@ -127,16 +127,14 @@ class Calibration:
         self._kept, self._on_observed = kept or {}, on_observed
         if self.saved is not None:
             self.saved.find(self._kept)
-        count = len(self.streamed.tree.layers)
-        units: list[int | None] = [*range(count), None]
-        if all(unit in self._kept for unit in units):
-            for unit in units:
+        layers = range(len(self.streamed.tree.layers))
+        if self._kept.keys() >= {*layers, None}:
+            for unit in (*layers, None):
                 yield self._complete(unit, self._kept[unit])
                 self.statistics.drop_large()
             return
         done: set[int] = set()
-        passes = self._layers() if self.batches else self._layers_of_others()
-        with closing(passes):
+        with closing(self._layers() if self.batches else self._layers_of_others()) as passes:
             for layer, statistics in passes:
                 if layer in done:
                     raise ModelError(
@@ -146,7 +144,7 @@ class Calibration:
                 done.add(layer)
                 yield self._merge(layer, statistics)
                 self.statistics.drop_large()
-        for layer in sorted(set(range(count)) - done):
+        for layer in sorted(set(layers) - done):
             yield self._complete(layer, self._new_statistics())
         yield self._merge(None, self._last)
 
@@ -207,10 +205,11 @@ class Calibration:
     def _merge(self, unit: int | None, statistics: Statistics) -> int | None:
         """Merge a layer's statistics over the ranks, and add them to those of the run."""
         if unit in self._kept:
-            return self._complete(unit, self._kept[unit])
-        if self.batches and unit is not None:
-            self._meet(unit)
-        statistics.sites = reduced(self.ranks, statistics.sites)
+            statistics = self._kept[unit]
+        else:
+            if self.batches and unit is not None:
+                self._meet(unit)
+            statistics.sites = reduced(self.ranks, statistics.sites)
         return self._complete(unit, statistics)
 
     def _meet(self, where: int | str) -> int | str:

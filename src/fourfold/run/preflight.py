@@ -43,7 +43,7 @@ def prepare(
     check_origins(folder, source)
     parts = shards_per_layer(folder, ranks, output.shards, source)
     threads = calibration_threads(folder, ranks, runtime.threads)
-    with warming_up(recipe, source, observation.device) as failures:
+    with warming_up(recipe, source, observation.device) as warm_up:
         plan = make_plan(source, recipe, parts=parts)
         check_placed(source, plan.inventory)
         backend = choose_backend(
@@ -57,8 +57,9 @@ def prepare(
         runs_model = observation.config.statistics is None and source.model is None
         check_room(plan, folder, backend, ranks, runs_model=runs_model)
     session(PlanMade(plan))
-    if failures and backend.pool is not None:
-        backend = backend.on_cpu(failures[0])
+    error = warm_up.exception()
+    if isinstance(error, Exception) and backend.pool is not None:
+        backend = backend.on_cpu(error)
     session(BackendChosen(str(backend.choice), backend.where, backend.is_fallback))
     if backend.is_fallback and launch().local_rank == 0:
         session.warn(str(backend.choice))

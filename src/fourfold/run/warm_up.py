@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
 import torch
@@ -17,22 +17,15 @@ from fourfold.storage.source import Source
 
 
 @contextmanager
-def warming_up(recipe: Recipe, source: Source, device: str) -> Iterator[list[Exception]]:
+def warming_up(recipe: Recipe, source: Source, device: str) -> Iterator[Future[None]]:
     """Compile the kernels for the dtypes of `source` within this context.
 
-    Yields a list that holds, after the context, the error of the device's kernels if they cannot
-    run. The thread is joined even after an error, because an interpreter must not end while
-    kernels are compiled.
+    Yields what raises, after the context, the error of the device's kernels if they cannot run. The
+    thread is joined even after an error, because an interpreter must not end while kernels are
+    compiled.
     """
-    failures: list[Exception] = []
-    thread = threading.Thread(
-        target=_compile, args=(recipe, _dtypes_of(source), device, failures), name="warm-up"
-    )
-    thread.start()
-    try:
-        yield failures
-    finally:
-        thread.join()
+    with ThreadPoolExecutor(1, "warm-up") as thread:
+        yield thread.submit(_compile, recipe, _dtypes_of(source), device)
 
 
 def _dtypes_of(source: Source) -> list[torch.dtype]:
@@ -44,12 +37,7 @@ def _dtypes_of(source: Source) -> list[torch.dtype]:
     return [TORCH_DTYPES[dtype] for dtype, _ in nbytes.most_common()]
 
 
-def _compile(
-    recipe: Recipe, dtypes: list[torch.dtype], device: str, failures: list[Exception]
-) -> None:
+def _compile(recipe: Recipe, dtypes: list[torch.dtype], device: str) -> None:
     with suppress(UsageError):  # the choice of the backend reports kernels that cannot run
         warm_up(recipe.schemes, dtypes)
-    try:
-        warm_up_device(device, recipe.schemes, dtypes[:1])  # others at their first use
-    except Exception as error:
-        failures.append(error)
+    warm_up_device(device, recipe.schemes, dtypes[:1])  # others at their first use
