@@ -24,11 +24,12 @@ import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import chain, dropwhile
+from itertools import chain, dropwhile, zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from fourfold.calibration.encoding import Encoder
 from fourfold.calibration.readers import Corpus, open_corpora
@@ -170,7 +171,8 @@ def _pool(
     needed = POOL * (config.calib_size or DEFAULT_SIZE) * (seq if is_packed else 1)
     pool: list[list[int]] = []
     size = 0
-    for documents in _in_turn([_documents(corpus, encoder, close=is_packed) for corpus in corpora]):
+    for turn in zip_longest(*(_documents(corpus, encoder, close=is_packed) for corpus in corpora)):
+        documents = [document for document in turn if document is not None]
         pool += documents
         size += sum(map(len, documents)) if is_packed else len(documents)
         if size >= needed and config.files:
@@ -187,14 +189,6 @@ def _documents(corpus: Corpus, encoder: Encoder, close: bool) -> Iterator[list[i
             yield ids
     if is_empty:
         raise CalibrationError(f"{corpus.name}: contains no text. Give a file that contains text.")
-
-
-def _in_turn(iterators: list[Iterator[list[int]]]) -> Iterator[list[list[int]]]:
-    """Yield the next document of every iterator that has one, until none has."""
-    while documents := [
-        document for iterator in iterators if (document := next(iterator, None)) is not None
-    ]:
-        yield documents
 
 
 def shuffled(documents: list[list[int]], seed: int) -> list[list[int]]:
@@ -252,13 +246,9 @@ def _choose(
 
 def _batches(samples: list[list[int]], batch_size: int, pad: int) -> Iterator[Batch]:
     for start in range(0, len(samples), batch_size):
-        rows = samples[start : start + batch_size]
-        input_ids = torch.full((len(rows), max(map(len, rows))), pad, dtype=torch.int64)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, sample in enumerate(rows):
-            input_ids[row, : len(sample)] = torch.tensor(sample)
-            attention_mask[row, : len(sample)] = 1
-        yield Batch(input_ids, attention_mask)
+        rows = [torch.tensor(sample) for sample in samples[start : start + batch_size]]
+        masks = [torch.ones_like(row) for row in rows]
+        yield Batch(pad_sequence(rows, True, pad), pad_sequence(masks, True))
 
 
 def _digest(batches: tuple[Batch, ...]) -> str:

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from fourfold.calibration.reading import reads_text_twice
+
 Record = Callable[[torch.Tensor, torch.Tensor], None]
 """Called with the keys and the values of one update."""
 
@@ -24,7 +26,8 @@ def recording_cache(model: Any, record: Record) -> Any:
     """Return a cache for one call: `model(…, past_key_values=cache, use_cache=True)`."""
     recording = _new_cache(_recording(_cache_class(model)), model)
     recording.record = record
-    recording.remembers = _reads_the_encoders(model)
+    # A decoder may attend to keys that an encoder has put into their common cache.
+    recording.remembers = reads_text_twice(model) and not model.config.is_encoder_decoder
     return recording
 
 
@@ -36,12 +39,6 @@ def usual_cache(model: Any) -> Any:
 def _new_cache(cache_class: type, model: Any) -> Any:
     takes_config = "config" in inspect.signature(cache_class).parameters
     return cache_class(config=model.config) if takes_config else cache_class()
-
-
-def _reads_the_encoders(model: Any) -> bool:
-    """True if a decoder attends to keys that an encoder has put into their common cache."""
-    has_decoder = "decoder_input_ids" in inspect.signature(model.forward).parameters
-    return has_decoder and not model.config.is_encoder_decoder
 
 
 def _cache_class(model: Any) -> type:

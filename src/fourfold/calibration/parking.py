@@ -54,10 +54,8 @@ class _Away:
 
     storage: torch.UntypedStorage
     nbytes: int
-    in_memory: torch.Tensor | None = None
-    """Its bytes, if it is on another device."""
-    in_file: int | None = None
-    """The position of its bytes in the file."""
+    place: torch.Tensor | int | None = None
+    """Its bytes, or their position in the file; None if they are where they were."""
 
 
 @dataclass
@@ -146,33 +144,28 @@ class Parking(ActivationStore):
         return False
 
     def _put_away(self, away: _Away) -> None:
-        is_full = self.limit is not None and self.resident + away.nbytes > self.limit
-        on_device = away.storage.device.type != "cpu"
-        if is_full:
-            data = _as_bytes(away.storage)
-            away.in_file = self._write(data.cpu() if on_device else data)
+        if self.limit is not None and self.resident + away.nbytes > self.limit:
+            away.place = self._write(_as_bytes(away.storage).cpu())
         else:
             self.resident += away.nbytes
             self.peak = max(self.peak, self.resident)
-            if not on_device:
+            if away.storage.device.type == "cpu":
                 return
-            away.in_memory = _as_bytes(away.storage).cpu()
+            away.place = _as_bytes(away.storage).cpu()
         away.storage.resize_(0)
 
     def _bring_back(self, away: _Away) -> None:
-        if away.in_file is None:
+        if not isinstance(away.place, int):
             self.resident -= away.nbytes
-        if away.in_memory is None and away.in_file is None:
+        if away.place is None:
             return
         away.storage.resize_(away.nbytes)
-        target = _as_bytes(away.storage)
-        if away.in_memory is not None:
-            target.copy_(away.in_memory)
-            away.in_memory = None
-        elif away.in_file is not None:
-            self._read(away.in_file, target)
-            self._free[away.nbytes].append(away.in_file)
-            away.in_file = None
+        if isinstance(away.place, int):
+            self._read(away.place, _as_bytes(away.storage))
+            self._free[away.nbytes].append(away.place)
+        else:
+            _as_bytes(away.storage).copy_(away.place)
+        away.place = None
 
     def _write(self, data: torch.Tensor) -> int:
         position = self._place_for(data.numel())

@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -132,9 +133,15 @@ class Statistics:
         return key, value
 
     def add(self, other: Statistics) -> None:
-        """Merge in the statistics of another layer, or of other data."""
-        for name, state in other.sites.items():
-            self.sites[name] = merged_states([self.sites.get(name, {}), state])
+        """Merge in the statistics of another layer, or of other data; sites may lack some."""
+        for site, state in other.sites.items():
+            mine = self.sites.setdefault(site, {})
+            by_statistic: dict[Statistic, State] = defaultdict(dict)
+            for name, tensor in state.items():
+                by_statistic[statistic_of(name)][name] = tensor
+            for statistic, tensors in by_statistic.items():
+                seen = {name: mine[name] for name in tensors if name in mine}
+                mine |= statistic.merge(seen, tensors) if seen else tensors
 
     @property
     def summaries(self) -> dict[str, Any]:
@@ -200,19 +207,6 @@ class Statistics:
         if head is None:
             raise ValueError(f"it is no {FORMAT!r}")
         return cls.of(json.loads(head), _sites_in_file(tensors))
-
-
-def merged_states(states: Sequence[State]) -> State:
-    """Merge the states of one site, in order. Some may lack a statistic: they saw no row."""
-    merged: State = {}
-    for state in states:
-        by_statistic: dict[Statistic, State] = {}
-        for name, tensor in state.items():
-            by_statistic.setdefault(statistic_of(name), {})[name] = tensor
-        for statistic, tensors in by_statistic.items():
-            mine = {name: merged[name] for name in tensors if name in merged}
-            merged |= statistic.merge(mine, tensors) if mine else tensors
-    return merged
 
 
 def reduced(ranks: Ranks, sites: Sites) -> Sites:
