@@ -236,10 +236,9 @@ class Calibration:
     def _call(self, observers: Observers, batch: Batch, model: Any) -> None:
         cache = None
         if self.plan.kv_scales:
-            paths = self.streamed.tree.layers
 
             def record(keys: torch.Tensor, values: torch.Tensor) -> None:
-                observers.see_kv(paths[self._layer], keys, values)
+                observers.see_kv(self.streamed.tree.layers[self._layer], keys, values)
 
             cache = recording_cache(runnable(model), record)
         read_batch(runnable(model), batch, self.streamed.device, cache)

@@ -65,7 +65,9 @@ def observe_live(
     with source.agreeing():
         statistics = _observed(plan, source, forward_loop)
     if source.is_sharded:
-        statistics = merged(_of_all_ranks(source, statistics))
+        all_ranks: list[Statistics] = source.gather(statistics)
+        has_read_the_same = len({rank.data.digest for rank in all_ranks}) == 1
+        statistics = all_ranks[0] if has_read_the_same else merged(all_ranks)
     scales = ActivationScales(plan, statistics)
     scales.check_all()
     return scales
@@ -180,10 +182,10 @@ def _watching_calls(
     model = runnable(source.model)
     signature = inspect.signature(model.forward)
     with ExitStack() as stack:
-        stack.callback(model.register_forward_pre_hook(before, with_kwargs=True).remove)
+        stack.enter_context(model.register_forward_pre_hook(before, with_kwargs=True))
         for path in plan.inventory.layer_paths:
             layer = source.model.get_submodule(path)
-            stack.callback(layer.register_forward_pre_hook(partial(enter, path)).remove)
+            stack.enter_context(layer.register_forward_pre_hook(partial(enter, path)))
         yield
 
 
@@ -197,10 +199,3 @@ def _mask_of(ids: Any, mask: Any) -> torch.Tensor | None:
             "cannot be told from text. Give such a mask, or leave it out if nothing is padded."
         )
     return mask[:, -ids.shape[1] :]
-
-
-def _of_all_ranks(source: Source, statistics: Statistics) -> list[Statistics]:
-    """Return the statistics of all ranks; only those of rank 0 if all read the same data."""
-    all_ranks: list[Statistics] = source.gather(statistics)
-    is_same = all(rank.data.digest == all_ranks[0].data.digest for rank in all_ranks)
-    return all_ranks[:1] if is_same else all_ranks

@@ -65,10 +65,8 @@ class Observers:
         """Observe the model inside the block; restore it afterwards, also after an error."""
         with ExitStack() as stack:
             for path in self.linears:
-                hook = self.model.get_submodule(path).register_forward_pre_hook(
-                    partial(self._see_linear, path), with_kwargs=True
-                )
-                stack.callback(hook.remove)
+                module, see = self.model.get_submodule(path), partial(self._see_linear, path)
+                stack.enter_context(module.register_forward_pre_hook(see, with_kwargs=True))
             stack.enter_context(watch_experts(self.model, self.layouts, self))
             yield
 

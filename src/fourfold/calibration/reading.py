@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -81,11 +81,5 @@ def ending_at_the_head(model: Any) -> Iterator[None]:
         raise AtTheHeadError
 
     head = output_embeddings(runnable(model))
-    if head is None:
+    with nullcontext() if head is None else head.register_forward_pre_hook(end):
         yield
-        return
-    hook = head.register_forward_pre_hook(end)
-    try:
-        yield
-    finally:
-        hook.remove()

@@ -21,7 +21,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -268,20 +268,16 @@ def data_summary(data: CalibrationData, *, all_experts: bool) -> DataSummary:
 
 def merged(parts: Sequence[Statistics]) -> Statistics:
     """Merge the statistics of several ranks, and the summaries of their data if they differ."""
-    summaries = list(dict.fromkeys(part.data for part in parts))
-    statistics = Statistics(_merged_data(summaries), model=parts[0].model)
+    summaries, data = list(dict.fromkeys(part.data for part in parts)), parts[0].data
+    if len(summaries) > 1:
+        data = replace(
+            data,
+            digest=hashlib.sha256("".join(part.digest for part in summaries).encode()).hexdigest(),
+            samples=sum(part.samples for part in summaries),
+            seq=max(part.seq for part in summaries),
+            tokens=sum(part.tokens for part in summaries),
+        )
+    statistics = Statistics(data, model=parts[0].model)
     for part in parts:
         statistics.add(part)
     return statistics
-
-
-def _merged_data(parts: Sequence[DataSummary]) -> DataSummary:
-    digest = hashlib.sha256("".join(part.digest for part in parts).encode()).hexdigest()
-    return DataSummary(
-        parts[0].origin,
-        digest if len(parts) > 1 else parts[0].digest,
-        sum(part.samples for part in parts),
-        max(part.seq for part in parts),
-        sum(part.tokens for part in parts),
-        parts[0].all_experts,
-    )

@@ -255,13 +255,13 @@ class _Running:
     def attach(self, stack: ExitStack) -> None:
         """Set the hooks of all layers, until the stack is closed."""
         for index, layer in enumerate(self.layers):
-            before = layer.register_forward_pre_hook(
-                partial(self.pause, index), with_kwargs=True, prepend=True
+            before = partial(self.pause, index)
+            stack.enter_context(
+                layer.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
             )
-            stack.callback(before.remove)
             if self.saved is not None:
-                after = layer.register_forward_hook(partial(self.note_output, index))
-                stack.callback(after.remove)
+                after = partial(self.note_output, index)
+                stack.enter_context(layer.register_forward_hook(after))
 
     def begin(self, inputs: Iterable[torch.Tensor]) -> None:
         """Start every call; each runs to its first pause."""

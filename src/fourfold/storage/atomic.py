@@ -50,7 +50,7 @@ class FileWriter:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.written: list[Path] = []
+        self.written: list[str] = []
         """Files that were begun, in this order; some of them may not exist."""
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
@@ -82,7 +82,7 @@ class FileWriter:
     @contextmanager
     def _replacing(self, name: str) -> Iterator[BinaryIO]:
         path = self.folder / name
-        self.written.append(path)
+        self.written.append(name)
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as handle:

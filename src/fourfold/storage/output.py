@@ -105,7 +105,7 @@ class OutputFolder(FileWriter):
             has_run = self.state.run is not None and self.state.has_finished_shards
             if has_run and not self.overwrite:
                 self.is_begun = True
-                self._remove(map(partial_of, map(Path, files)))
+                self._remove_partial(files)
                 return
             earlier = earlier_files(self.folder, self.state)
             check_not_in_the_way(self.folder, files, set(earlier))
@@ -114,11 +114,10 @@ class OutputFolder(FileWriter):
             self.is_begun = True
             self.has_cleared = (self.folder / CONFIG).exists()
             self.remove(earlier)
-            self._remove(map(partial_of, map(Path, earlier)))
             self.state.begin({"files": list(files), "identity": identity})
 
     def shard(self, name: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> ShardFile:
-        self.written.append(self.folder / name)
+        self.written.append(name)
         return ShardFile(self.folder / name, tensors)
 
     def finish_shard(self, shard: ShardFile, record: Mapping[str, Any]) -> None:
@@ -170,24 +169,22 @@ class OutputFolder(FileWriter):
         """
         if self.state.is_mine:
             names = names_in(self.state.run) if self.is_begun else []
-            for path in [*reversed(self.written), *(self.folder / name for name in names)]:
-                partial_of(path).unlink(missing_ok=True)
-                path.unlink(missing_ok=True)
+            self.remove([*self.written, *names])
             self.release()
 
     def keep_unfinished(self) -> None:
         """Keep finished shards and their records, and nothing that makes OUT a checkpoint."""
         if self.state.is_mine:
-            for path in reversed(self.written):
-                partial_of(path).unlink(missing_ok=True)
-                if path.name in self.markers:
-                    path.unlink(missing_ok=True)
+            self.remove([name for name in self.markers if name in self.written])
+            self._remove_partial(self.written)
             self.state.release()
 
     def remove(self, files: Sequence[str]) -> None:
-        """Remove files of a checkpoint, first of all those that make the folder one."""
-        self._remove([*(marker for marker in self.markers if marker in files), *files])
-
-    def _remove(self, names: Iterable[str | Path]) -> None:
-        for name in names:
+        """Remove files, finished or not, first of all those that make the folder a checkpoint."""
+        for name in [*(marker for marker in self.markers if marker in files), *files]:
             (self.folder / name).unlink(missing_ok=True)
+        self._remove_partial(files)
+
+    def _remove_partial(self, names: Iterable[str]) -> None:
+        for name in names:
+            partial_of(self.folder / name).unlink(missing_ok=True)
