@@ -30,7 +30,7 @@ from fourfold.planning import DEFAULT_LIMITS, Action, CopyPlan, Row, lay_out
 from fourfold.recipes import DEFAULT_LAYOUT
 from fourfold.run.job import Job, index_of_plan
 from fourfold.run.preflight import check_origins, check_placed, check_room
-from fourfold.run.strategies import AtOnce
+from fourfold.run.strategies import at_once
 from fourfold.sources.safetensors import SafetensorsFolder
 from fourfold.storage.atomic import FileWriter
 from fourfold.storage.names import CONFIG, INDEX
@@ -81,7 +81,7 @@ def convert(
     backend = Backend.none(workers)
     check_room(plan, folder, backend, Alone())
     other_files = partial(_write_other_files, plan=plan, source=source)
-    job = Job(plan, source, folder, AtOnce(source, None), Alone(), backend, other_files)
+    job = Job(plan, source, folder, at_once(source), Alone(), backend, other_files)
     job.write(on_event)
     _compare(out, source, workers)
     taken = time.perf_counter() - began

@@ -1,8 +1,8 @@
 """Strategies to execute a plan: which shards can be quantized now, and from which source.
 
-AtOnce       all of them: weights only, or the statistics of an earlier run
-Streamed     layer by layer, as calibration passes through the model
-Live         layer by layer, from a model that the caller holds in memory
+at_once      all of them: weights only, or the statistics of an earlier run
+streamed     layer by layer, as calibration passes through the model
+live         layer by layer, from a model that the caller holds in memory
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -65,80 +65,58 @@ OnObserved = Callable[[int | None, Statistics], None]
 """Called with a layer and its statistics, once all ranks have observed it."""
 
 
-class Run(Protocol):
+@dataclass(frozen=True)
+class Run:
     """A strategy to execute a plan."""
 
     source: Source
     """The source that quantization reads from."""
     scales: ActivationScales | None
-    is_writer: bool
-    """True if this process writes. Other ranks of a sharded model only take part."""
-    identity: Mapping[str, Any]
+    steps: Callable[[Mapping[int | None, Statistics], OnObserved], Generator[Sequence[int] | None]]
+    """Yields the numbers of the shards that can be quantized now; None for all of them. It is given
+    the statistics that an earlier run has collected, and whom to tell of those of this run."""
+    identity: Mapping[str, Any] = field(default_factory=dict)
     """The settings that the output's bytes depend on, besides source, recipe and plan."""
-
-    def steps(
-        self, finished: Mapping[int | None, Statistics], on_observed: OnObserved
-    ) -> Generator[Sequence[int] | None]:
-        """Yield the numbers of the shards that can be quantized now; None for all of them.
-
-        Args:
-            finished: Statistics that an earlier run has collected, by layer.
-            on_observed: Called with the statistics that this run collects.
-        """
+    is_writer: bool = True
+    """True if this process writes. Other ranks of a sharded model only take part."""
 
 
-class AtOnce:
+def at_once(source: Source, scales: ActivationScales | None = None) -> Run:
     """Quantize every shard at any time: no calibration precedes it."""
 
-    def __init__(self, source: Source, scales: ActivationScales | None) -> None:
-        self.source, self.scales, self.is_writer = source, scales, True
-        self.identity: Mapping[str, Any] = {}
-        if scales is not None:
-            digest = hashlib.sha256(scales.statistics.to_bytes()).hexdigest()
-            self.identity = {"statistics": digest}
-
-    def steps(
-        self, finished: Mapping[int | None, Statistics], on_observed: OnObserved
-    ) -> Generator[None]:
+    def steps(*_: object) -> Generator[None]:
         yield None
 
+    identity = {}
+    if scales is not None:
+        identity["statistics"] = hashlib.sha256(scales.statistics.to_bytes()).hexdigest()
+    return Run(source, scales, steps, identity)
 
-class Streamed:
+
+def streamed(plan: Plan, calibration: Calibration) -> Run:
     """Calibrate layer by layer, and quantize each layer from memory once it is observed."""
 
-    def __init__(self, plan: Plan, calibration: Calibration) -> None:
-        self.plan, self.calibration = plan, calibration
-        self.source: Source = calibration.held
-        self.scales: ActivationScales | None = calibration.scales
-        self.is_writer = True
-        data = asdict(calibration.statistics.data)
-        threads = calibration.threads or torch.get_num_threads()
-        device = calibration.streamed.device.type
-        self.identity: Mapping[str, Any] = {"data": data, "device": device, "threads": threads}
-
     def steps(
-        self, finished: Mapping[int | None, Statistics], on_observed: OnObserved
+        finished: Mapping[int | None, Statistics], on_observed: OnObserved
     ) -> Generator[Sequence[int]]:
-        with closing(self.calibration.units(finished, on_observed)) as units:
-            for layer in units:
-                yield self.plan.shards_of(layer)
+        with closing(calibration.units(finished, on_observed)) as units:
+            yield from map(plan.shards_of, units)
+
+    identity = {
+        "data": asdict(calibration.statistics.data),
+        "device": calibration.streamed.device.type,
+        "threads": calibration.threads or torch.get_num_threads(),
+    }
+    return Run(calibration.held, calibration.scales, steps, identity)
 
 
-class Live:
+def live(plan: Plan, source: Source, scales: ActivationScales | None) -> Run:
     """Quantize a live model layer by layer; each layer is gathered from its devices or ranks."""
 
-    identity: Mapping[str, Any] = {}  # such a run cannot be resumed
+    def steps(*_: object) -> Generator[Sequence[int]]:
+        yield from map(plan.shards_of, held_layers(plan, source))
 
-    def __init__(self, plan: Plan, source: Source, scales: ActivationScales | None) -> None:
-        self.plan, self.source = plan, source
-        self.scales = scales
-        self.is_writer = source.rank == 0
-
-    def steps(
-        self, finished: Mapping[int | None, Statistics], on_observed: OnObserved
-    ) -> Generator[Sequence[int]]:
-        for layer in held_layers(self.plan, self.source):
-            yield self.plan.shards_of(layer)
+    return Run(source, scales, steps, is_writer=source.rank == 0)
 
 
 def choose_run(
@@ -158,9 +136,9 @@ def choose_run(
             with source.agreeing():
                 loop = observation.forward_loop or _data(plan, source, observation)
             scales = observe_live(plan, source, loop)
-        return Live(plan, source, scales)
+        return live(plan, source, scales)
     if scales is not None or not plan.needs_calibration:
-        return AtOnce(source, scales)
+        return at_once(source, scales)
     limit = observation.config.activation_memory
     if limit is None:
         available = memory_available() // ranks.local_size
@@ -180,7 +158,7 @@ def choose_run(
         ranks=ranks,
         on_event=observation.on_event,
     )
-    return Streamed(plan, calibration)
+    return streamed(plan, calibration)
 
 
 def _check_spill(
