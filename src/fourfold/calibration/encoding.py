@@ -72,9 +72,8 @@ class Encoder:
     @property
     def pad(self) -> int:
         """The id for padding: the first of pad, end of text and 0 that the embedding has."""
-        candidates: list[int | None] = []
-        if self.loaded is not None:
-            candidates = [self.loaded.pad_token_id, self.loaded.eos_token_id]
+        names = ("pad_token_id", "eos_token_id")
+        candidates: list[int | None] = [getattr(self.loaded, name, None) for name in names]
         valid = (token for token in candidates if token is not None and token < self._vocab_size)
         return next(valid, 0)
 
@@ -110,8 +109,7 @@ class Encoder:
         text = _plain_text(record) or ""
         if not text.strip():
             return []
-        _check_unicode(record, text)
-        ids = _tokenize(self.tokenizer, text)
+        ids = _tokenize(self.tokenizer, text, record.where)
         end = self.tokenizer.eos_token_id
         if close and end is not None and ids[-1:] != [end]:
             ids.append(end)
@@ -126,8 +124,7 @@ class Encoder:
                 "template. Give text, prompt and completion, or input_ids."
             )
         text = self._render(record)
-        _check_unicode(record, text)
-        return _tokenize(self.tokenizer, text, add_special_tokens=False)
+        return _tokenize(self.tokenizer, text, record.where, add_special_tokens=False)
 
     def _render(self, record: Record) -> str:
         """Apply the chat template to the messages of a record."""
@@ -176,17 +173,6 @@ def _string(record: Record, key: str) -> str:
     return value
 
 
-def _check_unicode(record: Record, text: str) -> None:
-    """JSON can escape half a surrogate pair, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise CalibrationError(
-            f"{record.where}: its text is not Unicode ({error.reason} at character {error.start}). "
-            "Remove that character."
-        ) from None
-
-
 def _chat(record: Record) -> tuple[list[Any], list[Any] | None]:
     """Return `messages` and `tools`. A template would print a missing role or content as nothing,
     so their presence is checked here."""
@@ -225,7 +211,16 @@ def _input_ids(record: Record) -> list[int]:
     return list(compress(ids, mask))
 
 
-def _tokenize(tokenizer: Any, text: str, add_special_tokens: bool = True) -> list[int]:
+def _tokenize(
+    tokenizer: Any, text: str, where: str = "", add_special_tokens: bool = True
+) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can escape half a surrogate pair
+        raise CalibrationError(
+            f"{where}: its text is not Unicode ({error.reason} at character {error.start}). "
+            "Remove that character."
+        ) from None
     # Not verbose: a text may be longer than the model takes, because it is cut afterwards.
     encoded = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
     return list(encoded["input_ids"])

@@ -115,10 +115,8 @@ class ActivationScales:
             if experts is not None and experts.unreached:
                 unreached[path] = experts.unreached
         for linear in self.plan.linears:  # experts that are linear layers of their own
-            match = SINGLE_EXPERT.search(linear.name)
-            is_single = linear.expert is None and match is not None
-            if is_single and self.statistics.linear_of(linear.module) is None:
-                assert match is not None
+            match = SINGLE_EXPERT.search(linear.name) if linear.expert is None else None
+            if match and self.statistics.linear_of(linear.module) is None:
                 numbers = unreached.setdefault(linear.name[: match.start()].rstrip("."), [])
                 if int(match["number"]) not in numbers:
                     numbers.append(int(match["number"]))

@@ -32,6 +32,7 @@ from fourfold.events import (
 from fourfold.layouts import marker_files
 from fourfold.planning import Spec, cut, shard_names
 from fourfold.reporting.page import draw_report
+from fourfold.run.result import verdict
 from fourfold.run.resume import without_times
 from fourfold.storage.atomic import COPY_BYTES
 from fourfold.storage.disk import check_disk
@@ -71,12 +72,9 @@ class Merged:
         }
 
     def __str__(self) -> str:
-        verdict = "not verified"
-        if self.report is not None:
-            verdict = "verified" if self.report.clean else "NOT CLEAN: see the findings"
         return (
             f"{self.shards_before} shards in {self.parts} folders → {self.shards} in {self.out} · "
-            f"{size(self.nbytes)} · {verdict}"
+            f"{size(self.nbytes)} · {verdict(self.report)}"
         )
 
 

@@ -71,7 +71,7 @@ class Result:
             parts.append(f"{counts.zero_block_scales:,} zero scales of {counts.block_scales:,}")
         parts.append(f"{size(self.plan.nbytes_after)} from {size(self.plan.nbytes)}")
         parts.append(
-            "parts: join them with `fourfold merge`" if self.is_part else _verdict(self.report)
+            "parts: join them with `fourfold merge`" if self.is_part else verdict(self.report)
         )
         took = f"{self.seconds:,.1f} s, {size(self.peak_resident)} of memory at the peak"
         lines = [" · ".join(parts), *self._calibration_lines(), took]
@@ -93,7 +93,8 @@ class Result:
             yield f"scales from the layer's input for {', '.join(unreached[:5])}{more}"
 
 
-def _verdict(report: Report | None) -> str:
+def verdict(report: Report | None) -> str:
+    """Return what a verification found, for a command's closing line."""
     if report is None:
         return "not verified"
     return "verified" if report.clean else "NOT CLEAN: see the findings"
