@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 from fourfold.events import Event, OnEvent, WarningIssued
 from fourfold.run.progress import default_display
@@ -13,8 +13,8 @@ from fourfold.run.signals import default_guard
 class Session:
     """Passes each event on to all listeners, and keeps the warnings."""
 
-    def __init__(self) -> None:
-        self.listeners: list[OnEvent] = []
+    def __init__(self, listeners: Sequence[OnEvent]) -> None:
+        self.listeners = listeners
         self.warnings: list[str] = []
 
     def __call__(self, event: Event) -> None:
@@ -36,12 +36,8 @@ def session(progress: bool | None, on_event: OnEvent | None) -> Iterator[Session
             terminal, or in a notebook.
         on_event: The caller's callback.
     """
-    run = Session()
-    with ExitStack() as stack:
-        if (guard := default_guard()) is not None:
-            run.listeners.append(stack.enter_context(guard))
-        if (display := default_display(progress)) is not None:
-            run.listeners.append(stack.enter_context(display))
-        if on_event is not None:
-            run.listeners.append(on_event)
-        yield run
+    with (
+        default_guard() or nullcontext() as guard,
+        default_display(progress) or nullcontext() as display,
+    ):
+        yield Session([x for x in (guard, display, on_event) if x is not None])
