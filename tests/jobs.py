@@ -1,4 +1,4 @@
-"""Jobs of `fourfold.quantize` in processes of their own, to be killed, and the bytes they leave.
+"""Jobs and commands in processes of their own, to be killed, and the bytes they leave.
 
 A process is forked from one that has imported everything, so that it costs a fraction of a second.
 """
@@ -8,7 +8,11 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
+import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import cache
@@ -40,7 +44,8 @@ def flat(**options: Any) -> dict[str, Any]:
 
 
 @cache
-def _processes() -> Any:
+def processes() -> Any:
+    """The context of multiprocessing whose processes are forked from the warm one."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["warm_jobs"])
     with mock.patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parent)):
@@ -53,7 +58,7 @@ def start(*arguments: Any, kill_at: int = 0, **options: Any) -> Any:
 
     kill_at: the job kills itself before it changes the disk for this time; never for 0.
     """
-    process = _processes().Process(target=_run, args=(arguments, options, kill_at))
+    process = processes().Process(target=_run, args=(arguments, options, kill_at))
     process.start()
     return process
 
@@ -84,6 +89,81 @@ def _kill_at(number: int) -> None:
 
     for name in DURABLE:
         setattr(os, name, counting(getattr(os, name)))
+
+
+COMMAND = """
+from fourfold.cli.app import main
+main()
+"""
+
+
+class Script:
+    """Python code that runs as `python -c CODE …` would; to be used as `subprocess.Popen` is."""
+
+    def __init__(
+        self, code: str, *arguments: object, environment: Mapping[str, str] | None = None
+    ) -> None:
+        self._outputs = Path(tempfile.mkdtemp(prefix="script-"))
+        words = ["-c", *map(str, arguments)]
+        self._process = processes().Process(
+            target=_run_script,
+            args=(code, words, dict(environment or {}), self._outputs),
+            daemon=True,
+        )
+        self._process.start()
+
+    def __enter__(self) -> Script:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.exitcode is None:
+            self._process.kill()
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self._process.pid, number)
+
+    def communicate(self, timeout: float = 120) -> tuple[str, str]:
+        """Wait for the end, and return what was printed on stdout and stderr."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            self._process.kill()
+            self._process.join()
+        out, err = ((self._outputs / name).read_text() for name in ("stdout", "stderr"))
+        shutil.rmtree(self._outputs)
+        return out, err
+
+
+def start_command(
+    *arguments: object, before: str = "", environment: Mapping[str, str] | None = None
+) -> Script:
+    """Begin `fourfold ARGUMENTS`, after Python code that the process runs first."""
+    return Script(before + COMMAND, *arguments, environment=environment)
+
+
+def _run_script(code: str, words: list[str], environment: Mapping[str, str], outputs: Path) -> None:
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        file = os.open(outputs / name, os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, number)
+        os.close(file)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.update(environment)
+    tempfile.tempdir = None  # TMPDIR may be another
+    sys.argv = words
+    try:
+        exec(compile(code, "<script>", "exec"), {"__name__": "__main__"})
+    except KeyboardInterrupt:  # the interpreter ends so, too
+        traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def only(kind: type[Event], call: Callable[[Any], object]) -> Callable[[Event], None]:

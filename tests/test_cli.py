@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from families import Truth
+from jobs import Script, start_command
 
 Written = Callable[[str], tuple[Path, Truth]]
 
@@ -472,9 +473,13 @@ def test_terminals_that_know_ascii_alone(written: Written, tmp_path: Path) -> No
 
 
 def test_closed_stdout(written: Written, tmp_path: Path) -> None:
-    command = f"{sys.executable} -m fourfold quantize {written('qwen3_moe')[0]} {tmp_path / 'out'}"
-    done = subprocess.run(f"{command} >&-", shell=True, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    """As Python starts where a shell has closed it: `fourfold … >&-`."""
+    closed = "import os, sys\nos.close(1)\nsys.stdout = None\n"
+    with start_command(
+        "quantize", written("qwen3_moe")[0], tmp_path / "out", before=closed
+    ) as process:
+        _, err = process.communicate()
+    assert process.returncode == 0, err
 
 
 def test_empty_out(run, written: Written) -> None:
@@ -482,28 +487,20 @@ def test_empty_out(run, written: Written) -> None:
 
 
 SLOW_WRITE = (
-    "import os, sys, time\n"
+    "import os, time\n"
     "pwrite = os.pwrite\n"
     "def slow(*a):\n"
     "    time.sleep(0.01)\n"
     "    return pwrite(*a)\n"
     "os.pwrite = slow\n"
-    "sys.argv = ['fourfold', 'quantize', *sys.argv[1:], '--no-verify']\n"
-    "from fourfold.cli.app import main\n"
-    "main()\n"
 )
 
 
-def start_slowly(arguments: Sequence[object]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", SLOW_WRITE, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start_slowly(model: Path, out: Path) -> Script:
+    return start_command("quantize", model, out, "--no-verify", before=SLOW_WRITE)
 
 
-def wait_for_shards(out: Path, process: subprocess.Popen[str]) -> None:
+def wait_for_shards(out: Path, process: Script) -> None:
     while process.poll() is None:
         if out.exists() and list(out.glob("model-*.safetensors")):
             return
@@ -513,10 +510,10 @@ def wait_for_shards(out: Path, process: subprocess.Popen[str]) -> None:
 
 def test_a_killed_run_leaves_nothing_that_loads(run, written: Written, tmp_path: Path) -> None:
     model, out = written("qwen3_5_moe_vl")[0], tmp_path / "out"
-    with start_slowly([model, out]) as process:
+    with start_slowly(model, out) as process:
         wait_for_shards(out, process)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.communicate()
     names = {path.name for path in out.iterdir()}
     assert not names & {"config.json", "model.safetensors.index.json"}
     check_error(run("verify", out), 2, "config.json")
@@ -529,7 +526,7 @@ def test_a_stopped_run_leaves_what_is_finished(
     number: int, code: int, written: Written, tmp_path: Path
 ) -> None:
     model, out = written("qwen3_5_moe_vl")[0], tmp_path / "out"
-    with start_slowly([model, out]) as process:
+    with start_slowly(model, out) as process:
         wait_for_shards(out, process)
         process.send_signal(number)
         _, err = process.communicate(timeout=60)

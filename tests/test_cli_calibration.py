@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 
 from families import Truth
 from fourfold.storage.run_state import RunState
+from jobs import start_command
 from test_cli import check_error, in_process
 
 Written = Callable[[str], tuple[Path, Truth]]
@@ -114,16 +113,13 @@ def test_what_a_w4a16_recipe_cannot_use(run: Run, written: Written, tmp_path: Pa
 
 
 SLOW_EXPERTS = (
-    "import sys, time\n"
+    "import time\n"
     "from fourfold.calibration.observers import Observers\n"
     "see = Observers.__call__\n"
     "def slow(*a, **k):\n"
     "    time.sleep(0.05)\n"
     "    return see(*a, **k)\n"
     "Observers.__call__ = slow\n"
-    "sys.argv = ['fourfold', 'quantize', *sys.argv[1:], '--batch-size', '1']\n"
-    "from fourfold.cli.app import main\n"
-    "main()\n"
 )
 
 
@@ -132,11 +128,9 @@ def test_a_run_that_is_stopped_while_it_observes(
     number: int, code: int, written: Written, ids: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    arguments = [written("qwen3_moe")[0], out, "-r", RECIPE, "--calib", ids, "--calib-seq", 32]
-    with subprocess.Popen(
-        [sys.executable, "-c", SLOW_EXPERTS, *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    ) as process:  # fmt: skip
+    arguments = ["-r", RECIPE, "--calib", ids, "--calib-seq", 32, "--batch-size", 1]
+    model = written("qwen3_moe")[0]
+    with start_command("quantize", model, out, *arguments, before=SLOW_EXPERTS) as process:
         while not RunState(out).has_finished_shards:
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)

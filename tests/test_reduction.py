@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 from functools import reduce
 
 import pytest
@@ -12,6 +10,7 @@ import torch
 
 import fourfold
 from fourfold.distributed.ranks import Alone, RankFailedError, RankGroup
+from jobs import Script
 from test_ranks import free_port, threads_of, together
 
 
@@ -93,17 +92,8 @@ with together.joined():
 
 def test_a_kill_while_the_others_reduce() -> None:
     port = free_port()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(port)], stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(3)
-    ]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    processes = [Script(RANK, rank, port) for rank in range(3)]
+    errors = [process.communicate()[1] for process in processes]
     codes = [process.returncode for process in processes]
     assert codes == [1, -signal.SIGKILL, 1]
     for text in (errors[0], errors[2]):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from conftest import Written
 from fourfold import Runtime
 from fourfold.events import Event, Resumed, WritingBegan
 from fourfold.run.signals import SignalGuard, StoppedError
-from jobs import W4A16, assert_same
+from jobs import W4A16, Script, assert_same
 
 SIGNALLED = """
 import os, signal, sys
@@ -43,9 +41,9 @@ finally:
 
 def signalled(model: Path, out: Path, number: int, handler: str = "python's") -> tuple[int, str]:
     """Quantize, with a signal after the first shard; the exit code, and what was printed."""
-    arguments = [sys.executable, "-c", SIGNALLED, model, out, str(number), handler]
-    done = subprocess.run([*map(str, arguments)], capture_output=True, text=True)
-    return done.returncode, done.stdout + done.stderr
+    with Script(SIGNALLED, model, out, int(number), handler) as process:
+        printed = "".join(process.communicate())
+    return int(process.returncode), printed
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import enum
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -28,7 +25,7 @@ from fourfold.config import Runtime
 from fourfold.events import Resumed, ShardWritten
 from fourfold.sources.megatron.arguments import DEFAULTS, OFF, Arguments
 from fourfold.sources.megatron.configuration import REQUIRED, configuration_of
-from jobs import flat, only
+from jobs import flat, only, start_command
 
 from .conftest import FAMILY
 from .test_source import W4A16, digests
@@ -174,25 +171,34 @@ def test_nothing_temporary_is_left(
     assert list(own.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
-)
+SLOW_INVENTORY = """
+import time
+import fourfold.planning.plan as plan
+take = plan.take_inventory
+def slow(source):
+    time.sleep(0.5)
+    return take(source)
+plan.take_inventory = slow
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_nothing_temporary_is_left_by_a_signal(
     number: signal.Signals, made: Made, tmp_path: Path
 ) -> None:
-    """The signal comes while the model is planned, which begins with a slow import."""
+    """The signal comes while the model is planned."""
     own = tmp_path / "temporary"
     own.mkdir()
+    environment = {"TMPDIR": str(own)}
     checkpoint, _ = made(common={"args": Namespace(**ARGS | EXPERTS)})
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fourfold", "quantize", str(checkpoint), str(tmp_path / "out")],
-        env={**os.environ, "TMPDIR": str(own)}, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    while not list(own.glob("fourfold-*/model")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    with start_command(
+        "quantize", checkpoint, tmp_path / "out", before=SLOW_INVENTORY, environment=environment
+    ) as process:
+        while not list(own.glob("fourfold-*/model")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, err = process.communicate()
     assert process.returncode == 128 + number
     assert f"stopped by {number.name}; nothing was written" in err
     assert list(own.iterdir()) == []
