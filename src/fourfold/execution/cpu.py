@@ -24,7 +24,7 @@ from fourfold.execution.results import LinearResult, finish_group, row_tensors
 from fourfold.formats.base import FORMATS, WeightFormat
 from fourfold.models.inventory import LinearWeight
 from fourfold.models.regions import as_slice
-from fourfold.planning import ScaleGroup, is_plain, job_bytes
+from fourfold.planning import ScaleGroup, job_bytes
 from fourfold.storage.safetensors_header import TensorInfo, nbytes_of
 from fourfold.storage.shard_file import ShardFile
 
@@ -187,7 +187,7 @@ class _Group:
 
     def _pieces(self, linear: LinearWeight) -> Sequence[_Piece]:
         region, rows = linear.region, linear.shape[0]
-        if self.is_held or not is_plain(region):
+        if self.is_held or not region.is_plain:
             return [_Piece(linear, 0, rows, region.slab)]
         row_bytes = slab_bytes(self.source.tensors[region.key], 0, 1)
         step = max(1, self.context.plan.limits.group_bytes // 4 // row_bytes)

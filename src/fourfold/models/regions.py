@@ -51,6 +51,11 @@ class Region:
             return self.expert, self.expert + 1
         return self.rows.start, self.rows.stop
 
+    @property
+    def is_plain(self) -> bool:
+        """True if consecutive rows of the matrix are consecutive rows of the raw tensor."""
+        return self.expert is None and not self.transposed and self.rows.step == 1
+
     def view(self, slab: torch.Tensor) -> torch.Tensor:
         """Return this region as a view of its slab."""
         rows = slab[:: self.rows.step] if self.expert is None else slab[0][as_slice(self.rows)]

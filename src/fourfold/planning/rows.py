@@ -11,7 +11,6 @@ from functools import cached_property
 from fourfold.formats.scheme import Scheme
 from fourfold.models.experts import Projection
 from fourfold.models.inventory import ExpertBias, LinearWeight, RawTensor
-from fourfold.models.regions import Region
 from fourfold.models.roles import Role
 from fourfold.storage.safetensors_header import BITS, nbytes_of
 
@@ -89,11 +88,6 @@ def job_bytes(job: Job) -> int:
             return job.info.nbytes
         case KVScales():
             return 0
-
-
-def is_plain(region: Region) -> bool:
-    """True if consecutive rows of the matrix are consecutive rows of the raw tensor."""
-    return region.expert is None and not region.transposed and region.rows.step == 1
 
 
 def observed_site(linear: LinearWeight) -> str:

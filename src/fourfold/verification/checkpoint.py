@@ -11,7 +11,6 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fourfold.errors import FourfoldError, SourceError, UnreadableError
+from fourfold.errors import SourceError, UnreadableError
 from fourfold.formats.base import FORMATS
 from fourfold.models.families import FAMILIES, is_stack
 from fourfold.models.roles import EMBEDDING_NAME
@@ -134,15 +133,15 @@ class Checkpoint:
         """The linears whose values can be read, ordered by name."""
         return [linear for linear in self.linears.values() if linear.is_sound]
 
-    def read(self, name: str, start: int, stop: int, out: np.ndarray[Any, Any]) -> None:
-        """Read bytes `start:stop` of a tensor into `out` (uint8)."""
+    def read(self, name: str, start: int, out: np.ndarray[Any, Any]) -> None:
+        """Fill `out` (uint8) with bytes of a tensor, from byte `start` on."""
         info = self.tensors[name]
         try:
             with self._files.descriptor(info.file) as descriptor:
                 count = read_full(descriptor, out.data, info.start + start)
         except OSError as error:
-            raise UnreadableError(str(read_error(info.file, error, name))) from error
-        if count < stop - start:
+            raise read_error(info.file, error, name) from error
+        if count < len(out):
             raise UnreadableError(
                 f"{info.file}: ended while {name} was read. Start again when nothing writes to it."
             )
@@ -152,7 +151,7 @@ class Checkpoint:
         if name not in self._scalars:
             info = self.tensors[name]
             buffer = np.empty(info.nbytes, dtype=np.uint8)
-            self.read(name, 0, info.nbytes, buffer)
+            self.read(name, 0, buffer)
             self._scalars[name] = float(torch.from_numpy(buffer).view(info.torch_dtype).float())
         return self._scalars[name]
 
@@ -169,30 +168,18 @@ class Checkpoint:
         self._files.close()
 
 
-@contextmanager
-def unreadable() -> Iterator[None]:
-    """Turn any error inside into an `UnreadableError` (exit code 2): nothing can be verified."""
-    try:
-        yield
-    except UnreadableError:
-        raise
-    except FourfoldError as error:
-        raise UnreadableError(str(error)) from error
-
-
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Read the headers and the configuration of the checkpoint in `folder`.
 
     Raises:
-        UnreadableError: if they cannot be read, or state no layout that is known.
+        SourceError: They cannot be read, or state no layout that is known.
     """
-    with unreadable():
-        if not folder.is_dir():
-            raise UnreadableError(f"{folder}: no such folder. Give a checkpoint's folder.")
-        config = read_config(folder)
-        reader = reader_of(folder, config)
-        files = _find_files(folder)
-        return Checkpoint(folder, config, reader, files, _read_tensors(files))
+    if not folder.is_dir():
+        raise UnreadableError(f"{folder}: no such folder. Give a checkpoint's folder.")
+    config = read_config(folder)
+    reader = reader_of(folder, config)
+    files = _find_files(folder)
+    return Checkpoint(folder, config, reader, files, _read_tensors(files))
 
 
 def _find_files(folder: Path) -> Files:
@@ -225,8 +212,8 @@ def _is_statistics(file: Path) -> bool:
 
 def _inside(folder: Path, name: object) -> str:
     path = PurePosixPath(str(name))
-    odd = path.is_absolute() or ".." in path.parts or bool(set("\\\0") & set(str(name)))
-    if odd or not isinstance(name, str):
+    leaves = path.is_absolute() or ".." in path.parts or bool(set("\\\0") & set(str(name)))
+    if leaves or not isinstance(name, str):
         raise UnreadableError(
             f"{folder / INDEX}: points to {name!r}, outside the folder. Do not trust it."
         )

@@ -26,8 +26,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median_low
 
@@ -44,7 +44,6 @@ from fourfold.formats.nvfp4.tensors import (
     error_energy,
     quantize_into,
 )
-from fourfold.models.regions import Region
 from fourfold.storage.source import Source
 from fourfold.verification.checkpoint import Checkpoint, block_scales, packed_shape
 from fourfold.verification.groups import fused_groups
@@ -61,8 +60,6 @@ OUTLIER, OUTLIER_OF_MEDIAN, OUTLIER_OF_REFERENCE = 0.15, 1.8, 2.0
 _NUMBERS = re.compile(r"\d+")
 
 Bytes = npt.NDArray[np.uint8]
-RowFunction = Callable[[Pair, int, Tensor], tuple[float, float]]
-"""Arguments: a pair, the first row of a chunk, and that chunk of the source's weight [rows, in]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +94,9 @@ class _Slab:
     start: int
     stop: int
     pairs: tuple[Pair, ...]
-    row: int = 0
+    row: int
+    nbytes: int
+    """Bytes read to compare it, of both sides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +106,8 @@ class _Piece:
     copy: Copy
     start: int
     stop: int
+    nbytes: int
+    """Bytes read to compare it, of both sides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +118,8 @@ class _Suspect:
     group: tuple[Pair, ...]
     error: LinearError
     usual: float
+    nbytes: int = 0
+    """What is read again does not count as progress."""
 
 
 class Comparison:
@@ -127,132 +130,97 @@ class Comparison:
 
     def total_bytes(self, matching: Matching) -> int:
         """Return the number of bytes that the comparison reads, of both sides."""
-        pieces = (piece for copy in matching.copies for piece in self._pieces(copy))
-        slabs = self.slabs(matching.pairs)
-        return sum(map(self.piece_bytes, pieces)) + sum(map(self.slab_bytes, slabs))
+        copied = sum(piece.nbytes for piece in self._pieces(matching.copies))
+        return copied + sum(slab.nbytes for slab in self._slabs(matching.pairs))
 
     # ------------------------------------------------------------------------- copied tensors
 
     def copies(self, copies: Sequence[Copy]) -> Iterator[Finding]:
         """Compare copied tensors bit for bit."""
-        differing: dict[str, tuple[Copy, int]] = {}
-        pieces = [piece for copy in copies for piece in self._pieces(copy)]
-        for piece, count in self.workers.run(self._compare_bits, pieces, self.piece_bytes):
+        differing: Counter[Copy] = Counter()
+        for piece, count in self.workers.run(self._compare_bits, [*self._pieces(copies)]):
+            differing[piece.copy] += count
+        for copy, count in differing.items():
             if count:
-                before = differing.get(piece.copy.name, (piece.copy, 0))[1]
-                differing[piece.copy.name] = (piece.copy, before + count)
-        for name, (copy, count) in differing.items():
-            info = self.checkpoint.tensors[name]
-            text = f"{count:,} of {info.nbytes:,} bytes differ from {copy.key} in the source"
-            yield finding("copied-bits-differ", name, text)
+                nbytes = self.checkpoint.tensors[copy.name].nbytes
+                text = f"{count:,} of {nbytes:,} bytes differ from {copy.key} in the source"
+                yield finding("copied-bits-differ", copy.name, text)
 
-    def _pieces(self, copy: Copy) -> Iterator[_Piece]:
-        if copy.region is not None:
-            yield _Piece(copy, *copy.region.slab)
-            return
-        info = self.source.tensors[copy.key]
-        if not info.nbytes:
-            return
-        step = max(1, CHUNK_BYTES // max(1, self._row_bytes(copy.key)))
-        for start in range(0, info.rows, step):
-            yield _Piece(copy, start, min(start + step, info.rows))
-
-    def _row_bytes(self, key: str) -> int:
-        return self.source.tensors[key].row_bytes
-
-    def piece_bytes(self, piece: _Piece) -> int:
-        """Return the number of bytes read to compare `piece`, of both sides."""
-        theirs = self._row_bytes(piece.copy.key) * (piece.stop - piece.start)
-        region = piece.copy.region
-        return 2 * theirs if region is None else theirs + self._copy_bytes(piece.copy)
-
-    def _copy_bytes(self, copy: Copy) -> int:
-        return self.checkpoint.tensors[copy.name].nbytes
+    def _pieces(self, copies: Sequence[Copy]) -> Iterator[_Piece]:
+        for copy in copies:
+            info = self.source.tensors[copy.key]
+            if copy.region is not None:
+                start, stop = copy.region.slab
+                ours = self.checkpoint.tensors[copy.name].nbytes
+                yield _Piece(copy, start, stop, info.row_bytes * (stop - start) + ours)
+            elif info.nbytes:
+                for start, stop in _cut(0, info.rows, info.row_bytes):
+                    yield _Piece(copy, start, stop, 2 * info.row_bytes * (stop - start))
 
     def _compare_bits(self, piece: _Piece) -> int:
         """The number of bytes that differ."""
         copy, region = piece.copy, piece.copy.region
-        row = self._row_bytes(copy.key)
         if region is None:
+            row = self.source.tensors[copy.key].row_bytes
             first = piece.start * row
             bits = self.workers.buffers.take("slab", row * (piece.stop - piece.start))
             self.source.read_bytes(copy.key, first, bits)
         else:
             first, slab = 0, self._read_slab(copy.key, piece.start, piece.stop)
             bits = region.view(slab).contiguous().reshape(-1).view(torch.uint8).numpy()
-        ours = self.workers.buffers.read(
-            "copied", self.checkpoint, copy.name, first, first + len(bits)
-        )
+        ours = self.workers.buffers.read("copied", self.checkpoint, copy.name, first, len(bits))
         return _count_different(ours, bits)
 
     def _read_slab(self, key: str, start: int, stop: int) -> Tensor:
-        buffer = self.workers.buffers.take("slab", self._row_bytes(key) * (stop - start))
-        return self.source.slab(key, start, stop, buffer)
+        nbytes = self.source.tensors[key].row_bytes * (stop - start)
+        return self.source.slab(key, start, stop, self.workers.buffers.take("slab", nbytes))
 
     # ---------------------------------------------------------------------- quantized weights
 
     def errors(self, pairs: Sequence[Pair]) -> list[LinearError]:
         """Return the error of each pair, in order."""
         sums: dict[str, list[float]] = {pair.linear.name: [0.0, 0.0] for pair in pairs}
-        for slab, energies in self.workers.run(self._energies, self.slabs(pairs), self.slab_bytes):
+        for slab, energies in self.workers.run(self._energies, self._slabs(pairs)):
             for pair, (error, energy) in zip(slab.pairs, energies, strict=True):
                 sums[pair.linear.name][0] += error
                 sums[pair.linear.name][1] += energy
         return [_linear_error(pair, *sums[pair.linear.name]) for pair in pairs]
 
-    def slabs(self, pairs: Iterable[Pair]) -> list[_Slab]:
-        """Return the slabs to read: one for pairs that share it, several for a plain matrix."""
+    def _slabs(self, pairs: Iterable[Pair]) -> list[_Slab]:
+        """The slabs to read: one for pairs that share it, several for a plain matrix."""
         by_slab: dict[tuple[str, int, int], list[Pair]] = defaultdict(list)
         for pair in pairs:
             by_slab[pair.region.key, *pair.region.slab].append(pair)
         slabs: list[_Slab] = []
         for (key, start, stop), group in by_slab.items():
-            region, step = group[0].region, stop - start
-            if len(group) == 1 and _is_plain(region):
-                step = max(1, CHUNK_BYTES // max(1, self._row_bytes(key)))
-            slabs += [
-                _Slab(key, first, min(first + step, stop), tuple(group), first - start)
-                for first in range(start, stop, step)
-            ]
+            row, members = self.source.tensors[key].row_bytes, tuple(group)
+            packed = [x.linear.parts[part] for x in group for part in (WEIGHT, BLOCK_SCALE)]
+            ours = sum(info.nbytes for info in packed)
+            is_cut = len(group) == 1 and group[0].region.is_plain
+            for first, last in _cut(start, stop, row) if is_cut else [(start, stop)]:
+                share = ours * (last - first) // (stop - start) if is_cut else ours
+                nbytes = row * (last - first) + share
+                slabs.append(_Slab(key, first, last, members, first - start, nbytes))
         return slabs
-
-    def slab_bytes(self, slab: _Slab) -> int:
-        """Return the number of bytes read to compare `slab`, of both sides."""
-        theirs = self._row_bytes(slab.key) * (slab.stop - slab.start)
-        packed = (pair.linear.parts[part] for pair in slab.pairs for part in (WEIGHT, BLOCK_SCALE))
-        ours = sum(info.nbytes for info in packed)
-        whole = sum(self._row_bytes(slab.key) * len(p.region.rows) for p in slab.pairs)
-        return theirs + (ours * theirs // whole if _is_plain(slab.pairs[0].region) else ours)
 
     def _energies(self, slab: _Slab) -> list[tuple[float, float]]:
         """(Σ(w − ŵ)², Σw²) of each pair's rows in the slab."""
         raw = self._read_slab(slab.key, slab.start, slab.stop)
-        return [self._sum(slab, raw, pair, self._energy) for pair in slab.pairs]
+        return [self._energy(pair, slab, raw) for pair in slab.pairs]
 
-    def _sum(
-        self, slab: _Slab, raw: Tensor, pair: Pair, function: RowFunction
-    ) -> tuple[float, float]:
-        """The sum of `function(pair, first row, weight rows)` over chunks of the pair's rows."""
-        matrix = pair.region.view(raw)
-        step = max(1, CHUNK_BYTES // (matrix.shape[1] * matrix.element_size()))
-        first = second = 0.0
-        for row in range(0, matrix.shape[0], step):
-            w_OI = matrix[row : row + step].contiguous()
-            w_OI = w_OI if w_OI.dtype in FLOAT_DTYPES else w_OI.float()
-            a, b = function(pair, slab.row + row, w_OI)
-            first, second = first + a, second + b
-        return first, second
-
-    def _energy(self, pair: Pair, row: int, w_OI: Tensor) -> tuple[float, float]:
-        codes = self._rows(pair, WEIGHT, row, w_OI.shape[0])
-        scales = self._rows(pair, BLOCK_SCALE, row, w_OI.shape[0])
-        return error_energy(w_OI, codes, scales, self._global_scale(pair))
+    def _energy(self, pair: Pair, slab: _Slab, raw: Tensor) -> tuple[float, float]:
+        scale, error, energy = self._global_scale(pair), 0.0, 0.0
+        for row, w_OI in _chunks(pair, slab, raw):
+            codes, scales = (self._rows(pair, x, row, len(w_OI)) for x in (WEIGHT, BLOCK_SCALE))
+            sums = error_energy(w_OI, codes, scales, scale)
+            error, energy = error + sums[0], energy + sums[1]
+        return error, energy
 
     def _rows(self, pair: Pair, part: str, row: int, count: int) -> Tensor:
         info = pair.linear.parts[part]
         width = info.shape[1]
         data = self.workers.buffers.read(
-            part, self.checkpoint, info.key, row * width, (row + count) * width
+            part, self.checkpoint, info.key, row * width, count * width
         )
         return torch.from_numpy(data).view(count, width)
 
@@ -277,44 +245,48 @@ class Comparison:
                 group = groups.get(error.name, (error.name,))
                 members = tuple(by_name[name] for name in group)
                 suspects.append(_Suspect(by_name[error.name], members, error, usual))
-        for suspect, reference in self.workers.run(self._reference_error, suspects, lambda _: 0):
+        for suspect, reference in self.workers.run(self._reference_error, suspects):
             yield from _judge(suspect.error, reference, suspect.usual)
 
     def _reference_error(self, suspect: _Suspect) -> float:
         """The error e' that the docstring of this module defines."""
-        pair, group, error = suspect.pair, suspect.group, suspect.error
-        amax = self._amax(pair)
-        highest = max(self._amax(member) for member in group)
-        stored = self._global_scale(pair)
+        amax = self._amax(suspect.pair)
+        highest = max(map(self._amax, suspect.group))
+        stored = self._global_scale(suspect.pair)
         low, high = amax / 2688, 1.5 * highest / 1536
         scale = min(max(stored, low), high) if math.isfinite(stored) else low
         scale = min(max(scale, GLOBAL_SCALE_MIN), GLOBAL_SCALE_MAX)
-
-        def energy(pair: Pair, row: int, w_OI: Tensor) -> tuple[float, float]:
-            rows, width = w_OI.shape
-            codes = torch.empty(packed_shape((rows, width)), dtype=torch.uint8)
-            scales = torch.empty(block_scales((rows, width)), dtype=torch.uint8)
+        error = 0.0
+        for w_OI in self._read_again(suspect.pair):
+            shape = w_OI.shape[0], w_OI.shape[1]
+            codes = torch.empty(packed_shape(shape), dtype=torch.uint8)
+            scales = torch.empty(block_scales(shape), dtype=torch.uint8)
             stats = quantize_into(w_OI, codes, scales, scale=ScaleAlgorithm.MAX, global_scale=scale)
-            return stats.sum_sq_err, stats.sum_sq_w
-
-        return math.sqrt(self._sum_again(pair, energy) / error.weight_energy)
+            error += stats.sum_sq_err
+        return math.sqrt(error / suspect.error.weight_energy)
 
     def _amax(self, pair: Pair) -> float:
-        def amax(_pair: Pair, _row: int, w_OI: Tensor) -> tuple[float, float]:
-            maxima.append(float(w_OI.abs().amax()))
-            return 0.0, 0.0
+        return max(float(w_OI.abs().amax()) for w_OI in self._read_again(pair))
 
-        maxima: list[float] = []
-        self._sum_again(pair, amax)
-        return max(maxima)
-
-    def _sum_again(self, pair: Pair, function: RowFunction) -> float:
-        """Read a pair's matrix again, in this thread: the sum of the function's first result."""
-        total = 0.0
-        for slab in self.slabs([pair]):
+    def _read_again(self, pair: Pair) -> Iterator[Tensor]:
+        """Chunks of a pair's matrix in the source, read in this thread."""
+        for slab in self._slabs([pair]):
             raw = self._read_slab(slab.key, slab.start, slab.stop)
-            total += self._sum(slab, raw, pair, function)[0]
-        return total
+            yield from (w_OI for _, w_OI in _chunks(pair, slab, raw))
+
+
+def _cut(start: int, stop: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+    """Cut rows into ranges of at most `CHUNK_BYTES`."""
+    step = max(1, CHUNK_BYTES // max(1, row_bytes))
+    return ((first, min(first + step, stop)) for first in range(start, stop, step))
+
+
+def _chunks(pair: Pair, slab: _Slab, raw: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Cut the pair's rows in a slab: the first row, and the source's weight [rows, in]."""
+    matrix = pair.region.view(raw)
+    for row, stop in _cut(0, matrix.shape[0], matrix.shape[1] * matrix.element_size()):
+        w_OI = matrix[row:stop].contiguous()
+        yield slab.row + row, w_OI if w_OI.dtype in FLOAT_DTYPES else w_OI.float()
 
 
 def _count_different(first: Bytes, second: Bytes) -> int:
@@ -323,11 +295,6 @@ def _count_different(first: Bytes, second: Bytes) -> int:
     same = np.array_equal(first[:words].view(np.uint64), second[:words].view(np.uint64))
     tail = first[words:] != second[words:]
     return int(tail.sum()) if same else int((first != second).sum())
-
-
-def _is_plain(region: Region) -> bool:
-    """True if a range of its rows is a range of the raw tensor's first dimension."""
-    return region.expert is None and not region.transposed and region.rows.step == 1
 
 
 def _linear_error(pair: Pair, error: float, energy: float) -> LinearError:

@@ -33,7 +33,9 @@ def check_experts(checkpoint: Checkpoint) -> Iterator[Finding]:
     modules = _experts(checkpoint)
     if not modules:
         return
-    stated = _expert_count(checkpoint.config)
+    configs = _configs(checkpoint.config)
+    counts = [part[name] for part in configs for name in EXPERT_COUNTS if name in part]
+    stated = next((number for number in counts if isinstance(number, int)), None)
     largest = max(max(module) + 1 for module in modules.values())
     for name, module in sorted(modules.items()):
         projections = set().union(*module.values())
@@ -59,11 +61,6 @@ def _experts(checkpoint: Checkpoint) -> Mapping[str, Module]:
         if expert := EXPERT_LINEAR.match(name):
             modules[expert["module"]][int(expert["number"])].add(expert["projection"])
     return modules
-
-
-def _expert_count(config: Mapping[str, Any]) -> int | None:
-    stated = [part[name] for part in _configs(config) for name in EXPERT_COUNTS if name in part]
-    return next((number for number in stated if isinstance(number, int)), None)
 
 
 def _configs(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
-from fourfold.models.engines import Mismatch, Module, Verdict, check, modules_of
+from fourfold.models.engines import Mismatch, Verdict, check, modules_of
 from fourfold.models.fusion import KEEP_ALWAYS, fuse
 from fourfold.models.names import EXPERT_LINEAR
 from fourfold.verification.checkpoint import DOWN, Checkpoint
@@ -100,12 +100,9 @@ def check_partial(checkpoint: Checkpoint) -> Iterator[Finding]:
     for module in modules_of(sorted(quantized | checkpoint.kept)):
         packed = [name for name in module.members if name in quantized]
         if 0 < len(packed) < len(module.members):
-            yield finding("group-partial", module.name, _partial(module, packed))
-
-
-def _partial(module: Module, packed: Sequence[str]) -> str:
-    kept = sorted(set(module.members) - set(packed))
-    return f"{len(packed)} of {len(module.members)} parts are quantized; {kept[0]} is not"
+            kept = min(set(module.members) - set(packed))
+            text = f"{len(packed)} of {len(module.members)} parts are quantized; {kept} is not"
+            yield finding("group-partial", module.name, text)
 
 
 _RULES = {
@@ -120,11 +117,8 @@ def check_ignore(checkpoint: Checkpoint, embeddings: frozenset[str] = frozenset(
     """Judge the ignore list under the matching of each engine.
 
     Linears that engines build unquantized whatever the checkpoint says need no entry. Nor does any
-    linear under MIXED_PRECISION, where `quantized_layers` names those that are quantized.
-
-    Args:
-        checkpoint: the checkpoint.
-        embeddings: embeddings whose names do not show that they are embeddings.
+    linear under MIXED_PRECISION, where `quantized_layers` names those that are quantized, nor do
+    `embeddings`, whose names may not show what they are.
     """
     always = re.compile("|".join(rule.pattern for rule in KEEP_ALWAYS))
     kept = {name for name in checkpoint.kept - embeddings if not always.search(name)}

@@ -7,7 +7,7 @@ one expert split out of a fused tensor. Tensors without a counterpart are lost, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from fourfold.models.inventory import Inventory, LinearWeight
 from fourfold.models.regions import Region, whole
@@ -35,51 +35,34 @@ class Copy:
     region: Region | None = None
 
 
-@dataclass
 class Matching:
     """The tensors to compare, and the findings on tensors without a counterpart."""
-
-    pairs: list[Pair] = field(default_factory=list)
-    copies: list[Copy] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)
-
-
-def match(
-    checkpoint: Checkpoint, source: Mapping[str, TensorInfo], inventory: Inventory
-) -> Matching:
-    """Find the counterpart of every tensor of the checkpoint and of the source."""
-    return _Matcher(checkpoint, source, inventory).run()
-
-
-class _Matcher:
-    """Matches one checkpoint with its source, and keeps the names that are claimed so far."""
 
     def __init__(
         self, checkpoint: Checkpoint, source: Mapping[str, TensorInfo], inventory: Inventory
     ) -> None:
+        """Find the counterpart of every tensor of the checkpoint and of the source."""
         self.checkpoint, self.source, self.inventory = checkpoint, source, inventory
-        self.packed = checkpoint.linears.keys() | checkpoint.fp8
-        self.claimed: set[str] = set()
-        self.result = Matching()
-
-    def run(self) -> Matching:
-        for key in self.source:
-            linears = self.inventory.linears_by_key.get(key, ())
+        self.pairs: list[Pair] = []
+        self.copies: list[Copy] = []
+        self.findings: list[Finding] = []
+        self._packed = checkpoint.linears.keys() | checkpoint.fp8
+        self._claimed: set[str] = set()
+        for key in source:
+            linears = inventory.linears_by_key.get(key, ())
             if linears:
                 self._weights(key, linears)
             else:
                 self._other(key)
-        self.result.findings += self._extra()
-        return self.result
+        self.findings += self._extra()
 
     def _weights(self, key: str, linears: tuple[LinearWeight, ...]) -> None:
         """Match a raw tensor that holds linear weights: packed, split, or copied as it is."""
-        apart = [linear for linear in linears if self._is_apart(linear)]
-        for linear in apart:
-            self._apart(linear)
-        if apart:
+        if any(map(self._is_apart, linears)):
             for linear in linears:
-                if not self._is_apart(linear):
+                if self._is_apart(linear):
+                    self._apart(linear)
+                else:
                     self._lose(linear.name, f"part of {key}, whose other parts are there")
         elif key in self.checkpoint.tensors:
             self._copy(key, key)
@@ -90,10 +73,10 @@ class _Matcher:
         """True if the checkpoint holds this weight packed, or split out of its raw tensor."""
         name = f"{linear.name}.weight"
         is_split = name != linear.region.key and name in self.checkpoint.tensors
-        return linear.name in self.packed or is_split
+        return linear.name in self._packed or is_split
 
     def _apart(self, linear: LinearWeight) -> None:
-        if linear.name not in self.packed:
+        if linear.name not in self._packed:
             self._copy(f"{linear.name}.weight", linear.region.key, linear.region)
             return
         self._claim(linear.name)
@@ -102,21 +85,21 @@ class _Matcher:
             self._pair(packed, linear.region, linear.role)
 
     def _claim(self, packed: str) -> None:
-        self.claimed.update(self.checkpoint.tensor_name(packed, part) for part in PARTS)
+        self._claimed.update(self.checkpoint.tensor_name(packed, part) for part in PARTS)
 
     def _pair(self, packed: QuantizedLinear, region: Region, role: str) -> None:
         if not packed.is_sound:
             return  # the faults of its tensors have findings of their own
         if packed.shape == region.shape:
-            self.result.pairs.append(Pair(packed, region, str(role)))
+            self.pairs.append(Pair(packed, region, str(role)))
         else:
             text = f"[out, in] {list(packed.shape)}, the source has {list(region.shape)}"
-            self.result.findings.append(finding("quantized-shape-differs", packed.name, text))
+            self.findings.append(finding("quantized-shape-differs", packed.name, text))
 
     def _other(self, key: str) -> None:
         """Match a raw tensor without linear weights: copied, or biases split by expert."""
         stem, _, leaf = key.rpartition(".")
-        if leaf == "weight" and stem in self.packed:
+        if leaf == "weight" and stem in self._packed:
             self._claim(stem)
             shape, packed = self.source[key].shape, self.checkpoint.linears.get(stem)
             if packed is not None and len(shape) == 2:
@@ -137,29 +120,29 @@ class _Matcher:
             self._lose(key, f"{info.dtype} {list(info.shape)} in {info.file.name}")
 
     def _copy(self, name: str, key: str, region: Region | None = None) -> None:
-        self.claimed.add(name)
+        self._claimed.add(name)
         ours, theirs = self.checkpoint.tensors[name], self.source[key]
         shape = theirs.shape if region is None else region.shape
         if ours.dtype != theirs.dtype:
             text = f"{ours.dtype}, the source has {theirs.dtype}"
-            self.result.findings.append(finding("copied-dtype-differs", name, text))
+            self.findings.append(finding("copied-dtype-differs", name, text))
         elif ours.shape != shape:
             text = f"{list(ours.shape)}, the source has {list(shape)}"
-            self.result.findings.append(finding("copied-shape-differs", name, text))
+            self.findings.append(finding("copied-shape-differs", name, text))
         else:
-            self.result.copies.append(Copy(name, key, region))
+            self.copies.append(Copy(name, key, region))
 
     def _lose(self, name: str, what: str) -> None:
         text = f"in the source ({what}), neither quantized nor copied"
-        self.result.findings.append(finding("tensor-lost", name, text))
+        self.findings.append(finding("tensor-lost", name, text))
 
     def _extra(self) -> Iterator[Finding]:
         leaves = self.checkpoint.reader.leaves
-        for name in sorted(self.checkpoint.tensors.keys() - self.claimed):
+        for name in sorted(self.checkpoint.tensors.keys() - self._claimed):
             stem, _, leaf = name.rpartition(".")
             if leaf in KV_SCALES:
                 continue
-            if leaf in leaves.values() and stem in self.packed:
+            if leaf in leaves.values() and stem in self._packed:
                 if leaf == leaves[WEIGHT]:
                     yield finding("tensor-extra", stem, "a quantized linear, not in the source")
                 continue

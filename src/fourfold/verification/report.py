@@ -12,6 +12,8 @@ from typing import Any
 from fourfold.verification.compare import LinearError, sqnr_db
 from fourfold.verification.rules import Finding, Severity
 
+_ERROR_KEYS = ("name", "role", "relative_error", "sqnr_db")
+
 WORST = 10
 SHOWN_OF_A_RULE = 20
 """At most this many findings of one rule are printed; `to_json` has them all."""
@@ -95,7 +97,10 @@ class Report:
             "findings": [asdict(finding) for finding in self.findings],
             "roles": [_finite(asdict(role)) for role in self.roles],
             "worst": [error.name for error in self.worst],
-            "errors": [_error_dict(error) for error in self.errors],
+            "errors": [
+                _finite({name: getattr(error, name) for name in _ERROR_KEYS})
+                for error in self.errors
+            ],
         }
 
     def to_json(self) -> str:
@@ -117,17 +122,6 @@ def _role_error(role: str, errors: Sequence[LinearError]) -> RoleError:
     relative = math.sqrt(total / energy) if energy > 0 and total >= 0 else 0.0 * total
     largest = max((error.relative_error for error in errors), key=lambda e: (math.isnan(e), e))
     return RoleError(role, len(errors), relative, sqnr_db(relative), largest)
-
-
-def _error_dict(error: LinearError) -> dict[str, Any]:
-    return _finite(
-        {
-            "name": error.name,
-            "role": error.role,
-            "relative_error": error.relative_error,
-            "sqnr_db": error.sqnr_db,
-        }
-    )
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:

@@ -47,7 +47,8 @@ _LOADERS = "vLLM, SGLang and TensorRT-LLM fail to load it"
 _NEVER_READ = "engines leave the parameter as it was allocated: random numbers, without a word"
 _GARBAGE = "every engine computes garbage, without a word"
 
-_FILES = (
+_RULES = (
+    # Files
     Rule("index-missing", _E, "Several shards come with an index.",
          "transformers refuses the folder; vLLM loads every *.safetensors file there is"),
     Rule("index-entry-missing", _E, "The index lists every tensor of its shards.",
@@ -60,9 +61,8 @@ _FILES = (
          "engines that load every *.safetensors file may read old weights over new ones"),
     Rule("tensor-twice", _E, "A tensor lies in one shard only.",
          "which copy wins depends on the engine and on the order of files"),
-)  # fmt: skip
 
-_CONFIG = (
+    # Configuration
     Rule("config-only-nested", _W, "config.json has a quantization_config.",
          "vLLM and SGLang fall back to hf_quant_config.json; other tools see a BF16 checkpoint"),
     Rule("config-nested-w4a16", _E, "W4A16_NVFP4 stands in config.json, not only in the nested "
@@ -82,9 +82,8 @@ _CONFIG = (
          "vLLM and compressed-tensors readers build other layers than the tensors need"),
     Rule("quantized-layers", _E, "Under MIXED_PRECISION, quantized_layers names exactly the "
          "quantized linears.", "the layer is built in another format than its tensors have"),
-)  # fmt: skip
 
-_STRUCTURE = (
+    # Tensors
     Rule("weight-missing", _E, "A linear that has scales has a weight.", _NEVER_READ),
     Rule("block-scale-missing", _E, "A packed weight has its weight_scale.", _NEVER_READ),
     Rule("global-scale-missing", _E, "A packed weight has its weight_scale_2.", _NEVER_READ),
@@ -125,9 +124,8 @@ _STRUCTURE = (
          "and no quantizer state is left over.", "vLLM, SGLang: KeyError while loading"),
     Rule("kept-weight-dtype", _E, "A weight that is not quantized is BF16, FP16 or FP32.",
          "engines copy the codes into a BF16 parameter as if they were numbers"),
-)  # fmt: skip
 
-_VALUES = (
+    # Values of scales
     Rule("block-scale-zero", _E, "No block scale is 0.",
          "16 weights become 0 in every engine, without a word"),
     Rule("block-scale-nan", _E, "No block scale is NaN.",
@@ -160,9 +158,8 @@ _VALUES = (
          "engines take 1.0 for the missing one, without a word"),
     Rule("kv-scale-unexpected", _W, "k_scale and v_scale come with an FP8 KV cache in the config.",
          "vLLM and SGLang use them only if the KV cache's dtype is asked for by hand"),
-)  # fmt: skip
 
-_GROUPS = (
+    # Linears that belong together
     Rule("group-scale-differs", _E, "Linears that engines fuse share one weight_scale_2.",
          "vLLM warns and takes the largest (or w1's) without rescaling, SGLang takes the largest: "
          "wrong numbers; TensorRT-LLM fails an assertion"),
@@ -183,9 +180,8 @@ _GROUPS = (
          "the engine builds a BF16 layer for it, and fails on the scales or reads codes as such"),
     Rule("ignore-refused", _E, "Each engine can apply the ignore list: all parts of a fused "
          "module or none, and valid patterns.", "the engine raises an error while loading"),
-)  # fmt: skip
 
-_SOURCE = (
+    # The source
     Rule("config-contradicts", _E, "config.json has the source's sizes, counts and architecture.",
          "engines build another model than the tensors are of"),
     Rule("config-changed", _W, "config.json is the source's, but for quantization_config.",
@@ -213,10 +209,7 @@ _SOURCE = (
          "the source itself gives NaN; nothing can be said of the quantized weight"),
 )  # fmt: skip
 
-RULES: Mapping[str, Rule] = {
-    rule.id: rule
-    for rule in (*_FILES, *_CONFIG, *_STRUCTURE, *_VALUES, *_GROUPS, *_SOURCE)
-}  # fmt: skip
+RULES: Mapping[str, Rule] = {rule.id: rule for rule in _RULES}
 """By id, in the order of the documentation."""
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -17,7 +17,15 @@ from fourfold.distributed.machine import threads_available
 from fourfold.events import BytesVerified, OnEvent, ignore
 from fourfold.verification.checkpoint import Checkpoint
 
-Work = TypeVar("Work")
+
+class HasBytes(Protocol):
+    """A piece of work that reads `nbytes` bytes."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+Work = TypeVar("Work", bound=HasBytes)
 Result = TypeVar("Result")
 
 CHUNK_BYTES = 1 << 23
@@ -38,11 +46,11 @@ class Buffers(threading.local):
         return held[:nbytes]
 
     def read(
-        self, purpose: str, checkpoint: Checkpoint, name: str, start: int, stop: int
+        self, purpose: str, checkpoint: Checkpoint, name: str, start: int, nbytes: int
     ) -> np.ndarray[Any, Any]:
-        """Read bytes `start:stop` of a tensor of the checkpoint into a buffer."""
-        buffer = self.take(purpose, stop - start)
-        checkpoint.read(name, start, stop, buffer)
+        """Read `nbytes` of a tensor of the checkpoint into a buffer, from byte `start` on."""
+        buffer = self.take(purpose, nbytes)
+        checkpoint.read(name, start, buffer)
         return buffer
 
 
@@ -56,23 +64,17 @@ class Workers:
         self._on_event = on_event
 
     def run(
-        self,
-        function: Callable[[Work], Result],
-        work: Sequence[Work],
-        nbytes: Callable[[Work], int],
+        self, function: Callable[[Work], Result], work: Sequence[Work]
     ) -> Iterator[tuple[Work, Result]]:
-        """Yield each piece of work with `function` of it, in order.
+        """Yield each piece of work with `function` of it, called in a worker thread, in order.
 
-        Args:
-            function: called in a worker thread.
-            work: the pieces.
-            nbytes: returns the number of bytes that a piece reads, for the progress.
+        The `nbytes` of a piece are the bytes that it reads, for the progress.
         """
         pool = ThreadPoolExecutor(self.threads)
         try:
             for piece, result in zip(work, pool.map(function, work), strict=True):
                 yield piece, result
-                self.done += nbytes(piece)
+                self.done += piece.nbytes
                 self._on_event(BytesVerified(self.done, max(self.done, self.total)))
         finally:
             pool.shutdown(cancel_futures=True)

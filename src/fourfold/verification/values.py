@@ -10,12 +10,12 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from fourfold.formats.nvfp4.e4m3 import E4M3_MAX, E4M3_POSITIVE
+from fourfold.storage.safetensors_header import TensorInfo
 from fourfold.verification.checkpoint import Checkpoint, QuantizedLinear
 from fourfold.verification.groups import fused_groups, input_site
 from fourfold.verification.readers.base import BLOCK_SCALE, GLOBAL_SCALE, INPUT_SCALE, KV_SCALES
@@ -32,45 +32,43 @@ _SMALLEST_NORMAL_FP32 = 2.0**-126
 _BF16_MAX = float.fromhex("0x1.fep127")
 
 
-@dataclass(frozen=True, slots=True)
-class ScaleCounts:
-    """The numbers of block scales of each kind in a checkpoint."""
+def count(histogram: Histogram) -> dict[str, int]:
+    """Count the kinds in a histogram of bytes, named as in `report.Counts`.
 
-    total: int = 0
-    zero: int = 0
-    nan: int = 0
-    negative: int = 0
-    subnormal: int = 0
-
-
-def count(histogram: Histogram) -> ScaleCounts:
-    """Count the kinds in a histogram of bytes. NaN and 0 are neither negative nor subnormal."""
+    NaN and 0 are neither negative nor subnormal.
+    """
     magnitudes = histogram[:_SIGN] + histogram[_SIGN:]
-    return ScaleCounts(
-        total=int(histogram.sum()),
-        zero=int(magnitudes[0]),
-        nan=int(magnitudes[_NAN]),
-        negative=int(histogram[_SIGN + 1 : _SIGN + _NAN].sum()),
-        subnormal=int(magnitudes[1:_FIRST_NORMAL].sum()),
-    )
+    return {
+        "block_scales": int(histogram.sum()),
+        "zero_block_scales": int(magnitudes[0]),
+        "nan_block_scales": int(magnitudes[_NAN]),
+        "negative_block_scales": int(histogram[_SIGN + 1 : _SIGN + _NAN].sum()),
+        "subnormal_block_scales": int(magnitudes[1:_FIRST_NORMAL].sum()),
+    }
 
 
 def check_block_scales(
     checkpoint: Checkpoint, workers: Workers
-) -> tuple[ScaleCounts, list[Finding]]:
+) -> tuple[dict[str, int], list[Finding]]:
     """Read every block scale of the sound linears; return counts and findings."""
     total = np.zeros(256, dtype=np.int64)
     groups: dict[str, Histogram] = defaultdict(lambda: np.zeros(256, dtype=np.int64))
     group_of = _groups(checkpoint)
     findings: list[Finding] = []
 
-    def histogram(linear: QuantizedLinear) -> Histogram:
-        return _histogram(checkpoint, workers, linear)
+    def read(info: TensorInfo) -> Histogram:
+        bins = np.zeros(256, dtype=np.int64)
+        for start in range(0, info.nbytes, CHUNK_BYTES):
+            size = min(CHUNK_BYTES, info.nbytes - start)
+            data = workers.buffers.read("scales", checkpoint, info.key, start, size)
+            bins += np.bincount(data, minlength=256)
+        return bins
 
-    for linear, bins in workers.run(histogram, checkpoint.sound, _scale_bytes):
+    work = workers.run(read, [linear.parts[BLOCK_SCALE] for linear in checkpoint.sound])
+    for linear, (info, bins) in zip(checkpoint.sound, work, strict=True):
         total += bins
         groups[group_of.get(linear.name, linear.name)] += bins
-        findings += _bad_bytes(linear, bins)
+        findings += _bad_bytes(info.key, bins)
         findings += _products(checkpoint, linear, bins)
     for name, bins in groups.items():
         findings += _flushed(name, bins)
@@ -85,30 +83,12 @@ def _groups(checkpoint: Checkpoint) -> dict[str, str]:
     return fused | {name: site for name, site in sites if site is not None}
 
 
-def _scale_bytes(linear: QuantizedLinear) -> int:
-    return linear.parts[BLOCK_SCALE].nbytes
-
-
-def _histogram(checkpoint: Checkpoint, workers: Workers, linear: QuantizedLinear) -> Histogram:
-    bins = np.zeros(256, dtype=np.int64)
-    nbytes = _scale_bytes(linear)
-    for start in range(0, nbytes, CHUNK_BYTES):
-        stop = min(start + CHUNK_BYTES, nbytes)
-        key = linear.parts[BLOCK_SCALE].key
-        data = workers.buffers.read("scales", checkpoint, key, start, stop)
-        bins += np.bincount(data, minlength=256)
-    return bins
-
-
-def _bad_bytes(linear: QuantizedLinear, bins: Histogram) -> Iterator[Finding]:
-    counts, name = count(bins), linear.parts[BLOCK_SCALE].key
-    for rule, bad in (
-        ("block-scale-zero", counts.zero),
-        ("block-scale-nan", counts.nan),
-        ("block-scale-negative", counts.negative),
-    ):
-        if bad:
-            yield finding(rule, name, f"{bad:,} of {counts.total:,} block scales")
+def _bad_bytes(name: str, bins: Histogram) -> Iterator[Finding]:
+    counts = count(bins)
+    for kind in ("zero", "nan", "negative"):
+        if bad := counts[f"{kind}_block_scales"]:
+            text = f"{bad:,} of {counts['block_scales']:,} block scales"
+            yield finding(f"block-scale-{kind}", name, text)
 
 
 def _products(
@@ -152,17 +132,10 @@ def check_scalars(checkpoint: Checkpoint) -> Iterator[Finding]:
             if info is None or info.numel != 1 or info.dtype != "F32":
                 continue
             value = checkpoint.scalar(info.key)
-            fault = _fault(value)
-            if fault is not None:
+            if not 0 < value < math.inf:
+                fault = "negative" if value else "zero"
+                fault = fault if math.isfinite(value) else "nan"
                 yield finding(f"{rule}-{fault}", info.key, f"{value:g}")
-
-
-def _fault(value: float) -> str | None:
-    if not math.isfinite(value):
-        return "nan"
-    if value == 0:
-        return "zero"
-    return "negative" if value < 0 else None
 
 
 _K_OR_V = re.compile(r"\.(k_proj|v_proj)$")

@@ -15,6 +15,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from fourfold.errors import FourfoldError, UnreadableError
 from fourfold.events import OnEvent, ignore
 from fourfold.models.inventory import Inventory
 from fourfold.models.inventory_builder import take_inventory
@@ -23,9 +24,9 @@ from fourfold.sources.opening import opened
 from fourfold.storage.names import CONFIG
 from fourfold.storage.source import Source
 from fourfold.verification import completeness, files, groups, structure, values
-from fourfold.verification.checkpoint import Checkpoint, open_checkpoint, unreadable
+from fourfold.verification.checkpoint import Checkpoint, open_checkpoint
 from fourfold.verification.compare import Comparison
-from fourfold.verification.match import match
+from fourfold.verification.match import Matching
 from fourfold.verification.readers.base import BLOCK_SCALE, INPUT_SCALE, KV_SCALES
 from fourfold.verification.report import Counts, Report
 from fourfold.verification.rules import RULES, Finding, Severity, finding
@@ -49,29 +50,16 @@ def verify(
     trust_remote_code: bool = False,
     on_event: OnEvent = ignore,
 ) -> Report:
-    """Verify the NVFP4 checkpoint in the folder `out`, against `source` if it is given.
-
-    Args:
-        out: folder of the checkpoint to verify.
-        source: the checkpoint that was quantized: a folder, a hub name, or an open `Source`.
-        hf_config: for a Megatron source, the folder of its Hugging Face configuration.
-        threads: number of worker threads; one per core by default. It does not change the report.
-        trust_remote_code: whether the source's own modeling code may run.
-        on_event: receives a `BytesVerified` after each piece.
-
-    Returns:
-        The report, with every breach of a rule as a finding.
-
-    Raises:
-        UnreadableError: if `out` or `source` cannot be read, or `out` is not an NVFP4 checkpoint
-            in a layout that is known (exit code 2).
-    """
+    """Verify the NVFP4 checkpoint in the folder `out`; see `api.verify`."""
     workers = Workers(threads, on_event)
-    with unreadable(), closing(open_checkpoint(Path(out).expanduser())) as checkpoint:
-        if source is None:
-            return _verify(checkpoint, None, None, workers)
-        with opened(source, hf_config, trust_remote_code=trust_remote_code) as original:
-            return _verify(checkpoint, original, take_inventory(original), workers)
+    try:
+        with closing(open_checkpoint(Path(out).expanduser())) as checkpoint:
+            if source is None:
+                return _verify(checkpoint, None, None, workers)
+            with opened(source, hf_config, trust_remote_code=trust_remote_code) as original:
+                return _verify(checkpoint, original, take_inventory(original), workers)
+    except FourfoldError as error:
+        raise UnreadableError(str(error)) from error
 
 
 def _verify(
@@ -87,7 +75,7 @@ def _verify(
     if source is None or inventory is None:
         counted, scale_findings = values.check_block_scales(checkpoint, workers)
     else:
-        matching = match(checkpoint, source.tensors, inventory)
+        matching = Matching(checkpoint, source.tensors, inventory)
         comparison = Comparison(checkpoint, source, workers)
         workers.total += comparison.total_bytes(matching)
         counted, scale_findings = values.check_block_scales(checkpoint, workers)
@@ -117,7 +105,7 @@ _PLACES = {rule_id: place for place, rule_id in enumerate(RULES)}
 
 def _counts(
     checkpoint: Checkpoint,
-    scales: values.ScaleCounts,
+    scales: Mapping[str, int],
     copied: int,
     compared: int,
     workers: Workers,
@@ -127,11 +115,7 @@ def _counts(
         quantized_linears=len(checkpoint.linears),
         quantized_weights=sum(outs * ins for outs, ins in (q.shape for q in checkpoint.sound)),
         unquantized_linears=len(checkpoint.kept),
-        block_scales=scales.total,
-        zero_block_scales=scales.zero,
-        nan_block_scales=scales.nan,
-        negative_block_scales=scales.negative,
-        subnormal_block_scales=scales.subnormal,
+        **scales,
         input_scales=sum(INPUT_SCALE in linear.parts for linear in checkpoint.linears.values()),
         kv_scales=sum(name.rpartition(".")[2] in KV_SCALES for name in checkpoint.tensors),
         copied_tensors=copied,
@@ -153,7 +137,9 @@ def _embeddings(inventory: Inventory | None) -> frozenset[str]:
 
 def _config_changes(checkpoint: Checkpoint, source: Source) -> Iterator[Finding]:
     """config.json is the source's, except for the quantization."""
-    ours, theirs = (_unquantized(config) for config in (checkpoint.config, source.config))
+    ours, theirs = dict(checkpoint.config), dict(source.config)
+    for config in (ours, theirs):
+        config.pop("quantization_config", None)
     wrong = sorted(_contradictions(ours, theirs))
     if wrong:
         yield finding("config-contradicts", CONFIG, f"differs in {', '.join(wrong[:8])}")
@@ -183,7 +169,3 @@ def _missing_files(checkpoint: Checkpoint, source: Source) -> Iterator[Finding]:
     for path in source.side_files()[0]:
         if not (checkpoint.folder / path).is_file():
             yield finding("side-file-missing", path.as_posix(), "lies in the source's folder only")
-
-
-def _unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key != "quantization_config"}

@@ -20,11 +20,7 @@ READERS: dict[str, type[LayoutReader]] = {"modelopt": ModelOptReader}
 
 
 def reader_of(folder: Path, config: Mapping[str, Any]) -> LayoutReader:
-    """Return the reader of the checkpoint in `folder`, by what its configuration says.
-
-    Raises:
-        UnreadableError: if it is in none of the layouts, or not quantized.
-    """
+    """Return the reader of the checkpoint in `folder`, by what its configuration says."""
     # ModelOpt's reader comes last: it also takes a checkpoint whose `quant_method` is wrong or
     # missing, because that is a finding.
     for reader in reversed(READERS.values()):

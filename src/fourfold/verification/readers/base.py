@@ -40,19 +40,18 @@ class QuantConfig:
     layers: Mapping[str, str]
     """Under `MIXED` only: module name → its algorithm."""
 
-    @property
-    def is_nvfp4(self) -> bool:
-        """True if any linear is stated to be NVFP4."""
-        return any("NVFP4" in algo for algo in (self.algo or "", *self.layers.values()))
-
     def algo_of(self, linear: str) -> str | None:
         """Return the algorithm of one linear, or that of the module around it that is listed."""
         if self.algo != MIXED:
             return self.algo
-        name = linear
-        while name and name not in self.layers:
-            name = name.rpartition(".")[0]
-        return self.layers.get(name)
+        return next((self.layers[name] for name in prefixes(linear) if name in self.layers), None)
+
+
+def prefixes(name: str) -> Iterator[str]:
+    """Yield a module's name, and those of the modules around it."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
 
 
 class LayoutReader(ABC):
@@ -76,14 +75,10 @@ class LayoutReader(ABC):
     @classmethod
     @abstractmethod
     def open(cls, folder: Path, config: Mapping[str, Any]) -> LayoutReader:
-        """Read the configuration of the checkpoint in `folder`.
-
-        Args:
-            folder: the checkpoint's folder.
-            config: its config.json.
+        """Read the configuration of the checkpoint in `folder`, whose config.json is `config`.
 
         Raises:
-            UnreadableError: if the configuration cannot be read, or states no NVFP4.
+            UnreadableError: It cannot be read, or states no NVFP4.
         """
 
     @abstractmethod

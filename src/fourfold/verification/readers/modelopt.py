@@ -27,6 +27,7 @@ from fourfold.verification.readers.base import (
     W4A16,
     LayoutReader,
     QuantConfig,
+    prefixes,
 )
 from fourfold.verification.rules import Finding, finding
 
@@ -87,7 +88,8 @@ class ModelOptReader(LayoutReader):
         if (folder / HF_CONFIG).is_file():
             nested = parse(read_json(folder / HF_CONFIG), HF_CONFIG)
         configs = [quant for quant in (flat, nested) if quant is not None]
-        if not any(quant.is_nvfp4 for quant in configs):
+        algos = [algo for quant in configs for algo in (quant.algo or "", *quant.layers.values())]
+        if not any("NVFP4" in algo for algo in algos):
             says = ", ".join(f"{quant.file} says {quant.algo or quant.method}" for quant in configs)
             raise UnreadableError(
                 f"{folder}: not an NVFP4 checkpoint ({says}). Quantize the model first, and give "
@@ -163,18 +165,14 @@ class ModelOptReader(LayoutReader):
                 text = f"packed like NVFP4, quantized_layers says {linear.algo or 'nothing'}"
                 yield finding("quantized-layers", name, text)
         packed = checkpoint.linears.keys() | checkpoint.fp8
-        around = {prefix for name in packed for prefix in _prefixes(name)}
+        around = {prefix for name in packed for prefix in prefixes(name)}
         for layer in sorted(quant.layers.keys() - around):
             text = f"quantized_layers says {quant.layers[layer]}, no tensor of it is quantized"
             yield finding("quantized-layers", layer, text)
 
 
 def parse(document: Mapping[str, Any], file: str) -> ModelOptConfig:
-    """Parse a quantization_config, or the whole of hf_quant_config.json.
-
-    Raises:
-        UnreadableError: if its lists of modules are not lists of names.
-    """
+    """Parse a quantization_config, or the whole of hf_quant_config.json."""
     nested = isinstance(document.get("quantization"), dict)
     body = document["quantization"] if nested else document
     names = body.get("exclude_modules" if nested else "ignore") or []
@@ -250,9 +248,3 @@ def _is_nvfp4(scheme: Mapping[str, Any] | None) -> bool:
         scheme.get("type"),
         scheme.get("group_size"),
     ) == (4, "float", FORMATS["nvfp4"].block)
-
-
-def _prefixes(name: str) -> Iterator[str]:
-    while name:
-        yield name
-        name = name.rpartition(".")[0]
