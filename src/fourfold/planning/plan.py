@@ -29,9 +29,9 @@ from fourfold.planning.copy_plan import CopyPlan
 from fourfold.planning.limits import DEFAULT_LIMITS, Limits
 from fourfold.planning.rows import (
     Action,
+    Job,
     KVScales,
     ScaleGroup,
-    is_plain,
     job_bytes,
     observed_site,
     slabs_of,
@@ -39,7 +39,7 @@ from fourfold.planning.rows import (
 from fourfold.planning.schemes import Scheme
 from fourfold.planning.selection import Selection
 from fourfold.planning.shards import check_kept, check_names, lay_out
-from fourfold.planning.tensor_parallel import marlin_note, tensor_parallel
+from fourfold.planning.tensor_parallel import marlin_notes, tensor_parallel
 from fourfold.planning.text import role_lines, tensor_parallel_lines
 from fourfold.recipes import Recipe
 from fourfold.statistics import SMALL, Site
@@ -97,7 +97,7 @@ class Plan(CopyPlan):
         """Bytes of a group that are in memory at a time; a matrix that is not plain is copied."""
         held, most = job_bytes(group), self.limits.group_bytes
         is_whole = not isinstance(ALGORITHMS[group.scheme.algorithm], RowwiseAlgorithm)
-        if all(is_plain(linear.region) for linear in group.linears):
+        if all(linear.region.is_plain for linear in group.linears):
             return held if is_whole else min(held, most)
         if is_whole or held <= most:
             return 2 * held
@@ -128,12 +128,20 @@ class Plan(CopyPlan):
         return tuple(linear for linear in self.linears if self.needs_of(linear))
 
     @cached_property
+    def _measured(self) -> Mapping[tuple[Site, str], int | None]:
+        """The statistics of inputs that calibration measures, and the layer of each."""
+        return {
+            (self.site(linear, name), name): linear.layer
+            for linear in self.observed
+            for name in self.needs_of(linear)
+        }
+
+    @cached_property
     def statistics(self) -> Mapping[str, frozenset[str]]:
         """The statistics that calibration measures: names by `observed_site`."""
         needs: dict[str, frozenset[str]] = defaultdict(frozenset)
-        for linear in self.observed:
-            for name in self.needs_of(linear):
-                needs[self.site_of(linear, name)] |= {name}
+        for site, name in self._measured:
+            needs[site.name] |= {name}
         for job in self.kv_scales:
             needs[f"{self.inventory.layer_paths[job.layer]}.kv"] = frozenset({"amax"})
         return dict(needs)
@@ -167,14 +175,10 @@ class Plan(CopyPlan):
 
     def _statistics_memory(self) -> int:
         """Bytes of all small statistics, and of the large ones of the layer with the most."""
-        sizes: dict[tuple[str, str], tuple[int | None, int]] = {}
-        for linear in self.observed:
-            for name in self.needs_of(linear):
-                site = self.site(linear, name)
-                sizes[site.name, name] = linear.layer, ALL_STATISTICS[name].nbytes(site)
         large: Counter[int | None] = Counter()
         small = 0
-        for (_, name), (layer, nbytes) in sizes.items():
+        for (site, name), layer in self._measured.items():
+            nbytes = ALL_STATISTICS[name].nbytes(site)
             if name in SMALL:
                 small += nbytes
             else:
@@ -339,19 +343,8 @@ def make_plan(
         [linear.name for linear in quantized],
         [raw.stem for raw in kept if raw.is_matrix] + list(inventory.tied_linears),
     )
-    kv_scales = selection.kv_scales()
-    shards = tuple(
-        lay_out(
-            groups,
-            selection.biases(),
-            kept,
-            kv_scales,
-            inventory,
-            layout=selection.layout,
-            parts=parts,
-            limits=limits,
-        )
-    )
+    jobs: list[Job] = [*groups, *selection.biases(), *kept, *selection.kv_scales()]
+    shards = tuple(lay_out(jobs, inventory, layout=selection.layout, parts=parts, limits=limits))
     check_names(shards, selection.layout)
     check_kept(kept, selection.layout)
     copied, dropped = _side_files(source)
@@ -364,10 +357,7 @@ def make_plan(
         ignore=tuple(ignore),
         side_files=tuple(copied),
         dropped_files=tuple(dropped),
-        notes=(
-            *source.notes,
-            *_notes(inventory, groups, dropped, selection.kv_notes()),
-        ),
+        notes=(*source.notes, *selection.kv_notes(), *_notes(inventory, groups, dropped)),
         tensor_parallel=tensor_parallel(quantized, selection.schemes, source.config),
         parts=parts,
         limits=limits,
@@ -391,12 +381,8 @@ def _check_not_quantized(source: Source) -> None:
 
 
 def _notes(
-    inventory: Inventory,
-    groups: Sequence[ScaleGroup],
-    dropped: Sequence[Path],
-    kv_notes: Iterable[str],
+    inventory: Inventory, groups: Sequence[ScaleGroup], dropped: Sequence[Path]
 ) -> Iterable[str]:
-    yield from kv_notes
     quantized = [linear for group in groups for linear in group.linears]
     formats = " and ".join(
         FORMATS[name].title for name in dict.fromkeys(group.scheme.weights for group in groups)
@@ -407,9 +393,7 @@ def _notes(
             f"no engine is known to read {formats} experts of {inventory.model_types[0]}"
             + (f": {family.remark}" if family.remark else "")
         )
-    marlin = marlin_note(quantized)
-    if marlin is not None:
-        yield marlin
+    yield from marlin_notes(quantized)
     dtypes = Counter(linear.dtype for linear in quantized)
     if len(dtypes) > 1:
         yield f"weights of several dtypes are quantized: {dict(dtypes)}"

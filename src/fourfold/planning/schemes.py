@@ -18,17 +18,12 @@ _NUMBER = re.compile(r"\d+")
 
 
 def check_roles(recipe: Recipe, inventory: Inventory) -> None:
-    """Check that the model has the roles that the recipe quantizes.
-
-    Raises:
-        PlanError: Weights of such a role cannot be cut out of their tensors.
-        RecipeError: The model lacks a required role, or has none of the optional ones.
-    """
+    """Raise an error unless the model has the roles that the recipe quantizes, and they can be."""
     rules = [rule for rule in recipe.all_rules if not rule.keep]
-    wanted = frozenset(role for rule in rules for role in rule.all_roles)
+    quantized = frozenset(role for rule in rules for role in rule.all_roles)
     for key, reason in inventory.blocked.items():
         role = inventory.tensors[key].role
-        if role in wanted:
+        if role in quantized:
             raise PlanError(
                 f"{key}: {reason}, so its weights cannot be cut out and quantized. "
                 f"Leave the role {role} out of the recipe."
@@ -38,9 +33,9 @@ def check_roles(recipe: Recipe, inventory: Inventory) -> None:
     for name in (name for rule in recipe.all_rules for name in rule.roles):
         if name not in present:
             raise RecipeError(f"recipe {recipe.name}: the model has no {name}. It has: {shown}.")
-    if all(rule.all_roles for rule in rules) and not wanted & present:
+    if all(rule.all_roles for rule in rules) and not quantized & present:
         raise RecipeError(
-            f"recipe {recipe.name}: the model has none of {', '.join(sorted(wanted))}. "
+            f"recipe {recipe.name}: the model has none of {', '.join(sorted(quantized))}. "
             f"It has: {shown}."
         )
 
@@ -48,8 +43,7 @@ def check_roles(recipe: Recipe, inventory: Inventory) -> None:
 def rules_of_linears(recipe: Recipe, inventory: Inventory) -> dict[str, Rule]:
     """Return the first rule that matches, by the name of the linear weight.
 
-    Raises:
-        RecipeError: A pattern, or a whole rule, matches nothing.
+    A pattern, or a whole rule, that matches nothing is a `RecipeError`.
     """
     present = {role for role, count in inventory.roles.items() if count}
     decided: dict[str, Rule] = {}
@@ -99,12 +93,7 @@ def _matching(rule: Rule, names: Sequence[str], label: str) -> Iterable[str]:
 
 
 def check_fused(linears: Iterable[LinearWeight], schemes: Mapping[str, Scheme]) -> None:
-    """Check that weights which engines fuse have schemes that fit together.
-
-    Raises:
-        PlanError: The weights of a scale group have different schemes, the experts of a layer
-            different formats, or the readers of one input different headrooms.
-    """
+    """Raise `PlanError` unless weights that engines fuse have schemes that fit together."""
     groups: dict[str, LinearWeight] = {}
     modules: dict[str, LinearWeight] = {}
     sites: dict[str, LinearWeight] = {}

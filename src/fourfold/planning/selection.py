@@ -28,13 +28,7 @@ class Selection:
     """The linear weights of a model that a recipe quantizes, with their schemes; checked."""
 
     def __init__(self, recipe: Recipe, inventory: Inventory) -> None:
-        """Select weights.
-
-        Raises:
-            RecipeError: The recipe names something that the model lacks, or combines settings that
-                exclude each other.
-            PlanError: The weights, or what engines fuse, do not allow it.
-        """
+        """Raises `RecipeError` or `PlanError` if the recipe and the model do not fit."""
         self.recipe, self.inventory = recipe, inventory
         self.layout = LAYOUTS[recipe.layout]
         check_roles(recipe, inventory)
@@ -69,16 +63,16 @@ class Selection:
                 )
 
     def _check_chosen(self) -> None:
-        odd = [
+        uneven = [
             (linear, block)
             for linear in self.chosen.values()
             if linear.shape[1] % (block := FORMATS[self.schemes[linear.name].weights].block)
         ]
-        if odd:
-            linear, block = odd[0]
+        if uneven:
+            linear, block = uneven[0]
             raise PlanError(
                 f"{linear.name}: input dimension {linear.shape[1]} is not a multiple of "
-                f"{block} ({len(odd)} such weights). Add a keep pattern for them to the recipe."
+                f"{block} ({len(uneven)} such weights). Add a keep pattern for them to the recipe."
             )
         for linear in self.chosen.values():
             if linear.role is Role.MTP and self._rules[linear.name].observes_inputs:
@@ -150,11 +144,7 @@ class Selection:
             )
 
     def row(self, raw: RawTensor) -> Row:
-        """Return how the plan treats one tensor of the source.
-
-        Raises:
-            PlanError: It would be copied, and no engine reads it beside quantized weights.
-        """
+        """Return how the plan treats one tensor of the source."""
         key, numel, nbytes = raw.info.key, raw.info.numel, raw.info.nbytes
         linears = self.inventory.linears_by_key.get(key, ())
         chosen = [linear for linear in linears if linear.name in self.chosen]

@@ -15,10 +15,7 @@ from fourfold.storage.safetensors_header import FLOATS, nbytes_of
 
 
 def lay_out(
-    groups: Sequence[ScaleGroup],
-    biases: Sequence[ExpertBias],
-    kept: Sequence[RawTensor],
-    kv_scales: Sequence[KVScales],
+    jobs: Iterable[Job],
     inventory: Inventory,
     *,
     layout: Layout,
@@ -30,27 +27,33 @@ def lay_out(
     There are more where a shard would be too large, and fewer where there is too little to cut.
     """
     units: dict[int | None, list[tuple[tuple[str, int, int], Job]]] = defaultdict(list)
-
-    def add(job: Job, layer: int | None, key: str, within: int = 0) -> None:
-        info = inventory.tensors[key].info
-        units[layer].append(((str(info.file), info.start, within), job))
-
-    for group in groups:
-        first = group.linears[0]
-        add(group, first.layer, first.region.key, first.expert or 0)
-    for number, bias in enumerate(biases):
-        add(bias, bias.layer, bias.region.key, number)
-    for raw in kept:
-        add(raw, raw.layer, raw.info.key)
-    for scales in kv_scales:
-        units[scales.layer].append((("", 0, 0), scales))
+    for job in jobs:
+        layer, position = _place(job, inventory)
+        units[layer].append((position, job))
     for layer in sorted(units, key=lambda layer: -1 if layer is None else layer):
         name = "shell" if layer is None else f"layer {layer}"
-        jobs = [job for _, job in sorted(units[layer], key=lambda item: item[0])]
-        bundles = [outputs_of(job, layout) for job in jobs]
+        ordered = [job for _, job in sorted(units[layer], key=lambda item: item[0])]
+        bundles = [outputs_of(job, layout) for job in ordered]
         for begin, end in cut(bundles, parts, limits.shard_bytes):
             tensors = {name: spec for bundle in bundles[begin:end] for name, spec in bundle.items()}
-            yield Shard(name, layer, tensors, tuple(jobs[begin:end]))
+            yield Shard(name, layer, tensors, tuple(ordered[begin:end]))
+
+
+def _place(job: Job, inventory: Inventory) -> tuple[int | None, tuple[str, int, int]]:
+    """A job's layer, and what orders the jobs of a layer: as the source's tensors lie on disk."""
+    within = 0
+    match job:
+        case ScaleGroup():
+            first = job.linears[0]
+            layer, key, within = first.layer, first.region.key, first.expert or 0
+        case ExpertBias():
+            layer, key = job.layer, job.region.key
+        case RawTensor():
+            layer, key = job.layer, job.info.key
+        case KVScales():
+            return job.layer, ("", 0, 0)
+    info = inventory.tensors[key].info
+    return layer, (str(info.file), info.start, within)
 
 
 def cut(
@@ -118,11 +121,7 @@ def shard_names(count: int) -> tuple[str, ...]:
 
 
 def check_names(shards: Iterable[Shard], layout: Layout) -> None:
-    """Check that no two jobs write a tensor of the same name.
-
-    Raises:
-        PlanError: Two do.
-    """
+    """Raise `PlanError` if two jobs write a tensor of the same name."""
     jobs = [job for shard in shards for job in shard.jobs]
     count = Counter(name for job in jobs for name in outputs_of(job, layout))
     twice = [name for name, times in count.items() if times > 1]
@@ -134,11 +133,7 @@ def check_names(shards: Iterable[Shard], layout: Layout) -> None:
 
 
 def check_kept(kept: Iterable[RawTensor], layout: Layout) -> None:
-    """Check that no copied tensor looks like a part of a quantized linear layer.
-
-    Raises:
-        PlanError: One does.
-    """
+    """Raise `PlanError` if a copied tensor looks like a part of a quantized linear layer."""
     for raw in kept:
         leaf = raw.info.key.rpartition(".")[2]
         if leaf in layout.part_names:

@@ -35,14 +35,10 @@ def tensor_parallel(
     inputs = {
         (x.name.rpartition(".")[2], x.shape[1], FORMATS[schemes[x.name].weights].block)
         for x in quantized
-        if _is_row_parallel(x)
+        if x.expert is None and x.name.rpartition(".")[2] in ROW_PARALLEL
     }
     heads = _heads(config)
     return {size: next(_obstacles(size, experts_in, inputs, heads), "") for size in SIZES}
-
-
-def _is_row_parallel(linear: LinearWeight) -> bool:
-    return linear.expert is None and linear.name.rpartition(".")[2] in ROW_PARALLEL
 
 
 def _heads(config: Mapping[str, Any]) -> int | None:
@@ -67,12 +63,12 @@ def _obstacles(
             yield f"{name}'s input {width} leaves a rank no multiple of {block}"
 
 
-def marlin_note(quantized: Sequence[LinearWeight]) -> str | None:
-    """Return a note on weights that vLLM and SGLang refuse on GPUs before Blackwell, if any."""
-    odd = [x for x in quantized if any(size % EXPERT_ALIGNMENT for size in x.shape)]
-    if not odd:
-        return None
-    return (
-        f"{len(odd)} weights have a dimension that {EXPERT_ALIGNMENT} does not divide, which the "
-        f"Marlin kernels (GPUs before Blackwell) refuse: {odd[0].name} {list(odd[0].shape)}, …"
-    )
+def marlin_notes(quantized: Sequence[LinearWeight]) -> Iterator[str]:
+    """Yield a note on weights that vLLM and SGLang refuse on GPUs before Blackwell, if any."""
+    uneven = [x for x in quantized if any(size % EXPERT_ALIGNMENT for size in x.shape)]
+    if uneven:
+        yield (
+            f"{len(uneven)} weights have a dimension that {EXPERT_ALIGNMENT} does not divide, "
+            "which the Marlin kernels (GPUs before Blackwell) refuse: "
+            f"{uneven[0].name} {list(uneven[0].shape)}, …"
+        )

@@ -103,7 +103,7 @@ def plan_conversion(source: Source, parts: int) -> CopyPlan:
         source=source.place,
         inventory=inventory,
         rows=tuple(_row(raw) for raw in tensors),
-        shards=tuple(lay_out([], [], tensors, [], inventory, layout=layout, parts=parts)),
+        shards=tuple(lay_out(tensors, inventory, layout=layout, parts=parts)),
         side_files=tuple(copied),
         dropped_files=tuple(dropped),
         notes=source.notes,
