@@ -26,19 +26,19 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Collection
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
-    field_validator,
     model_serializer,
     model_validator,
 )
@@ -64,30 +64,38 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-def _known(name: str, names: Iterable[str]) -> str:
-    if name not in names:
-        raise ValueError(f"{name!r} is not known{_nearest(name, names)}")
-    return name
+def _known(names: Collection[str]) -> AfterValidator:
+    def check(name: str) -> str:
+        if name not in names:
+            raise ValueError(f"{name!r} is not known{_nearest(name, names)}")
+        return name
+
+    return AfterValidator(check)
+
+
+def _check_roles(value: tuple[str, ...]) -> tuple[str, ...]:
+    for role in value:
+        if role not in QUANTIZABLE_ROLES:
+            raise ValueError(
+                f"role {role!r} cannot be quantized{_nearest(role, QUANTIZABLE_ROLES)}"
+            )
+    return value
+
+
+FormatName = Annotated[str, _known(FORMATS)]
+Names = Annotated[tuple[str, ...], Field(strict=False)]
+"""A list in YAML."""
+Roles = Annotated[Names, AfterValidator(_check_roles)]
 
 
 class Weights(_Strict):
     """The format of weights, and the algorithm that chooses their scales and codes."""
 
-    format: str = "nvfp4"
-    scale: str = "mse"
+    format: FormatName = "nvfp4"
+    scale: Annotated[str, _known(ALGORITHMS)] = "mse"
     scale_group: Literal["expert", "layer"] = "expert"
     """Which routed experts' weights share a group scale: the gate and up of each expert, or the
     gates and ups of all experts of a layer (and likewise their downs)."""
-
-    @field_validator("format")
-    @classmethod
-    def _known_format(cls, value: str) -> str:
-        return _known(value, FORMATS)
-
-    @field_validator("scale")
-    @classmethod
-    def _known_algorithm(cls, value: str) -> str:
-        return _known(value, ALGORITHMS)
 
 
 class Headroom(_Strict):
@@ -99,13 +107,8 @@ class Headroom(_Strict):
 class Activations(_Strict):
     """The rounding that engines apply to the inputs of quantized layers (W4A4)."""
 
-    format: str = "nvfp4"
+    format: FormatName = "nvfp4"
     amax: Literal["max"] | Headroom = "max"
-
-    @field_validator("format")
-    @classmethod
-    def _known_format(cls, value: str) -> str:
-        return _known(value, FORMATS)
 
     @property
     def headroom(self) -> int:
@@ -130,19 +133,6 @@ class Calibration(_Strict):
     """Show every token to every expert, for statistics; the output stays the routed one."""
 
 
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _known_roles(value: tuple[str, ...]) -> tuple[str, ...]:
-    for role in value:
-        if role not in QUANTIZABLE_ROLES:
-            raise ValueError(
-                f"role {role!r} cannot be quantized{_nearest(role, QUANTIZABLE_ROLES)}"
-            )
-    return value
-
-
 def _check_scale_group(weights: Weights, roles: frozenset[str]) -> None:
     if weights.scale_group == "layer" and roles and not roles & ROLES_WITH_EXPERTS:
         raise ValueError("weights.scale_group: layer is of routed experts: quantize experts")
@@ -155,35 +145,24 @@ class Rule(_Strict):
     the patterns (where any are given).
     """
 
-    roles: tuple[str, ...] = ()
+    roles: Roles = ()
     """Roles that the model must have."""
-    roles_if_present: tuple[str, ...] = ()
+    roles_if_present: Roles = ()
     """Roles that it may lack."""
-    names: tuple[str, ...] = ()
+    names: Names = ()
     """Shell patterns over the names of linear weights in the output."""
     keep: bool = False
     """The weights stay as they are."""
     weights: Weights = Weights()
     activations: Literal["none"] | Activations = "none"
 
-    as_tuple = field_validator("roles", "roles_if_present", "names", mode="before")(_as_tuple)
-    known_roles = field_validator("roles", "roles_if_present")(_known_roles)
-
     @model_validator(mode="after")
-    def _something_to_match(self) -> Rule:
+    def _check(self) -> Rule:
         if not (self.all_roles or self.names):
             raise ValueError("matches nothing: give roles, roles_if_present or names")
-        return self
-
-    @model_validator(mode="after")
-    def _keep_alone(self) -> Rule:
         idle = sorted({"weights", "activations"} & self.model_fields_set)
         if self.keep and idle:
             raise ValueError(f"keep: true leaves nothing for {idle[0]} to do; remove one of them")
-        return self
-
-    @model_validator(mode="after")
-    def _some_experts(self) -> Rule:
         _check_scale_group(self.weights, self.all_roles)
         return self
 
@@ -229,45 +208,22 @@ class Recipe(_Strict):
     activations: Literal["none"] | Activations = "none"
     kv_cache: Literal["none"] | KVCache = "none"
     calibration: Calibration = Calibration()
-    quantize: tuple[str, ...] = ()
-    quantize_if_present: tuple[str, ...] = ()
-    keep: tuple[str, ...] = ()
-    rules: tuple[Rule, ...] = ()
-    layout: str = DEFAULT_LAYOUT
-
-    as_tuple = field_validator("quantize", "quantize_if_present", "keep", "rules", mode="before")(
-        _as_tuple
-    )
-    known_roles = field_validator("quantize", "quantize_if_present")(_known_roles)
-
-    @field_validator("layout")
-    @classmethod
-    def _known_layout(cls, value: str) -> str:
-        return _known(value, LAYOUTS)
+    quantize: Roles = ()
+    quantize_if_present: Roles = ()
+    keep: Names = ()
+    rules: Annotated[tuple[Rule, ...], Field(strict=False)] = ()
+    layout: Annotated[str, _known(LAYOUTS)] = DEFAULT_LAYOUT
 
     @model_validator(mode="after")
-    def _one_form(self) -> Recipe:
+    def _check(self) -> Recipe:
         beside = [key for key in _RULE_KEYS if key in self.model_fields_set]
         if self.rules and beside:
             raise ValueError(f"{beside[0]} has no effect beside rules; move it into a rule")
-        return self
-
-    @model_validator(mode="after")
-    def _some_role(self) -> Recipe:
         if not self.rules and not (self.quantize or self.quantize_if_present):
             raise ValueError("name at least one role under quantize")
         if self.rules and all(rule.keep for rule in self.rules):
             raise ValueError("rules: all of them keep; add a rule that quantizes")
-        return self
-
-    @model_validator(mode="after")
-    def _some_experts(self) -> Recipe:
-        roles = frozenset(self.quantize) | frozenset(self.quantize_if_present)
-        _check_scale_group(self.weights, roles)
-        return self
-
-    @model_validator(mode="after")
-    def _something_to_calibrate(self) -> Recipe:
+        _check_scale_group(self.weights, frozenset((*self.quantize, *self.quantize_if_present)))
         if self.calibration.all_experts and not self.observes_inputs:
             raise ValueError("calibration.all_experts: only where activations are quantized")
         return self
@@ -384,7 +340,8 @@ def _explain(error: ValidationError) -> str:
     same = [entry for entry in errors if entry["loc"][:1] == errors[0]["loc"][:1]]
     # Of a union, the branch that got furthest; and an unknown key explains a missing one.
     first = max(same, key=lambda entry: (len(entry["loc"]), entry["type"] == "extra_forbidden"))
-    parts = [str(part) for part in first["loc"] if not _is_branch(part)]
+    branches = ("KVCache", "Activations", "Headroom", "literal[")  # of unions: not keys
+    parts = [part for part in map(str, first["loc"]) if not part.startswith(branches)]
     where, value = ".".join(parts), first.get("input")
     match first["type"]:
         case "extra_forbidden":
@@ -404,14 +361,6 @@ def _shown(value: object) -> str:
     return reprlib.repr(value)
 
 
-_BRANCHES = {"KVCache", "Activations", "Headroom"}
-
-
-def _is_branch(part: int | str) -> bool:
-    """True if a part of an error's location names a branch of a union, not a key."""
-    return part in _BRANCHES or str(part).startswith("literal[")
-
-
 _SECTIONS: dict[str, type[BaseModel]] = {
     "weights": Weights, "activations": Activations, "amax": Headroom, "kv_cache": KVCache,
     "calibration": Calibration,
@@ -425,7 +374,6 @@ def _known_keys(location: list[str]) -> list[str]:
     return [name for name in model.model_fields if name != "name"]
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    names = list(known)
-    matches = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
-    return f"; did you mean {' or '.join(matches)}?" if matches else f"; known: {', '.join(names)}"
+def _nearest(name: str, known: Collection[str]) -> str:
+    matches = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
+    return f"; did you mean {' or '.join(matches)}?" if matches else f"; known: {', '.join(known)}"
