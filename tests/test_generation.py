@@ -19,12 +19,13 @@ from transformers import AutoModelForCausalLM
 
 import fourfold
 from families import Truth
+from fourfold import generate
 from fourfold.cli.tables import generation_table
 from fourfold.config import OutputConfig
 from fourfold.embedded import model_dir
 from fourfold.errors import ModelError, ResourceError, SourceError, UsageError
 from fourfold.evaluation import generation
-from fourfold.evaluation.generation import Continuation, Generation, generate
+from fourfold.evaluation.generation import Continuation, Generation
 from fourfold.events import Event, TokenGenerated
 from nvfp4_folders import with_input_scales
 

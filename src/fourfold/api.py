@@ -19,7 +19,8 @@ from fourfold.calibration.statistics import Statistics
 from fourfold.config import CalibrationConfig, OutputConfig, Runtime, output_folder
 from fourfold.distributed.machine import choose_device, peak_resident
 from fourfold.evaluation import generation
-from fourfold.evaluation.generation import MAX_NEW_TOKENS, Generation
+from fourfold.evaluation.continuation import Sampling
+from fourfold.evaluation.generation import Generation
 from fourfold.evaluation.loading import load
 from fourfold.events import OnEvent
 from fourfold.layouts import marker_files
@@ -270,7 +271,7 @@ def generate(
     prompt: str,
     *,
     source: str | Path | Source | None = None,
-    max_new_tokens: int = MAX_NEW_TOKENS,
+    max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
     simulate_activations: bool | None = None,
@@ -280,15 +281,32 @@ def generate(
     progress: bool | None = None,
     on_event: OnEvent | None = None,
 ) -> Generation:
-    """Let the checkpoint `out`, and its source, continue `prompt`; see `evaluation.generation`."""
+    """Let the quantized checkpoint `out`, and its source if given, continue a prompt.
+
+    Args:
+        out: A checkpoint that `load` can read.
+        prompt: The beginning of the text, taken as it is.
+        source: The checkpoint that `out` was made from.
+        max_new_tokens: The most tokens to write.
+        temperature: 0 takes the likeliest token; above 0, tokens are drawn.
+        seed: Random seed for sampling.
+        simulate_activations: Round activations as W4A4 engines do; by default if `out` is W4A4.
+        stream: Load one layer at a time; by default if the model does not fit into memory.
+        device: cpu, cuda, cuda:N or auto.
+        trust_remote_code, progress, on_event: As in `quantize`.
+
+    Raises:
+        UsageError: The options make no sense.
+        SourceError, ModelError, ResourceError: A checkpoint cannot be read or run, or lacks a
+            tokenizer.
+    """
+    sampling = Sampling(max_new_tokens, temperature, seed)
     with session(progress, on_event) as run:
         return generation.generate(
             out,
             prompt,
+            sampling,
             source=source,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
             simulate_activations=simulate_activations,
             stream=stream,
             device=device,

@@ -20,9 +20,11 @@ from fourfold.cli.options import (
     HfConfig,
     Json,
     Model,
+    NoVerify,
     Overwrite,
     RecipeName,
     Shards,
+    SourceModel,
     Threads,
     Trust,
     in_bytes,
@@ -128,9 +130,7 @@ def quantize(
     threads: Threads = None,
     shards: Shards = None,
     overwrite: Overwrite = False,
-    no_verify: Annotated[
-        bool, typer.Option("--no-verify", help="Do not read OUT back and compare it with MODEL.")
-    ] = False,
+    no_verify: NoVerify = False,
     trust_remote_code: Trust = False,
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Say which kernels quantize the weights, and why.")
@@ -187,9 +187,7 @@ def plan(
 @app.command()
 def verify(
     out: Annotated[Path, typer.Argument(help="A checkpoint in NVFP4, whichever tool wrote it.")],
-    source: Annotated[
-        str | None, typer.Option("--source", "-s", help="The checkpoint that OUT was made from.")
-    ] = None,
+    source: SourceModel = None,
     hf_config: HfConfig = None,
     threads: Threads = None,
     trust_remote_code: Trust = False,
@@ -260,9 +258,7 @@ def merge(
     shards: Annotated[int, typer.Option(min=1, help="Files for each layer, at least.")] = 1,
     threads: Threads = None,
     overwrite: Overwrite = False,
-    no_verify: Annotated[
-        bool, typer.Option("--no-verify", help="Do not verify OUT afterwards.")
-    ] = False,
+    no_verify: NoVerify = False,
     as_json: Json = False,
 ) -> None:
     """Join the parts that nodes wrote, or re-shard a checkpoint.
@@ -404,9 +400,7 @@ def demo(
 def generate(
     out: Annotated[str, typer.Argument(help="A checkpoint in NVFP4.")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue.")],
-    source: Annotated[
-        str | None, typer.Option("--source", "-s", help="The checkpoint that OUT was made from.")
-    ] = None,
+    source: SourceModel = None,
     max_new_tokens: Annotated[int, typer.Option(help="How many tokens to generate, at most.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Random seed for sampling.")] = 0,

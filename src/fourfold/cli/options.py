@@ -42,6 +42,11 @@ Trust = Annotated[
     typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings."),
 ]
 
+NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not read OUT back to verify it.")]
+SourceModel = Annotated[
+    str | None, typer.Option("--source", "-s", help="The checkpoint that OUT was made from.")
+]
+
 _ARGUMENTS = (
     *(
         field.name

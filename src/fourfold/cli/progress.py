@@ -22,7 +22,7 @@ from fourfold.events import (
 from fourfold.run.progress import ProgressDisplay, sentence
 
 
-class CommandDisplay:
+class CommandDisplay(ProgressDisplay):
     """The plan and other facts on stdout, warnings on stderr, progress where that is a terminal."""
 
     def __init__(self, *, quiet: bool, verbose: bool = False) -> None:
@@ -31,14 +31,7 @@ class CommandDisplay:
         self.quiet = quiet or self.rank > 0
         self.verbose = verbose and self.rank == 0
         self.has_bars = not self.quiet and sys.stderr.isatty()
-        self.bars = ProgressDisplay(Console(stderr=True, quiet=not self.has_bars))
-
-    def __enter__(self) -> CommandDisplay:
-        self.bars.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bars.__exit__(*error)
+        super().__init__(Console(stderr=True, quiet=not self.has_bars))
 
     def __call__(self, event: Event) -> None:
         """Show an event."""
@@ -58,7 +51,7 @@ class CommandDisplay:
                 self._print(as_options(sentence(event)))
                 self._print(f"the first begins: {' '.join(beginning.split())[:100]} …", style="dim")
             case _:
-                self.bars(event)
+                super().__call__(event)
 
     def _print(self, value: object, style: str | None = None) -> None:
         """Print on stdout, above the progress bars."""
@@ -68,6 +61,6 @@ class CommandDisplay:
     def _say(self, text: str) -> None:
         """Print on stderr: above the progress bars, if there are any."""
         if self.has_bars:
-            self.bars.say(text)
+            self.say(text)
         else:
             print(text, file=sys.stderr)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fourfold.cli.options import as_options
 from fourfold.cli.signals import guard
 from fourfold.errors import FourfoldError
+from fourfold.storage.units import printable
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -89,8 +90,7 @@ def _mend_streams() -> None:
 
 
 def _fail(message: str, code: int, debug: bool) -> None:
-    message = as_options(message)
-    message = "".join(x if x.isprintable() or x in "\n×→·…" else repr(x)[1:-1] for x in message)
+    message = printable(as_options(message), keep="\n")
     if len(message) > LONGEST_MESSAGE:
         message = f"{message[: LONGEST_MESSAGE // 2]} […] {message[-LONGEST_MESSAGE // 2 :]}"
     if debug:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import dropwhile
 from typing import Any
 
 import torch
@@ -21,6 +23,14 @@ class Sampling:
     """0 takes the likeliest token; above 0, tokens are drawn from the whole distribution."""
     seed: int = 0
     """Random seed for sampling."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens {self.max_new_tokens}: give at least 1.")
+        if not 0 <= self.temperature < math.inf:
+            raise UsageError(
+                f"temperature {self.temperature}: give 0, for the likeliest token, or more."
+            )
 
 
 def continue_prompt(
@@ -68,7 +78,8 @@ def continue_prompt(
             **options,
         )[0].tolist()
     if model.config.is_encoder_decoder:
-        return _without_leading(ids[1:], pad)  # a decoder is given one token to begin with
+        # A decoder is given one token to begin with.
+        return list(dropwhile(lambda token: token == pad, ids[1:]))
     return list(ids[inputs["input_ids"].shape[1] :])
 
 
@@ -94,8 +105,3 @@ class _Counter:
 
     def end(self) -> None:
         """Required by transformers."""
-
-
-def _without_leading(tokens: Sequence[int], pad: int | None) -> list[int]:
-    begin = next((index for index, token in enumerate(tokens) if token != pad), len(tokens))
-    return list(tokens[begin:])

@@ -64,8 +64,8 @@ def is_demo_output(folder: Path) -> bool:
         return False
     with closing(open_source(model_dir())) as source:
         nbytes = sum(info.nbytes for info in source.tensors.values())
-        wanted = len(source.tensors), nbytes
-    return (summary.ledger.source_tensors, summary.ledger.bytes_before) == wanted
+        embedded = len(source.tensors), nbytes
+    return (summary.ledger.source_tensors, summary.ledger.bytes_before) == embedded
 
 
 def demonstrate(

@@ -9,7 +9,6 @@ are read, and the keys and values of earlier tokens are kept, so the tokens are 
 from __future__ import annotations
 
 import gc
-import math
 import time
 from collections.abc import Callable
 from contextlib import closing, nullcontext
@@ -31,8 +30,7 @@ from fourfold.models.tokenizer import load_tokenizer
 from fourfold.sources.decoded import DecodedSource, open_decoded
 from fourfold.sources.opening import opened
 from fourfold.storage.source import Source
-
-MAX_NEW_TOKENS = 64
+from fourfold.storage.units import printable
 
 
 @dataclass(frozen=True)
@@ -74,15 +72,19 @@ class Generation:
 
     @property
     def visible_prompt(self) -> str:
-        return visible(self.prompt)
+        return printable(self.prompt, keep="\n\t")
 
     def columns(self) -> list[tuple[str, str, str]]:
         """Return a heading, the model's folder and its text, for each model."""
         how = "activations rounded (W4A4)" if self.simulated else "weights alone"
-        ours = (f"quantized, {how}", self.quantized.model, visible(self.quantized.text))
+        ours = (
+            f"quantized, {how}",
+            self.quantized.model,
+            printable(self.quantized.text, keep="\n\t"),
+        )
         if self.source is None:
             return [ours]
-        return [("source", self.source.model, visible(self.source.text)), ours]
+        return [("source", self.source.model, printable(self.source.text, keep="\n\t")), ours]
 
     @property
     def remark(self) -> str:
@@ -102,77 +104,42 @@ class Generation:
 def generate(
     out: str | Path,
     prompt: str,
+    sampling: Sampling,
     *,
     source: str | Path | Source | None = None,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    temperature: float = 0.0,
-    seed: int = 0,
     simulate_activations: bool | None = None,
     stream: bool | None = None,
     device: str = "cpu",
     trust_remote_code: bool = False,
     on_event: OnEvent = ignore,
 ) -> Generation:
-    """Let the quantized checkpoint `out`, and its source if given, continue a prompt.
-
-    Args:
-        out: A checkpoint that `load` can read.
-        prompt: The beginning of the text, taken as it is.
-        source: The checkpoint that `out` was made from.
-        max_new_tokens: The most tokens to write.
-        temperature: 0 takes the likeliest token; above 0, tokens are drawn.
-        seed: Random seed for sampling.
-        simulate_activations: Round activations as W4A4 engines do; by default if `out` is W4A4.
-        stream: Load one layer at a time; by default if the model does not fit into memory.
-        device: cpu, cuda, cuda:N or auto.
-        trust_remote_code: Run the Python code that the checkpoints bring.
-        on_event: Called with a `TokenGenerated` for every token.
-
-    Raises:
-        UsageError: If the options make no sense.
-        SourceError, ModelError, ResourceError: If a checkpoint cannot be read or run, or lacks a
-            tokenizer.
-    """
-    _check_options(prompt, max_new_tokens, temperature)
+    """Let the quantized checkpoint `out`, and its source, continue `prompt`; see `api.generate`."""
+    if not prompt:
+        raise UsageError("The prompt is empty. Give the beginning of a text.")
     with closing(open_decoded(out, trust_remote_code=trust_remote_code)) as checkpoint:
         simulated = simulate_activations
         if simulated is None:
             simulated = bool(checkpoint.input_scales)
         if simulated:
             check_w4a4(checkpoint)
-        writer = _Writer(
-            prompt,
-            Sampling(max_new_tokens, temperature, seed),
-            load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code),
-            choose_device(device),
-            stream,
-            on_event,
-        )
-        original = None if source is None else _from_source(writer, source, trust_remote_code)
+        tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
+        writer = _Writer(prompt, sampling, tokenizer, choose_device(device), stream, on_event)
+        original = None
+        if source is not None:
+            with opened(source, trust_remote_code=trust_remote_code) as unquantized:
+                _check_not_quantized(unquantized)
+                original = writer.write("source", unquantized)
         quantized = writer.write("quantized", checkpoint, rounded=checkpoint if simulated else None)
     return Generation(prompt, original, quantized, simulated)
 
 
-def _check_options(prompt: str, max_new_tokens: int, temperature: float) -> None:
-    if not prompt:
-        raise UsageError("The prompt is empty. Give the beginning of a text.")
-    if max_new_tokens < 1:
-        raise UsageError(f"max_new_tokens {max_new_tokens}: give at least 1.")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise UsageError(f"temperature {temperature}: give 0, for the likeliest token, or more.")
-
-
-def _from_source(
-    writer: _Writer, model: str | Path | Source, trust_remote_code: bool
-) -> Continuation:
-    with opened(model, trust_remote_code=trust_remote_code) as source:
-        algorithm = quantization_of(source.config)
-        if algorithm is not None:
-            raise SourceError(
-                f"{source.folder}: is quantized already ({algorithm}). Give the checkpoint that "
-                "OUT was made from as `source`."
-            )
-        return writer.write("source", source)
+def _check_not_quantized(source: Source) -> None:
+    algorithm = quantization_of(source.config)
+    if algorithm is not None:
+        raise SourceError(
+            f"{source.folder}: is quantized already ({algorithm}). Give the checkpoint that "
+            "OUT was made from as `source`."
+        )
 
 
 @dataclass(frozen=True)
@@ -197,12 +164,16 @@ class _Writer:
 
         rounded: The checkpoint whose input scales round the model's activations, if any.
         """
-
-        def count(tokens: int) -> None:
-            self.on_event(TokenGenerated(label, tokens, self.sampling.max_new_tokens))
+        most = self.sampling.max_new_tokens
 
         def write(model: Any) -> list[int]:
-            return continue_prompt(model, self.tokenizer, self.prompt, self.sampling, count)
+            return continue_prompt(
+                model,
+                self.tokenizer,
+                self.prompt,
+                self.sampling,
+                lambda tokens: self.on_event(TokenGenerated(label, tokens, most)),
+            )
 
         begun = time.perf_counter()
         opened_model = OpenedModel(source, device=self.device)
@@ -234,8 +205,3 @@ def _available(device: str) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * 0.9)
     return int(memory_available() * 0.9)
-
-
-def visible(text: str) -> str:
-    """Return `text` with control characters spelled out, since a model may write anything."""
-    return "".join(x if x.isprintable() or x in "\n\t" else repr(x)[1:-1] for x in text)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -79,17 +80,8 @@ def _row(kind: TensorKind) -> tuple[str, ...]:
 
 def inspect(folder: str | Path) -> Inspection:
     """Summarize the checkpoint in `folder`. Raises SourceError if it cannot be read."""
-    source = open_source(folder)
-    try:
-        return _inspect(source)
-    finally:
-        source.close()
-
-
-def _inspect(source: SafetensorsFolder) -> Inspection:
-    kinds: dict[tuple[str, str, tuple[int, ...]], list[TensorInfo]] = defaultdict(list)
-    for info in source.tensors.values():
-        kinds[_NUMBER.sub("*", info.key), info.dtype, info.shape].append(info)
+    with closing(open_source(folder)) as source:
+        kinds = tuple(_kinds(source))
     config = source.config.get("quantization_config")
     ignore = config.get("ignore") if isinstance(config, dict) else None
     return Inspection(
@@ -100,13 +92,14 @@ def _inspect(source: SafetensorsFolder) -> Inspection:
         files=len({info.file for info in source.tensors.values()}),
         tensors=len(source.tensors),
         nbytes=sum(info.nbytes for info in source.tensors.values()),
-        kinds=tuple(_kinds(source, kinds)),
+        kinds=kinds,
     )
 
 
-def _kinds(
-    source: SafetensorsFolder, kinds: dict[tuple[str, str, tuple[int, ...]], list[TensorInfo]]
-) -> Iterable[TensorKind]:
+def _kinds(source: SafetensorsFolder) -> Iterable[TensorKind]:
+    kinds: dict[tuple[str, str, tuple[int, ...]], list[TensorInfo]] = defaultdict(list)
+    for info in source.tensors.values():
+        kinds[_NUMBER.sub("*", info.key), info.dtype, info.shape].append(info)
     for (pattern, dtype, shape), infos in sorted(kinds.items()):
         nbytes = sum(info.nbytes for info in infos)
         scales = _scales(source, infos) if dtype == "F32" and infos[0].numel == 1 else None

@@ -80,12 +80,7 @@ class OpenedModel:
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Build the model and check it against the checkpoint.
-
-        Raises:
-            ModelError: If a tensor has no place in the model.
-            SourceError: If a parameter has no tensor.
-        """
+        """Build the model; a tensor without a place in it is a `ModelError`."""
         self.source = source
         self.inventory: Inventory = take_inventory(source)
         _check_known(source, self.inventory)

@@ -42,34 +42,28 @@ class Sites:
         return len(self.linears) + sum(map(len, self.experts.values()))
 
 
-class Simulation:
+class Simulation(ExitStack):
     """Rounds a model's activations until `remove`; also a context manager."""
 
     def __init__(self, model: nn.Module, tree: ModuleTree, sites: Sites) -> None:
+        super().__init__()
         self.sites = sites
         self.calls: Counter[str] = Counter()
         """The number of times that each input was rounded, by path."""
-        self._stack = ExitStack()
         for path, scale in sites.linears.items():
             hook = model.get_submodule(path).register_forward_pre_hook(
                 partial(self._round_linear, path, scale), with_kwargs=True
             )
-            self._stack.callback(hook.remove)
+            self.callback(hook.remove)
         for path, scales in sites.experts.items():
             watch = _Rounding(path, scales, self.calls)
             experts = _RoundedExperts(model.get_submodule(path), tree.experts[path], watch)
             experts.put_on()
-            self._stack.callback(experts.take_off)
+            self.callback(experts.take_off)
 
     def remove(self) -> None:
         """Return the model to exact activations."""
-        self._stack.close()
-
-    def __enter__(self) -> Simulation:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()
+        self.close()
 
     def _round_linear(
         self, path: str, scale: float, _: nn.Module, args: Any, kwargs: dict[str, Any]
@@ -108,7 +102,7 @@ class _RoundedExperts:
 
     def __init__(self, module: nn.Module, layout: ExpertsModule, watch: _Rounding) -> None:
         self.module, self.layout, self.watch = module, layout, watch
-        self.before, self.exact = module.__dict__.get("forward"), module.forward
+        self.own_forward, self.exact = module.__dict__.get("forward"), module.forward
         self.is_watched = False
 
     def put_on(self) -> None:
@@ -116,10 +110,10 @@ class _RoundedExperts:
 
     def take_off(self) -> None:
         """Restore the module's own forward."""
-        if self.before is None:
+        if self.own_forward is None:
             del self.module.forward
         else:
-            self.module.forward = self.before
+            self.module.forward = self.own_forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with _WATCHING:
@@ -143,23 +137,18 @@ def check_w4a4(checkpoint: DecodedSource) -> None:
 
 
 def find_sites(checkpoint: DecodedSource, inventory: Inventory, tree: ModuleTree) -> Sites:
-    """Return the modules that the checkpoint's input scales belong to.
-
-    Raises:
-        UsageError: If the checkpoint has no input scale.
-        SourceError: If only some are missing.
-        ModelError: If a quantized layer has no place in the model.
-    """
+    """Return the modules that the checkpoint's input scales belong to."""
     check_w4a4(checkpoint)
     linears = [linear for linear in inventory.linears if linear.name in checkpoint.linears]
-    _check_all_found(checkpoint, linears)
+    _check_all_known(checkpoint, linears)
     scales = _largest_by_site(checkpoint, linears)
     plain: dict[str, float] = {}
     experts: dict[str, dict[Product, float]] = defaultdict(dict)
     for linear in linears:
         scale = scales[linear.input_site]
         if linear.expert is not None and linear.module in tree.experts:
-            experts[linear.module][_product(linear)] = scale
+            is_down = linear.projection is Projection.DOWN
+            experts[linear.module][Product.DOWN if is_down else Product.GATE_UP] = scale
         elif linear.role is not Role.MTP:
             for path in _modules_of(linear, tree):
                 plain[path] = max(scale, plain.get(path, 0.0))
@@ -168,7 +157,7 @@ def find_sites(checkpoint: DecodedSource, inventory: Inventory, tree: ModuleTree
     return Sites(plain, experts)
 
 
-def _check_all_found(checkpoint: DecodedSource, linears: list[LinearWeight]) -> None:
+def _check_all_known(checkpoint: DecodedSource, linears: list[LinearWeight]) -> None:
     unknown = sorted(checkpoint.linears.keys() - {linear.name for linear in linears})
     if unknown:
         raise ModelError(
@@ -199,10 +188,6 @@ def _check_whole(path: str, linears: list[LinearWeight], inventory: Inventory) -
             f"{path}: {len(quantized)} of {len(every)} linear layers of its experts are quantized; "
             "engines take all or none. Quantize the model again."
         )
-
-
-def _product(linear: LinearWeight) -> Product:
-    return Product.DOWN if linear.projection is Projection.DOWN else Product.GATE_UP
 
 
 def _modules_of(linear: LinearWeight, tree: ModuleTree) -> list[str]:

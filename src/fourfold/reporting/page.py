@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from fourfold.errors import OutputError
 from fourfold.reporting.table import select
-from fourfold.reporting.text import clipped, figure, integer, plural, printable, runs
+from fourfold.reporting.text import clipped, figure, integer, plural, runs
 from fourfold.storage.names import REPORT
 from fourfold.storage.quant_summary import (
     ExpertsEntry,
@@ -26,7 +26,7 @@ from fourfold.storage.quant_summary import (
     RoleEntry,
     read_summary,
 )
-from fourfold.storage.units import size
+from fourfold.storage.units import printable, size
 
 WORST = 20
 """How many linear weights with the largest errors are listed by name."""
@@ -136,7 +136,12 @@ def render_report(summary: QuantSummary) -> str:
         tokens_map=_tokens_map(summary.experts),
         unreached=_list_experts(summary.experts, lambda share: share == 0),
         cold=_list_experts(summary.experts, lambda share: 0 < share < COLD),
-        inputs=_spreads("input of", linears, _role_and_projection, attrgetter("input_amax")),
+        inputs=_spreads(
+            "input of",
+            linears,
+            lambda x: f"{x.role} {x.name.rpartition('.')[2]}",
+            attrgetter("input_amax"),
+        ),
         kv_cache=Table(
             ("attention module", "k_scale", "v_scale"),
             [(clipped(x.name), figure(x.k_scale), figure(x.v_scale)) for x in summary.kv_cache],
@@ -216,10 +221,6 @@ def _spreads(
         for name, values in groups.items()
     ]
     return Table((kind, "linear weights", "smallest", "median", "largest"), rows)
-
-
-def _role_and_projection(linear: LinearEntry) -> str:
-    return f"{linear.role} {linear.name.rpartition('.')[2]}"
 
 
 def _error_map(linears: Sequence[LinearEntry]) -> HeatMap | None:

@@ -43,6 +43,11 @@ def summarize(
         linears: The result of every linear weight, sorted by name.
         scales: The calibrated scales, if the recipe needed any.
     """
+    calibration = None
+    if scales is not None:
+        unreached = sum(map(len, scales.unreached().values()))
+        data = asdict(scales.statistics.data)
+        calibration = CalibrationEntry(**data, unreached_experts=unreached)
     planned = {linear.name: linear for linear in plan.linears}
     return QuantSummary(
         producer=f"fourfold {__version__}",
@@ -61,7 +66,7 @@ def summarize(
             bytes_after=plan.nbytes_after,
         ),
         roles=tuple(_roles(plan)),
-        calibration=None if scales is None else _calibration(scales),
+        calibration=calibration,
         kv_cache=() if scales is None else tuple(_kv_cache(scales)),
         files=tuple(plan.files),
         shards=tuple(_shards(plan)),
@@ -77,14 +82,7 @@ def summarize(
 def versions() -> dict[str, str]:
     """Return the versions of the packages that influence the output."""
     names = ("torch", "transformers", "numpy", "numba")
-    return {"fourfold": __version__} | {name: _version(name) for name in names}
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
+    return {"fourfold": __version__} | {name: metadata.version(name) for name in names}
 
 
 def _roles(plan: Plan) -> Iterator[RoleEntry]:
@@ -98,11 +96,6 @@ def _roles(plan: Plan) -> Iterator[RoleEntry]:
             bytes_before=sum(row.nbytes for row in rows),
             bytes_after=sum(row.nbytes_after for row in rows),
         )
-
-
-def _calibration(scales: ActivationScales) -> CalibrationEntry:
-    unreached = sum(map(len, scales.unreached().values()))
-    return CalibrationEntry(**asdict(scales.statistics.data), unreached_experts=unreached)
 
 
 def _kv_cache(scales: ActivationScales) -> Iterator[KVCacheEntry]:
@@ -145,24 +138,11 @@ def _biases(plan: Plan) -> list[ExpertBias]:
 
 def _linear(result: LinearResult, linear: LinearWeight, scheme: Scheme) -> LinearEntry:
     place = {} if _is_whole(linear) else {"raw": _raw(linear.region)}
-    return LinearEntry.model_validate(
-        {
-            "name": result.name,
-            "role": result.role,
-            "shape": result.shape,
-            "format": scheme.weights,
-            "layer": result.layer,
-            "expert": result.expert,
-            "global_scale": result.global_scale,
-            "amax": result.amax,
-            "input_amax": result.input_amax,
-            "input_scale": result.input_scale,
-            "tokens": result.tokens,
-            "relative_error": float(f"{result.relative_error:.4g}"),
-            "dtype": linear.dtype,
-            **place,
-        }
-    )
+    figures = asdict(result)
+    del figures["sum_sq_err"], figures["sum_sq_w"]
+    figures |= {"format": scheme.weights, "dtype": linear.dtype}
+    figures["relative_error"] = float(f"{result.relative_error:.4g}")
+    return LinearEntry.model_validate({**figures, **place})
 
 
 def _is_whole(linear: LinearWeight) -> bool:

@@ -20,9 +20,9 @@ from rich.style import Style
 
 from fourfold.errors import UsageError
 from fourfold.models.names import natural
-from fourfold.reporting.text import clipped, figure, integer, plural, printable, runs
+from fourfold.reporting.text import clipped, figure, integer, plural, runs
 from fourfold.storage.quant_summary import LinearEntry, QuantSummary
-from fourfold.storage.units import PLAIN_WIDTH, size
+from fourfold.storage.units import PLAIN_WIDTH, printable, size
 
 NARROWEST_NAME = 24
 """If the figures leave less room than this for names, each name gets a line of its own."""
@@ -49,7 +49,9 @@ def select(
     Raises:
         UsageError: If the summary has no such weight.
     """
-    linears = sorted(summary.linears, key=_by_layer)
+    linears = sorted(
+        summary.linears, key=lambda x: (x.layer is None, x.layer or 0, natural(x.name))
+    )
     if role is not None and role not in (roles := Counter(linear.role for linear in linears)):
         known = ", ".join(f"{name} ({count:,})" for name, count in roles.most_common())
         raise UsageError(f"role {role!r}: no quantized linear weight has it. Roles: {known}.")
@@ -81,18 +83,10 @@ def table_of(
     lines = defaultdict[object, list[LinearEntry]](list)
     for linear in linears:
         alone = every or worst is not None
-        lines[linear.name if alone else _shared_line(linear)].append(linear)
+        shared = _pattern(linear), linear.role, linear.shape, linear.format
+        lines[linear.name if alone else shared].append(linear)
     total = len(linears) if worst is None else len(select(summary, role=role, layer=layer))
     return LinearTable(summary, tuple(map(tuple, lines.values())), total)
-
-
-def _by_layer(linear: LinearEntry) -> tuple[object, ...]:
-    return linear.layer is None, linear.layer or 0, natural(linear.name)
-
-
-def _shared_line(linear: LinearEntry) -> object:
-    """Experts of a layer share a line if projection, role, shape and format are the same."""
-    return _pattern(linear), linear.role, linear.shape, linear.format
 
 
 def _pattern(linear: LinearEntry) -> str:

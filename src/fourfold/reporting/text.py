@@ -44,11 +44,3 @@ def clipped(text: str, longest: int = 160) -> str:
     """Return a text without its middle if it is longer than `longest`."""
     half = longest // 2
     return text if len(text) <= longest else f"{text[:half]}…{text[-half:]}"
-
-
-def printable(text: str) -> str:
-    """Return a text with its control and bidirectional characters escaped.
-
-    Names come from checkpoints: they must not move a terminal's cursor or reverse a page's text.
-    """
-    return "".join(x if x.isprintable() else ascii(x)[1:-1] for x in text)

@@ -29,3 +29,12 @@ def aligned(rows: Sequence[Sequence[str]], *, left: int) -> list[str]:
         ).rstrip()
         for row in rows
     ]
+
+
+def printable(text: str, *, keep: str = "") -> str:
+    """Return a text with its control and bidirectional characters escaped, but for those in `keep`.
+
+    Names come from checkpoints, and a model may write anything: it must not move a terminal's
+    cursor or reverse a page's text.
+    """
+    return "".join(x if x.isprintable() or x in keep else ascii(x)[1:-1] for x in text)
