@@ -43,17 +43,12 @@ DOWN = frozenset(family.names.down for family in FAMILIES.values())
 """The names of an expert's down projection; the other projections read the layer's input."""
 
 
-def packed_shape(shape: tuple[int, int]) -> tuple[int, ...]:
-    """Return the shape of the codes of a weight [out, in]."""
-    return NVFP4.parts(shape)["codes"][1]
-
-
 def block_scales(shape: tuple[int, int]) -> tuple[int, ...]:
     """Return the shape of the block scales of a weight [out, in]."""
     return NVFP4.parts(shape)["block_scale"][1]
 
 
-CODES_PER_BYTE = NVFP4.block // packed_shape((1, NVFP4.block))[1]
+CODES_PER_BYTE = NVFP4.block // NVFP4.parts((1, NVFP4.block))["codes"][1][1]
 
 
 @dataclass(frozen=True, slots=True)

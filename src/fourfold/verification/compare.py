@@ -40,12 +40,10 @@ from fourfold.formats.nvfp4.tensors import (
     FLOAT_DTYPES,
     GLOBAL_SCALE_MAX,
     GLOBAL_SCALE_MIN,
-    ScaleAlgorithm,
     error_energy,
-    quantize_into,
 )
 from fourfold.storage.source import Source
-from fourfold.verification.checkpoint import Checkpoint, block_scales, packed_shape
+from fourfold.verification.checkpoint import NVFP4, Checkpoint
 from fourfold.verification.groups import fused_groups
 from fourfold.verification.match import Copy, Matching, Pair
 from fourfold.verification.readers.base import BLOCK_SCALE, GLOBAL_SCALE, WEIGHT
@@ -209,7 +207,7 @@ class Comparison:
         return [self._energy(pair, slab, raw) for pair in slab.pairs]
 
     def _energy(self, pair: Pair, slab: _Slab, raw: Tensor) -> tuple[float, float]:
-        scale, error, energy = self._global_scale(pair), 0.0, 0.0
+        scale, error, energy = self.checkpoint.scale(pair.linear, GLOBAL_SCALE), 0.0, 0.0
         for row, w_OI in _chunks(pair, slab, raw):
             codes, scales = (self._rows(pair, x, row, len(w_OI)) for x in (WEIGHT, BLOCK_SCALE))
             sums = error_energy(w_OI, codes, scales, scale)
@@ -223,9 +221,6 @@ class Comparison:
             part, self.checkpoint, info.key, row * width, count * width
         )
         return torch.from_numpy(data).view(count, width)
-
-    def _global_scale(self, pair: Pair) -> float:
-        return self.checkpoint.scale(pair.linear, GLOBAL_SCALE)
 
     # ------------------------------------------------------------------------------- judgement
 
@@ -252,17 +247,15 @@ class Comparison:
         """The error e' that the docstring of this module defines."""
         amax = self._amax(suspect.pair)
         highest = max(map(self._amax, suspect.group))
-        stored = self._global_scale(suspect.pair)
+        stored = self.checkpoint.scale(suspect.pair.linear, GLOBAL_SCALE)
         low, high = amax / 2688, 1.5 * highest / 1536
         scale = min(max(stored, low), high) if math.isfinite(stored) else low
         scale = min(max(scale, GLOBAL_SCALE_MIN), GLOBAL_SCALE_MAX)
         error = 0.0
         for w_OI in self._read_again(suspect.pair):
-            shape = w_OI.shape[0], w_OI.shape[1]
-            codes = torch.empty(packed_shape(shape), dtype=torch.uint8)
-            scales = torch.empty(block_scales(shape), dtype=torch.uint8)
-            stats = quantize_into(w_OI, codes, scales, scale=ScaleAlgorithm.MAX, global_scale=scale)
-            error += stats.sum_sq_err
+            parts = NVFP4.row_parts((w_OI.shape[0], w_OI.shape[1]))
+            out = {name: torch.empty(size, dtype=torch.uint8) for name, (_, size) in parts.items()}
+            error += NVFP4.quantize(w_OI, out, scale="max", group_scale=scale, name="")[0]
         return math.sqrt(error / suspect.error.weight_energy)
 
     def _amax(self, pair: Pair) -> float:

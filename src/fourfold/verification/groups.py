@@ -44,20 +44,14 @@ def input_site(linear: str) -> str | None:
 
 def check_scale_groups(checkpoint: Checkpoint) -> Iterator[Finding]:
     """A fused module has one weight_scale_2 and one input_scale."""
-    names = checkpoint.linears.keys() | checkpoint.kept
-    for group in fused_groups(names):
-        for part, rule in (
-            (GLOBAL_SCALE, "group-scale-differs"),
-            (INPUT_SCALE, "group-input-scale-differs"),
-        ):
-            yield from _differences(checkpoint, group, part, rule)
-
-
-def _differences(checkpoint: Checkpoint, group: Group, part: str, rule: str) -> Iterator[Finding]:
-    values = dict(_values(checkpoint, group, part))
-    if len(set(values.values())) > 1:
-        text = ", ".join(f"{name.rpartition('.')[2]} {value:.9g}" for name, value in values.items())
-        yield finding(rule, checkpoint.tensor_name(next(iter(values)), part), text)
+    rules = {GLOBAL_SCALE: "group-scale-differs", INPUT_SCALE: "group-input-scale-differs"}
+    for group in fused_groups(checkpoint.linears.keys() | checkpoint.kept):
+        for part, rule in rules.items():
+            values = dict(_values(checkpoint, group, part))
+            if len(set(values.values())) > 1:
+                texts = (f"{name.rpartition('.')[2]} {x:.9g}" for name, x in values.items())
+                tensor = checkpoint.tensor_name(next(iter(values)), part)
+                yield finding(rule, tensor, ", ".join(texts))
 
 
 def _values(checkpoint: Checkpoint, names: Iterable[str], part: str) -> Iterator[tuple[str, float]]:

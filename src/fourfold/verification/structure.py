@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
 from fourfold.models.names import EXPERT_LINEAR
-from fourfold.storage.safetensors_header import FLOATS
+from fourfold.storage.safetensors_header import FLOATS, TensorInfo
 from fourfold.verification.checkpoint import DOWN, NVFP4, Checkpoint, QuantizedLinear, block_scales
 from fourfold.verification.readers.base import (
     BLOCK_SCALE,
@@ -37,14 +37,18 @@ DTYPES: Mapping[str, str] = {
 
 
 def check_parts(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """Weight, block scales and global scale come together; W4A4 linears have an input scale."""
+    """Weight, block scales and global scale come together; W4A4 linears have an input scale.
+
+    Each has the layout's dtype. The weight is [out, in/2], the block scales are [out, in/16], other
+    scales one number.
+    """
     for name, linear in checkpoint.linears.items():
         for part in (WEIGHT, BLOCK_SCALE, GLOBAL_SCALE):
             if part not in linear.parts:
-                there = ", ".join(other for other in PARTS if other in linear.parts)
-                text = f"missing, while there is {there}"
+                present = ", ".join(other for other in PARTS if other in linear.parts)
+                tensor = checkpoint.tensor_name(name, part)
                 yield finding(
-                    f"{RULE_NAMES[part]}-missing", checkpoint.tensor_name(name, part), text
+                    f"{RULE_NAMES[part]}-missing", tensor, f"missing, while there is {present}"
                 )
         if linear.algo == W4A4 and INPUT_SCALE not in linear.parts:
             tensor = checkpoint.tensor_name(name, INPUT_SCALE)
@@ -52,25 +56,14 @@ def check_parts(checkpoint: Checkpoint) -> Iterator[Finding]:
         if linear.algo == W4A16 and INPUT_SCALE in linear.parts:
             tensor = linear.parts[INPUT_SCALE].key
             yield finding("input-scale-unexpected", tensor, "there is one")
-
-
-def check_dtypes(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """Each tensor has the layout's dtype."""
-    for linear in checkpoint.linears.values():
         for part, info in linear.parts.items():
             if info.dtype != DTYPES[part]:
                 text = f"{info.dtype}, should be {DTYPES[part]}"
                 yield finding(f"{RULE_NAMES[part]}-dtype", info.key, text)
-
-
-def check_shapes(checkpoint: Checkpoint) -> Iterator[Finding]:
-    """The weight is [out, in/2], the block scales are [out, in/16], other scales one number."""
-    for linear in checkpoint.linears.values():
-        if WEIGHT in linear.parts and linear.parts[WEIGHT].dtype == DTYPES[WEIGHT]:
-            yield from _weight_shapes(linear)
-        for part in (GLOBAL_SCALE, INPUT_SCALE):
-            if part in linear.parts:
-                yield from _single(linear, part)
+            elif part == WEIGHT:
+                yield from _weight_shapes(linear)
+            if part in (GLOBAL_SCALE, INPUT_SCALE):
+                yield from _single(info, RULE_NAMES[part])
 
 
 def _weight_shapes(linear: QuantizedLinear) -> Iterator[Finding]:
@@ -86,11 +79,9 @@ def _weight_shapes(linear: QuantizedLinear) -> Iterator[Finding]:
         yield finding("block-scale-shape", scale.key, text)
 
 
-def _single(linear: QuantizedLinear, part: str) -> Iterator[Finding]:
-    info = linear.parts[part]
+def _single(info: TensorInfo, rule: str) -> Iterator[Finding]:
     if info.numel != 1:
-        text = f"shape {list(info.shape)}, should be []"
-        yield finding(f"{RULE_NAMES[part]}-shape", info.key, text)
+        yield finding(f"{rule}-shape", info.key, f"shape {list(info.shape)}, should be []")
     elif info.shape:
         yield finding("scale-not-scalar", info.key, f"shape {list(info.shape)}")
 
@@ -146,8 +137,6 @@ def check_expert_shapes(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 CHECKS = (
     check_parts,
-    check_dtypes,
-    check_shapes,
     check_alignment,
     check_unexpected,
     check_kept,

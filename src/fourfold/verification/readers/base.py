@@ -61,11 +61,8 @@ class LayoutReader(ABC):
     """Part → the last part of its tensor's name."""
     leftover: ClassVar[re.Pattern[str]]
     """Tensors of quantizers and of other layouts, which no loader of this layout expects."""
-
-    @property
-    @abstractmethod
-    def quant(self) -> QuantConfig:
-        """The configuration that engines follow."""
+    quant: QuantConfig
+    """The configuration that engines follow."""
 
     @classmethod
     @abstractmethod

@@ -63,13 +63,8 @@ class ModelOptReader(LayoutReader):
     def __init__(self, flat: ModelOptConfig | None, nested: ModelOptConfig | None) -> None:
         """`flat` is from config.json, `nested` from hf_quant_config.json; one may be missing."""
         self.flat, self.nested = flat, nested
-
-    @property
-    def quant(self) -> ModelOptConfig:
-        """The configuration that engines follow: config.json's if it has one."""
-        quant = self.flat or self.nested
-        assert quant is not None
-        return quant
+        self.configs = [quant for quant in (flat, nested) if quant is not None]
+        self.quant = self.configs[0]
 
     @classmethod
     def recognizes(cls, folder: Path, config: Mapping[str, Any]) -> bool:
@@ -87,15 +82,15 @@ class ModelOptReader(LayoutReader):
             flat = parse(config["quantization_config"], CONFIG)
         if (folder / HF_CONFIG).is_file():
             nested = parse(read_json(folder / HF_CONFIG), HF_CONFIG)
-        configs = [quant for quant in (flat, nested) if quant is not None]
-        algos = [algo for quant in configs for algo in (quant.algo or "", *quant.layers.values())]
+        reader = cls(flat, nested)
+        algos = [algo for x in reader.configs for algo in (x.algo or "", *x.layers.values())]
         if not any("NVFP4" in algo for algo in algos):
-            says = ", ".join(f"{quant.file} says {quant.algo or quant.method}" for quant in configs)
+            says = ", ".join(f"{x.file} says {x.algo or x.method}" for x in reader.configs)
             raise UnreadableError(
                 f"{folder}: not an NVFP4 checkpoint ({says}). Quantize the model first, and give "
                 "the output's folder."
             )
-        return cls(flat, nested)
+        return reader
 
     def check(self, checkpoint: Checkpoint) -> Iterator[Finding]:
         """Yield the findings on the two files."""
@@ -143,9 +138,7 @@ class ModelOptReader(LayoutReader):
     def _check_quantization(self) -> Iterator[Finding]:
         """Each file states a known method and algorithm, and fitting groups."""
         flat = self.flat
-        for quant in (flat, self.nested):
-            if quant is None:
-                continue
+        for quant in self.configs:
             if quant.algo not in KNOWN_ALGOS:
                 yield finding("quant-algo", quant.file, f"quant_algo {quant.algo}")
             yield from _group_sizes(quant)
