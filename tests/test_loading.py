@@ -415,7 +415,6 @@ def test_every_site_is_rounded_until_it_is_removed(name: str, made: Made, w4a4: 
     assert not torch.equal(logits(model), plain)
     experts = [f"{path}.{x}" for path, scales in simulation.sites.experts.items() for x in scales]
     assert set(simulation.calls) == {*simulation.sites.linears, *experts}
-    assert len(simulation.sites) == len(simulation.calls)
     before = dict(simulation.calls)
     simulation.remove()
     assert torch.equal(logits(model), plain)

@@ -28,7 +28,7 @@ from fourfold.calibration.scales import ActivationScales, model_summary
 from fourfold.calibration.statistics import DataSummary, Statistics, data_summary, merged
 from fourfold.errors import ObservationError
 from fourfold.models.internals import runnable
-from fourfold.planning import Plan, raw_keys
+from fourfold.planning import Plan, slabs_of
 from fourfold.storage.source import Source
 
 ForwardLoop = Callable[[Any], object]
@@ -43,7 +43,7 @@ def held_layers(plan: Plan, source: Source) -> Iterator[int | None]:
     for layer in (*range(len(plan.inventory.layer_paths)), None):
         shards = (plan.shards[number] for number in plan.shards_of(layer))
         jobs = (job for shard in shards for job in shard.jobs)
-        keys = dict.fromkeys(key for job in jobs for key in raw_keys(job))
+        keys = dict.fromkeys(key for job in jobs for key, *_ in slabs_of(job))
         source.hold(keys, keep=source.rank == 0)
         try:
             yield layer

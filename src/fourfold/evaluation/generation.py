@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import takewhile
@@ -164,39 +163,31 @@ class _Writer:
 
         rounded: The checkpoint whose input scales round the model's activations, if any.
         """
-        most = self.sampling.max_new_tokens
-
-        def write(model: Any) -> list[int]:
-            return continue_prompt(
-                model,
-                self.tokenizer,
-                self.prompt,
-                self.sampling,
-                lambda tokens: self.on_event(TokenGenerated(label, tokens, most)),
-            )
-
-        begun = time.perf_counter()
+        begun, written = time.perf_counter(), list[int]()
         opened_model = OpenedModel(source, device=self.device)
         streamed = self.stream
         if streamed is None:
             streamed = opened_model.nbytes > _available(self.device)
+
+        def count(tokens: int) -> None:
+            self.on_event(TokenGenerated(label, tokens, self.sampling.max_new_tokens))
+
+        def write(model: Any) -> None:
+            written.extend(
+                continue_prompt(model, self.tokenizer, self.prompt, self.sampling, count)
+            )
+
         with opened_model.simulate_activations(rounded) if rounded is not None else nullcontext():
-            tokens = _run(opened_model, write, streamed)
+            if streamed:
+                for _ in opened_model.streamed.run([write]):
+                    pass
+            else:
+                write(opened_model.load())
         del opened_model
         gc.collect()
-        text = text_after(self.tokenizer, self.prompt, tokens)
+        text = text_after(self.tokenizer, self.prompt, written)
         seconds = time.perf_counter() - begun
-        return Continuation(str(source.folder), text, tuple(tokens), streamed, seconds)
-
-
-def _run(model: OpenedModel, write: Callable[[Any], list[int]], streamed: bool) -> list[int]:
-    """Call `write` with the model, loaded whole or layer by layer."""
-    if not streamed:
-        return write(model.load())
-    results: list[list[int]] = []
-    for _ in model.streamed.run([lambda streamed: results.append(write(streamed))]):
-        pass
-    return results[0]
+        return Continuation(str(source.folder), text, tuple(written), streamed, seconds)
 
 
 def _available(device: str) -> int:

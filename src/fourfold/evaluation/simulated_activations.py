@@ -38,9 +38,6 @@ class Sites:
     linears: Mapping[str, float]
     experts: Mapping[str, Mapping[Product, float]]
 
-    def __len__(self) -> int:
-        return len(self.linears) + sum(map(len, self.experts.values()))
-
 
 class Simulation(ExitStack):
     """Rounds a model's activations until `remove`; also a context manager."""

@@ -56,11 +56,7 @@ class Layout(ABC):
     # --------------------------------------------------------------------------------- tensors
 
     def check(self, schemes: Mapping[str, Scheme]) -> None:  # noqa: B027
-        """Check that this layout can express the schemes of a plan, given by linear weight.
-
-        Raises:
-            PlanError: It cannot; the message says what to change in the recipe.
-        """
+        """Raise `PlanError` unless this layout can express the schemes, given by linear weight."""
 
     def tensors(self, linear: str, shape: tuple[int, int], scheme: Scheme) -> dict[str, TensorSpec]:
         """Return the tensors that one linear weight `[out, in]` becomes, by part."""
@@ -99,8 +95,7 @@ class Layout(ABC):
     def kv_scale_names(self, linears: Iterable[str]) -> dict[str, tuple[str, str]]:
         """Return the names of the scales of keys and values, by attention module.
 
-        Args:
-            linears: Names of all linear layers of the model's attention modules.
+        `linears` names all linear layers of the model's attention modules.
         """
 
     # --------------------------------------------------------------------------- configuration
@@ -109,12 +104,8 @@ class Layout(ABC):
     def ignore(self, quantized: Sequence[str], kept: Sequence[str]) -> list[str]:
         """Return the list of modules that engines leave unquantized, in the words of this layout.
 
-        Args:
-            quantized: Names of the quantized linear weights.
-            kept: Names of modules that stay as they are.
-
         Raises:
-            PlanError: No list says so to every engine.
+            PlanError: No list says to every engine which are `quantized` and which are `kept`.
         """
 
     @abstractmethod

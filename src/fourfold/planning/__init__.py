@@ -12,8 +12,6 @@ from fourfold.planning.rows import (
     ScaleGroup,
     Shard,
     job_bytes,
-    observed_site,
-    raw_keys,
     slabs_of,
 )
 from fourfold.planning.schemes import Scheme
@@ -37,9 +35,7 @@ __all__ = [
     "job_bytes",
     "lay_out",
     "make_plan",
-    "observed_site",
     "outputs_of",
-    "raw_keys",
     "shard_names",
     "slabs_of",
 ]

@@ -18,7 +18,7 @@ from typing import Any
 from fourfold.layouts.base import LAYOUTS, Layout
 from fourfold.models.inventory import Inventory
 from fourfold.planning.limits import DEFAULT_LIMITS, Limits
-from fourfold.planning.rows import Row, Shard, raw_keys
+from fourfold.planning.rows import Row, Shard, slabs_of
 from fourfold.planning.shards import outputs_of, shard_names
 from fourfold.recipes import DEFAULT_LAYOUT
 from fourfold.storage.names import CONFIG, INDEX
@@ -105,7 +105,7 @@ class CopyPlan:
         for shard in self.shards:
             for job in shard.jobs:
                 digest.update(repr((shard.layer, outputs_of(job, self.layout))).encode())
-                digest.update(repr(raw_keys(job)).encode())
+                digest.update(repr([*slabs_of(job)]).encode())
         return digest.hexdigest()
 
     @property
@@ -116,7 +116,13 @@ class CopyPlan:
     @cached_property
     def files(self) -> list[str]:
         """Every file of the output, relative to its folder."""
-        return [*self.shard_names, *(path.as_posix() for path in self.side_files), INDEX, CONFIG]
+        beside = [path.as_posix() for path in self.side_files]
+        return [*self.shard_names, *beside, *self._reports, INDEX, CONFIG]
+
+    @property
+    def _reports(self) -> Sequence[str]:
+        """Files of the output that say what was done."""
+        return ()
 
     @cached_property
     def shard_names(self) -> tuple[str, ...]:

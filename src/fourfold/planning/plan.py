@@ -44,9 +44,14 @@ from fourfold.planning.text import role_lines, tensor_parallel_lines
 from fourfold.recipes import Recipe
 from fourfold.statistics import SMALL, Site
 from fourfold.statistics import STATISTICS as ALL_STATISTICS
-from fourfold.storage.names import CONFIG, INDEX, REPORT, STATISTICS, SUMMARY
+from fourfold.storage.names import REPORT, STATISTICS, SUMMARY
 from fourfold.storage.source import Source
 from fourfold.storage.units import size
+
+NO_KV_SCALES = (
+    "no attention layer here has a k_proj that engines know a KV scale for (MLA's latent cache, "
+    "Wqkv): they take 1.0, and there is nothing to calibrate"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,13 +247,10 @@ class Plan(CopyPlan):
         layers = [size for layer, size in sizes.items() if layer is not None]
         return sizes[None] + 3 * max(layers, default=0) + self._statistics_memory()
 
-    @cached_property
-    def files(self) -> list[str]:
-        """Every file of the output, relative to its folder."""
-        beside = [path.as_posix() for path in self.side_files]
-        if self.needs_calibration:
-            beside.append(STATISTICS)
-        return [*self.shard_names, *beside, SUMMARY, REPORT, *self.config_files, INDEX, CONFIG]
+    @property
+    def _reports(self) -> Sequence[str]:
+        statistics = (STATISTICS,) if self.needs_calibration else ()
+        return (*statistics, SUMMARY, REPORT, *self.config_files)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain data for JSON, with one entry for each source tensor."""
@@ -343,7 +345,8 @@ def make_plan(
         [linear.name for linear in quantized],
         [raw.stem for raw in kept if raw.is_matrix] + list(inventory.tied_linears),
     )
-    jobs: list[Job] = [*groups, *selection.biases(), *kept, *selection.kv_scales()]
+    kv_scales = selection.kv_scales()
+    jobs: list[Job] = [*groups, *selection.biases(), *kept, *kv_scales]
     shards = tuple(lay_out(jobs, inventory, layout=selection.layout, parts=parts, limits=limits))
     check_names(shards, selection.layout)
     check_kept(kept, selection.layout)
@@ -357,7 +360,11 @@ def make_plan(
         ignore=tuple(ignore),
         side_files=tuple(copied),
         dropped_files=tuple(dropped),
-        notes=(*source.notes, *selection.kv_notes(), *_notes(inventory, groups, dropped)),
+        notes=(
+            *source.notes,
+            *([NO_KV_SCALES] if recipe.calibrates_kv and not kv_scales else ()),
+            *_notes(inventory, groups, dropped),
+        ),
         tensor_parallel=tensor_parallel(quantized, selection.schemes, source.config),
         parts=parts,
         limits=limits,

@@ -102,19 +102,6 @@ def observed_site(linear: LinearWeight) -> str:
     return f"{linear.module}.{product}"
 
 
-def raw_keys(job: Job) -> list[str]:
-    """Return the raw tensors that a job reads."""
-    match job:
-        case ScaleGroup():
-            return [linear.region.key for linear in job.linears]
-        case ExpertBias():
-            return [job.region.key]
-        case RawTensor():
-            return [job.info.key]
-        case KVScales():
-            return []
-
-
 def slabs_of(job: Job) -> Iterator[tuple[str, int, int]]:
     """Yield the slabs that a job reads: raw tensor, first row, the row after the last."""
     match job:

@@ -94,21 +94,19 @@ def _matching(rule: Rule, names: Sequence[str], label: str) -> Iterable[str]:
 
 def check_fused(linears: Iterable[LinearWeight], schemes: Mapping[str, Scheme]) -> None:
     """Raise `PlanError` unless weights that engines fuse have schemes that fit together."""
-    groups: dict[str, LinearWeight] = {}
-    modules: dict[str, LinearWeight] = {}
-    sites: dict[str, LinearWeight] = {}
+    first: dict[tuple[str, str], LinearWeight] = {}  # by kind and name of what engines fuse
     for linear in linears:
         scheme = schemes[linear.name]
-        other = groups.setdefault(linear.scale_group, linear)
+        other = first.setdefault(("group", linear.scale_group), linear)
         if schemes[other.name] != scheme:
             raise PlanError(_differ(linear, other, "engines fuse them"))
         if linear.expert is not None:
-            other = modules.setdefault(linear.module, linear)
+            other = first.setdefault(("module", linear.module), linear)
             theirs = schemes[other.name]
             if (theirs.weights, theirs.activations) != (scheme.weights, scheme.activations):
                 raise PlanError(_differ(linear, other, "engines run a layer's experts as one"))
         if scheme.has_input_scale:
-            other = sites.setdefault(linear.input_site, linear)
+            other = first.setdefault(("site", linear.input_site), linear)
             if schemes[other.name].headroom != scheme.headroom:
                 raise PlanError(_differ(linear, other, "they share the scale of their input"))
 

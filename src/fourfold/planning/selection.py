@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 
 from fourfold.algorithms.base import ALGORITHMS
@@ -117,31 +117,16 @@ class Selection:
         """Return the fused biases of experts that are written one by one."""
         return [bias for bias in self.inventory.biases if bias.module in self.modules]
 
-    @cached_property
-    def _kv_names(self) -> dict[str, tuple[str, str]]:
-        linears = [x for x in self.inventory.linears if x.role is Role.ATTENTION]
-        return self.layout.kv_scale_names(x.name for x in linears if x.layer is not None)
-
     def kv_scales(self) -> list[KVScales]:
         """Return the attention modules whose keys and values get scales."""
         if not self.recipe.calibrates_kv:
             return []
+        linears = [x for x in self.inventory.linears if x.role is Role.ATTENTION]
+        layers = {x.name: x.layer for x in linears if x.layer is not None}
         return [
-            KVScales(name, layer, k_name, v_name)
-            for name, (k_name, v_name) in self._kv_names.items()
-            if (layer := self._layer_of(k_name)) is not None
+            KVScales(name, layers[k_name.rpartition(".")[0]], k_name, v_name)
+            for name, (k_name, v_name) in self.layout.kv_scale_names(layers).items()
         ]
-
-    def _layer_of(self, scale: str) -> int | None:
-        return self.inventory.tensors[f"{scale.rpartition('.')[0]}.weight"].layer
-
-    def kv_notes(self) -> Iterable[str]:
-        """Yield remarks for the user on the scales of the KV cache."""
-        if self.recipe.calibrates_kv and not self._kv_names:
-            yield (
-                "no attention layer here has a k_proj that engines know a KV scale for (MLA's "
-                "latent cache, Wqkv): they take 1.0, and there is nothing to calibrate"
-            )
 
     def row(self, raw: RawTensor) -> Row:
         """Return how the plan treats one tensor of the source."""

@@ -254,21 +254,20 @@ def _error_map(linears: Sequence[LinearEntry]) -> HeatMap | None:
 
 def _tokens_map(entries: Sequence[ExpertsEntry]) -> HeatMap | None:
     """The calibration tokens of each expert, colored by their part of an even share."""
-    rows = [(_label(entry.layer, entry.module), _token_cells(entry)) for entry in entries]
+    rows = []
+    for entry in entries:
+        label = _label(entry.layer, entry.module)
+        cells = [
+            Cell(
+                color_of(share),
+                f"layer {label}, expert {expert}: {plural(tokens, 'token')}",
+                str(tokens) if tokens < 1000 else f"{tokens / 1000:.3g}k",
+            )
+            for expert, (tokens, share) in enumerate(zip(entry.tokens, _shares(entry), strict=True))
+        ]
+        rows.append((label, cells))
     legend = [("none", "no token"), *((color, meaning) for _, color, meaning in SHARES)]
     return HeatMap(rows, legend) if rows else None
-
-
-def _token_cells(entry: ExpertsEntry) -> list[Cell]:
-    label = _label(entry.layer, entry.module)
-    return [
-        Cell(
-            color_of(share),
-            f"layer {label}, expert {expert}: {plural(tokens, 'token')}",
-            str(tokens) if tokens < 1000 else f"{tokens / 1000:.3g}k",
-        )
-        for expert, (tokens, share) in enumerate(zip(entry.tokens, _shares(entry), strict=True))
-    ]
 
 
 def color_of(share: float) -> str:
