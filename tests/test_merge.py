@@ -14,7 +14,7 @@ import pytest
 import fourfold
 from families import Truth
 from fourfold.config import OutputConfig
-from fourfold.distributed.ranks import Alone
+from fourfold.distributed.ranks import Ranks
 from fourfold.planning import cut
 from fourfold.storage.run_state import RunState
 from jobs import W4A16, assert_same, files_of
@@ -276,4 +276,4 @@ def test_cuts() -> None:
 
 
 def test_alone_is_the_one_rank() -> None:
-    assert Alone().gather({"a": 1}) == [{"a": 1}]
+    assert Ranks().gather({"a": 1}) == [{"a": 1}]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fourfold
-from fourfold.distributed.ranks import Alone, RankFailedError, RankGroup
+from fourfold.distributed.ranks import RankFailedError, RankGroup, Ranks
 from jobs import Script
 from test_ranks import free_port, threads_of, together
 
@@ -53,7 +53,7 @@ def test_tensors_that_some_ranks_lack() -> None:
 
 
 def test_alone() -> None:
-    assert Alone().reduce({"a": torch.tensor(3)}, "sum") == {"a": torch.tensor(3)}
+    assert Ranks().reduce({"a": torch.tensor(3)}, "sum") == {"a": torch.tensor(3)}
 
 
 def test_an_error_while_the_others_reduce() -> None:

@@ -32,7 +32,7 @@ from fourfold.calibration.saved_activations import SavedActivations
 from fourfold.calibration.scales import ActivationScales, model_summary
 from fourfold.calibration.statistics import Statistics, data_summary, reduced
 from fourfold.calibration.streaming import Pass, StreamedModel
-from fourfold.distributed.ranks import Alone, Ranks
+from fourfold.distributed.ranks import Ranks
 from fourfold.errors import ModelError
 from fourfold.events import LayerCalibrated, OnEvent, ignore
 from fourfold.models.internals import runnable
@@ -87,7 +87,7 @@ class Calibration:
                 `source` compute.
         """
         self.threads, self.quantized = threads, quantized
-        self.ranks: Ranks = ranks or Alone()
+        self.ranks = ranks or Ranks()
         self.batches = data.batches[self.ranks.rank :: self.ranks.size]
         self.plan, self.data, self.saved, self.on_event = plan, data, saved, on_event
         self.streamed = StreamedModel(source, device=device, head=False)

@@ -19,8 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RECLAIMABLE_V2 = ("active_file", "inactive_file", "slab_reclaimable")
-
 RECLAIMABLE_V1 = ("total_active_file", "total_inactive_file")
+MEMORY = (
+    ("", "memory.max", "memory.current", RECLAIMABLE_V2),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", RECLAIMABLE_V1),
+)
+"""Controller, files of limit and usage, and the words of `memory.stat` that count as available."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +44,14 @@ class Cgroups:
 
         Page cache counts as available: the kernel reclaims it before it kills a process.
         """
-        rooms = [
-            *self._memory_rooms("", "memory.max", "memory.current", RECLAIMABLE_V2),
-            *self._memory_rooms(
-                "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", RECLAIMABLE_V1
-            ),
-        ]
+        rooms = []
+        for controller, limit_file, usage_file, reclaimable in MEMORY:
+            for folder in self._folders(controller):
+                limit, usage = _numbers(folder / limit_file), _numbers(folder / usage_file)
+                if limit and usage:
+                    statistics = map(str.split, _text(folder / "memory.stat").splitlines())
+                    cached = sum(int(count) for name, count in statistics if name in reclaimable)
+                    rooms.append(limit[0] - max(0, usage[0] - cached))
         return max(0, min(rooms)) if rooms else None
 
     def cpus(self) -> float | None:
@@ -56,16 +62,6 @@ class Cgroups:
             quotas.append([*_numbers(quota), *_numbers(period)])
         limits = [pair[0] / pair[1] for pair in quotas if len(pair) == 2 and min(pair) > 0]
         return min(limits, default=None)
-
-    def _memory_rooms(
-        self, controller: str, limit_name: str, usage_name: str, reclaimable: tuple[str, ...]
-    ) -> Iterator[int]:
-        for folder in self._folders(controller):
-            limit, usage = _numbers(folder / limit_name), _numbers(folder / usage_name)
-            if limit and usage:
-                statistics = _statistics(folder / "memory.stat")
-                cached = sum(statistics.get(name, 0) for name in reclaimable)
-                yield limit[0] - max(0, usage[0] - cached)
 
     def _folders(self, controller: str) -> Iterator[Path]:
         """Folders from the process's group up to the root; controller "" is version 2."""
@@ -96,8 +92,3 @@ def _text(file: Path) -> str:
 def _numbers(file: Path) -> list[int]:
     """The integers in a file; words such as "max" are left out."""
     return [int(word) for word in _text(file).split() if word.lstrip("-").isdecimal()]
-
-
-def _statistics(file: Path) -> dict[str, int]:
-    pairs = (line.split() for line in _text(file).splitlines())
-    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2}

@@ -19,11 +19,11 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from itertools import count
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -53,16 +53,22 @@ class RankTimeouts:
     """Without a sign of life, after which a rank that failed does not wait for another."""
 
 
-class Ranks(Protocol):
-    """This process among those that do one job."""
+class Ranks:
+    """This process among those that do one job. Of this class itself, it does the job alone."""
 
-    rank: int
-    size: int
-    local_size: int
-    """The number of ranks on this machine."""
+    def __init__(self, rank: int = 0, size: int = 1, local_size: int = 1) -> None:
+        """Describe the ranks.
+
+        Args:
+            rank: The number of this rank.
+            size: The number of ranks.
+            local_size: How many of them share this machine.
+        """
+        self.rank, self.size, self.local_size = rank, size, local_size
 
     def gather(self, value: Any) -> list[Any]:
         """Return the value of every rank, by rank. Values are what JSON can hold."""
+        return [value]
 
     def reduce(self, tensors: Mapping[str, Tensor], op: Reduction) -> dict[str, Tensor]:
         """Combine the tensors of all ranks element by element, in the order of ranks.
@@ -74,6 +80,7 @@ class Ranks(Protocol):
         Returns:
             The combined tensors, the same bytes on all ranks.
         """
+        return dict(tensors)
 
     def check(self) -> None:
         """Raise `RankFailedError` if another rank has failed."""
@@ -82,60 +89,17 @@ class Ranks(Protocol):
         """After a failure, say that this rank writes no more, and wait until no rank does."""
 
 
-@dataclass
-class Alone:
-    """One process does everything."""
-
-    rank: int = 0
-    size: int = 1
-    local_size: int = 1
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value]
-
-    def reduce(self, tensors: Mapping[str, Tensor], op: Reduction) -> dict[str, Tensor]:
-        return dict(tensors)
-
-    def check(self) -> None:
-        pass
-
-    def stop_writing(self) -> None:
-        pass
-
-
-@dataclass(frozen=True)
-class Failure:
-    """The error of a rank, as the others learn of it."""
-
-    rank: int
-    text: str
-    exit_code: int = 1
-    kind: str = ""
-    """The error's class."""
-    resumable: bool = True
-
-    @classmethod
-    def of(cls, rank: int, error: BaseException) -> Failure:
-        """Describe an error of this rank."""
-        if isinstance(error, FourfoldError):
-            text = str(error)
-        else:
-            text = repr(error) if isinstance(error, Exception) else "was stopped"
-        exit_code, resumable = getattr(error, "exit_code", 1), getattr(error, "resumable", True)
-        return cls(rank, text, exit_code, type(error).__name__, resumable)
-
-
 class RankFailedError(FourfoldError):
     """Another rank failed. Message, exit code and the rest are those of its error."""
 
-    def __init__(self, text: str, failure: Failure | None = None) -> None:
+    def __init__(
+        self, text: str, exit_code: int = 1, kind: str = "", resumable: bool = True
+    ) -> None:
         super().__init__(text)
-        self.kind = "" if failure is None else failure.kind
-        self.exit_code = 1 if failure is None else failure.exit_code
-        self.resumable = failure is None or failure.resumable
+        self.exit_code, self.kind, self.resumable = exit_code, kind, resumable
 
 
-class RankGroup:
+class RankGroup(Ranks):
     """One of several ranks, which meet at a store of torch.distributed."""
 
     def __init__(
@@ -146,16 +110,8 @@ class RankGroup:
         local_size: int = 1,
         timeouts: RankTimeouts | None = None,
     ) -> None:
-        """Describe the ranks; `joined` connects this one with the others.
-
-        Args:
-            store: A store that all ranks share.
-            rank: The number of this rank.
-            size: The number of ranks.
-            local_size: How many of them share this machine.
-            timeouts: When ranks count as dead.
-        """
-        self.rank, self.size, self.local_size = rank, size, local_size
+        """Describe the ranks, which share `store`; `joined` connects this one with the others."""
+        super().__init__(rank, size, local_size)
         self.timeouts = timeouts or RankTimeouts()
         self._store = store
         self._round = 0
@@ -177,17 +133,19 @@ class RankGroup:
 
     def reduce(self, tensors: Mapping[str, Tensor], op: Reduction) -> dict[str, Tensor]:
         layouts: dict[str, list[Any]] = {}
-        for theirs in self.gather({name: _layout(tensor) for name, tensor in tensors.items()}):
+        mine = {name: [str(x.dtype)[6:], list(x.shape)] for name, x in tensors.items()}
+        for theirs in self.gather(mine):  # dtypes without "torch."
             layouts |= theirs
         if not layouts:
             return {}
-        complete = {
-            name: tensors[name] if name in tensors else torch.zeros(shape, dtype=_dtype(dtype))
+        zeros = {
+            name: torch.zeros(shape, dtype=getattr(torch, dtype))
             for name, (dtype, shape) in layouts.items()
+            if name not in tensors
         }
         if self._tensor_group is None:
             self._tensor_group = TensorGroup(self._store, self.rank, self.size, self.check)
-        return self._tensor_group.reduce(complete, op)
+        return self._tensor_group.reduce(zeros | dict(tensors), op)
 
     def check(self) -> None:
         if self._failure is not None:
@@ -222,15 +180,11 @@ class RankGroup:
             for number in count():
                 self._store.set(f"pulse/{self.rank}", str(number))
                 if self._failure is None and self._store.check(["failed"]):
-                    failure = Failure(**json.loads(self._store.get("failed")))
-                    text = f"rank {failure.rank}: {failure.text}"
-                    self._failure = RankFailedError(text, failure)
+                    self._failure = RankFailedError(*json.loads(self._store.get("failed")))
                 if self._failure is None:  # otherwise the others may have left
                     for rank in pulses.silent(self.timeouts.silence):
-                        seconds = f"{self.timeouts.silence:.0f} s"
-                        self._report(
-                            Failure(rank, f"no sign of life for {seconds}: was it killed?")
-                        )
+                        text = f"no sign of life for {self.timeouts.silence:.0f} s"
+                        self._report(f"{text}: was it killed?", rank=rank)
                 if self._ended.wait(self.timeouts.pulse):
                     return
         except (dist.DistError, RuntimeError) as error:
@@ -240,12 +194,18 @@ class RankGroup:
 
     def _report_error(self, error: BaseException | None) -> None:
         """Report an error of this rank, unless it is that of another."""
-        if error is not None and not isinstance(error, RankFailedError):
-            self._report(Failure.of(self.rank, error))
+        if error is None or isinstance(error, RankFailedError):
+            return
+        kind = type(error).__name__
+        if isinstance(error, FourfoldError):
+            self._report(str(error), error.exit_code, kind, error.resumable)
+        else:
+            self._report(repr(error) if isinstance(error, Exception) else "was stopped", 1, kind)
 
-    def _report(self, failure: Failure) -> None:
-        """Let all ranks know of a failure; the first one counts."""
-        self._store.compare_set("failed", "", json.dumps(asdict(failure)))
+    def _report(self, text: str, *details: Any, rank: int | None = None) -> None:
+        """Let all ranks know of a failure, as a `RankFailedError`; the first one counts."""
+        text = f"rank {self.rank if rank is None else rank}: {text}"
+        self._store.compare_set("failed", "", json.dumps([text, *details]))
 
     @contextmanager
     def joined(self) -> Iterator[None]:
@@ -290,15 +250,6 @@ class _Pulses:
         return {rank for rank, (_, since) in self._last.items() if now - since >= seconds}
 
 
-def _layout(tensor: Tensor) -> list[Any]:
-    return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
-
-
-def _dtype(name: str) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
-
-
 _jobs: list[Any] = []
 """The store that jobs of this process have met at, once for each job. A new store empties it."""
 
@@ -312,7 +263,7 @@ def joining(place: Launch | None = None) -> Iterator[Ranks]:
     """
     place = place or launch()
     if place.size == 1:
-        yield Alone()
+        yield Ranks()
         return
     store = _store()
     _jobs[:] = [*(other for other in _jobs if other is store), store]

@@ -17,8 +17,9 @@ otherwise set `GLOO_SOCKET_IFNAME` to the network interface.
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -64,14 +65,15 @@ class TensorGroup:
         return {name: self._reduced(tensors[name], op) for name in sorted(tensors)}
 
     def _reduced(self, tensor: Tensor, op: Reduction) -> Tensor:
+        combine = torch.add if op == "sum" else torch.maximum
         result = torch.empty(tensor.shape, dtype=tensor.dtype)
         elements = max(1, PIECE_BYTES // tensor.dtype.itemsize)
         pieces = (torch.split(whole.reshape(-1), elements) for whole in (tensor, result))
         for mine, target in zip(*pieces, strict=True):
-            target.copy_(_combined(self._all_of(mine), op))
+            target.copy_(functools.reduce(combine, self._all_of(mine)))
         return result
 
-    def _all_of(self, piece: Tensor) -> Sequence[Tensor]:
+    def _all_of(self, piece: Tensor) -> list[Tensor]:
         """The piece of every rank, by rank."""
         pieces = [torch.empty_like(piece) for _ in range(self.size)]
         # As bytes: gloo knows few dtypes.
@@ -94,16 +96,6 @@ class TensorGroup:
                 f"the connection to another rank was lost ({str(error).splitlines()[0][:200]}). "
                 "Was it stopped?"
             ) from error
-
-
-def _combined(pieces: Sequence[Tensor], op: Reduction) -> Tensor:
-    result = pieces[0].clone()
-    for piece in pieces[1:]:
-        if op == "sum":
-            result += piece
-        else:
-            torch.maximum(result, piece, out=result)
-    return result
 
 
 def _pauses() -> Iterator[float]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from fourfold.config import OutputConfig, Runtime
 from fourfold.distributed.machine import threads_available
-from fourfold.distributed.ranks import Alone
+from fourfold.distributed.ranks import Ranks
 from fourfold.errors import OutputError
 from fourfold.events import OnEvent, ignore
 from fourfold.execution import Backend, LinearResult
@@ -79,9 +79,9 @@ def convert(
     check_origins(folder, source)
     plan = plan_conversion(source, output.shards or 1)
     backend = Backend.none(workers)
-    check_room(plan, folder, backend, Alone())
+    check_room(plan, folder, backend, Ranks())
     other_files = partial(_write_other_files, plan=plan, source=source)
-    job = Job(plan, source, folder, at_once(source), Alone(), backend, other_files)
+    job = Job(plan, source, folder, at_once(source), Ranks(), backend, other_files)
     job.write(on_event)
     _compare(out, source, workers)
     taken = time.perf_counter() - began

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from fourfold.distributed.process_groups import agreeing
-from fourfold.distributed.ranks import Alone, Ranks
+from fourfold.distributed.ranks import Ranks
 from fourfold.errors import SourceError, UsageError
 from fourfold.models.live_internals import blueprint_of, saved_config
 from fourfold.models.module_tree import ModuleTree, describe
@@ -102,7 +102,7 @@ class LiveSource(Source):
     @classmethod
     def job_ranks(cls) -> AbstractContextManager[Ranks]:
         """One rank: those that share a sharded model meet in `hold` and `gather`."""
-        return nullcontext(Alone())
+        return nullcontext(Ranks())
 
     @property
     def model(self) -> Any:
