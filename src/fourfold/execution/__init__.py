@@ -1,7 +1,7 @@
 """Execute a plan: read, quantize, write, on as many threads as there are cores.
 
-scheduler  hands jobs to workers; opens, syncs and records shards
-worker     does the jobs: copies tensors, hands scale groups to a backend
+scheduler  hands jobs to workers, which copy tensors and hand scale groups to a backend; opens,
+           syncs and records shards
 cpu, gpu   the two backends that quantize scale groups
 backend    which of the two it is, and why
 streams    a worker's stream and buffers on a GPU, and what happens if memory runs out

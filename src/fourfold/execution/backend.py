@@ -9,7 +9,8 @@ import torch
 
 from fourfold.algorithms.base import ALGORITHMS, RowwiseAlgorithm
 from fourfold.errors import UsageError
-from fourfold.execution.streams import BufferPool, is_out_of_memory, pool_of
+from fourfold.execution import streams
+from fourfold.execution.streams import BufferPool, is_out_of_memory
 from fourfold.formats import dispatch
 from fourfold.formats.base import FORMATS
 from fourfold.formats.dispatch import Choice, Kernel
@@ -20,10 +21,7 @@ from fourfold.storage.units import size
 
 @dataclass(frozen=True)
 class Backend:
-    """The backend that quantizes the weights: its device and kernels, and the reason.
-
-    `str()` gives what the command prints.
-    """
+    """The backend that quantizes the weights: its device and kernels, and the reason."""
 
     choice: Choice
     threads: int
@@ -34,11 +32,6 @@ class Backend:
     def none(cls, threads: int) -> Backend:
         """Return the backend of a job that quantizes nothing."""
         return cls(Choice(Kernel.REFERENCE, "nothing is quantized"), threads)
-
-    @property
-    def is_fallback(self) -> bool:
-        """True if faster kernels exist for this device but cannot be used."""
-        return self.choice.is_fallback
 
     @property
     def pinned_bytes(self) -> int:
@@ -66,9 +59,6 @@ class Backend:
             f"{size(self.pinned_bytes)} of pinned memory"
         )
 
-    def __str__(self) -> str:
-        return f"{self.choice}\n{self.where}"
-
 
 def choose_backend(
     device: str,
@@ -85,7 +75,8 @@ def choose_backend(
         device: The device that was chosen for the job.
         plan: The plan.
         threads: The number of threads that compute on the CPU.
-        memory: Bytes of the device that quantization may take; by default a share of what is free.
+        memory: Bytes of the device that quantization may take; by default half of what is free,
+            divided by `ranks`. The other half is left to the model's run, and to other processes.
         ranks: The number of processes that share this machine.
         warn: Called with each warning while the plan is executed, once.
 
@@ -96,9 +87,11 @@ def choose_backend(
     choice = dispatch.choice_for_weights(target)
     if uses_device(choice):
         try:
-            pool = pool_of(target, memory, threads + plan.limits.waiting, ranks, warn)
+            free = streams.free_bytes(target)
         except RuntimeError as error:  # no room for a context, or another process's device
             return _on_cpu(choice, target, threads, error)
+        memory = free // 2 // ranks if memory is None else memory
+        pool = BufferPool(target, memory, threads + plan.limits.waiting, warn)
         pool.fit(plan)
         return Backend(choice, threads, pool)
     if memory is not None and not choice.is_fallback:
@@ -111,9 +104,7 @@ def choose_backend(
 
 def _on_cpu(wanted: Choice, device: torch.device, threads: int, error: Exception) -> Backend:
     why = f"{wanted.kernel} kernels cannot run on {device}: {error}"
-    kernel = dispatch.choice(Kernel.AUTO, torch.device("cpu")).kernel
-    choice = Choice(kernel, f"on the CPU, since {' '.join(why.split())}", is_fallback=True)
-    return Backend(choice, threads)
+    return Backend(dispatch.fallback_to_cpu(" ".join(why.split())), threads)
 
 
 def warm_up(schemes: Iterable[Scheme], dtypes: Iterable[torch.dtype]) -> None:

@@ -12,7 +12,6 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -29,31 +28,16 @@ from fourfold.storage.safetensors_header import TensorInfo, nbytes_of
 from fourfold.storage.shard_file import ShardFile
 
 
-class RowKernels(Protocol):
-    """Kernels that quantize rows of weights, for one format and one way to choose scales."""
-
-    def amax(self, w_OI: torch.Tensor, name: str) -> float:
-        """Return the largest magnitude. Raises `NonFiniteError`, naming `name`."""
-
-    def quantize(
-        self,
-        w_OI: torch.Tensor,
-        out: Mapping[str, torch.Tensor],
-        group_scale: float | None,
-        name: str,
-    ) -> tuple[float, float]:
-        """Fill the buffers of the row parts; return Σ(w − ŵ)² and Σw²."""
-
-
 @dataclass(frozen=True)
 class CPUKernels:
-    """Computes on the calling thread, once it is among those that may."""
+    """Quantizes rows of weights on the calling thread, once it is among those that may compute."""
 
     format: WeightFormat
     scale: str
     computing: threading.Semaphore
 
     def amax(self, w_OI: torch.Tensor, name: str) -> float:
+        """Return the largest magnitude. Raises `NonFiniteError`, naming `name`."""
         with self.computing:
             return self.format.amax(w_OI, name=name)
 
@@ -64,6 +48,7 @@ class CPUKernels:
         group_scale: float | None,
         name: str,
     ) -> tuple[float, float]:
+        """Fill the buffers of the row parts; return Σ(w − ŵ)² and Σw²."""
         with self.computing:
             return self.format.quantize(
                 w_OI, out, scale=self.scale, group_scale=group_scale, name=name
@@ -88,7 +73,7 @@ class CPUBackend:
         return [result for group in groups for result in self.quantize(file, group)]
 
     def quantize(
-        self, file: ShardFile, group: ScaleGroup, kernels: RowKernels | None = None
+        self, file: ShardFile, group: ScaleGroup, kernels: CPUKernels | None = None
     ) -> list[LinearResult]:
         """Quantize one group; `kernels` compute its rows, by default those of the CPU."""
         self.arena.reset()
@@ -134,7 +119,7 @@ class _Group:
         is_rowwise = isinstance(self.algorithm, RowwiseAlgorithm)
         self.is_held = not is_rowwise or job_bytes(group) <= context.plan.limits.group_bytes
 
-    def run(self, kernels: RowKernels | None) -> list[LinearResult]:
+    def run(self, kernels: CPUKernels | None) -> list[LinearResult]:
         if isinstance(self.algorithm, RowwiseAlgorithm):
             group_scale, figures = self._by_rows(kernels or cpu_kernels(self.context, self.group))
         else:
@@ -144,7 +129,7 @@ class _Group:
     def _whole(self) -> tuple[float | None, dict[str, Figures]]:
         """Hand the whole group to an algorithm that needs to see it at once."""
         linears = self.group.linears
-        pieces = [_Piece(x, 0, x.shape[0], x.region.slab) for x in linears]
+        pieces = [piece for linear in linears for piece in self._pieces(linear)]
         weights = [
             Weight(
                 linear.name,
@@ -158,16 +143,15 @@ class _Group:
             group_scale, figures = self.algorithm.quantize(weights, self.format)
         for weight, piece in zip(weights, pieces, strict=True):
             self._write(piece, weight.out)
-        return group_scale, {
-            linear.name: found for linear, found in zip(linears, figures, strict=True)
-        }
+        return group_scale, dict(zip((x.name for x in linears), figures, strict=True))
 
-    def _by_rows(self, kernels: RowKernels) -> tuple[float | None, dict[str, Figures]]:
+    def _by_rows(self, kernels: CPUKernels) -> tuple[float | None, dict[str, Figures]]:
         pieces = [piece for linear in self.group.linears for piece in self._pieces(linear)]
         figures = {linear.name: Figures() for linear in self.group.linears}
         for piece in pieces:
+            info = self.source.tensors[piece.linear.region.key]
             with self._one_at_a_time():
-                amax = kernels.amax(self._load(piece), self._label(piece))
+                amax = kernels.amax(self._load(piece), label_of(piece.linear, info, piece.start))
             of_weight = figures[piece.linear.name]
             of_weight.amax = max(of_weight.amax, amax)
         group_scale = self.format.group_scale(max(x.amax for x in figures.values()))
@@ -206,7 +190,7 @@ class _Group:
         else:
             assert region.cols is not None
             w_OI = slab[:, as_slice(region.cols)]
-        return w_OI if w_OI.stride(1) == 1 else _contiguous(w_OI, self.arena)
+        return w_OI if w_OI.stride(1) == 1 else contiguous(w_OI, self.arena)
 
     def _slab(self, key: str, start: int, stop: int) -> torch.Tensor:
         held = self.slabs.get((key, start, stop))
@@ -217,10 +201,6 @@ class _Group:
         if self.is_held:
             self.slabs[key, start, stop] = slab
         return slab
-
-    def _label(self, piece: _Piece) -> str:
-        info = self.source.tensors[piece.linear.region.key]
-        return label_of(piece.linear, info, piece.start)
 
     def _buffers(self, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
         """Buffers for the row parts of some rows `[rows, in]`."""
@@ -235,10 +215,9 @@ class _Group:
             self.file.write(tensor.name, buffer.numpy(), piece.start * buffer.shape[1])
 
 
-def _contiguous(w_OI: torch.Tensor, arena: Arena) -> torch.Tensor:
-    """A copy with contiguous rows, made on this thread alone."""
-    size = w_OI.element_size()
-    words = {2: torch.uint16, 4: torch.uint32}[size]
-    copy = arena.take(w_OI.numel() * size).view(words).view(w_OI.shape)
+def contiguous(w_OI: torch.Tensor, arena: Arena) -> torch.Tensor:
+    """Return a copy with contiguous rows, made on this thread alone."""
+    words = {2: torch.uint16, 4: torch.uint32}[w_OI.itemsize]
+    copy = arena.take(w_OI.nbytes).view(words).view(w_OI.shape)
     np.copyto(copy.numpy(), w_OI.view(words).numpy())
     return copy.view(w_OI.dtype)

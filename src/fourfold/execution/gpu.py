@@ -13,17 +13,25 @@ Shapes: N weights of one size, dtype and scheme; X elements of each; P bytes of 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from traceback import clear_frames
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from fourfold.algorithms.base import Figures
 from fourfold.execution.context import ExecutionContext
-from fourfold.execution.cpu import CPUBackend, CPUKernels, cpu_kernels, label_of, slab_bytes
+from fourfold.execution.cpu import (
+    CPUBackend,
+    CPUKernels,
+    contiguous,
+    cpu_kernels,
+    label_of,
+    slab_bytes,
+)
 from fourfold.execution.results import LinearResult, finish_group, row_tensors
 from fourfold.execution.streams import (
     BufferPool,
@@ -36,7 +44,6 @@ from fourfold.execution.streams import (
     rows_that_fit,
 )
 from fourfold.formats.base import FORMATS
-from fourfold.formats.scheme import Scheme
 from fourfold.models.inventory import LinearWeight
 from fourfold.models.regions import Region
 from fourfold.planning import ScaleGroup
@@ -57,7 +64,8 @@ class GPUBackend:
         waiting = [group for group in groups if can_batch(group)]
         while waiting:
             room = self.pool.room
-            batch = self._that_fit(waiting, room)
+            needs = accumulate(need_of(group, self.context.source.tensors) for group in waiting)
+            batch = waiting[: max(1, sum(need.room <= room for need in needs))]
             done = self._try(file, batch, room)
             if done is None and self.pool.halve(room):
                 continue
@@ -72,12 +80,6 @@ class GPUBackend:
         """Give the memory back."""
         self.cpu.free()
         self.buffers.free()
-
-    def _that_fit(self, groups: Sequence[ScaleGroup], room: int) -> Sequence[ScaleGroup]:
-        """The first groups that fit together; the first one alone if it does not fit."""
-        tensors = self.context.source.tensors
-        needs = accumulate(need_of(group, tensors) for group in groups)
-        return groups[: max(1, sum(need.room <= room for need in needs))]
 
     def _try(
         self, file: ShardFile, batch: Sequence[ScaleGroup], room: int
@@ -106,7 +108,8 @@ class GPUBackend:
                 reason = f"{size(self.pool.nbytes)} of its memory are too little"
                 self.pool.leave_to_cpu(linear.name, reason)
                 return self.cpu.run(file, batch)
-        kernels = GPUKernels(self.buffers, room, cpu_kernels(self.context, group))
+        cpu = cpu_kernels(self.context, group)
+        kernels = GPUKernels(cpu.format, cpu.scale, cpu.computing, self.buffers, room)
         return self.cpu.quantize(file, group, kernels)
 
 
@@ -163,14 +166,6 @@ class _Stack:
         }
 
 
-class _Alike(NamedTuple):
-    """The properties that the weights of one stack have in common."""
-
-    numel: int
-    dtype: torch.dtype
-    scheme: Scheme
-
-
 class _Batch:
     """Some scale groups, quantized together."""
 
@@ -211,15 +206,14 @@ class _Batch:
 
     def _stacked(self) -> Iterator[tuple[list[LinearWeight], _Stack]]:
         """The groups' weights, those that are alike together, in their order."""
-        alike: dict[_Alike, list[LinearWeight]] = {}
+        alike = defaultdict(list)
         for group in self.groups:
             for linear in group.linears:
                 dtype = self.tensors[linear.region.key].torch_dtype
-                kind = _Alike(math.prod(linear.shape), dtype, group.scheme)
-                alike.setdefault(kind, []).append(linear)
-        for kind, linears in alike.items():
+                alike[math.prod(linear.shape), dtype, group.scheme].append(linear)
+        for (numel, dtype, _), linears in alike.items():
             kernels = cpu_kernels(self.context, self._group_of[linears[0].name])
-            yield linears, _Stack(self.buffers, kernels, len(linears), kind.numel, kind.dtype)
+            yield linears, _Stack(self.buffers, kernels, len(linears), numel, dtype)
 
     def _load(self) -> None:
         """Read all weights, and queue their copies: each is copied while the next is read."""
@@ -298,18 +292,13 @@ class _Batch:
         return linear.region.view(self._slab(linear.region))
 
 
-class GPUKernels:
-    """Computes weights that are too large for a batch on the GPU, some rows at a time."""
+@dataclass(frozen=True)
+class GPUKernels(CPUKernels):
+    """Quantizes weights that are too large for a batch on the GPU, some rows at a time; on the CPU
+    those of which the GPU finds no finite figures."""
 
-    def __init__(self, buffers: BufferSet, room: int, cpu: CPUKernels) -> None:
-        """Create the kernels.
-
-        Args:
-            buffers: The worker's buffers.
-            room: Their size in bytes.
-            cpu: The CPU's kernels, for weights of which the device finds no finite figures.
-        """
-        self.buffers, self.room, self.cpu = buffers, room, cpu
+    buffers: BufferSet
+    room: int
 
     def amax(self, w_OI: torch.Tensor, name: str) -> float:
         largest = 0.0
@@ -318,7 +307,7 @@ class GPUKernels:
             self.buffers.stream.wait()
             amax = float(stack.amaxes[0])
             if not math.isfinite(amax):
-                return self.cpu.amax(w_OI, name)
+                return super().amax(w_OI, name)
             largest = max(largest, amax)
         return largest
 
@@ -339,19 +328,16 @@ class GPUKernels:
             error, energy = error + float(stack.figures[0, 0]), energy + float(stack.figures[0, 1])
         if math.isfinite(error) and math.isfinite(energy):
             return error, energy
-        return self.cpu.quantize(w_OI, out, group_scale, name)
+        return super().quantize(w_OI, out, group_scale, name)
 
     def _parts(self, w_OI: torch.Tensor) -> Iterator[tuple[slice, _Stack]]:
         """Yield as many rows as fit, on their way to the device; then the next ones."""
-        rows, width = w_OI.shape
-        step = rows_that_fit(self.cpu.format, self.room, width, w_OI.itemsize)
-        for begin in range(0, rows, step):
+        step = rows_that_fit(self.format, self.room, w_OI.shape[1], w_OI.itemsize)
+        for begin in range(0, len(w_OI), step):
             part = w_OI[begin : begin + step]
             self.buffers.begin(self.room)
-            stack = _Stack(self.buffers, self.cpu, 1, part.numel(), part.dtype)
-            staged = self.buffers.host.take(part.nbytes).view(part.dtype).view(part.shape)
-            words = {2: torch.int16, 4: torch.int32}[part.itemsize]
-            np.copyto(staged.view(words).numpy(), part.view(words).numpy())
+            stack = _Stack(self.buffers, self, 1, part.numel(), part.dtype)
+            staged = contiguous(part, self.buffers.host)
             with self.buffers.stream.current():
                 stack.w_NX.view(part.shape).copy_(staged, non_blocking=True)
             yield slice(begin, begin + len(part)), stack

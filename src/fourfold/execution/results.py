@@ -4,14 +4,14 @@ are written beside its codes."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fourfold.algorithms.base import Figures
 from fourfold.errors import WeightLostError
 from fourfold.execution.context import ExecutionContext
-from fourfold.formats.base import FORMATS, WeightFormat
+from fourfold.formats.base import FORMATS
 from fourfold.layouts.base import TensorSpec
 from fourfold.models.inventory import LinearWeight
 from fourfold.planning import ScaleGroup
@@ -68,13 +68,23 @@ def finish_group(
         figures: Measurements by the names of the weights.
 
     Raises:
-        WeightLostError: The format cannot hold one of the weights.
+        WeightLostError: A weight is so small beside others of the group that hardly a code differs
+            from 0.
     """
     results = [
         _finish(context, file, group, linear, group_scale, figures[linear.name])
         for linear in group.linears
     ]
-    _check_errors(results, FORMATS[group.scheme.weights])
+    fmt = FORMATS[group.scheme.weights]
+    for result in results:
+        is_lost = fmt.is_lost(result.amax, result.global_scale)
+        if is_lost or result.relative_error > fmt.worst_error:
+            largest = max(results, key=lambda result: result.amax)
+            raise WeightLostError(
+                f"{result.name}: lost in {fmt.title}: its weights reach {result.amax:.3g}, those "
+                f"of {largest.name}, which share its global scale, {largest.amax:.3g}. "
+                "Is the checkpoint damaged? If not, name it under keep."
+            )
     return results
 
 
@@ -124,17 +134,3 @@ def row_tensors(
     """Return the tensors that hold a weight's row parts, in the order of the format."""
     tensors = context.plan.layout.tensors(linear.name, linear.shape, group.scheme)
     return [tensors[part] for part in FORMATS[group.scheme.weights].row_parts(linear.shape)]
-
-
-def _check_errors(results: Sequence[LinearResult], fmt: WeightFormat) -> None:
-    """Raise for weights that are so small beside others of their scale group that hardly a code
-    differs from 0."""
-    for result in results:
-        is_lost = fmt.is_lost(result.amax, result.global_scale)
-        if is_lost or result.relative_error > fmt.worst_error:
-            largest = max(results, key=lambda result: result.amax)
-            raise WeightLostError(
-                f"{result.name}: lost in {fmt.title}: its weights reach {result.amax:.3g}, those "
-                f"of {largest.name}, which share its global scale, {largest.amax:.3g}. "
-                "Is the checkpoint damaged? If not, name it under keep."
-            )

@@ -15,17 +15,23 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
 
+import numpy as np
+import torch
+
 from fourfold.events import ShardWritten
+from fourfold.execution.buffers import Arena
 from fourfold.execution.context import ExecutionContext
+from fourfold.execution.cpu import CPUBackend
+from fourfold.execution.gpu import GPUBackend
 from fourfold.execution.results import LinearResult
 from fourfold.execution.streams import Need, can_batch, need_of
-from fourfold.execution.worker import Worker
-from fourfold.planning import Job, ScaleGroup, job_bytes, slabs_of
+from fourfold.models.inventory import ExpertBias, RawTensor
+from fourfold.planning import Job, KVScales, ScaleGroup, job_bytes, slabs_of
 from fourfold.storage.shard_file import ShardFile
 
 
@@ -42,7 +48,7 @@ class Scheduler:
         """
         self.context, self.plan, self.source = context, context.plan, context.source
         self.limits = context.plan.limits
-        self._workers = [Worker(context) for _ in range(context.workers)]
+        self._workers = [_Worker(context) for _ in range(context.workers)]
         self._unsynced = threading.Semaphore(self.limits.unsynced)
         self._jobs: Iterator[tuple[_OpenShard, Job]] = iter(())
         self._ahead: deque[tuple[_OpenShard, Job]] = deque()
@@ -151,7 +157,7 @@ class Scheduler:
             self._ahead.append(item)
         return None if self._stopped or not self._ahead else self._ahead[0]
 
-    def _work(self, worker: Worker) -> None:
+    def _work(self, worker: _Worker) -> None:
         """Do jobs until there are none, or something failed."""
         try:
             while (item := self._next()) is not None:
@@ -197,6 +203,57 @@ class Scheduler:
                 self._bytes_total,
             )
         )
+
+
+class _Worker:
+    """Copies tensors itself, and hands scale groups to the backend that quantizes."""
+
+    def __init__(self, context: ExecutionContext) -> None:
+        self.context, self.arena = context, Arena()
+        self.backend: CPUBackend | GPUBackend = CPUBackend(context, self.arena)
+        if context.pool is not None:
+            self.backend = GPUBackend(context, context.pool, self.backend)
+
+    def run(self, file: ShardFile, jobs: Sequence[Job]) -> list[LinearResult]:
+        """Do some jobs of a shard.
+
+        Returns:
+            The figures of the linear weights that were quantized.
+        """
+        groups = []
+        for job in jobs:
+            if isinstance(job, ScaleGroup):
+                groups.append(job)
+            else:
+                self._write(file, job)
+        return self.backend.run(file, groups)
+
+    def free(self) -> None:
+        """Give the memory back, until there are jobs again."""
+        self.backend.free()
+
+    def _write(self, file: ShardFile, job: ExpertBias | RawTensor | KVScales) -> None:
+        match job:
+            case ExpertBias():
+                slab = self.context.source.slab(job.region.key, *job.region.slab)
+                bias = job.region.view(slab).contiguous()
+                file.write(f"{job.name}.bias", bias.view(torch.uint8).numpy())
+            case RawTensor():
+                self._copy(file, job.info.key, job.info.nbytes)
+            case KVScales():
+                assert self.context.scales is not None
+                values = self.context.scales.kv(job)
+                for name, value in zip((job.k_name, job.v_name), values, strict=True):
+                    file.write(name, np.array([value], dtype=np.float32))
+
+    def _copy(self, file: ShardFile, key: str, nbytes: int) -> None:
+        self.arena.reset()
+        step = self.context.plan.limits.copy_bytes
+        buffer = self.arena.take(min(nbytes, step)).numpy()
+        for begin in range(0, nbytes, step):
+            piece = buffer[: min(step, nbytes - begin)]
+            self.context.source.read_bytes(key, begin, piece)
+            file.write(key, piece, begin)
 
 
 @dataclass

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -145,12 +145,12 @@ class Stream:
         self.device = device
         self._stream = cuda.Stream(device) if device.type == "cuda" else None
 
-    def current(self) -> AbstractContextManager[Any]:
-        """Return a context in which this thread's copies and kernels go to this stream."""
-        return nullcontext() if self._stream is None else self._on_device()
-
     @contextmanager
-    def _on_device(self) -> Iterator[None]:
+    def current(self) -> Iterator[None]:
+        """Within, this thread's copies and kernels go to this stream."""
+        if self._stream is None:
+            yield
+            return
         # Without this device's context, the stream's exit would create one on another device.
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
             yield
@@ -272,26 +272,6 @@ class BufferPool:
             self._warned.add(kind)
         if is_new:
             self._warn(text)
-
-
-def pool_of(
-    device: torch.device, memory: int | None, workers: int, ranks: int, warn: Callable[[str], None]
-) -> BufferPool:
-    """Create the buffers of a device.
-
-    Args:
-        device: The device.
-        memory: Bytes that may be taken; by default half of what is free, divided by `ranks`. The
-            other half is left to the model's run, and to other processes.
-        workers: More sets than this have no use.
-        ranks: The number of processes on this machine.
-        warn: Called with each warning, once.
-
-    Raises:
-        RuntimeError: The device cannot be used at all; the message is CUDA's.
-    """
-    free = free_bytes(device)  # fails if the device cannot be used
-    return BufferPool(device, free // 2 // ranks if memory is None else memory, workers, warn)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -104,8 +104,13 @@ def choice_for_weights(device: torch.device) -> Choice:
     on_device = choice(Kernel.AUTO, device)
     if on_device.kernel is Kernel.TRITON:
         return on_device
+    return fallback_to_cpu(on_device.reason)
+
+
+def fallback_to_cpu(reason: str) -> Choice:
+    """Return the kernels for weights that should be moved to a device, but cannot."""
     kernel = choice(Kernel.AUTO, torch.device("cpu")).kernel
-    return Choice(kernel, f"on the CPU, since {on_device.reason}", is_fallback=True)
+    return Choice(kernel, f"on the CPU, since {reason}", is_fallback=True)
 
 
 @functools.cache

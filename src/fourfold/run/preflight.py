@@ -60,8 +60,8 @@ def prepare(
     error = warm_up.exception()
     if isinstance(error, Exception) and backend.pool is not None:
         backend = backend.on_cpu(error)
-    session(BackendChosen(str(backend.choice), backend.where, backend.is_fallback))
-    if backend.is_fallback and launch().local_rank == 0:
+    session(BackendChosen(str(backend.choice), backend.where, backend.choice.is_fallback))
+    if backend.choice.is_fallback and launch().local_rank == 0:
         session.warn(str(backend.choice))
     return plan, backend, replace(observation, threads=threads)
 

@@ -32,9 +32,6 @@ beyond 65504 is infinite.
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
@@ -47,6 +44,7 @@ from fourfold.formats.nvfp4.tensors import (
     FLOAT_DTYPES,
     GLOBAL_SCALE_MAX,
     GLOBAL_SCALE_MIN,
+    cuda_kernels,
 )
 
 _ELEMENTS_AT_A_TIME = 1 << 20  # bounds the memory: some 20 bytes for each
@@ -65,13 +63,11 @@ def fake_quantize(
 
     No gradient passes. Raises UsageError for a dtype, shape, scale or `out` that does not fit.
     """
-    _check(x)
-    scale = _check_scale(input_scale)
     if out is None:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _check_out(out, x)
+    scale = _checked_scale(x, input_scale, out)
     if dispatch.choose(kernel, x.device) is Kernel.TRITON:
-        _cuda().fake_quantize(x.detach(), scale, out.detach())
+        cuda_kernels().fake_quantize(x.detach(), scale, out.detach())
         return out
     width = x.shape[-1]
     x_TI, out_TI = x.detach().reshape(-1, width), out.detach().view(-1, width)
@@ -79,11 +75,6 @@ def fake_quantize(
     for start in range(0, len(x_TI), step):
         out_TI[start : start + step] = _round(x_TI[start : start + step], scale)
     return out
-
-
-def _cuda() -> ModuleType:
-    """The Triton kernels; imported at first use."""
-    return importlib.import_module("fourfold.formats.nvfp4.cuda")
 
 
 def _round(x_TI: Tensor, scale: float) -> Tensor:
@@ -98,7 +89,8 @@ def _round(x_TI: Tensor, scale: float) -> Tensor:
     return (q_TBK * m_TB1).copysign(x_TBK).view(x_TI.shape)
 
 
-def _check(x: Tensor) -> None:
+def _checked_scale(x: Tensor, input_scale: Tensor | float, out: Tensor) -> float:
+    """The scale as a float32 number. `UsageError` for what does not fit."""
     if x.dtype not in FLOAT_DTYPES:
         raise UsageError(f"activations of {x.dtype} cannot be rounded; give bf16, fp16 or fp32")
     if x.ndim == 0 or x.shape[-1] % BLOCK_SIZE:
@@ -106,9 +98,6 @@ def _check(x: Tensor) -> None:
             f"activations of shape {list(x.shape)} cannot be rounded; the last dimension must be a "
             f"multiple of {BLOCK_SIZE}"
         )
-
-
-def _check_scale(input_scale: Tensor | float) -> float:
     if isinstance(input_scale, Tensor) and input_scale.numel() != 1:
         raise UsageError(f"an input_scale is one number, not a tensor {list(input_scale.shape)}")
     value = float(torch.tensor(float(input_scale), dtype=torch.float32))
@@ -117,13 +106,10 @@ def _check_scale(input_scale: Tensor | float) -> float:
             f"an input_scale of {value} is outside [{GLOBAL_SCALE_MIN:.3g}, {GLOBAL_SCALE_MAX:.3g}]"
             "; it is the input site's amax / 2688"
         )
-    return value
-
-
-def _check_out(out: Tensor, x: Tensor) -> None:
     same = (out.shape, out.dtype, out.device) == (x.shape, x.dtype, x.device)
     if not same or not out.is_contiguous():
         raise UsageError(
             f"out: {out.dtype} {list(out.shape)} on {out.device}; needs a contiguous {x.dtype} "
             f"{list(x.shape)} on {x.device}"
         )
+    return value

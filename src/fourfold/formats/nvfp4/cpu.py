@@ -14,11 +14,6 @@ from torch import Tensor
 from fourfold.formats.nvfp4 import simd as lanes
 from fourfold.formats.nvfp4 import stream_cpu, sweep, sweep_cpu
 
-_KINDS = {
-    torch.bfloat16: sweep.BFLOAT16,
-    torch.float16: sweep.FLOAT16,
-    torch.float32: sweep.FLOAT32,
-}
 _INF_BITS = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}
 _INTEGERS = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32)}
 _E4M3_VALUES = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float().numpy()
@@ -58,7 +53,7 @@ def quantize(
     exponent = math.frexp(global_scale)[1] - 1
     error, energy, settled = sweep_cpu.quantize_kernel(
         algorithm,
-        _KINDS[w_OI.dtype],
+        sweep.KINDS[w_OI.dtype],
         rows,
         blocks,
         w_OI.data_ptr(),
@@ -77,7 +72,7 @@ def dequantize(codes: Tensor, scales: Tensor, global_scale: float, out: Tensor) 
     """Fill `out`, float32 or bf16, contiguous. `scales` are bytes."""
     codes, scales = codes.contiguous(), scales.contiguous()
     stream_cpu.dequantize_kernel(
-        _KINDS[out.dtype],
+        sweep.KINDS[out.dtype],
         scales.numel(),
         codes.data_ptr(),
         scales.data_ptr(),
@@ -93,7 +88,7 @@ def error_energy(
     """Σ(w − q·s·S)² and Σw²."""
     w_OI, codes, scales = _rows(weight_OI), _rows(codes), _rows(scales)
     error, energy = stream_cpu.error_kernel(
-        _KINDS[w_OI.dtype],
+        sweep.KINDS[w_OI.dtype],
         w_OI.shape[0],
         scales.shape[1],
         w_OI.data_ptr(),
@@ -106,13 +101,6 @@ def error_energy(
         np.float32(global_scale),
     )
     return error, energy
-
-
-def census(scales: Tensor) -> tuple[int, int, int, int]:
-    """Return how many block scales are zero, NaN, negative and subnormal."""
-    scales = scales.contiguous()
-    zero, nan, negative, subnormal = stream_cpu.census_kernel(scales.data_ptr(), scales.numel())
-    return zero, nan, negative, subnormal
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -34,11 +34,6 @@ DEFAULT_TILE = (32, 1)
 """The tile that is used untuned: it wastes the fewest registers, and its loops end once 32 blocks
 agree. This was found by counting instructions (`benchmarks/NOTES.md`), not by measuring."""
 
-_KINDS = {
-    torch.bfloat16: sweep.BFLOAT16,
-    torch.float16: sweep.FLOAT16,
-    torch.float32: sweep.FLOAT32,
-}
 _MOST_WEIGHTS = 65535  # of a grid's second dimension
 _AMAX_WORDS, _DEQUANTIZE_WORDS, _FAKE_BLOCKS = 4096, 1024, 128
 _MANY_WORDS = 1 << 16  # the interpreter has no threads, but wide vectors
@@ -52,7 +47,7 @@ def amaxes(weight_NX: Tensor) -> Tensor:
     words_NW = w_NX.view(torch.int64)
     count, tile = words_NW.shape[1], _MANY_WORDS if INTERPRETED else _AMAX_WORDS
     result_N = torch.zeros(len(w_NX), dtype=torch.int32, device=w_NX.device)
-    kind = _KINDS[w_NX.dtype]
+    kind = sweep.KINDS[w_NX.dtype]
     with _on(w_NX):
         for some in _grids(len(w_NX)):
             grid = (triton.cdiv(count, tile), some.stop - some.start)
@@ -83,7 +78,7 @@ def quantize(
         parts = triton.cdiv(blocks, sweep_cuda.FIGURES.value)
         workspace = torch.empty(16 * count * parts, dtype=torch.uint8, device=w_NX.device)
     losses, energies = workspace.view(torch.float64).view(2, count, -1)
-    kind, packs = _KINDS[w_NX.dtype], codes_out is not None
+    kind, packs = sweep.KINDS[w_NX.dtype], codes_out is not None
     tile, warps = _tuned.get((w_NX.device.index, algorithm, kind, packs), DEFAULT_TILE)
     if INTERPRETED:
         tile = min(_MANY_WORDS // 16, max(32, triton.next_power_of_2(blocks)))
@@ -164,7 +159,7 @@ def fake_quantize(x: Tensor, input_scale: float, out: Tensor) -> None:
                 input_scale,
                 out.view(integer),
                 blocks,
-                _KINDS[x.dtype],
+                sweep.KINDS[x.dtype],
                 tile,
                 enable_fp_fusion=False,
             )
@@ -179,7 +174,7 @@ def tune(device: torch.device, dtype: torch.dtype, algorithm: int, packs: bool =
     """
     if device.type == "cuda" and device.index is None:  # as tensors on it name it
         device = torch.device("cuda", torch.cuda.current_device())
-    key = (device.index, algorithm, _KINDS[dtype], packs)
+    key = (device.index, algorithm, sweep.KINDS[dtype], packs)
     if INTERPRETED or key in _tuned:
         return
     try:

@@ -15,18 +15,7 @@ from torch import Tensor
 
 E4M3_MAX = 448.0
 E4M3_MIN = 2.0**-9
-FIRST_BYTE = 0x01
-LAST_BYTE = 0x7E
-
-
-def _value(byte: int) -> float:
-    exponent, mantissa = byte >> 3, byte & 7
-    if exponent == 0:
-        return float(mantissa * 2.0**-9)
-    return float((8 + mantissa) * 2.0 ** (exponent - 10))
-
-
-E4M3_POSITIVE = torch.tensor([_value(byte) for byte in range(FIRST_BYTE, LAST_BYTE + 1)])
+E4M3_POSITIVE = torch.arange(1, 127).to(torch.uint8).view(torch.float8_e4m3fn).float()
 """The 126 positive finite values in ascending order, float32: byte c is at index c − 1."""
 
 
@@ -34,8 +23,3 @@ def encode_clamped(x: Tensor) -> Tensor:
     """Block scales (float8_e4m3fn) of positive fp32 numbers: clamped to [2⁻⁹, 448], then rounded
     to the nearest, halves to even."""
     return x.clamp(E4M3_MIN, E4M3_MAX).to(torch.float8_e4m3fn)
-
-
-def from_bytes(scale_bytes: Tensor) -> Tensor:
-    """uint8 bytes seen as float8_e4m3fn (no copy)."""
-    return scale_bytes.view(torch.float8_e4m3fn)

@@ -56,10 +56,9 @@ class NVFP4(WeightFormat):
         name: str,
     ) -> tuple[float, float]:
         assert group_scale is not None
-        stats = nvfp4.quantize_into(
+        return nvfp4.quantize_into(
             w_OI, out[CODES], out[BLOCK_SCALE], scale=scale, global_scale=group_scale, name=name
         )
-        return stats.sum_sq_err, stats.sum_sq_w
 
     def dequantize(
         self, parts: Mapping[str, Tensor], group_scale: float | None, out_OI: Tensor
@@ -93,13 +92,9 @@ class NVFP4(WeightFormat):
         workspace: Tensor,
     ) -> Tensor:
         codes, block_scale = out
+        parts = w_NX, codes, block_scale
         return nvfp4.quantize_batch_into(
-            w_NX,
-            codes,
-            block_scale,
-            scale=scale,
-            global_scales=group_scales,
-            workspace=workspace,
+            *parts, scale=scale, global_scales=group_scales, workspace=workspace
         )
 
     def workspace_bytes(self, count: int, numel: int) -> int:

@@ -38,13 +38,9 @@ def quantize(weight: Tensor, global_scale: float, *, mse: bool) -> tuple[Tensor,
         _encode(part, choose(part, global_scale), global_scale)
         for part in torch.split(blocks, _BLOCKS_AT_A_TIME)
     ]
-    codes = torch.cat([codes for codes, _ in parts]) if parts else blocks.new_empty(0)
-    scales = torch.cat([scales for _, scales in parts]) if parts else blocks.new_empty(0)
+    codes, scales = (torch.cat(part) for part in zip(*parts, strict=True))
     *lead, width = weight.shape
-    return (
-        codes.to(torch.uint8).reshape(*lead, width // 2),
-        scales.to(torch.uint8).reshape(*lead, width // BLOCK_SIZE),
-    )
+    return codes.reshape(*lead, width // 2), scales.reshape(*lead, width // BLOCK_SIZE)
 
 
 def dequantize(codes: Tensor, block_scale: Tensor, global_scale: float) -> Tensor:
@@ -56,10 +52,8 @@ def dequantize(codes: Tensor, block_scale: Tensor, global_scale: float) -> Tenso
 
 def mse_losses(blocks: Tensor, global_scale: float) -> Tensor:
     """The float64 loss of each of the 126 block scales: [n, 16] fp32 to [n, 126]."""
-    w_NK = blocks.abs()
     steps = e4m3.E4M3_POSITIVE.to(blocks.device) * _fp32(global_scale, blocks.device)
-    losses = [_loss(w_NK, m) for m in steps]
-    return torch.stack(losses, dim=-1)
+    return torch.stack([_loss(blocks.abs(), m) for m in steps], dim=-1)
 
 
 def _loss(w_NK: Tensor, m: Tensor) -> Tensor:
@@ -86,10 +80,9 @@ def _max_bytes(blocks: Tensor, global_scale: float) -> Tensor:
 
 
 def _encode(blocks: Tensor, scale_bytes: Tensor, global_scale: float) -> tuple[Tensor, Tensor]:
-    m_N = e4m3.from_bytes(scale_bytes).float() * _fp32(global_scale, blocks.device)
-    magnitude = e2m1.round_magnitude(blocks.abs() / m_N.unsqueeze(-1))
-    sign = torch.signbit(blocks).to(torch.uint8) << 3
-    return e2m1.pack(magnitude | sign), scale_bytes
+    s_N = scale_bytes.view(torch.float8_e4m3fn).float()
+    m_N = s_N * _fp32(global_scale, blocks.device)
+    return e2m1.pack(e2m1.encode(blocks / m_N.unsqueeze(-1))), scale_bytes
 
 
 def _fp32(value: float, device: torch.device) -> Tensor:

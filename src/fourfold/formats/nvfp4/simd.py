@@ -148,10 +148,8 @@ def _storer(numba_type: Any, bits: int) -> Any:
     return store
 
 
-load_u8, load_u16 = _loader(types.uint8, 8), _loader(types.uint16, 16)
-load_u32, load_u64 = _loader(types.uint32, 32), _loader(types.uint64, 64)
-store_u8, store_u16 = _storer(types.uint8, 8), _storer(types.uint16, 16)
-store_u32, store_u64 = _storer(types.uint32, 32), _storer(types.uint64, 64)
+load_u8, load_u64 = _loader(types.uint8, 8), _loader(types.uint64, 64)
+store_u8, store_u64 = _storer(types.uint8, 8), _storer(types.uint64, 64)
 
 
 @exact

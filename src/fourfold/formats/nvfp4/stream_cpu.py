@@ -1,5 +1,5 @@
 """The passes over tensors that only read, or only dequantize, at the speed of memory:
-dequantize, the error of a quantized tensor, and the census of its block scales.
+dequantize, and the error of a quantized tensor.
 
 They decode any byte an NVFP4 checkpoint may hold, good or bad: block scales go through a table of
 all 256 E4M3 bytes, NaN and negative ones included.
@@ -30,7 +30,7 @@ from fourfold.formats.nvfp4.simd import (
 )
 from fourfold.formats.nvfp4.sweep import FLOAT32
 
-f32, u8, u16, u32, u64 = np.float32, np.uint8, np.uint16, np.uint32, np.uint64
+f32, u32, u64 = np.float32, np.uint32, np.uint64
 
 _HALF = f32(0.5)
 _TWICE_E2M1 = u32(0xC8643210)  # nibble c is 2·q of code c
@@ -171,17 +171,3 @@ def error_kernel(
             _load_codes(f, to, scales + row * scales_stride + start, n, values, global_scale)
             _squares(f, sums)
     return sums[:LANES].sum(), sums[LANES:].sum()
-
-
-@entry_point
-def census_kernel(scales: int, n: int) -> Any:
-    """Return how many bytes are zero, NaN, negative and subnormal."""
-    zero, nan, negative, subnormal = 0, 0, 0, 0
-    for i in range(n):
-        byte = load_u8(scales + i)
-        magnitude = u8(byte & u8(0x7F))
-        zero += int(magnitude == u8(0))
-        nan += int(magnitude == u8(0x7F))
-        negative += int((byte >= u8(0x80)) & (magnitude != u8(0x7F)))
-        subnormal += int((magnitude > u8(0)) & (magnitude < u8(8)))
-    return zero, nan, negative, subnormal

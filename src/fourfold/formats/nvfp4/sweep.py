@@ -60,11 +60,14 @@ but from fl32(w/m), correctly rounded, once for the winner.
 
 from __future__ import annotations
 
+import torch
+
 MAX, MSE, MSE_FULL = 0, 1, 2
 """How a kernel chooses scales: by max, by the search, or by the search without parts 1-3."""
 
 BFLOAT16, FLOAT16, FLOAT32 = 0, 1, 2
-"""The dtype of a weight."""
+KINDS = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16, torch.float32: FLOAT32}
+"""How a kernel is told the dtype of a weight."""
 
 SPLIT = 2.0**22 + 1
 """The factor of part 5."""

@@ -22,7 +22,7 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ _BLOCK_BYTES = BLOCK_SIZE // 2
 GLOBAL_SCALE_MIN = 2.0**-117
 GLOBAL_SCALE_MAX = float(np.finfo(np.float32).max / np.float32(2688.0))
 
-FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+FLOAT_DTYPES = tuple(sweep.KINDS)
 
 
 class ScaleAlgorithm(StrEnum):
@@ -51,8 +51,7 @@ class ScaleAlgorithm(StrEnum):
 _NUMBERS = {ScaleAlgorithm.MAX: sweep.MAX, ScaleAlgorithm.MSE: sweep.MSE}
 
 
-@dataclass(frozen=True)
-class QuantizeStats:
+class QuantizeStats(NamedTuple):
     """Figures of one quantize pass, for reports: their last digits depend on the kernel."""
 
     sum_sq_err: float
@@ -194,22 +193,27 @@ def quantize_into(
     _check_dtype(weight_OI, name)
     _check_width(weight_OI, name)
     weight_OI = weight_OI.detach()
-    codes, scales = _as_tensor(codes_out), _as_tensor(block_scale_out)
+    codes, scales = torch.as_tensor(codes_out), torch.as_tensor(block_scale_out)
     _check_buffer(codes, weight_OI, 2, "codes_out")
     _check_buffer(scales, weight_OI, BLOCK_SIZE, "block_scale_out")
     if weight_OI.numel() == 0:
         return QuantizeStats(0.0, 0.0)
-    error = energy = math.nan
+    number, error, energy = _NUMBERS[algorithm], math.nan, math.nan
     match dispatch.choose(kernel, weight_OI.device):
         case Kernel.NUMBA:
-            number = _NUMBERS[algorithm]
             error, energy, _ = _cpu().quantize(weight_OI, codes, scales, s_value, number)
         case Kernel.TRITON:
-            number = _NUMBERS[algorithm]
-            error, energy = _cuda().quantize_matrix(weight_OI, codes, scales, s_value, number)
+            error, energy = cuda_kernels().quantize_matrix(
+                weight_OI, codes, scales, s_value, number
+            )
     if math.isfinite(error) and math.isfinite(energy):
         return QuantizeStats(error, energy)
-    return _quantize_reference(weight_OI, codes, scales, s_value, algorithm, name)
+    if not bool(torch.isfinite(weight_OI).all()):
+        _raise_non_finite(weight_OI, name)
+    parts = reference.quantize(weight_OI, s_value, mse=algorithm is ScaleAlgorithm.MSE)
+    codes.copy_(parts[0])
+    scales.copy_(parts[1])
+    return QuantizeStats(*error_energy(weight_OI, *parts, s_value, Kernel.REFERENCE))
 
 
 def amaxes(weight_NX: Tensor, kernel: Kernel | str = "auto") -> Tensor:
@@ -222,11 +226,8 @@ def amaxes(weight_NX: Tensor, kernel: Kernel | str = "auto") -> Tensor:
     w_NX = weight_NX.detach().flatten(1)
     if w_NX.numel() == 0:
         return w_NX.new_zeros(len(w_NX), dtype=torch.float32)
-    match dispatch.choose(kernel, w_NX.device):
-        case Kernel.NUMBA:
-            return torch.tensor([_cpu().amax(w_X) for w_X in w_NX], dtype=torch.float32)
-        case Kernel.TRITON if w_NX.shape[1] % BLOCK_SIZE == 0:
-            return cast(Tensor, _cuda().amaxes(w_NX))
+    if dispatch.choose(kernel, w_NX.device) is Kernel.TRITON and w_NX.shape[1] % BLOCK_SIZE == 0:
+        return cast(Tensor, cuda_kernels().amaxes(w_NX))
     return w_NX.abs().amax(dim=1).float()
 
 
@@ -273,8 +274,8 @@ def quantize_batch_into(
     if w_NX.numel() and dispatch.choose(kernel, w_NX.device) is Kernel.TRITON:
         number = _NUMBERS[algorithm]
         parts = w_NX, codes_out, block_scale_out, global_scales
-        return cast(Tensor, _cuda().quantize(*parts, number, workspace))
-    all_stats = [
+        return cast(Tensor, cuda_kernels().quantize(*parts, number, workspace))
+    figures = [
         quantize_into(
             w_NX[n : n + 1],
             codes_out[n : n + 1],
@@ -285,7 +286,6 @@ def quantize_batch_into(
         )
         for n in range(len(w_NX))
     ]
-    figures = [(stats.sum_sq_err, stats.sum_sq_w) for stats in all_stats]
     return torch.tensor(figures, dtype=torch.float64, device=w_NX.device).reshape(-1, 2)
 
 
@@ -335,7 +335,7 @@ def dequantize_into(
         case Kernel.NUMBA:
             _cpu().dequantize(codes, scale_bytes, float(global_scale), out)
         case Kernel.TRITON:
-            _cuda().dequantize(codes, scale_bytes, float(global_scale), out)
+            cuda_kernels().dequantize(codes, scale_bytes, float(global_scale), out)
         case _:
             scale = scale_bytes.view(torch.float8_e4m3fn)
             out.copy_(reference.dequantize(codes, scale, float(global_scale)))
@@ -365,12 +365,10 @@ def error_energy(
     return float((d_OI * d_OI).sum()), float((w_OI * w_OI).sum())
 
 
-def block_scale_census(block_scale: Tensor, kernel: Kernel | str = "auto") -> BlockScaleCensus:
+def block_scale_census(block_scale: Tensor) -> BlockScaleCensus:
     """Count the block scales (float8_e4m3fn or their bytes) that are zero (of either sign), NaN,
     negative (sign bit set, not NaN), or subnormal (of either sign)."""
     byte = block_scale.view(torch.uint8)
-    if dispatch.choose(kernel, byte.device) is Kernel.NUMBA:
-        return BlockScaleCensus(*_cpu().census(byte))
     magnitude = byte & 0x7F
     return BlockScaleCensus(
         zero=int((magnitude == 0).sum()),
@@ -393,10 +391,9 @@ def warm_up(
     """
     weight = torch.ones(BLOCK_SIZE, BLOCK_SIZE, dtype=dtype, device=device)
     if dispatch.choose(kernel, weight.device) is Kernel.TRITON:
-        _cuda().tune(weight.device, dtype, _NUMBERS[_parse_algorithm(scale)])
+        cuda_kernels().tune(weight.device, dtype, _NUMBERS[_parse_algorithm(scale)])
     tensor = quantize(weight, scale=scale, kernel=kernel)
     error_energy(weight, tensor.codes, tensor.block_scale, tensor.global_scale, kernel)
-    block_scale_census(tensor.block_scale, kernel)
 
 
 _own_global_scale = global_scale
@@ -407,25 +404,9 @@ def _cpu() -> ModuleType:
     return importlib.import_module("fourfold.formats.nvfp4.cpu")
 
 
-def _cuda() -> ModuleType:
-    """The Triton kernels; imported at first use."""
+def cuda_kernels() -> ModuleType:
+    """Return the module of the Triton kernels; imported at first use."""
     return importlib.import_module("fourfold.formats.nvfp4.cuda")
-
-
-def _quantize_reference(
-    weight_OI: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    global_scale: float,
-    algorithm: ScaleAlgorithm,
-    name: str,
-) -> QuantizeStats:
-    if not bool(torch.isfinite(weight_OI).all()):
-        _raise_non_finite(weight_OI, name)
-    parts = reference.quantize(weight_OI, global_scale, mse=algorithm is ScaleAlgorithm.MSE)
-    codes.copy_(parts[0])
-    scales.copy_(parts[1])
-    return QuantizeStats(*error_energy(weight_OI, *parts, global_scale, Kernel.REFERENCE))
 
 
 def _raise_non_finite(weight: Tensor, name: str) -> None:
@@ -498,10 +479,6 @@ def _check_workspace(workspace: Tensor | None, weight_NX: Tensor) -> None:
             f"address that 8 divides, got {workspace.dtype} {list(workspace.shape)} on "
             f"{workspace.device}"
         )
-
-
-def _as_tensor(buffer: Tensor | np.ndarray[Any, Any]) -> Tensor:
-    return buffer if isinstance(buffer, Tensor) else torch.from_numpy(buffer)
 
 
 def _check_buffer(buffer: Tensor, weight_OI: Tensor, per_byte: int, argument: str) -> None:
