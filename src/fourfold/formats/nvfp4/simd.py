@@ -206,36 +206,33 @@ def load_lanes(f: Any, raw: Any, address: Any, blocks: int, kind: int, factor: A
 
 
 @exact
-def _expand_bf16(f: Any, raw: Any, factor: Any) -> None:
-    mask = u64(0x7FFF0000)
-    for lane in range(LANES):
-        for j in range(4):
-            v = get(raw, j * LANES + lane)
-            row = 4 * j * LANES + lane
-            put(f, row, as_float(u32((v << u64(16)) & mask)) * factor)
-            put(f, row + LANES, as_float(u32(v & mask)) * factor)
-            put(f, row + 2 * LANES, as_float(u32((v >> u64(16)) & mask)) * factor)
-            put(f, row + 3 * LANES, as_float(u32((v >> u64(32)) & mask)) * factor)
+def _bf16_magnitude(bits: Any) -> Any:
+    return as_float(u32(bits << u32(16)))
 
 
 @exact
-def _half(bits: Any, factor: Any) -> Any:
+def _f16_magnitude(bits: Any) -> Any:
     normal = as_float(u32(u32(bits << u32(13)) + u32(112 << 23)))
     x = normal if bits > u32(0x3FF) else f32(np.int32(bits)) * _TWO_M24
-    return (x if bits < u32(0x7C00) else _INF) * factor  # Inf and NaN must not pass for numbers
+    return x if bits < u32(0x7C00) else _INF  # Inf and NaN must not pass for numbers
 
 
-@exact
-def _expand_f16(f: Any, raw: Any, factor: Any) -> None:
-    mask = u64(0x7FFF)
-    for lane in range(LANES):
-        for j in range(4):
-            v = get(raw, j * LANES + lane)
-            row = 4 * j * LANES + lane
-            put(f, row, _half(u32(v & mask), factor))
-            put(f, row + LANES, _half(u32((v >> u64(16)) & mask), factor))
-            put(f, row + 2 * LANES, _half(u32((v >> u64(32)) & mask), factor))
-            put(f, row + 3 * LANES, _half(u32((v >> u64(48)) & mask), factor))
+def _expander(magnitude: Any) -> Any:
+    """A function that fills Y from words of four 16-bit floats."""
+
+    @exact
+    def expand(f: Any, raw: Any, factor: Any) -> None:
+        for lane in range(LANES):
+            for j in range(4):
+                v = get(raw, j * LANES + lane)
+                for k in range(4):
+                    bits = u32((v >> u64(16 * k)) & u64(0x7FFF))
+                    put(f, (4 * j + k) * LANES + lane, magnitude(bits) * factor)
+
+    return expand
+
+
+_expand_bf16, _expand_f16 = _expander(_bf16_magnitude), _expander(_f16_magnitude)
 
 
 @exact

@@ -95,56 +95,46 @@ def _first_candidates(f: Any, global_scale: Any) -> Any:
     return steps
 
 
-@contract
-def _square_open(x: Any) -> Any:
-    """The squared distance of x >= 0 to the unclamped grid (part 5)."""
-    c = x * _SPLIT
-    c = c if c > _SPLIT else _SPLIT
-    q = c - (c - x)
-    d = x - q
-    return d * d
+def _square(clips: bool) -> Any:
+    """A function: the squared distance of x >= 0 to the E2M1 grid, unclamped unless `clips`."""
+
+    @contract
+    def square(x: Any) -> Any:
+        c = x * _SPLIT
+        c = c if c > _SPLIT else _SPLIT
+        q = c - (c - x)
+        if clips:
+            q = q if q < _SIX else _SIX
+        d = x - q
+        return d * d
+
+    return square
 
 
-@contract
-def _square_clamped(x: Any) -> Any:
-    """The squared distance of x >= 0 to the E2M1 grid."""
-    c = x * _SPLIT
-    c = c if c > _SPLIT else _SPLIT
-    q = c - (c - x)
-    q = q if q < _SIX else _SIX
-    d = x - q
-    return d * d
+def _candidate(above: bool) -> Any:
+    """A function that tries candidate FIRST + step of each lane, which clips nothing (part 1), or
+    FIRST − step, which does (part 2)."""
+    square = _square(clips=not above)
+
+    @contract
+    def candidate(f: Any, global_scale: Any, step: Any) -> None:
+        for lane in range(LANES):
+            first = as_bits(get(f, FIRST + lane))
+            byte = u32(first + step) if above else u32(first - step)
+            m = scale_of(byte) * global_scale
+            inverse = _ONE / m
+            even, odd = _ZERO, _ZERO
+            for k in range(0, 16, 2):
+                even += square(get(f, k * LANES + lane) * inverse)
+                odd += square(get(f, (k + 1) * LANES + lane) * inverse)
+            loss = (even + odd) * (m * m)
+            valid = byte <= as_bits(get(f, LAST + lane)) if above else first > step
+            _keep(f, lane, byte, _only_if(valid, loss))
+
+    return candidate
 
 
-@contract
-def _try_above(f: Any, global_scale: Any, step: Any) -> None:
-    """Candidate FIRST + step of each lane (part 1): no element is above 7."""
-    for lane in range(LANES):
-        byte = u32(as_bits(get(f, FIRST + lane)) + step)
-        m = scale_of(byte) * global_scale
-        inverse = _ONE / m
-        even, odd = _ZERO, _ZERO
-        for k in range(0, 16, 2):
-            even += _square_open(get(f, k * LANES + lane) * inverse)
-            odd += _square_open(get(f, (k + 1) * LANES + lane) * inverse)
-        loss = (even + odd) * (m * m)
-        _keep(f, lane, byte, _only_if(byte <= as_bits(get(f, LAST + lane)), loss))
-
-
-@contract
-def _try_below(f: Any, global_scale: Any, step: Any) -> None:
-    """Candidate FIRST − step of each lane (part 2): elements may be clipped."""
-    for lane in range(LANES):
-        first = as_bits(get(f, FIRST + lane))
-        byte = u32(first - step)
-        m = scale_of(byte) * global_scale
-        inverse = _ONE / m
-        even, odd = _ZERO, _ZERO
-        for k in range(0, 16, 2):
-            even += _square_clamped(get(f, k * LANES + lane) * inverse)
-            odd += _square_clamped(get(f, (k + 1) * LANES + lane) * inverse)
-        loss = (even + odd) * (m * m)
-        _keep(f, lane, byte, _only_if(first > step, loss))
+_try_above, _try_below = _candidate(above=True), _candidate(above=False)
 
 
 @contract
@@ -270,6 +260,9 @@ def _max_scales(f: Any, global_scale: Any, factor: Any) -> None:
         put(f, ENERGY + lane, energy)
 
 
+_square_clipped = _square(clips=True)
+
+
 @contract
 def _losses(f: Any, global_scale: Any, factor: Any) -> None:
     """BEST: the loss under the scale in BYTE, of weights not yet scaled by `factor`."""
@@ -278,8 +271,8 @@ def _losses(f: Any, global_scale: Any, factor: Any) -> None:
         inverse = _ONE / m
         even, odd = _ZERO, _ZERO
         for k in range(0, 16, 2):
-            even += _square_clamped(get(f, k * LANES + lane) * inverse)
-            odd += _square_clamped(get(f, (k + 1) * LANES + lane) * inverse)
+            even += _square_clipped(get(f, k * LANES + lane) * inverse)
+            odd += _square_clipped(get(f, (k + 1) * LANES + lane) * inverse)
         m = m * factor
         put(f, BEST + lane, (even + odd) * (m * m))
 
