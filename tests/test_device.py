@@ -545,7 +545,7 @@ def test_a_device_that_cannot_be_used_at_all(
 def test_buffers_of_another_size_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """After the room was halved: nothing of the old size is in the way of the new one."""
     emptied: list[int] = []
-    buffers = streams.BufferPool(torch.device("cpu"), 1000, 1).buffer_set()
+    buffers = streams.BufferSet(torch.device("cpu"))
     monkeypatch.setattr(
         streams,
         "empty_caches",

@@ -72,7 +72,7 @@ def choose_backend(
     """Choose the backend for a plan's weights.
 
     Args:
-        device: The device that was chosen for the job.
+        device: The device that was chosen for the job, with its number.
         plan: The plan.
         threads: The number of threads that compute on the CPU.
         memory: Bytes of the device that quantization may take; by default half of what is free,
@@ -83,7 +83,7 @@ def choose_backend(
     Raises:
         UsageError: `memory` was given, and nothing runs on a device.
     """
-    target = _numbered(device)
+    target = torch.device(device)
     choice = dispatch.choice_for_weights(target)
     if uses_device(choice):
         try:
@@ -120,7 +120,7 @@ def warm_up_device(device: str, schemes: Iterable[Scheme], dtypes: Iterable[torc
     Raises:
         Exception: Whatever shows that it cannot: no compiler for Triton, a driver too old.
     """
-    target = _numbered(device)
+    target = torch.device(device)
     if not uses_device(dispatch.choice_for_weights(target)):
         return
     for dtype in dtypes:
@@ -140,14 +140,6 @@ def _choices(schemes: Iterable[Scheme]) -> list[tuple[str, str]]:
     return list(
         dict.fromkeys((fmt, x.scale) for fmt, x in algorithms if isinstance(x, RowwiseAlgorithm))
     )
-
-
-def _numbered(device: str) -> torch.device:
-    """A device, and for CUDA with its number."""
-    target = torch.device(device)
-    if target.type == "cuda" and target.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return target
 
 
 def uses_device(choice: Choice) -> bool:

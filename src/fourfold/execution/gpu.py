@@ -56,7 +56,7 @@ class GPUBackend:
 
     def __init__(self, context: ExecutionContext, pool: BufferPool, cpu: CPUBackend) -> None:
         self.context, self.pool, self.cpu = context, pool, cpu
-        self.buffers = pool.buffer_set()
+        self.buffers = BufferSet(pool.device)
 
     def run(self, file: ShardFile, groups: Sequence[ScaleGroup]) -> list[LinearResult]:
         """Quantize some groups of a shard, in batches that fit."""
@@ -139,12 +139,12 @@ class _Stack:
 
     def find_amaxes(self) -> None:
         """Queue the search for the largest magnitudes; they are in `amaxes` after a wait."""
-        with self.buffers.stream.current():
+        with self.buffers.streaming():
             self.amaxes.copy_(self.kernels.format.amaxes(self.w_NX), non_blocking=True)
 
     def quantize(self) -> None:
         """Queue the quantization with `group_scales`; parts and figures are there after a wait."""
-        with self.buffers.stream.current():
+        with self.buffers.streaming():
             self._group_scales.copy_(self.group_scales, non_blocking=True)
             figures = self.kernels.format.quantize_batch(
                 self.w_NX,
@@ -220,7 +220,7 @@ class _Batch:
         for linears, stack in self.stacks:
             for linear, w_X in zip(linears, stack.w_NX, strict=True):
                 slab = self._slab(linear.region)  # outside the stream: a live source has its own
-                with self.buffers.stream.current():
+                with self.buffers.streaming():
                     self._place(linear.region, slab, w_X.view(linear.shape))
 
     def _slab(self, region: Region) -> torch.Tensor:
@@ -250,7 +250,7 @@ class _Batch:
         """The largest magnitude of each weight; `NonFiniteError` for NaN and Inf."""
         for _, stack in self.stacks:
             stack.find_amaxes()
-        self.buffers.stream.wait()
+        self.buffers.wait()
         figures = {}
         for linears, stack in self.stacks:
             for linear, amax in zip(linears, stack.amaxes.tolist(), strict=True):
@@ -268,7 +268,7 @@ class _Batch:
             for n, linear in enumerate(linears):
                 stack.group_scales[n] = group_scales[self._group_of[linear.name].name] or 1.0
             stack.quantize()
-        self.buffers.stream.wait()
+        self.buffers.wait()
         for linears, stack in self.stacks:
             for n, (linear, sums) in enumerate(zip(linears, stack.figures.tolist(), strict=True)):
                 if not all(map(math.isfinite, sums)):
@@ -304,7 +304,7 @@ class GPUKernels(CPUKernels):
         largest = 0.0
         for _, stack in self._parts(w_OI):
             stack.find_amaxes()
-            self.buffers.stream.wait()
+            self.buffers.wait()
             amax = float(stack.amaxes[0])
             if not math.isfinite(amax):
                 return super().amax(w_OI, name)
@@ -322,7 +322,7 @@ class GPUKernels(CPUKernels):
         for rows, stack in self._parts(w_OI):
             stack.group_scales[0] = group_scale or 1.0
             stack.quantize()
-            self.buffers.stream.wait()
+            self.buffers.wait()
             for buffer, part_NP in zip(out.values(), stack.parts_NP, strict=True):
                 np.copyto(buffer[rows].numpy().reshape(-1), part_NP[0].numpy())
             error, energy = error + float(stack.figures[0, 0]), energy + float(stack.figures[0, 1])
@@ -338,6 +338,6 @@ class GPUKernels(CPUKernels):
             self.buffers.begin(self.room)
             stack = _Stack(self.buffers, self, 1, part.numel(), part.dtype)
             staged = contiguous(part, self.buffers.host)
-            with self.buffers.stream.current():
+            with self.buffers.streaming():
                 stack.w_NX.view(part.shape).copy_(staged, non_blocking=True)
             yield slice(begin, begin + len(part)), stack

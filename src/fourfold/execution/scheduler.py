@@ -184,25 +184,16 @@ class Scheduler:
             linears = [asdict(result) for result in shard.results]
             self.context.out.finish_shard(shard.file, {"linears": linears})
             self._open.remove(shard)
-            self._report(shard)
+            self._shards_done += 1
+            self._bytes_done += shard.source_bytes
+            done, total = self._shards_done, len(self.shards)
+            progress = shard.unit, done, total, self._bytes_done, self._bytes_total
+            self.context.on_event(ShardWritten(*progress))
         except BaseException:
             self._stopped = True
             raise
         finally:
             self._unsynced.release()
-
-    def _report(self, shard: _OpenShard) -> None:
-        self._shards_done += 1
-        self._bytes_done += shard.source_bytes
-        self.context.on_event(
-            ShardWritten(
-                shard.unit,
-                self._shards_done,
-                len(self.shards),
-                self._bytes_done,
-                self._bytes_total,
-            )
-        )
 
 
 class _Worker:

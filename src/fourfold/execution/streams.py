@@ -137,17 +137,20 @@ def empty_caches(device: torch.device) -> None:
         getattr(torch._C, "_host_emptyCache", lambda: None)()
 
 
-class Stream:
-    """Work that a device does in order, concurrently with other streams; on a CPU, immediately."""
+class BufferSet:
+    """The buffers of one worker, and a stream: work that the device does in order, concurrently
+    with other streams. On a CPU it is done immediately."""
 
     def __init__(self, device: torch.device) -> None:
         cuda: Any = torch.cuda
         self.device = device
         self._stream = cuda.Stream(device) if device.type == "cuda" else None
+        self.host = Arena(partial(pinned, device))
+        self.onboard = Arena(partial(on_device, device))
 
     @contextmanager
-    def current(self) -> Iterator[None]:
-        """Within, this thread's copies and kernels go to this stream."""
+    def streaming(self) -> Iterator[None]:
+        """Within, this thread's copies and kernels go to the stream."""
         if self._stream is None:
             yield
             return
@@ -156,22 +159,12 @@ class Stream:
             yield
 
     def wait(self) -> None:
-        """Wait until everything is done, without a busy loop."""
+        """Wait until everything in the stream is done, without a busy loop."""
         if self._stream is not None:
             cuda: Any = torch.cuda
             event = cuda.Event(blocking=True)
             event.record(self._stream)
             event.synchronize()
-
-
-class BufferSet:
-    """The stream and the buffers of one worker."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.stream = Stream(device)
-        self.host = Arena(partial(pinned, device))
-        self.onboard = Arena(partial(on_device, device))
 
     def begin(self, room: int) -> None:
         """Take everything back, and have buffers of `room` bytes."""
@@ -179,13 +172,13 @@ class BufferSet:
             self.free()
             empty_caches(self.device)
         self.host.resize(room)
-        with self.stream.current():
+        with self.streaming():
             self.onboard.resize(room)
 
     def free(self) -> None:
         """Give the buffers back; PyTorch keeps their memory for the next ones."""
         with suppress(RuntimeError):  # an error that ends the run is raised elsewhere
-            self.stream.wait()  # no copy may touch memory that another worker may take
+            self.wait()  # no copy may touch memory that another worker may take
         self.host.free()
         self.onboard.free()
 
@@ -212,7 +205,7 @@ class BufferPool:
         wanted = max(FEWEST_SETS, min(MOST_SETS, memory // ROOM))
         self.count = min(wanted, workers)
         self.room = min(ROOM, memory // self.count)
-        self._floor = self.room >> HALVINGS
+        self._halvings = HALVINGS
         self._lock = threading.Lock()
         self._warn, self._warned = warn, set[str]()
 
@@ -234,11 +227,6 @@ class BufferPool:
             groups = [job for job in shard.jobs if isinstance(job, ScaleGroup) and can_batch(job)]
             most = max(most, sum((need_of(group, tensors) for group in groups), Need()).room)
         self.room = max(1, min(self.room, most))
-        self._floor = self.room >> HALVINGS
-
-    def buffer_set(self) -> BufferSet:
-        """Return the buffers of one worker."""
-        return BufferSet(self.device)
 
     def halve(self, room: int) -> bool:
         """Halve the room, because `room` bytes could not be allocated.
@@ -251,9 +239,9 @@ class BufferPool:
         with self._lock:
             if self.room < room:
                 return True
-            if room // 2 < max(self._floor, 1):
+            if not self._halvings or room < 2:
                 return False
-            self.room = room // 2
+            self.room, self._halvings = room // 2, self._halvings - 1
         self._warn_once(
             "halved",
             f"{self.device}: out of memory: weights go there in batches of {size(self.room)}, "

@@ -83,10 +83,13 @@ def choice(kernel: Kernel | str, device: torch.device) -> Choice:
     if wanted is not Kernel.AUTO:
         return _forced(wanted, device, f"kernel={str(wanted)!r}")
     wanted = _from_environment()
-    if wanted is Kernel.AUTO:
+    # Triton's interpreter can run on the CPU, too.
+    is_for_another = wanted is not _FAST.get(device.type) and _problem(wanted, device) is not None
+    if wanted is Kernel.AUTO or (wanted is Kernel.TRITON and is_for_another):
         return _automatic(device)
-    if wanted is not Kernel.REFERENCE and wanted is not _FAST.get(device.type):
-        return _for_another_device(wanted, device)
+    if is_for_another:
+        reason = f"{ENVIRONMENT_VARIABLE}={wanted} does not apply to {device}"
+        return Choice(Kernel.REFERENCE, reason)
     return _forced(wanted, device, ENVIRONMENT_VARIABLE)
 
 
@@ -142,15 +145,6 @@ def _forced(wanted: Kernel, device: torch.device, origin: str) -> Choice:
             f"{wanted} kernels were asked for by {origin}, but {problem}, or choose 'reference'"
         )
     return Choice(wanted, f"asked for by {origin}")
-
-
-def _for_another_device(wanted: Kernel, device: torch.device) -> Choice:
-    """The kernels for tensors of a device that the environment's choice does not apply to."""
-    if _problem(wanted, device) is None:  # Triton's interpreter
-        return Choice(wanted, f"asked for by {ENVIRONMENT_VARIABLE}")
-    if wanted is Kernel.TRITON:
-        return _automatic(device)
-    return Choice(Kernel.REFERENCE, f"{ENVIRONMENT_VARIABLE}={wanted} does not apply to {device}")
 
 
 def _automatic(device: torch.device) -> Choice:

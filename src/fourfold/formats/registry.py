@@ -10,13 +10,14 @@ looked up. Other members are added as objects:
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping, MutableMapping
-from typing import Generic, TypeVar, cast
+from collections import UserDict
+from collections.abc import Mapping
+from typing import TypeVar, cast
 
 T = TypeVar("T")
 
 
-class Registry(MutableMapping[str, T], Generic[T]):
+class Registry(UserDict[str, T]):
     """Objects by name."""
 
     def __init__(self, places: Mapping[str, str]) -> None:
@@ -25,26 +26,12 @@ class Registry(MutableMapping[str, T], Generic[T]):
         Args:
             places: The members that come with fourfold, by name, each as `module:class`.
         """
+        super().__init__()
         self._places = dict(places)
-        self._members: dict[str, T] = {}
+        self.data = cast(dict[str, T], self._places.copy())
 
     def __getitem__(self, name: str) -> T:
-        if name not in self._members and name in self._places:
+        if self.data[name] is self._places.get(name):
             module, _, attribute = self._places[name].partition(":")
-            self._members[name] = cast(T, getattr(importlib.import_module(module), attribute)())
-        return self._members[name]
-
-    def __setitem__(self, name: str, member: T) -> None:
-        self._members[name] = member
-
-    def __delitem__(self, name: str) -> None:
-        del self._members[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._members or name in self._places
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places | self._members)
-
-    def __len__(self) -> int:
-        return len(self._places | self._members)
+            self.data[name] = getattr(importlib.import_module(module), attribute)()
+        return self.data[name]
