@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from fourfold.errors import NonFiniteError, UsageError
 from fourfold.formats.nvfp4 import (
+    GLOBAL_SCALE_MAX,
+    GLOBAL_SCALE_MIN,
     NVFP4Tensor,
     ScaleAlgorithm,
     amax,
@@ -23,7 +25,6 @@ from fourfold.formats.nvfp4 import (
     quantize_into,
     warm_up,
 )
-from fourfold.formats.nvfp4.tensors import GLOBAL_SCALE_MAX, GLOBAL_SCALE_MIN
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KERNELS = ("reference", "numba")

@@ -36,7 +36,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fourfold.formats.nvfp4.tensors import (
+from fourfold.formats.nvfp4 import (
     FLOAT_DTYPES,
     GLOBAL_SCALE_MAX,
     GLOBAL_SCALE_MIN,

@@ -38,13 +38,14 @@ from torch import Tensor
 from fourfold.errors import UsageError
 from fourfold.formats import dispatch
 from fourfold.formats.dispatch import Kernel
-from fourfold.formats.nvfp4 import e2m1, e4m3
-from fourfold.formats.nvfp4.tensors import (
+from fourfold.formats.nvfp4 import (
     BLOCK_SIZE,
     FLOAT_DTYPES,
     GLOBAL_SCALE_MAX,
     GLOBAL_SCALE_MIN,
     cuda_kernels,
+    e2m1,
+    e4m3,
 )
 
 _ELEMENTS_AT_A_TIME = 1 << 20  # bounds the memory: some 20 bytes for each
