@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from fourfold.calibration.scales import ActivationScales
 from fourfold.events import OnEvent, ignore
-from fourfold.models.inventory import LinearWeight
 from fourfold.planning import CopyPlan
 from fourfold.storage.output import OutputFolder
 from fourfold.storage.source import Source
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from fourfold.execution.streams import BufferPool
 
 
@@ -50,10 +47,3 @@ class ExecutionContext:
         if self.pool is not None:
             return self.pool.count
         return self.threads + self.plan.limits.waiting
-
-    def statistics_of(self, linear: LinearWeight, needs: frozenset[str]) -> Mapping[str, Tensor]:
-        """Return the statistics of a linear weight's inputs that an algorithm needs."""
-        if not needs:
-            return {}
-        assert self.scales is not None, "a plan with such an algorithm needs calibration"
-        return self.scales.statistics_of(linear, needs)

@@ -97,11 +97,10 @@ def label_of(linear: LinearWeight, info: TensorInfo, start: int = 0) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Rows `start:stop` of a linear weight, read from rows `slab` of its raw tensor."""
+    """Rows of a linear weight from `start` on, read from rows `slab` of its raw tensor."""
 
     linear: LinearWeight
     start: int
-    stop: int
     slab: tuple[int, int]
 
 
@@ -130,12 +129,14 @@ class _Group:
         """Hand the whole group to an algorithm that needs to see it at once."""
         linears = self.group.linears
         pieces = [piece for linear in linears for piece in self._pieces(linear)]
+        needs, scales = self.algorithm.needs, self.context.scales
+        assert scales or not needs, "a plan with such an algorithm needs calibration"
         weights = [
             Weight(
                 linear.name,
                 self._load(piece),
                 self._buffers(linear.shape),
-                self.context.statistics_of(linear, self.algorithm.needs),
+                scales.statistics_of(linear, needs) if scales and needs else {},
             )
             for linear, piece in zip(linears, pieces, strict=True)
         ]
@@ -172,12 +173,12 @@ class _Group:
     def _pieces(self, linear: LinearWeight) -> Sequence[_Piece]:
         region, rows = linear.region, linear.shape[0]
         if self.is_held or not region.is_plain:
-            return [_Piece(linear, 0, rows, region.slab)]
+            return [_Piece(linear, 0, region.slab)]
         row_bytes = slab_bytes(self.source.tensors[region.key], 0, 1)
         step = max(1, self.context.plan.limits.group_bytes // 4 // row_bytes)
         first = region.rows.start
         return [
-            _Piece(linear, at, min(at + step, rows), (first + at, first + min(at + step, rows)))
+            _Piece(linear, at, (first + at, first + min(at + step, rows)))
             for at in range(0, rows, step)
         ]
 

@@ -188,21 +188,18 @@ class _Batch:
     def run(self) -> list[LinearResult]:
         self._load()
         figures = self._amaxes()
-        group_scales = {
-            group.name: FORMATS[group.scheme.weights].group_scale(
-                max(figures[linear.name].amax for linear in group.linears)
-            )
-            for group in self.groups
-        }
-        self._quantize(group_scales, figures)
+        scales: dict[str, float | None] = {}
+        for group in self.groups:
+            amax = max(figures[linear.name].amax for linear in group.linears)
+            scale = FORMATS[group.scheme.weights].group_scale(amax)
+            scales |= dict.fromkeys((linear.name for linear in group.linears), scale)
+        self._quantize(scales, figures)
         self._write()
-        return [
-            result
-            for group in self.groups
-            for result in finish_group(
-                self.context, self.file, group, group_scales[group.name], figures
-            )
-        ]
+        results = []
+        for group in self.groups:
+            scale = scales[group.linears[0].name]
+            results += finish_group(self.context, self.file, group, scale, figures)
+        return results
 
     def _stacked(self) -> Iterator[tuple[list[LinearWeight], _Stack]]:
         """The groups' weights, those that are alike together, in their order."""
@@ -260,24 +257,18 @@ class _Batch:
                 figures[linear.name] = Figures(amax)
         return figures
 
-    def _quantize(
-        self, group_scales: Mapping[str, float | None], figures: Mapping[str, Figures]
-    ) -> None:
+    def _quantize(self, scales: Mapping[str, float | None], figures: Mapping[str, Figures]) -> None:
         """Compute the parts of all weights into pinned memory, and complete their figures."""
         for linears, stack in self.stacks:
             for n, linear in enumerate(linears):
-                stack.group_scales[n] = group_scales[self._group_of[linear.name].name] or 1.0
+                stack.group_scales[n] = scales[linear.name] or 1.0
             stack.quantize()
         self.buffers.wait()
         for linears, stack in self.stacks:
             for n, (linear, sums) in enumerate(zip(linears, stack.figures.tolist(), strict=True)):
                 if not all(map(math.isfinite, sums)):
-                    sums = stack.kernels.quantize(
-                        self._matrix(linear),
-                        stack.out(n, linear.shape),
-                        group_scales[self._group_of[linear.name].name],
-                        linear.name,
-                    )
+                    w_OI, out = self._matrix(linear), stack.out(n, linear.shape)
+                    sums = stack.kernels.quantize(w_OI, out, scales[linear.name], linear.name)
                 figures[linear.name].sum_sq_err, figures[linear.name].sum_sq_w = sums
 
     def _write(self) -> None:

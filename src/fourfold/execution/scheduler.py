@@ -18,7 +18,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from types import TracebackType
 
 import numpy as np
 import torch
@@ -66,12 +65,7 @@ class Scheduler:
     def __enter__(self) -> Scheduler:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._syncer.shutdown(wait=True)
         for shard in self._open:
             shard.file.close()
@@ -123,27 +117,21 @@ class Scheduler:
             item = self._peek()
             if item is None:
                 return None
-            shard, job = item
-            jobs = [job]
-            self._ahead.popleft()
-            need = self._need_of(job)
-            while need is not None and (item := self._peek()) is not None and item[0] is shard:
+            shard, jobs = item[0], [self._ahead.popleft()[1]]
+            pool, need = self.context.pool, self._need_of(jobs[0])
+            while pool and need and (item := self._peek()) is not None and item[0] is shard:
                 more = self._need_of(item[1])
-                need = None if more is None else need + more
-                if need is None or not self._fits(need):
+                if more is None or (need + more).room > pool.room:
                     break
+                need += more
                 jobs.append(self._ahead.popleft()[1])
             return shard, jobs
 
     def _need_of(self, job: Job) -> Need | None:
         """The room that a job needs in a GPU's buffers; None if it cannot be part of a batch."""
-        if self.context.pool is None or not isinstance(job, ScaleGroup) or not can_batch(job):
-            return None
-        return need_of(job, self.source.tensors)
-
-    def _fits(self, need: Need) -> bool:
-        assert self.context.pool is not None
-        return need.room <= self.context.pool.room
+        if self.context.pool and isinstance(job, ScaleGroup) and can_batch(job):
+            return need_of(job, self.source.tensors)
+        return None
 
     def _peek(self) -> tuple[_OpenShard, Job] | None:
         """The job that comes next. The system is asked to read ahead for those that follow."""
@@ -176,7 +164,7 @@ class Scheduler:
             self._stopped = True
             raise
         finally:
-            worker.free()
+            worker.backend.free()
 
     def _finish(self, shard: _OpenShard) -> None:
         try:
@@ -206,24 +194,12 @@ class _Worker:
             self.backend = GPUBackend(context, context.pool, self.backend)
 
     def run(self, file: ShardFile, jobs: Sequence[Job]) -> list[LinearResult]:
-        """Do some jobs of a shard.
-
-        Returns:
-            The figures of the linear weights that were quantized.
-        """
-        groups = []
+        """Do some jobs of a shard; return the results of the linear weights among them."""
         for job in jobs:
-            if isinstance(job, ScaleGroup):
-                groups.append(job)
-            else:
-                self._write(file, job)
-        return self.backend.run(file, groups)
+            self._write(file, job)
+        return self.backend.run(file, [job for job in jobs if isinstance(job, ScaleGroup)])
 
-    def free(self) -> None:
-        """Give the memory back, until there are jobs again."""
-        self.backend.free()
-
-    def _write(self, file: ShardFile, job: ExpertBias | RawTensor | KVScales) -> None:
+    def _write(self, file: ShardFile, job: Job) -> None:
         match job:
             case ExpertBias():
                 slab = self.context.source.slab(job.region.key, *job.region.slab)
