@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 
@@ -12,7 +13,7 @@ from fourfold.errors import UsageError
 from fourfold.execution import streams
 from fourfold.execution.streams import BufferPool, is_out_of_memory
 from fourfold.formats import dispatch
-from fourfold.formats.base import FORMATS
+from fourfold.formats.base import FORMATS, WeightFormat
 from fourfold.formats.dispatch import Choice, Kernel
 from fourfold.formats.scheme import Scheme
 from fourfold.planning import CopyPlan, Plan
@@ -109,9 +110,8 @@ def _on_cpu(wanted: Choice, device: torch.device, threads: int, error: Exception
 
 def warm_up(schemes: Iterable[Scheme], dtypes: Iterable[torch.dtype]) -> None:
     """Compile what the CPU runs for weights of these schemes and dtypes."""
-    for dtype in dtypes:
-        for fmt, scale in _choices(schemes):
-            FORMATS[fmt].warm_up(dtype, scale)
+    for fmt, scale, dtype in _choices(schemes, dtypes):
+        fmt.warm_up(dtype, scale)
 
 
 def warm_up_device(device: str, schemes: Iterable[Scheme], dtypes: Iterable[torch.dtype]) -> None:
@@ -123,23 +123,24 @@ def warm_up_device(device: str, schemes: Iterable[Scheme], dtypes: Iterable[torc
     target = torch.device(device)
     if not uses_device(dispatch.choice_for_weights(target)):
         return
-    for dtype in dtypes:
-        for fmt, scale in _choices(schemes):
-            if not FORMATS[fmt].has_batches:
-                continue
-            try:
-                FORMATS[fmt].warm_up(dtype, scale, target)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):  # which smaller buffers may mend
-                    raise
+    for fmt, scale, dtype in _choices(schemes, dtypes):
+        try:
+            if fmt.has_batches:
+                fmt.warm_up(dtype, scale, target)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):  # which smaller buffers may mend
+                raise
 
 
-def _choices(schemes: Iterable[Scheme]) -> list[tuple[str, str]]:
-    """The formats, each with a way to choose scales, whose kernels will run."""
-    algorithms = [(scheme.weights, ALGORITHMS[scheme.algorithm]) for scheme in schemes]
-    return list(
-        dict.fromkeys((fmt, x.scale) for fmt, x in algorithms if isinstance(x, RowwiseAlgorithm))
-    )
+def _choices(
+    schemes: Iterable[Scheme], dtypes: Iterable[torch.dtype]
+) -> Iterator[tuple[WeightFormat, str, torch.dtype]]:
+    """The formats whose kernels will run, each with a way to choose scales and a dtype."""
+    pairs = dict.fromkeys((scheme.weights, scheme.algorithm) for scheme in schemes)
+    for (fmt, name), dtype in product(pairs, dtypes):
+        algorithm = ALGORITHMS[name]
+        if isinstance(algorithm, RowwiseAlgorithm):
+            yield FORMATS[fmt], algorithm.scale, dtype
 
 
 def uses_device(choice: Choice) -> bool:

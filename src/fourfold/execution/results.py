@@ -4,14 +4,14 @@ are written beside its codes."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fourfold.algorithms.base import Figures
 from fourfold.errors import WeightLostError
 from fourfold.execution.context import ExecutionContext
-from fourfold.formats.base import FORMATS
+from fourfold.formats.base import FORMATS, WeightFormat
 from fourfold.layouts.base import TensorSpec
 from fourfold.models.inventory import LinearWeight
 from fourfold.planning import ScaleGroup
@@ -68,14 +68,48 @@ def finish_group(
         figures: Measurements by the names of the weights.
 
     Raises:
-        WeightLostError: A weight is so small beside others of the group that hardly a code differs
-            from 0.
+        WeightLostError: The format cannot hold one of the weights.
     """
-    results = [
-        _finish(context, file, group, linear, group_scale, figures[linear.name])
-        for linear in group.linears
-    ]
-    fmt = FORMATS[group.scheme.weights]
+    fmt, scheme, layout = FORMATS[group.scheme.weights], group.scheme, context.plan.layout
+    results = []
+    for linear in group.linears:
+        numbers: dict[str, float] = {}
+        if fmt.group_part is not None:
+            assert group_scale is not None
+            numbers[fmt.group_part] = group_scale
+        input_amax = input_scale = tokens = None
+        if scheme.activations is not None and scheme.has_input_scale:
+            assert context.scales is not None
+            input_scale = context.scales.input_scale(linear.input_site)
+            input_amax, tokens = context.scales.own_amax(linear), context.scales.tokens(linear)
+            numbers |= dict.fromkeys(FORMATS[scheme.activations].input_parts(), input_scale)
+        tensors = layout.tensors(linear.name, linear.shape, scheme)
+        for part, number in numbers.items():
+            file.write(tensors[part].name, layout.encode(part, number))
+        of_weight = figures[linear.name]
+        results.append(
+            LinearResult(
+                name=linear.name,
+                role=linear.role.value,
+                shape=linear.shape,
+                global_scale=group_scale,
+                amax=of_weight.amax,
+                layer=linear.layer,
+                expert=linear.expert,
+                input_amax=input_amax,
+                input_scale=input_scale,
+                tokens=tokens,
+                sum_sq_err=of_weight.sum_sq_err,
+                sum_sq_w=of_weight.sum_sq_w,
+            )
+        )
+    _check_errors(results, fmt)
+    return results
+
+
+def _check_errors(results: Sequence[LinearResult], fmt: WeightFormat) -> None:
+    """Raise for weights that are so small beside others of their scale group that hardly a code
+    differs from 0."""
     for result in results:
         is_lost = fmt.is_lost(result.amax, result.global_scale)
         if is_lost or result.relative_error > fmt.worst_error:
@@ -85,47 +119,6 @@ def finish_group(
                 f"of {largest.name}, which share its global scale, {largest.amax:.3g}. "
                 "Is the checkpoint damaged? If not, name it under keep."
             )
-    return results
-
-
-def _finish(
-    context: ExecutionContext,
-    file: ShardFile,
-    group: ScaleGroup,
-    linear: LinearWeight,
-    group_scale: float | None,
-    figures: Figures,
-) -> LinearResult:
-    tensors = context.plan.layout.tensors(linear.name, linear.shape, group.scheme)
-
-    def write(part: str, value: float) -> None:
-        file.write(tensors[part].name, context.plan.layout.encode(part, value))
-
-    part = FORMATS[group.scheme.weights].group_part
-    if part is not None:
-        assert group_scale is not None
-        write(part, group_scale)
-    input_amax = input_scale = tokens = None
-    if group.scheme.activations is not None and group.scheme.has_input_scale:
-        assert context.scales is not None
-        input_scale = context.scales.input_scale(linear.input_site)
-        input_amax, tokens = context.scales.own_amax(linear), context.scales.tokens(linear)
-        for part in FORMATS[group.scheme.activations].input_parts():
-            write(part, input_scale)
-    return LinearResult(
-        name=linear.name,
-        role=linear.role.value,
-        shape=linear.shape,
-        global_scale=group_scale,
-        amax=figures.amax,
-        layer=linear.layer,
-        expert=linear.expert,
-        input_amax=input_amax,
-        input_scale=input_scale,
-        tokens=tokens,
-        sum_sq_err=figures.sum_sq_err,
-        sum_sq_w=figures.sum_sq_w,
-    )
 
 
 def row_tensors(

@@ -58,9 +58,8 @@ class Scheduler:
         self._open: list[_OpenShard] = []
         self.shards = tuple(range(len(self.plan.shards)) if shards is None else shards)
         self._shards_done = self._bytes_done = 0
-        self._bytes_total = sum(
-            job_bytes(job) for number in self.shards for job in self.plan.shards[number].jobs
-        )
+        jobs = (job for number in self.shards for job in self.plan.shards[number].jobs)
+        self._bytes_total = sum(map(job_bytes, jobs))
 
     def __enter__(self) -> Scheduler:
         return self
@@ -104,9 +103,8 @@ class Scheduler:
         for number in shards:
             shard = self.plan.shards[number]
             file = self.context.out.shard(self.plan.shard_names[number], shard.tensors)
-            opened = _OpenShard(
-                number, file, shard.unit, len(shard.jobs), sum(map(job_bytes, shard.jobs))
-            )
+            nbytes = sum(map(job_bytes, shard.jobs))
+            opened = _OpenShard(file, shard.unit, len(shard.jobs), nbytes)
             self._open.append(opened)
             for job in shard.jobs:
                 yield opened, job
@@ -225,7 +223,6 @@ class _Worker:
 
 @dataclass
 class _OpenShard:
-    number: int
     file: ShardFile
     unit: str
     jobs_left: int

@@ -191,7 +191,6 @@ def quantize_into(
     """
     algorithm = _parse_algorithm(scale)
     s_value = _check_global_scale(global_scale, name)
-    _check_dtype(weight_OI, name)
     _check_width(weight_OI, name)
     weight_OI = weight_OI.detach()
     codes, scales = torch.as_tensor(codes_out), torch.as_tensor(block_scale_out)
@@ -199,19 +198,19 @@ def quantize_into(
     _check_buffer(scales, weight_OI, BLOCK_SIZE, "block_scale_out")
     if weight_OI.numel() == 0:
         return QuantizeStats(0.0, 0.0)
-    number, error, energy = _NUMBERS[algorithm], math.nan, math.nan
+    error = energy = math.nan
     match dispatch.choose(kernel, weight_OI.device):
         case Kernel.NUMBA:
-            error, energy, _ = _cpu().quantize(weight_OI, codes, scales, s_value, number)
+            error, energy, _ = _cpu().quantize(weight_OI, codes, scales, s_value, algorithm)
         case Kernel.TRITON:
             error, energy = cuda_kernels().quantize_matrix(
-                weight_OI, codes, scales, s_value, number
+                weight_OI, codes, scales, s_value, algorithm
             )
     if math.isfinite(error) and math.isfinite(energy):
         return QuantizeStats(error, energy)
     if not bool(torch.isfinite(weight_OI).all()):
         _raise_non_finite(weight_OI, name)
-    parts = reference.quantize(weight_OI, s_value, mse=algorithm is ScaleAlgorithm.MSE)
+    parts = reference.quantize(weight_OI, s_value, mse=algorithm == sweep.MSE)
     codes.copy_(parts[0])
     scales.copy_(parts[1])
     return QuantizeStats(*error_energy(weight_OI, *parts, s_value, Kernel.REFERENCE))
@@ -261,7 +260,6 @@ def quantize_batch_into(
         `quantize_into` quantizes it, or raises the error.
     """
     algorithm = _parse_algorithm(scale)
-    _check_dtype(weight_NX, "weight")
     _check_width(weight_NX, "weight")
     _check_buffer(codes_out, weight_NX, 2, "codes_out")
     _check_buffer(block_scale_out, weight_NX, BLOCK_SIZE, "block_scale_out")
@@ -273,15 +271,14 @@ def quantize_batch_into(
     _check_workspace(workspace, weight_NX)
     w_NX = weight_NX.detach()
     if w_NX.numel() and dispatch.choose(kernel, w_NX.device) is Kernel.TRITON:
-        number = _NUMBERS[algorithm]
         parts = w_NX, codes_out, block_scale_out, global_scales
-        return cast(Tensor, cuda_kernels().quantize(*parts, number, workspace))
+        return cast(Tensor, cuda_kernels().quantize(*parts, algorithm, workspace))
     figures = [
         quantize_into(
             w_NX[n : n + 1],
             codes_out[n : n + 1],
             block_scale_out[n : n + 1],
-            scale=algorithm,
+            scale=scale,
             global_scale=float(global_scales[n]),
             kernel=kernel,
         )
@@ -392,7 +389,7 @@ def warm_up(
     """
     weight = torch.ones(BLOCK_SIZE, BLOCK_SIZE, dtype=dtype, device=device)
     if dispatch.choose(kernel, weight.device) is Kernel.TRITON:
-        cuda_kernels().tune(weight.device, dtype, _NUMBERS[_parse_algorithm(scale)])
+        cuda_kernels().tune(weight.device, dtype, _parse_algorithm(scale))
     tensor = quantize(weight, scale=scale, kernel=kernel)
     error_energy(weight, tensor.codes, tensor.block_scale, tensor.global_scale, kernel)
 
@@ -420,9 +417,10 @@ def _raise_non_finite(weight: Tensor, name: str) -> None:
     )
 
 
-def _parse_algorithm(scale: ScaleAlgorithm | str) -> ScaleAlgorithm:
+def _parse_algorithm(scale: ScaleAlgorithm | str) -> int:
+    """The number that kernels know an algorithm by."""
     try:
-        return ScaleAlgorithm(scale)
+        return _NUMBERS[ScaleAlgorithm(scale)]
     except ValueError:
         names = " | ".join(ScaleAlgorithm)
         raise UsageError(f"unknown scale algorithm {scale!r}; choose {names}") from None
@@ -448,6 +446,7 @@ def _check_dtype(weight: Tensor, name: str) -> None:
 
 
 def _check_width(weight: Tensor, name: str) -> int:
+    _check_dtype(weight, name)
     if weight.ndim == 0 or weight.shape[-1] % BLOCK_SIZE:
         raise UsageError(
             f"{name}: shape {list(weight.shape)} cannot be quantized; the last "

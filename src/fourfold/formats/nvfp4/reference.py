@@ -50,12 +50,6 @@ def dequantize(codes: Tensor, block_scale: Tensor, global_scale: float) -> Tenso
     return (values * m_B.unsqueeze(-1)).flatten(-2)
 
 
-def mse_losses(blocks: Tensor, global_scale: float) -> Tensor:
-    """The float64 loss of each of the 126 block scales: [n, 16] fp32 to [n, 126]."""
-    steps = e4m3.E4M3_POSITIVE.to(blocks.device) * _fp32(global_scale, blocks.device)
-    return torch.stack([_loss(blocks.abs(), m) for m in steps], dim=-1)
-
-
 def _loss(w_NK: Tensor, m: Tensor) -> Tensor:
     q_NK = e2m1.decode(e2m1.round_magnitude(w_NK / m))
     d_NK = w_NK.double() - q_NK.double() * m.double()
@@ -67,7 +61,8 @@ def _loss(w_NK: Tensor, m: Tensor) -> Tensor:
 
 
 def _mse_bytes(blocks: Tensor, global_scale: float) -> Tensor:
-    losses = mse_losses(blocks, global_scale)
+    steps = e4m3.E4M3_POSITIVE.to(blocks.device) * _fp32(global_scale, blocks.device)
+    losses = torch.stack([_loss(blocks.abs(), m) for m in steps], dim=-1)
     smallest = losses.amin(dim=-1, keepdim=True)
     return ((losses == smallest).to(torch.uint8).argmax(dim=-1) + 1).to(torch.uint8)
 
