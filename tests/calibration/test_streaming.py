@@ -38,7 +38,6 @@ from .running import (
     Trace,
     batches_of,
     differences,
-    hidden_states,
     in_force,
     run_streamed,
     run_whole,
@@ -576,27 +575,3 @@ def test_the_callers_tensors_are_whole_after_an_early_end(written: Any) -> None:
         for name, value in batch.items():
             assert value.untyped_storage().nbytes() == copy[name].nbytes
             assert torch.equal(value, copy[name])
-
-
-def test_calls_may_share_their_inputs(written: Any) -> None:
-    streamed = open_streamed(written, "qwen3_next")
-    batch = batches_of(streamed.model, [(3, 17, 5)])[0]
-    wanted, _ = run_whole(whole(written, "qwen3_next"), streamed.tree.layers, [batch])
-    trace, present = Trace(), [0]
-
-    def call(number: int, model: Any) -> None:
-        trace.finish(number, model(**batch, use_cache=False))
-
-    steps = streamed.run(
-        [partial(call, number) for number in range(3)],
-        store=Parking(limit=0),
-        inputs=batch.values(),
-        on_resume=lambda number: present.__setitem__(0, number),
-    )
-    see = lambda layer, output: trace.see(present[0], layer, output)  # noqa: E731
-    with hidden_states(streamed.model, streamed.tree.layers, see):
-        for _ in steps:
-            assert torch.equal(batch["attention_mask"][0], torch.ones(17, dtype=torch.int64))
-    for number in range(3):
-        one = Trace({0: trace.outputs[number]}, {0: trace.hidden[number]})
-        assert differences(one, wanted) == []

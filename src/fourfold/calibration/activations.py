@@ -24,12 +24,12 @@ class ActivationStore:
         same address."""
 
     def begin(self, own: Iterable[torch.Tensor]) -> None:
-        """Start a run. `own`: the model's tensors and the caller's, which stay where they are."""
+        """Start a run. `own`: the model's tensors, which stay where they are."""
         storages = (tensor.untyped_storage() for tensor in own if not tensor.is_meta)
         self._own = {storage._cdata: weakly(storage) for storage in storages}
 
     def is_own(self, tensor: torch.Tensor) -> bool:
-        """True for a tensor of the model's own, or of the caller's."""
+        """True for a tensor of the model's own."""
         return tensor.untyped_storage()._cdata in self._own
 
     def park(self, call: int, inputs: Any, frame: FrameType | None = None) -> None:

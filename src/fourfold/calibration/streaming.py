@@ -132,7 +132,6 @@ class StreamedModel:
         on_resume: Callable[[int], object] = lambda _: None,
         on_layer: Callable[[int, Pass], object] = lambda *_: None,
         keep_embeddings: bool = True,
-        inputs: Iterable[torch.Tensor] = (),
         replacement: Callable[[int], Source] | None = None,
         saved: SavedActivations | None = None,
         on_skipped: Callable[[], object] = lambda: None,
@@ -145,7 +144,6 @@ class StreamedModel:
             on_resume: Called with a call's index whenever the call, or its layer, runs.
             on_layer: Called with a layer's index before it runs, and why it does.
             keep_embeddings: Whether embeddings stay loaded after the first layer.
-            inputs: Tensors that calls read and that the caller may use meanwhile.
             replacement: Returns the source of a layer's weights after the layer was yielded, under
                 the names of this model's source. None: the calls pass the layer as it is.
             saved: Where the outputs of finished layers are stored, and read from by a run that
@@ -161,10 +159,10 @@ class StreamedModel:
             running.attach(stack)
             self.load(None)
             if saved is not None and saved.first:
-                self._skip_finished(running, saved, inputs)
+                self._skip_finished(running, saved)
                 on_skipped()
             if saved is None or not saved.first:
-                running.begin(inputs)
+                running.begin()
             self.held.release()
             if not keep_embeddings:
                 self._free_embeddings()
@@ -194,14 +192,12 @@ class StreamedModel:
             running.pass_layer(layer)
         self.free(layer)
 
-    def _skip_finished(
-        self, running: _Running, saved: SavedActivations, inputs: Iterable[torch.Tensor]
-    ) -> None:
+    def _skip_finished(self, running: _Running, saved: SavedActivations) -> None:
         """Start every call behind the finished layers, if that is exact; otherwise start over."""
         running.is_skipping = True
         is_skipping = saved.skipping(self.layers, running.current)
         with is_skipping, suppress(ModelError, SafetensorError, OSError):
-            running.begin(inputs)
+            running.begin()
         running.is_skipping = False
         if not saved.matches or running.before(saved.first) != list(running.numbers.values()):
             running.end()
@@ -263,12 +259,12 @@ class _Running:
                 after = partial(self.note_output, index)
                 stack.enter_context(layer.register_forward_hook(after))
 
-    def begin(self, inputs: Iterable[torch.Tensor]) -> None:
+    def begin(self) -> None:
         """Start every call; each runs to its first pause."""
         self.threads = [greenlet(partial(call, self.model)) for call in self.calls]
         self.numbers = {thread: number for number, thread in enumerate(self.threads)}
         self.waiting.clear()
-        self.store.begin((*self.model.parameters(), *self.model.buffers(), *inputs))
+        self.store.begin((*self.model.parameters(), *self.model.buffers()))
         for number in range(len(self.threads)):
             self._switch(number)
 
