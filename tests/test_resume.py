@@ -182,7 +182,7 @@ def test_all_that_was_left_is_the_end(job, written: Written, tmp_path: Path, mon
     options, unbroken, _ = job(W4A4)
     model, out = written(MODEL)[0], tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("fourfold.api.write_other_files", raise_full)
+        patch.setattr("fourfold.api.write_own_files", raise_full)
         with pytest.raises(fourfold.OutputError):
             fourfold.quantize(model, out, **flat(**options))
     monkeypatch.setattr(SafetensorsFolder, "slab", None)

@@ -29,7 +29,7 @@ from fourfold.recipes import DEFAULT_RECIPE, Recipe
 from fourfold.run import convert as conversion
 from fourfold.run import merge as merging
 from fourfold.run.convert import Converted
-from fourfold.run.job import Job, write_other_files
+from fourfold.run.job import Job, write_own_files
 from fourfold.run.merge import Merged
 from fourfold.run.preflight import check_placed, prepare
 from fourfold.run.result import Result
@@ -139,10 +139,10 @@ def quantize(
                     source, chosen, folder, ranks, observation, runtime, output, run
                 )
             strategy = choose_run(work, source, observation, folder, ranks)
-            other_files = partial(
-                write_other_files, plan=work, source=source, scales=strategy.scales, warn=run.warn
+            own_files = partial(
+                write_own_files, plan=work, source=source, scales=strategy.scales, warn=run.warn
             )
-            job = Job(work, source, folder, strategy, ranks, backend, other_files)
+            job = Job(work, source, folder, strategy, ranks, backend, own_files)
             linears = job.write(run)
             report = verify_written(job, work, linears, run) if output.verify else None
             ranks.gather("verified")  # until then others may need what this rank has in memory

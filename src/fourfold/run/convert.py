@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +21,16 @@ from fourfold.distributed.machine import threads_available
 from fourfold.distributed.ranks import Ranks
 from fourfold.errors import OutputError
 from fourfold.events import OnEvent, ignore
-from fourfold.execution import Backend, LinearResult
+from fourfold.execution import Backend
 from fourfold.layouts import LAYOUTS, marker_files
 from fourfold.models.inventory import RawTensor
 from fourfold.models.inventory_builder import take_inventory
 from fourfold.planning import DEFAULT_LIMITS, Action, CopyPlan, Row, lay_out
 from fourfold.recipes import DEFAULT_LAYOUT
-from fourfold.run.job import Job, index_of_plan
+from fourfold.run.job import Job
 from fourfold.run.preflight import check_origins, check_placed, check_room
 from fourfold.run.strategies import at_once
 from fourfold.sources.safetensors import SafetensorsFolder
-from fourfold.storage.atomic import FileWriter
-from fourfold.storage.names import CONFIG, INDEX
 from fourfold.storage.output import OutputFolder
 from fourfold.storage.source import Source
 from fourfold.storage.units import size
@@ -80,8 +77,8 @@ def convert(
     plan = plan_conversion(source, output.shards or 1)
     backend = Backend.none(workers)
     check_room(plan, folder, backend, Ranks())
-    other_files = partial(_write_other_files, plan=plan, source=source)
-    job = Job(plan, source, folder, at_once(source), Ranks(), backend, other_files)
+    run = at_once(source)
+    job = Job(plan, source, folder, run, Ranks(), backend, lambda *_: source.config)
     job.write(on_event)
     _compare(out, source, workers)
     taken = time.perf_counter() - began
@@ -114,17 +111,6 @@ def plan_conversion(source: Source, parts: int) -> CopyPlan:
 def _row(raw: RawTensor) -> Row:
     size = raw.info.nbytes
     return Row(raw.info.key, Action.COPY, raw.role, "converted", raw.info.numel, size, size, 0)
-
-
-def _write_other_files(
-    files: FileWriter, _: list[LinearResult], *, plan: CopyPlan, source: Source
-) -> None:
-    """Write all files that are not shards, config.json last."""
-    for path in plan.side_files:
-        files.copy(source.folder, path)
-    source.check_unchanged()
-    files.write_json(INDEX, index_of_plan(plan))
-    files.write_json(CONFIG, source.config)
 
 
 def _compare(out: Path, source: Source, threads: int) -> None:

@@ -34,8 +34,9 @@ from fourfold.storage.run_state import OTHER_FILES
 from fourfold.storage.shard_file import index_of
 from fourfold.storage.source import Source
 
-WriteOtherFiles = Callable[[FileWriter, list[LinearResult]], None]
-"""Writes all files that are not shards, config.json last, given the figures of all weights."""
+WriteOwnFiles = Callable[[FileWriter, list[LinearResult]], Mapping[str, Any]]
+"""Writes the files that neither the source nor every checkpoint has, given the figures of all
+weights, and returns the contents of config.json."""
 
 
 class Job:
@@ -51,11 +52,11 @@ class Job:
         run: Run,
         ranks: Ranks,
         backend: Backend,
-        write_other_files: WriteOtherFiles,
+        write_own_files: WriteOwnFiles,
     ) -> None:
         """Describe the job; nothing is read or written yet."""
         self.plan, self.source, self.folder, self.run = plan, source, folder, run
-        self.ranks, self.backend, self.write_other_files = ranks, backend, write_other_files
+        self.ranks, self.backend, self.write_own_files = ranks, backend, write_own_files
         self.identity = identity_of(plan, source, run)
 
     @property
@@ -143,14 +144,26 @@ class Job:
         self.folder.check_mine()
         if self.assignment.has_one_folder:
             check_all_written(self.folder.folder, self.plan, records)
-            self.write_other_files(self.folder, results_in(records))
+            self._write_other_files(self.folder, results_in(records))
             self.folder.done()
         else:
             all_records = ChainMap(*self.ranks.gather(records))
             if self.ranks.rank == 0:
                 files = FileWriter(self.folder.state.folder / OTHER_FILES)
-                self.write_other_files(files, results_in(all_records))
+                self._write_other_files(files, results_in(all_records))
         return results_in(records)
+
+    def _write_other_files(self, files: FileWriter, results: list[LinearResult]) -> None:
+        """Write all files that are not shards, config.json last."""
+        for path in self.plan.side_files:
+            files.copy(self.source.folder, path)
+        self.source.check_unchanged()  # the side files, too, are of the source that was read
+        config = self.write_own_files(files, results)
+        shards = zip(
+            self.plan.shard_names, (shard.tensors for shard in self.plan.shards), strict=True
+        )
+        files.write_json(INDEX, index_of(shards, self.plan.nbytes_after))
+        files.write_json(CONFIG, config)
 
     def _stop(self, error: BaseException) -> None:
         """Keep what the same job can resume, if there is anything; otherwise leave nothing."""
@@ -189,7 +202,7 @@ def results_in(records: Mapping[str, Mapping[str, Any]]) -> list[LinearResult]:
     return sorted(map(LinearResult.from_dict, linears), key=lambda result: result.name)
 
 
-def write_other_files(
+def write_own_files(
     files: FileWriter,
     results: list[LinearResult],
     *,
@@ -197,21 +210,16 @@ def write_other_files(
     source: Source,
     scales: ActivationScales | None,
     warn: Callable[[str], None],
-) -> None:
-    """Write all files of a quantized checkpoint that are not shards, config.json last.
+) -> dict[str, Any]:
+    """Write statistics, summary, report and configuration files of a quantized checkpoint.
 
-    Raises:
-        FourfoldError: Not all planned weights have figures.
-        SourceError: A side file cannot be read, or the source has changed.
+    Returns the contents of config.json. Raises `FourfoldError` if planned weights lack figures.
     """
     if len(results) != len(plan.linears):
         raise FourfoldError(
             f"{files.folder}: {len(plan.linears)} linear weights planned, {len(results)} written. "
             "This is a defect of fourfold; please report it."
         )
-    for path in plan.side_files:
-        files.copy(source.folder, path)
-    source.check_unchanged()  # the side files, too, are of the source that was quantized
     if scales is not None and plan.needs_calibration:
         files.write_bytes(STATISTICS, scales.statistics.to_bytes())
     summary = summarize(plan, results, scales)
@@ -220,12 +228,4 @@ def write_other_files(
         files.write_text(REPORT, report)
     for name, contents in plan.config_files.items():
         files.write_json(name, contents)
-    files.write_json(INDEX, index_of_plan(plan))
-    config = dict(source.config) | {"quantization_config": plan.quantization_config}
-    files.write_json(CONFIG, config)
-
-
-def index_of_plan(plan: CopyPlan) -> dict[str, Any]:
-    """Return the contents of model.safetensors.index.json."""
-    shards = zip(plan.shard_names, (shard.tensors for shard in plan.shards), strict=True)
-    return index_of(shards, plan.nbytes_after)
+    return dict(source.config) | {"quantization_config": plan.quantization_config}
