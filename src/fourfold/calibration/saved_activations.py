@@ -22,7 +22,6 @@ not be wrong.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -167,10 +166,10 @@ class SavedActivations:
         metadata = {OUTPUT: json.dumps(_encode(output, tensors)), INPUTS: digest_of(inputs)}
         file = self._file(layer, self.batches[call])
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
+        temporary = file.with_suffix(".partial")
         copies = {str(number): tensor.cpu().clone() for number, tensor in enumerate(tensors)}
-        save_file(copies, partial, metadata)
-        os.replace(partial, file)
+        save_file(copies, temporary, metadata)
+        temporary.replace(file)
 
     def _digest(self, call: int) -> str:
         with safe_open(self._file(self.first, self.batches[call]), framework="pt") as file:
