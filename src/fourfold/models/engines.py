@@ -70,7 +70,6 @@ class Module:
     members: tuple[str, ...]
     """Raw names of its linears (for experts: of all experts of the layer)."""
     fused: FusedModule | None = None
-    is_experts: bool = False
 
     def called(self, engine: Engine) -> tuple[str, ...]:
         """Return the names under which `engine` may look this module up."""
@@ -112,7 +111,7 @@ def modules_of(names: Iterable[str]) -> list[Module]:
         else:
             parent, _, last = name.rpartition(".")
             siblings[parent][last] = name
-    modules = [Module(name, tuple(members), is_experts=True) for name, members in experts.items()]
+    modules = [Module(name, tuple(members)) for name, members in experts.items()]
     return modules + [module for group in siblings.values() for module in _fuse(group)]
 
 
@@ -137,7 +136,7 @@ _VLLM_NEVER = ("vision_tower", "vision_model", "vit_large_projector")
 _SGLANG_WRAPPER = "language_model."
 
 
-def _vllm(name: str, parts: Sequence[str], is_experts: bool, ignore: IgnoreList) -> Ruling:
+def _vllm(name: str, parts: Sequence[str], ignore: IgnoreList) -> Ruling:
     listed = [part for part in parts if part in ignore.entries]
     if name in ignore.entries:
         return Ruling(Verdict.EXCLUDED, name)
@@ -152,9 +151,10 @@ def _vllm(name: str, parts: Sequence[str], is_experts: bool, ignore: IgnoreList)
     return Ruling(Verdict.EXCLUDED, never) if never else _QUANTIZED
 
 
-def _sglang(name: str, parts: Sequence[str], is_experts: bool, ignore: IgnoreList) -> Ruling:
+def _sglang(name: str, parts: Sequence[str], ignore: IgnoreList) -> Ruling:
     if ignore.broken is not None:
         return Ruling(Verdict.REFUSED, ignore.broken)
+    is_experts = name.rpartition(".")[2] in ("experts", "local_experts")
     if not is_experts and (ruling := _sglang_linear(name, parts, ignore)) is not None:
         return ruling
     entry = _sglang_pattern(name, ignore)
@@ -185,14 +185,14 @@ def _sglang_pattern(name: str, ignore: IgnoreList) -> str | None:
     return next((entry for tail, entry in ignore.mla.items() if tail in parts[-1]), None)
 
 
-def _trtllm(name: str, parts: Sequence[str], is_experts: bool, ignore: IgnoreList) -> Ruling:
+def _trtllm(name: str, parts: Sequence[str], ignore: IgnoreList) -> Ruling:
     for candidate in (name, *parts):
         if entry := ignore.matching(candidate):
             return Ruling(Verdict.EXCLUDED, entry)
     return _QUANTIZED
 
 
-Rule = Callable[[str, Sequence[str], bool, IgnoreList], Ruling]
+Rule = Callable[[str, Sequence[str], IgnoreList], Ruling]
 RULES: Mapping[Engine, Rule] = {
     Engine.VLLM: _vllm,
     Engine.SGLANG: _sglang,
@@ -205,8 +205,7 @@ def excludes(engine: Engine, module: str, ignore: Iterable[str]) -> Ruling:
     last = module.rpartition(".")[2]
     fused = next((fused for fused in FUSED_MODULES if last in fused.called(engine)), None)
     parts = () if fused is None else tuple(_sibling(module, part) for part in fused.parts)
-    is_experts = last in ("experts", "local_experts")
-    return RULES[engine](module, parts, is_experts, IgnoreList(ignore))
+    return RULES[engine](module, parts, IgnoreList(ignore))
 
 
 # ----------------------------------------------------------------------------- check and write
@@ -248,7 +247,7 @@ def _expected(module: Module, quantized: frozenset[str], unquantized: frozenset[
 def _judge(module: Module, expected: Verdict, ignore: IgnoreList) -> Iterator[Mismatch]:
     for engine, rule in RULES.items():
         for name in module.called(engine):
-            verdict, pattern = rule(name, module.parts, module.is_experts, ignore)
+            verdict, pattern = rule(name, module.parts, ignore)
             if verdict is not expected:
                 yield Mismatch(engine, name, expected, verdict, pattern)
 

@@ -30,15 +30,6 @@ class FusedModule:
         return self.elsewhere.get(engine, self.names)
 
 
-@dataclass(frozen=True, slots=True)
-class KeepAlways:
-    """Linear layers that engines build unquantized whatever the checkpoint says."""
-
-    pattern: str
-    """Regex over the raw module name."""
-    reason: str
-
-
 FUSED_MODULES: tuple[FusedModule, ...] = (
     FusedModule(("q_proj", "k_proj", "v_proj", "b_proj", "f_a_proj"), ("in_proj_qkvgfab",)),
     FusedModule(("wq_du", "wk_dv", "wv_dv", "wr_du"), ("qkvr",)),
@@ -59,45 +50,36 @@ FUSED_MODULES: tuple[FusedModule, ...] = (
 )
 """Applied to siblings, in this order; a linear belongs to the first that has all its parts."""
 
-KEEP_ALWAYS: tuple[KeepAlways, ...] = (
-    KeepAlways(
-        r"\.indexer\.(wk|weights_proj|k_proj)$",
+KEEP_ALWAYS: Mapping[str, str] = {
+    r"\.indexer\.(wk|weights_proj|k_proj)$": (
         "the sparse-attention indexer's key and weights are one unquantized linear in vLLM "
-        "(DeepSeek-V3.2, GLM-MoE-DSA, HY-V4; weights_proj in DeepSeek-V4)",
+        "(DeepSeek-V3.2, GLM-MoE-DSA, HY-V4; weights_proj in DeepSeek-V4)"
     ),
-    KeepAlways(
-        r"\.compressor\.(wkv|wgate|kv_proj|gate_proj)$",
-        "DeepSeek-V4's compressor is built unquantized in vLLM",
+    r"\.compressor\.(wkv|wgate|kv_proj|gate_proj)$": (
+        "DeepSeek-V4's compressor is built unquantized in vLLM"
     ),
-    KeepAlways(
-        r"\.input_mix_weight_(down|up)$|\.block_inject_weight$",
-        "Qwen4-Exp's residual mixing is built unquantized in vLLM",
+    r"\.input_mix_weight_(down|up)$|\.block_inject_weight$": (
+        "Qwen4-Exp's residual mixing is built unquantized in vLLM"
     ),
-    KeepAlways(
-        r"\.(self_attention_res_proj|mlp_res_proj|output_attn_res_proj)$",
-        "Kimi's residual projections are built unquantized in vLLM and SGLang",
+    r"\.(self_attention_res_proj|mlp_res_proj|output_attn_res_proj)$": (
+        "Kimi's residual projections are built unquantized in vLLM and SGLang"
     ),
-    KeepAlways(
-        r"\.shared_experts\.shared_w(13|2)(_weight)?$",
-        "Inkling's shared sink experts run in BF16 in vLLM",
+    r"\.shared_experts\.shared_w(13|2)(_weight)?$": (
+        "Inkling's shared sink experts run in BF16 in vLLM"
     ),
-    KeepAlways(
-        r"\.conv1d$|\.(q|k|v)_conv1d$",
-        "a depthwise convolution, which engines load as a narrow linear",
+    r"\.conv1d$|\.(q|k|v)_conv1d$": (
+        "a depthwise convolution, which engines load as a narrow linear"
     ),
-    KeepAlways(
-        r"\.(kv_b_proj|wkv_b)$",
-        "MLA absorbs it into queries and outputs: vLLM needs its values, not NVFP4",
+    r"\.(kv_b_proj|wkv_b)$": (
+        "MLA absorbs it into queries and outputs: vLLM needs its values, not NVFP4"
     ),
-    KeepAlways(
-        r"\.mamba\.dt_proj$",
-        "Mamba's time step: its weight is used without its layer, so nothing rounds its inputs",
+    r"\.mamba\.dt_proj$": (
+        "Mamba's time step: its weight is used without its layer, so nothing rounds its inputs"
     ),
-    KeepAlways(
-        r"\.shared_expert_gate$",
-        "a router with one output: vLLM and SGLang build it unquantized",
-    ),
-)
+    r"\.shared_expert_gate$": "a router with one output: vLLM and SGLang build it unquantized",
+}
+"""Regex over the raw module name → why engines build these layers unquantized whatever the
+checkpoint says."""
 
 
 def fuse(last_names: Iterable[str]) -> list[tuple[FusedModule, tuple[str, ...]]]:
@@ -116,4 +98,4 @@ def fuse(last_names: Iterable[str]) -> list[tuple[FusedModule, tuple[str, ...]]]
 
 def kept_because(name: str) -> str | None:
     """Return why the linear layer `name` is never quantized, or None if it may be."""
-    return next((entry.reason for entry in KEEP_ALWAYS if re.search(entry.pattern, name)), None)
+    return next((why for pattern, why in KEEP_ALWAYS.items() if re.search(pattern, name)), None)

@@ -265,14 +265,14 @@ def load_tensors(
         raise ModelError(f"{first_line(Exception(min(problems)))} ({len(problems)} such)")
 
 
+@dataclass(frozen=True)
 class LazyTensor:
     """Stands in a state dict for a tensor that is read only when transformers indexes it."""
 
-    def __init__(self, read: Callable[[], torch.Tensor]) -> None:
-        self._read = read
+    read: Callable[[], torch.Tensor]
 
     def __getitem__(self, _: Any) -> torch.Tensor:
-        return self._read()
+        return self.read()
 
 
 ExpertsFunction = Callable[..., torch.Tensor]
@@ -295,21 +295,20 @@ def experts_function(
     """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    configs: dict[int, Any] = {id(module.config): module.config for module in modules}
-    before = {key: config._experts_implementation_internal for key, config in configs.items()}
-    names = {kind: f"fourfold:{_origin(kind)}:{next(_NUMBERS)}" for kind in before.values()}
+    configs: Iterable[Any] = {id(module.config): module.config for module in modules}.values()
+    before = [(config, config._experts_implementation_internal) for config in configs]
+    names = {kind: f"fourfold:{_origin(kind)}:{next(_NUMBERS)}" for _, kind in before}
+    for kind, name in names.items():
+        ALL_EXPERTS_FUNCTIONS[name] = make(ALL_EXPERTS_FUNCTIONS[kind], _origin(kind))
     try:
-        for kind, name in names.items():
-            ALL_EXPERTS_FUNCTIONS[name] = make(ALL_EXPERTS_FUNCTIONS[kind], _origin(kind))
-        for key, config in configs.items():
-            config._experts_implementation_internal = names[before[key]]
+        for config, kind in before:
+            config._experts_implementation_internal = names[kind]
         yield
     finally:
-        for key, config in configs.items():
-            config._experts_implementation_internal = before[key]
+        for config, kind in before:
+            config._experts_implementation_internal = kind
         for name in names.values():
-            if name in ALL_EXPERTS_FUNCTIONS:
-                del ALL_EXPERTS_FUNCTIONS[name]
+            del ALL_EXPERTS_FUNCTIONS[name]
 
 
 ROW_KINDS = ("grouped_mm", "batched_mm")

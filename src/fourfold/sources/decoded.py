@@ -210,16 +210,13 @@ class DecodedSource(Source):
     def _present(self, hidden: set[str], fused: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
         """Every tensor, in the order in which their first parts lie in the checkpoint."""
         places = {next(iter(weight.parts.values())): key for key, weight in self.weights.items()}
-        fused_key = {piece.key: key for key, pieces in self._pieces.items() for piece in pieces}
+        fused_of = {x.key: fused[key] for key, pieces in self._pieces.items() for x in pieces}
         tensors: dict[str, TensorInfo] = {}
         for name, stored in self.stored.tensors.items():
             key = places.get(name, name)
-            if key in fused_key:
-                info = fused[fused_key[key]]
-                place = replace(
-                    info, file=stored.file, start=stored.start, stop=stored.start + info.nbytes
-                )
-                tensors.setdefault(info.key, place)
+            if key in fused_of:
+                info = replace(fused_of[key], file=stored.file, start=stored.start)
+                tensors.setdefault(info.key, in_dtype(info, info.dtype))
             elif name in places:
                 tensors[key] = self.weights[key].info
             elif name not in hidden:

@@ -76,24 +76,24 @@ def open_model(
         UsageError: `hf_config` is missing, is not a folder, or is given for another kind of model.
         SourceError: The checkpoint cannot be read.
     """
+    source: Source
     if isinstance(model, str | Path):
         if not isinstance(hf_config, str | Path | None):
             raise UsageError("hf_config: of a checkpoint's folder, give a folder, too.")
         source = _open_folder(model, hf_config)
-        source.trust_remote_code = trust_remote_code
-        return source
-    if is_megatron(model):
+    elif is_megatron(model):
         if hf_config is None:
             raise UsageError(
                 "model: a Megatron model. Give the folder with its Hugging Face configuration and "
                 "tokenizer, too, or the configuration: hf_config=…"
             )
         source = LiveMegatron(model, hf_config, tokenizer=tokenizer)
-        source.trust_remote_code = trust_remote_code
-        return source
-    if hf_config is not None:
+    elif hf_config is not None:
         raise UsageError("hf_config: only for Megatron's. Leave it out.")
-    return LiveSource(model, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
+    else:
+        return LiveSource(model, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
+    source.trust_remote_code = trust_remote_code
+    return source
 
 
 def job_ranks(model: Model) -> AbstractContextManager[Ranks]:

@@ -100,10 +100,7 @@ def find_side_files(
 ) -> tuple[list[Path], list[Path]]:
     """Return the files of a folder to copy, and those to leave out; see `Source.side_files`.
 
-    Args:
-        folder: The checkpoint's folder.
-        shards: Its safetensors files, which are in neither list.
-        stamps: Remember the state of the files to copy.
+    The safetensors files `shards` are in neither list; `stamps` remember the files to copy.
     """
     copied: list[Path] = []
     dropped: list[Path] = []
@@ -156,7 +153,7 @@ def _status_of_file(path: Path) -> os.stat_result | None:
     """The status of a regular file, links followed; None for anything else."""
     try:
         status = path.stat()
-    except (OSError, ValueError):
+    except OSError:
         return None
     return status if stat.S_ISREG(status.st_mode) else None
 
@@ -285,14 +282,11 @@ def _check_index(
 ) -> None:
     files = {name: folder / name for name in set(weight_map.values())}
     for key, name in weight_map.items():
-        if key not in tensors:
+        info = tensors.get(key)
+        if info is None or info.file != files[name]:
+            where = "but it is not there" if info is None else f"it is in {info.file.name}"
             raise SourceError(
-                f"{plain_name(key)}: {INDEX} puts it in {name}, but it is not there. {OTHER_INDEX}"
-            )
-        if tensors[key].file != files[name]:
-            raise SourceError(
-                f"{plain_name(key)}: {INDEX} puts it in {name}, it is in {tensors[key].file.name}. "
-                f"{OTHER_INDEX}"
+                f"{plain_name(key)}: {INDEX} puts it in {name}, {where}. {OTHER_INDEX}"
             )
     unlisted = tensors.keys() - weight_map.keys()
     if unlisted:

@@ -114,7 +114,7 @@ def check_ignore(checkpoint: Checkpoint, embeddings: frozenset[str] = frozenset(
     linear under MIXED_PRECISION, where `quantized_layers` names those that are quantized, nor do
     `embeddings`, whose names may not show what they are.
     """
-    always = re.compile("|".join(rule.pattern for rule in KEEP_ALWAYS))
+    always = re.compile("|".join(KEEP_ALWAYS))
     kept = {name for name in checkpoint.kept - embeddings if not always.search(name)}
     quantized = checkpoint.linears.keys() | checkpoint.fp8
     mismatches = check(checkpoint.quant.ignore, sorted(quantized), sorted(kept))

@@ -111,13 +111,9 @@ CODECS: Registry[TensorCodec] = Registry(
 def presented(
     first: TensorInfo, key: str, shape: tuple[int, ...], config: Mapping[str, Any]
 ) -> TensorInfo:
-    """Describe a weight as it is presented, in the dtype that the configuration names.
+    """Describe a weight as it is presented, in the place of the stored tensor `first`.
 
-    Args:
-        first: The stored tensor whose place it takes.
-        key: The name under which it is presented.
-        shape: Its shape, decoded.
-        config: The content of config.json; weights are BF16 if it names no floating-point dtype.
+    Its dtype is the one that `config` names, BF16 if that names no floating-point dtype.
     """
     parts = (config, *(value for value in config.values() if isinstance(value, dict)))
     names = (str(part[key]) for part in parts for key in ("dtype", "torch_dtype") if key in part)

@@ -23,12 +23,7 @@ from fourfold.storage.safetensors_header import DTYPE_NAMES, TensorInfo
 
 
 def name_tensors(model: Any, blueprint: Any, tree: ModuleTree) -> Unloading:
-    """Derive the tensors that `model` would have on disk from the model alone.
-
-    Args:
-        model: The model.
-        blueprint: The same architecture with parameters on the meta device.
-        tree: The blueprint's module tree.
+    """Derive the tensors that `model` would have on disk from it and its blueprint, on meta.
 
     Raises:
         ModelError: No guess accounts for every parameter.

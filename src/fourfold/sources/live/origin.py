@@ -61,19 +61,12 @@ def find_origin(
 ) -> Origin:
     """Find the checkpoint that `model` came from, and compare it with the model.
 
-    Args:
-        model: The transformers model.
-        tree: Its module tree.
-        checkpoint: The checkpoint's folder or hub name; None for `model.name_or_path`, "" for none.
-        trust_remote_code: True if code that the checkpoint brings may run.
+    `checkpoint` is a folder or hub name; None stands for `model.name_or_path`, "" for none.
 
     Raises:
         SourceError: `checkpoint` is not the model's, or config.json describes another model.
     """
-    if checkpoint is None:
-        name = str(getattr(model, "name_or_path", None) or "")
-    else:
-        name = str(checkpoint)
+    name = str(model.name_or_path or "" if checkpoint is None else checkpoint)
     folder = _local_folder(name, getattr(model.config, "_commit_hash", None))
     if folder is None:
         origin = Origin(why_not=f"{name or 'its checkpoint'} is not on this disk")

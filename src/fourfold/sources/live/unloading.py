@@ -136,7 +136,8 @@ class Unloading:
     def _rows_of_experts(
         self, key: str, group: _Group, start: int, stop: int, values: Values
     ) -> torch.Tensor:
-        pieces, shape = self._pieces_of(key, group), self.infos[key].shape
+        cuts = (self._cut(target.rpartition(".")[0]) for target in group.targets)
+        pieces, shape = next(cut[key] for cut in cuts if key in cut), self.infos[key].shape
         if None in pieces:
             return self._put(pieces[None], shape, values)[start:stop]
         return _stack([self._put(pieces[e], shape[1:], values) for e in range(start, stop)])
@@ -155,18 +156,17 @@ class Unloading:
             region.view(slab).copy_(matrix)
         return whole
 
-    def _pieces_of(self, key: str, group: _Group) -> _Pieces:
-        """The pieces of a raw tensor of experts, by expert."""
-        paths = dict.fromkeys(target.rpartition(".")[0] for target in group.targets)
-        return next(self._cut(path)[key] for path in paths if key in self._cut(path))
-
     def _cut(self, path: str) -> Mapping[str, _Pieces]:
         """Every piece of an experts module, by raw key."""
         with self._lock:
             if path not in self._cuts:
                 module = self.tree.experts[path]
-                targets = [f"{path}.{part.parameter}" for part in module.parts]
-                sources = {target: self._sources(target) for target in targets}
+                targets = {f"{path}.{part.parameter}" for part in module.parts}
+                sources = {
+                    target: group.keys
+                    for group in self._groups
+                    for target in targets.intersection(group.targets)
+                }
                 parts = {(part.projection, part.is_bias): part for part in module.parts}
                 pieces: dict[str, _Pieces] = defaultdict(lambda: defaultdict(list))
                 for cut in cut_experts(module, self.tree, sources, self.infos):
@@ -175,9 +175,6 @@ class Unloading:
                     pieces[cut.region.key][cut.region.expert].append(piece)
                 self._cuts[path] = dict(pieces)
             return self._cuts[path]
-
-    def _sources(self, target: str) -> Mapping[str | None, Sequence[str]]:
-        return next(group.keys for group in self._groups if target in group.targets)
 
     def _rows_in_order(
         self, key: str, group: _Group, start: int, stop: int, values: Values

@@ -95,13 +95,7 @@ class Arguments:
         )
 
     def check(self, book: RuleBook, sizes: Sizes, config: Mapping[str, Any], file: Path) -> None:
-        """Compare the arguments with the model that they are read as.
-
-        Args:
-            book: The rules of the configuration's family.
-            sizes: The sizes in the configuration.
-            config: The Hugging Face configuration.
-            file: The file that it was read from, for messages.
+        """Compare the arguments with the Hugging Face configuration, read from `file`.
 
         Raises:
             SourceError: The weights have a layout that is not supported, or `config` is another

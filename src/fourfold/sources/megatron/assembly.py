@@ -157,16 +157,9 @@ def _check_alike(name: str, pieces: list[Piece]) -> None:
 
 
 def _ranges(pieces: Iterable[Piece]) -> Iterator[Range]:
-    """The rows of pieces, one after the other; neighbours are joined."""
-    line, last = 0, None
+    """The rows of pieces, one after the other."""
+    line = 0
     for piece in pieces:
         for start, stop in piece.rows:
-            if last is not None and last.parameter is piece.parameter and last.stop == start:
-                last = Range(last.line, last.parameter, last.start, stop)
-            else:
-                if last is not None:
-                    yield last
-                last = Range(line, piece.parameter, start, stop)
+            yield Range(line, piece.parameter, start, stop)
             line += stop - start
-    if last is not None:
-        yield last

@@ -28,6 +28,7 @@ from fourfold.storage.json_files import read_config
 from fourfold.storage.names import CONFIG
 from fourfold.storage.safetensors_header import BITS, nbytes_of
 from fourfold.storage.source import Bytes, Source, read_rounded
+from fourfold.storage.temporary import TemporaryFolder
 
 SHOWN_LENGTH = 60
 
@@ -37,6 +38,8 @@ class MegatronSource(Source):
 
     _assembled: Mapping[str, AssembledTensor]
     _lacks_mtp: bool
+    _temporary: TemporaryFolder | None = None
+    """Holds `folder`, if that was made for this source alone."""
 
     def __init__(self, hf_config: Path) -> None:
         """Read the folder with the Hugging Face configuration and the tokenizer."""
@@ -85,6 +88,10 @@ class MegatronSource(Source):
     def side_files(self) -> tuple[list[Path], list[Path]]:
         return self._side_files
 
+    def close(self) -> None:
+        if self._temporary is not None:
+            self._temporary.remove()
+
     def check_placed(self, unplaced: Sequence[str], architecture: str) -> None:
         """Raise `ModelError` if there are any: the model must have each name that rules make."""
         if unplaced:
@@ -95,22 +102,19 @@ class MegatronSource(Source):
                 f"{WRONG_CONFIG}"
             )
 
+    def _own_folder(self, name: str) -> Path:
+        """Make a temporary folder for the configuration and what belongs to it."""
+        self._temporary = TemporaryFolder()
+        folder = self._temporary.path / (name or "model")
+        folder.mkdir()
+        return folder
+
     def _present(self, parameters: list[Parameter], arguments: Arguments, where: Path) -> None:
-        """Present parameters as Hugging Face tensors.
-
-        Args:
-            parameters: All parameters of the model.
-            arguments: Its training arguments.
-            where: The file that stands for the tensors' own.
-
-        Raises:
-            SourceError: The configuration is another model's, or a parameter does not fit it.
-        """
+        """Present a model's parameters as Hugging Face tensors, as if they lay in `where`."""
         file = self.config_file
         book = rules_for(self.config.get("model_type"))
         sizes = Sizes.of(self.config, file)
         arguments.check(book, sizes, self.config, file)
-        _check_head(parameters, sizes, file)
         mtp_layers = _check_counts(parameters, sizes, file, where.name)
         self._lacks_mtp = bool(sizes.mtp_layers) and not mtp_layers
         tensors = list(assemble(parameters, book, replace(sizes, mtp_layers=mtp_layers)))
@@ -140,7 +144,7 @@ class MegatronSource(Source):
 
 
 def _check_counts(parameters: Iterable[Parameter], sizes: Sizes, file: Path, where: str) -> int:
-    """Check layers and experts against the configuration; return the number of MTP layers.
+    """Check head, layers and experts against the configuration; the number of MTP layers.
 
     Missing experts are found later, when the tensors that they belong to lack a part.
     """
@@ -150,6 +154,11 @@ def _check_counts(parameters: Iterable[Parameter], sizes: Sizes, file: Path, whe
         for pattern, numbers in ((LAYER, layers), (MTP_LAYER, mtp_layers)):
             if match := pattern.match(parameter.name):
                 numbers.add(int(match[1]))
+        if sizes.is_tied and parameter.name.endswith("output_layer.weight"):
+            raise SourceError(
+                f"{parameter.stored}: the checkpoint has a head of its own, {file} says "
+                f"tie_word_embeddings. {WRONG_CONFIG}"
+            )
         expert = EXPERT.match(parameter.name)
         if expert is not None and int(expert[1]) >= sizes.experts:
             raise SourceError(
@@ -164,16 +173,6 @@ def _check_counts(parameters: Iterable[Parameter], sizes: Sizes, file: Path, whe
     if mtp_layers != set(range(len(mtp_layers))):
         raise SourceError(f"{where}: has MTP layers {_listed(mtp_layers)}, but not those before.")
     return len(mtp_layers)
-
-
-def _check_head(parameters: Iterable[Parameter], sizes: Sizes, file: Path) -> None:
-    """Check that there is no head of its own if the embedding is the head."""
-    for parameter in parameters:
-        if sizes.is_tied and parameter.name.endswith("output_layer.weight"):
-            raise SourceError(
-                f"{parameter.stored}: the checkpoint has a head of its own, {file} says "
-                f"tie_word_embeddings. {WRONG_CONFIG}"
-            )
 
 
 def _listed(numbers: set[int]) -> str:

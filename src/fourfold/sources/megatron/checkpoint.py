@@ -33,7 +33,6 @@ from fourfold.storage.fingerprints import FileStamp, Stamps
 from fourfold.storage.names import CONFIG
 from fourfold.storage.safetensors_header import shown
 from fourfold.storage.source import Bytes
-from fourfold.storage.temporary import TemporaryFolder
 
 SHOWN_KEYS = 3
 
@@ -67,7 +66,6 @@ class MegatronCheckpoint(MegatronSource):
         weights = _weights_of(stored)
         self._left_out = len(stored.objects) + len(stored.tensors) - len(weights)
         self._chunks = ChunkReader(stored, self._stamps)
-        self._temporary: TemporaryFolder | None = None
         try:
             super().__init__(hf_config or self._write_configuration(weights))
             for key in weights:
@@ -143,16 +141,13 @@ class MegatronCheckpoint(MegatronSource):
 
     def close(self) -> None:
         self._chunks.close()
-        if self._temporary is not None:
-            self._temporary.remove()
+        super().close()
 
     def _write_configuration(self, weights: Mapping[str, StoredTensor]) -> Path:
         """Make a temporary folder with the configuration that the arguments describe."""
         largest = max(weights.values(), key=lambda tensor: math.prod(tensor.shape), default=None)
         config = configuration_of(self._arguments, largest.dtype if largest else "")
-        self._temporary = TemporaryFolder()
-        folder = self._temporary.path / "model"
-        folder.mkdir()
+        folder = self._own_folder("model")
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         return folder
 

@@ -53,11 +53,7 @@ DTYPES = {"F16": "float16", "F32": "float32"}
 
 
 def configuration_of(arguments: Arguments, dtype: str) -> dict[str, Any]:
-    """Make the configuration of a model.
-
-    Args:
-        arguments: The arguments that it was trained with.
-        dtype: The dtype of its weights, as safetensors names it.
+    """Make the configuration of a model with weights in `dtype`, as safetensors names it.
 
     Raises:
         UsageError: An argument is missing, or asks for what none of these families computes.

@@ -58,13 +58,9 @@ class StoredCheckpoint:
 
 
 def find_iteration(folder: Path) -> Path | None:
-    """Return the folder with the metadata of a Megatron checkpoint.
+    """Return the folder with a Megatron checkpoint's metadata; None if `folder` is not Megatron's.
 
-    Args:
-        folder: The checkpoint, or the folder above it that names its latest iteration.
-
-    Returns:
-        The checkpoint's own folder; None if `folder` is not Megatron's.
+    `folder` may also be the one above it, which names the checkpoint's latest iteration.
 
     Raises:
         SourceError: It is a checkpoint of Megatron in another format, or incomplete.
@@ -98,10 +94,6 @@ def _name_of_latest(file: Path) -> str:
 
 def read_metadata(folder: Path, stamps: Stamps) -> StoredCheckpoint:
     """Read what a `torch_dist` checkpoint holds, without reading a tensor.
-
-    Args:
-        folder: The checkpoint's own folder.
-        stamps: Remember the files of the checkpoint.
 
     Raises:
         SourceError: The metadata is damaged or unsafe, or a file is missing or too short.
@@ -163,19 +155,16 @@ class _Parser:
         chunks = tuple(self._chunk(key, shape, chunk) for chunk in entry.fields["chunks"])
         for chunk in chunks:
             if math.prod(chunk.sizes) * BITS[dtype] // 8 > chunk.stop - chunk.start:
-                raise self._error(
-                    key, f"the chunk at {list(chunk.offsets)} is too small for its shape"
-                )
+                what = f"the chunk at {list(chunk.offsets)} is too small for its shape"
+                raise self._error(key, what)
         return StoredTensor(key, dtype, shape, chunks)
 
     def _chunk(self, key: str, shape: tuple[int, ...], entry: Stored) -> Chunk:
         offsets, sizes = _numbers(entry.fields["offsets"]), _numbers(entry.fields["sizes"])
         spans = zip(offsets, sizes, shape, strict=True)
         if not all(size and offset + size <= whole for offset, size, whole in spans):
-            raise self._error(
-                key,
-                f"the chunk {list(sizes)} at {list(offsets)} does not lie in {list(shape)}",
-            )
+            what = f"the chunk {list(sizes)} at {list(offsets)} does not lie in {list(shape)}"
+            raise self._error(key, what)
         place = self._places.get((key, offsets))
         if place is None:
             raise self._error(key, f"the chunk at {list(offsets)} lies in no file")

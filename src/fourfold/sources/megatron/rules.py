@@ -104,41 +104,29 @@ def _gate_up(parameter: Parameter, sizes: Sizes, rule: Rule) -> Iterator[tuple[R
 
 
 def _qkv(parameter: Parameter, sizes: Sizes, rule: Rule) -> Iterator[tuple[Rows, ...]]:
-    queries = sizes.heads // sizes.kv_heads
-    heads = _Heads(parameter, sizes, rule, queries + 2)
-    yield heads.rows((0, queries))
-    yield heads.rows((queries, queries + 1))
-    yield heads.rows((queries + 1, queries + 2))
+    n = sizes.heads // sizes.kv_heads
+    return _heads(parameter, sizes, rule, n + 2, [(0, n)], [(n, n + 1)], [(n + 1, n + 2)])
 
 
 def _gated_qkv(parameter: Parameter, sizes: Sizes, rule: Rule) -> Iterator[tuple[Rows, ...]]:
-    queries = sizes.heads // sizes.kv_heads
-    heads = _Heads(parameter, sizes, rule, 2 * queries + 2)
-    gated = (head for query in range(queries) for head in (query, queries + query))
-    yield heads.rows(*((head, head + 1) for head in gated))
-    yield heads.rows((2 * queries, 2 * queries + 1))
-    yield heads.rows((2 * queries + 1, 2 * queries + 2))
+    n = sizes.heads // sizes.kv_heads
+    gated = [(head, head + 1) for query in range(n) for head in (query, n + query)]
+    key, value = [(2 * n, 2 * n + 1)], [(2 * n + 1, 2 * n + 2)]
+    return _heads(parameter, sizes, rule, 2 * n + 2, gated, key, value)
 
 
-class _Heads:
-    """The rows of a parameter that has `count` heads for each group of queries."""
-
-    def __init__(self, parameter: Parameter, sizes: Sizes, rule: Rule, count: int) -> None:
-        self.groups, self.count, self.size = sizes.kv_heads, count, sizes.head_dim
-        wanted = self.groups * count * self.size
-        if sizes.heads % sizes.kv_heads or parameter.shape[0] != wanted:
-            raise _misfit(
-                parameter,
-                rule,
-                f"{wanted} rows: {self.groups} groups of {count} heads of {self.size}",
-            )
-
-    def rows(self, *heads: tuple[int, int]) -> tuple[Rows, ...]:
-        """The rows of heads `start:stop` of each group, group after group."""
-        firsts = [group * self.count for group in range(self.groups)]
-        return tuple(
-            ((first + start) * self.size, (first + stop) * self.size)
-            for first in firsts
+def _heads(
+    parameter: Parameter, sizes: Sizes, rule: Rule, count: int, *targets: list[tuple[int, int]]
+) -> Iterator[tuple[Rows, ...]]:
+    """For each target, the rows of its heads `start:stop` out of each group of `count` heads."""
+    groups, size = sizes.kv_heads, sizes.head_dim
+    if sizes.heads % groups or parameter.shape[0] != groups * count * size:
+        wanted = f"{groups * count * size} rows: {groups} groups of {count} heads of {size}"
+        raise _misfit(parameter, rule, wanted)
+    for heads in targets:
+        yield tuple(
+            ((first + start) * size, (first + stop) * size)
+            for first in range(0, groups * count, count)
             for start, stop in heads
         )
 

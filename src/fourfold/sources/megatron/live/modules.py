@@ -132,8 +132,10 @@ def _walk(module: Any, name: str, context: _Context) -> Iterator[LocalParameter]
         qk, v, heads = module.qk_dim, module.v_dim, module.num_value_heads
         sizes = (qk, qk, v, v, heads, heads)
         context = replace(context, sections=tuple(size // context.tp.size for size in sizes))
-    for leaf, tensor in _tensors(module):
-        yield from _parameters(module, name, leaf, tensor, context)
+    own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    for leaf, tensor in own:
+        if leaf not in module._non_persistent_buffers_set:  # others are in no checkpoint
+            yield from _parameters(module, name, leaf, tensor, context)
     for child_name, child in module.named_children():
         yield from _walk(child, *_enter(module, name, child_name, child, context))
 
@@ -174,14 +176,6 @@ def _check_experts(module: Any, name: str) -> None:
             "weight, which no rule takes apart. Build the model with TEGroupedMLP (weight0, "
             "weight1, …) or SequentialMLP."
         )
-
-
-def _tensors(module: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """A module's own parameters and buffers, if a checkpoint keeps them."""
-    transient = module._non_persistent_buffers_set
-    for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
-        if tensor is not None and leaf not in transient:
-            yield leaf, tensor
 
 
 def _parameters(

@@ -31,7 +31,6 @@ from fourfold.sources.safetensors import IN_MEMORY, copy_files, find_side_files
 from fourfold.storage.fingerprints import Stamps
 from fourfold.storage.names import CONFIG
 from fourfold.storage.source import Bytes, Slab
-from fourfold.storage.temporary import TemporaryFolder
 
 
 class LiveMegatron(MegatronSource):
@@ -50,7 +49,6 @@ class LiveMegatron(MegatronSource):
             SourceError: The model cannot be read, or is not that of the configuration.
             UsageError: An argument is of the wrong kind.
         """
-        self._temporary: TemporaryFolder | None = None
         self._exchange = Exchange()
         try:
             with agreeing(self._exchange.ranks.gather):
@@ -103,30 +101,27 @@ class LiveMegatron(MegatronSource):
     def close(self) -> None:
         """Part from the other ranks, which must do the same: none may still need a weight."""
         self._exchange.close()
-        if self._temporary is not None:
-            self._temporary.remove()
+        super().close()
 
     def _folder_of(self, hf_config: Any, tokenizer: Any) -> Path:
         """Return the folder `hf_config`, or a temporary one with configuration and tokenizer."""
-        config_folder = Path(hf_config).expanduser() if isinstance(hf_config, str | Path) else None
-        if config_folder is not None and not config_folder.is_dir():
-            raise UsageError(f"hf_config {hf_config}: no such folder. Give one with {CONFIG}.")
-        if config_folder is None and not hasattr(hf_config, "to_json_file"):
+        if isinstance(hf_config, str | Path):
+            config_folder = Path(hf_config).expanduser()
+            if not config_folder.is_dir():
+                raise UsageError(f"hf_config {hf_config}: no such folder. Give one with {CONFIG}.")
+            if tokenizer is None:
+                return config_folder
+            folder = self._own_folder(config_folder.name)
+            names = find_side_files(config_folder, frozenset(), Stamps())[0]
+            copy_files(config_folder, [Path(CONFIG), *names], folder)
+        elif hasattr(hf_config, "to_json_file"):
+            folder = self._own_folder(hf_config.model_type)
+            hf_config.to_json_file(folder / CONFIG, use_diff=False)
+        else:
             raise UsageError(
                 f"hf_config: {type(hf_config).__name__} is neither a folder nor a configuration of "
                 "transformers. Give AutoConfig.from_pretrained(…), or a folder."
             )
-        if config_folder is not None and tokenizer is None:
-            return config_folder
-        self._temporary = TemporaryFolder()
-        name = hf_config.model_type if config_folder is None else config_folder.name
-        folder = self._temporary.path / (name or "model")
-        folder.mkdir()
-        if config_folder is None:
-            hf_config.to_json_file(folder / CONFIG, use_diff=False)
-        else:
-            names = find_side_files(config_folder, frozenset(), Stamps())[0]
-            copy_files(config_folder, [Path(CONFIG), *names], folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         return folder
