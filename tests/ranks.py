@@ -1,12 +1,28 @@
-"""How a test's ranks end."""
+"""How a test's ranks begin and end."""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
+
+from jobs import processes
+
+
+def run_on_ranks(size: int, function: Callable[..., None], *arguments: Any) -> None:
+    """Call `function(rank, *arguments)` on each of several ranks, which are processes."""
+    ranks = [
+        processes().Process(target=function, args=(rank, *arguments), daemon=True)
+        for rank in range(size)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(150)
+    assert [process.exitcode for process in ranks] == [0] * size
 
 
 def leave_together(size: int, folder: Path) -> NoReturn:

@@ -144,6 +144,7 @@ def test_import_does_not_load_torch() -> None:
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_held_out_bits_per_byte_are_the_cards(measured: tuple[float, Tensor]) -> None:
     card = (model_dir() / "README.md").read_text(encoding="utf-8")
     stated = re.search(r"\*\*(\d\.\d+) bits per byte\*\*", card)
@@ -151,6 +152,7 @@ def test_held_out_bits_per_byte_are_the_cards(measured: tuple[float, Tensor]) ->
     assert measured[0] == pytest.approx(float(stated[1]), abs=2e-3)
 
 
+@pytest.mark.slow
 def test_every_expert_is_reached(measured: tuple[float, Tensor]) -> None:
     assert int(measured[1].min()) > 0
 

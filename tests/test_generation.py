@@ -79,12 +79,12 @@ def by_transformers(model: Any, count: int, prompt: str = PROMPT) -> tuple[int, 
 
 
 def test_both_texts_are_what_transformers_writes(out: Path) -> None:
-    found = generate(out, PROMPT, source=model_dir(), max_new_tokens=12)
+    found = generate(out, PROMPT, source=model_dir(), max_new_tokens=6)
     assert found.source is not None
     assert found.source.tokens == by_transformers(
-        AutoModelForCausalLM.from_pretrained(model_dir()), 12
+        AutoModelForCausalLM.from_pretrained(model_dir()), 6
     )
-    assert found.quantized.tokens == by_transformers(fourfold.load(out), 12)
+    assert found.quantized.tokens == by_transformers(fourfold.load(out), 6)
     assert found.source.text == bytes(found.source.tokens).decode()
     assert found.quantized.model == str(out)
     assert not found.simulated
@@ -92,13 +92,13 @@ def test_both_texts_are_what_transformers_writes(out: Path) -> None:
 
 def test_activations_are_rounded_where_they_are_quantized(w4a4: Path) -> None:
     model = fourfold.load(w4a4, simulate_activations=True)
-    found = generate(w4a4, PROMPT, max_new_tokens=12)
+    found = generate(w4a4, PROMPT, max_new_tokens=6)
     assert found.simulated
-    assert found.quantized.tokens == by_transformers(model, 12)
+    assert found.quantized.tokens == by_transformers(model, 6)
     model.fourfold_simulation.remove()
-    alone = generate(w4a4, PROMPT, max_new_tokens=12, simulate_activations=False)
+    alone = generate(w4a4, PROMPT, max_new_tokens=6, simulate_activations=False)
     assert not alone.simulated
-    assert alone.quantized.tokens == by_transformers(model, 12)
+    assert alone.quantized.tokens == by_transformers(model, 6)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_activations_are_rounded_where_they_are_quantized(w4a4: Path) -> None:
 def test_streamed_or_whole_the_tokens_are_the_same(name: str, pair, w4a4: Path) -> None:
     """Fused experts, hybrids with states of their own, a multimodal wrapper."""
     source, out = (model_dir(), w4a4) if name == "embedded" else pair(name)
-    options: dict[str, Any] = {"source": source, "max_new_tokens": 10}
+    options: dict[str, Any] = {"source": source, "max_new_tokens": 4}
     for sampled in ({}, {"temperature": 1.0, "seed": 5}):
         whole = generate(out, PROMPT, stream=False, **options, **sampled)
         streamed = generate(out, PROMPT, stream=True, **options, **sampled)
@@ -131,7 +131,7 @@ def test_streamed_or_whole_the_tokens_are_the_same(name: str, pair, w4a4: Path) 
 def test_a_seed_repeats_itself_and_leaves_the_generator_alone(out: Path) -> None:
     state = torch.random.get_rng_state()
     texts = [
-        generate(out, PROMPT, temperature=1.5, seed=seed, max_new_tokens=24).quantized.text
+        generate(out, PROMPT, temperature=1.5, seed=seed, max_new_tokens=12).quantized.text
         for seed in (1, 1, 2)
     ]
     assert texts[0] == texts[1] != texts[2]
@@ -145,7 +145,7 @@ def test_settings_for_sampling_do_not_matter(out: Path, tmp_path: Path) -> None:
     settings = {"do_sample": True, "temperature": 0.1, "top_p": 0.1, "top_k": 1}
     (folder / "generation_config.json").write_text(json.dumps(settings))
     for options in ({}, {"temperature": 1.5, "seed": 3}):
-        pair = (generate(x, PROMPT, max_new_tokens=16, **options) for x in (out, folder))
+        pair = (generate(x, PROMPT, max_new_tokens=8, **options) for x in (out, folder))
         first, second = (found.quantized.tokens for found in pair)
         assert first == second
 
@@ -265,7 +265,7 @@ def test_the_commands_options() -> None:
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: Any, w4a4: Path) -> None:
-    options = ["--prompt", PROMPT, "--source", model_dir(), "--max-new-tokens", 8]
+    options = ["--prompt", PROMPT, "--source", model_dir(), "--max-new-tokens", 3]
     code, text, err = run(monkeypatch, capsys, w4a4, *options)
     assert (code, err) == (0, "")
     assert text.startswith(PROMPT)
@@ -274,7 +274,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: Any, w4a4: Path) -
     assert (code, err) == (0, "")
     found = json.loads(text)
     expected = generate(
-        w4a4, PROMPT, source=model_dir(), max_new_tokens=8, simulate_activations=False
+        w4a4, PROMPT, source=model_dir(), max_new_tokens=3, simulate_activations=False
     ).to_dict()
     assert found["quantized"]["tokens"] == list(expected["quantized"]["tokens"])
     assert not found["simulated"]

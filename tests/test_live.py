@@ -21,7 +21,6 @@ import accelerate
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 import transformers
 from safetensors.torch import save_file
 from torch import nn
@@ -39,7 +38,7 @@ from fourfold.sources.live.source import LiveSource
 from fourfold.sources.live.values import KEPT, _ranks_of
 from fourfold.sources.safetensors import SafetensorsFolder
 from fourfold.storage.source import Source
-from ranks import leave_together
+from ranks import leave_together, run_on_ranks
 
 RECIPE = "w4a16_nvfp4_experts_only_mse"
 DOCS = Path(__file__).parent.parent / "docs"
@@ -251,7 +250,7 @@ def test_sharded_over_two_ranks(name: str, written, streamed, tmp_path: Path) ->
 
 def on_ranks(size: int, check: Any, tmp_path: Path, *arguments: Any) -> list[str]:
     """What `check` returns on each of several ranks: what it found different."""
-    multiprocessing.spawn(run_rank, (size, check, tmp_path, *arguments), nprocs=size)
+    run_on_ranks(size, run_rank, size, check, tmp_path, *arguments)
     return [(tmp_path / f"rank{rank}").read_text() for rank in range(size)]
 
 

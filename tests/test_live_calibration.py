@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import multiprocessing
 
 import fourfold
 from families import FAMILIES, Truth, quiet, read_back
 from fourfold.calibration.data import Batch, load_calibration
 from fourfold.config import CalibrationConfig, Runtime
 from jobs import flat
-from ranks import leave_together
+from ranks import leave_together, run_on_ranks
 
 Written = Callable[[str], tuple[Path, Truth]]
 RECIPE = "nvfp4_default_mse-fp8_kv"
@@ -286,7 +285,7 @@ def test_a_rank_that_fails_takes_the_others_with_it(failure: str, streamed, tmp_
     """With its error, which no rank has from a time-out, and nothing is left of OUT."""
     folder, _, batches = streamed("qwen3_moe")
     torch.save([(each.input_ids, each.attention_mask) for each in batches], tmp_path / "batches")
-    multiprocessing.spawn(run_failing, (failure, folder, tmp_path), nprocs=2)
+    run_on_ranks(2, run_failing, failure, folder, tmp_path)
     texts = [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)]
     assert all(FAILURE_WORDS[failure] in text for text in texts), texts
     assert not (tmp_path / "out").exists()
@@ -340,7 +339,7 @@ def failing(rank: int, failure: str, folder: Path, tmp_path: Path) -> None:
 def test_sharded_by_fsdp2_over_two_ranks(streamed, tmp_path: Path) -> None:
     folder, out, batches = streamed("qwen3_moe")
     torch.save([(each.input_ids, each.attention_mask) for each in batches], tmp_path / "batches")
-    multiprocessing.spawn(run_rank, ("qwen3_moe", folder, tmp_path), nprocs=2)
+    run_on_ranks(2, run_rank, "qwen3_moe", folder, tmp_path)
     assert [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)] == ["", ""]
     assert differences(out, tmp_path / "out") == []
 

@@ -1,9 +1,10 @@
 """Proves for every family: streaming computes the same bits, and observers see what hooks see.
 
-Every family that transformers can build runs as a whole (`from_pretrained`), streamed, and streamed
-under observers; all hidden states and outputs are compared bit by bit. Plain hooks count from the
-router's choice, token after token (`running.Seen`). Counts and largest values are compared for
-equality: both sides take them from the same rows.
+Every family that transformers can build (most of them in the slow suite) runs as a whole
+(`from_pretrained`), streamed, and streamed under observers; all hidden states and outputs are
+compared bit by bit. Plain hooks count from the router's choice, token after token
+(`running.Seen`). Counts and largest values are compared for equality: both sides take them from
+the same rows.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from families import FAMILIES
+from families import FAMILIES, mostly_slow
 
-from .running import NO_CACHE, NO_KNOWN_EXPERTS, RUNNABLE, Compared, compare, differences
+from .running import NO_CACHE, NO_KNOWN_EXPERTS, RUNNABLE, VARIED, Compared, compare, differences
 
 NOT_RUNNABLE = {"longcat_flash_zero": "from_pretrained refuses it, so there is nothing to compare"}
 
@@ -27,7 +28,7 @@ def test_which_families_are_not_run() -> None:
     assert set(FAMILIES) - set(RUNNABLE) == set(NOT_RUNNABLE)
 
 
-@pytest.mark.parametrize("name", RUNNABLE)
+@pytest.mark.parametrize("name", mostly_slow(RUNNABLE, *VARIED, *OTHER_WITH_A_CACHE))
 def test_every_family(name: str, written: Any) -> None:
     run = compare(name, written(name)[0])
     check_bits(run)

@@ -6,6 +6,7 @@ observed, and what it gives after it was replaced, must be the same there, bit f
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -90,11 +91,22 @@ def call(trace: Trace, number: int, batch: dict[str, Tensor], has_cache: bool, m
     part(**batch, **kwargs)
 
 
-@pytest.mark.parametrize("store", [ActivationStore(), Parking(limit=0)], ids=["memory", "file"])
-@pytest.mark.parametrize("has_cache", [False, True], ids=["bare", "with a cache"])
+WAYS = [
+    pytest.param(ActivationStore, False, id="memory, bare"),
+    pytest.param(partial(Parking, limit=0), True, id="file, with a cache"),
+    pytest.param(ActivationStore, True, id="memory, with a cache", marks=pytest.mark.slow),
+    pytest.param(partial(Parking, limit=0), False, id="file, bare", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("make_store", "has_cache"), WAYS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_replay_is_the_dequantized_model(
-    name: str, has_cache: bool, store: ActivationStore, written: Any, quantized: Any
+    name: str,
+    make_store: Callable[[], ActivationStore],
+    has_cache: bool,
+    written: Any,
+    quantized: Any,
 ) -> None:
     if has_cache and name in NO_CACHE:
         pytest.skip(NO_CACHE[name])
@@ -111,7 +123,7 @@ def test_the_replay_is_the_dequantized_model(
     passes: list[tuple[int, Pass]] = []
     steps = streamed.run(
         [partial(call, found, n, batch, has_cache) for n, batch in enumerate(batches)],
-        store=store,
+        store=make_store(),
         on_resume=lambda number: setattr(found, "batch", number),
         on_layer=lambda layer, why: passes.append((layer, why)),
         replacement=lambda _: decoded,

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from . import FAMILIES, build_model, quiet, read_back
+from . import FAMILIES, build_model, mostly_slow, quiet, read_back
 from .truth import experts_of
 
-LOADABLE = [f for f in FAMILIES.values() if f.why_not is None and f.load_error is None]
+LOADABLE = [f.name for f in FAMILIES.values() if f.why_not is None and f.load_error is None]
 
 # Patterns for other checkpoints: per expert where upstream is fused, FP8 scales, other prefixes.
 OTHER_LAYOUTS = {
@@ -55,13 +55,9 @@ KEYS = {
 }
 
 
-def _id(family):
-    return family.name
-
-
-@pytest.mark.parametrize("family", LOADABLE, ids=_id)
-def test_every_upstream_pattern_is_used(family, written):
-    model, _ = read_back(family, written(family.name)[0])
+@pytest.mark.parametrize("name", mostly_slow(LOADABLE, *OTHER_LAYOUTS))
+def test_every_upstream_pattern_is_used(name, written):
+    model, _ = read_back(FAMILIES[name], written(name)[0])
     used = {tuple(rule.source_patterns) for rule in model._weight_conversions or []}
     with quiet():
         rules = get_model_conversion_mapping(model, add_legacy=False)
@@ -70,18 +66,18 @@ def test_every_upstream_pattern_is_used(family, written):
         for rule in rules
         if tuple(rule.source_patterns) not in used and type(rule).__name__ != "PrefixChange"
     }
-    assert unused == OTHER_LAYOUTS.get(family.name, set())
+    assert unused == OTHER_LAYOUTS.get(name, set())
 
 
-@pytest.mark.parametrize("name", KEYS)
+@pytest.mark.parametrize("name", mostly_slow(KEYS))
 def test_expert_key(name, written):
     _, truth = written(name)
     assert KEYS[name] in truth.raw
 
 
-@pytest.mark.parametrize("family", LOADABLE, ids=_id)
-def test_experts_output_follows_from_the_matrices(family):
-    model = build_model(family, dtype=torch.float32)
+@pytest.mark.parametrize("name", mostly_slow(LOADABLE))
+def test_experts_output_follows_from_the_matrices(name):
+    model = build_model(FAMILIES[name], dtype=torch.float32)
     for path, matrices in experts_of(model).items():
         module = model.get_submodule(path)
         if not hasattr(module, "has_post_expert_norm"):
