@@ -161,13 +161,11 @@ def _watched(
 
 def _row_order(kind: str, index_TK: Tensor) -> tuple[Tensor, Tensor]:
     """The expert and the token of each row, in the order of an implementation's rows."""
-    count = index_TK.shape[-1]
     expert_R = index_TK.reshape(-1)
-    if kind == "batched_mm":
-        token_R = torch.arange(len(expert_R), device=expert_R.device) // count
-        return expert_R, token_R
-    expert_R, order_R = torch.sort(expert_R)
-    return expert_R, order_R // count
+    order_R = torch.arange(len(expert_R), device=expert_R.device)
+    if kind != "batched_mm":
+        expert_R, order_R = torch.sort(expert_R)
+    return expert_R, order_R // index_TK.shape[-1]
 
 
 class _Proxy:

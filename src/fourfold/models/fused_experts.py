@@ -215,29 +215,19 @@ class _Cut:
     ) -> list[ExpertPart]:
         """Extend the pattern of the probed experts to all experts."""
         first = places[0]
+        spans = first.rows, first.cols, first.transposed
         pattern, start = layout[first.ordinal]
         keys = self.sources[pattern]
         for expert, place in enumerate(places):
             index = place.lead if self.is_fused else layout[place.ordinal][1] - start
-            same_spans = (place.rows, place.cols, place.transposed) == (
-                first.rows, first.cols, first.transposed
-            )  # fmt: skip
-            if index != expert or not same_spans or layout[place.ordinal][0] != pattern:
+            own_spans = place.rows, place.cols, place.transposed
+            if index != expert or own_spans != spans or layout[place.ordinal][0] != pattern:
                 raise ModelError("its experts do not lie in order")
         if self.is_fused:
-            count = self.infos[keys[0]].shape[0]
+            regions = [Region(keys[0], e, *spans) for e in range(self.infos[keys[0]].shape[0])]
         else:
             count = len(places) if self.is_mixed else len(keys)
-        regions = [
-            Region(
-                keys[0] if self.is_fused else keys[start + expert],
-                expert if self.is_fused else None,
-                first.rows,
-                first.cols,
-                first.transposed,
-            )
-            for expert in range(count)
-        ]
+            regions = [Region(keys[start + e], None, *spans) for e in range(count)]
         return [self._expert_part(part, e, region) for e, region in enumerate(regions)]
 
     def _expert_part(self, part: Part, expert: int, region: Region) -> ExpertPart:

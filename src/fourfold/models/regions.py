@@ -113,8 +113,7 @@ def locate(numbers: torch.Tensor, shapes: Sequence[Sequence[int]], scale: int) -
     Args:
         numbers: `[out, in]`, or `[out]` for a bias.
         shapes: shapes of the numbered tensors.
-        scale: factor for the spans, for real tensors whose dimensions (except a leading expert
-            dimension) are that much larger.
+        scale: how much larger the real tensors' dimensions are, except a leading expert dimension.
 
     Raises:
         ModelError: if it is not a plain strided part of one tensor.
@@ -138,13 +137,8 @@ def locate(numbers: torch.Tensor, shapes: Sequence[Sequence[int]], scale: int) -
     rows, cols = (axes[0].T, axes[1].T) if transposed else (axes[0], axes[1])
     if not bool((rows == rows[:, :1]).all() and (cols == cols[:1]).all()):
         raise _irregular()
-    return Located(
-        ordinal,
-        lead,
-        _span(rows[:, 0], shape[0], scale),
-        _span(cols[0], shape[1], scale),
-        transposed,
-    )
+    row_span = _span(rows[:, 0], shape[0], scale)
+    return Located(ordinal, lead, row_span, _span(cols[0], shape[1], scale), transposed)
 
 
 def _span(positions: torch.Tensor, size: int, scale: int) -> range:

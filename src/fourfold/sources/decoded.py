@@ -153,17 +153,15 @@ class DecodedSource(Source):
             self.stored.read_bytes(key, start, out)
 
     def will_need(self, key: str, start: int, stop: int) -> None:
+        slabs = [(key, start, stop)]
         if key in self._pieces:
             pieces = [piece for piece in self._pieces[key] if piece.rows_within(start, stop)]
             slabs = [(piece.key, 0, piece.region.shape[0]) for piece in pieces]
-        else:
-            slabs = [(key, start, stop)]
-        for name, first, last in slabs:
-            if name in self.weights:
-                for slab in slabs_for(self.weights[name], first, last, self.stored.tensors):
-                    self.stored.will_need(*slab)
-            else:
-                self.stored.will_need(name, first, last)
+        for slab in slabs:
+            weight, rows = self.weights.get(slab[0]), slab[1:]
+            parts = [slab] if weight is None else slabs_for(weight, *rows, self.stored.tensors)
+            for part in parts:
+                self.stored.will_need(*part)
 
     def side_files(self) -> tuple[list[Path], list[Path]]:
         """As the source's: without the files that a quantization run writes beside the weights."""
@@ -239,12 +237,13 @@ class DecodedSource(Source):
 
     def _check_pieces(self) -> None:
         """Raise `SourceError` if the record of the run is not that of these tensors."""
+        infos = {**self.stored.tensors, **{key: x.info for key, x in self.weights.items()}}
         for key, pieces in self._pieces.items():
             if key not in self.tensors:
                 raise _misfit(self.folder, pieces[0].key, "is not in the checkpoint")
             shape = self.tensors[key].shape
             for piece in pieces:
-                info = self._info_of(piece.key)
+                info = infos.get(piece.key)
                 if info is None:
                     raise _misfit(self.folder, piece.key, "is not in the checkpoint")
                 if info.shape != piece.region.shape or not piece.fits(shape):
@@ -254,10 +253,6 @@ class DecodedSource(Source):
             if total != math.prod(shape):
                 text = f"its parts have {total:,} of {math.prod(shape):,} elements"
                 raise _misfit(self.folder, key, text)
-
-    def _info_of(self, key: str) -> TensorInfo | None:
-        """A quantized weight as it is presented, or another tensor as it is stored."""
-        return self.weights[key].info if key in self.weights else self.stored.tensors.get(key)
 
     def _decode(self, key: str, start: int, stop: int, out: torch.Tensor) -> None:
         self._codecs[key].decode(self.weights[key], start, stop, self.stored.slab, out)
