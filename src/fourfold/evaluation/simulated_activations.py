@@ -55,7 +55,6 @@ class Simulation(ExitStack):
         for path, scales in sites.experts.items():
             watch = _Rounding(path, scales, self.calls)
             experts = _RoundedExperts(model.get_submodule(path), tree.experts[path], watch)
-            experts.put_on()
             self.callback(experts.take_off)
 
     def remove(self) -> None:
@@ -101,9 +100,7 @@ class _RoundedExperts:
         self.module, self.layout, self.watch = module, layout, watch
         self.own_forward, self.exact = module.__dict__.get("forward"), module.forward
         self.is_watched = False
-
-    def put_on(self) -> None:
-        self.module.forward = self
+        module.forward = self
 
     def take_off(self) -> None:
         """Restore the module's own forward."""

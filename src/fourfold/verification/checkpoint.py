@@ -114,14 +114,10 @@ class Checkpoint:
     def __post_init__(self) -> None:
         self._files = OpenFiles(lambda file: os.open(file, os.O_RDONLY | os.O_CLOEXEC))
         self._scalars: dict[str, float] = {}
+        self.quant: QuantConfig = self.reader.quant
         self.linears, self.fp8 = _find_linears(self.tensors, self.reader)
         packed = self.linears.keys() | self.fp8
         self.kept = frozenset(_find_kept(self.tensors)) - packed
-
-    @property
-    def quant(self) -> QuantConfig:
-        """The configuration that engines follow."""
-        return self.reader.quant
 
     @cached_property
     def sound(self) -> list[QuantizedLinear]:
