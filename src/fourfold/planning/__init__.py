@@ -1,6 +1,7 @@
 """Recipe × inventory → plan: one explicit row for each tensor of the source."""
 
 from fourfold.formats.base import Spec
+from fourfold.formats.scheme import Scheme
 from fourfold.planning.copy_plan import CopyPlan
 from fourfold.planning.limits import DEFAULT_LIMITS, Limits
 from fourfold.planning.plan import Plan, make_plan
@@ -14,7 +15,6 @@ from fourfold.planning.rows import (
     job_bytes,
     slabs_of,
 )
-from fourfold.planning.schemes import Scheme
 from fourfold.planning.shards import cut, deal, lay_out, outputs_of, shard_names
 
 __all__ = [

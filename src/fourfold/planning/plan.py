@@ -19,6 +19,7 @@ from fourfold.algorithms.base import ALGORITHMS, RowwiseAlgorithm
 from fourfold.distributed.machine import threads_available
 from fourfold.errors import SourceError
 from fourfold.formats.base import FORMATS
+from fourfold.formats.scheme import Scheme
 from fourfold.layouts.base import LAYOUTS, CheckpointContents, Layout, quantization_of
 from fourfold.models.families import family_of
 from fourfold.models.inventory import Inventory, LinearWeight
@@ -36,7 +37,6 @@ from fourfold.planning.rows import (
     observed_site,
     slabs_of,
 )
-from fourfold.planning.schemes import Scheme
 from fourfold.planning.selection import Selection
 from fourfold.planning.shards import check_kept, check_names, lay_out
 from fourfold.planning.tensor_parallel import marlin_notes, tensor_parallel

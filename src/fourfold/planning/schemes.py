@@ -12,8 +12,6 @@ from fourfold.formats.scheme import Scheme
 from fourfold.models.inventory import Inventory, LinearWeight
 from fourfold.recipes import QUANTIZABLE_ROLES, Recipe, Rule
 
-__all__ = ["Scheme", "check_roles", "rules_of_linears"]
-
 _NUMBER = re.compile(r"\d+")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from fourfold.models.names import EXPERT_LINEAR
 from fourfold.storage.safetensors_header import FLOATS, TensorInfo
@@ -20,20 +20,10 @@ from fourfold.verification.readers.base import (
 )
 from fourfold.verification.rules import Finding, finding
 
-RULE_NAMES: Mapping[str, str] = {
-    WEIGHT: "weight",
-    BLOCK_SCALE: "block-scale",
-    GLOBAL_SCALE: "global-scale",
-    INPUT_SCALE: "input-scale",
-}
+RULE_NAMES = dict(zip(PARTS, ("weight", "block-scale", "global-scale", "input-scale"), strict=True))
 """Part of a linear → the beginning of its rules' ids."""
 
-DTYPES: Mapping[str, str] = {
-    WEIGHT: "U8",
-    BLOCK_SCALE: "F8_E4M3",
-    GLOBAL_SCALE: "F32",
-    INPUT_SCALE: "F32",
-}
+DTYPES = dict(zip(PARTS, ("U8", "F8_E4M3", "F32", "F32"), strict=True))
 
 
 def check_parts(checkpoint: Checkpoint) -> Iterator[Finding]:
