@@ -28,7 +28,7 @@ def execute(
         with Scheduler(ExecutionContext(plan, source, target, threads, **options)) as scheduler:
             scheduler.run()
             scheduler.finish()
-        target.close()
+        target.state.release()
     finally:
         source.close()
     return plan
