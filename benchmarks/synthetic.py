@@ -184,7 +184,7 @@ def measure(folder: Path, layers: int, threads: int, runs: int) -> dict[str, flo
         with Scheduler(ExecutionContext(work, source, target, threads)) as job:
             job.run()
             job.finish()
-        target.close()
+        target.state.release()
 
     def copy() -> None:
         copy_bytes(model, folder / "scratch", work.nbytes_after)
