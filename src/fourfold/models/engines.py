@@ -216,14 +216,9 @@ def check(
 ) -> list[Mismatch]:
     """Find the modules that an engine would not treat as the checkpoint's tensors need.
 
-    Args:
-        ignore: the checkpoint's ignore list.
-        quantized: raw names of quantized linear layers, without `.weight`; those of single
-            experts and of stacks of experts alike.
-        unquantized: raw names of all other linear layers.
-
-    Returns:
-        One mismatch for each engine and module, sorted by module.
+    `quantized` and `unquantized` are raw names of linear layers, without `.weight`, of single
+    experts and of stacks of experts alike. Each engine and module has one mismatch at most; they
+    are sorted by module.
     """
     kept = frozenset(unquantized)
     packed = frozenset(quantized)
@@ -254,10 +249,6 @@ def _judge(module: Module, expected: Verdict, ignore: IgnoreList) -> Iterator[Mi
 
 def write_ignore(quantized: Iterable[str], unquantized: Iterable[str]) -> list[str]:
     """Return the ignore list under which all three engines quantize `quantized` only.
-
-    Args:
-        quantized: raw names of quantized linear layers, without `.weight`.
-        unquantized: raw names of all other linear layers.
 
     Returns:
         Sorted full module names: the experts module of unquantized experts, the parts and the own
