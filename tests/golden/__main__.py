@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .cases import JOBS, digests_of, probe
+from .cases import JOBS, LAYOUTS, digests_of, probe
 from .test_golden import FILE
 
 
@@ -22,7 +22,8 @@ def main() -> None:
             run(family, recipe, folder)
             outputs[name] = digests_of(folder / "out")
             print(name, flush=True)
-        frozen = {"probe": probe(Path(work) / "probe"), "outputs": outputs}
+        probes = {family: probe(family, Path(work) / f"probe-{family}") for family in LAYOUTS}
+    frozen = {"probes": probes, "outputs": outputs}
     FILE.write_text(json.dumps(frozen, indent=2) + "\n")
 
 

@@ -2,8 +2,8 @@
 
 Weights are drawn with NumPy, so that they are the same on every machine, and quantized bytes must
 not depend on the machine. What calibration measures does (the rounding of matrix products), so
-calibrated scalars have a digest of their own, and a probe says whether this machine rounds as the
-one did that the digests were taken on.
+calibrated scalars have a digest of their own, and a probe of each family says whether this machine
+rounds as the one did that the digests were taken on.
 """
 
 from __future__ import annotations
@@ -182,11 +182,27 @@ def _config_digest(out: Path) -> str:
     return hashlib.sha256(json.dumps([flat, nested], sort_keys=True).encode()).hexdigest()
 
 
-def probe(folder: Path) -> str:
-    """A digest of what matrix products of a tiny model give on this machine."""
-    write_source("qwen3_moe", folder)
+def probe(name: str, folder: Path) -> str:
+    """A digest of what every module of a tiny model gives for batches as calibration draws them.
+
+    Kernels for matrix products are chosen by their shapes, and differ between processors.
+    """
+    write_source(name, folder)
+    digest = hashlib.sha256()
     with quiet():
-        model, _ = read_back(FAMILIES["qwen3_moe"], folder)
-        with torch.no_grad():
-            logits = model(torch.arange(3, 90)[None]).logits
-    return hashlib.sha256(logits.float().numpy().tobytes()).hexdigest()
+        model, _ = read_back(FAMILIES[name], folder)
+    for module in model.modules():
+        module.register_forward_hook(lambda _module, _args, output: _update(digest, output))
+    lines = write_calibration(folder).read_text().splitlines()
+    rows = [json.loads(line)["input_ids"] for line in lines]
+    with torch.no_grad():
+        for first in range(0, 18, 3):
+            model(torch.tensor([row[:24] for row in rows[first : first + 3]]))
+    return digest.hexdigest()
+
+
+def _update(digest: Any, output: Any) -> None:
+    for value in output if isinstance(output, tuple | list) else [output]:
+        if isinstance(value, torch.Tensor):
+            data = value.detach().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(data.numpy().tobytes())
