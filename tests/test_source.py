@@ -306,7 +306,7 @@ def test_stamps_are_those_of_the_opening(folder: Path) -> None:
     (folder / "config.json").unlink()
     (folder / "new.txt").write_text("")
     assert source.stamps() == before
-    assert [str(path) for path in source.side_files()[0]] == ["tokenizer.json"]
+    assert [str(path) for path in source.side_files().copied] == ["tokenizer.json"]
 
 
 def grown(file: Path) -> None:

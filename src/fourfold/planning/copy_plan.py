@@ -22,6 +22,7 @@ from fourfold.planning.rows import Row, Shard, slabs_of
 from fourfold.planning.shards import outputs_of, shard_names
 from fourfold.recipes import DEFAULT_LAYOUT
 from fourfold.storage.names import CONFIG, INDEX
+from fourfold.storage.side_files import SideFiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +33,7 @@ class CopyPlan:
     inventory: Inventory
     rows: tuple[Row, ...]
     shards: tuple[Shard, ...]
-    side_files: tuple[Path, ...]
-    dropped_files: tuple[Path, ...]
+    side_files: SideFiles
     notes: tuple[str, ...]
     """Remarks for the user: engines without a loader, files that are not copied."""
     parts: int = 1
@@ -116,7 +116,7 @@ class CopyPlan:
     @cached_property
     def files(self) -> list[str]:
         """Every file of the output, relative to its folder."""
-        beside = [path.as_posix() for path in self.side_files]
+        beside = [path.as_posix() for path in self.side_files.copied]
         return [*self.shard_names, *beside, *self._reports, INDEX, CONFIG]
 
     @property

@@ -12,7 +12,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from fourfold.algorithms.base import ALGORITHMS, RowwiseAlgorithm
@@ -45,6 +44,7 @@ from fourfold.recipes import Recipe
 from fourfold.statistics import SMALL, Site
 from fourfold.statistics import STATISTICS as ALL_STATISTICS
 from fourfold.storage.names import REPORT, STATISTICS, SUMMARY
+from fourfold.storage.side_files import SideFiles, describe
 from fourfold.storage.source import Source
 from fourfold.storage.units import size
 
@@ -265,8 +265,8 @@ class Plan(CopyPlan):
             "linear_weights": len(self.linears),
             "tensor_parallel": {str(n): why or "loads" for n, why in self.tensor_parallel.items()},
             "notes": list(self.notes),
-            "side_files": [str(path) for path in self.side_files],
-            "dropped_files": [str(path) for path in self.dropped_files],
+            "side_files": [str(path) for path in self.side_files.copied],
+            "dropped_files": {str(path): why.value for path, why in self.side_files.left_out},
             "quantization_config": self.quantization_config,
             "tensors": [
                 {
@@ -293,6 +293,7 @@ class Plan(CopyPlan):
 
     def __str__(self) -> str:
         memory = size(self.memory(threads_available()) + self.calibration_memory)
+        disk = size(self.nbytes_after + self.side_files.nbytes)
         written = sum(len(shard.tensors) for shard in self.shards)
         lines = [
             f"{self.source}: {self.inventory.architecture} → recipe {self.recipe.name}",
@@ -301,8 +302,7 @@ class Plan(CopyPlan):
             f"{len(self.rows):,} tensors in, {written:,} out in {len(self.shards)} shards · "
             f"{len(self.linears):,} linear weights to quantize · "
             f"{len(self.ignore):,} ignore entries",
-            f"disk {size(self.nbytes_after)} · memory about {memory}, plus half a GB for "
-            "Python and PyTorch",
+            f"disk {disk} · memory about {memory}, plus half a GB for Python and PyTorch",
             *(f"note: {note}" for note in self.notes),
         ]
         return "\n".join(lines)
@@ -350,7 +350,7 @@ def make_plan(
     shards = tuple(lay_out(jobs, inventory, layout=selection.layout, parts=parts, limits=limits))
     check_names(shards, selection.layout)
     check_kept(kept, selection.layout)
-    copied, dropped = _side_files(source)
+    side_files = source.side_files().without({SUMMARY, REPORT, STATISTICS})
     return Plan(
         source=source.place,
         recipe=recipe,
@@ -358,24 +358,16 @@ def make_plan(
         rows=rows,
         shards=shards,
         ignore=tuple(ignore),
-        side_files=tuple(copied),
-        dropped_files=tuple(dropped),
+        side_files=side_files,
         notes=(
             *source.notes,
             *([NO_KV_SCALES] if recipe.calibrates_kv and not kv_scales else ()),
-            *_notes(inventory, groups, dropped),
+            *_notes(inventory, groups, side_files),
         ),
         tensor_parallel=tensor_parallel(quantized, selection.schemes, source.config),
         parts=parts,
         limits=limits,
     )
-
-
-def _side_files(source: Source) -> tuple[list[Path], list[Path]]:
-    """The files to copy and those that are not, among them any with the name of one we write."""
-    copied, dropped = source.side_files()
-    own = {Path(SUMMARY), Path(REPORT), Path(STATISTICS)}
-    return [path for path in copied if path not in own], [*dropped, *own.intersection(copied)]
 
 
 def _check_not_quantized(source: Source) -> None:
@@ -388,7 +380,7 @@ def _check_not_quantized(source: Source) -> None:
 
 
 def _notes(
-    inventory: Inventory, groups: Sequence[ScaleGroup], dropped: Sequence[Path]
+    inventory: Inventory, groups: Sequence[ScaleGroup], side_files: SideFiles
 ) -> Iterable[str]:
     quantized = [linear for group in groups for linear in group.linears]
     formats = " and ".join(
@@ -409,9 +401,10 @@ def _notes(
             f"{len(inventory.unknown)} tensors that transformers does not build (MTP layers?) are "
             f"kept unless the recipe names mtp: {inventory.unknown[0]}, …"
         )
-    if dropped:
-        names = ", ".join(str(path) for path in dropped[:3])
+    if side_files.left_out:
+        yield f"{len(side_files.left_out)} files are not copied: {describe(side_files.left_out)}"
+    if not side_files.has_tokenizer:
         yield (
-            f"{len(dropped)} files are not copied (other weights, links that leave the folder, "
-            f"what is no file): {names}"
+            "the source has no tokenizer, so the output has none either. Copy its files into OUT, "
+            "or name another folder to the engine"
         )

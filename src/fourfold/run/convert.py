@@ -95,14 +95,12 @@ def plan_conversion(source: Source, parts: int) -> CopyPlan:
     check_placed(source, inventory)
     tensors = list(inventory.tensors.values())
     layout = LAYOUTS[DEFAULT_LAYOUT]
-    copied, dropped = source.side_files()
     return CopyPlan(
         source=source.place,
         inventory=inventory,
         rows=tuple(_row(raw) for raw in tensors),
         shards=tuple(lay_out(tensors, inventory, layout=layout, parts=parts)),
-        side_files=tuple(copied),
-        dropped_files=tuple(dropped),
+        side_files=source.side_files(),
         notes=source.notes,
         parts=parts,
     )

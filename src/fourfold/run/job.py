@@ -155,7 +155,7 @@ class Job:
 
     def _write_other_files(self, files: FileWriter, results: list[LinearResult]) -> None:
         """Write all files that are not shards, config.json last."""
-        for path in self.plan.side_files:
+        for path in self.plan.side_files.copied:
             files.copy(self.source.folder, path)
         self.source.check_unchanged()  # the side files, too, are of the source that was read
         config = self.write_own_files(files, results)

@@ -91,8 +91,7 @@ def check_room(
     Args:
         runs_model: True if calibration runs the model layer by layer, should the plan need it.
     """
-    beside = sum((work.source / path).stat().st_size for path in work.side_files)
-    check_disk(folder.folder, work.nbytes_after + beside - folder.nbytes_present())
+    check_disk(folder.folder, work.nbytes_after + work.side_files.nbytes - folder.nbytes_present())
     memory = backend.memory(work) + (work.calibration_memory if runs_model else 0)
     memory, available = memory * ranks.local_size, memory_available()
     if memory > available:

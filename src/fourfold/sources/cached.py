@@ -6,11 +6,11 @@ Calibration runs a layer, and then the layer is quantized: both read the same ra
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 
 from fourfold.storage.fingerprints import FileStamp
+from fourfold.storage.side_files import SideFiles
 from fourfold.storage.source import Bytes, Source
 
 
@@ -54,7 +54,7 @@ class CachedTensors(Source):
         if key not in self._cache:
             self.source.will_need(key, start, stop)
 
-    def side_files(self) -> tuple[list[Path], list[Path]]:
+    def side_files(self) -> SideFiles:
         return self.source.side_files()
 
     def stamps(self) -> Mapping[str, FileStamp] | None:

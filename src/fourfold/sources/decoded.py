@@ -35,6 +35,7 @@ from fourfold.storage.fingerprints import FileStamp
 from fourfold.storage.names import REPORT, STATISTICS, SUMMARY
 from fourfold.storage.quant_summary import QuantSummary, find_summary
 from fourfold.storage.safetensors_header import COMPUTE_DTYPES, DTYPE_NAMES, TensorInfo
+from fourfold.storage.side_files import SideFiles
 from fourfold.storage.source import Bytes, Source
 
 _SCALES = re.compile(
@@ -163,11 +164,9 @@ class DecodedSource(Source):
             for part in parts:
                 self.stored.will_need(*part)
 
-    def side_files(self) -> tuple[list[Path], list[Path]]:
+    def side_files(self) -> SideFiles:
         """As the source's: without the files that a quantization run writes beside the weights."""
-        own = {Path(name) for name in (SUMMARY, REPORT, STATISTICS)}
-        copied, dropped = self.stored.side_files()
-        return [p for p in copied if p not in own], [p for p in dropped if p not in own]
+        return self.stored.side_files().without({SUMMARY, REPORT, STATISTICS})
 
     def stamps(self) -> Mapping[str, FileStamp] | None:
         return self.stored.stamps()

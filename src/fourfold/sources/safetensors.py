@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import stat
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -18,8 +17,9 @@ import torch
 from fourfold.errors import SourceError
 from fourfold.storage.fingerprints import FileStamp, Stamps
 from fourfold.storage.json_files import DOWNLOAD, list_folder, plain_name, read_config, read_json
-from fourfold.storage.names import INDEX, OTHER_WEIGHTS, OWN_FILES, SINGLE, WEIGHT_SUFFIXES
+from fourfold.storage.names import INDEX, OTHER_WEIGHTS, SINGLE
 from fourfold.storage.safetensors_header import TensorInfo, nbytes_of, read_header, shown
+from fourfold.storage.side_files import SideFiles, find_side_files
 from fourfold.storage.source import Bytes, Source
 from fourfold.storage.source_files import SourceFiles
 
@@ -74,9 +74,8 @@ class SafetensorsFolder(Source):
         self._hinted[info.file] = (first, ahead)
         self._files.will_need(info.file, first, ahead)
 
-    def side_files(self) -> tuple[list[Path], list[Path]]:
-        copied, dropped = self._side_files
-        return [*copied], [*dropped]
+    def side_files(self) -> SideFiles:
+        return self._side_files
 
     def stamps(self) -> Mapping[str, FileStamp]:
         return self._stamps.relative_to(self.folder)
@@ -93,29 +92,6 @@ class SafetensorsFolder(Source):
 
 def _byte_range(info: TensorInfo, start: int, stop: int) -> tuple[int, int]:
     return info.start + start * info.row_bytes, info.start + stop * info.row_bytes
-
-
-def find_side_files(
-    folder: Path, shards: Collection[Path], stamps: Stamps
-) -> tuple[list[Path], list[Path]]:
-    """Return the files of a folder to copy, and those to leave out; see `Source.side_files`.
-
-    The safetensors files `shards` are in neither list; `stamps` remember the files to copy.
-    """
-    copied: list[Path] = []
-    dropped: list[Path] = []
-    for path in _walk(folder):
-        relative = path.relative_to(folder)
-        if path in shards or (len(relative.parts) == 1 and relative.name in OWN_FILES):
-            continue
-        is_weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
-        status = None if is_weights else _status_of_file(path)
-        if status is not None and _is_text(relative) and _stays_inside(folder, path):
-            stamps.add(path, status)
-            copied.append(relative)
-        else:
-            dropped.append(relative)
-    return copied, dropped
 
 
 def copy_files(folder: Path, names: Iterable[Path], to: Path) -> None:
@@ -136,46 +112,6 @@ def lay_out(
         infos[key] = TensorInfo(key, dtype, shape, file, start, stop)
         start = stop
     return infos
-
-
-def _walk(folder: Path) -> Iterable[Path]:
-    """Yield everything below a folder that is not a folder. Links to folders are not followed."""
-    for path in list_folder(folder):
-        if path.name.startswith("."):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            yield from _walk(path)
-        else:
-            yield path
-
-
-def _status_of_file(path: Path) -> os.stat_result | None:
-    """The status of a regular file, links followed; None for anything else."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status if stat.S_ISREG(status.st_mode) else None
-
-
-def _is_text(path: Path) -> bool:
-    """True if a name can be written into a JSON document."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _stays_inside(folder: Path, path: Path) -> bool:
-    """True unless a file is a link out of the folder, other than into the hub cache's blobs."""
-    if not path.is_symlink():
-        return True
-    target, root = path.resolve(), folder.resolve()
-    blobs = root.parent.parent / "blobs"
-    return target.is_relative_to(root) or (
-        root.parent.name == "snapshots" and target.parent == blobs
-    )
 
 
 def open_source(model: str | Path) -> SafetensorsFolder:

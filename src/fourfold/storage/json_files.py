@@ -8,6 +8,7 @@ from typing import Any
 
 from fourfold.errors import SourceError
 from fourfold.storage.fingerprints import Stamps, opened, read_error, reading
+from fourfold.storage.git_lfs import check_no_pointer
 from fourfold.storage.names import CONFIG, MEGATRON
 from fourfold.storage.run_state import RUN, STATE
 from fourfold.storage.safetensors_header import SHOWN_CHARACTERS, load_json, shown
@@ -35,6 +36,7 @@ def read_json(file: Path, stamps: Stamps | None = None) -> dict[str, Any]:
             raw = handle.read(MAX_JSON_BYTES + 1)
         if len(raw) > MAX_JSON_BYTES:
             raise SourceError(f"{file}: larger than {MAX_JSON_BYTES:,} bytes. {DOWNLOAD}")
+        check_no_pointer(file, raw)
         value = load_json(raw)
     except FileNotFoundError:
         raise SourceError(f"{file}: missing. {DOWNLOAD}") from None

@@ -24,6 +24,7 @@ import torch
 
 from fourfold.errors import SourceError
 from fourfold.storage.fingerprints import Stamps, opened, read_error
+from fourfold.storage.git_lfs import check_no_pointer
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the reference implementation; a longer header is refused there, too."""
@@ -132,6 +133,7 @@ def _raw_header(file: Path, handle: BinaryIO, size: int) -> bytes:
         raise _broken(file, f"{size} bytes are too few for a header")
     length: int = struct.unpack("<Q", first)[0]
     if length > MAX_HEADER_BYTES or 8 + length > size:
+        check_no_pointer(file, first + handle.read(64))
         raise _broken(file, f"header of {length:,} bytes in a file of {size:,}")
     return handle.read(length)
 

@@ -27,6 +27,7 @@ import torch
 from fourfold.distributed.ranks import Ranks, joining
 from fourfold.storage.fingerprints import FileStamp
 from fourfold.storage.safetensors_header import TensorInfo
+from fourfold.storage.side_files import SideFiles
 
 Bytes = npt.NDArray[np.uint8]
 """A contiguous, one-dimensional buffer."""
@@ -82,12 +83,8 @@ class Source(ABC):
     # ------------------------------------------------------- files, and where they come from
 
     @abstractmethod
-    def side_files(self) -> tuple[list[Path], list[Path]]:
-        """Return the files to copy beside quantized weights, and the files that are left out.
-
-        Left out are other weights, links that leave the folder, and what is not a regular file.
-        Paths are relative to `folder`.
-        """
+    def side_files(self) -> SideFiles:
+        """Return the files beside the weights; paths are relative to `folder`."""
 
     @abstractmethod
     def stamps(self) -> Mapping[str, FileStamp] | None:

@@ -166,6 +166,6 @@ def _contradictions(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Itera
 
 def _missing_files(checkpoint: Checkpoint, source: Source) -> Iterator[Finding]:
     """The source's side files (tokenizer, chat template, …) exist; they are not compared."""
-    for path in source.side_files()[0]:
+    for path in source.side_files().copied:
         if not (checkpoint.folder / path).is_file():
             yield finding("side-file-missing", path.as_posix(), "lies in the source's folder only")

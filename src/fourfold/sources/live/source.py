@@ -34,6 +34,7 @@ from fourfold.sources.live.values import LiveValues
 from fourfold.sources.safetensors import copy_files
 from fourfold.storage.names import CONFIG, OWN_FILES
 from fourfold.storage.safetensors_header import TensorInfo
+from fourfold.storage.side_files import SideFiles
 from fourfold.storage.source import Bytes, Source
 
 GENERATION_CONFIG = "generation_config.json"
@@ -146,12 +147,12 @@ class LiveSource(Source):
             return rows.cpu().contiguous()
         return torch.from_numpy(out).view(rows.dtype).reshape(rows.shape).copy_(rows)
 
-    def side_files(self) -> tuple[list[Path], list[Path]]:
+    def side_files(self) -> SideFiles:
         if self._temporary is None and self._checkpoint is not None:
             return self._checkpoint.side_files()
         beside = sorted(path for path in self.folder.rglob("*") if path.is_file())
         names = [path.relative_to(self.folder) for path in beside]
-        return [name for name in names if str(name) not in OWN_FILES], []
+        return SideFiles(tuple(name for name in names if str(name) not in OWN_FILES))
 
     def stamps(self) -> None:
         """None: the weights do not lie in files."""
@@ -172,7 +173,7 @@ class LiveSource(Source):
         folder = Path(self._temporary.name) / (self._origin.name or self._tree.architecture)
         folder.mkdir()
         if self._checkpoint is not None:
-            copy_files(self._checkpoint.folder, self._checkpoint.side_files()[0], folder)
+            copy_files(self._checkpoint.folder, self._checkpoint.side_files().copied, folder)
         return folder
 
     def _remarks(self) -> Iterator[str]:

@@ -22,11 +22,12 @@ from fourfold.sources.megatron.box_index import Box
 from fourfold.sources.megatron.families import rules_for
 from fourfold.sources.megatron.parameters import EXPERT, LAYER, MTP_LAYER, Parameter
 from fourfold.sources.megatron.sizes import WRONG_CONFIG, Sizes
-from fourfold.sources.safetensors import find_side_files, lay_out
+from fourfold.sources.safetensors import lay_out
 from fourfold.storage.fingerprints import Stamps
 from fourfold.storage.json_files import read_config
 from fourfold.storage.names import CONFIG
 from fourfold.storage.safetensors_header import BITS, nbytes_of
+from fourfold.storage.side_files import SideFiles, find_side_files
 from fourfold.storage.source import Bytes, Source, read_rounded
 from fourfold.storage.temporary import TemporaryFolder
 
@@ -85,7 +86,7 @@ class MegatronSource(Source):
 
         read_rounded(read_lines, self._assembled[key].line_bytes, start, out)
 
-    def side_files(self) -> tuple[list[Path], list[Path]]:
+    def side_files(self) -> SideFiles:
         return self._side_files
 
     def close(self) -> None:

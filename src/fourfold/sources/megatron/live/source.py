@@ -27,9 +27,10 @@ from fourfold.sources.megatron.live.modules import (
     local_parameters,
 )
 from fourfold.sources.megatron.live.shards import SharedTensors
-from fourfold.sources.safetensors import IN_MEMORY, copy_files, find_side_files
+from fourfold.sources.safetensors import IN_MEMORY, copy_files
 from fourfold.storage.fingerprints import Stamps
 from fourfold.storage.names import CONFIG
+from fourfold.storage.side_files import find_side_files
 from fourfold.storage.source import Bytes, Slab
 
 
@@ -112,7 +113,7 @@ class LiveMegatron(MegatronSource):
             if tokenizer is None:
                 return config_folder
             folder = self._own_folder(config_folder.name)
-            names = find_side_files(config_folder, frozenset(), Stamps())[0]
+            names = find_side_files(config_folder, frozenset(), Stamps()).copied
             copy_files(config_folder, [Path(CONFIG), *names], folder)
         elif hasattr(hf_config, "to_json_file"):
             folder = self._own_folder(hf_config.model_type)
