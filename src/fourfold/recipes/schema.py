@@ -48,6 +48,7 @@ from fourfold.errors import RecipeError
 from fourfold.formats.base import FORMATS
 from fourfold.formats.scheme import Scheme
 from fourfold.layouts.base import LAYOUTS
+from fourfold.recipes.foreign import Translation, translate, translate_name
 
 DEFAULT_RECIPE = "w4a16_nvfp4_experts_only_mse"
 DEFAULT_LAYOUT = "modelopt"
@@ -281,6 +282,8 @@ class Recipe(_Strict):
             return cls._parse(path.stem, _read(path), str(path))
         known = builtin_names()
         if str(name) not in known:
+            if (foreign := translate_name(str(name))) is not None:
+                raise _foreign(str(name), foreign)
             raise RecipeError(
                 f"{name}: no such recipe{_nearest(str(name), known)} "
                 "(`fourfold recipes` lists them)"
@@ -297,6 +300,8 @@ class Recipe(_Strict):
             raise RecipeError(f"{where}: not valid YAML: {cause[:200]}") from None
         if not isinstance(data, dict):
             raise RecipeError(f"{where}: a recipe is a YAML mapping; see `fourfold recipes NAME`.")
+        if (foreign := translate(data)) is not None:
+            raise _foreign(where, foreign)
         try:
             recipe = cls.model_validate({"name": name, **data})
             patterns = [pattern for rule in recipe.all_rules for pattern in rule.names]
@@ -320,6 +325,28 @@ def builtin_names() -> list[str]:
         entry.name.removesuffix(".yaml")
         for entry in folder.iterdir()
         if entry.name.endswith(".yaml")
+    )
+
+
+def _foreign(where: str, translation: Translation) -> RecipeError:
+    """The error for a recipe of another tool, with the equivalent one where there is any."""
+    tool = translation.tool
+    if translation.recipe is None:
+        return RecipeError(
+            f"{where}: a recipe of {tool} that has no equivalent here, because of "
+            f"{translation.why_not}. docs/from-modelopt.md says what has."
+        )
+    recipe = Recipe.model_validate({"name": "recipe", **translation.recipe})
+    for name in builtin_names():
+        if Recipe.load(name).model_copy(update={"name": "recipe", "description": ""}) == recipe:
+            return RecipeError(
+                f"{where}: a recipe of {tool}, not of fourfold. Its equivalent is built in: give "
+                f"`recipe={name}`."
+            )
+    text = yaml.safe_dump(dict(translation.recipe), sort_keys=False, default_flow_style=None)
+    return RecipeError(
+        f"{where}: a recipe of {tool}, not of fourfold. Write its equivalent into a file and give "
+        f"that:\n{text.rstrip()}"
     )
 
 
