@@ -95,7 +95,7 @@ def options_of(command: str) -> set[str]:
         ),
         ("inspect", "folder --json"),
         ("summary", "out --role --layer --all --worst --json"),
-        ("recipes", "name --json"),
+        ("recipes", "name --guide --json"),
         ("demo", "out --recipe -r --overwrite --json"),
     ],
 )

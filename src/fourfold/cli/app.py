@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,17 +17,29 @@ import typer
 
 from fourfold._version import __version__
 from fourfold.cli import terminal
+from fourfold.cli.help import Command, Commands
 from fourfold.cli.options import (
+    ActivationMemory,
+    BatchSize,
+    Calib,
+    CalibSeq,
+    CalibSize,
+    Device,
+    DeviceMemory,
     HfConfig,
     Json,
     Model,
     NoVerify,
     Overwrite,
+    Packing,
     RecipeName,
+    Seed,
     Shards,
     SourceModel,
+    Statistics,
     Threads,
     Trust,
+    Verbose,
     in_bytes,
 )
 from fourfold.cli.terminal import console, print_json, show, show_result
@@ -43,12 +56,13 @@ DEFAULT_RECIPE = "w4a16_nvfp4_experts_only_mse"
 app = typer.Typer(
     name="fourfold",
     help="Quantize Mixture-of-Experts checkpoints to NVFP4, and prove it tensor by tensor.",
+    cls=Commands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+command = partial(app.command, cls=Command)
 
 
 @contextmanager
@@ -73,68 +87,28 @@ def _options(
         raise typer.Exit  # only quantize shares its work among ranks
 
 
-@app.command()
+@command()
 def quantize(
     model: Model,
     out: Annotated[str, typer.Argument(help="The folder to write.")],
     recipe: RecipeName = DEFAULT_RECIPE,
     hf_config: HfConfig = None,
-    calib: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Calibration data: a text, JSONL or Parquet file, or a dataset on the hub. May be "
-            "repeated. By default a mixed text that comes with fourfold."
-        ),
-    ] = None,
-    calib_size: Annotated[
-        int | None, typer.Option(help="How many calibration samples to use; by default up to 128.")
-    ] = None,
-    calib_seq: Annotated[
-        int | None, typer.Option(help="Tokens per sample; by default up to 512.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Samples per forward pass.")] = 8,
-    packing: Annotated[
-        str,
-        typer.Option(
-            help="packed: join documents and cut them into full samples; padded: a document is "
-            "a sample."
-        ),
-    ] = "packed",
-    seed: Annotated[int, typer.Option(help="Random seed for choosing samples.")] = 0,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(
-            help="Use the calibration.safetensors of an earlier run; the model is not run."
-        ),
-    ] = None,
-    device: Annotated[
-        str,
-        typer.Option(
-            help="Where to quantize weights and run the model for calibration: cpu, cuda, cuda:N "
-            "or auto."
-        ),
-    ] = "auto",
-    device_memory: Annotated[
-        float | None,
-        typer.Option(
-            help="GB of GPU memory that quantization may use; by default about 1, and at most half "
-            "of what is free."
-        ),
-    ] = None,
-    activation_memory: Annotated[
-        float | None,
-        typer.Option(
-            help="GB of activations to keep in memory; the rest waits in a file in OUT.", min=0
-        ),
-    ] = None,
+    calib: Calib = None,
+    calib_size: CalibSize = None,
+    calib_seq: CalibSeq = None,
+    batch_size: BatchSize = 8,
+    packing: Packing = "packed",
+    seed: Seed = 0,
+    calibration: Statistics = None,
+    device: Device = "auto",
+    device_memory: DeviceMemory = None,
+    activation_memory: ActivationMemory = None,
     threads: Threads = None,
     shards: Shards = None,
     overwrite: Overwrite = False,
     no_verify: NoVerify = False,
     trust_remote_code: Trust = False,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", help="Say which kernels quantize the weights, and why.")
-    ] = False,
+    verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Quantize MODEL into OUT, and verify what was written.
@@ -168,7 +142,7 @@ def quantize(
     _conclude(result, as_json)
 
 
-@app.command()
+@command()
 def plan(
     model: Model,
     recipe: RecipeName = DEFAULT_RECIPE,
@@ -184,7 +158,7 @@ def plan(
     show(work, as_json, plan_text)
 
 
-@app.command()
+@command()
 def verify(
     out: Annotated[Path, typer.Argument(help="A checkpoint in NVFP4, whichever tool wrote it.")],
     source: SourceModel = None,
@@ -211,7 +185,7 @@ def verify(
         raise typer.Exit(1)
 
 
-@app.command()
+@command()
 def convert(
     model: Annotated[str, typer.Argument(help="A Megatron checkpoint's folder (torch_dist).")],
     out: Annotated[str, typer.Argument(help="The folder to write.")],
@@ -246,7 +220,7 @@ def convert(
     show(converted, as_json, result_text)
 
 
-@app.command()
+@command()
 def merge(
     folders: Annotated[
         list[Path],
@@ -290,7 +264,7 @@ def _conclude(result: Result | Merged, as_json: bool) -> None:
         raise typer.Exit(1)
 
 
-@app.command()
+@command()
 def inspect(
     folder: Annotated[Path, typer.Argument(help="Any safetensors checkpoint.")],
     as_json: Json = False,
@@ -302,7 +276,7 @@ def inspect(
     show(run(folder), as_json, inspection_table)
 
 
-@app.command()
+@command()
 def summary(
     out: Annotated[Path, typer.Argument(help="A folder that `fourfold quantize` wrote.")],
     role: Annotated[str | None, typer.Option(help="Only weights of this role.")] = None,
@@ -328,7 +302,7 @@ def summary(
     console().print(table, crop=False)
 
 
-@app.command()
+@command()
 def report(
     out: Annotated[Path, typer.Argument(help="A folder that `fourfold quantize` wrote.")],
     output: Annotated[
@@ -342,14 +316,23 @@ def report(
     print(write_report(out, output))
 
 
-@app.command()
+@command()
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this one.")] = None,
+    guide: Annotated[
+        bool,
+        typer.Option(
+            "--guide", help="Say which recipe suits which hardware and aim, at what cost."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """List the built-in recipes, or print one."""
+    """List the built-in recipes, print one, or help to choose."""
     from fourfold.recipes import Recipe, builtin_names
 
+    if guide:
+        _print_guide(name, as_json)
+        return
     if name is None:
         all_recipes = [Recipe.load(builtin) for builtin in builtin_names()]
         if as_json:
@@ -367,7 +350,18 @@ def recipes(
         print(chosen.to_yaml(), end="")
 
 
-@app.command()
+def _print_guide(name: str | None, as_json: bool) -> None:
+    from fourfold.reporting.guide import guide_entries, guide_lines
+
+    if name is not None:
+        raise UsageError(f"--guide: is about all recipes; leave out {name}.")
+    if as_json:
+        print_json(guide_entries())
+    else:
+        print("\n".join(guide_lines()))
+
+
+@command()
 def demo(
     out: Annotated[Path, typer.Argument(help="The folder to write.")] = Path("demo-out"),
     recipe: RecipeName = DEFAULT_RECIPE,
@@ -396,7 +390,7 @@ def demo(
         print(shown)
 
 
-@app.command()
+@command()
 def generate(
     out: Annotated[str, typer.Argument(help="A checkpoint in NVFP4.")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue.")],

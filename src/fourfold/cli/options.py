@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from fourfold.cli.help import CALIBRATION, MACHINE, OUTPUT
 from fourfold.config import CalibrationConfig, OutputConfig, Runtime
 from fourfold.errors import UsageError
 
@@ -21,30 +22,130 @@ HfConfig = Annotated[
         "it, config.json is derived from the training arguments if they suffice.",
     ),
 ]
+
+
+def _complete_recipe(beginning: str) -> list[str]:
+    """For a shell: the built-in recipes whose names begin like this."""
+    from fourfold.recipes import builtin_names
+
+    return [name for name in builtin_names() if name.startswith(beginning)]
+
+
 RecipeName = Annotated[
-    str, typer.Option("--recipe", "-r", help="The name of a built-in recipe, or a YAML file.")
+    str,
+    typer.Option(
+        "--recipe",
+        "-r",
+        help="The name of a built-in recipe (`fourfold recipes --guide` helps to choose), or a "
+        "YAML file.",
+        autocompletion=_complete_recipe,
+    ),
 ]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")
 ]
 Threads = Annotated[
-    int | None, typer.Option(min=1, help="Worker threads; by default one for each core.")
+    int | None,
+    typer.Option(
+        min=1, help="Worker threads; by default one for each core.", rich_help_panel=MACHINE
+    ),
 ]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace what fourfold wrote into OUT earlier.")
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Replace what fourfold wrote into OUT earlier.",
+        rich_help_panel=OUTPUT,
+    ),
 ]
 Shards = Annotated[
     int | None,
-    typer.Option(min=1, help="Files for each layer, at least; by default one for each rank."),
+    typer.Option(
+        min=1,
+        help="Files for each layer, at least; by default one for each rank.",
+        rich_help_panel=OUTPUT,
+    ),
 ]
 Trust = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings."),
 ]
 
-NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not read OUT back to verify it.")]
+NoVerify = Annotated[
+    bool,
+    typer.Option("--no-verify", help="Do not read OUT back to verify it.", rich_help_panel=OUTPUT),
+]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", help="Say which kernels quantize the weights, and why.")
+]
 SourceModel = Annotated[
     str | None, typer.Option("--source", "-s", help="The checkpoint that OUT was made from.")
+]
+
+# Of quantize alone.
+Calib = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Calibration data: a text, JSONL or Parquet file, or a dataset on the hub. May be "
+        "repeated. By default a mixed text that comes with fourfold.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
+CalibSize = Annotated[
+    int | None,
+    typer.Option(
+        help="How many calibration samples to use; by default up to 128.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
+CalibSeq = Annotated[
+    int | None,
+    typer.Option(help="Tokens per sample; by default up to 512.", rich_help_panel=CALIBRATION),
+]
+BatchSize = Annotated[
+    int, typer.Option(help="Samples per forward pass.", rich_help_panel=CALIBRATION)
+]
+Packing = Annotated[
+    str,
+    typer.Option(
+        help="packed: join documents and cut them into full samples; padded: a document is a "
+        "sample.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
+Seed = Annotated[
+    int, typer.Option(help="Random seed for choosing samples.", rich_help_panel=CALIBRATION)
+]
+Statistics = Annotated[
+    Path | None,
+    typer.Option(
+        help="Use the calibration.safetensors of an earlier run; the model is not run.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="Where to quantize weights and run the model for calibration: cpu, cuda, cuda:N or "
+        "auto.",
+        rich_help_panel=MACHINE,
+    ),
+]
+DeviceMemory = Annotated[
+    float | None,
+    typer.Option(
+        help="GB of GPU memory that quantization may use; by default about 1, and at most half of "
+        "what is free.",
+        rich_help_panel=MACHINE,
+    ),
+]
+ActivationMemory = Annotated[
+    float | None,
+    typer.Option(
+        help="GB of activations to keep in memory; the rest waits in a file in OUT.",
+        min=0,
+        rich_help_panel=MACHINE,
+    ),
 ]
 
 _ARGUMENTS = (

@@ -226,6 +226,12 @@ def family_of(*model_types: str | None) -> Family:
     return next((FAMILIES[name] for name in model_types if name and name in FAMILIES), DEFAULT)
 
 
+def family_type(model_type: str) -> str:
+    """Return the name in the table of a model type's family; the type itself if it has none."""
+    name = _OTHER_TYPES.get(model_type, model_type)
+    return name if name in _TABLE else name.removesuffix("_text")
+
+
 def _stacks_by_last_name() -> Mapping[str, list[Stack]]:
     """The stacks of all families, by the last name of the raw key without `.weight`."""
     stacks = dict.fromkeys(stack for family in FAMILIES.values() for stack in family.stacks)

@@ -24,6 +24,11 @@ STATISTICS = "calibration.safetensors"
 
 REPORT = "report.html"
 
+CARD = "README.md"
+"""The model card. The output has its own, and keeps the source's as `SOURCE_CARD`."""
+
+SOURCE_CARD = "SOURCE_README.md"
+
 OWN_FILES = frozenset({CONFIG, INDEX, "hf_quant_config.json"})
 """Files that describe a checkpoint's weights: the output has its own."""
 
