@@ -314,14 +314,15 @@ def _from_modelopt(data: Mapping[Any, Any]) -> dict[str, Any]:
     )
 
 
-def _entries(quant_cfg: Any) -> Iterator[Mapping[str, Any]]:
+def _entries(quant_cfg: Any) -> list[dict[str, Any]]:
     """The entries of a `quant_cfg`, in whichever form."""
     if not isinstance(quant_cfg, Mapping):
-        yield from quant_cfg
-        return
-    for name, cfg in quant_cfg.items():
-        if not str(name).startswith("nn."):
-            yield {"quantizer_name": name, "cfg": cfg, "enable": cfg.get("enable", True)}
+        return list(quant_cfg)
+    return [
+        {"quantizer_name": name, "cfg": cfg, "enable": cfg.get("enable", True)}
+        for name, cfg in quant_cfg.items()
+        if not str(name).startswith("nn.")
+    ]
 
 
 def _algorithm(value: Any) -> str:
