@@ -368,8 +368,7 @@ def test_a_nested_model_type_that_is_no_name(
 
 CONFIGS = [
     "[]", '"text"', "3", "null", "NaN", "", "{", "{" * 500_000, "[" * 500_000,
-    '\ufeff{"model_type": "qwen3_moe"}', '{"a": "\\ud800"}',
-    '{"model_type": "qwen3_moe", "model_type": "llama"}',
+    '{"a": "\\ud800"}',
 ]  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from typing import Any, TextIO
 
 from fourfold.embedded import calibration_records
 from fourfold.errors import CalibrationError
-from fourfold.models.internals import first_line
+from fourfold.models.internals import one_line
 
 EMBEDDED = "the embedded mixed text"
 
@@ -207,7 +207,7 @@ def _parquet_rows(path: Path, parquet: Any) -> Iterator[dict[str, Any]]:
                 yield from batch.to_pylist()
     except (OSError, ValueError) as error:  # the base classes of pyarrow's errors
         raise CalibrationError(
-            f"{path}: cannot be read as Parquet ({first_line(error)}). Give a Parquet file, or "
+            f"{path}: cannot be read as Parquet ({one_line(error)}). Give a Parquet file, or "
             "another suffix."
         ) from error
 
@@ -238,5 +238,5 @@ def _dataset_rows(name: str, load: Callable[[], Iterable[Any]]) -> Iterator[Mapp
     except Exception as error:  # the hub client and datasets raise errors of many libraries
         raise CalibrationError(
             f"{name}: no such file, and the dataset cannot be read from the hub "
-            f"({first_line(error)}). Check the name and the network."
+            f"({one_line(error)}). Check the name and the network."
         ) from error

@@ -125,15 +125,6 @@ LAYOUTS: Registry[Layout] = Registry({"modelopt": "fourfold.layouts.modelopt:Mod
 """The layouts by name."""
 
 
-def quantization_of(config: Mapping[str, Any]) -> str | None:
-    """Return what a config.json says about an earlier quantization; None if it says nothing."""
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        entry = part.get("quantization_config")
-        if isinstance(entry, dict) and entry:
-            return str(entry.get("quant_algo") or entry.get("quant_method") or "unknown")
-    return None
-
-
 def marker_files() -> list[str]:
     """Return the marker files of every layout: a folder may hold a checkpoint of any of them."""
     return list(dict.fromkeys(name for layout in LAYOUTS.values() for name in layout.marker_files))

@@ -33,6 +33,7 @@ from torch.overrides import TorchFunctionMode
 
 from fourfold.errors import ModelError
 from fourfold.models.names import EXPERT_NUMBER
+from fourfold.storage.json_files import read_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +170,7 @@ def build_model(
         except Exception as error:
             raise ModelError(
                 f"{folder / 'config.json'}: transformers {transformers.__version__} cannot build "
-                f"{name}: {first_line(error)}"
+                f"{name}: {one_line(error)}"
             ) from error
 
 
@@ -262,7 +263,7 @@ def load_tensors(
     ]
     problems += [f"{key}: the model has no place for it" for key in report.unexpected_keys]
     if problems:
-        raise ModelError(f"{first_line(Exception(min(problems)))} ({len(problems)} such)")
+        raise ModelError(f"{one_line(Exception(min(problems)))} ({len(problems)} such)")
 
 
 @dataclass(frozen=True)
@@ -384,8 +385,10 @@ def _load_config(folder: Path, trust_remote_code: bool) -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
-        cause = first_line(error)
+        cause = one_line(error)
         if "trust_remote_code" in str(error):
+            if (config := _config_of_architecture(folder)) is not None:
+                return config
             cause = (
                 "it needs the checkpoint's own code; pass `trust_remote_code=True` if you trust it"
             )
@@ -395,10 +398,27 @@ def _load_config(folder: Path, trust_remote_code: bool) -> Any:
         ) from error
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, for use in one of ours."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:240]
+def _config_of_architecture(folder: Path) -> Any:
+    """The configuration of a model whose class transformers has under another model_type.
+
+    Kimi K2, for instance, is a DeepseekV3ForCausalLM with a model_type and code of its own.
+    """
+    import transformers
+
+    config = read_config(folder)
+    names = [name for name in config.get("architectures") or () if isinstance(name, str)]
+    model_class = getattr(transformers, names[0], None) if len(names) == 1 else None
+    config_class = getattr(model_class, "config_class", None)
+    if config_class is None:
+        return None
+    own = {name: value for name, value in config.items() if name not in {"model_type", "auto_map"}}
+    return config_class.from_dict(own)
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message on one line, for use in one of ours."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}…"
 
 
 def _factory(config: Any, trust_remote_code: bool) -> tuple[str, Any]:

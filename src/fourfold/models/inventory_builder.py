@@ -31,6 +31,9 @@ from fourfold.storage.safetensors_header import shown
 from fourfold.storage.source import Source
 
 _NOT_A_LINEAR = "its layout on disk is not that of a linear layer"
+_WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.", "_forward_module.")
+"""Prefixes that torch.compile, DistributedDataParallel, FSDP and DeepSpeed put before names."""
+
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth")
 
 
@@ -111,9 +114,25 @@ class _Builder:
         if missing:
             raise SourceError(
                 f"{missing[0]}: the checkpoint has no tensor for it ({len(missing)} of "
-                f"{self.tree.architecture}'s are missing). "
-                "Is a shard missing, or the config another model's?"
+                f"{self.tree.architecture}'s are missing). {self._why_missing(missing)}"
             )
+
+    def _why_missing(self, missing: Sequence[str]) -> str:
+        """The likely cause for parameters without tensors, and what to do."""
+        for name in missing:
+            longer = next((key for key in self.infos if key.endswith(f".{name}")), None)
+            if longer is not None:
+                prefix = longer.removesuffix(name)
+                cause = (
+                    "it was saved from a compiled or wrapped model. Save the inner model"
+                    if prefix in _WRAPPERS
+                    else "is the config that of an inner model? Give the whole model's"
+                )
+                return f"Names begin with {prefix!r} there: {cause}, or remove the prefix."
+        heads = {f"{path}.weight" for path in self.tree.heads}
+        if heads.issuperset(missing):
+            return "If the head shares the embedding, set tie_word_embeddings in config.json."
+        return "Is a shard missing, or the config another model's?"
 
     def _tied_linears(self) -> tuple[str, ...]:
         stored = {place.target for place in self.places.values()}

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from fourfold.errors import ModelError
-from fourfold.models.internals import LargeOnMeta, first_line, plain_class, quiet
+from fourfold.models.internals import LargeOnMeta, one_line, plain_class, quiet
 
 
 def blueprint_of(model: Any) -> Any:
@@ -36,8 +36,7 @@ def blueprint_of(model: Any) -> Any:
             return model_class._from_config(deepcopy(model.config)).eval()
     except Exception as error:
         raise ModelError(
-            f"{model_class.__name__}: its configuration does not build it again: "
-            f"{first_line(error)}"
+            f"{model_class.__name__}: its configuration does not build it again: {one_line(error)}"
         ) from error
 
 

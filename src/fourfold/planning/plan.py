@@ -16,10 +16,10 @@ from typing import Any
 
 from fourfold.algorithms.base import ALGORITHMS, RowwiseAlgorithm
 from fourfold.distributed.machine import threads_available
-from fourfold.errors import SourceError
 from fourfold.formats.base import FORMATS
 from fourfold.formats.scheme import Scheme
-from fourfold.layouts.base import LAYOUTS, CheckpointContents, Layout, quantization_of
+from fourfold.layouts.base import LAYOUTS, CheckpointContents, Layout
+from fourfold.layouts.recognition import check_not_quantized
 from fourfold.models.families import family_of
 from fourfold.models.inventory import Inventory, LinearWeight
 from fourfold.models.inventory_builder import take_inventory
@@ -334,7 +334,7 @@ def make_plan(
         ModelError: The architecture is unknown, or cannot be taken apart.
         SourceError: The checkpoint is broken, or quantized already.
     """
-    _check_not_quantized(source)
+    check_not_quantized(source)
     inventory = take_inventory(source)
     selection = Selection(recipe, inventory)
     groups = selection.groups()
@@ -368,15 +368,6 @@ def make_plan(
         parts=parts,
         limits=limits,
     )
-
-
-def _check_not_quantized(source: Source) -> None:
-    algorithm = quantization_of(source.config)
-    if algorithm is not None:
-        raise SourceError(
-            f"{source.folder}: quantized already ({algorithm}). "
-            "Start from the BF16, FP16 or FP32 checkpoint."
-        )
 
 
 def _notes(

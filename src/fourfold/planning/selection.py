@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import cached_property
@@ -42,6 +44,7 @@ class Selection:
             raise RecipeError(f"recipe {recipe.name}: keep leaves nothing to quantize.")
         self.schemes = {name: self._rules[name].scheme for name in self.chosen}
         self._check_schemes()
+        self._check_even()
         self._check_chosen()
         self._check_wholeness()
         check_fused(self.chosen.values(), self.schemes)
@@ -62,18 +65,30 @@ class Selection:
                     "Choose another format under activations."
                 )
 
-    def _check_chosen(self) -> None:
+    def _check_even(self) -> None:
+        """Raise `PlanError` for weights whose rows do not divide into blocks."""
         uneven = [
-            (linear, block)
+            linear
             for linear in self.chosen.values()
-            if linear.shape[1] % (block := FORMATS[self.schemes[linear.name].weights].block)
+            if linear.shape[1] % FORMATS[self.schemes[linear.name].weights].block
         ]
-        if uneven:
-            linear, block = uneven[0]
-            raise PlanError(
-                f"{linear.name}: input dimension {linear.shape[1]} is not a multiple of "
-                f"{block} ({len(uneven)} such weights). Add a keep pattern for them to the recipe."
-            )
+        if not uneven:
+            return
+        first, fused = uneven[0], {name for linear in uneven for name in _fused(linear)}
+        kept = [x for x in self.chosen.values() if not fused.isdisjoint(_fused(x))]
+        patterns = sorted({_pattern(linear) for linear in kept})
+        remedy = (
+            f"Add to the recipe: keep: {json.dumps(patterns)}."
+            if len(kept) < len(self.chosen)
+            else "Engines fuse them with all others that the recipe quantizes: choose other roles."
+        )
+        raise PlanError(
+            f"{first.name}: input dimension {first.shape[1]} is not a multiple of "
+            f"{FORMATS[self.schemes[first.name].weights].block} ({len(uneven)} such weights). "
+            f"{remedy}"
+        )
+
+    def _check_chosen(self) -> None:
         for linear in self.chosen.values():
             if linear.role is Role.MTP and self._rules[linear.name].observes_inputs:
                 raise RecipeError(
@@ -92,9 +107,8 @@ class Selection:
         left: dict[str, LinearWeight] = {}
         for linear in self.inventory.linears:
             side = chosen if linear.name in self.chosen else left
-            side.setdefault(linear.scale_group, linear)
-            if linear.expert is not None:
-                side.setdefault(linear.module, linear)
+            for name in _fused(linear):
+                side.setdefault(name, linear)
         for name in chosen.keys() & left.keys():
             raise PlanError(
                 f"{left[name].name} would stay as it is while {chosen[name].name} is quantized, "
@@ -178,3 +192,15 @@ class Selection:
         if not linears:
             return "not a linear weight" if raw.role is not Role.MTP else "MTP"
         return kept_because(raw.stem) or f"role {raw.role} is not in the recipe"
+
+
+def _fused(linear: LinearWeight) -> tuple[str, ...]:
+    """Names of what is quantized whole or not at all, and holds a linear weight."""
+    experts = () if linear.expert is None else (linear.module,)
+    return (linear.scale_group, *experts)
+
+
+def _pattern(linear: LinearWeight) -> str:
+    """A keep pattern for a linear weight in every layer; for an expert, for all of them."""
+    name = linear.name if linear.expert is None else f"{linear.module}.*"
+    return re.sub(r"\.\d+(?=\.)", ".*", name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -132,23 +133,33 @@ def open_source(model: str | Path) -> SafetensorsFolder:
     if exists:
         raise SourceError(f"{folder}: is a file. Give the folder that holds config.json.")
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return SafetensorsFolder(_download(name))
-    raise SourceError(f"{folder}: no such folder. Give a checkpoint's folder, or a hub name.")
+        return SafetensorsFolder(_download(name, folder))
+    raise SourceError(
+        f"{folder}: no such folder. Give a checkpoint's folder, or a hub name.{_guess(folder)}"
+    )
 
 
-def _download(name: str) -> Path:
+def _guess(missing: Path) -> str:
+    """A question whether a folder beside one that is missing was meant; empty if there is none."""
+    parent = missing.parent
+    beside = [path.name for path in list_folder(parent)] if parent.is_dir() else []
+    similar = get_close_matches(missing.name, beside, n=1)
+    return f" Did you mean {parent / similar[0]}?" if similar else ""
+
+
+def _download(name: str, folder: Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = snapshot_download(
+        snapshot = snapshot_download(
             name, ignore_patterns=["original/*", *(f"*{x}" for x in OTHER_WEIGHTS)]
         )
     except Exception as error:  # the hub client raises errors of many libraries
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        cause = " ".join(str(error).split()) or type(error).__name__
         raise SourceError(
-            f"{name}: no such folder, and the hub does not give it: {cause[:200]}"
+            f"{name}: no such folder, and the hub does not give it: {cause[:200]}.{_guess(folder)}"
         ) from error
-    return Path(folder)
+    return Path(snapshot)
 
 
 def _read_tensors(folder: Path, stamps: Stamps) -> dict[str, TensorInfo]:
@@ -163,10 +174,15 @@ def _read_tensors(folder: Path, stamps: Stamps) -> dict[str, TensorInfo]:
 def _single_file(folder: Path) -> Path:
     if (folder / SINGLE).is_file():
         return folder / SINGLE
-    present = list_folder(folder)
+    present = [path for path in list_folder(folder) if not path.name.startswith(".")]
     files = [path for path in present if path.suffix == ".safetensors"]
     if len(files) == 1:
         return files[0]
+    if files and all(path.name.startswith("consolidated") for path in files):
+        raise SourceError(
+            f"{folder}: only weights in the model maker's own format (consolidated*.safetensors). "
+            "Download or convert to those for transformers (model*.safetensors)."
+        )
     if files:
         raise SourceError(
             f"{folder}: {len(files)} safetensors files but no {INDEX} that says what they hold. "

@@ -15,7 +15,7 @@ import json
 import math
 import struct
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -164,6 +164,9 @@ def _parse(file: Path, raw: bytes) -> dict[str, Any]:
     return header
 
 
+PairsHook = Callable[[list[tuple[str, Any]]], dict[str, Any]]
+
+
 def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """`object_pairs_hook` for JSON that refuses a name given twice."""
     result = dict(pairs)
@@ -174,12 +177,12 @@ def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def load_json(raw: bytes) -> Any:
+def load_json(raw: bytes, pairs_hook: PairsHook = unique_pairs) -> Any:
     """JSON in UTF-8 whose names are unique and whose text can be written again.
 
     Raises `ValueError` for anything else, `RecursionError` where it is nested too deeply.
     """
-    value = json.loads(raw.decode(), object_pairs_hook=unique_pairs)
+    value = json.loads(raw.decode(), object_pairs_hook=pairs_hook)
     if b"\\u" in raw:
         json.dumps(value, ensure_ascii=False).encode()  # refuses half of a surrogate pair
     return value

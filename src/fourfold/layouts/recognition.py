@@ -1,0 +1,97 @@
+"""Recognize a checkpoint that is quantized already, whoever quantized it.
+
+Its tensors decide: a configuration may be stale, and several tools leave the format out of
+config.json. The configuration and the files beside it only give the format its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fourfold.errors import SourceError
+from fourfold.storage.names import CONFIG
+from fourfold.storage.safetensors_header import TensorInfo
+from fourfold.storage.source import Source
+
+FILES = {
+    "quantize_config.json": "GPTQ",
+    "quant_config.json": "AWQ",
+    "hf_quant_config.json": "ModelOpt",
+}
+"""Files that tools leave beside the weights, and the tools' names."""
+
+TENSORS = {
+    "_blocks": "MXFP4",
+    ".qzeros": "GPTQ or AWQ",
+    ".qweight": "GPTQ or AWQ",
+    ".weight_packed": "compressed-tensors",
+    ".weight_scale_inv": "FP8 in blocks",
+    ".weight_scale_2": "NVFP4",
+    ".weight_scale": "FP8",
+    ".absmax": "bitsandbytes",
+}
+"""Endings of the names of tensors that formats add or pack into."""
+
+PACKED = {"U8", "I8", "U32", "I32", "F4"}
+"""Dtypes that a quantized weight may have, and a weight as it was trained may not."""
+
+WEIGHTS = (".weight", ".qweight", ".weight_packed", "_blocks", "_proj")
+"""Endings of the names of weights, also of stacked experts."""
+
+
+def quantization_of(config: Mapping[str, Any]) -> str | None:
+    """Return what a config.json says about an earlier quantization; None if it says nothing."""
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for name in ("quantization_config", "compression_config"):
+            entry = part.get(name)
+            if isinstance(entry, dict) and entry:
+                return str(entry.get("quant_algo") or entry.get("quant_method") or "unknown")
+    entry = config.get("quantization")  # MLX
+    if isinstance(entry, dict) and "bits" in entry:
+        return f"MLX, {entry['bits']} bits"
+    return None
+
+
+def check_not_quantized(source: Source) -> None:
+    """Check that weights are as they were trained.
+
+    Raises:
+        SourceError: They are quantized, or the configuration says that they are.
+    """
+    stated = quantization_of(source.config)
+    evidence = next(_evidence(source.tensors), None)
+    if evidence is not None:
+        name = stated or next(_files(source), None) or evidence
+        raise SourceError(
+            f"{source.folder}: quantized already ({name}). "
+            "Start from the BF16, FP16 or FP32 checkpoint."
+        )
+    if stated is not None:
+        dtypes = ", ".join(sorted({info.dtype for info in source.tensors.values()}))
+        raise SourceError(
+            f"{source.folder / CONFIG}: says that the weights are quantized ({stated}), but they "
+            f"are {dtypes}. If they were dequantized, remove its quantization_config."
+        )
+
+
+def _evidence(tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
+    """Yield the names of formats for tensors that no training leaves behind."""
+    packed = [key for key, info in tensors.items() if _is_packed(key, info)]
+    if packed:
+        yield from (name for ending, name in TENSORS.items() if _any_ends(tensors, ending))
+        dtypes = {tensors[key].dtype for key in packed}
+        yield "MLX" if "U32" in dtypes else "FP8" if min(dtypes).startswith("F8") else "integers"
+
+
+def _is_packed(key: str, info: TensorInfo) -> bool:
+    is_weight = key.endswith(WEIGHTS) and len(info.shape) > 1
+    return is_weight and (info.dtype in PACKED or info.dtype.startswith("F8"))
+
+
+def _any_ends(tensors: Mapping[str, TensorInfo], ending: str) -> bool:
+    return any(key.endswith(ending) for key in tensors)
+
+
+def _files(source: Source) -> Iterator[str]:
+    return (tool for file, tool in FILES.items() if (source.folder / file).is_file())
