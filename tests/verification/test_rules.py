@@ -344,6 +344,11 @@ SOURCE = [
     Case("side-file-missing", lambda d: setattr(d, "tokenizer", False), with_source=True),
     Case("tensor-lost", drop("model.norm.weight"), with_source=True),
     Case("tensor-extra", scalar("model.rotary.scaling", 1.0), with_source=True),
+    Case(
+        "tensor-unplaced",
+        lambda d: [x.update({"v_head.bias": torch.ones(1)}) for x in (d.source, d.tensors)],
+        with_source=True,
+    ),
     Case("copied-dtype-differs", put("model.norm.weight", lambda t: t.float()), with_source=True),
     Case("copied-shape-differs", put("model.norm.weight", lambda t: t[:64]), with_source=True),
     Case("copied-bits-differ", flip_bit("model.norm.weight"), with_source=True),

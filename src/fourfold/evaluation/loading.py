@@ -21,7 +21,6 @@ from fourfold.evaluation.simulated_activations import Simulation, find_sites
 from fourfold.models.internals import quiet
 from fourfold.models.inventory import Inventory
 from fourfold.models.inventory_builder import take_inventory
-from fourfold.models.roles import Role
 from fourfold.sources.decoded import DecodedSource, open_decoded
 from fourfold.storage.source import Source
 from fourfold.storage.units import size
@@ -117,12 +116,7 @@ class OpenedModel:
 
 
 def _check_known(source: Source, inventory: Inventory) -> None:
-    # MTP layers may be left out: transformers does not build them.
-    left = [
-        key
-        for key in inventory.unknown
-        if inventory.tensors[key].role is not Role.MTP and PARAMETER.search(key)
-    ]
+    left = [key for key in inventory.unplaced if PARAMETER.search(key)]
     if left:
         raise ModelError(
             f"{source.folder}: {left[0]}: the model has no place for this tensor ({len(left)} in "

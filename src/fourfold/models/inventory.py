@@ -13,7 +13,7 @@ from functools import cached_property
 
 from fourfold.models.experts import Projection
 from fourfold.models.regions import Region
-from fourfold.models.roles import Role
+from fourfold.models.roles import MAY_LACK, Role
 from fourfold.storage.safetensors_header import TensorInfo
 
 
@@ -88,6 +88,8 @@ class Inventory:
     """Linear layers without a tensor of their own (a tied head), named as in memory."""
     unknown: tuple[str, ...]
     """Raw keys that the module tree has no place for."""
+    denied: tuple[str, ...]
+    """Those among them that are biases of layers which the architecture builds without one."""
     layer_paths: tuple[str, ...]
     """Decoder layers, named as in memory."""
     vocab_size: int
@@ -101,6 +103,15 @@ class Inventory:
         for linear in self.linears:
             by_key[linear.region.key].append(linear)
         return {key: tuple(group) for key, group in by_key.items()}
+
+    @cached_property
+    def unplaced(self) -> tuple[str, ...]:
+        """Raw keys that nothing accounts for: no parameter, no MTP layer, no buffer of old."""
+        return tuple(
+            key
+            for key in self.unknown
+            if self.tensors[key].role is not Role.MTP and not MAY_LACK.search(key)
+        )
 
     @cached_property
     def digest(self) -> str:

@@ -23,7 +23,7 @@ from fourfold.models.fusion import fuse, kept_because
 from fourfold.models.internals import Place
 from fourfold.models.inventory import ExpertBias, Inventory, LinearWeight, RawTensor
 from fourfold.models.module_tree import LinearModule, ModuleTree, build_tree
-from fourfold.models.mtp import is_mtp, mtp_linears
+from fourfold.models.mtp import is_mtp, mtp_linears, stack_of
 from fourfold.models.names import SINGLE_EXPERT, natural
 from fourfold.models.regions import whole
 from fourfold.models.roles import EMBEDDING_NAME, MAY_LACK, TOWER, Role, role_of_linear
@@ -95,6 +95,7 @@ class _Builder:
             blocked=self.blocked,
             tied_linears=self._tied_linears(),
             unknown=tuple(key for key, place in self.places.items() if place.target is None),
+            denied=tuple(self._denied()),
             layer_paths=self.tree.layers,
             vocab_size=self.tree.vocab_size,
             hidden_size=self.tree.hidden_size,
@@ -268,11 +269,25 @@ class _Builder:
     def _find_mtp(self) -> None:
         """Assign roles to the keys that the tree has no place for, and cut MTP layers."""
         unknown = [key for key, place in self.places.items() if place.target is None]
+        stacks = {
+            stack_of(key)
+            for key, place in self.places.items()
+            if self._layer_of(place.target or "") is not None
+        }
         for key in unknown:
-            is_mtp_key = is_mtp(key, self.tree.num_hidden_layers)
+            is_mtp_key = is_mtp(key, stacks, self.tree.num_hidden_layers)
             self.roles[key] = Role.MTP if is_mtp_key else Role.OTHER
         mtp_keys = [key for key in unknown if self.roles[key] is Role.MTP]
         self.linears += list(mtp_linears(mtp_keys, self.linears, self.infos))
+
+    def _denied(self) -> Iterator[str]:
+        """Biases without a place beside weights that have one."""
+        for key, place in self.places.items():
+            stem = re.sub(r"[._]bias$", "", key)
+            if place.target is None and stem != key:
+                weight = self.places.get(f"{stem}.weight") or self.places.get(stem)
+                if weight is not None and weight.target is not None:
+                    yield key
 
     def _raw(self, key: str) -> RawTensor:
         info, role, place = self.infos[key], self.roles[key], self.places[key]

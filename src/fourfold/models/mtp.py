@@ -7,7 +7,7 @@ shaped like one of the first decoder layers' is cut in the same way.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from fourfold.models.inventory import LinearWeight
@@ -20,11 +20,24 @@ _DECODER_ROLES = {
 }  # fmt: skip
 
 
-def is_mtp(key: str, num_hidden_layers: int) -> bool:
-    """True if a raw key without a place in the module tree is an MTP layer's."""
+def is_mtp(key: str, stacks: Collection[str], num_hidden_layers: int) -> bool:
+    """True if a raw key without a place in the module tree is an MTP layer's.
+
+    Args:
+        key: The raw key.
+        stacks: What the raw keys of decoder layers begin with, up to the number: `model.layers.`.
+        num_hidden_layers: The number of decoder layers. Those that follow in a stack are MTP.
+    """
     layer = LAYER.match(key)
-    past_end = layer is not None and int(layer["number"]) >= num_hidden_layers
-    return MTP_KEY.search(key) is not None or past_end
+    if layer is not None and stack_of(key) in stacks:
+        return int(layer["number"]) >= num_hidden_layers
+    return MTP_KEY.search(key) is not None
+
+
+def stack_of(key: str) -> str:
+    """Return `model.layers.` of `model.layers.3.mlp.gate.weight`; empty without a layer."""
+    layer = LAYER.match(key)
+    return key[: layer.start("number")] if layer else ""
 
 
 def mtp_linears(

@@ -27,6 +27,7 @@ from fourfold.models.names import SINGLE_EXPERT
 from fourfold.models.roles import Role
 from fourfold.planning.copy_plan import CopyPlan
 from fourfold.planning.limits import DEFAULT_LIMITS, Limits
+from fourfold.planning.placement import placement_notes
 from fourfold.planning.rows import (
     Action,
     Job,
@@ -336,6 +337,7 @@ def make_plan(
     """
     check_not_quantized(source)
     inventory = take_inventory(source)
+    placement = [*placement_notes(source, inventory)]
     selection = Selection(recipe, inventory)
     groups = selection.groups()
     rows = tuple(selection.row(raw) for raw in inventory.tensors.values())
@@ -362,6 +364,7 @@ def make_plan(
         notes=(
             *source.notes,
             *([NO_KV_SCALES] if recipe.calibrates_kv and not kv_scales else ()),
+            *placement,
             *_notes(inventory, groups, side_files),
         ),
         tensor_parallel=tensor_parallel(quantized, selection.schemes, source.config),
@@ -387,11 +390,6 @@ def _notes(
     dtypes = Counter(linear.dtype for linear in quantized)
     if len(dtypes) > 1:
         yield f"weights of several dtypes are quantized: {dict(dtypes)}"
-    if inventory.unknown:
-        yield (
-            f"{len(inventory.unknown)} tensors that transformers does not build (MTP layers?) are "
-            f"kept unless the recipe names mtp: {inventory.unknown[0]}, …"
-        )
     if side_files.left_out:
         yield f"{len(side_files.left_out)} files are not copied: {describe(side_files.left_out)}"
     if not side_files.has_tokenizer:

@@ -191,6 +191,9 @@ _RULES = (
     Rule("tensor-lost", _E, "Every tensor of the source is quantized or copied.", _NEVER_READ),
     Rule("tensor-extra", _E, "Every tensor comes from the source.",
          "vLLM and SGLang: KeyError while loading, or a weight that the model does not have"),
+    Rule("tensor-unplaced", _W, "Every tensor has a place in the architecture, or is an MTP "
+         "layer's.", "transformers computes without it; vLLM and SGLang: KeyError while loading, "
+         "unless they skip its name"),
     Rule("copied-dtype-differs", _E, "A copied tensor has the source's dtype.",
          "numbers are rounded, in every engine"),
     Rule("copied-shape-differs", _E, "A copied tensor has the source's shape.", _LOADERS),

@@ -84,6 +84,7 @@ def _verify(
         findings += [*matching.findings, *comparison.copies(matching.copies)]
         findings += comparison.judge(matching.pairs, errors)
         findings += [*_config_changes(checkpoint, source), *_missing_files(checkpoint, source)]
+        findings += _unplaced(checkpoint, inventory)
     findings += scale_findings
     return Report(
         folder=str(checkpoint.folder),
@@ -150,6 +151,14 @@ def _config_changes(checkpoint: Checkpoint, source: Source) -> Iterator[Finding]
     )
     if changed:
         yield finding("config-changed", CONFIG, f"differs in {', '.join(changed[:8])}")
+
+
+def _unplaced(checkpoint: Checkpoint, inventory: Inventory) -> Iterator[Finding]:
+    """The tensors of the source that the architecture has no parameter for, where they are."""
+    for key in inventory.unplaced:
+        if key in checkpoint.tensors:
+            text = f"no place in {inventory.architecture}, as the source's config.json describes it"
+            yield finding("tensor-unplaced", key, text)
 
 
 _SIZES = re.compile(r"^(num_|n_)\w+$|_(size|dim|layers|rank|heads)$|^(architectures|model_type)$")
