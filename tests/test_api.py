@@ -40,6 +40,7 @@ EXPERTS = "w4a16_nvfp4_experts_only_mse"
 def test_public_names() -> None:
     assert set(fourfold.__all__) == {
         "CalibrationConfig", "CalibrationError", "Converted", "Event", "Finding", "FourfoldError",
+        "FourfoldWarning",
         "Generation", "Merged", "ModelError", "NonFiniteError", "ObservationError", "OutputConfig",
         "OutputError", "Plan", "PlanError", "Recipe", "RecipeError", "Report", "ResourceError",
         "Result", "Runtime", "SourceError", "Statistics", "UnreadableError", "UsageError",

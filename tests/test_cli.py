@@ -85,7 +85,7 @@ def options_of(command: str) -> set[str]:
             "quantize",
             "model out --recipe -r --hf-config --calib --calib-size --calib-seq --batch-size "
             "--packing --seed --calibration --device --device-memory --activation-memory --threads "
-            "--shards --overwrite --no-verify --trust-remote-code --verbose --json",
+            "--shards --overwrite --no-verify --strict --trust-remote-code --verbose --json",
         ),
         ("plan", "model --recipe -r --hf-config --trust-remote-code --json"),
         ("verify", "out --source -s --hf-config --threads --trust-remote-code --json"),

@@ -75,6 +75,15 @@ NoVerify = Annotated[
     bool,
     typer.Option("--no-verify", help="Do not read OUT back to verify it.", rich_help_panel=OUTPUT),
 ]
+Strict = Annotated[
+    bool,
+    typer.Option(
+        "--strict",
+        help="Make an error of weights that would be repaired and of experts that no calibration "
+        "token reached.",
+        rich_help_panel=OUTPUT,
+    ),
+]
 Verbose = Annotated[
     bool, typer.Option("--verbose", help="Say which kernels quantize the weights, and why.")
 ]

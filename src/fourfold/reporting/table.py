@@ -153,6 +153,8 @@ def _head(summary: QuantSummary) -> Iterator[str]:
         f"{ledger.linear_weights_quantized:,} / {ledger.linear_weights_planned:,} "
         "linear weights quantized"
     )
+    if summary.repairs:
+        line += f" · {len(summary.repairs):,} repaired"
     yield line if calibration is None else f"{line} · calibrated on {calibration.tokens:,} tokens"
 
 

@@ -53,11 +53,13 @@ class Job:
         ranks: Ranks,
         backend: Backend,
         write_own_files: WriteOwnFiles,
+        *,
+        strict: bool = False,
     ) -> None:
         """Describe the job; nothing is read or written yet."""
         self.plan, self.source, self.folder, self.run = plan, source, folder, run
         self.ranks, self.backend, self.write_own_files = ranks, backend, write_own_files
-        self.identity = identity_of(plan, source, run)
+        self.strict, self.identity = strict, identity_of(plan, source, run)
 
     @property
     def is_leader(self) -> bool:
@@ -118,6 +120,7 @@ class Job:
             pool=self.backend.pool,
             on_event=on_event,
             check=self.ranks.check,
+            strict=self.strict,
         )
         with (
             Scheduler(context, self.assignment.shards) as scheduler,

@@ -41,6 +41,11 @@ class Result:
     """Everything that went otherwise than it was meant: a slower backend, too little GPU memory."""
 
     @property
+    def repairs(self) -> dict[str, str]:
+        """What was repaired: linear weights, and the repair of each."""
+        return {x.name: x.repair for x in self.linears if x.repair is not None}
+
+    @property
     def clean(self) -> bool:
         """True if the output was verified without an error."""
         return self.report is not None and self.report.clean
@@ -56,6 +61,7 @@ class Result:
             "bytes_after": self.plan.nbytes_after,
             "calibration": None if self.statistics is None else asdict(self.statistics.data),
             "unreached_experts": dict(self.unreached_experts),
+            "repairs": self.repairs,
             "kernels": self.kernels,
             "warnings": list(self.warnings),
             "seconds": round(self.seconds, 3),
@@ -66,6 +72,8 @@ class Result:
     def __str__(self) -> str:
         planned, done = len(self.plan.linears), len(self.linears)
         parts = [f"{done:,} / {planned:,} linear weights quantized"]
+        if self.repairs:
+            parts.append(f"{len(self.repairs):,} repaired")
         if self.report is not None:
             counts = self.report.counts
             parts.append(f"{counts.zero_block_scales:,} zero scales of {counts.block_scales:,}")
