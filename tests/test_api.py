@@ -70,7 +70,7 @@ def test_results_are_typed_and_print(written: Written, tmp_path: Path) -> None:
     assert result.clean
     assert str(result).startswith("36 / 36 linear weights quantized · 0 zero scales of 6,912 · ")
     assert str(result).splitlines()[0].endswith(" · verified")
-    assert str(result).endswith("of memory at the peak")
+    assert str(result).splitlines()[-2].endswith("of memory at the peak")
     assert "bits/weight" in str(plan)
     assert str(plan).splitlines()[1].startswith("role ")
     assert "clean: no errors" in str(report)

@@ -108,7 +108,8 @@ def test_the_whole_job(run, written: Written, tmp_path: Path) -> None:
     code, text, _ = run("quantize", model, out, "--recipe", "w4a16_nvfp4_experts_only_mse")
     assert code == 0
     assert "24 / 24 linear weights quantized · 0 zero scales of 4,608 · " in text
-    assert text.splitlines()[-2].endswith("· verified")
+    assert text.splitlines()[-3].endswith("· verified")
+    assert text.splitlines()[-1].startswith(f"serve it: vllm serve {out} ")
     assert run("verify", out, "--source", model)[0] == 0
     code, text, _ = run("inspect", out)
     assert code == 0

@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from fourfold.algorithms.base import ALGORITHMS, RowwiseAlgorithm
@@ -44,7 +45,7 @@ from fourfold.planning.text import role_lines, tensor_parallel_lines
 from fourfold.recipes import Recipe
 from fourfold.statistics import SMALL, Site
 from fourfold.statistics import STATISTICS as ALL_STATISTICS
-from fourfold.storage.names import REPORT, STATISTICS, SUMMARY
+from fourfold.storage.names import CARD, REPORT, SOURCE_CARD, STATISTICS, SUMMARY
 from fourfold.storage.side_files import SideFiles, describe
 from fourfold.storage.source import Source
 from fourfold.storage.units import size
@@ -251,7 +252,11 @@ class Plan(CopyPlan):
     @property
     def _reports(self) -> Sequence[str]:
         statistics = (STATISTICS,) if self.needs_calibration else ()
-        return (*statistics, SUMMARY, REPORT, *self.config_files)
+        return (*statistics, SUMMARY, REPORT, CARD, *self.config_files)
+
+    def name_in_output(self, side_file: Path) -> str:
+        """As its path in the source, but for the model card: the output has its own."""
+        return SOURCE_CARD if side_file == Path(CARD) else super().name_in_output(side_file)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain data for JSON, with one entry for each source tensor."""
@@ -353,6 +358,8 @@ def make_plan(
     check_names(shards, selection.layout)
     check_kept(kept, selection.layout)
     side_files = source.side_files().without({SUMMARY, REPORT, STATISTICS})
+    if Path(CARD) in side_files.copied:
+        side_files = side_files.without({SOURCE_CARD})
     return Plan(
         source=source.place,
         recipe=recipe,

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import ChainMap
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 from fourfold.calibration.scales import ActivationScales
@@ -22,13 +23,15 @@ from fourfold.errors import FourfoldError, SourceChangedError
 from fourfold.events import OnEvent, OutputComplete, Resumed, WritingBegan, ignore
 from fourfold.execution import Backend, ExecutionContext, LinearResult, Scheduler
 from fourfold.planning import CopyPlan, Plan
+from fourfold.reporting.card import draw_card
 from fourfold.reporting.page import draw_report
 from fourfold.reporting.summary import summarize
 from fourfold.run.resume import Assignment, assign_shards, check_all_written, identity_of
 from fourfold.run.strategies import Run
 from fourfold.storage.atomic import FileWriter
 from fourfold.storage.disk import writing
-from fourfold.storage.names import CONFIG, INDEX, REPORT, STATISTICS, SUMMARY
+from fourfold.storage.fingerprints import reading
+from fourfold.storage.names import CARD, CONFIG, INDEX, REPORT, SOURCE_CARD, STATISTICS, SUMMARY
 from fourfold.storage.output import OutputFolder
 from fourfold.storage.run_state import OTHER_FILES
 from fourfold.storage.shard_file import index_of
@@ -159,7 +162,7 @@ class Job:
     def _write_other_files(self, files: FileWriter, results: list[LinearResult]) -> None:
         """Write all files that are not shards, config.json last."""
         for path in self.plan.side_files.copied:
-            files.copy(self.source.folder, path)
+            files.copy(self.source.folder, path, self.plan.name_in_output(path))
         self.source.check_unchanged()  # the side files, too, are of the source that was read
         config = self.write_own_files(files, results)
         shards = zip(
@@ -214,7 +217,7 @@ def write_own_files(
     scales: ActivationScales | None,
     warn: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Write statistics, summary, report and configuration files of a quantized checkpoint.
+    """Write statistics, summary, report, card and configuration files of a quantized checkpoint.
 
     Returns the contents of config.json. Raises `FourfoldError` if planned weights lack figures.
     """
@@ -229,6 +232,18 @@ def write_own_files(
     files.write_text(SUMMARY, summary.to_json())
     if (report := draw_report(summary, warn)) is not None:
         files.write_text(REPORT, report)
+    if (card := draw_card(summary, plan.base_model, _card_of(source, plan), warn)) is not None:
+        files.write_text(CARD, card)
     for name, contents in plan.config_files.items():
         files.write_json(name, contents)
     return dict(source.config) | {"quantization_config": plan.quantization_config}
+
+
+def _card_of(source: Source, plan: Plan) -> str:
+    """The source's own model card; empty if it has none."""
+    for name in (CARD, SOURCE_CARD):
+        if Path(name) in plan.side_files.copied:
+            file = source.folder / name
+            with reading(file):
+                return file.read_text("utf-8", "replace")
+    return ""

@@ -10,6 +10,7 @@ from typing import Any
 from fourfold.calibration.statistics import Statistics
 from fourfold.execution import LinearResult
 from fourfold.planning import Plan
+from fourfold.reporting.serving import Served, closing_line
 from fourfold.storage.names import REPORT, SUMMARY
 from fourfold.storage.units import size
 from fourfold.verification import Report
@@ -83,6 +84,8 @@ class Result:
         )
         took = f"{self.seconds:,.1f} s, {size(self.peak_resident)} of memory at the peak"
         lines = [" · ".join(parts), *self._calibration_lines(), took]
+        if not self.is_part:
+            lines.append(closing_line(str(self.out), Served.of_plan(self.plan)))
         return "\n".join(lines)
 
     def _calibration_lines(self) -> Iterator[str]:
