@@ -21,6 +21,7 @@ from fourfold.formats.base import FORMATS
 from fourfold.formats.scheme import Scheme
 from fourfold.layouts.base import LAYOUTS, CheckpointContents, Layout
 from fourfold.layouts.recognition import check_not_quantized
+from fourfold.models.agreement import agreement_notes
 from fourfold.models.families import family_of
 from fourfold.models.inventory import Inventory, LinearWeight
 from fourfold.models.inventory_builder import take_inventory
@@ -326,7 +327,9 @@ def _activation_of(linear: LinearWeight) -> str:
 def make_plan(
     source: Source, recipe: Recipe, *, parts: int = 1, limits: Limits = DEFAULT_LIMITS
 ) -> Plan:
-    """Decide how every tensor of `source` is treated. No weight is read.
+    """Decide how every tensor of `source` is treated.
+
+    No weight is read, except where two tensors stand for one parameter: they are compared.
 
     Args:
         source: The checkpoint.
@@ -342,7 +345,7 @@ def make_plan(
     """
     check_not_quantized(source)
     inventory = take_inventory(source)
-    placement = [*placement_notes(source, inventory)]
+    placement = [*placement_notes(source, inventory), *agreement_notes(source, inventory)]
     selection = Selection(recipe, inventory)
     groups = selection.groups()
     rows = tuple(selection.row(raw) for raw in inventory.tensors.values())
