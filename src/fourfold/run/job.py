@@ -22,7 +22,7 @@ from fourfold.distributed.ranks import RankFailedError, Ranks
 from fourfold.errors import FourfoldError, SourceChangedError
 from fourfold.events import OnEvent, OutputComplete, Resumed, WritingBegan, ignore
 from fourfold.execution import Backend, ExecutionContext, LinearResult, Scheduler
-from fourfold.planning import CopyPlan, Plan
+from fourfold.planning import CopyPlan, Plan, job_bytes
 from fourfold.reporting.card import draw_card
 from fourfold.reporting.page import draw_report
 from fourfold.reporting.summary import summarize
@@ -77,8 +77,8 @@ class Job:
     def write(self, on_event: OnEvent = ignore) -> list[LinearResult]:
         """Do this rank's part; return the figures of all weights in this rank's OUT.
 
-        Emits `WritingBegan`, `Resumed`, `ShardWritten` and `OutputComplete`. After an error or a
-        signal, OUT holds what the same job can resume, or nothing of this run.
+        Emits `WritingBegan`, `Resumed`, `BytesQuantized`, `ShardWritten` and `OutputComplete`.
+        After an error or a signal, OUT holds what the same job can resume, or nothing of this run.
         """
         with self.source.agreeing():
             if self.run.is_writer and self.ranks.size == 1:
@@ -87,7 +87,7 @@ class Job:
         try:
             self._assign()
             if self.assignment.finished:
-                on_event(Resumed(self.assignment.finished, len(self.plan.shards)))
+                on_event(Resumed(len(self.assignment.finished), len(self.plan.shards)))
             self._execute(on_event)
             self.ranks.gather("written")
             with self.source.agreeing():
@@ -125,8 +125,11 @@ class Job:
             check=self.ranks.check,
             strict=self.strict,
         )
+        finished = (self.plan.shards[number] for number in self.assignment.finished)
+        before = sum(job_bytes(job) for shard in finished for job in shard.jobs)
+        before //= self.ranks.size
         with (
-            Scheduler(context, self.assignment.shards) as scheduler,
+            Scheduler(context, self.assignment.shards, bytes_before=before) as scheduler,
             closing(self.run.steps(self.assignment.statistics, self._store_statistics)) as steps,
         ):
             for shards in steps:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -14,7 +15,7 @@ from fourfold.run.signals import default_guard
 
 
 class Session:
-    """Passes each event on to all listeners, and keeps the warnings.
+    """Passes each event on to all listeners, one at a time, and keeps the warnings.
 
     The command line shows warnings; callers from Python get them by Python's `warnings`.
     """
@@ -22,6 +23,7 @@ class Session:
     def __init__(self, listeners: Sequence[OnEvent], *, shows_warnings: bool) -> None:
         self.listeners, self.shows_warnings = listeners, shows_warnings
         self.warnings: list[str] = []
+        self._lock = threading.RLock()  # a listener may raise or warn in turn
 
     def __call__(self, event: Event) -> None:
         listeners = self.listeners
@@ -30,8 +32,9 @@ class Session:
             if not self.shows_warnings:
                 warnings.warn(event.text, FourfoldWarning, stacklevel=_frames_to_caller())
                 listeners = [x for x in listeners if not isinstance(x, ProgressDisplay)]
-        for listener in listeners:
-            listener(event)
+        with self._lock:
+            for listener in listeners:
+                listener(event)
 
     def warn(self, text: str) -> None:
         self(WarningIssued(text))

@@ -150,7 +150,7 @@ def _choose_run(
     if source.model is not None and plan.needs_calibration and scales is None:
         with source.agreeing():
             loop = observation.forward_loop or _data(plan, source, observation)
-        scales = observe_live(plan, source, loop)
+        scales = observe_live(plan, source, loop, observation.on_event)
     if scales is not None and observation.strict:
         check_reached(scales)
     if source.model is not None:
