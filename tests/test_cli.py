@@ -85,18 +85,24 @@ def options_of(command: str) -> set[str]:
             "quantize",
             "model out --recipe -r --hf-config --calib --calib-size --calib-seq --batch-size "
             "--packing --seed --calibration --device --device-memory --activation-memory --threads "
-            "--shards --overwrite --no-verify --strict --trust-remote-code --verbose --json",
+            "--shards --overwrite --no-verify --strict --trust-remote-code --verbose --quiet -q "
+            "--log-file --json",
         ),
         ("plan", "model --recipe -r --hf-config --trust-remote-code --json"),
-        ("verify", "out --source -s --hf-config --threads --trust-remote-code --json"),
+        (
+            "verify",
+            "out --source -s --hf-config --threads --trust-remote-code --quiet -q --log-file "
+            "--json",
+        ),
         (
             "convert",
-            "model out --hf-config --threads --shards --overwrite --trust-remote-code --json",
+            "model out --hf-config --threads --shards --overwrite --trust-remote-code --quiet -q "
+            "--log-file --json",
         ),
         ("inspect", "folder --json"),
         ("summary", "out --role --layer --all --worst --json"),
         ("recipes", "name --guide --json"),
-        ("demo", "out --recipe -r --overwrite --json"),
+        ("demo", "out --recipe -r --overwrite --quiet -q --log-file --json"),
     ],
 )
 def test_options(command: str, options: str) -> None:

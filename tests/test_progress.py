@@ -93,6 +93,7 @@ def test_every_event_is_shown() -> None:
         DataLoaded(8, 32, 250, "ids.jsonl", is_embedded=False, beginning="It was"),
         WritingBegan(Path("out")),
         Resumed(1, 4),
+        BytesQuantized(0, 40),
         BatchCalibrated(0, 3, 1, 2, 100, 600),
         LayerCalibrated(0, 3),
         BytesQuantized(10, 40),
@@ -141,7 +142,9 @@ def test_calibration_and_quantization_have_rates_of_their_own() -> None:
     stages = Stages(0.0)
     for now, event in calibrated():
         stages.see(event, now)
-        if now == 10 and isinstance(event, BytesQuantized):  # a layer of four is done: 6 s for its tokens, 4 s for its bytes
+        if now == 10 and isinstance(
+            event, BytesQuantized
+        ):  # a layer of four is done: 6 s for its tokens, 4 s for its bytes
             assert stages.stages["calibrating"].text == "layer 1/4 · batch 2/2 · 41.7 tokens/s"
             assert stages.stages["quantizing"].text == "8.0 GB of 32.0 GB · 2.0 GB/s"
             assert stages.seconds_left == pytest.approx(30)

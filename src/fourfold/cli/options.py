@@ -87,6 +87,16 @@ Strict = Annotated[
 Verbose = Annotated[
     bool, typer.Option("--verbose", help="Say which kernels quantize the weights, and why.")
 ]
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="Show warnings, errors and the result, and nothing else."),
+]
+LogFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--log-file", help="Append what the command says to this file, with the time of each line."
+    ),
+]
 SourceModel = Annotated[
     str | None, typer.Option("--source", "-s", help="The checkpoint that OUT was made from.")
 ]

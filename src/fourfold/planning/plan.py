@@ -299,12 +299,16 @@ class Plan(CopyPlan):
         }
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, width: int | None = None) -> str:
+        """The plan for people; its table has no more columns than fit into `width` characters."""
         memory = size(self.memory(threads_available()) + self.calibration_memory)
         disk = size(self.nbytes_after + self.side_files.nbytes)
         written = sum(len(shard.tensors) for shard in self.shards)
         lines = [
             f"{self.source}: {self.inventory.architecture} → recipe {self.recipe.name}",
-            *role_lines(self.rows),
+            *role_lines(self.rows, width),
             *tensor_parallel_lines(self.tensor_parallel),
             f"{len(self.rows):,} tensors in, {written:,} out in {len(self.shards)} shards · "
             f"{len(self.linears):,} linear weights to quantize · "

@@ -282,14 +282,15 @@ def _copy_all(
     on_event: OnEvent,
 ) -> None:
     copied = 0
+    on_event(BytesCopied(copied, total))
     with closing(SourceFiles(stamps)) as files:
         for name, new in new_shards.items():
             with closing(target.shard(name, _specs(new.tensors))) as shard:
                 for info in new.tensors.values():
                     _copy(info, shard, files)
                     copied += info.nbytes
+                    on_event(BytesCopied(copied, total))
                 target.finish_shard(shard, {})
-            on_event(BytesCopied(copied, total))
 
 
 def _copy(info: TensorInfo, shard: ShardFile, files: SourceFiles) -> None:

@@ -37,13 +37,16 @@ class Lines:
 
     def __init__(self, write: Write, stages: Stages) -> None:
         self.write, self.stages = write, stages
-        self.began = self.last = stages.now
+        self.began = self.last = -1.0
+        """When the first step began, and when a line was written."""
         self._has_line: set[str] = set()
         """The steps that a line was written of."""
 
     def __call__(self, stage: Stage) -> None:
         """Write a line, if it is time for one, or if a step of which there are some has ended."""
         now = self.stages.now
+        if self.last < 0:
+            self.began = self.last = now
         wait = min(SLOWEST, max(PACE, (now - self.began) / 20))
         has_ended = stage.is_done and stage.name in self._has_line
         if now - self.last >= wait or has_ended:
