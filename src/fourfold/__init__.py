@@ -19,7 +19,6 @@ from fourfold._version import __version__
 from fourfold.errors import (
     CalibrationError,
     FourfoldError,
-    FourfoldWarning,
     ModelError,
     NonFiniteError,
     ObservationError,
@@ -76,7 +75,6 @@ __all__ = [
     "Event",
     "Finding",
     "FourfoldError",
-    "FourfoldWarning",
     "Generation",
     "Merged",
     "ModelError",

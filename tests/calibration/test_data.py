@@ -391,7 +391,7 @@ def test_templates_that_print_the_date_give_the_same_on_every_day(tmp_path: Path
         "{{ messages[0].content }}"
     )
     folder = save_words(tmp_path / "model", template)
-    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": CHAT[0]}])
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": CHAT[0][:1]}])
     expected = [[ID["<unk>"], ID["w7"], ID["w1"], ID["w2"]]]  # w01 is no word
     assert rows(load(folder, path, packing="padded")) == expected
 
@@ -453,7 +453,8 @@ BROKEN_RECORDS: dict[str, tuple[Any, str]] = {
         '{"text": ',
         r"a\.jsonl, line 2: is not JSON \(Expecting value at character 10\)\. Write one JSON obj",
     ),
-    "a list": ('["text"]', r"line 2: contains a JSON list, not an object"),
+    "a list": ('[["text"]]', r"item 1, line 2: contains a JSON list, not an object"),
+    "a number": ("5", r"line 2: contains a JSON int, not an object"),
     "no known key": (
         {"instruction": "x", "output": "y"},
         r"line 2: has instruction, output\. Give text, prompt and completion, messages, or",
@@ -481,11 +482,11 @@ BROKEN_RECORDS: dict[str, tuple[Any, str]] = {
     "a negative id": ({"input_ids": [-1]}, r"line 2: token id -1 is outside"),
     "messages that are text": ({"messages": "hello"}, r"line 2: messages is not a list of objects"),
     "another chat format": (
-        {"messages": [{"from": "human", "value": "w1"}]},
+        {"messages": [{"speaker": "human", "text": "w1"}]},
         r"line 2: messages is not a list of objects with role and content",
     ),
     "tools that are text": (
-        {"messages": CHAT[0], "tools": "[]"}, r"line 2: tools is not a list of objects",
+        {"messages": CHAT[0], "tools": "none"}, r"line 2: tools is not a list of objects",
     ),
     "what the template refuses": (
         {"messages": [{"role": "judge", "content": "w1"}]},
@@ -639,8 +640,8 @@ def test_a_dataset_that_the_hub_does_not_give(words: Path, monkeypatch: pytest.M
     with pytest.raises(CalibrationError) as caught:
         load(words, "org/name")
     assert str(caught.value) == (
-        "org/name: no such file, and the dataset cannot be read from the hub (no route to host). "
-        "Check the name and the network."
+        "org/name: no such file, and the dataset cannot be read from the hub (no route to host "
+        "and much more). Check the name and the network."
     )
     rows_without = iter([{"question": "w1"}])
     stand_in.load_dataset = lambda *a, **o: rows_without  # type: ignore[attr-defined]

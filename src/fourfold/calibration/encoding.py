@@ -14,6 +14,16 @@ from itertools import compress
 from pathlib import Path
 from typing import Any
 
+from fourfold.calibration.chats import (
+    Chat,
+    Message,
+    Omission,
+    holds_chat,
+    is_trl,
+    left_out,
+    presentations,
+    read_chat,
+)
 from fourfold.calibration.readers import Record
 from fourfold.errors import CalibrationError, SourceError
 from fourfold.models.tokenizer import load_tokenizer
@@ -80,9 +90,8 @@ class Encoder:
     def encode(self, record: Record, close: bool) -> list[int]:
         """Return the ids of a record; none for an empty document.
 
-        If a record has several forms, the first of `input_ids`, `messages`, `prompt` with
-        `completion` and `text` is used. Without a chat template, `messages` are used only if there
-        is no other form.
+        If a record has several forms, the first of `input_ids`, a chat, `prompt` with `completion`
+        and `text` is used. Without a chat template, a chat is used only if there is no other form.
 
         Args:
             record: One document.
@@ -94,7 +103,7 @@ class Encoder:
         content = record.content
         if "input_ids" in content:
             ids = _input_ids(record)
-        elif "messages" in content and (_plain_text(record) is None or self._has_template):
+        elif holds_chat(content) and (_plain_text(record) is None or self._has_template):
             ids = self._encode_chat(record)
         else:
             ids = self._encode_text(record, close)
@@ -116,25 +125,62 @@ class Encoder:
         return ids
 
     def _encode_chat(self, record: Record) -> list[int]:
-        if record.content["messages"] == []:
+        chat = read_chat(record)
+        if chat.is_blank:
             return []
         if not self._has_template:
             raise CalibrationError(
                 f"{record.where}: has messages, but the tokenizer in {self._folder} has no chat "
                 "template. Give text, prompt and completion, or input_ids."
             )
-        text = self._render(record)
+        text = self._render_all(record, chat)
         return _tokenize(self.tokenizer, text, record.where, add_special_tokens=False)
 
-    def _render(self, record: Record) -> str:
-        """Apply the chat template to the messages of a record."""
-        messages, tools = _chat(record)
+    def _render_all(self, record: Record, chat: Chat) -> str:
+        """Render a chat in the first presentation of which the template leaves out nothing."""
+        problems: list[CalibrationError] = []
+        for messages in presentations(chat):
+            try:
+                text = self._render(record, messages, chat.tools)
+            except CalibrationError as error:
+                problems.append(error)
+                continue
+            omissions = [
+                omission
+                for omission in left_out(chat, text)
+                if not self._is_earlier_reasoning(record, chat, messages, omission)
+            ]
+            if not omissions:
+                return text
+            problems.append(
+                CalibrationError(
+                    f"{record.where}: the model's chat template leaves out {omissions[0].what}. "
+                    "Remove it from the record, or give the whole chat as text."
+                )
+            )
+        raise problems[0]
+
+    def _is_earlier_reasoning(
+        self, record: Record, chat: Chat, messages: list[Message], omission: Omission
+    ) -> bool:
+        """True if it is reasoning that the template shows where the chat ends with its message."""
+        if omission.reasoning_of is None or omission.reasoning_of == len(messages) - 1:
+            return False
+        end = omission.reasoning_of + 1
         try:
+            text = self._render(record, messages[:end], None)
+        except CalibrationError:
+            return False
+        return omission not in left_out(Chat(chat.messages[:end], None), text)
+
+    def _render(self, record: Record, messages: list[Message], tools: list[Any] | None) -> str:
+        """Apply the chat template to messages."""
+        try:
+            template = TODAY + self.tokenizer.get_chat_template(tools=tools)
+            if any(message["content"] is None for message in messages):
+                return _render_with_null(self.tokenizer, messages, tools, template)
             text: str = self.tokenizer.apply_chat_template(
-                messages,
-                tools=tools,
-                chat_template=TODAY + self.tokenizer.get_chat_template(tools=tools),
-                tokenize=False,
+                messages, tools=tools, chat_template=template, tokenize=False
             )
         except Exception as error:  # a template is a program, which can fail in any way
             cause = " ".join(str(error).split())[:200] or type(error).__name__
@@ -157,12 +203,22 @@ class Encoder:
         )
 
 
+def _render_with_null(
+    tokenizer: Any, messages: list[Message], tools: list[Any] | None, template: str
+) -> str:
+    """Render messages with null content, which `apply_chat_template` would drop."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    special = tokenizer.special_tokens_map
+    texts, _ = render_jinja_template([messages], tools=tools, chat_template=template, **special)
+    return str(texts[0])
+
+
 def _plain_text(record: Record) -> str | None:
     """Return `prompt` and `completion` joined, or `text`; None if the record has neither."""
-    for keys in (("prompt", "completion"), ("text",)):
-        if record.content.keys() >= set(keys):
-            return "".join(_string(record, key) for key in keys)
-    return None
+    if record.content.keys() >= {"prompt", "completion"} and not is_trl(record.content):
+        return _string(record, "prompt") + _string(record, "completion")
+    return _string(record, "text") if "text" in record.content else None
 
 
 def _string(record: Record, key: str) -> str:
@@ -171,28 +227,6 @@ def _string(record: Record, key: str) -> str:
         kind = type(value).__name__
         raise CalibrationError(f"{record.where}: {key} has the type {kind}. Write a string.")
     return value
-
-
-def _chat(record: Record) -> tuple[list[Any], list[Any] | None]:
-    """Return `messages` and `tools`. A template would print a missing role or content as nothing,
-    so their presence is checked here."""
-    messages, tools = record.content["messages"], record.content.get("tools")
-    is_valid = isinstance(messages, list) and all(
-        isinstance(message, dict)
-        and "role" in message
-        and message.keys() & {"content", "tool_calls"}
-        for message in messages
-    )
-    if not is_valid:
-        raise CalibrationError(
-            f"{record.where}: messages is not a list of objects with role and content. "
-            'Write [{"role": "user", "content": "…"}, …].'
-        )
-    if tools is not None and not isinstance(tools, list):
-        raise CalibrationError(
-            f"{record.where}: tools is not a list of objects. Correct it, or leave it out."
-        )
-    return messages, tools
 
 
 def _input_ids(record: Record) -> list[int]:

@@ -6,7 +6,6 @@ that is also why typer shows the help without rich.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,7 +18,6 @@ import typer
 from fourfold._version import __version__
 from fourfold.cli import terminal
 from fourfold.cli.help import Command, Commands
-from fourfold.cli.log import log
 from fourfold.cli.options import (
     ActivationMemory,
     BatchSize,
@@ -30,18 +28,16 @@ from fourfold.cli.options import (
     DeviceMemory,
     HfConfig,
     Json,
-    LogFile,
     Model,
     NoVerify,
     Overwrite,
     Packing,
-    Quiet,
     RecipeName,
     Seed,
     Shards,
+    ShowData,
     SourceModel,
     Statistics,
-    Strict,
     Threads,
     Trust,
     Verbose,
@@ -51,7 +47,6 @@ from fourfold.cli.terminal import console, print_json, show, show_result
 from fourfold.config import CalibrationConfig, OutputConfig, Runtime
 from fourfold.distributed.launcher import launch
 from fourfold.errors import UsageError
-from fourfold.storage.units import printable
 
 if TYPE_CHECKING:
     from fourfold.run.merge import Merged
@@ -72,23 +67,14 @@ command = partial(app.command, cls=Command)
 
 
 @contextmanager
-def _begun(
-    what: str, *, quiet: bool, log_file: Path | None, verbose: bool = False
-) -> Iterator[dict[str, Any]]:
-    """Say what begins, on a terminal at once, and show the progress of a call of the API.
+def _shown_progress(*, quiet: bool, **options: bool) -> Iterator[dict[str, Any]]:
+    """Show the progress of a call of the API: yields the arguments for it.
 
-    Yields the arguments for that call. Within, PyTorch can be imported, which takes a while.
+    options: Those of `CommandDisplay`.
     """
-    heading = printable(f"fourfold {__version__}: {what}")
-    if log_file is not None:
-        log.open(log_file)
-    if launch().rank == 0:
-        log.write(heading)
-        if sys.stderr.isatty() and not quiet:
-            print(heading, file=sys.stderr, flush=True)
     from fourfold.cli.progress import CommandDisplay
 
-    with CommandDisplay(heading, quiet=quiet, verbose=verbose) as display:
+    with CommandDisplay(quiet=quiet, **options) as display:
         yield {"progress": False, "on_event": display}
 
 
@@ -118,6 +104,7 @@ def quantize(
     packing: Packing = "packed",
     seed: Seed = 0,
     calibration: Statistics = None,
+    show_data: ShowData = False,
     device: Device = "auto",
     device_memory: DeviceMemory = None,
     activation_memory: ActivationMemory = None,
@@ -125,17 +112,16 @@ def quantize(
     shards: Shards = None,
     overwrite: Overwrite = False,
     no_verify: NoVerify = False,
-    strict: Strict = False,
     trust_remote_code: Trust = False,
     verbose: Verbose = False,
-    quiet: Quiet = False,
-    log_file: LogFile = None,
     as_json: Json = False,
 ) -> None:
     """Quantize MODEL into OUT, and verify what was written.
 
     If a run was stopped, the same command resumes it. Under torchrun, all ranks share the work.
     """
+    from fourfold import api
+
     calibrating = CalibrationConfig(
         calib=calib or (),
         calib_size=calib_size,
@@ -146,10 +132,7 @@ def quantize(
         statistics=calibration,
         activation_memory=in_bytes("--activation-memory", activation_memory),
     )
-    begun = f"quantizing {model} into {out}, recipe {recipe}"
-    with _begun(begun, quiet=quiet or as_json, log_file=log_file, verbose=verbose) as progress:
-        from fourfold import api
-
+    with _shown_progress(quiet=as_json, verbose=verbose, show_data=show_data) as progress:
         result = api.quantize(
             model,
             out,
@@ -157,7 +140,7 @@ def quantize(
             hf_config=hf_config,
             calibration=calibrating,
             runtime=Runtime(device, in_bytes("--device-memory", device_memory), threads),
-            output=OutputConfig(shards, overwrite, not no_verify, strict),
+            output=OutputConfig(shards, overwrite, verify=not no_verify),
             trust_remote_code=trust_remote_code,
             **progress,
         )
@@ -187,15 +170,13 @@ def verify(
     hf_config: HfConfig = None,
     threads: Threads = None,
     trust_remote_code: Trust = False,
-    quiet: Quiet = False,
-    log_file: LogFile = None,
     as_json: Json = False,
 ) -> None:
     """Verify OUT tensor by tensor. Exit code 0: clean, 1: an error was found, 2: not readable."""
-    begun = f"verifying {out}"
-    with _begun(begun, quiet=quiet or as_json, log_file=log_file) as progress:
-        from fourfold import api
+    from fourfold import api
+    from fourfold.cli.tables import report_text
 
+    with _shown_progress(quiet=as_json) as progress:
         report = api.verify(
             out,
             source=source,
@@ -204,8 +185,6 @@ def verify(
             trust_remote_code=trust_remote_code,
             **progress,
         )
-    from fourfold.cli.tables import report_text
-
     show(report, as_json, report_text)
     if not report.clean:
         raise typer.Exit(1)
@@ -222,8 +201,6 @@ def convert(
         bool, typer.Option("--overwrite", help="Start over if a run was stopped in OUT.")
     ] = False,
     trust_remote_code: Trust = False,
-    quiet: Quiet = False,
-    log_file: LogFile = None,
     as_json: Json = False,
 ) -> None:
     """Write MODEL as an unquantized Hugging Face checkpoint.
@@ -231,10 +208,10 @@ def convert(
     What was written is compared with MODEL, byte for byte. If a run was stopped, the same command
     resumes it.
     """
-    begun = f"converting {model} into {out}"
-    with _begun(begun, quiet=quiet or as_json, log_file=log_file) as progress:
-        from fourfold import api
+    from fourfold import api
+    from fourfold.cli.tables import result_text
 
+    with _shown_progress(quiet=as_json) as progress:
         converted = api.convert(
             model,
             out,
@@ -245,8 +222,6 @@ def convert(
             trust_remote_code=trust_remote_code,
             **progress,
         )
-    from fourfold.cli.tables import result_text
-
     show(converted, as_json, result_text)
 
 
@@ -263,20 +238,17 @@ def merge(
     threads: Threads = None,
     overwrite: Overwrite = False,
     no_verify: NoVerify = False,
-    quiet: Quiet = False,
-    log_file: LogFile = None,
     as_json: Json = False,
 ) -> None:
     """Join the parts that nodes wrote, or re-shard a checkpoint.
 
     The nodes need no shared file system.
     """
+    from fourfold import api
+
     if len(folders) < 2:
         raise UsageError("give the folders to join, and then OUT.")
-    begun = f"merging {len(folders) - 1} folders into {folders[-1]}"
-    with _begun(begun, quiet=quiet or as_json, log_file=log_file) as progress:
-        from fourfold import api
-
+    with _shown_progress(quiet=as_json) as progress:
         result = api.merge(
             folders[:-1],
             folders[-1],
@@ -361,7 +333,6 @@ def recipes(
     as_json: Json = False,
 ) -> None:
     """List the built-in recipes, print one, or help to choose."""
-    from fourfold.cli.tables import recipes_entry
     from fourfold.recipes import Recipe, builtin_names
 
     if guide:
@@ -373,7 +344,9 @@ def recipes(
             print_json({recipe.name: recipe.model_dump(mode="json") for recipe in all_recipes})
         else:
             for recipe in all_recipes:
-                console().print(recipes_entry(recipe), soft_wrap=True)
+                console().print(
+                    f"[bold]{recipe.name}[/]\n    {recipe.description}", highlight=False
+                )
         return
     chosen = Recipe.load(name)
     if as_json:
@@ -398,17 +371,14 @@ def demo(
     out: Annotated[Path, typer.Argument(help="The folder to write.")] = Path("demo-out"),
     recipe: RecipeName = DEFAULT_RECIPE,
     overwrite: Overwrite = False,
-    quiet: Quiet = False,
-    log_file: LogFile = None,
     as_json: Json = False,
 ) -> None:
     """Quantize the embedded model, offline, and show the effect."""
-    begun = f"quantizing the embedded model into {out}, recipe {recipe}"
-    with _begun(begun, quiet=quiet or as_json, log_file=log_file) as progress:
-        from fourfold import api
-        from fourfold.embedded import model_dir
-        from fourfold.evaluation.demo import demonstrate, is_demo_output
+    from fourfold import api
+    from fourfold.embedded import model_dir
+    from fourfold.evaluation.demo import demonstrate, is_demo_output
 
+    with _shown_progress(quiet=as_json) as progress:
         again = overwrite or is_demo_output(out)
         result = api.quantize(
             model_dir(),
@@ -453,15 +423,13 @@ def generate(
         str, typer.Option(help="Where to run the models: cpu, cuda, cuda:N or auto.")
     ] = "auto",
     trust_remote_code: Trust = False,
-    quiet: Quiet = False,
-    log_file: LogFile = None,
     as_json: Json = False,
 ) -> None:
     """Let OUT and its source continue a prompt, side by side."""
-    begun = f"continuing a prompt with {out}"
-    with _begun(begun, quiet=quiet or as_json, log_file=log_file) as progress:
-        from fourfold import api
+    from fourfold import api
+    from fourfold.cli.tables import generation_table
 
+    with _shown_progress(quiet=as_json) as progress:
         written = api.generate(
             out,
             prompt,
@@ -475,8 +443,6 @@ def generate(
             trust_remote_code=trust_remote_code,
             **progress,
         )
-    from fourfold.cli.tables import generation_table
-
     show(written, as_json, generation_table)
 
 

@@ -75,27 +75,8 @@ NoVerify = Annotated[
     bool,
     typer.Option("--no-verify", help="Do not read OUT back to verify it.", rich_help_panel=OUTPUT),
 ]
-Strict = Annotated[
-    bool,
-    typer.Option(
-        "--strict",
-        help="Make an error of weights that would be repaired and of experts that no calibration "
-        "token reached.",
-        rich_help_panel=OUTPUT,
-    ),
-]
 Verbose = Annotated[
     bool, typer.Option("--verbose", help="Say which kernels quantize the weights, and why.")
-]
-Quiet = Annotated[
-    bool,
-    typer.Option("--quiet", "-q", help="Show warnings, errors and the result, and nothing else."),
-]
-LogFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--log-file", help="Append what the command says to this file, with the time of each line."
-    ),
 ]
 SourceModel = Annotated[
     str | None, typer.Option("--source", "-s", help="The checkpoint that OUT was made from.")
@@ -105,7 +86,7 @@ SourceModel = Annotated[
 Calib = Annotated[
     list[str] | None,
     typer.Option(
-        help="Calibration data: a text, JSONL or Parquet file, or a dataset on the hub. May be "
+        help="Calibration data: a text, JSON or Parquet file, or a dataset on the hub. May be "
         "repeated. By default a mixed text that comes with fourfold.",
         rich_help_panel=CALIBRATION,
     ),
@@ -139,6 +120,14 @@ Statistics = Annotated[
     Path | None,
     typer.Option(
         help="Use the calibration.safetensors of an earlier run; the model is not run.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
+ShowData = Annotated[
+    bool,
+    typer.Option(
+        "--show-data",
+        help="Print how your calibration data begins; by default none of it is printed.",
         rich_help_panel=CALIBRATION,
     ),
 ]

@@ -19,6 +19,7 @@ import torch
 from fourfold.calibration.data import CalibrationData, load_calibration
 from fourfold.calibration.layerwise import Calibration
 from fourfold.calibration.live import ForwardLoop, held_layers, observe_live
+from fourfold.calibration.readers import check_names
 from fourfold.calibration.saved_activations import SavedActivations
 from fourfold.calibration.scales import ActivationScales
 from fourfold.calibration.statistics import Statistics
@@ -29,7 +30,6 @@ from fourfold.errors import ResourceError
 from fourfold.events import DataLoaded, OnEvent, ignore
 from fourfold.planning import Plan
 from fourfold.recipes import Recipe
-from fourfold.run.remarks import check_reached
 from fourfold.storage.disk import free_bytes
 from fourfold.storage.output import OutputFolder
 from fourfold.storage.source import Source
@@ -51,17 +51,24 @@ class Observation:
     threads: int | None = None
     """PyTorch's threads while the model runs; None leaves them as they are."""
     on_event: OnEvent = ignore
-    strict: bool = False
-    """True if an expert that no token reached is an error."""
 
-    def check(self, recipe: Recipe, source: Source) -> None:
-        """Raise `UsageError` for what the recipe or the source cannot use."""
+    def checked(self, recipe: Recipe, source: Source) -> Observation:
+        """Return these settings with the statistics loaded, if a file of them is given.
+
+        Raises:
+            UsageError: For what the recipe or the source cannot use, and for what cannot be read.
+        """
         self.config.check_use(
             recipe.name,
             needs_calibration=recipe.needs_calibration,
             has_forward_loop=self.forward_loop is not None,
             is_live=source.model is not None,
         )
+        check_names(self.config.files)
+        saved = self.config.statistics
+        if not isinstance(saved, str | Path):
+            return self
+        return replace(self, config=replace(self.config, statistics=Statistics.load(Path(saved))))
 
 
 OnObserved = Callable[[int | None, Statistics], None]
@@ -96,17 +103,14 @@ def at_once(source: Source, scales: ActivationScales | None = None) -> Run:
     return Run(source, scales, steps, identity)
 
 
-def streamed(plan: Plan, calibration: Calibration, *, strict: bool = False) -> Run:
+def streamed(plan: Plan, calibration: Calibration) -> Run:
     """Calibrate layer by layer, and quantize each layer from memory once it is observed."""
 
     def steps(
         finished: Mapping[int | None, Statistics], on_observed: OnObserved
     ) -> Generator[Sequence[int]]:
         with closing(calibration.units(finished, on_observed)) as units:
-            for unit in units:
-                if strict:
-                    check_reached(calibration.scales, [unit])
-                yield plan.shards_of(unit)
+            yield from map(plan.shards_of, units)
 
     identity = {
         "data": asdict(calibration.statistics.data),
@@ -132,28 +136,15 @@ def choose_run(
 
     `out` also holds the activations that memory has no room for.
     """
-    run = _choose_run(plan, source, observation, out, ranks)
-    if not observation.strict:
-        return run
-    # A run that was begun otherwise may have written what a strict one refuses.
-    return replace(run, identity={**run.identity, "strict": True})
-
-
-def _choose_run(
-    plan: Plan, source: Source, observation: Observation, out: OutputFolder, ranks: Ranks
-) -> Run:
-    scales, saved = None, observation.config.statistics
-    if saved is not None:
-        statistics = saved if isinstance(saved, Statistics) else Statistics.load(Path(saved))
+    scales, statistics = None, observation.config.statistics
+    if statistics is not None:
         scales = ActivationScales(plan, statistics)
         scales.check_fit()
-    if source.model is not None and plan.needs_calibration and scales is None:
-        with source.agreeing():
-            loop = observation.forward_loop or _data(plan, source, observation)
-        scales = observe_live(plan, source, loop, observation.on_event)
-    if scales is not None and observation.strict:
-        check_reached(scales)
     if source.model is not None:
+        if plan.needs_calibration and scales is None:
+            with source.agreeing():
+                loop = observation.forward_loop or _data(plan, source, observation)
+            scales = observe_live(plan, source, loop)
         return live(plan, source, scales)
     if scales is not None or not plan.needs_calibration:
         return at_once(source, scales)
@@ -176,7 +167,7 @@ def _choose_run(
         ranks=ranks,
         on_event=observation.on_event,
     )
-    return streamed(plan, calibration, strict=observation.strict)
+    return streamed(plan, calibration)
 
 
 def _check_spill(
