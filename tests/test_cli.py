@@ -87,7 +87,7 @@ def options_of(command: str) -> set[str]:
             "--packing --seed --calibration --device --device-memory --activation-memory --threads "
             "--shards --overwrite --no-verify --trust-remote-code --verbose --json --show-data",
         ),
-        ("plan", "model --recipe -r --hf-config --trust-remote-code --json"),
+        ("plan", "model --recipe -r --hf-config --time --trust-remote-code --json"),
         ("verify", "out --source -s --hf-config --threads --trust-remote-code --json"),
         (
             "convert",

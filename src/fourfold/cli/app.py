@@ -152,15 +152,30 @@ def plan(
     model: Model,
     recipe: RecipeName = DEFAULT_RECIPE,
     hf_config: HfConfig = None,
+    with_time: Annotated[
+        bool | None,
+        typer.Option(
+            "--time/--no-time",
+            help="Measure this machine briefly and estimate the time; by default unless --json.",
+            show_default=False,
+        ),
+    ] = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Show what quantize would do to every kind of tensor. Reads no weight."""
+    """Show what quantize would do to every tensor, and what it takes."""
     from fourfold import api
     from fourfold.cli.tables import plan_text
+    from fourfold.run.estimate import estimate
 
     work = api.plan(model, recipe, hf_config=hf_config, trust_remote_code=trust_remote_code)
+    taken = estimate(work) if (not as_json if with_time is None else with_time) else None
+    if as_json:
+        print_json(work.to_dict() | ({"time": taken.to_dict()} if taken else {}))
+        return
     show(work, as_json, plan_text)
+    if taken:
+        console().print(str(taken), soft_wrap=True)
 
 
 @command()

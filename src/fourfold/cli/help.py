@@ -24,7 +24,7 @@ _EXAMPLES: Mapping[str, Sequence[str]] = {
     ),
     "plan": (
         "fourfold plan MODEL --recipe w4a16_nvfp4_default_mse",
-        "fourfold plan MODEL --json > plan.json",
+        "fourfold plan MODEL --json --time > plan.json",
     ),
     "verify": ("fourfold verify OUT", "fourfold verify OUT --source MODEL"),
     "convert": ("fourfold convert MEGATRON OUT --hf-config FOLDER",),
