@@ -21,6 +21,7 @@ from families import Truth
 from fourfold.config import CalibrationConfig, Runtime
 from fourfold.events import (
     BackendChosen,
+    BytesQuantized,
     BytesVerified,
     Event,
     OutputComplete,
@@ -40,6 +41,7 @@ EXPERTS = "w4a16_nvfp4_experts_only_mse"
 def test_public_names() -> None:
     assert set(fourfold.__all__) == {
         "CalibrationConfig", "CalibrationError", "Converted", "Event", "Finding", "FourfoldError",
+        "FourfoldWarning",
         "Generation", "Merged", "ModelError", "NonFiniteError", "ObservationError", "OutputConfig",
         "OutputError", "Plan", "PlanError", "Recipe", "RecipeError", "Report", "ResourceError",
         "Result", "Runtime", "SourceError", "Statistics", "UnreadableError", "UsageError",
@@ -69,7 +71,7 @@ def test_results_are_typed_and_print(written: Written, tmp_path: Path) -> None:
     assert result.clean
     assert str(result).startswith("36 / 36 linear weights quantized · 0 zero scales of 6,912 · ")
     assert str(result).splitlines()[0].endswith(" · verified")
-    assert str(result).endswith("of memory at the peak")
+    assert str(result).splitlines()[-2].endswith("of memory at the peak")
     assert "bits/weight" in str(plan)
     assert str(plan).splitlines()[1].startswith("role ")
     assert "clean: no errors" in str(report)
@@ -91,13 +93,20 @@ def test_events(written: Written, tmp_path: Path) -> None:
     )
     kinds = list(dict.fromkeys(type(event) for event in events))
     assert kinds == [
-        PlanMade, BackendChosen, WritingBegan, ShardWritten, OutputComplete, BytesVerified
+        PlanMade, BackendChosen, WritingBegan, BytesQuantized, ShardWritten, OutputComplete,
+        BytesVerified,
     ]  # fmt: skip
     plan = events[0].plan  # type: ignore[attr-defined]
     shards = [event for event in events if isinstance(event, ShardWritten)]
     assert [event.shards_done for event in shards] == list(range(1, len(plan.shards) + 1))
     assert {event.unit for event in shards} == {"shell", "layer 0", "layer 1", "layer 2"}
     assert shards[-1].bytes_done == shards[-1].bytes_total == plan.nbytes
+    for kind in (BytesQuantized, BytesVerified):
+        amounts = [event for event in events if isinstance(event, kind)]
+        assert amounts[0].bytes_done == 0
+        assert [x.bytes_done for x in amounts] == sorted(x.bytes_done for x in amounts)
+        assert amounts[-1].bytes_done == amounts[-1].bytes_total
+        assert len({event.bytes_total for event in amounts}) == 1
 
 
 @pytest.mark.parametrize("field", ["compared_linears", "copied_tensors"])

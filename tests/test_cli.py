@@ -85,18 +85,24 @@ def options_of(command: str) -> set[str]:
             "quantize",
             "model out --recipe -r --hf-config --calib --calib-size --calib-seq --batch-size "
             "--packing --seed --calibration --device --device-memory --activation-memory --threads "
-            "--shards --overwrite --no-verify --trust-remote-code --verbose --json --show-data",
+            "--shards --overwrite --no-verify --strict --trust-remote-code --verbose --quiet -q "
+            "--log-file --json --show-data",
         ),
         ("plan", "model --recipe -r --hf-config --time --trust-remote-code --json"),
-        ("verify", "out --source -s --hf-config --threads --trust-remote-code --json"),
+        (
+            "verify",
+            "out --source -s --hf-config --threads --trust-remote-code --quiet -q --log-file "
+            "--json",
+        ),
         (
             "convert",
-            "model out --hf-config --threads --shards --overwrite --trust-remote-code --json",
+            "model out --hf-config --threads --shards --overwrite --trust-remote-code --quiet -q "
+            "--log-file --json",
         ),
         ("inspect", "folder --json"),
         ("summary", "out --role --layer --all --worst --json"),
         ("recipes", "name --guide --json"),
-        ("demo", "out --recipe -r --overwrite --json"),
+        ("demo", "out --recipe -r --overwrite --quiet -q --log-file --json"),
     ],
 )
 def test_options(command: str, options: str) -> None:
@@ -108,7 +114,8 @@ def test_the_whole_job(run, written: Written, tmp_path: Path) -> None:
     code, text, _ = run("quantize", model, out, "--recipe", "w4a16_nvfp4_experts_only_mse")
     assert code == 0
     assert "24 / 24 linear weights quantized · 0 zero scales of 4,608 · " in text
-    assert text.splitlines()[-2].endswith("· verified")
+    assert text.splitlines()[-3].endswith("· verified")
+    assert text.splitlines()[-1].startswith(f"serve it: vllm serve {out} ")
     assert run("verify", out, "--source", model)[0] == 0
     code, text, _ = run("inspect", out)
     assert code == 0

@@ -57,6 +57,7 @@ NAMES = {
     ],
     "transformers.integrations.moe": ["ALL_EXPERTS_FUNCTIONS"],
     "transformers.modeling_utils": ["LoadStateDictConfig"],
+    "transformers.models.auto.configuration_auto": ["CONFIG_MAPPING"],
     "transformers.models.auto.modeling_auto": [
         "AutoModel",
         "AutoModelForCausalLM",
@@ -169,6 +170,7 @@ def test_what_a_model_tells_of_itself() -> None:
     assert model.base_model_prefix == "model"
     assert isinstance(model._tied_weights_keys, dict | list), "tied parameters, without a key"
     assert "lm_head.weight" in model._tied_weights_keys
+    assert not model.get_expanded_tied_weights_keys(all_submodels=True), "the config ties nothing"
     assert model.get_output_embeddings() is model.lm_head
     assert model.get_input_embeddings() is model.model.embed_tokens
     assert model.config.get_text_config() is model.config
@@ -181,6 +183,14 @@ def test_tied_weights_are_tied_again_when_asked() -> None:
     model.tie_weights()
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert set(model.all_tied_weights_keys) == {"lm_head.weight"}
+
+
+def test_what_ties_to_what() -> None:
+    ties = meta_model("qwen3_moe_tied").get_expanded_tied_weights_keys(all_submodels=True)
+    assert ties == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert internals.default_of("cohere2_moe", "tie_word_embeddings") is True
+    assert internals.default_of("qwen3_moe", "tie_word_embeddings") is False
+    assert internals.default_of("nothing of the kind", "tie_word_embeddings") is None
 
 
 def test_a_configuration_leads_to_its_text_model() -> None:

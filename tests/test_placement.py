@@ -109,3 +109,86 @@ def test_a_decoder_layer_that_the_config_does_not_count(edited: Edited) -> None:
 
     folder = edited("qwen3_moe", add)
     assert any("num_hidden_layers" in note for note in fourfold.plan(folder, EXPERTS).notes)
+
+
+# ------------------------------------------------------------------- one parameter, twice
+
+
+def add_head(tensors: Tensors, factor: float = 3.0) -> None:
+    tensors["lm_head.weight"] = factor * tensors["model.embed_tokens.weight"]
+
+
+def test_another_head_than_the_tied_one(edited: Edited, tmp_path: Path) -> None:
+    folder = edited("qwen3_moe_tied", add_head)
+    with pytest.raises(fourfold.SourceError, match=r"lm_head.weight in .*has other values than"):
+        fourfold.plan(folder, EXPERTS)
+
+
+def test_the_class_ties_by_default(edited: Edited) -> None:
+    """config.json says nothing, and Cohere's class ties."""
+    folder = edited("cohere2_moe", add_head)
+    fields = json.loads((folder / "config.json").read_text())
+    del fields["tie_word_embeddings"]
+    (folder / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(fourfold.SourceError, match="ties the two"):
+        fourfold.plan(folder, EXPERTS)
+
+
+def test_a_copy_of_the_embedding_is_no_other_head(edited: Edited, tmp_path: Path) -> None:
+    folder = edited("qwen3_moe_tied", lambda tensors: add_head(tensors, 1.0))
+    assert not any("lm_head" in note for note in fourfold.plan(folder, EXPERTS).notes)
+    file = tmp_path / "mine.yaml"
+    file.write_text("quantize: [lm_head]")
+    with pytest.raises(fourfold.PlanError, match=r"lm_head: config.json ties it"):
+        fourfold.plan(folder, file)
+
+
+def test_a_tie_that_only_the_text_model_has(edited: Edited, tmp_path: Path) -> None:
+    """Engines differ in which field they read; transformers reads the whole model's."""
+    text = edited("qwen3_vl_moe", lambda tensors: None)
+    fields = json.loads((text / "config.json").read_text())
+    fields["tie_word_embeddings"] = False
+    fields["text_config"]["tie_word_embeddings"] = True
+    (text / "config.json").write_text(json.dumps(fields))
+    result = fourfold.quantize(text, tmp_path / "out", EXPERTS)
+    assert any("lm_head.weight has other values" in note for note in result.plan.notes)
+    with pytest.warns(UserWarning, match="lm_head.weight has other values"):
+        model = fourfold.load(tmp_path / "out")
+    head = load_file(text / "model.safetensors")["lm_head.weight"]
+    assert torch.equal(model.lm_head.weight, head)
+
+
+def test_load_does_not_put_the_embedding_over_a_head(edited: Edited, tmp_path: Path) -> None:
+    folder = edited("qwen3_moe_tied", add_head, tie_word_embeddings=False)
+    out = tmp_path / "out"
+    fourfold.quantize(folder, out, EXPERTS)
+    fields = json.loads((out / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (out / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(fourfold.SourceError, match="has other values than"):
+        fourfold.load(out)
+
+
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_two_names_for_one_parameter(edited: Edited, factor: float) -> None:
+    def add(tensors: Tensors) -> None:
+        """The name in memory, which transformers reads as well as the published one."""
+        norm = tensors["language_model.model.norm.weight"]
+        tensors["model.language_model.norm.weight"] = factor * norm
+
+    folder = edited("aria", add)
+    if factor == 1.0:
+        assert any("with equal values" in note for note in fourfold.plan(folder, EXPERTS).notes)
+    else:
+        with pytest.raises(fourfold.SourceError, match=r"norm.weight.* both are the same"):
+            fourfold.plan(folder, EXPERTS)
+
+
+def test_experts_stacked_and_one_by_one(edited: Edited) -> None:
+    def add(tensors: Tensors) -> None:
+        first = min(key for key in tensors if key.endswith(".experts.0.down_proj.weight"))
+        stem = first.removesuffix(".0.down_proj.weight")
+        downs = [value for key, value in tensors.items() if key.startswith(stem) and "down" in key]
+        tensors[f"{stem}.down_proj"] = torch.stack(downs)
+
+    with pytest.raises(fourfold.SourceError, match=r"experts.*holds what .*experts.* holds, too"):
+        fourfold.plan(edited("qwen3_moe", add), EXPERTS)

@@ -18,7 +18,8 @@ from conftest import Written
 from executing import assert_same_shards, execute
 from families import FAMILIES, Truth, write_checkpoint
 from families.configs import tiny_config
-from fourfold.errors import RecipeError, WeightLostError
+from fourfold.config import OutputConfig
+from fourfold.errors import FourfoldWarning, RecipeError, WeightLostError
 from fourfold.execution import Arena
 from fourfold.formats import nvfp4
 from fourfold.planning import Limits
@@ -111,7 +112,7 @@ def test_memory_is_that_of_a_piece(
     assert peaks[0] == peaks[1]
 
 
-def test_an_expert_that_the_others_drown_is_named(
+def test_an_expert_that_the_others_drown_is_repaired(
     recipe: Path, tmp_path: Path, written: Written
 ) -> None:
     _, truth = written("qwen3_moe")
@@ -123,11 +124,15 @@ def test_an_expert_that_the_others_drown_is_named(
     from safetensors.torch import save_file
 
     save_file(small, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        WeightLostError, match=r"experts\.2\.down_proj: lost in NVFP4: .* share its glo"
-    ):
-        fourfold.quantize(folder, tmp_path / "out", recipe)
-    fourfold.quantize(folder, tmp_path / "out", "w4a16_nvfp4_experts_only_mse")
+    with pytest.warns(FourfoldWarning, match=r"experts\.2\.down_proj"):
+        result = fourfold.quantize(folder, tmp_path / "out", recipe)
+    assert result.clean
+    assert list(result.repairs) == [key.removesuffix(".weight")]
+    strict = OutputConfig(strict=True)
+    lost = r"experts\.2\.down_proj: lost in NVFP4: .* share its glo"
+    with pytest.raises(WeightLostError, match=lost):
+        fourfold.quantize(folder, tmp_path / "strict", recipe, output=strict)
+    fourfold.quantize(folder, tmp_path / "alone", "w4a16_nvfp4_experts_only_mse", output=strict)
 
 
 def test_recipes_say_so(tmp_path: Path) -> None:

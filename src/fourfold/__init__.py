@@ -19,6 +19,7 @@ from fourfold._version import __version__
 from fourfold.errors import (
     CalibrationError,
     FourfoldError,
+    FourfoldWarning,
     ModelError,
     NonFiniteError,
     ObservationError,
@@ -75,6 +76,7 @@ __all__ = [
     "Event",
     "Finding",
     "FourfoldError",
+    "FourfoldWarning",
     "Generation",
     "Merged",
     "ModelError",

@@ -32,6 +32,7 @@ from fourfold.run.convert import Converted
 from fourfold.run.job import Job, write_own_files
 from fourfold.run.merge import Merged
 from fourfold.run.preflight import check_placed, prepare
+from fourfold.run.remarks import remarks
 from fourfold.run.result import Result
 from fourfold.run.session import session
 from fourfold.run.strategies import Observation, choose_run
@@ -106,7 +107,8 @@ def quantize(
             files or datasets, or a `CalibrationConfig`; a text that comes with fourfold by default.
             Or the result of an earlier run: its `Statistics` or `calibration.safetensors`.
         runtime: The device, its memory, and the number of threads.
-        output: The number of shards, whether to overwrite, and whether to verify.
+        output: The number of shards, whether to overwrite, whether to verify, and whether what
+            would be repaired is an error.
         tokenizer: For a model in memory: an object with `save_pretrained`, whose files are written
             beside the weights.
         forward_loop: For a model in memory: calls it on your data, in place of `calibration`.
@@ -125,7 +127,9 @@ def quantize(
     with session(progress, on_event) as run, job_ranks(model) as ranks:
         chosen = _load_recipe(recipe)
         device = choose_device(runtime.device)
-        observation = Observation(config, forward_loop, device, runtime.threads, run)
+        observation = Observation(
+            config, forward_loop, device, runtime.threads, run, strict=output.strict
+        )
         ranks.gather("called")  # a rank that fails before this leaves none waiting in a collective
         with opened(
             model, hf_config, tokenizer=tokenizer, trust_remote_code=trust_remote_code
@@ -142,8 +146,12 @@ def quantize(
             own_files = partial(
                 write_own_files, plan=work, source=source, scales=strategy.scales, warn=run.warn
             )
-            job = Job(work, source, folder, strategy, ranks, backend, own_files)
+            job = Job(
+                work, source, folder, strategy, ranks, backend, own_files, strict=output.strict
+            )
             linears = job.write(run)
+            for remark in remarks(linears, strategy.scales if ranks.rank == 0 else None):
+                run.warn(remark)
             report = verify_written(job, work, linears, run) if output.verify else None
             ranks.gather("verified")  # until then others may need what this rank has in memory
         return Result(

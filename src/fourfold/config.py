@@ -162,6 +162,9 @@ class OutputConfig:
     """Replace what fourfold wrote into `out` earlier, finished or not."""
     verify: bool = True
     """Read the output back and compare it with the source, tensor by tensor."""
+    strict: bool = False
+    """Make an error of what is otherwise repaired or warned of: a weight that is lost beside its
+    scale group, an input that was always 0, an expert that no calibration token reached."""
 
     def __post_init__(self) -> None:
         _check_whole("shards", self.shards, least=1)

@@ -15,6 +15,8 @@
     ├── ResourceError             the machine has too little memory, or the disk too little room
     └── OutputError               the folder that is written
 
+Beside the tree stands `FourfoldWarning`, the category of everything that is warned of.
+
 A message names the object, the cause and the remedy, in one or two lines. `assert` is for
 what cannot happen.
 """
@@ -29,6 +31,10 @@ class FourfoldError(Exception):
 
     resumable = True
     """True if the same command may succeed later, so that an unfinished run is kept for it."""
+
+
+class FourfoldWarning(UserWarning):
+    """Something went otherwise than it was meant, and the output is valid all the same."""
 
 
 class UsageError(FourfoldError):

@@ -8,9 +8,13 @@
     fourfold.quantize(model, out, recipe, on_event=on_event)
 
 The order in `quantize`: `PlanMade`, `BackendChosen`, `DataLoaded` where the recipe calibrates,
-`WritingBegan`, `Resumed` where an earlier run has finished some shards, then `LayerCalibrated` and
-`ShardWritten` until `OutputComplete`, and `BytesVerified` after it. A `WarningIssued` can come at
-any time. `ShardWritten` comes from worker threads, one at a time.
+`WritingBegan`, `Resumed` where an earlier run has finished some shards, then `BatchCalibrated`,
+`LayerCalibrated`, `BytesQuantized` and `ShardWritten` until `OutputComplete`, and `BytesVerified`
+after it. A `WarningIssued` can come at any time. `BytesQuantized` and `ShardWritten` come from
+worker threads. Events come one at a time.
+
+Amounts that are done are those of the whole job: a run that resumes begins where the earlier one
+ended, and its first event says so before anything is done.
 
 This module lies below all others, so events carry plain values.
 """
@@ -89,12 +93,39 @@ class Resumed(Event):
 
 
 @dataclass(frozen=True)
+class BatchCalibrated(Event):
+    """A batch of calibration data has passed a decoder layer, or begins to (`batches_done` is 0).
+
+    For a model in memory, that it has passed the whole model; `layer` and `layers` are 0 then.
+    """
+
+    layer: int
+    """From 0."""
+    layers: int
+    batches_done: int
+    """Of this rank, through this layer."""
+    batches: int
+    tokens_done: int
+    """Of this rank, each counted once for each layer that it has passed."""
+    tokens_total: int
+
+
+@dataclass(frozen=True)
 class LayerCalibrated(Event):
     """All calibration data has passed a decoder layer."""
 
     layer: int
     """From 0."""
     layers: int
+
+
+@dataclass(frozen=True)
+class BytesQuantized(Event):
+    """Some tensors were quantized or copied, and handed to the disk."""
+
+    bytes_done: int
+    """Bytes of the source. Of several ranks, this rank's share."""
+    bytes_total: int
 
 
 @dataclass(frozen=True)

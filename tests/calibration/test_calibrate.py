@@ -27,7 +27,7 @@ import fourfold
 from fourfold.calibration.statistics import Statistics
 from fourfold.config import CalibrationConfig, Runtime
 from fourfold.errors import CalibrationError, ObservationError, OutputError, PlanError, UsageError
-from fourfold.events import Event, LayerCalibrated, ShardWritten
+from fourfold.events import BatchCalibrated, Event, LayerCalibrated, ShardWritten
 from fourfold.storage.names import STATISTICS, SUMMARY
 from jobs import flat
 
@@ -241,9 +241,18 @@ def first(written: Any, calib: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 def test_the_same_again(first: Path, written: Any, calib: Path, tmp_path: Path) -> None:
     folder, _ = written("qwen3_moe")
-    fourfold.quantize(folder, tmp_path / "again", EVERYTHING, **flat(calib=[calib], **SHARED))
+    events: list[Event] = []
+    options = flat(calib=[calib], on_event=events.append, **SHARED)
+    fourfold.quantize(folder, tmp_path / "again", EVERYTHING, **options)
     assert contents(tmp_path / "again") == contents(first)
     assert STATISTICS in contents(first)
+    batches = [event for event in events if isinstance(event, BatchCalibrated)]
+    layers = batches[0].layers
+    where = [(event.layer, event.batches_done) for event in batches]
+    assert where == [(layer, batch) for layer in range(layers) for batch in range(4)]
+    assert [x.tokens_done for x in batches] == sorted(x.tokens_done for x in batches)
+    assert batches[0].tokens_done == 0
+    assert batches[-1].tokens_done == batches[-1].tokens_total == layers * 8 * 16
 
 
 def is_unlinked(descriptor: int) -> bool:

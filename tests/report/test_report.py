@@ -285,10 +285,11 @@ def test_a_run_whose_page_cannot_be_drawn_keeps_the_checkpoint(
             model_dir(), out, "w4a16_nvfp4_experts_only", on_event=events.append
         )
     assert result.clean
-    (warning,) = (event.text for event in events if isinstance(event, WarningIssued))
-    assert result.warnings == (warning,)
-    assert "report.html: could not be drawn" in warning
-    assert not (out / "report.html").exists()
+    warnings = tuple(event.text for event in events if isinstance(event, WarningIssued))
+    assert result.warnings == warnings
+    for warning, name in zip(warnings, ("report.html", "README.md"), strict=True):
+        assert f"{name}: could not be drawn" in warning
+        assert not (out / name).exists()
     fourfold.merge([out], tmp_path / "merged")
     assert write_report(out) == out / "report.html"
     summary = read_summary(tmp_path / "merged")

@@ -14,6 +14,7 @@ There are two kinds.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,11 @@ class Figures:
     """Σ(w − ŵ)²."""
     sum_sq_w: float = 0.0
     """Σw²."""
+
+    @property
+    def relative_error(self) -> float:
+        """The relative Frobenius error ‖w − ŵ‖/‖w‖; 0 for an all-zero weight."""
+        return math.sqrt(self.sum_sq_err / self.sum_sq_w) if self.sum_sq_w else 0.0
 
 
 @dataclass(frozen=True)

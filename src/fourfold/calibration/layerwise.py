@@ -9,7 +9,7 @@ The model is never in memory as a whole: see `streaming`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from fourfold.calibration.statistics import Statistics, data_summary, reduced
 from fourfold.calibration.streaming import Pass, StreamedModel
 from fourfold.distributed.ranks import Ranks
 from fourfold.errors import ModelError
-from fourfold.events import LayerCalibrated, OnEvent, ignore
+from fourfold.events import BatchCalibrated, LayerCalibrated, OnEvent, ignore
 from fourfold.models.internals import runnable
 from fourfold.planning import Plan
 from fourfold.sources.cached import CachedTensors
@@ -80,7 +80,8 @@ class Calibration:
             ranks: The ranks that share the batches. A batch stays whole, so its statistics are the
                 same whichever rank runs it.
             saved: Where the outputs of finished layers are stored, for a run that resumes.
-            on_event: Called with a `LayerCalibrated` for every layer.
+            on_event: Called with a `BatchCalibrated` for every batch of every layer, and with a
+                `LayerCalibrated` for every layer.
             quantized: Propagates quantized inputs: returns a source of the dequantized weights of
                 a layer after `units` has yielded it, under the names of `source`. Later layers
                 then read what the quantized layer computes. None: they read what the layers of
@@ -157,14 +158,16 @@ class Calibration:
                 torch.set_num_threads(self.threads)
             observers = stack.enter_context(observing(self.plan, model, tree))
             stack.enter_context(ending_at_the_head(model))
-            self._layer = 0
+            self._layer, progress = 0, _Progress(self.batches, len(tree.layers), self.on_event)
 
             def resume(number: int) -> None:
                 self.ranks.check()
+                progress.begin_batch(number)
                 observers.see(self.batches[number].attention_mask)
 
             def enter(layer: int, why: Pass) -> None:
                 self._layer = layer
+                progress.begin_layer(None if why is Pass.REPLAY else layer)
                 observers.ignored = tree.layers[layer] if why is Pass.REPLAY else None
 
             steps = self.streamed.run(
@@ -182,6 +185,7 @@ class Calibration:
                 if number == 0 and self.saved is not None:
                     for skipped in range(self.saved.first):
                         yield skipped, self._new_statistics()
+                progress.end_layer()
                 self.on_event(LayerCalibrated(layer, len(tree.layers)))
                 yield layer, self._taken(observers)
             self._last = self._taken(observers)
@@ -242,3 +246,34 @@ class Calibration:
 
             cache = recording_cache(runnable(model), record)
         read_batch(runnable(model), batch, self.streamed.device, cache)
+
+
+class _Progress:
+    """Counts batches and tokens that have passed a layer."""
+
+    def __init__(self, batches: Sequence[Batch], layers: int, on_event: OnEvent) -> None:
+        self.layers, self.on_event = layers, on_event
+        self.tokens = [int(batch.attention_mask.sum()) for batch in batches]
+        self.layer: int | None = None
+        """The layer that is observed now, if any."""
+        self.running: list[int] = []
+        """The batches that have entered it; the last of them has not passed it yet."""
+
+    def begin_layer(self, layer: int | None) -> None:
+        self.layer, self.running = layer, []
+
+    def begin_batch(self, number: int) -> None:
+        self._emit(self.running)
+        self.running.append(number)
+
+    def end_layer(self) -> None:
+        self._emit(self.running)
+        self.layer = None
+
+    def _emit(self, passed: Sequence[int]) -> None:
+        if self.layer is None:
+            return
+        total = sum(self.tokens)
+        done = self.layer * total + sum(self.tokens[number] for number in passed)
+        counts = len(passed), len(self.tokens), done, self.layers * total
+        self.on_event(BatchCalibrated(self.layer, self.layers, *counts))

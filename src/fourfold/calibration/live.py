@@ -27,6 +27,7 @@ from fourfold.calibration.reading import ending_at_the_head, observing, read_bat
 from fourfold.calibration.scales import ActivationScales, model_summary
 from fourfold.calibration.statistics import DataSummary, Statistics, data_summary, merged
 from fourfold.errors import ObservationError
+from fourfold.events import BatchCalibrated, OnEvent, ignore
 from fourfold.models.internals import runnable
 from fourfold.planning import Plan, slabs_of
 from fourfold.storage.source import Source
@@ -52,7 +53,10 @@ def held_layers(plan: Plan, source: Source) -> Iterator[int | None]:
 
 
 def observe_live(
-    plan: Plan, source: Source, forward_loop: ForwardLoop | CalibrationData
+    plan: Plan,
+    source: Source,
+    forward_loop: ForwardLoop | CalibrationData,
+    on_event: OnEvent = ignore,
 ) -> ActivationScales:
     """Observe a model in memory while it reads data; return the scales of all ranks' activations.
 
@@ -63,7 +67,7 @@ def observe_live(
             Errors of the loop itself are passed on.
     """
     with source.agreeing():
-        statistics = _observed(plan, source, forward_loop)
+        statistics = _observed(plan, source, forward_loop, on_event)
     if source.is_sharded:
         all_ranks: list[Statistics] = source.gather(statistics)
         has_read_the_same = len({rank.data.digest for rank in all_ranks}) == 1
@@ -74,7 +78,7 @@ def observe_live(
 
 
 def _observed(
-    plan: Plan, source: Source, forward_loop: ForwardLoop | CalibrationData
+    plan: Plan, source: Source, forward_loop: ForwardLoop | CalibrationData, on_event: OnEvent
 ) -> Statistics:
     """Return the statistics of this process."""
     calls = _SeenCalls()
@@ -82,7 +86,7 @@ def _observed(
         observers = stack.enter_context(observing(plan, source.model, source.module_tree))
         stack.enter_context(_watching_calls(plan, source, observers, calls))
         if isinstance(forward_loop, CalibrationData):
-            _read(source, forward_loop)
+            _read(source, forward_loop, on_event)
         else:
             forward_loop(source.model)
     if not calls.samples:
@@ -100,7 +104,7 @@ def _observed(
     return statistics
 
 
-def _read(source: Source, data: CalibrationData) -> None:
+def _read(source: Source, data: CalibrationData, on_event: OnEvent) -> None:
     """Call the model on calibration data.
 
     Ranks that share the model all read all of the data, because a call gathers layers from all of
@@ -112,8 +116,12 @@ def _read(source: Source, data: CalibrationData) -> None:
     # In a sharded model, a call that does not end would leave layers gathered.
     ending = nullcontext() if source.is_sharded else ending_at_the_head(model)
     with ending:
-        for batch in data.batches:
+        count, tokens = len(data.batches), 0
+        for number, batch in enumerate(data.batches):
+            on_event(BatchCalibrated(0, 0, number, count, tokens, data.tokens))
             read_batch(model, batch, device)
+            tokens += int(batch.attention_mask.sum())
+        on_event(BatchCalibrated(0, 0, count, count, tokens, data.tokens))
 
 
 class _SeenCalls:

@@ -9,6 +9,8 @@ is an error. A site that saw only zeros gets the scale 1, as an all-zero weight 
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -107,14 +109,16 @@ class ActivationScales:
                 tensors[key] = tensor if linear.expert is None else tensor[linear.expert]
         return tensors
 
-    def unreached(self) -> dict[str, list[int]]:
-        """Return the quantized experts that no token reached, by experts module."""
+    def unreached(self, layers: Container[int | None] | None = None) -> dict[str, list[int]]:
+        """Return the quantized experts that no token reached, by experts module; only those of
+        `layers`, if given."""
         unreached: dict[str, list[int]] = {}
-        for path in sorted({linear.module for linear in self.plan.linears}, key=natural):
+        linears = [x for x in self.plan.linears if layers is None or x.layer in layers]
+        for path in sorted({linear.module for linear in linears}, key=natural):
             experts = self.statistics.experts_of(path)
             if experts is not None and experts.unreached:
                 unreached[path] = experts.unreached
-        for linear in self.plan.linears:  # experts that are linear layers of their own
+        for linear in linears:  # experts that are linear layers of their own
             match = SINGLE_EXPERT.search(linear.name) if linear.expert is None else None
             if match and self.statistics.linear_of(linear.module) is None:
                 numbers = unreached.setdefault(linear.name[: match.start()].rstrip("."), [])

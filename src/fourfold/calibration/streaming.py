@@ -50,6 +50,7 @@ from fourfold.errors import ModelError
 from fourfold.models.internals import Conversion, LazyTensor, build_model, load_tensors
 from fourfold.models.module_tree import ModuleTree, describe
 from fourfold.models.roles import TOWER
+from fourfold.models.ties import tie
 from fourfold.sources.cached import CachedTensors
 from fourfold.storage.safetensors_header import COMPUTE_DTYPES, TORCH_DTYPES
 from fourfold.storage.source import Source
@@ -109,7 +110,8 @@ class StreamedModel:
         lazy = {key: LazyTensor(partial((source or self.held).read, key)) for key in keys}
         load_tensors(self.tree.conversion, lazy, device=self.device, dtype=self.dtype)
         if layer is None:
-            self.model.tie_weights()
+            placed = {self.tree.conversion.place(key).target for key in keys}
+            tie(self.model, self.tree.ties.keys() & placed)
 
     def free(self, layer: int | None) -> None:
         """Free the parameters of a layer, or for None those of the whole model; buffers stay."""

@@ -6,6 +6,7 @@ that is also why typer shows the help without rich.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,6 +19,7 @@ import typer
 from fourfold._version import __version__
 from fourfold.cli import terminal
 from fourfold.cli.help import Command, Commands
+from fourfold.cli.log import log
 from fourfold.cli.options import (
     ActivationMemory,
     BatchSize,
@@ -28,16 +30,19 @@ from fourfold.cli.options import (
     DeviceMemory,
     HfConfig,
     Json,
+    LogFile,
     Model,
     NoVerify,
     Overwrite,
     Packing,
+    Quiet,
     RecipeName,
     Seed,
     Shards,
     ShowData,
     SourceModel,
     Statistics,
+    Strict,
     Threads,
     Trust,
     Verbose,
@@ -47,6 +52,7 @@ from fourfold.cli.terminal import console, print_json, show, show_result
 from fourfold.config import CalibrationConfig, OutputConfig, Runtime
 from fourfold.distributed.launcher import launch
 from fourfold.errors import UsageError
+from fourfold.storage.units import printable
 
 if TYPE_CHECKING:
     from fourfold.run.merge import Merged
@@ -67,14 +73,28 @@ command = partial(app.command, cls=Command)
 
 
 @contextmanager
-def _shown_progress(*, quiet: bool, **options: bool) -> Iterator[dict[str, Any]]:
-    """Show the progress of a call of the API: yields the arguments for it.
+def _begun(
+    what: str,
+    *,
+    quiet: bool,
+    log_file: Path | None,
+    verbose: bool = False,
+    show_data: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """Say what begins, on a terminal at once, and show the progress of a call of the API.
 
-    options: Those of `CommandDisplay`.
+    Yields the arguments for that call. Within, PyTorch can be imported, which takes a while.
     """
+    heading = printable(f"fourfold {__version__}: {what}")
+    if log_file is not None:
+        log.open(log_file)
+    if launch().rank == 0:
+        log.write(heading)
+        if sys.stderr.isatty() and not quiet:
+            print(heading, file=sys.stderr, flush=True)
     from fourfold.cli.progress import CommandDisplay
 
-    with CommandDisplay(quiet=quiet, **options) as display:
+    with CommandDisplay(heading, quiet=quiet, verbose=verbose, show_data=show_data) as display:
         yield {"progress": False, "on_event": display}
 
 
@@ -112,16 +132,17 @@ def quantize(
     shards: Shards = None,
     overwrite: Overwrite = False,
     no_verify: NoVerify = False,
+    strict: Strict = False,
     trust_remote_code: Trust = False,
     verbose: Verbose = False,
+    quiet: Quiet = False,
+    log_file: LogFile = None,
     as_json: Json = False,
 ) -> None:
     """Quantize MODEL into OUT, and verify what was written.
 
     If a run was stopped, the same command resumes it. Under torchrun, all ranks share the work.
     """
-    from fourfold import api
-
     calibrating = CalibrationConfig(
         calib=calib or (),
         calib_size=calib_size,
@@ -132,7 +153,16 @@ def quantize(
         statistics=calibration,
         activation_memory=in_bytes("--activation-memory", activation_memory),
     )
-    with _shown_progress(quiet=as_json, verbose=verbose, show_data=show_data) as progress:
+    begun = f"quantizing {model} into {out}, recipe {recipe}"
+    with _begun(
+        begun,
+        quiet=quiet or as_json,
+        log_file=log_file,
+        verbose=verbose,
+        show_data=show_data,
+    ) as progress:
+        from fourfold import api
+
         result = api.quantize(
             model,
             out,
@@ -140,7 +170,7 @@ def quantize(
             hf_config=hf_config,
             calibration=calibrating,
             runtime=Runtime(device, in_bytes("--device-memory", device_memory), threads),
-            output=OutputConfig(shards, overwrite, verify=not no_verify),
+            output=OutputConfig(shards, overwrite, not no_verify, strict),
             trust_remote_code=trust_remote_code,
             **progress,
         )
@@ -185,13 +215,15 @@ def verify(
     hf_config: HfConfig = None,
     threads: Threads = None,
     trust_remote_code: Trust = False,
+    quiet: Quiet = False,
+    log_file: LogFile = None,
     as_json: Json = False,
 ) -> None:
     """Verify OUT tensor by tensor. Exit code 0: clean, 1: an error was found, 2: not readable."""
-    from fourfold import api
-    from fourfold.cli.tables import report_text
+    begun = f"verifying {out}"
+    with _begun(begun, quiet=quiet or as_json, log_file=log_file) as progress:
+        from fourfold import api
 
-    with _shown_progress(quiet=as_json) as progress:
         report = api.verify(
             out,
             source=source,
@@ -200,6 +232,8 @@ def verify(
             trust_remote_code=trust_remote_code,
             **progress,
         )
+    from fourfold.cli.tables import report_text
+
     show(report, as_json, report_text)
     if not report.clean:
         raise typer.Exit(1)
@@ -216,6 +250,8 @@ def convert(
         bool, typer.Option("--overwrite", help="Start over if a run was stopped in OUT.")
     ] = False,
     trust_remote_code: Trust = False,
+    quiet: Quiet = False,
+    log_file: LogFile = None,
     as_json: Json = False,
 ) -> None:
     """Write MODEL as an unquantized Hugging Face checkpoint.
@@ -223,10 +259,10 @@ def convert(
     What was written is compared with MODEL, byte for byte. If a run was stopped, the same command
     resumes it.
     """
-    from fourfold import api
-    from fourfold.cli.tables import result_text
+    begun = f"converting {model} into {out}"
+    with _begun(begun, quiet=quiet or as_json, log_file=log_file) as progress:
+        from fourfold import api
 
-    with _shown_progress(quiet=as_json) as progress:
         converted = api.convert(
             model,
             out,
@@ -237,6 +273,8 @@ def convert(
             trust_remote_code=trust_remote_code,
             **progress,
         )
+    from fourfold.cli.tables import result_text
+
     show(converted, as_json, result_text)
 
 
@@ -253,17 +291,20 @@ def merge(
     threads: Threads = None,
     overwrite: Overwrite = False,
     no_verify: NoVerify = False,
+    quiet: Quiet = False,
+    log_file: LogFile = None,
     as_json: Json = False,
 ) -> None:
     """Join the parts that nodes wrote, or re-shard a checkpoint.
 
     The nodes need no shared file system.
     """
-    from fourfold import api
-
     if len(folders) < 2:
         raise UsageError("give the folders to join, and then OUT.")
-    with _shown_progress(quiet=as_json) as progress:
+    begun = f"merging {len(folders) - 1} folders into {folders[-1]}"
+    with _begun(begun, quiet=quiet or as_json, log_file=log_file) as progress:
+        from fourfold import api
+
         result = api.merge(
             folders[:-1],
             folders[-1],
@@ -348,6 +389,7 @@ def recipes(
     as_json: Json = False,
 ) -> None:
     """List the built-in recipes, print one, or help to choose."""
+    from fourfold.cli.tables import recipes_entry
     from fourfold.recipes import Recipe, builtin_names
 
     if guide:
@@ -359,9 +401,7 @@ def recipes(
             print_json({recipe.name: recipe.model_dump(mode="json") for recipe in all_recipes})
         else:
             for recipe in all_recipes:
-                console().print(
-                    f"[bold]{recipe.name}[/]\n    {recipe.description}", highlight=False
-                )
+                console().print(recipes_entry(recipe), soft_wrap=True)
         return
     chosen = Recipe.load(name)
     if as_json:
@@ -386,14 +426,17 @@ def demo(
     out: Annotated[Path, typer.Argument(help="The folder to write.")] = Path("demo-out"),
     recipe: RecipeName = DEFAULT_RECIPE,
     overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    log_file: LogFile = None,
     as_json: Json = False,
 ) -> None:
     """Quantize the embedded model, offline, and show the effect."""
-    from fourfold import api
-    from fourfold.embedded import model_dir
-    from fourfold.evaluation.demo import demonstrate, is_demo_output
+    begun = f"quantizing the embedded model into {out}, recipe {recipe}"
+    with _begun(begun, quiet=quiet or as_json, log_file=log_file) as progress:
+        from fourfold import api
+        from fourfold.embedded import model_dir
+        from fourfold.evaluation.demo import demonstrate, is_demo_output
 
-    with _shown_progress(quiet=as_json) as progress:
         again = overwrite or is_demo_output(out)
         result = api.quantize(
             model_dir(),
@@ -438,13 +481,15 @@ def generate(
         str, typer.Option(help="Where to run the models: cpu, cuda, cuda:N or auto.")
     ] = "auto",
     trust_remote_code: Trust = False,
+    quiet: Quiet = False,
+    log_file: LogFile = None,
     as_json: Json = False,
 ) -> None:
     """Let OUT and its source continue a prompt, side by side."""
-    from fourfold import api
-    from fourfold.cli.tables import generation_table
+    begun = f"continuing a prompt with {out}"
+    with _begun(begun, quiet=quiet or as_json, log_file=log_file) as progress:
+        from fourfold import api
 
-    with _shown_progress(quiet=as_json) as progress:
         written = api.generate(
             out,
             prompt,
@@ -458,6 +503,8 @@ def generate(
             trust_remote_code=trust_remote_code,
             **progress,
         )
+    from fourfold.cli.tables import generation_table
+
     show(written, as_json, generation_table)
 
 

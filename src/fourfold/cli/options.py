@@ -75,8 +75,27 @@ NoVerify = Annotated[
     bool,
     typer.Option("--no-verify", help="Do not read OUT back to verify it.", rich_help_panel=OUTPUT),
 ]
+Strict = Annotated[
+    bool,
+    typer.Option(
+        "--strict",
+        help="Make an error of weights that would be repaired and of experts that no calibration "
+        "token reached.",
+        rich_help_panel=OUTPUT,
+    ),
+]
 Verbose = Annotated[
     bool, typer.Option("--verbose", help="Say which kernels quantize the weights, and why.")
+]
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="Show warnings, errors and the result, and nothing else."),
+]
+LogFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--log-file", help="Append what the command says to this file, with the time of each line."
+    ),
 ]
 SourceModel = Annotated[
     str | None, typer.Option("--source", "-s", help="The checkpoint that OUT was made from.")

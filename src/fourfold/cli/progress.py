@@ -6,6 +6,7 @@ import sys
 
 from rich.console import Console
 
+from fourfold.cli.log import log
 from fourfold.cli.options import as_options
 from fourfold.cli.signals import guard
 from fourfold.cli.tables import plan_text
@@ -23,13 +24,17 @@ from fourfold.run.progress import ProgressDisplay, sentence
 
 
 class CommandDisplay(ProgressDisplay):
-    """The plan and other facts on stdout, warnings on stderr, progress where that is a terminal."""
+    """The plan and other facts on stdout; warnings and progress on stderr."""
 
-    def __init__(self, *, quiet: bool, verbose: bool = False, show_data: bool = False) -> None:
-        """Show the progress of one command.
+    def __init__(
+        self, heading: str, *, quiet: bool, verbose: bool = False, show_data: bool = False
+    ) -> None:
+        """Create a display.
 
         Args:
-            quiet: For --json, which has stdout for itself.
+            heading: The line before the first line of progress, where there is no terminal: a run
+                that is over soon leaves nothing there.
+            quiet: Show warnings alone, as for --json.
             verbose: Show the backend.
             show_data: Show how the calibration data begins, also where it is the user's.
         """
@@ -37,21 +42,24 @@ class CommandDisplay(ProgressDisplay):
         self.quiet = quiet or self.rank > 0
         self.verbose = verbose and self.rank == 0
         self.show_data = show_data
-        self.has_bars = not self.quiet and sys.stderr.isatty()
-        super().__init__(Console(stderr=True, quiet=not self.has_bars))
+        stderr = Console(stderr=True, quiet=self.quiet)
+        has_lines = not self.quiet and not stderr.is_terminal
+        to_log = [log.write] if self.rank == 0 else []
+        super().__init__(stderr, lines_to=[self._say_progress] if has_lines else to_log)
+        self._heading = heading
 
     def __call__(self, event: Event) -> None:
         """Show an event."""
         guard(event)
         match event:
             case PlanMade(plan):
-                self._print(plan_text(plan))
+                self._print(plan_text(plan), str(plan))
             case BackendChosen(backend, where, is_fallback):
                 if self.verbose:
-                    self._say(where if is_fallback else f"{backend}\n{where}")
+                    self.say(where if is_fallback else f"{backend}\n{where}")
             case WarningIssued(text):
                 rank = f"rank {self.rank}: " if self.rank else ""
-                self._say(f"warning: {rank}{as_options(text)}")
+                self.say(f"warning: {rank}{as_options(text)}")
             case Resumed():
                 self._print(sentence(event))
             case DataLoaded(is_embedded=is_embedded, beginning=beginning):
@@ -62,14 +70,23 @@ class CommandDisplay(ProgressDisplay):
             case _:
                 super().__call__(event)
 
-    def _print(self, value: object, style: str | None = None) -> None:
-        """Print on stdout, above the progress bars."""
+    def say(self, text: str) -> None:
+        """Print on stderr, above the progress bars if there are any."""
+        log.write(text)
+        if self.console.quiet:
+            print(text, file=sys.stderr)
+        else:
+            super().say(text)
+
+    def _say_progress(self, line: str) -> None:
+        if self._heading:
+            super().say(self._heading)  # the log has it already
+            self._heading = ""
+        self.say(line)
+
+    def _print(self, value: object, text: str | None = None, style: str | None = None) -> None:
+        """Print on stdout, above the progress bars. `text` is what the log says."""
+        if self.rank == 0:
+            log.write(str(value) if text is None else text)
         if not self.quiet:
             console().print(value, style=style, markup=False, soft_wrap=True)
-
-    def _say(self, text: str) -> None:
-        """Print on stderr: above the progress bars, if there are any."""
-        if self.has_bars:
-            self.say(text)
-        else:
-            print(text, file=sys.stderr)

@@ -7,6 +7,7 @@ import signal
 import sys
 from typing import NoReturn
 
+from fourfold.cli.log import log
 from fourfold.cli.options import as_options
 from fourfold.run.signals import SignalGuard
 from fourfold.storage.temporary import remove_all
@@ -15,9 +16,10 @@ from fourfold.storage.temporary import remove_all
 def end_process(number: int, outcome: str) -> NoReturn:
     """End at once; `outcome` is a sentence on what is left in OUT."""
     show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
-    text = f"{show_cursor}error: stopped by {signal.Signals(number).name}; {as_options(outcome)}\n"
+    text = f"error: stopped by {signal.Signals(number).name}; {as_options(outcome)}"
     remove_all()
-    os.write(2, text.encode())
+    log.write(text)
+    os.write(2, f"{show_cursor}{text}\n".encode())
     os._exit(128 + number)
 
 

@@ -10,11 +10,14 @@ from rich.table import Table
 from rich.text import Text
 
 from fourfold.cli.options import as_options
+from fourfold.cli.terminal import console, has_width
+from fourfold.storage.units import aligned, fitted
 
 if TYPE_CHECKING:
     from fourfold.evaluation.generation import Generation
     from fourfold.evaluation.inspection import Inspection
     from fourfold.planning import Plan
+    from fourfold.recipes import Recipe
     from fourfold.run.convert import Converted
     from fourfold.run.merge import Merged
     from fourfold.run.result import Result
@@ -38,7 +41,7 @@ _REPORT = {
 
 def plan_text(plan: Plan) -> Text:
     """A plan: roles and sizes, which tensor-parallel sizes fit, notes."""
-    return _colored(str(plan), _PLAN)
+    return _colored(plan.text(console().width if has_width() else None), _PLAN)
 
 
 def report_text(report: Report) -> Text:
@@ -48,24 +51,27 @@ def report_text(report: Report) -> Text:
 
 def result_text(result: Result | Merged | Converted) -> Text:
     """The closing lines of a job."""
-    return Text(str(result), style="bold")
+    return _colored(str(result), {r"(?s).*": "bold"})
 
 
-def inspection_table(inspection: Inspection) -> RenderableType:
-    """A checkpoint at a glance; long names are folded."""
-    header, *rows = inspection.rows()
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in header[:3]:
-        table.add_column(name, overflow="fold")
-    for name in header[3:]:
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    return Group(Text(inspection.headline, style="bold"), table, Text(inspection.total))
+def inspection_table(inspection: Inspection) -> Text:
+    """A checkpoint at a glance. Names that have no room beside their figures stand above them."""
+    rows = inspection.rows()
+    width = max(len(row[0]) for row in rows)
+    figures = aligned([row[1:] for row in rows], left=2)
+    has_room = width + 2 + len(figures[0]) <= console().width
+    lines = [
+        f"{name.ljust(width)}  {line}" if has_room else f"{name}\n    {line}"
+        for (name, *_), line in zip(rows, figures, strict=True)
+    ]
+    styles = {r"\A.*|(?<=\n)tensors(\s.*|\n    dtype.*)": "bold"}
+    return _colored("\n".join([inspection.headline, *lines, inspection.total]), styles)
 
 
 def generation_table(generation: Generation) -> RenderableType:
-    """The texts of both models side by side."""
+    """The texts of both models: side by side, if there is a width to lay them out in."""
+    if not has_width():
+        return Text(str(generation))
     table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="", expand=True)
     for heading, model, _ in generation.columns():
         title = Text.assemble((heading, "bold"), (f"\n{model}", "dim"))
@@ -75,8 +81,13 @@ def generation_table(generation: Generation) -> RenderableType:
     return Group(Text(generation.visible_prompt), Text(), table, Text(), remark)
 
 
+def recipes_entry(recipe: Recipe) -> Text:
+    """A recipe's name and description."""
+    return _colored(f"{recipe.name}\n    {recipe.description}", {r"\A.*": "bold"})
+
+
 def _colored(text: str, styles: Mapping[str, str]) -> Text:
-    colored = Text(text)
+    colored = Text(fitted(text, console().width) if has_width() else text)
     for pattern, style in styles.items():
         colored.highlight_regex(pattern, style)
     return colored

@@ -10,8 +10,10 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
+from fourfold.cli.log import log
 from fourfold.cli.options import as_options
 from fourfold.cli.signals import guard
 from fourfold.errors import FourfoldError
@@ -25,13 +27,16 @@ if TYPE_CHECKING:
 
 LONGEST_MESSAGE = 2000
 
+UNLIMITED = 10_000
+"""The width of a file or a pipe: nothing is wrapped there."""
+
 
 def run(app: Callable[[], object]) -> None:
     """Run a command: signals, exit codes and errors as documented; tracebacks with --debug."""
     _mend_streams()
     debug = "--debug" in sys.argv[1:]
     sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    with guard:
+    with guard, closing(log):
         try:
             app()
         except FourfoldError as error:
@@ -44,6 +49,7 @@ def run(app: Callable[[], object]) -> None:
 
 def show(result: Any, as_json: bool, draw: Callable[[Any], RenderableType]) -> None:
     """Print a result on stdout: as one JSON document, or as `draw` lays it out."""
+    log.write(str(result))
     if as_json:
         print_json(result.to_dict())
         return
@@ -66,8 +72,12 @@ def console() -> Console:
     """The console for results, on stdout."""
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
-    return Console(width=width, highlight=False)
+    return Console(width=None if has_width() else UNLIMITED, highlight=False)
+
+
+def has_width() -> bool:
+    """True if stdout is a terminal, or if somebody has said how wide it is."""
+    return sys.stdout.isatty() or "COLUMNS" in os.environ
 
 
 def print_json(value: object) -> None:
@@ -97,5 +107,6 @@ def _fail(message: str, code: int, debug: bool) -> None:
         import traceback
 
         traceback.print_exc()
+    log.write(f"error: {message}")
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)

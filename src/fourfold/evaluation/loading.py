@@ -8,6 +8,7 @@ which an engine adds.
 from __future__ import annotations
 
 import re
+import warnings
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -18,6 +19,7 @@ from fourfold.calibration.streaming import StreamedModel
 from fourfold.distributed.machine import memory_available
 from fourfold.errors import ModelError, ResourceError, SourceError
 from fourfold.evaluation.simulated_activations import Simulation, find_sites
+from fourfold.models.agreement import agreement_notes
 from fourfold.models.internals import quiet
 from fourfold.models.inventory import Inventory
 from fourfold.models.inventory_builder import take_inventory
@@ -83,6 +85,8 @@ class OpenedModel:
         self.source = source
         self.inventory: Inventory = take_inventory(source)
         _check_known(source, self.inventory)
+        for note in agreement_notes(source, self.inventory):
+            warnings.warn(f"{source.folder}: {note}", stacklevel=2)
         self.streamed = StreamedModel(source, device=device, dtype=dtype, towers=True)
         self.model = self.streamed.model
         _take_generation_config(self.model, source.folder)

@@ -34,6 +34,8 @@ class ExecutionContext:
     on_event: OnEvent = ignore
     check: Callable[[], None] | None = None
     """Called before each job; an error that it raises ends the work."""
+    strict: bool = False
+    """True if a weight or an input that would be repaired is an error."""
     computing: threading.Semaphore = field(init=False)
     """Held by threads while they compute on the CPU."""
 

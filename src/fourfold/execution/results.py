@@ -4,14 +4,19 @@ are written beside its codes."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fourfold.algorithms.base import Figures
-from fourfold.errors import WeightLostError
 from fourfold.execution.context import ExecutionContext
-from fourfold.formats.base import FORMATS, WeightFormat
+from fourfold.execution.repairs import (
+    FLOOR_SCALES,
+    SCALE_OF_ONE,
+    check_strict_input,
+    lost_weights,
+)
+from fourfold.formats.base import FORMATS
 from fourfold.layouts.base import TensorSpec
 from fourfold.models.inventory import LinearWeight
 from fourfold.planning import ScaleGroup
@@ -39,6 +44,8 @@ class LinearResult:
     """Σ(w − ŵ)²."""
     sum_sq_w: float
     """Σw²."""
+    repair: str | None = None
+    """What was done about a weight or an input that its format cannot hold; see `repairs`."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LinearResult:
@@ -60,6 +67,8 @@ def finish_group(
 ) -> list[LinearResult]:
     """Write the single numbers of a scale group, whose codes are written, and check its errors.
 
+    The results name what was repaired; see `repairs`.
+
     Args:
         context: The plan that is executed.
         file: The shard that the group belongs to.
@@ -68,9 +77,10 @@ def finish_group(
         figures: Measurements by the names of the weights.
 
     Raises:
-        WeightLostError: The format cannot hold one of the weights.
+        WeightLostError: The format cannot hold a weight that may matter.
     """
     fmt, scheme, layout = FORMATS[group.scheme.weights], group.scheme, context.plan.layout
+    lost = lost_weights(context, group, group_scale, figures)
     results = []
     for linear in group.linears:
         numbers: dict[str, float] = {}
@@ -78,11 +88,15 @@ def finish_group(
             assert group_scale is not None
             numbers[fmt.group_part] = group_scale
         input_amax = input_scale = tokens = None
+        repair = FLOOR_SCALES if linear.name in lost else None
         if scheme.activations is not None and scheme.has_input_scale:
             assert context.scales is not None
             input_scale = context.scales.input_scale(linear.input_site)
             input_amax, tokens = context.scales.own_amax(linear), context.scales.tokens(linear)
             numbers |= dict.fromkeys(FORMATS[scheme.activations].input_parts(), input_scale)
+            if context.scales.amax(linear.input_site) == 0 < figures[linear.name].amax:
+                check_strict_input(context, linear)
+                repair = repair or SCALE_OF_ONE
         tensors = layout.tensors(linear.name, linear.shape, scheme)
         for part, number in numbers.items():
             file.write(tensors[part].name, layout.encode(part, number))
@@ -101,24 +115,10 @@ def finish_group(
                 tokens=tokens,
                 sum_sq_err=of_weight.sum_sq_err,
                 sum_sq_w=of_weight.sum_sq_w,
+                repair=repair,
             )
         )
-    _check_errors(results, fmt)
     return results
-
-
-def _check_errors(results: Sequence[LinearResult], fmt: WeightFormat) -> None:
-    """Raise for weights that are so small beside others of their scale group that hardly a code
-    differs from 0."""
-    for result in results:
-        is_lost = fmt.is_lost(result.amax, result.global_scale)
-        if is_lost or result.relative_error > fmt.worst_error:
-            largest = max(results, key=lambda result: result.amax)
-            raise WeightLostError(
-                f"{result.name}: lost in {fmt.title}: its weights reach {result.amax:.3g}, those "
-                f"of {largest.name}, which share its global scale, {largest.amax:.3g}. "
-                "Is the checkpoint damaged? If not, name it under keep."
-            )
 
 
 def row_tensors(

@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
 
-from fourfold.events import ShardWritten
+from fourfold.events import BytesQuantized, ShardWritten
 from fourfold.execution.buffers import Arena
 from fourfold.execution.context import ExecutionContext
 from fourfold.execution.cpu import CPUBackend
@@ -38,16 +38,23 @@ class Scheduler:
     """Executes a plan, or some of its shards. A context manager: shards that are not finished at
     its end keep their temporary names."""
 
-    def __init__(self, context: ExecutionContext, shards: Iterable[int] | None = None) -> None:
+    def __init__(
+        self,
+        context: ExecutionContext,
+        shards: Iterable[int] | None = None,
+        *,
+        bytes_before: int = 0,
+    ) -> None:
         """Create the workers; nothing is written yet.
 
         Args:
             context: The plan and everything that is needed to execute it.
             shards: Numbers of the shards that are written here; all by default.
+            bytes_before: Bytes of the source that an earlier run has quantized, for the progress.
         """
         self.context, self.plan, self.source = context, context.plan, context.source
         self.limits = context.plan.limits
-        self._workers = [_Worker(context) for _ in range(context.workers)]
+        self._workers = [_Worker(context, self._advance) for _ in range(context.workers)]
         self._unsynced = threading.Semaphore(self.limits.unsynced)
         self._jobs: Iterator[tuple[_OpenShard, Job]] = iter(())
         self._ahead: deque[tuple[_OpenShard, Job]] = deque()
@@ -60,6 +67,9 @@ class Scheduler:
         self._shards_done = self._bytes_done = 0
         jobs = (job for number in self.shards for job in self.plan.shards[number].jobs)
         self._bytes_total = sum(map(job_bytes, jobs))
+        self._bytes_before, self._bytes_moved = bytes_before, 0
+        self._counting = threading.Lock()
+        self._advance(0)
 
     def __enter__(self) -> Scheduler:
         return self
@@ -98,6 +108,14 @@ class Scheduler:
         """Wait until every shard is on the disk. Raises what went wrong there."""
         for future in self._syncing:
             future.result()
+
+    def _advance(self, nbytes: int) -> None:
+        """Count bytes of the source that a worker has quantized or copied."""
+        with self._counting:
+            self._bytes_moved += nbytes
+            done, total = self._bytes_moved, self._bytes_total
+            before = self._bytes_before
+            self.context.on_event(BytesQuantized(before + done, before + total))
 
     def _jobs_of(self, shards: Iterable[int]) -> Iterator[tuple[_OpenShard, Job]]:
         for number in shards:
@@ -185,8 +203,8 @@ class Scheduler:
 class _Worker:
     """Copies tensors itself, and hands scale groups to the backend that quantizes."""
 
-    def __init__(self, context: ExecutionContext) -> None:
-        self.context, self.arena = context, Arena()
+    def __init__(self, context: ExecutionContext, advance: Callable[[int], None]) -> None:
+        self.context, self.arena, self.advance = context, Arena(), advance
         self.backend: CPUBackend | GPUBackend = CPUBackend(context, self.arena)
         if context.pool is not None:
             self.backend = GPUBackend(context, context.pool, self.backend)
@@ -195,7 +213,10 @@ class _Worker:
         """Do some jobs of a shard; return the results of the linear weights among them."""
         for job in jobs:
             self._write(file, job)
-        return self.backend.run(file, [job for job in jobs if isinstance(job, ScaleGroup)])
+        groups = [job for job in jobs if isinstance(job, ScaleGroup)]
+        results = self.backend.run(file, groups)
+        self.advance(sum(map(job_bytes, groups)))
+        return results
 
     def _write(self, file: ShardFile, job: Job) -> None:
         match job:
@@ -203,6 +224,7 @@ class _Worker:
                 slab = self.context.source.slab(job.region.key, *job.region.slab)
                 bias = job.region.view(slab).contiguous()
                 file.write(f"{job.name}.bias", bias.view(torch.uint8).numpy())
+                self.advance(job_bytes(job))
             case RawTensor():
                 self._copy(file, job.info.key, job.info.nbytes)
             case KVScales():
@@ -219,6 +241,7 @@ class _Worker:
             piece = buffer[: min(step, nbytes - begin)]
             self.context.source.read_bytes(key, begin, piece)
             file.write(key, piece, begin)
+            self.advance(len(piece))
 
 
 @dataclass

@@ -48,6 +48,8 @@ class WeightFormat(ABC):
     nothing but packed codes has: shards are balanced by it, from the dtypes alone."""
     worst_error: ClassVar[float]
     """A relative error ‖w − ŵ‖/‖w‖ above this means that the format cannot hold the weight."""
+    negligible: ClassVar[float] = 0.0
+    """A weight that reaches no more than this is as good as 0, whatever it lies beside."""
 
     # ------------------------------------------------------------------------------- geometry
 

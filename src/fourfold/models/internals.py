@@ -7,6 +7,7 @@ tensors, they fill the parameters of one layer at a time (`load_tensors`). Its e
 lets a function of ours run in place of an experts module's forward (`experts_function`).
 
 Internals used: `PreTrainedModel._from_config`, `_no_split_modules`, `_tied_weights_keys`,
+`get_expanded_tied_weights_keys`, `CONFIG_MAPPING`,
 `_get_dtype_plan`, `config._experts_implementation_internal`, `ALL_EXPERTS_FUNCTIONS`,
 `get_model_conversion_mapping`, `rename_source_key`, `WeightConverter.convert`,
 `convert_and_load_state_dict_in_model`. Those that models in memory need are in `live_internals`.
@@ -99,6 +100,10 @@ class Conversion:
         patterns = self._by_pattern[place.pattern].target_patterns
         names = [place.target.replace(patterns[0], pattern) for pattern in patterns]
         return [name for name in names if name in self._state] or [place.target]
+
+    def rule_of(self, place: Place) -> object:
+        """Return the rule that converts the tensor at a place; None for a plain rename."""
+        return None if place.pattern is None else self._by_pattern[place.pattern]
 
     def is_ambiguous(self, pattern: str, shape: Sequence[int]) -> bool:
         """True if an operation tells two layouts apart by a shape that both of them have."""
@@ -222,6 +227,22 @@ def tied_parameters(model: Any) -> frozenset[str]:
     configs = model.config.get_text_config(), model.config
     is_tied = any(getattr(config, "tie_word_embeddings", False) for config in configs)
     return frozenset(getattr(model, "_tied_weights_keys", None) or ()) if is_tied else frozenset()
+
+
+def ties_between(model: Any) -> Mapping[str, str]:
+    """Return the parameter that each tied one computes with, should the configuration tie any."""
+    keys = getattr(model, "_tied_weights_keys", None)
+    if not isinstance(keys, dict | None):
+        return {}  # a list, in custom code for transformers 4
+    return dict(model.get_expanded_tied_weights_keys(all_submodels=True) or keys or {})
+
+
+def default_of(model_type: object, field: str) -> object:
+    """Return the value of a field that a config.json of `model_type` lacks; None if unknown."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
+    return getattr(CONFIG_MAPPING[model_type], field, None) if known else None
 
 
 def load_tensors(

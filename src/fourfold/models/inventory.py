@@ -14,6 +14,7 @@ from functools import cached_property
 from fourfold.models.experts import Projection
 from fourfold.models.regions import Region
 from fourfold.models.roles import MAY_LACK, Role
+from fourfold.models.ties import Tie
 from fourfold.storage.safetensors_header import TensorInfo
 
 
@@ -86,6 +87,12 @@ class Inventory:
     """Raw key → why its weights cannot be cut out."""
     tied_linears: tuple[str, ...]
     """Linear layers without a tensor of their own (a tied head), named as in memory."""
+    tie: Tie
+    """Whether the configuration ties the head to the embedding."""
+    tied_keys: Mapping[str, str]
+    """Raw keys that are stored although the configuration may tie them: key → what it ties to."""
+    doubles: tuple[tuple[str, str], ...]
+    """Pairs of raw keys for the same parameter."""
     unknown: tuple[str, ...]
     """Raw keys that the module tree has no place for."""
     denied: tuple[str, ...]

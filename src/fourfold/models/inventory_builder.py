@@ -27,6 +27,7 @@ from fourfold.models.mtp import is_mtp, mtp_linears, stack_of
 from fourfold.models.names import SINGLE_EXPERT, natural
 from fourfold.models.regions import whole
 from fourfold.models.roles import EMBEDDING_NAME, MAY_LACK, TOWER, Role, role_of_linear
+from fourfold.models.ties import Tie, tie_of
 from fourfold.storage.safetensors_header import shown
 from fourfold.storage.source import Source
 
@@ -74,15 +75,18 @@ class _Builder:
     def __init__(self, source: Source, tree: ModuleTree) -> None:
         self.infos = source.tensors
         self.tree = tree
+        self.tie = tie_of(source.config)
         self.places = {key: tree.conversion.place(key) for key in sorted(self.infos, key=natural)}
         self.layer_index = {path: index for index, path in enumerate(tree.layers)}
         self.linears: list[LinearWeight] = []
         self.biases: list[ExpertBias] = []
         self.roles: dict[str, Role] = {}
         self.blocked: dict[str, str] = {}
+        self.doubles: list[tuple[str, str]] = []
 
     def build(self) -> Inventory:
         self._check_complete()
+        self._find_doubles()
         self._cut_experts()
         self._find_linears()
         self._find_mtp()
@@ -94,6 +98,9 @@ class _Builder:
             tensors={key: self._raw(key) for key in self.infos},
             blocked=self.blocked,
             tied_linears=self._tied_linears(),
+            tie=self.tie,
+            tied_keys=self._tied_keys(),
+            doubles=tuple(self.doubles),
             unknown=tuple(key for key, place in self.places.items() if place.target is None),
             denied=tuple(self._denied()),
             layer_paths=self.tree.layers,
@@ -139,6 +146,36 @@ class _Builder:
         stored = {place.target for place in self.places.values()}
         names = (name.removesuffix(".weight") for name in self.tree.tied - stored)
         return tuple(sorted(name for name in names if name in self.tree.linears))
+
+    def _tied_keys(self) -> dict[str, str]:
+        if self.tie is Tie.NO:
+            return {}
+        stored = {place.target: key for key, place in self.places.items()}
+        return {
+            stored[target]: stored[origin]
+            for target, origin in self.tree.ties.items()
+            if target in stored and origin in stored
+        }
+
+    def _find_doubles(self) -> None:
+        """Find keys that become the same parameter; parameters that are cut must be there once."""
+        firsts: dict[object, str] = {}
+        layouts: dict[str | None, tuple[object, str]] = {}
+        for key, place in self.places.items():
+            if place.target is None:
+                continue
+            rule, numbers = self.tree.conversion.rule_of(place), tuple(re.findall(r"\d+", key))
+            other, double = layouts.setdefault(place.target, (rule, key))
+            if rule is other:
+                double = firsts.setdefault((place.target, place.pattern, numbers), key)
+            if double == key:
+                continue
+            if rule or other or place.target.rpartition(".")[0] in self.tree.experts:
+                raise SourceError(
+                    f"{key} in {self.infos[key].file.name}: holds what {double} holds, too "
+                    f"({place.target}). Take one of them out of the checkpoint."
+                )
+            self.doubles.append((double, key))
 
     def _layer_of(self, path: str) -> int | None:
         """The index of the decoder layer that contains the parameter at `path`, or None."""

@@ -22,6 +22,7 @@ from fourfold.models.internals import (
     output_embeddings,
     plain_class,
     tied_parameters,
+    ties_between,
     unsplit_classes,
 )
 from fourfold.models.roles import EXPERTS_CLASS, Role, role_of_linear
@@ -56,6 +57,8 @@ class ModuleTree:
     """Persistent buffers, which a checkpoint holds (such as a router's correction bias)."""
     tied: frozenset[str]
     """Parameters that share another one's storage and need no key of their own."""
+    ties: Mapping[str, str]
+    """The parameter that each of these computes with, and each that a configuration could tie."""
     layers: tuple[str, ...]
     """Paths of the decoder layers, in order."""
     num_hidden_layers: int
@@ -112,6 +115,7 @@ def describe(model: Any) -> ModuleTree:
         parameters={name: tuple(value.shape) for name, value in model.named_parameters()},
         buffers=frozenset(model.state_dict()) - {name for name, _ in model.named_parameters()},
         tied=tied_parameters(model),
+        ties=ties_between(model),
         layers=_layers(model, modules),
         num_hidden_layers=int(getattr(text_config, "num_hidden_layers", 0)),
         vocab_size=rows or int(getattr(text_config, "vocab_size", 0) or 0),

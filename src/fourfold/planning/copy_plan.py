@@ -21,7 +21,7 @@ from fourfold.planning.limits import DEFAULT_LIMITS, Limits
 from fourfold.planning.rows import Row, Shard, slabs_of
 from fourfold.planning.shards import outputs_of, shard_names
 from fourfold.recipes import DEFAULT_LAYOUT
-from fourfold.storage.names import CONFIG, INDEX
+from fourfold.storage.names import CONFIG, INDEX, hub_id
 from fourfold.storage.side_files import SideFiles
 
 
@@ -41,9 +41,14 @@ class CopyPlan:
     limits: Limits = DEFAULT_LIMITS
 
     @property
+    def base_model(self) -> str:
+        """The source's name on the hub, or else that of its folder, even if it was given as `.`."""
+        return hub_id(self.source) or os.path.basename(os.path.abspath(self.source))
+
+    @property
     def model(self) -> str:
-        """The name of the source's folder, even if it was given as `.`."""
-        return os.path.basename(os.path.abspath(self.source))
+        """The source's name, without its organization."""
+        return self.base_model.rpartition("/")[2]
 
     @property
     def layout(self) -> Layout:
@@ -116,8 +121,12 @@ class CopyPlan:
     @cached_property
     def files(self) -> list[str]:
         """Every file of the output, relative to its folder."""
-        beside = [path.as_posix() for path in self.side_files.copied]
+        beside = [self.name_in_output(path) for path in self.side_files.copied]
         return [*self.shard_names, *beside, *self._reports, INDEX, CONFIG]
+
+    def name_in_output(self, side_file: Path) -> str:
+        """Return the path that a side file of the source gets in the output."""
+        return side_file.as_posix()
 
     @property
     def _reports(self) -> Sequence[str]:

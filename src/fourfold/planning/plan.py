@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from fourfold.algorithms.base import ALGORITHMS, RowwiseAlgorithm
@@ -20,6 +21,7 @@ from fourfold.formats.base import FORMATS
 from fourfold.formats.scheme import Scheme
 from fourfold.layouts.base import LAYOUTS, CheckpointContents, Layout
 from fourfold.layouts.recognition import check_not_quantized
+from fourfold.models.agreement import agreement_notes
 from fourfold.models.families import family_of
 from fourfold.models.inventory import Inventory, LinearWeight
 from fourfold.models.inventory_builder import take_inventory
@@ -44,7 +46,7 @@ from fourfold.planning.text import role_lines, tensor_parallel_lines
 from fourfold.recipes import Recipe
 from fourfold.statistics import SMALL, Site
 from fourfold.statistics import STATISTICS as ALL_STATISTICS
-from fourfold.storage.names import REPORT, STATISTICS, SUMMARY
+from fourfold.storage.names import CARD, REPORT, SOURCE_CARD, STATISTICS, SUMMARY
 from fourfold.storage.side_files import SideFiles, describe
 from fourfold.storage.source import Source
 from fourfold.storage.units import size
@@ -251,7 +253,11 @@ class Plan(CopyPlan):
     @property
     def _reports(self) -> Sequence[str]:
         statistics = (STATISTICS,) if self.needs_calibration else ()
-        return (*statistics, SUMMARY, REPORT, *self.config_files)
+        return (*statistics, SUMMARY, REPORT, CARD, *self.config_files)
+
+    def name_in_output(self, side_file: Path) -> str:
+        """As its path in the source, but for the model card: the output has its own."""
+        return SOURCE_CARD if side_file == Path(CARD) else super().name_in_output(side_file)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain data for JSON, with one entry for each source tensor."""
@@ -293,12 +299,16 @@ class Plan(CopyPlan):
         }
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, width: int | None = None) -> str:
+        """The plan for people; its table has no more columns than fit into `width` characters."""
         memory = size(self.memory(threads_available()) + self.calibration_memory)
         disk = size(self.nbytes_after + self.side_files.nbytes)
         written = sum(len(shard.tensors) for shard in self.shards)
         lines = [
             f"{self.source}: {self.inventory.architecture} → recipe {self.recipe.name}",
-            *role_lines(self.rows),
+            *role_lines(self.rows, width),
             *tensor_parallel_lines(self.tensor_parallel),
             f"{len(self.rows):,} tensors in, {written:,} out in {len(self.shards)} shards · "
             f"{len(self.linears):,} linear weights to quantize · "
@@ -321,7 +331,9 @@ def _activation_of(linear: LinearWeight) -> str:
 def make_plan(
     source: Source, recipe: Recipe, *, parts: int = 1, limits: Limits = DEFAULT_LIMITS
 ) -> Plan:
-    """Decide how every tensor of `source` is treated. No weight is read.
+    """Decide how every tensor of `source` is treated.
+
+    No weight is read, except where two tensors stand for one parameter: they are compared.
 
     Args:
         source: The checkpoint.
@@ -337,7 +349,7 @@ def make_plan(
     """
     check_not_quantized(source)
     inventory = take_inventory(source)
-    placement = [*placement_notes(source, inventory)]
+    placement = [*placement_notes(source, inventory), *agreement_notes(source, inventory)]
     selection = Selection(recipe, inventory)
     groups = selection.groups()
     rows = tuple(selection.row(raw) for raw in inventory.tensors.values())
@@ -353,6 +365,8 @@ def make_plan(
     check_names(shards, selection.layout)
     check_kept(kept, selection.layout)
     side_files = source.side_files().without({SUMMARY, REPORT, STATISTICS})
+    if Path(CARD) in side_files.copied:
+        side_files = side_files.without({SOURCE_CARD})
     return Plan(
         source=source.place,
         recipe=recipe,

@@ -15,6 +15,7 @@ from fourfold.layouts.base import LAYOUTS
 from fourfold.models.fusion import kept_because
 from fourfold.models.inventory import ExpertBias, Inventory, LinearWeight, RawTensor
 from fourfold.models.roles import Role
+from fourfold.models.ties import FIELD, Tie
 from fourfold.planning.rows import Action, KVScales, Row, ScaleGroup
 from fourfold.planning.schemes import (
     check_fused,
@@ -94,6 +95,12 @@ class Selection:
                 raise RecipeError(
                     f"recipe {self.recipe.name}: {linear.name}: transformers does not run MTP "
                     "layers, so their inputs cannot be calibrated. Leave the role mtp out."
+                )
+            if self.inventory.tie is Tie.YES and linear.region.key in self.inventory.tied_keys:
+                raise PlanError(
+                    f"{linear.name}: config.json ties it to the embedding ({FIELD}), so engines "
+                    f"would not read its quantized weight. Leave role {linear.role} out, or set "
+                    f"{FIELD} to false in config.json."
                 )
             if linear.dtype not in COMPUTE_DTYPES:
                 raise PlanError(

@@ -11,10 +11,25 @@ from fourfold.storage.units import aligned, size
 HEADER = ("role", "what happens", "linear weights", "tensors", "before", "after", "bits/weight")
 
 
-def role_lines(rows: Sequence[Row]) -> list[str]:
-    """Return a table of counts and bytes: a line for each role and what happens to it, a total."""
+_DISPENSABLE = ("tensors", "linear weights", "bits/weight", "before")
+"""Columns that are left out where there is no room, in this order."""
+
+
+def role_lines(rows: Sequence[Row], width: int | None = None) -> list[str]:
+    """Return a table of counts and bytes: a line for each role and what happens to it, a total.
+
+    width: characters of a line, at most; columns beyond that are left out.
+    """
     table = [HEADER, *((*key, *_figures(part)) for key, part in by_role(rows))]
-    return aligned([*table, ("total", "", *_figures(rows))], left=2)
+    columns = dict(
+        zip(HEADER, zip(*table, ("total", "", *_figures(rows)), strict=True), strict=True)
+    )
+    for name in ("", *_DISPENSABLE):
+        columns.pop(name, None)
+        lines = aligned(list(zip(*columns.values(), strict=True)), left=2)
+        if width is None or max(map(len, lines)) <= width:
+            break
+    return lines
 
 
 def by_role(rows: Iterable[Row]) -> list[tuple[tuple[str, str], list[Row]]]:

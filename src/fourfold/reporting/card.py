@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +36,24 @@ NOT_VERIFIED = "Not verified. `fourfold verify` checks it, and compares it with 
 _BEGIN, _END = "<!-- fourfold: verification -->", "<!-- fourfold: end -->"
 
 
-def hub_id(folder: Path) -> str | None:
-    """Return the name on the hub of a folder in the hub's cache; None for other folders."""
-    cache = folder.absolute().parent.parent
-    if folder.absolute().parent.name != "snapshots" or not cache.name.startswith("models--"):
+def draw_card(
+    summary: QuantSummary, base_model: str, source_card: str, warn: Callable[[str], None]
+) -> str | None:
+    """Return the card; if it cannot be drawn, call `warn` with the reason and return None.
+
+    For the end of a run: a defect of the card must not cost the checkpoint.
+    """
+    try:
+        return render_card(summary, base_model=base_model, source_card=source_card)
+    except Exception as error:
+        warn(
+            f"{CARD}: could not be drawn ({type(error).__name__}: {error}). The checkpoint is not "
+            "affected."
+        )
         return None
-    return cache.name.removeprefix("models--").replace("--", "/", 1)
 
 
-def draw_card(summary: QuantSummary, *, base_model: str, source_card: str = "") -> str:
+def render_card(summary: QuantSummary, *, base_model: str, source_card: str = "") -> str:
     """Return the card of a checkpoint.
 
     Args:
@@ -102,18 +111,16 @@ def note_verification(folder: Path, report: Report) -> None:
 
 
 def _verdict(report: Report) -> str:
+    """The result, in the same words whether the source was at hand or not: `merge` has none."""
     counts = report.counts
     if not report.clean:
         return "**Not clean**: verification found errors. `fourfold verify` lists them."
     linears = plural(counts.quantized_linears, "linear weight")
-    text = (
+    return (
         f"Verified after it was written, without an error: {linears}, "
-        f"{counts.zero_block_scales:,} zero scales of {counts.block_scales:,}"
+        f"{counts.zero_block_scales:,} zero scales of {counts.block_scales:,}. `fourfold verify` "
+        "does it again."
     )
-    if counts.compared_linears:
-        copies = plural(counts.copied_tensors, "copied tensor")
-        text += f". Each of them was compared with the source, and {copies} bit for bit"
-    return f"{text}."
 
 
 def _carried(source_card: str) -> dict[str, Any]:
@@ -140,7 +147,7 @@ def _front_matter(base_model: str, carried: Mapping[str, Any]) -> str:
 
     hub_name = re.sub(r"[^\w./-]+", "-", base_model)
     entries = {
-        "base_model": hub_name,
+        "base_model": hub_name.strip("-.") or "model",
         "base_model_relation": "quantized",
         **carried,
         "tags": ["nvfp4", "modelopt", "fourfold"],

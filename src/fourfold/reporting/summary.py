@@ -26,6 +26,7 @@ from fourfold.storage.quant_summary import (
     QuantSummary,
     RawRegion,
     RawTensorEntry,
+    RepairEntry,
     RoleEntry,
     ShardEntry,
 )
@@ -49,7 +50,9 @@ def summarize(
         data = asdict(scales.statistics.data)
         calibration = CalibrationEntry(**data, unreached_experts=unreached)
     planned = {linear.name: linear for linear in plan.linears}
+    repairs = tuple(RepairEntry(name=x.name, repair=x.repair) for x in linears if x.repair)
     return QuantSummary(
+        **({"repairs": repairs} if repairs else {}),
         producer=f"fourfold {__version__}",
         schema_version=SCHEMA_VERSION,
         versions=versions(),
@@ -139,7 +142,7 @@ def _biases(plan: Plan) -> list[ExpertBias]:
 def _linear(result: LinearResult, linear: LinearWeight, scheme: Scheme) -> LinearEntry:
     place = {} if _is_whole(linear) else {"raw": _raw(linear.region)}
     figures = asdict(result)
-    del figures["sum_sq_err"], figures["sum_sq_w"]
+    del figures["sum_sq_err"], figures["sum_sq_w"], figures["repair"]
     figures |= {"format": scheme.weights, "dtype": linear.dtype}
     figures["relative_error"] = float(f"{result.relative_error:.4g}")
     return LinearEntry.model_validate({**figures, **place})

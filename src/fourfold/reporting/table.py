@@ -22,7 +22,7 @@ from fourfold.errors import UsageError
 from fourfold.models.names import natural
 from fourfold.reporting.text import clipped, figure, integer, plural, runs
 from fourfold.storage.quant_summary import LinearEntry, QuantSummary
-from fourfold.storage.units import PLAIN_WIDTH, printable, size
+from fourfold.storage.units import PLAIN_WIDTH, fitted, printable, size
 
 NARROWEST_NAME = 24
 """If the figures leave less room than this for names, each name gets a line of its own."""
@@ -118,7 +118,7 @@ class LinearTable:
         """Yield the lines to print on a terminal of `width` characters, and their styles."""
         title, *details = _head(self.summary)
         yield title, Style(bold=True)
-        yield from ((line, Style()) for line in details)
+        yield from ((line, Style()) for line in fitted("\n".join(details), width).splitlines())
         heads, rows = self.rows()
         widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
         room = width - sum(widths[1:]) - 2 * (len(widths) - 1)
@@ -153,6 +153,8 @@ def _head(summary: QuantSummary) -> Iterator[str]:
         f"{ledger.linear_weights_quantized:,} / {ledger.linear_weights_planned:,} "
         "linear weights quantized"
     )
+    if summary.repairs:
+        line += f" · {len(summary.repairs):,} repaired"
     yield line if calibration is None else f"{line} · calibrated on {calibration.tokens:,} tokens"
 
 

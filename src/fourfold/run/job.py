@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import ChainMap
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 from fourfold.calibration.scales import ActivationScales
@@ -21,14 +22,16 @@ from fourfold.distributed.ranks import RankFailedError, Ranks
 from fourfold.errors import FourfoldError, SourceChangedError
 from fourfold.events import OnEvent, OutputComplete, Resumed, WritingBegan, ignore
 from fourfold.execution import Backend, ExecutionContext, LinearResult, Scheduler
-from fourfold.planning import CopyPlan, Plan
+from fourfold.planning import CopyPlan, Plan, job_bytes
+from fourfold.reporting.card import draw_card
 from fourfold.reporting.page import draw_report
 from fourfold.reporting.summary import summarize
 from fourfold.run.resume import Assignment, assign_shards, check_all_written, identity_of
 from fourfold.run.strategies import Run
 from fourfold.storage.atomic import FileWriter
 from fourfold.storage.disk import writing
-from fourfold.storage.names import CONFIG, INDEX, REPORT, STATISTICS, SUMMARY
+from fourfold.storage.fingerprints import reading
+from fourfold.storage.names import CARD, CONFIG, INDEX, REPORT, SOURCE_CARD, STATISTICS, SUMMARY
 from fourfold.storage.output import OutputFolder
 from fourfold.storage.run_state import OTHER_FILES
 from fourfold.storage.shard_file import index_of
@@ -53,11 +56,13 @@ class Job:
         ranks: Ranks,
         backend: Backend,
         write_own_files: WriteOwnFiles,
+        *,
+        strict: bool = False,
     ) -> None:
         """Describe the job; nothing is read or written yet."""
         self.plan, self.source, self.folder, self.run = plan, source, folder, run
         self.ranks, self.backend, self.write_own_files = ranks, backend, write_own_files
-        self.identity = identity_of(plan, source, run)
+        self.strict, self.identity = strict, identity_of(plan, source, run)
 
     @property
     def is_leader(self) -> bool:
@@ -72,8 +77,8 @@ class Job:
     def write(self, on_event: OnEvent = ignore) -> list[LinearResult]:
         """Do this rank's part; return the figures of all weights in this rank's OUT.
 
-        Emits `WritingBegan`, `Resumed`, `ShardWritten` and `OutputComplete`. After an error or a
-        signal, OUT holds what the same job can resume, or nothing of this run.
+        Emits `WritingBegan`, `Resumed`, `BytesQuantized`, `ShardWritten` and `OutputComplete`.
+        After an error or a signal, OUT holds what the same job can resume, or nothing of this run.
         """
         with self.source.agreeing():
             if self.run.is_writer and self.ranks.size == 1:
@@ -82,7 +87,7 @@ class Job:
         try:
             self._assign()
             if self.assignment.finished:
-                on_event(Resumed(self.assignment.finished, len(self.plan.shards)))
+                on_event(Resumed(len(self.assignment.finished), len(self.plan.shards)))
             self._execute(on_event)
             self.ranks.gather("written")
             with self.source.agreeing():
@@ -118,9 +123,13 @@ class Job:
             pool=self.backend.pool,
             on_event=on_event,
             check=self.ranks.check,
+            strict=self.strict,
         )
+        finished = (self.plan.shards[number] for number in self.assignment.finished)
+        before = sum(job_bytes(job) for shard in finished for job in shard.jobs)
+        before //= self.ranks.size
         with (
-            Scheduler(context, self.assignment.shards) as scheduler,
+            Scheduler(context, self.assignment.shards, bytes_before=before) as scheduler,
             closing(self.run.steps(self.assignment.statistics, self._store_statistics)) as steps,
         ):
             for shards in steps:
@@ -156,7 +165,7 @@ class Job:
     def _write_other_files(self, files: FileWriter, results: list[LinearResult]) -> None:
         """Write all files that are not shards, config.json last."""
         for path in self.plan.side_files.copied:
-            files.copy(self.source.folder, path)
+            files.copy(self.source.folder, path, self.plan.name_in_output(path))
         self.source.check_unchanged()  # the side files, too, are of the source that was read
         config = self.write_own_files(files, results)
         shards = zip(
@@ -211,7 +220,7 @@ def write_own_files(
     scales: ActivationScales | None,
     warn: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Write statistics, summary, report and configuration files of a quantized checkpoint.
+    """Write statistics, summary, report, card and configuration files of a quantized checkpoint.
 
     Returns the contents of config.json. Raises `FourfoldError` if planned weights lack figures.
     """
@@ -226,6 +235,18 @@ def write_own_files(
     files.write_text(SUMMARY, summary.to_json())
     if (report := draw_report(summary, warn)) is not None:
         files.write_text(REPORT, report)
+    if (card := draw_card(summary, plan.base_model, _card_of(source, plan), warn)) is not None:
+        files.write_text(CARD, card)
     for name, contents in plan.config_files.items():
         files.write_json(name, contents)
     return dict(source.config) | {"quantization_config": plan.quantization_config}
+
+
+def _card_of(source: Source, plan: Plan) -> str:
+    """The source's own model card; empty if it has none."""
+    for name in (CARD, SOURCE_CARD):
+        if Path(name) in plan.side_files.copied:
+            file = source.folder / name
+            with reading(file):
+                return file.read_text("utf-8", "replace")
+    return ""

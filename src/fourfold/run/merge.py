@@ -31,6 +31,7 @@ from fourfold.events import (
 )
 from fourfold.layouts import marker_files
 from fourfold.planning import Spec, cut, shard_names
+from fourfold.reporting.card import note_verification
 from fourfold.reporting.page import draw_report
 from fourfold.run.result import verdict
 from fourfold.run.resume import without_times
@@ -38,7 +39,7 @@ from fourfold.storage.atomic import COPY_BYTES
 from fourfold.storage.disk import check_disk
 from fourfold.storage.fingerprints import Stamps
 from fourfold.storage.json_files import read_json
-from fourfold.storage.names import CONFIG, INDEX, REPORT, SUMMARY
+from fourfold.storage.names import CARD, CONFIG, INDEX, REPORT, SUMMARY
 from fourfold.storage.output import OutputFolder
 from fourfold.storage.quant_summary import QuantSummary, ShardEntry, read_summary
 from fourfold.storage.run_state import OTHER_FILES, RUN, STATE, RunState, differences, is_inside
@@ -126,6 +127,7 @@ def merge(
     report = None
     if output.verify:
         report = verify(target.folder, threads=runtime.threads, on_event=on_event)
+        note_verification(target.folder, report)
     before = len(summary.shards)
     return Merged(target.folder, len(inputs), before, len(new_shards), total, report)
 
@@ -280,14 +282,15 @@ def _copy_all(
     on_event: OnEvent,
 ) -> None:
     copied = 0
+    on_event(BytesCopied(copied, total))
     with closing(SourceFiles(stamps)) as files:
         for name, new in new_shards.items():
             with closing(target.shard(name, _specs(new.tensors))) as shard:
                 for info in new.tensors.values():
                     _copy(info, shard, files)
                     copied += info.nbytes
+                    on_event(BytesCopied(copied, total))
                 target.finish_shard(shard, {})
-            on_event(BytesCopied(copied, total))
 
 
 def _copy(info: TensorInfo, shard: ShardFile, files: SourceFiles) -> None:
@@ -304,7 +307,9 @@ def _output_files(folder: Path, summary: QuantSummary, names: Iterable[str]) -> 
     listed = [name for name in summary.files if is_inside(name) and name not in before]
     added = [name for name in _own_files(folder) if name not in before and name not in listed]
     for name in listed:
-        if name != REPORT and not _is_own(folder / name, folder):  # the report is drawn again
+        if name not in (REPORT, CARD) and not _is_own(
+            folder / name, folder
+        ):  # the report is drawn again
             raise SourceError(
                 f"{folder / name}: is missing, or a link out of its folder. "
                 "Give the folders as the nodes wrote them."
@@ -339,7 +344,7 @@ def _write_other_files(
     )
     own = {SUMMARY, REPORT, INDEX, CONFIG, *new_shards}
     for name in files:
-        if name not in own:
+        if name not in own and (name != CARD or _is_own(config_folder / CARD, config_folder)):
             target.copy(config_folder, Path(name))
     summary = summary.model_copy(update={"files": tuple(files), "shards": shards})
     target.write_text(SUMMARY, summary.to_json())

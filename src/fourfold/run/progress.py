@@ -1,4 +1,8 @@
-"""The progress of a run on a terminal or in a notebook: one `match` over its events.
+"""The progress of a run: bars on a terminal or in a notebook, lines of text anywhere else.
+
+    calibrating ━━━━━━━───────  layer 3/48 · batch 5/16 · 109 tokens/s
+    quantizing  ━━────────────  12.3 GB of 230 GB · 1.2 GB/s
+    3 min · about 12 min left · 3.2 GB of memory
 
 It lies below `api`, and not in the command line, because Python callers get it by default.
 """
@@ -7,50 +11,96 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from collections.abc import Callable, Sequence
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.text import Text
 
 from fourfold.distributed.launcher import launch
-from fourfold.events import (
-    BytesCopied,
-    BytesVerified,
-    DataLoaded,
-    Event,
-    LayerCalibrated,
-    Resumed,
-    ShardWritten,
-    TokenGenerated,
-    WarningIssued,
-    WritingBegan,
-)
+from fourfold.events import DataLoaded, Event, Resumed, WarningIssued
+from fourfold.run.stages import Stage, Stages, duration
 from fourfold.storage.units import size
+
+NAMES, WIDEST_BAR, NARROWEST_BAR = 12, 40, 4
+"""Characters of a step's name, and of its bar."""
+
+PACE, SLOWEST = 10.0, 300.0
+"""Seconds between two lines of text, at first and at most."""
+
+Clock = Callable[[], float]
+Write = Callable[[str], None]
+
+
+class Lines:
+    """Lines of text, every ten seconds at first, and the rarer the longer the run takes."""
+
+    def __init__(self, write: Write, stages: Stages) -> None:
+        self.write, self.stages = write, stages
+        self.began = self.last = -1.0
+        """When the first step began, and when a line was written."""
+        self._has_line: set[str] = set()
+        """The steps that a line was written of."""
+
+    def __call__(self, stage: Stage) -> None:
+        """Write a line, if it is time for one, or if a step of which there are some has ended."""
+        now = self.stages.now
+        if self.last < 0:
+            self.began = self.last = now
+        wait = min(SLOWEST, max(PACE, (now - self.began) / 20))
+        has_ended = stage.is_done and stage.name in self._has_line
+        if now - self.last >= wait or has_ended:
+            self.last = now
+            self._has_line.add(stage.name)
+            self.write(f"{stage.name}: {stage.text} · {_figures(self.stages)}")
+        if stage.is_done:
+            self._has_line.discard(stage.name)
 
 
 class ProgressDisplay:
-    """Progress bars for long steps, and lines for warnings and other messages."""
+    """Shows the progress of a run, and lines for warnings and other messages."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self._bars = Progress(
-            TextColumn("{task.description:<12}"),
-            BarColumn(),
-            TextColumn("{task.fields[rate]:>9} · {task.fields[rss]} resident"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-        )
-        self._tasks: dict[str, Any] = {}
-        self._begun: dict[str, float] = {}
+    def __init__(
+        self,
+        console: Console,
+        *,
+        clock: Clock = time.monotonic,
+        lines_to: Sequence[Write] | None = None,
+    ) -> None:
+        """Create a display.
+
+        Args:
+            console: Where it is shown: with bars, if that is a terminal or a notebook.
+            clock: The time in seconds.
+            lines_to: Who gets the lines of text; by default the console, if it has no bars.
+        """
+        self.console, self._clock = console, clock
+        has_bars = (console.is_terminal or console.is_jupyter) and not console.quiet
+        if lines_to is None:
+            lines_to = () if has_bars else (self.say,)
+        self.stages = Stages(clock())
+        self._began = self.stages.now
+        self._lines = [Lines(write, self.stages) for write in lines_to]
+        self._live: Live | None = None
+        if has_bars:
+            # Without this, what a command prints into a file would land on the terminal.
+            is_shared = sys.stdout is not None and sys.stdout.isatty()
+            self._live = Live(
+                self,
+                console=console,
+                transient=True,
+                refresh_per_second=4,
+                redirect_stdout=is_shared or console.is_jupyter,
+            )
 
     def __enter__(self) -> ProgressDisplay:
-        self._bars.start()
+        if self._live is not None:
+            self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bars.stop()
+        if self._live is not None:
+            self._live.stop()
 
     def __call__(self, event: Event) -> None:
         """Show an event."""
@@ -59,55 +109,40 @@ class ProgressDisplay:
                 self.say(f"warning: {text}")
             case DataLoaded() | Resumed():
                 self.say(sentence(event))
-            case WritingBegan():
-                self._begun["quantizing"] = time.perf_counter()
-            case LayerCalibrated(layer, layers):
-                self._show_count("calibrating", layer + 1, layers, "layer")
-            case ShardWritten():
-                self._show_shard(event)
-            case BytesCopied(done, total):
-                self._show_bytes("copying", done, total)
-            case BytesVerified(done, total):
-                self._show_bytes("verifying", done, total)
-            case TokenGenerated(model, done, total):
-                self._show_count(model, done, total, "token")
+        stage = self.stages.see(event, self._clock())
+        if stage is not None:
+            for line in self._lines:
+                line(stage)
 
-    def say(self, text: str, style: str | None = None) -> None:
-        """Print a line above the bars."""
-        self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+    def say(self, text: str) -> None:
+        """Print a line, above the bars if there are any."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def _show_shard(self, event: ShardWritten) -> None:
-        self._show_bytes("quantizing", event.bytes_done, event.bytes_total)
-        rate = self._rate("quantizing", event.bytes_done)
-        self.say(
-            f"  {event.unit}: shard {event.shards_done}/{event.shards} · {rate} · "
-            f"{_resident()} resident",
-            style="dim",
-        )
-
-    def _show_count(self, name: str, done: int, total: int, unit: str) -> None:
-        self._update(name, done, total, f"{unit} {done}/{total}")
-
-    def _show_bytes(self, name: str, done: int, total: int) -> None:
-        self._begun.setdefault(name, time.perf_counter())
-        self._update(name, done, total, self._rate(name, done))
-
-    def _update(self, name: str, done: int, total: int, rate: str) -> None:
-        if name not in self._tasks:
-            self._tasks[name] = self._bars.add_task(name, total=total, rate="", rss="")
-        self._bars.update(
-            self._tasks[name], completed=done, total=total, rate=rate, rss=_resident()
-        )
-
-    def _rate(self, name: str, done: int) -> str:
-        seconds = time.perf_counter() - self._begun[name]
-        return f"{size(int(done / seconds))}/s" if seconds > 0.2 else ""
+    def __rich_console__(self, _: Console, options: ConsoleOptions) -> RenderResult:
+        width, stages = options.max_width, self.stages.unfinished
+        for stage in stages:
+            yield _bar(stage, width)
+        if stages:
+            text = f"{duration(self._clock() - self._began)} · {_figures(self.stages)}"
+            yield Text(text, style="dim", no_wrap=True, overflow="ellipsis")
 
 
-def _resident() -> str:
+def _bar(stage: Stage, width: int) -> Text:
+    """The line of a step: its name, a bar if there is room for one, position and rate."""
+    line = Text(stage.name.ljust(NAMES), no_wrap=True, overflow="ellipsis")
+    room = min(WIDEST_BAR, width - len(line) - len(stage.text) - 2)
+    if room >= NARROWEST_BAR:
+        filled = room * stage.done // max(1, stage.total)
+        line.append("━" * filled, "green").append("─" * (room - filled), "dim").append("  ")
+    return line.append(stage.text)
+
+
+def _figures(stages: Stages) -> str:
+    """The time left, if it is known, and the memory that the process takes."""
     from fourfold.distributed.machine import resident  # psutil would slow down `--help`
 
-    return size(resident())
+    left, memory = stages.seconds_left, f"{size(resident())} of memory"
+    return f"about {duration(left)} left · {memory}" if left else memory
 
 
 def sentence(event: DataLoaded | Resumed) -> str:

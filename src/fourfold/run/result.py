@@ -10,6 +10,7 @@ from typing import Any
 from fourfold.calibration.statistics import Statistics
 from fourfold.execution import LinearResult
 from fourfold.planning import Plan
+from fourfold.reporting.serving import Served, closing_line
 from fourfold.storage.names import REPORT, SUMMARY
 from fourfold.storage.units import size
 from fourfold.verification import Report
@@ -41,6 +42,11 @@ class Result:
     """Everything that went otherwise than it was meant: a slower backend, too little GPU memory."""
 
     @property
+    def repairs(self) -> dict[str, str]:
+        """What was repaired: linear weights, and the repair of each."""
+        return {x.name: x.repair for x in self.linears if x.repair is not None}
+
+    @property
     def clean(self) -> bool:
         """True if the output was verified without an error."""
         return self.report is not None and self.report.clean
@@ -56,6 +62,7 @@ class Result:
             "bytes_after": self.plan.nbytes_after,
             "calibration": None if self.statistics is None else asdict(self.statistics.data),
             "unreached_experts": dict(self.unreached_experts),
+            "repairs": self.repairs,
             "kernels": self.kernels,
             "warnings": list(self.warnings),
             "seconds": round(self.seconds, 3),
@@ -66,6 +73,8 @@ class Result:
     def __str__(self) -> str:
         planned, done = len(self.plan.linears), len(self.linears)
         parts = [f"{done:,} / {planned:,} linear weights quantized"]
+        if self.repairs:
+            parts.append(f"{len(self.repairs):,} repaired")
         if self.report is not None:
             counts = self.report.counts
             parts.append(f"{counts.zero_block_scales:,} zero scales of {counts.block_scales:,}")
@@ -75,6 +84,8 @@ class Result:
         )
         took = f"{self.seconds:,.1f} s, {size(self.peak_resident)} of memory at the peak"
         lines = [" · ".join(parts), *self._calibration_lines(), took]
+        if not self.is_part:
+            lines.append(closing_line(str(self.out), Served.of_plan(self.plan)))
         return "\n".join(lines)
 
     def _calibration_lines(self) -> Iterator[str]:

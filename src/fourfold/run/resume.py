@@ -37,8 +37,8 @@ class Assignment:
 
     shards: Sequence[int]
     """The numbers of the shards that this rank writes."""
-    finished: int
-    """The number of shards that an earlier run has finished, on all ranks."""
+    finished: Sequence[int]
+    """The numbers of the shards that an earlier run has finished, on all ranks."""
     statistics: Mapping[int | None, Statistics]
     """The statistics of an earlier run by layer; None stands for the modules outside the layers."""
     leaders: Sequence[int]
@@ -47,7 +47,7 @@ class Assignment:
     @classmethod
     def of_one_rank(cls, plan: CopyPlan) -> Assignment:
         """Return the assignment of a single rank with nothing done before."""
-        return cls(range(len(plan.shards)), 0, {}, [0])
+        return cls(range(len(plan.shards)), [], {}, [0])
 
     def is_leader(self, rank: int) -> bool:
         """True for the first of the ranks that write into its folder."""
@@ -160,9 +160,11 @@ def assign_shards(
     def nearness(shard: Shard) -> Sequence[int] | None:
         return source.rank_affinity(slab for job in shard.jobs for slab in slabs_of(job))
 
-    unfinished = [number for number, name in enumerate(plan.shard_names) if name not in done]
-    mine = deal(plan.shards, unfinished, ranks.size, nearness)[ranks.rank]
-    return Assignment(mine, len(done), statistics, leaders)
+    numbers = dict[bool, list[int]]({True: [], False: []})
+    for number, name in enumerate(plan.shard_names):
+        numbers[name in done].append(number)
+    mine = deal(plan.shards, numbers[False], ranks.size, nearness)[ranks.rank]
+    return Assignment(mine, numbers[True], statistics, leaders)
 
 
 def _check_same(ranks: Ranks, identity: Mapping[str, Any]) -> None:

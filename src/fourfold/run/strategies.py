@@ -30,6 +30,7 @@ from fourfold.errors import ResourceError
 from fourfold.events import DataLoaded, OnEvent, ignore
 from fourfold.planning import Plan
 from fourfold.recipes import Recipe
+from fourfold.run.remarks import check_reached
 from fourfold.storage.disk import free_bytes
 from fourfold.storage.output import OutputFolder
 from fourfold.storage.source import Source
@@ -51,6 +52,8 @@ class Observation:
     threads: int | None = None
     """PyTorch's threads while the model runs; None leaves them as they are."""
     on_event: OnEvent = ignore
+    strict: bool = False
+    """True if an expert that no token reached is an error."""
 
     def checked(self, recipe: Recipe, source: Source) -> Observation:
         """Return these settings with the statistics loaded, if a file of them is given.
@@ -103,14 +106,17 @@ def at_once(source: Source, scales: ActivationScales | None = None) -> Run:
     return Run(source, scales, steps, identity)
 
 
-def streamed(plan: Plan, calibration: Calibration) -> Run:
+def streamed(plan: Plan, calibration: Calibration, *, strict: bool = False) -> Run:
     """Calibrate layer by layer, and quantize each layer from memory once it is observed."""
 
     def steps(
         finished: Mapping[int | None, Statistics], on_observed: OnObserved
     ) -> Generator[Sequence[int]]:
         with closing(calibration.units(finished, on_observed)) as units:
-            yield from map(plan.shards_of, units)
+            for unit in units:
+                if strict:
+                    check_reached(calibration.scales, [unit])
+                yield plan.shards_of(unit)
 
     identity = {
         "data": asdict(calibration.statistics.data),
@@ -136,15 +142,27 @@ def choose_run(
 
     `out` also holds the activations that memory has no room for.
     """
+    run = _choose_run(plan, source, observation, out, ranks)
+    if not observation.strict:
+        return run
+    # A run that was begun otherwise may have written what a strict one refuses.
+    return replace(run, identity={**run.identity, "strict": True})
+
+
+def _choose_run(
+    plan: Plan, source: Source, observation: Observation, out: OutputFolder, ranks: Ranks
+) -> Run:
     scales, statistics = None, observation.config.statistics
     if statistics is not None:
         scales = ActivationScales(plan, statistics)
         scales.check_fit()
+    if source.model is not None and plan.needs_calibration and scales is None:
+        with source.agreeing():
+            loop = observation.forward_loop or _data(plan, source, observation)
+        scales = observe_live(plan, source, loop, observation.on_event)
+    if scales is not None and observation.strict:
+        check_reached(scales)
     if source.model is not None:
-        if plan.needs_calibration and scales is None:
-            with source.agreeing():
-                loop = observation.forward_loop or _data(plan, source, observation)
-            scales = observe_live(plan, source, loop)
         return live(plan, source, scales)
     if scales is not None or not plan.needs_calibration:
         return at_once(source, scales)
@@ -167,7 +185,7 @@ def choose_run(
         ranks=ranks,
         on_event=observation.on_event,
     )
-    return streamed(plan, calibration)
+    return streamed(plan, calibration, strict=observation.strict)
 
 
 def _check_spill(

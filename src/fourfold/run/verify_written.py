@@ -7,6 +7,7 @@ from fourfold.errors import FourfoldError
 from fourfold.events import OnEvent
 from fourfold.execution import LinearResult
 from fourfold.planning import KVScales, Plan, ScaleGroup
+from fourfold.reporting.card import note_verification
 from fourfold.run.job import Job
 from fourfold.storage.output import OutputFolder
 from fourfold.verification import Report, verify
@@ -36,6 +37,7 @@ def verify_written(
     )
     if is_readable:
         check_ledger(plan, linears, report, job.folder)
+    note_verification(job.folder.folder, report)
     return report
 
 

@@ -32,7 +32,7 @@ from fourfold.sources.codecs.modelopt_nvfp4 import positive_scale
 from fourfold.sources.pieces import Piece, pieces_of
 from fourfold.sources.safetensors import open_source
 from fourfold.storage.fingerprints import FileStamp
-from fourfold.storage.names import REPORT, STATISTICS, SUMMARY
+from fourfold.storage.names import CARD, REPORT, STATISTICS, SUMMARY
 from fourfold.storage.quant_summary import QuantSummary, find_summary
 from fourfold.storage.safetensors_header import COMPUTE_DTYPES, DTYPE_NAMES, TensorInfo
 from fourfold.storage.side_files import SideFiles
@@ -101,6 +101,7 @@ class DecodedSource(Source):
         self.stored, self.folder = stored, stored.folder
         self.trust_remote_code = stored.trust_remote_code
         self.config = _without_quantization(stored.config)
+        self._is_ours = summary is not None
         self._codecs: dict[str, TensorCodec] = {}
         self.weights: dict[str, EncodedWeight] = {}
         hidden = self._claim(codecs)
@@ -166,7 +167,8 @@ class DecodedSource(Source):
 
     def side_files(self) -> SideFiles:
         """As the source's: without the files that a quantization run writes beside the weights."""
-        return self.stored.side_files().without({SUMMARY, REPORT, STATISTICS})
+        own = {SUMMARY, REPORT, STATISTICS, *([CARD] if self._is_ours else [])}
+        return self.stored.side_files().without(own)
 
     def stamps(self) -> Mapping[str, FileStamp] | None:
         return self.stored.stamps()

@@ -65,8 +65,11 @@ class FileWriter:
         with self._replacing(name) as handle:
             handle.write(data)
 
-    def copy(self, source: Path, relative: Path) -> None:
-        """Copy one file of the folder `source`. Raises `SourceError` if it cannot be read."""
+    def copy(self, source: Path, relative: Path, name: str | None = None) -> None:
+        """Copy one file of the folder `source`, under the same path or as `name`.
+
+        Raises `SourceError` if it cannot be read.
+        """
         file = source / relative
         with reading(file):
             original = file.open("rb")
@@ -75,7 +78,7 @@ class FileWriter:
             with reading(file):
                 return original.read(COPY_BYTES)
 
-        with original, self._replacing(str(relative)) as copy:
+        with original, self._replacing(name or str(relative)) as copy:
             while piece := read():
                 copy.write(piece)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 CONFIG = "config.json"
 
 INDEX = "model.safetensors.index.json"
@@ -31,6 +33,15 @@ SOURCE_CARD = "SOURCE_README.md"
 
 OWN_FILES = frozenset({CONFIG, INDEX, "hf_quant_config.json"})
 """Files that describe a checkpoint's weights: the output has its own."""
+
+
+def hub_id(folder: Path) -> str | None:
+    """Return the name on the hub of a folder in the hub's cache; None for any other folder."""
+    snapshots = folder.absolute().parent
+    cache = snapshots.parent.name
+    if snapshots.name != "snapshots" or not cache.startswith("models--"):
+        return None
+    return cache.removeprefix("models--").replace("--", "/", 1)
 
 
 def storable(name: str) -> str:

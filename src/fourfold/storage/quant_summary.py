@@ -127,6 +127,15 @@ class RawRegion(_Entry):
     transposed: bool
 
 
+class RepairEntry(_Entry):
+    """A linear weight whose scales are not what its algorithm or calibration gives."""
+
+    name: str
+    repair: str
+    """"floor scales": lost beside its scale group, where it cannot matter. "input scale 1": its
+    inputs were all 0 in calibration."""
+
+
 class BiasEntry(_Entry):
     """A bias that was cut out of a tensor of the source. `name` lacks the `.bias`."""
 
@@ -172,6 +181,8 @@ class QuantSummary(_Entry):
     roles: tuple[RoleEntry, ...] = ()
     calibration: CalibrationEntry | None = None
     kv_cache: tuple[KVCacheEntry, ...] = ()
+    repairs: tuple[RepairEntry, ...] = ()
+    """Written only if there are any."""
     files: tuple[str, ...] = ()
     """Every file of the checkpoint."""
     shards: tuple[ShardEntry, ...] = ()

@@ -44,7 +44,7 @@ from fourfold.formats.nvfp4 import (
 )
 from fourfold.storage.source import Source
 from fourfold.verification.checkpoint import NVFP4, Checkpoint
-from fourfold.verification.groups import fused_groups
+from fourfold.verification.groups import fused_groups, input_site
 from fourfold.verification.match import Copy, Matching, Pair
 from fourfold.verification.readers.base import BLOCK_SCALE, GLOBAL_SCALE, WEIGHT
 from fourfold.verification.rules import Finding, finding
@@ -125,6 +125,7 @@ class Comparison:
 
     def __init__(self, checkpoint: Checkpoint, source: Source, workers: Workers) -> None:
         self.checkpoint, self.source, self.workers = checkpoint, source, workers
+        self._amaxes: dict[str, float] = {}
 
     def total_bytes(self, matching: Matching) -> int:
         """Return the number of bytes that the comparison reads, of both sides."""
@@ -227,7 +228,7 @@ class Comparison:
     def judge(self, pairs: Sequence[Pair], errors: Sequence[LinearError]) -> Iterator[Finding]:
         """Yield the errors that no legal quantizer explains. Only suspects are read again."""
         by_name = {pair.linear.name: pair for pair in pairs}
-        groups = {name: group for group in fused_groups(by_name) for name in group}
+        groups = self._groups(by_name)
         medians = _medians(errors)
         suspects: list[_Suspect] = []
         for error in errors:
@@ -242,6 +243,20 @@ class Comparison:
                 suspects.append(_Suspect(by_name[error.name], members, error, usual))
         for suspect, reference in self.workers.run(self._reference_error, suspects):
             yield from _judge(suspect.error, reference, suspect.usual)
+
+    def _groups(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """The groups that share a global scale, by each member: what engines fuse, or all experts
+        of a layer, if the checkpoint has one scale for all of them."""
+        groups = {name: group for group in fused_groups(names) for name in group}
+        sites: dict[str, list[str]] = defaultdict(list)
+        for name in names:
+            if (site := input_site(name)) is not None:
+                sites[site].append(name)
+        for members in sites.values():
+            linears = (self.checkpoint.linears[name] for name in members)
+            if len({self.checkpoint.scale(linear, GLOBAL_SCALE) for linear in linears}) == 1:
+                groups |= dict.fromkeys(members, tuple(members))
+        return groups
 
     def _reference_error(self, suspect: _Suspect) -> float:
         """The error e' that the docstring of this module defines."""
@@ -259,7 +274,10 @@ class Comparison:
         return math.sqrt(error / suspect.error.weight_energy)
 
     def _amax(self, pair: Pair) -> float:
-        return max(float(w_OI.abs().amax()) for w_OI in self._read_again(pair))
+        name = pair.linear.name
+        if name not in self._amaxes:
+            self._amaxes[name] = max(float(w.abs().amax()) for w in self._read_again(pair))
+        return self._amaxes[name]
 
     def _read_again(self, pair: Pair) -> Iterator[Tensor]:
         """Chunks of a pair's matrix in the source, read in this thread."""

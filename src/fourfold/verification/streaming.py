@@ -63,6 +63,13 @@ class Workers:
         self.done = self.total = 0
         self._on_event = on_event
 
+    def begin(self) -> None:
+        """Say that the work begins, once `total` is known."""
+        self._tell()
+
+    def _tell(self) -> None:
+        self._on_event(BytesVerified(self.done, max(self.done, self.total)))
+
     def run(
         self, function: Callable[[Work], Result], work: Sequence[Work]
     ) -> Iterator[tuple[Work, Result]]:
@@ -75,6 +82,6 @@ class Workers:
             for piece, result in zip(work, pool.map(function, work), strict=True):
                 yield piece, result
                 self.done += piece.nbytes
-                self._on_event(BytesVerified(self.done, max(self.done, self.total)))
+                self._tell()
         finally:
             pool.shutdown(cancel_futures=True)

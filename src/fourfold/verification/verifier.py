@@ -73,11 +73,13 @@ def _verify(
     workers.total = scales
     copied, errors = 0, []
     if source is None or inventory is None:
+        workers.begin()
         counted, scale_findings = values.check_block_scales(checkpoint, workers)
     else:
         matching = Matching(checkpoint, source.tensors, inventory)
         comparison = Comparison(checkpoint, source, workers)
         workers.total += comparison.total_bytes(matching)
+        workers.begin()
         counted, scale_findings = values.check_block_scales(checkpoint, workers)
         errors = comparison.errors(matching.pairs)
         copied = len(matching.copies)

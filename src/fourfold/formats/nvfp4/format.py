@@ -29,6 +29,8 @@ class NVFP4(WeightFormat):
     smallest = 2.0**-10
     """Weights whose amax is below this multiple of the global scale become 0 or ±0.5 times the
     smallest block scale, 2⁻⁹, whatever scale is chosen."""
+    negligible = nvfp4.GLOBAL_SCALE_MIN
+    """2⁻¹¹⁷, where global scales end: products with it vanish in any sum."""
     has_batches = True
     rounds_activations = True
 

@@ -1,0 +1,76 @@
+"""What a run warns of at its end: experts without a calibration token, and repaired weights.
+
+With `strict=True` they are errors: repairs in `execution.repairs`, experts here.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Container, Iterator, Sequence
+
+from fourfold.calibration.scales import ActivationScales
+from fourfold.errors import ObservationError
+from fourfold.execution import LinearResult
+from fourfold.execution.repairs import FLOOR_SCALES, SCALE_OF_ONE
+from fourfold.reporting.text import plural, runs
+from fourfold.storage.names import SUMMARY
+
+SHOWN = 3
+"""Names that a message lists."""
+
+_MEANINGS = {
+    FLOOR_SCALES: "{} too small beside what engines fuse with it, and as good as 0 there: written "
+    "with the smallest scales",
+    SCALE_OF_ONE: "{} with inputs that were all 0 in calibration: their input scale is 1",
+}
+
+
+def remarks(linears: Sequence[LinearResult], scales: ActivationScales | None) -> Iterator[str]:
+    """Yield what to warn of, given the results and, if anything was calibrated, the scales."""
+    if scales is not None and (remark := unreached_remark(scales)) is not None:
+        yield remark
+    yield from _repair_remarks(linears)
+
+
+def check_reached(scales: ActivationScales, layers: Container[int | None] | None = None) -> None:
+    """Raise `ObservationError` if no calibration token reached some expert of `layers`."""
+    remark = unreached_remark(scales, layers)
+    if remark is not None:
+        raise ObservationError(f"{remark} (An error because of `strict=True`.)")
+
+
+def unreached_remark(
+    scales: ActivationScales, layers: Container[int | None] | None = None
+) -> str | None:
+    """Return what to say, and advise, of experts that no token reached; None if there are none.
+
+    Where every expert computed every token, all of them have scales of their own inputs.
+    """
+    unreached = scales.unreached(layers)
+    if not unreached or scales.statistics.data.all_experts:
+        return None
+    count = plural(sum(map(len, unreached.values())), "expert")
+    if layers is None:
+        count = count.replace(" ", f" of {scales.plan.expert_count:,} ")
+    where = [f"{path}: {runs(experts)}" for path, experts in unreached.items()]
+    return (
+        f"{count} saw no calibration token ({_listed(where, '; ')}), so the input scales are "
+        "those of the layer's other experts. Give more text or other text (`calib`, "
+        "`calib_size`), or set calibration: {all_experts: true} in the recipe."
+    )
+
+
+def _repair_remarks(linears: Sequence[LinearResult]) -> Iterator[str]:
+    """Yield a sentence for each kind of repair."""
+    names: dict[str, list[str]] = defaultdict(list)
+    for linear in linears:
+        if linear.repair is not None:
+            names[linear.repair].append(linear.name)
+    for repair, repaired in names.items():
+        meaning = _MEANINGS[repair].format(plural(len(repaired), "linear weight"))
+        yield f"{meaning} ({_listed(repaired)})."
+
+
+def _listed(names: Sequence[str], comma: str = ", ") -> str:
+    more = f"{comma}… (all of them in {SUMMARY})" if len(names) > SHOWN else ""
+    return comma.join(names[:SHOWN]) + more
