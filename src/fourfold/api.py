@@ -9,15 +9,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fourfold.calibration.live import ForwardLoop
 from fourfold.calibration.statistics import Statistics
-from fourfold.config import CalibrationConfig, OutputConfig, Runtime, output_folder
+from fourfold.config import (
+    CalibrationConfig,
+    OutputConfig,
+    Runtime,
+    check_type,
+    output_folder,
+)
 from fourfold.distributed.machine import choose_device, peak_resident
+from fourfold.errors import UsageError
 from fourfold.evaluation import generation
 from fourfold.evaluation.continuation import Sampling
 from fourfold.evaluation.generation import Generation
@@ -124,6 +131,10 @@ def quantize(
     began = time.perf_counter()
     config, runtime = CalibrationConfig.of(calibration), runtime or Runtime()
     output, target = output or OutputConfig(), output_folder(out)
+    check_type("runtime", runtime, Runtime, "a Runtime")
+    check_type("output", output, OutputConfig, "an OutputConfig")
+    loop = "a function that calls the model on your data"
+    check_type("forward_loop", forward_loop, Callable | None, loop)
     with session(progress, on_event) as run, job_ranks(model) as ranks:
         chosen = _load_recipe(recipe)
         device = choose_device(runtime.device)
@@ -196,6 +207,7 @@ def verify(
             Everything else is a finding in the report.
     """
     Runtime(threads=threads)
+    check_type("out", out, str | Path, "a checkpoint's folder")
     with session(progress, on_event) as run:
         return verifier.verify(
             out,
@@ -234,6 +246,12 @@ def merge(
         OutputError: `out` cannot be written; it is then as before.
     """
     options, runtime = OutputConfig(shards, overwrite, verified), Runtime(threads=threads)
+    wanted = "a list of folders"
+    if isinstance(folders, str) or not isinstance(folders, Iterable):
+        raise UsageError(f"`folders={folders!r:.60}`: give {wanted}.")
+    folders = list(folders)
+    for folder in folders:
+        check_type("folders", folder, str | Path, wanted)
     with session(progress, on_event) as run:
         return merging.merge(folders, output_folder(out), options, runtime, on_event=run)
 
@@ -309,6 +327,8 @@ def generate(
             tokenizer.
     """
     sampling = Sampling(max_new_tokens, temperature, seed)
+    check_type("out", out, str | Path, "a checkpoint's folder, or a name on the hub")
+    check_type("prompt", prompt, str, "the beginning of a text")
     with session(progress, on_event) as run:
         return generation.generate(
             out,
@@ -324,4 +344,6 @@ def generate(
 
 
 def _load_recipe(recipe: str | Path | Recipe) -> Recipe:
+    wanted = "the name of a built-in recipe, a YAML file, or a Recipe"
+    check_type("recipe", recipe, str | Path | Recipe, wanted)
     return recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)

@@ -62,6 +62,11 @@ class CalibrationConfig:
         _check_whole("batch_size", self.batch_size, least=1)
         _check_whole("seed", self.seed)
         _check_whole("activation_memory", self.activation_memory, least=0)
+        names = [self.calib] if isinstance(self.calib, str | Path) else self.calib
+        check_type("calib", names, Sequence, "a file, the name of a dataset, or a list of them")
+        for name in names:
+            check_type("calib", name, str | Path, "a file or the name of a dataset")
+        _check_statistics("statistics", self.statistics)
         if self.packing not in PACKINGS:
             raise UsageError(f"`packing={self.packing}`: give 'packed' or 'padded'.")
         if self.files and self.statistics is not None:
@@ -87,7 +92,10 @@ class CalibrationConfig:
         if isinstance(value, str | Path):
             is_statistics = Path(value).suffix == ".safetensors"
             return cls(statistics=value) if is_statistics else cls(calib=value)
-        return cls(calib=value) if isinstance(value, Sequence) else cls(statistics=value)
+        if isinstance(value, Sequence):
+            return cls(calib=value)
+        _check_statistics("calibration", value)
+        return cls(statistics=value)
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -148,6 +156,7 @@ class Runtime:
     rounding of the matrix products in a calibration."""
 
     def __post_init__(self) -> None:
+        check_type("device", self.device, str, "cpu, cuda, cuda:N or auto")
         _check_whole("device_memory", self.device_memory, least=1)
         _check_whole("threads", self.threads, least=1)
 
@@ -168,13 +177,30 @@ class OutputConfig:
 
     def __post_init__(self) -> None:
         _check_whole("shards", self.shards, least=1)
+        for name in ("overwrite", "verify", "strict"):
+            check_type(name, getattr(self, name), bool, "True or False")
+
+
+def check_type(name: str, value: object, wanted: Any, described: str) -> None:
+    """Raise `UsageError` unless the argument `name` is of a type that is `wanted`."""
+    if not isinstance(value, wanted):
+        raise UsageError(f"`{name}={value!r:.60}`: give {described}.")
 
 
 def output_folder(out: str | Path) -> Path:
     """The folder that `out` names. Raises `UsageError` if it is empty."""
+    check_type("out", out, str | Path, "the folder to write")
     if not str(out):
         raise UsageError("OUT is empty: give the folder to write.")
     return Path(out).expanduser()
+
+
+def _check_statistics(name: str, value: object) -> None:
+    if not isinstance(value, str | Path | None) and not hasattr(value, "sites"):
+        wanted = "the Statistics of an earlier run or their file"
+        if name == "calibration":
+            wanted += ", files or datasets, or a CalibrationConfig"
+        raise UsageError(f"`{name}={value!r:.60}`: give {wanted}.")
 
 
 def _check_whole(name: str, value: int | None, *, least: int | None = None) -> None:

@@ -1,7 +1,7 @@
 """Every error a user can cause, as one tree.
 
     FourfoldError                 exit code 1
-    ├── UsageError                exit code 2: an option or argument is wrong
+    ├── UsageError                exit code 2, also a ValueError: an option or argument is wrong
     │   ├── RecipeError           a recipe: unknown name, key, role; a pattern without a match
     │   └── CalibrationError      `calib`: missing, malformed, too little; ids the model lacks
     ├── SourceError               the checkpoint that is read: folder, index, shard, header, config
@@ -37,7 +37,7 @@ class FourfoldWarning(UserWarning):
     """Something went otherwise than it was meant, and the output is valid all the same."""
 
 
-class UsageError(FourfoldError):
+class UsageError(FourfoldError, ValueError):
     """An option or an argument is wrong."""
 
     exit_code = 2

@@ -25,9 +25,9 @@ class Sampling:
     """Random seed for sampling."""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
+        if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
             raise UsageError(f"max_new_tokens {self.max_new_tokens}: give at least 1.")
-        if not 0 <= self.temperature < math.inf:
+        if not isinstance(self.temperature, int | float) or not 0 <= self.temperature < math.inf:
             raise UsageError(
                 f"temperature {self.temperature}: give 0, for the likeliest token, or more."
             )

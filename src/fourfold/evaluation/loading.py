@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from fourfold.calibration.streaming import StreamedModel
-from fourfold.distributed.machine import memory_available
-from fourfold.errors import ModelError, ResourceError, SourceError
+from fourfold.config import check_type
+from fourfold.distributed.machine import choose_device, memory_available
+from fourfold.errors import ModelError, ResourceError, SourceError, UsageError
 from fourfold.evaluation.simulated_activations import Simulation, find_sites
 from fourfold.models.agreement import agreement_notes
 from fourfold.models.internals import quiet
@@ -62,6 +63,12 @@ def load(
         UsageError: If activations should be simulated and the checkpoint is W4A16.
         ResourceError: If the model does not fit into memory.
     """
+    check_type("out", out, str | Path, "a checkpoint's folder, or a name on the hub")
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise UsageError(f"`device={device!r:.60}`: give cpu, cuda or cuda:N.") from None
+    device = choose_device(str(device)) if device.type == "cuda" else device
     with closing(open_decoded(out, dtype=dtype, trust_remote_code=trust_remote_code)) as checkpoint:
         opened = OpenedModel(checkpoint, dtype=dtype, device=device)
         simulation = opened.simulate_activations(checkpoint) if simulate_activations else None

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
-from fourfold.errors import FourfoldWarning
+from fourfold.errors import FourfoldWarning, UsageError
 from fourfold.events import Event, OnEvent, WarningIssued
 from fourfold.run.progress import ProgressDisplay, default_display
 from fourfold.run.signals import default_guard
@@ -57,6 +57,8 @@ def session(progress: bool | None, on_event: OnEvent | None) -> Iterator[Session
             terminal, or in a notebook.
         on_event: The caller's callback.
     """
+    if on_event is not None and not callable(on_event):
+        raise UsageError(f"`on_event={on_event!r:.60}`: give a function that takes an event.")
     with (
         default_guard() or nullcontext() as guard,
         default_display(progress) or nullcontext() as display,

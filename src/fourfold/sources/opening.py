@@ -76,6 +76,8 @@ def open_model(
         UsageError: `hf_config` is missing, is not a folder, or is given for another kind of model.
         SourceError: The checkpoint cannot be read.
     """
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise UsageError(f"`tokenizer={tokenizer!r:.60}`: give an object with `save_pretrained`.")
     source: Source
     if isinstance(model, str | Path):
         if not isinstance(hf_config, str | Path | None):

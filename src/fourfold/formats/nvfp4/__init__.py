@@ -33,9 +33,11 @@ from fourfold.errors import NonFiniteError, UsageError
 from fourfold.formats import dispatch
 from fourfold.formats.dispatch import Kernel
 from fourfold.formats.nvfp4 import reference, sweep
+from fourfold.formats.nvfp4.arguments import one_number
 
 BLOCK_SIZE = reference.BLOCK_SIZE
 _BLOCK_BYTES = BLOCK_SIZE // 2
+_GLOBAL_SCALE = "a global scale"
 GLOBAL_SCALE_MIN = 2.0**-117
 GLOBAL_SCALE_MAX = float(np.finfo(np.float32).max / np.float32(2688.0))
 
@@ -117,6 +119,7 @@ def global_scale(amax: float) -> float:
     Raises:
         UsageError: `amax` is negative or not finite.
     """
+    amax = one_number(amax, "an amax")
     if not (math.isfinite(amax) and amax >= 0.0):
         raise UsageError(
             f"an amax of {amax} has no global scale: it must be finite and not negative"
@@ -148,11 +151,10 @@ def quantize(
         NonFiniteError: The weight holds NaN or Inf.
         UsageError: The dtype, shape, global scale or name of a kernel is invalid.
     """
-    weight = weight.detach()
     largest = amax(weight, name=name, kernel=kernel)
     if global_scale is None:
         global_scale = _own_global_scale(largest)
-    width = _check_width(weight, name)
+    width, weight = _check_width(weight, name), weight.detach()
     lead = weight.shape[:-1]
     codes = torch.empty(*lead, width // 2, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(*lead, width // BLOCK_SIZE, dtype=torch.uint8, device=weight.device)
@@ -263,10 +265,11 @@ def quantize_batch_into(
     _check_width(weight_NX, "weight")
     _check_buffer(codes_out, weight_NX, 2, "codes_out")
     _check_buffer(block_scale_out, weight_NX, BLOCK_SIZE, "block_scale_out")
-    if list(global_scales.shape) != [len(weight_NX)] or global_scales.dtype != torch.float32:
+    shape, dtype = getattr(global_scales, "shape", None), getattr(global_scales, "dtype", None)
+    if shape != (len(weight_NX),) or dtype != torch.float32:
         raise UsageError(
             f"global_scales: needs float32 [{len(weight_NX)}], one for each weight, got "
-            f"{global_scales.dtype} {list(global_scales.shape)}"
+            f"{dtype} {shape}"
         )
     _check_workspace(workspace, weight_NX)
     w_NX = weight_NX.detach()
@@ -328,15 +331,15 @@ def dequantize_into(
         raise UsageError(
             f"out: {out.dtype} on {out.device}; give float32 or bfloat16 on {codes.device}"
         )
-    scale_bytes = block_scale.view(torch.uint8)
+    scale_bytes, s_value = block_scale.view(torch.uint8), one_number(global_scale, _GLOBAL_SCALE)
     match dispatch.choose(kernel, codes.device):
         case Kernel.NUMBA:
-            _cpu().dequantize(codes, scale_bytes, float(global_scale), out)
+            _cpu().dequantize(codes, scale_bytes, s_value, out)
         case Kernel.TRITON:
-            cuda_kernels().dequantize(codes, scale_bytes, float(global_scale), out)
+            cuda_kernels().dequantize(codes, scale_bytes, s_value, out)
         case _:
             scale = scale_bytes.view(torch.float8_e4m3fn)
-            out.copy_(reference.dequantize(codes, scale, float(global_scale)))
+            out.copy_(reference.dequantize(codes, scale, s_value))
 
 
 def error_energy(
@@ -356,7 +359,8 @@ def error_energy(
     weight_OI = weight_OI.detach()
     if dispatch.choose(kernel, weight_OI.device) is Kernel.NUMBA:
         scales = block_scale.view(torch.uint8)
-        error, energy = _cpu().error_energy(weight_OI, codes, scales, float(global_scale))
+        s_value = one_number(global_scale, _GLOBAL_SCALE)
+        error, energy = _cpu().error_energy(weight_OI, codes, scales, s_value)
         return float(error), float(energy)
     w_OI = weight_OI.double()
     d_OI = w_OI - dequantize(codes, block_scale, global_scale, kernel=kernel).double()
@@ -427,7 +431,7 @@ def _parse_algorithm(scale: ScaleAlgorithm | str) -> int:
 
 
 def _check_global_scale(global_scale: Tensor | float, name: str) -> float:
-    value = float(np.float32(float(global_scale)))
+    value = float(np.float32(one_number(global_scale, f"{name}: a global scale")))
     if not GLOBAL_SCALE_MIN <= value <= GLOBAL_SCALE_MAX:
         raise UsageError(
             f"{name}: a global scale of {value} is outside "
@@ -438,9 +442,10 @@ def _check_global_scale(global_scale: Tensor | float, name: str) -> float:
 
 
 def _check_dtype(weight: Tensor, name: str) -> None:
-    if weight.dtype not in FLOAT_DTYPES:
+    dtype = getattr(weight, "dtype", type(weight).__name__)
+    if dtype not in FLOAT_DTYPES:
         raise UsageError(
-            f"{name}: {weight.dtype} is not a weight that can be quantized; "
+            f"{name}: {dtype} is not a weight that can be quantized; "
             "give bfloat16, float16 or float32"
         )
 

@@ -47,6 +47,7 @@ from fourfold.formats.nvfp4 import (
     e2m1,
     e4m3,
 )
+from fourfold.formats.nvfp4.arguments import one_number
 
 _ELEMENTS_AT_A_TIME = 1 << 20  # bounds the memory: some 20 bytes for each
 
@@ -99,9 +100,7 @@ def _checked_scale(x: Tensor, input_scale: Tensor | float, out: Tensor) -> float
             f"activations of shape {list(x.shape)} cannot be rounded; the last dimension must be a "
             f"multiple of {BLOCK_SIZE}"
         )
-    if isinstance(input_scale, Tensor) and input_scale.numel() != 1:
-        raise UsageError(f"an input_scale is one number, not a tensor {list(input_scale.shape)}")
-    value = float(torch.tensor(float(input_scale), dtype=torch.float32))
+    value = float(torch.tensor(one_number(input_scale, "an input_scale"), dtype=torch.float32))
     if not GLOBAL_SCALE_MIN <= value <= GLOBAL_SCALE_MAX:
         raise UsageError(
             f"an input_scale of {value} is outside [{GLOBAL_SCALE_MIN:.3g}, {GLOBAL_SCALE_MAX:.3g}]"
