@@ -161,7 +161,7 @@ def quantize(
                 work, source, folder, strategy, ranks, backend, own_files, strict=output.strict
             )
             linears = job.write(run)
-            for remark in remarks(linears, strategy.scales if ranks.rank == 0 else None):
+            for remark in remarks(job, linears, strategy.scales if ranks.rank == 0 else None):
                 run.warn(remark)
             report = verify_written(job, work, linears, run) if output.verify else None
             ranks.gather("verified")  # until then others may need what this rank has in memory
@@ -177,6 +177,7 @@ def quantize(
             ranks=ranks.size,
             is_part=not job.assignment.has_one_folder,
             kernels=str(backend.choice),
+            non_finite=tuple(job.non_finite),
             warnings=tuple(run.warnings),
         )
 

@@ -179,6 +179,7 @@ def similar_experts(d: Draft) -> None:
 # -------------------------------------------------------------------------------------- cases
 
 NORM = f"{L0}.input_layernorm.weight"
+ONE_NAN = torch.tensor([*[1.0] * (HIDDEN - 1), float("nan")], dtype=torch.bfloat16)
 DOWN = f"{E0}.down_proj"
 
 FILES = [
@@ -281,6 +282,13 @@ STRUCTURE = [
 ]
 
 VALUES = [
+    Case("kept-not-finite", put("model.norm.weight", lambda t: t * float("inf"))),
+    Case(
+        "kept-not-finite",
+        lambda d: [x.update({"model.norm.weight": ONE_NAN}) for x in (d.source, d.tensors)],
+        with_source=True,
+        label="in both",
+    ),
     Case("block-scale-zero", byte(f"{DOWN}.weight_scale", 0x00), label="+0"),
     Case("block-scale-zero", byte(f"{DOWN}.weight_scale", 0x80), label="-0"),
     Case("block-scale-nan", byte(f"{DOWN}.weight_scale", 0x7F), label="7F"),

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 import torch
 
+from fourfold.errors import NonFiniteError
 from fourfold.events import BytesQuantized, ShardWritten
 from fourfold.execution.buffers import Arena
 from fourfold.execution.context import ExecutionContext
@@ -30,7 +31,9 @@ from fourfold.execution.gpu import GPUBackend
 from fourfold.execution.results import LinearResult
 from fourfold.execution.streams import Need, can_batch, need_of
 from fourfold.models.inventory import ExpertBias, RawTensor
+from fourfold.models.roles import Role
 from fourfold.planning import Job, KVScales, ScaleGroup, job_bytes, slabs_of
+from fourfold.storage.non_finite import Bytes, NonFinite, find_non_finite, merge
 from fourfold.storage.shard_file import ShardFile
 
 
@@ -171,6 +174,7 @@ class Scheduler:
                 results = worker.run(shard.file, jobs)
                 with self._lock:
                     shard.results += results
+                    shard.non_finite += worker.take_non_finite()
                     shard.jobs_left -= len(jobs)
                     is_full = not shard.jobs_left
                 if is_full:
@@ -186,7 +190,11 @@ class Scheduler:
         try:
             self.source.check_unchanged()
             linears = [asdict(result) for result in shard.results]
-            self.context.out.finish_shard(shard.file, {"linears": linears})
+            non_finite = [*map(asdict, merge(shard.non_finite))]
+            if self.context.strict:
+                self._check_finite(shard.non_finite)
+            record = {"linears": linears} | ({"non_finite": non_finite} if non_finite else {})
+            self.context.out.finish_shard(shard.file, record)
             self._open.remove(shard)
             self._shards_done += 1
             self._bytes_done += shard.source_bytes
@@ -199,12 +207,23 @@ class Scheduler:
         finally:
             self._unsynced.release()
 
+    def _check_finite(self, non_finite: Iterable[NonFinite]) -> None:
+        """Raise for a tensor with NaN or Inf, other than an embedding: it may have unused rows."""
+        for entry in non_finite:
+            raw = self.plan.inventory.tensors.get(entry.name)
+            if raw is None or raw.role is not Role.EMBEDDING:
+                raise NonFiniteError(
+                    f"{entry.name}: {entry}. It would be copied as it is in the source; mend that. "
+                    "(An error because of `strict=True`.)"
+                )
+
 
 class _Worker:
     """Copies tensors itself, and hands scale groups to the backend that quantizes."""
 
     def __init__(self, context: ExecutionContext, advance: Callable[[int], None]) -> None:
         self.context, self.arena, self.advance = context, Arena(), advance
+        self.non_finite: list[NonFinite] = []
         self.backend: CPUBackend | GPUBackend = CPUBackend(context, self.arena)
         if context.pool is not None:
             self.backend = GPUBackend(context, context.pool, self.backend)
@@ -218,30 +237,46 @@ class _Worker:
         self.advance(sum(map(job_bytes, groups)))
         return results
 
+    def take_non_finite(self) -> list[NonFinite]:
+        """Return the NaN and Inf that were copied since the last call."""
+        taken, self.non_finite = self.non_finite, []
+        return taken
+
     def _write(self, file: ShardFile, job: Job) -> None:
         match job:
             case ExpertBias():
                 slab = self.context.source.slab(job.region.key, *job.region.slab)
                 bias = job.region.view(slab).contiguous()
-                file.write(f"{job.name}.bias", bias.view(torch.uint8).numpy())
+                data = bias.view(torch.uint8).numpy()
+                self._note_non_finite(f"{job.name}.bias", data, job.dtype, len(data))
+                file.write(f"{job.name}.bias", data)
                 self.advance(job_bytes(job))
             case RawTensor():
-                self._copy(file, job.info.key, job.info.nbytes)
+                self._copy(file, job)
             case KVScales():
                 assert self.context.scales is not None
                 values = self.context.scales.kv(job)
                 for name, value in zip((job.k_name, job.v_name), values, strict=True):
                     file.write(name, np.array([value], dtype=np.float32))
 
-    def _copy(self, file: ShardFile, key: str, nbytes: int) -> None:
+    def _copy(self, file: ShardFile, job: RawTensor) -> None:
+        key, nbytes = job.info.key, job.info.nbytes
         self.arena.reset()
         step = self.context.plan.limits.copy_bytes
         buffer = self.arena.take(min(nbytes, step)).numpy()
         for begin in range(0, nbytes, step):
             piece = buffer[: min(step, nbytes - begin)]
             self.context.source.read_bytes(key, begin, piece)
+            self._note_non_finite(key, piece, job.info.dtype, job.info.row_bytes, begin)
             file.write(key, piece, begin)
             self.advance(len(piece))
+
+    def _note_non_finite(
+        self, name: str, data: Bytes, dtype: str, row_bytes: int, start: int = 0
+    ) -> None:
+        non_finite = find_non_finite(name, data, dtype, row_bytes, start)
+        if non_finite is not None:
+            self.non_finite.append(non_finite)
 
 
 @dataclass
@@ -251,3 +286,4 @@ class _OpenShard:
     jobs_left: int
     source_bytes: int
     results: list[LinearResult] = field(default_factory=list)
+    non_finite: list[NonFinite] = field(default_factory=list)

@@ -9,6 +9,17 @@ from fourfold.errors import SourceError
 from fourfold.models.internals import quiet
 
 
+def token_count(folder: Path) -> int | None:
+    """Return one more than the largest token id; None without a tokenizer.json that says so."""
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception:  # tokenizers raises bare ones, also for a missing file
+        return None
+    return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
+
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer in a checkpoint's folder; nothing is downloaded.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib import metadata
+from typing import Any
 
 from fourfold._version import __version__
 from fourfold.calibration.scales import ActivationScales
@@ -15,6 +16,7 @@ from fourfold.models.regions import Region, whole
 from fourfold.planning import Plan, Scheme, outputs_of
 from fourfold.planning.text import by_role
 from fourfold.storage.names import storable
+from fourfold.storage.non_finite import NonFinite
 from fourfold.storage.quant_summary import (
     SCHEMA_VERSION,
     BiasEntry,
@@ -23,6 +25,7 @@ from fourfold.storage.quant_summary import (
     KVCacheEntry,
     Ledger,
     LinearEntry,
+    NonFiniteEntry,
     QuantSummary,
     RawRegion,
     RawTensorEntry,
@@ -33,7 +36,10 @@ from fourfold.storage.quant_summary import (
 
 
 def summarize(
-    plan: Plan, linears: Sequence[LinearResult], scales: ActivationScales | None = None
+    plan: Plan,
+    linears: Sequence[LinearResult],
+    scales: ActivationScales | None = None,
+    non_finite: Sequence[NonFinite] = (),
 ) -> QuantSummary:
     """Return the summary of a run.
 
@@ -43,6 +49,7 @@ def summarize(
         plan: The plan that was executed.
         linears: The result of every linear weight, sorted by name.
         scales: The calibrated scales, if the recipe needed any.
+        non_finite: The NaN and Inf in copied tensors.
     """
     calibration = None
     if scales is not None:
@@ -50,9 +57,12 @@ def summarize(
         data = asdict(scales.statistics.data)
         calibration = CalibrationEntry(**data, unreached_experts=unreached)
     planned = {linear.name: linear for linear in plan.linears}
-    repairs = tuple(RepairEntry(name=x.name, repair=x.repair) for x in linears if x.repair)
+    if_any: dict[str, Any] = {
+        "repairs": tuple(RepairEntry(name=x.name, repair=x.repair) for x in linears if x.repair),
+        "non_finite": tuple(map(_non_finite, non_finite)),
+    }
     return QuantSummary(
-        **({"repairs": repairs} if repairs else {}),
+        **{name: entries for name, entries in if_any.items() if entries},
         producer=f"fourfold {__version__}",
         schema_version=SCHEMA_VERSION,
         versions=versions(),
@@ -80,6 +90,10 @@ def summarize(
             _linear(result, planned[result.name], plan.schemes[result.name]) for result in linears
         ),
     )
+
+
+def _non_finite(entry: NonFinite) -> NonFiniteEntry:
+    return NonFiniteEntry.model_validate(asdict(entry))
 
 
 def versions() -> dict[str, str]:

@@ -155,6 +155,8 @@ def _head(summary: QuantSummary) -> Iterator[str]:
     )
     if summary.repairs:
         line += f" · {len(summary.repairs):,} repaired"
+    if summary.non_finite:
+        line += f" · NaN or Inf in {plural(len(summary.non_finite), 'copied tensor')}"
     yield line if calibration is None else f"{line} · calibrated on {calibration.tokens:,} tokens"
 
 

@@ -32,14 +32,15 @@ from fourfold.storage.atomic import FileWriter
 from fourfold.storage.disk import writing
 from fourfold.storage.fingerprints import reading
 from fourfold.storage.names import CARD, CONFIG, INDEX, REPORT, SOURCE_CARD, STATISTICS, SUMMARY
+from fourfold.storage.non_finite import NonFinite, merge
 from fourfold.storage.output import OutputFolder
 from fourfold.storage.run_state import OTHER_FILES
 from fourfold.storage.shard_file import index_of
 from fourfold.storage.source import Source
 
-WriteOwnFiles = Callable[[FileWriter, list[LinearResult]], Mapping[str, Any]]
+WriteOwnFiles = Callable[[FileWriter, list[LinearResult], list[NonFinite]], Mapping[str, Any]]
 """Writes the files that neither the source nor every checkpoint has, given the figures of all
-weights, and returns the contents of config.json."""
+weights and the NaN and Inf in copied tensors, and returns the contents of config.json."""
 
 
 class Job:
@@ -63,6 +64,8 @@ class Job:
         self.plan, self.source, self.folder, self.run = plan, source, folder, run
         self.ranks, self.backend, self.write_own_files = ranks, backend, write_own_files
         self.strict, self.identity = strict, identity_of(plan, source, run)
+        self.non_finite: list[NonFinite] = []
+        """The NaN and Inf in the tensors that this rank copied, once it has written them."""
 
     @property
     def is_leader(self) -> bool:
@@ -153,21 +156,22 @@ class Job:
         self.folder.check_mine()
         if self.assignment.has_one_folder:
             check_all_written(self.folder.folder, self.plan, records)
-            self._write_other_files(self.folder, results_in(records))
+            self._write_other_files(self.folder, records)
             self.folder.done()
         else:
             all_records = ChainMap(*self.ranks.gather(records))
             if self.ranks.rank == 0:
                 files = FileWriter(self.folder.state.folder / OTHER_FILES)
-                self._write_other_files(files, results_in(all_records))
+                self._write_other_files(files, all_records)
+        self.non_finite = non_finite_in(records)
         return results_in(records)
 
-    def _write_other_files(self, files: FileWriter, results: list[LinearResult]) -> None:
+    def _write_other_files(self, files: FileWriter, records: Records) -> None:
         """Write all files that are not shards, config.json last."""
         for path in self.plan.side_files.copied:
             files.copy(self.source.folder, path, self.plan.name_in_output(path))
         self.source.check_unchanged()  # the side files, too, are of the source that was read
-        config = self.write_own_files(files, results)
+        config = self.write_own_files(files, results_in(records), non_finite_in(records))
         shards = zip(
             self.plan.shard_names, (shard.tensors for shard in self.plan.shards), strict=True
         )
@@ -205,7 +209,17 @@ class Job:
         return f"finished: the same command resumes{without}"
 
 
-def results_in(records: Mapping[str, Mapping[str, Any]]) -> list[LinearResult]:
+Records = Mapping[str, Mapping[str, Any]]
+"""What finished shards leave in the run's state, by their names."""
+
+
+def non_finite_in(records: Records) -> list[NonFinite]:
+    """Return the NaN and Inf in the copied tensors of some shards, by the tensors' names."""
+    entries = (entry for record in records.values() for entry in record.get("non_finite", ()))
+    return merge(NonFinite(**entry) for entry in entries)
+
+
+def results_in(records: Records) -> list[LinearResult]:
     """Return the figures of the weights in some shards, by the weights' names."""
     linears = (linear for record in records.values() for linear in record["linears"])
     return sorted(map(LinearResult.from_dict, linears), key=lambda result: result.name)
@@ -214,6 +228,7 @@ def results_in(records: Mapping[str, Mapping[str, Any]]) -> list[LinearResult]:
 def write_own_files(
     files: FileWriter,
     results: list[LinearResult],
+    non_finite: list[NonFinite],
     *,
     plan: Plan,
     source: Source,
@@ -231,7 +246,7 @@ def write_own_files(
         )
     if scales is not None and plan.needs_calibration:
         files.write_bytes(STATISTICS, scales.statistics.to_bytes())
-    summary = summarize(plan, results, scales)
+    summary = summarize(plan, results, scales, non_finite)
     files.write_text(SUMMARY, summary.to_json())
     if (report := draw_report(summary, warn)) is not None:
         files.write_text(REPORT, report)

@@ -1,4 +1,5 @@
-"""What a run warns of at its end: experts without a calibration token, and repaired weights.
+"""What a run warns of at its end: experts without a calibration token, repaired weights, and
+copied tensors with NaN or Inf.
 
 With `strict=True` they are errors: repairs in `execution.repairs`, experts here.
 """
@@ -7,13 +8,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Container, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from fourfold.calibration.scales import ActivationScales
 from fourfold.errors import ObservationError
 from fourfold.execution import LinearResult
 from fourfold.execution.repairs import FLOOR_SCALES, SCALE_OF_ONE
+from fourfold.models.roles import Role
+from fourfold.models.tokenizer import token_count
 from fourfold.reporting.text import plural, runs
 from fourfold.storage.names import SUMMARY
+
+if TYPE_CHECKING:
+    from fourfold.run.job import Job
 
 SHOWN = 3
 """Names that a message lists."""
@@ -25,11 +32,15 @@ _MEANINGS = {
 }
 
 
-def remarks(linears: Sequence[LinearResult], scales: ActivationScales | None) -> Iterator[str]:
-    """Yield what to warn of, given the results and, if anything was calibrated, the scales."""
+def remarks(
+    job: Job, linears: Sequence[LinearResult], scales: ActivationScales | None
+) -> Iterator[str]:
+    """Yield what to warn of at the end of a job, given the results of its weights and, if anything
+    was calibrated, the scales."""
     if scales is not None and (remark := unreached_remark(scales)) is not None:
         yield remark
     yield from _repair_remarks(linears)
+    yield from _non_finite_remarks(job)
 
 
 def check_reached(scales: ActivationScales, layers: Container[int | None] | None = None) -> None:
@@ -69,6 +80,24 @@ def _repair_remarks(linears: Sequence[LinearResult]) -> Iterator[str]:
     for repair, repaired in names.items():
         meaning = _MEANINGS[repair].format(plural(len(repaired), "linear weight"))
         yield f"{meaning} ({_listed(repaired)})."
+
+
+def _non_finite_remarks(job: Job) -> Iterator[str]:
+    """Say which copied tensors hold NaN or Inf, except in embeddings of tokens that are none."""
+    tensors = {x.name: x for x in job.non_finite}
+    inventory = job.plan.inventory
+    if not inventory.tied_linears:
+        tokens = token_count(job.source.folder)
+        for name, raw in inventory.tensors.items():
+            is_unused = tokens is not None and name in tensors and tensors[name].first_row >= tokens
+            if is_unused and raw.role is Role.EMBEDDING:
+                del tensors[name]
+    if tensors:
+        yield (
+            f"{_listed([f'{name}: {x}' for name, x in tensors.items()], '; ')}. They are copied as "
+            "they are in the source: what computes with such numbers gives NaN. Is the source the "
+            "result of a training or conversion that overflowed?"
+        )
 
 
 def _listed(names: Sequence[str], comma: str = ", ") -> str:

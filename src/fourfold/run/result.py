@@ -11,7 +11,9 @@ from fourfold.calibration.statistics import Statistics
 from fourfold.execution import LinearResult
 from fourfold.planning import Plan
 from fourfold.reporting.serving import Served, closing_line
+from fourfold.reporting.text import plural
 from fourfold.storage.names import REPORT, SUMMARY
+from fourfold.storage.non_finite import NonFinite
 from fourfold.storage.units import size
 from fourfold.verification import Report
 
@@ -38,6 +40,8 @@ class Result:
     """True if `out` holds only what some of the ranks wrote; `merge` joins such folders."""
     kernels: str = ""
     """The backend that quantized the weights, and why this one."""
+    non_finite: tuple[NonFinite, ...] = ()
+    """Copied tensors that hold NaN or Inf, as they do in the source."""
     warnings: tuple[str, ...] = ()
     """Everything that went otherwise than it was meant: a slower backend, too little GPU memory."""
 
@@ -63,6 +67,7 @@ class Result:
             "calibration": None if self.statistics is None else asdict(self.statistics.data),
             "unreached_experts": dict(self.unreached_experts),
             "repairs": self.repairs,
+            "non_finite": [asdict(entry) for entry in self.non_finite],
             "kernels": self.kernels,
             "warnings": list(self.warnings),
             "seconds": round(self.seconds, 3),
@@ -75,6 +80,8 @@ class Result:
         parts = [f"{done:,} / {planned:,} linear weights quantized"]
         if self.repairs:
             parts.append(f"{len(self.repairs):,} repaired")
+        if self.non_finite:
+            parts.append(f"NaN or Inf in {plural(len(self.non_finite), 'copied tensor')}")
         if self.report is not None:
             counts = self.report.counts
             parts.append(f"{counts.zero_block_scales:,} zero scales of {counts.block_scales:,}")

@@ -136,6 +136,17 @@ class RepairEntry(_Entry):
     inputs were all 0 in calibration."""
 
 
+class NonFiniteEntry(_Entry):
+    """A copied tensor that holds NaN or Inf, as it did in the source."""
+
+    name: str
+    values: Count
+    rows: Count
+    """The number of rows (of the first dimension) that hold some."""
+    first_row: Count
+    last_row: Count
+
+
 class BiasEntry(_Entry):
     """A bias that was cut out of a tensor of the source. `name` lacks the `.bias`."""
 
@@ -182,7 +193,8 @@ class QuantSummary(_Entry):
     calibration: CalibrationEntry | None = None
     kv_cache: tuple[KVCacheEntry, ...] = ()
     repairs: tuple[RepairEntry, ...] = ()
-    """Written only if there are any."""
+    non_finite: tuple[NonFiniteEntry, ...] = ()
+    """These two are written only if there are any."""
     files: tuple[str, ...] = ()
     """Every file of the checkpoint."""
     shards: tuple[ShardEntry, ...] = ()

@@ -42,6 +42,7 @@ from fourfold.formats.nvfp4 import (
     GLOBAL_SCALE_MIN,
     error_energy,
 )
+from fourfold.storage.non_finite import NonFinite, find_non_finite
 from fourfold.storage.source import Source
 from fourfold.verification.checkpoint import NVFP4, Checkpoint
 from fourfold.verification.groups import fused_groups, input_site
@@ -125,6 +126,7 @@ class Comparison:
 
     def __init__(self, checkpoint: Checkpoint, source: Source, workers: Workers) -> None:
         self.checkpoint, self.source, self.workers = checkpoint, source, workers
+        self.non_finite: list[NonFinite] = []
         self._amaxes: dict[str, float] = {}
 
     def total_bytes(self, matching: Matching) -> int:
@@ -135,10 +137,13 @@ class Comparison:
     # ------------------------------------------------------------------------- copied tensors
 
     def copies(self, copies: Sequence[Copy]) -> Iterator[Finding]:
-        """Compare copied tensors bit for bit."""
+        """Compare copied tensors bit for bit; note the NaN and Inf in them in `non_finite`."""
         differing: Counter[Copy] = Counter()
-        for piece, count in self.workers.run(self._compare_bits, [*self._pieces(copies)]):
+        for piece, (count, non_finite) in self.workers.run(
+            self._compare_bits, [*self._pieces(copies)]
+        ):
             differing[piece.copy] += count
+            self.non_finite += [] if non_finite is None else [non_finite]
         for copy, count in differing.items():
             if count:
                 nbytes = self.checkpoint.tensors[copy.name].nbytes
@@ -156,8 +161,8 @@ class Comparison:
                 for start, stop in _cut(0, info.rows, info.row_bytes):
                     yield _Piece(copy, start, stop, 2 * info.row_bytes * (stop - start))
 
-    def _compare_bits(self, piece: _Piece) -> int:
-        """The number of bytes that differ."""
+    def _compare_bits(self, piece: _Piece) -> tuple[int, NonFinite | None]:
+        """The number of bytes that differ, and the NaN and Inf among ours."""
         copy, region = piece.copy, piece.copy.region
         if region is None:
             row = self.source.tensors[copy.key].row_bytes
@@ -168,7 +173,9 @@ class Comparison:
             first, slab = 0, self._read_slab(copy.key, piece.start, piece.stop)
             bits = region.view(slab).contiguous().reshape(-1).view(torch.uint8).numpy()
         ours = self.workers.buffers.read("copied", self.checkpoint, copy.name, first, len(bits))
-        return _count_different(ours, bits)
+        info = self.checkpoint.tensors[copy.name]
+        non_finite = find_non_finite(copy.name, ours, info.dtype, info.row_bytes, first)
+        return _count_different(ours, bits), non_finite
 
     def _read_slab(self, key: str, start: int, stop: int) -> Tensor:
         nbytes = self.source.tensors[key].row_bytes * (stop - start)

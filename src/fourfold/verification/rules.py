@@ -125,7 +125,9 @@ _RULES = (
     Rule("kept-weight-dtype", _E, "A weight that is not quantized is BF16, FP16 or FP32.",
          "engines copy the codes into a BF16 parameter as if they were numbers"),
 
-    # Values of scales
+    # Values
+    Rule("kept-not-finite", _W, "A weight that is not quantized is finite, but for the embeddings "
+         "of no token.", "what computes with it gives NaN, in every engine"),
     Rule("block-scale-zero", _E, "No block scale is 0.",
          "16 weights become 0 in every engine, without a word"),
     Rule("block-scale-nan", _E, "No block scale is NaN.",

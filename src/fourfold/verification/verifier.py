@@ -23,7 +23,7 @@ from fourfold.models.roles import Role
 from fourfold.sources.opening import opened
 from fourfold.storage.names import CONFIG
 from fourfold.storage.source import Source
-from fourfold.verification import completeness, files, groups, structure, values
+from fourfold.verification import completeness, files, groups, kept, structure, values
 from fourfold.verification.checkpoint import Checkpoint, open_checkpoint
 from fourfold.verification.compare import Comparison
 from fourfold.verification.match import Matching
@@ -73,8 +73,11 @@ def _verify(
     workers.total = scales
     copied, errors = 0, []
     if source is None or inventory is None:
+        pieces = kept.pieces_to_read(checkpoint)
+        workers.total += sum(piece.nbytes for piece in pieces)
         workers.begin()
         counted, scale_findings = values.check_block_scales(checkpoint, workers)
+        non_finite = [*kept.read_kept(checkpoint, pieces, workers)]
     else:
         matching = Matching(checkpoint, source.tensors, inventory)
         comparison = Comparison(checkpoint, source, workers)
@@ -87,6 +90,8 @@ def _verify(
         findings += comparison.judge(matching.pairs, errors)
         findings += [*_config_changes(checkpoint, source), *_missing_files(checkpoint, source)]
         findings += _unplaced(checkpoint, inventory)
+        non_finite = comparison.non_finite
+    findings += kept.judge_kept(checkpoint, non_finite, _embeddings(inventory))
     findings += scale_findings
     return Report(
         folder=str(checkpoint.folder),

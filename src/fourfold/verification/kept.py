@@ -1,0 +1,72 @@
+"""NaN and Inf in the tensors that are not quantized, all of which are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from fourfold.models.roles import EMBEDDING_NAME
+from fourfold.models.ties import Tie, tie_of
+from fourfold.models.tokenizer import token_count
+from fourfold.storage.non_finite import NonFinite, find_non_finite, merge
+from fourfold.storage.safetensors_header import FLOATS, TensorInfo
+from fourfold.verification.checkpoint import Checkpoint
+from fourfold.verification.readers.base import KV_SCALES
+from fourfold.verification.rules import Finding, finding
+from fourfold.verification.streaming import CHUNK_BYTES, Workers
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Bytes of a tensor, from `start` on."""
+
+    info: TensorInfo
+    start: int
+    nbytes: int
+
+
+def pieces_to_read(checkpoint: Checkpoint) -> list[_Piece]:
+    """Return the pieces of every tensor of floats that is no part of a quantized linear."""
+    scales = {*checkpoint.reader.leaves.values(), *KV_SCALES} - {"weight"}
+    return [
+        _Piece(info, start, min(CHUNK_BYTES, info.nbytes - start))
+        for name, info in checkpoint.tensors.items()
+        if info.dtype in FLOATS and name.rpartition(".")[2] not in scales
+        for start in range(0, info.nbytes, CHUNK_BYTES)
+    ]
+
+
+def read_kept(
+    checkpoint: Checkpoint, pieces: list[_Piece], workers: Workers
+) -> Iterator[NonFinite]:
+    """Read pieces of tensors and yield the NaN and Inf in them."""
+
+    def read(piece: _Piece) -> NonFinite | None:
+        info = piece.info
+        data = workers.buffers.read("kept", checkpoint, info.key, piece.start, piece.nbytes)
+        return find_non_finite(info.key, data, info.dtype, info.row_bytes, piece.start)
+
+    for _, non_finite in workers.run(read, pieces):
+        if non_finite is not None:
+            yield non_finite
+
+
+def judge_kept(
+    checkpoint: Checkpoint, parts: Iterable[NonFinite], embeddings: frozenset[str]
+) -> Iterator[Finding]:
+    """Yield a finding for each tensor with NaN or Inf, but not for embeddings of no token.
+
+    Args:
+        checkpoint: The checkpoint.
+        parts: The NaN and Inf, in order.
+        embeddings: Embeddings, without `.weight`, whose names do not show it.
+    """
+    tensors = merge(parts)
+    tokens = token_count(checkpoint.folder) if tensors else None
+    is_head = tie_of(checkpoint.config) is not Tie.NO
+    for non_finite in tensors:
+        stem = non_finite.name.removesuffix(".weight")
+        is_embedding = stem in embeddings or EMBEDDING_NAME.search(stem) is not None
+        is_unused = tokens is not None and non_finite.first_row >= tokens and not is_head
+        if not (is_embedding and is_unused):
+            yield finding("kept-not-finite", non_finite.name, str(non_finite))
