@@ -30,10 +30,11 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys):
 
 
 SHOWING = {
-    "plan": ["plan", "MODEL"],
+    "plan": ["plan", "MODEL", "--no-time"],
     "verify": ["verify", "OUT", "--source", "MODEL"],
     "inspect": ["inspect", "OUT"],
     "recipes": ["recipes"],
+    "guide": ["recipes", "--guide"],
     "summary": ["summary", "OUT"],
 }
 

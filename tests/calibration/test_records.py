@@ -413,11 +413,11 @@ def test_calibration_data_is_looked_at_before_the_plan(what: str, tmp_path: Path
 
 def test_the_users_text_is_printed_only_if_wished(capsys: pytest.CaptureFixture[str]) -> None:
     loaded = DataLoaded(8, 32, 250, "mine.txt", is_embedded=False, beginning="a secret")
-    with CommandDisplay(quiet=False) as display:
+    with CommandDisplay("heading", quiet=False) as display:
         display(loaded)
     printed = capsys.readouterr().out
     assert "calibrating on 8 samples of 32 tokens from mine.txt" in printed
     assert "secret" not in printed
-    with CommandDisplay(quiet=False, show_data=True) as display:
+    with CommandDisplay("heading", quiet=False, show_data=True) as display:
         display(loaded)
     assert "the first begins: a secret …" in capsys.readouterr().out

@@ -195,7 +195,7 @@ def plan(
 ) -> None:
     """Show what quantize would do to every tensor, and what it takes."""
     from fourfold import api
-    from fourfold.cli.tables import plan_text
+    from fourfold.cli.tables import plain_text, plan_text
     from fourfold.run.estimate import estimate
 
     work = api.plan(model, recipe, hf_config=hf_config, trust_remote_code=trust_remote_code)
@@ -205,7 +205,7 @@ def plan(
         return
     show(work, as_json, plan_text)
     if taken:
-        console().print(str(taken), soft_wrap=True)
+        show(taken, as_json, plain_text)
 
 
 @command()
@@ -411,6 +411,7 @@ def recipes(
 
 
 def _print_guide(name: str | None, as_json: bool) -> None:
+    from fourfold.cli.tables import plain_text
     from fourfold.reporting.guide import guide_entries, guide_lines
 
     if name is not None:
@@ -418,7 +419,7 @@ def _print_guide(name: str | None, as_json: bool) -> None:
     if as_json:
         print_json(guide_entries())
     else:
-        print("\n".join(guide_lines()))
+        console().print(plain_text("\n".join(guide_lines())), soft_wrap=True)
 
 
 @command()

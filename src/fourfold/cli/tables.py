@@ -54,6 +54,11 @@ def result_text(result: Result | Merged | Converted) -> Text:
     return _colored(str(result), {r"(?s).*": "bold"})
 
 
+def plain_text(text: object) -> Text:
+    """What `str` says, with its lines cut between words."""
+    return _colored(str(text), {})
+
+
 def inspection_table(inspection: Inspection) -> Text:
     """A checkpoint at a glance. Names that have no room beside their figures stand above them."""
     rows = inspection.rows()
