@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +50,10 @@ tags: [chat]
 
 def card(raw: dict[str, Any], base_model: str = "Org/Model-30B", source_card: str = "") -> str:
     return render_card(
-        QuantSummary.model_validate_json(_json(raw)), base_model=base_model, source_card=source_card
+        QuantSummary.model_validate_json(json.dumps(raw)),
+        base_model=base_model,
+        source_card=source_card,
     )
-
-
-def _json(raw: dict[str, Any]) -> str:
-    import json
-
-    return json.dumps(raw)
 
 
 def front_matter(text: str) -> dict[str, Any]:
@@ -148,8 +146,6 @@ def test_a_card_that_cannot_be_drawn_costs_a_warning_only() -> None:
 
 
 def test_out_has_a_card_and_keeps_that_of_the_source(written: Any, tmp_path: Path) -> None:
-    import shutil
-
     model = Path(shutil.copytree(written("qwen3_moe")[0], tmp_path / "Model"))
     (model / "README.md").write_text(SOURCE_CARD)
     (model / "SOURCE_README.md").write_text("older")
@@ -172,6 +168,27 @@ def test_out_has_a_card_and_keeps_that_of_the_source(written: Any, tmp_path: Pat
         model, out, output=fourfold.OutputConfig(overwrite=True, verify=False), progress=False
     )
     assert "Not verified." in (out / "README.md").read_text()
+
+
+def test_where_the_source_comes_from_is_named(written: Any, tmp_path: Path) -> None:
+    """By its name on the hub, if it lies in the hub's cache; a model in memory by its class."""
+    from transformers import AutoModelForCausalLM
+
+    snapshot = tmp_path / "models--Org--Model-30B" / "snapshots" / "0123abc"
+    shutil.copytree(written("qwen3_moe")[0], snapshot)
+    fourfold.quantize(snapshot, tmp_path / "out", progress=False)
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert front_matter(text)["base_model"] == "Org/Model-30B"
+    assert read_summary(tmp_path / "out").model == "Model-30B"
+    assert "vllm serve Model-30B-NVFP4\n" in text
+    model = AutoModelForCausalLM.from_pretrained(snapshot)
+    fourfold.quantize(model, tmp_path / "live", progress=False)
+    text = (tmp_path / "live" / "README.md").read_text()
+    assert front_matter(text)["base_model"] == "Org/Model-30B"
+    model.name_or_path = model.config._name_or_path = ""
+    fourfold.quantize(model, tmp_path / "made", progress=False)
+    text = (tmp_path / "made" / "README.md").read_text()
+    assert front_matter(text)["base_model"] == "Qwen3MoeForCausalLM"
 
 
 def test_a_card_that_was_removed_or_edited(written: Any, tmp_path: Path) -> None:

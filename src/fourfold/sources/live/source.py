@@ -93,6 +93,11 @@ class LiveSource(Source):
             (self.folder / CONFIG).write_text(json.dumps(dict(self.config), indent=2) + "\n")
 
     @property
+    def place(self) -> Path:
+        """The checkpoint's folder that the model came from, or else the model's class."""
+        return self._origin.folder or Path(type(self._model).__name__)
+
+    @property
     def origin_folders(self) -> tuple[Path, ...]:
         return tuple(dict.fromkeys((self.folder, self._origin.folder or self.folder)))
 
