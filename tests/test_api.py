@@ -77,7 +77,7 @@ def test_results_are_typed_and_print(written: Written, tmp_path: Path) -> None:
     assert "clean: no errors" in str(report)
     assert json.loads(json.dumps(result.to_dict()))["linear_weights_quantized"] == 36
     assert [linear.name for linear in result.linears] == sorted(x.name for x in plan.linears)
-    errors = {error.name: error.relative_error for error in report.errors}
+    errors = {error.name: error.relative_error for error in report.relative_errors}
     for linear in result.linears:
         assert linear.relative_error == pytest.approx(errors[linear.name], rel=1e-4)
 

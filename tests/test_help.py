@@ -86,7 +86,7 @@ def test_the_guide_names_recipes_that_exist(run) -> None:  # noqa: F811
     names = set(builtin_names())
     assert {advice[2].strip("`") for advice in advices()} <= names
     assert COSTS.keys() <= names
-    entries = json.loads(run("recipes", "--guide", "--json")[1])
+    entries = json.loads(run("recipes", "--guide", "--json")[1])["advice"]
     assert len(entries) == len(advices())
     assert entries[0]["cost"]["kl"] == COSTS[entries[0]["recipe"]].kl
     code, _, err = run("recipes", "nvfp4_experts_only", "--guide")

@@ -191,7 +191,7 @@ def output_folder(out: str | Path) -> Path:
     """The folder that `out` names. Raises `UsageError` if it is empty."""
     check_type("out", out, str | Path, "the folder to write")
     if not str(out):
-        raise UsageError("OUT is empty: give the folder to write.")
+        raise UsageError("`out` is empty: give the folder to write.")
     return Path(out).expanduser()
 
 

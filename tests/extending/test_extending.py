@@ -85,8 +85,8 @@ def check_verified(source: Path, out: Path) -> None:
     """Its own reader finds it right, by every weight, and sees a wrong scale."""
     report = fourfold.verify(out, source=source)
     assert report.clean, str(report)
-    assert len(report.errors) == report.counts.quantized_linears > 0
-    assert max(error.relative_error for error in report.errors) < 0.2
+    assert len(report.relative_errors) == report.counts.quantized_linears > 0
+    assert max(error.relative_error for error in report.relative_errors) < 0.2
     name = min(json.loads((out / "packed.json").read_text()))
     shard = out / json.loads((out / INDEX).read_text())["weight_map"][f"{name}.packed_divisor"]
     tensors = load_file(shard)

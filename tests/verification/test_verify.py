@@ -49,7 +49,7 @@ def test_counts_and_errors(tmp_path: Path) -> None:
     assert counts.bytes_read > 2 * counts.quantized_weights
     assert {role.role for role in report.roles} == {"attention", "experts"}
     assert len(report.worst) == 10
-    for error in report.errors:
+    for error in report.relative_errors:
         assert 0.08 < error.relative_error < 0.11
         assert 19 < error.sqnr_db < 22
 
@@ -68,7 +68,7 @@ def test_errors_are_those_of_a_plain_computation(tmp_path: Path) -> None:
     made = values[nibbles & 7] * torch.where(nibbles > 7, -1.0, 1.0)
     made = made * (blocks.double() * scale).repeat_interleave(16, dim=-1)
     expected = float((weight - made).norm() / weight.norm())
-    found = next(error for error in report.errors if error.name == stem)
+    found = next(error for error in report.relative_errors if error.name == stem)
     assert found.relative_error == pytest.approx(expected, rel=1e-5)
 
 
@@ -84,7 +84,7 @@ def test_any_subset_may_be_quantized(tmp_path: Path) -> None:
     d.set_ignore(["lm_head", *ROUTERS, *attention])
     report = checked(tmp_path, d)
     assert report.findings == ()
-    assert {error.role for error in report.errors} == {"experts"}
+    assert {error.role for error in report.relative_errors} == {"experts"}
 
 
 def test_an_open_source_may_be_given(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_an_all_zero_weight_is_legal(tmp_path: Path) -> None:
     d.tensors[f"{name}.weight_scale_2"] = torch.tensor(1.0)
     report = checked(tmp_path, d)
     assert report.findings == ()
-    error = next(error for error in report.errors if error.name == name)
+    error = next(error for error in report.relative_errors if error.name == name)
     assert error.relative_error == 0
     assert json.loads(report.to_json())["worst"]
 
@@ -286,7 +286,7 @@ def test_json_is_plain(tmp_path: Path) -> None:
     document = json.loads(checked(tmp_path, d).to_json())
     assert document["clean"] is False
     assert document["counts"]["nan_block_scales"] == 0
-    (error,) = [e for e in document["errors"] if e["relative_error"] is None]
+    (error,) = [e for e in document["relative_errors"] if e["relative_error"] is None]
     assert error["name"] == "model.layers.0.mlp.experts.1.down_proj"
 
 

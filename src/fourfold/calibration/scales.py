@@ -183,7 +183,7 @@ class ActivationScales:
             for name in sorted(self.plan.needs_of(linear) - SMALL):
                 raise CalibrationError(
                     f"{linear.name}: recipe {self.plan.recipe.name} needs the statistic {name}, "
-                    f"which {FILE} does not hold. Calibrate again, with --calib."
+                    f"which {FILE} does not hold. Calibrate again, with `calib`."
                 )
         self.check_all()
 

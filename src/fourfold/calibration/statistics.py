@@ -83,13 +83,17 @@ class LinearStatistics:
     rows: int
 
 
-@dataclass
+@dataclass(repr=False)
 class Statistics:
     """Everything that calibration has collected; it grows layer by layer."""
 
     data: DataSummary
     sites: Sites = field(default_factory=dict)
     model: ModelSummary = ModelSummary()
+
+    def __repr__(self) -> str:
+        origin, tokens = self.data.origin, self.data.tokens
+        return f"<Statistics: {len(self.sites):,} sites, {tokens:,} tokens of {origin}>"
 
     @property
     def experts(self) -> dict[str, ExpertsStatistics]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fourfold._version import __version__
-from fourfold.cli import terminal
+from fourfold.cli import showing, terminal
 from fourfold.cli.help import Command, Commands
 from fourfold.cli.log import log
 from fourfold.cli.options import (
@@ -48,7 +48,7 @@ from fourfold.cli.options import (
     Verbose,
     in_bytes,
 )
-from fourfold.cli.terminal import console, print_json, show, show_result
+from fourfold.cli.terminal import print_json, show, show_result
 from fourfold.config import CalibrationConfig, OutputConfig, Runtime
 from fourfold.distributed.launcher import launch
 from fourfold.errors import UsageError
@@ -325,101 +325,8 @@ def _conclude(result: Result | Merged, as_json: bool) -> None:
         raise typer.Exit(1)
 
 
-@command()
-def inspect(
-    folder: Annotated[Path, typer.Argument(help="Any safetensors checkpoint.")],
-    as_json: Json = False,
-) -> None:
-    """Show the formats, sizes and scales of a checkpoint's tensors."""
-    from fourfold.cli.tables import inspection_table
-    from fourfold.evaluation.inspection import inspect as run
-
-    show(run(folder), as_json, inspection_table)
-
-
-@command()
-def summary(
-    out: Annotated[Path, typer.Argument(help="A folder that `fourfold quantize` wrote.")],
-    role: Annotated[str | None, typer.Option(help="Only weights of this role.")] = None,
-    layer: Annotated[int | None, typer.Option(min=0, help="Only weights of this layer.")] = None,
-    every: Annotated[
-        bool, typer.Option("--all", help="Print a line for each weight of each expert.")
-    ] = False,
-    worst: Annotated[
-        int | None,
-        typer.Option(min=1, help="Only this many weights, the largest relative error first."),
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Show each linear weight's scales, input amax, tokens and error."""
-    from fourfold.reporting import read_summary, select, table_of
-
-    document = read_summary(out)
-    if as_json:
-        linears = tuple(select(document, role=role, layer=layer, worst=worst))
-        print_json(document.model_copy(update={"linears": linears}).to_dict())
-        return
-    table = table_of(document, role=role, layer=layer, every=every, worst=worst)
-    console().print(table, crop=False)
-
-
-@command()
-def report(
-    out: Annotated[Path, typer.Argument(help="A folder that `fourfold quantize` wrote.")],
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="The page's file; by default report.html in OUT."),
-    ] = None,
-) -> None:
-    """Draw the report page from the quant_summary.json in OUT."""
-    from fourfold.reporting import write_report
-
-    print(write_report(out, output))
-
-
-@command()
-def recipes(
-    name: Annotated[str | None, typer.Argument(help="Print this one.")] = None,
-    guide: Annotated[
-        bool,
-        typer.Option(
-            "--guide", help="Say which recipe suits which hardware and aim, at what cost."
-        ),
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """List the built-in recipes, print one, or help to choose."""
-    from fourfold.cli.tables import recipes_entry
-    from fourfold.recipes import Recipe, builtin_names
-
-    if guide:
-        _print_guide(name, as_json)
-        return
-    if name is None:
-        all_recipes = [Recipe.load(builtin) for builtin in builtin_names()]
-        if as_json:
-            print_json({recipe.name: recipe.model_dump(mode="json") for recipe in all_recipes})
-        else:
-            for recipe in all_recipes:
-                console().print(recipes_entry(recipe), soft_wrap=True)
-        return
-    chosen = Recipe.load(name)
-    if as_json:
-        print_json(chosen.model_dump(mode="json"))
-    else:
-        print(chosen.to_yaml(), end="")
-
-
-def _print_guide(name: str | None, as_json: bool) -> None:
-    from fourfold.cli.tables import plain_text
-    from fourfold.reporting.guide import guide_entries, guide_lines
-
-    if name is not None:
-        raise UsageError(f"--guide: is about all recipes; leave out {name}.")
-    if as_json:
-        print_json(guide_entries())
-    else:
-        console().print(plain_text("\n".join(guide_lines())), soft_wrap=True)
+for shows in (showing.inspect, showing.summary, showing.report, showing.recipes, showing.schema):
+    command()(shows)
 
 
 @command()

@@ -36,6 +36,7 @@ _EXAMPLES: Mapping[str, Sequence[str]] = {
         "fourfold recipes --guide",
         "fourfold recipes nvfp4_experts_only_mse > mine.yaml",
     ),
+    "schema": ("fourfold schema quantization",),
     "demo": ("fourfold demo demo-out --recipe nvfp4_default_mse-fp8_kv",),
     "generate": ('fourfold generate OUT --prompt "import os" --source MODEL',),
 }

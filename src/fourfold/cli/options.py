@@ -186,6 +186,9 @@ _ARGUMENTS = (
 _OPTIONS = {name: f"--{name.replace('_', '-')}" for name in _ARGUMENTS} | {
     "statistics": "--calibration",
     "verify": "--no-verify",
+    "out": "OUT",
+    "model": "MODEL",
+    "to_json": "--json",
 }
 
 

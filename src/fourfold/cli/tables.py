@@ -46,7 +46,7 @@ def plan_text(plan: Plan) -> Text:
 
 def report_text(report: Report) -> Text:
     """A verification: counts, errors of roles, findings, the verdict."""
-    return _colored(str(report), _REPORT)
+    return _colored(as_options(str(report)), _REPORT)
 
 
 def result_text(result: Result | Merged | Converted) -> Text:

@@ -11,11 +11,11 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import closing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from fourfold.cli.log import log
 from fourfold.cli.options import as_options
-from fourfold.cli.signals import guard
+from fourfold.cli.signals import error_document, guard
 from fourfold.errors import FourfoldError
 from fourfold.storage.units import printable
 
@@ -31,20 +31,24 @@ UNLIMITED = 10_000
 """The width of a file or a pipe: nothing is wrapped there."""
 
 
-def run(app: Callable[[], object]) -> None:
+def run(app: Callable[..., object]) -> None:
     """Run a command: signals, exit codes and errors as documented; tracebacks with --debug."""
     _mend_streams()
     debug = "--debug" in sys.argv[1:]
     sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != "--debug"]
     with guard, closing(log):
         try:
-            app()
+            code = app(standalone_mode=False)
         except FourfoldError as error:
-            _fail(_with_notes(str(error), error), error.exit_code, debug)
+            _fail(_with_notes(str(error), error), error, error.exit_code, debug)
         except Exception as error:
+            if hasattr(error, "format_message"):  # an error in the arguments, of typer's
+                _fail_parsing(error)
             text = str(error) or type(error).__name__
             text = f"{text} (a defect of fourfold: run again with --debug and report it)"
-            _fail(_with_notes(text, error), 1, debug)
+            _fail(_with_notes(text, error), error, 1, debug)
+        if code:
+            sys.exit(cast(int, code))
 
 
 def show(result: Any, as_json: bool, draw: Callable[[Any], RenderableType]) -> None:
@@ -99,7 +103,14 @@ def _mend_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _fail(message: str, code: int, debug: bool) -> None:
+def _fail_parsing(error: Any) -> NoReturn:
+    """End with an error that typer found in the arguments, and shows itself."""
+    error.show()
+    print(error_document("UsageError", error.format_message(), error.exit_code), end="")
+    sys.exit(error.exit_code)
+
+
+def _fail(message: str, error: Exception, code: int, debug: bool) -> NoReturn:
     message = printable(as_options(message), keep="\n")
     if len(message) > LONGEST_MESSAGE:
         message = f"{message[: LONGEST_MESSAGE // 2]} […] {message[-LONGEST_MESSAGE // 2 :]}"
@@ -109,4 +120,5 @@ def _fail(message: str, code: int, debug: bool) -> None:
         traceback.print_exc()
     log.write(f"error: {message}")
     print(f"error: {message}", file=sys.stderr)
+    print(error_document(type(error).__name__, message, code), end="")
     sys.exit(code)

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 
 from fourfold.distributed.machine import choose_device, memory_available
+from fourfold.documents import Shown, document
 from fourfold.errors import SourceError, UsageError
 from fourfold.evaluation.continuation import Sampling, continue_prompt, text_after
 from fourfold.evaluation.loading import OpenedModel
@@ -46,8 +47,8 @@ class Continuation:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Generation:
+@dataclass(frozen=True, repr=False)
+class Generation(Shown):
     """Both texts. Printing it gives what the command prints."""
 
     prompt: str
@@ -67,7 +68,7 @@ class Generation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return asdict(self) | {"same_tokens": self.same_tokens}
+        return document("generation", **asdict(self), same_tokens=self.same_tokens)
 
     @property
     def visible_prompt(self) -> str:
@@ -137,7 +138,7 @@ def _check_not_quantized(source: Source) -> None:
     if algorithm is not None:
         raise SourceError(
             f"{source.folder}: is quantized already ({algorithm}). Give the checkpoint that "
-            "OUT was made from as `source`."
+            "`out` was made from as `source`."
         )
 
 

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fourfold.documents import Shown, document
 from fourfold.layouts import quantization_of
 from fourfold.sources.safetensors import SafetensorsFolder, open_source
 from fourfold.storage.safetensors_header import TensorInfo
@@ -35,8 +36,8 @@ class TensorKind:
     """Smallest and largest value, for scalar float32 scales."""
 
 
-@dataclass(frozen=True)
-class Inspection:
+@dataclass(frozen=True, repr=False)
+class Inspection(Shown):
     """A checkpoint at a glance. Printing it gives what the command prints."""
 
     folder: str
@@ -51,7 +52,7 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return asdict(self)
+        return document("inspection", **asdict(self))
 
     @property
     def headline(self) -> str:

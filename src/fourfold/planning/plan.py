@@ -17,6 +17,7 @@ from typing import Any
 
 from fourfold.algorithms.base import ALGORITHMS, RowwiseAlgorithm
 from fourfold.distributed.machine import threads_available
+from fourfold.documents import Shown, document
 from fourfold.formats.base import FORMATS
 from fourfold.formats.scheme import Scheme
 from fourfold.layouts.base import LAYOUTS, CheckpointContents, Layout
@@ -57,8 +58,8 @@ NO_KV_SCALES = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan(CopyPlan):
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Plan(Shown, CopyPlan):
     """The plan for a source: it says of every tensor how it is treated."""
 
     recipe: Recipe
@@ -261,21 +262,22 @@ class Plan(CopyPlan):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain data for JSON, with one entry for each source tensor."""
-        return {
-            "source": str(self.source),
-            "architecture": self.inventory.architecture,
-            "model_types": list(self.inventory.model_types),
-            "recipe": self.recipe.model_dump(mode="json"),
-            "bytes_before": self.nbytes,
-            "bytes_after": self.nbytes_after,
-            "memory_bytes": self.memory(threads_available()) + self.calibration_memory,
-            "linear_weights": len(self.linears),
-            "tensor_parallel": {str(n): why or "loads" for n, why in self.tensor_parallel.items()},
-            "notes": list(self.notes),
-            "side_files": [str(path) for path in self.side_files.copied],
-            "dropped_files": {str(path): why.value for path, why in self.side_files.left_out},
-            "quantization_config": self.quantization_config,
-            "tensors": [
+        return document(
+            "plan",
+            source=str(self.source),
+            architecture=self.inventory.architecture,
+            model_types=list(self.inventory.model_types),
+            recipe=self.recipe.model_dump(mode="json"),
+            bytes_before=self.nbytes,
+            bytes_after=self.nbytes_after,
+            memory_bytes=self.memory(threads_available()) + self.calibration_memory,
+            linear_weights=len(self.linears),
+            tensor_parallel={str(n): why or "loads" for n, why in self.tensor_parallel.items()},
+            notes=list(self.notes),
+            side_files=[str(path) for path in self.side_files.copied],
+            dropped_files={str(path): why.value for path, why in self.side_files.left_out},
+            quantization_config=self.quantization_config,
+            tensors=[
                 {
                     "name": row.key,
                     "role": row.role.value,
@@ -287,7 +289,7 @@ class Plan(CopyPlan):
                 }
                 for row in self.rows
             ],
-            "shards": [
+            shards=[
                 {
                     "file": name,
                     "unit": shard.unit,
@@ -296,7 +298,7 @@ class Plan(CopyPlan):
                 }
                 for name, shard in zip(self.shard_names, self.shards, strict=True)
             ],
-        }
+        )
 
     def __str__(self) -> str:
         return self.text()

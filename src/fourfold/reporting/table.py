@@ -103,6 +103,8 @@ class LinearTable:
     lines: tuple[tuple[LinearEntry, ...], ...]
     total: int
     """The number of all linear weights; `lines` may show only the worst of them."""
+    hint: str = "`every=True` gives each its own"
+    """How to get a line for each weight."""
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
         """Return the heads and the cells of each line, without columns that nothing fills."""
@@ -133,7 +135,7 @@ class LinearTable:
         if shown < self.total:
             return f"{shown:,} of {plural(self.total, 'linear weight')}, the largest error first"
         counts = f"{plural(shown, 'linear weight')} in {plural(len(self.lines), 'line')}"
-        return f"{counts}; --all gives each its own" if shown > len(self.lines) else counts
+        return f"{counts}; {self.hint}" if shown > len(self.lines) else counts
 
     def __rich_console__(self, _: Console, options: ConsoleOptions) -> Iterator[Segment]:
         for line, style in self.text(options.max_width):

@@ -19,6 +19,7 @@ import numpy as np
 from fourfold.config import OutputConfig, Runtime
 from fourfold.distributed.machine import threads_available
 from fourfold.distributed.ranks import Ranks
+from fourfold.documents import Shown, document
 from fourfold.errors import OutputError
 from fourfold.events import OnEvent, ignore
 from fourfold.execution import Backend
@@ -36,8 +37,8 @@ from fourfold.storage.source import Source
 from fourfold.storage.units import size
 
 
-@dataclass(frozen=True)
-class Converted:
+@dataclass(frozen=True, repr=False)
+class Converted(Shown):
     """The result of a conversion. Prints as the command's closing line."""
 
     out: Path
@@ -49,14 +50,15 @@ class Converted:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {
-            "out": str(self.out),
-            "tensors": self.tensors,
-            "shards": self.shards,
-            "bytes": self.nbytes,
-            "seconds": round(self.seconds, 3),
-            "notes": list(self.notes),
-        }
+        return document(
+            "conversion",
+            out=str(self.out),
+            tensors=self.tensors,
+            shards=self.shards,
+            bytes=self.nbytes,
+            seconds=round(self.seconds, 3),
+            notes=list(self.notes),
+        )
 
     def __str__(self) -> str:
         notes = "".join(f"note: {note}\n" for note in self.notes)

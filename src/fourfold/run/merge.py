@@ -20,6 +20,7 @@ from typing import Any
 from uuid import uuid4
 
 from fourfold.config import OutputConfig, Runtime
+from fourfold.documents import Shown, document
 from fourfold.errors import SourceError, UsageError
 from fourfold.events import (
     BytesCopied,
@@ -50,8 +51,8 @@ from fourfold.storage.units import size
 from fourfold.verification import Report, verify
 
 
-@dataclass(frozen=True)
-class Merged:
+@dataclass(frozen=True, repr=False)
+class Merged(Shown):
     """The result of a merge. Prints as the command's closing line."""
 
     out: Path
@@ -63,14 +64,15 @@ class Merged:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {
-            "out": str(self.out),
-            "folders": self.parts,
-            "shards_before": self.shards_before,
-            "shards": self.shards,
-            "bytes": self.nbytes,
-            "verification": None if self.report is None else self.report.to_dict(),
-        }
+        return document(
+            "merge",
+            out=str(self.out),
+            folders=self.parts,
+            shards_before=self.shards_before,
+            shards=self.shards,
+            bytes=self.nbytes,
+            verification=None if self.report is None else self.report.to_dict(),
+        )
 
     def __str__(self) -> str:
         return (
@@ -95,7 +97,9 @@ def merge(
     """
     inputs = [_open_input(Path(folder).expanduser()) for folder in folders]
     if not inputs:
-        raise UsageError("no folder to merge. Give the folders that the nodes wrote, and then OUT.")
+        raise UsageError(
+            "no folder to merge. Give the folders that the nodes wrote, and then `out`."
+        )
     config_folder = _config_folder(inputs)
     summary = read_summary(config_folder)
     if not summary.shards:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fourfold.calibration.statistics import Statistics
+from fourfold.documents import Shown, document
 from fourfold.execution import LinearResult
 from fourfold.planning import Plan
 from fourfold.reporting.serving import Served, closing_line
@@ -18,8 +19,8 @@ from fourfold.storage.units import size
 from fourfold.verification import Report
 
 
-@dataclass(frozen=True)
-class Result:
+@dataclass(frozen=True, repr=False)
+class Result(Shown):
     """The result of `quantize`. Prints as the command's closing lines."""
 
     out: Path
@@ -57,23 +58,24 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {
-            "out": str(self.out),
-            "recipe": self.plan.recipe.name,
-            "linear_weights_planned": len(self.plan.linears),
-            "linear_weights_quantized": len(self.linears),
-            "bytes_before": self.plan.nbytes,
-            "bytes_after": self.plan.nbytes_after,
-            "calibration": None if self.statistics is None else asdict(self.statistics.data),
-            "unreached_experts": dict(self.unreached_experts),
-            "repairs": self.repairs,
-            "non_finite": [asdict(entry) for entry in self.non_finite],
-            "kernels": self.kernels,
-            "warnings": list(self.warnings),
-            "seconds": round(self.seconds, 3),
-            "peak_resident_bytes": self.peak_resident,
-            "verification": None if self.report is None else self.report.to_dict(),
-        }
+        return document(
+            "quantization",
+            out=str(self.out),
+            recipe=self.plan.recipe.name,
+            linear_weights_planned=len(self.plan.linears),
+            linear_weights_quantized=len(self.linears),
+            bytes_before=self.plan.nbytes,
+            bytes_after=self.plan.nbytes_after,
+            calibration=None if self.statistics is None else asdict(self.statistics.data),
+            unreached_experts=dict(self.unreached_experts),
+            repairs=self.repairs,
+            non_finite=[asdict(entry) for entry in self.non_finite],
+            kernels=self.kernels,
+            warnings=list(self.warnings),
+            seconds=round(self.seconds, 3),
+            peak_resident_bytes=self.peak_resident,
+            verification=None if self.report is None else self.report.to_dict(),
+        )
 
     def __str__(self) -> str:
         planned, done = len(self.plan.linears), len(self.linears)

@@ -28,7 +28,7 @@ SENT_AGAIN_AFTER = 0.01
 """Seconds until a signal is sent again whose exception was dropped."""
 
 NOTHING_WRITTEN = "nothing was written."
-NOT_VERIFIED = "OUT is written, but not verified."
+NOT_VERIFIED = "`out` is written, but not verified."
 
 End = Callable[[int, str], object]
 """Ends the process for a signal's number, and a sentence on what the run has left in `out`."""

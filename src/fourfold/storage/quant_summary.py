@@ -214,6 +214,9 @@ class QuantSummary(_Entry):
         """The recipe's name."""
         return str(self.recipe.get("name", "recipe"))
 
+    def __repr__(self) -> str:
+        return f"<QuantSummary: {self.title}, recipe {self.recipe_name}>"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: exactly the keys that were read or set."""
         return self.model_dump(exclude_unset=True)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fourfold.documents import Shown, document
 from fourfold.verification.compare import LinearError, sqnr_db
 from fourfold.verification.rules import Finding, Severity
 
@@ -56,8 +57,8 @@ class RoleError:
     """The largest relative error of one linear."""
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, repr=False)
+class Report(Shown):
     """The result of `verify`. `print` shows the same as the command."""
 
     folder: str
@@ -65,43 +66,56 @@ class Report:
     quant_algo: str | None
     findings: tuple[Finding, ...]
     counts: Counts
-    errors: tuple[LinearError, ...]
+    relative_errors: tuple[LinearError, ...]
     """One for each quantized linear, by name; empty without a source."""
 
     @property
     def clean(self) -> bool:
         """True if there is no error; warnings are allowed."""
-        return not any(finding.severity is Severity.ERROR for finding in self.findings)
+        return not self.errors
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        """What an engine fails at, or computes wrongly."""
+        return tuple(x for x in self.findings if x.severity is Severity.ERROR)
+
+    @property
+    def warnings(self) -> tuple[Finding, ...]:
+        """What is valid, though an engine or a tool may refuse it."""
+        return tuple(x for x in self.findings if x.severity is Severity.WARNING)
 
     @property
     def worst(self) -> tuple[LinearError, ...]:
         """The linears with the largest relative errors, at most ten."""
-        return tuple(sorted(self.errors, key=_by_error)[:WORST])
+        return tuple(sorted(self.relative_errors, key=_by_error)[:WORST])
 
     @property
     def roles(self) -> tuple[RoleError, ...]:
         """The errors by role."""
         by_role: dict[str, list[LinearError]] = defaultdict(list)
-        for error in self.errors:
+        for error in self.relative_errors:
             by_role[error.role].append(error)
         return tuple(_role_error(role, by_role[role]) for role in sorted(by_role))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; numbers that are not finite become None."""
-        return {
-            "folder": self.folder,
-            "source": self.source,
-            "quant_algo": self.quant_algo,
-            "clean": self.clean,
-            "counts": asdict(self.counts),
-            "findings": [asdict(finding) for finding in self.findings],
-            "roles": [_finite(asdict(role)) for role in self.roles],
-            "worst": [error.name for error in self.worst],
-            "errors": [
+        return document(
+            "verification",
+            folder=self.folder,
+            source=self.source,
+            quant_algo=self.quant_algo,
+            clean=self.clean,
+            counts=asdict(self.counts),
+            findings=[asdict(finding) for finding in self.findings],
+            errors=[asdict(finding) for finding in self.errors],
+            warnings=[asdict(finding) for finding in self.warnings],
+            roles=[_finite(asdict(role)) for role in self.roles],
+            worst=[error.name for error in self.worst],
+            relative_errors=[
                 _finite({name: getattr(error, name) for name in _ERROR_KEYS})
-                for error in self.errors
+                for error in self.relative_errors
             ],
-        }
+        )
 
     def to_json(self) -> str:
         """Return one JSON document."""
@@ -155,7 +169,7 @@ def _lines(report: Report) -> Iterator[str]:
 
 
 def _error_lines(report: Report) -> Iterator[str]:
-    if not report.errors:
+    if not report.relative_errors:
         return
     yield "  relative error   SQNR dB    largest"
     for role in report.roles:
@@ -180,12 +194,11 @@ def _finding_lines(report: Report) -> Iterator[str]:
         for finding in findings[:SHOWN_OF_A_RULE]:
             yield f"  - {finding.tensor}: {finding.found}"
         if len(findings) > SHOWN_OF_A_RULE:
-            yield f"  - and {len(findings) - SHOWN_OF_A_RULE:,} more; --json lists them all"
+            yield f"  - and {len(findings) - SHOWN_OF_A_RULE:,} more; `to_json` lists them all"
 
 
 def _verdict(report: Report) -> str:
-    errors = sum(finding.severity is Severity.ERROR for finding in report.findings)
-    warnings = len(report.findings) - errors
+    errors, warnings = len(report.errors), len(report.warnings)
     warned = f", {warnings:,} warning{'s' * (warnings != 1)}" if warnings else ""
     if report.clean:
         return f"clean: no errors{warned}"

@@ -99,7 +99,7 @@ def _verify(
         quant_algo=checkpoint.quant.algo,
         findings=tuple(sorted(findings, key=_order)),
         counts=_counts(checkpoint, counted, copied, len(errors), workers),
-        errors=tuple(sorted(errors, key=lambda error: error.name)),
+        relative_errors=tuple(sorted(errors, key=lambda error: error.name)),
     )
 
 
