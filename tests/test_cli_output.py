@@ -60,10 +60,11 @@ def test_sixty_columns_suffice(
 def test_nothing_is_cut_outside_a_terminal(
     command: str, run, quantized: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    arguments = arguments_of(command, quantized) + ["--no-time"] * (command == "plan")
     monkeypatch.delenv("COLUMNS", raising=False)
-    code, piped, _ = run(*arguments_of(command, quantized))
+    code, piped, _ = run(*arguments)
     monkeypatch.setenv("COLUMNS", "1000")
-    _, wide, _ = run(*arguments_of(command, quantized))
+    _, wide, _ = run(*arguments)
     assert code == 0
     assert piped == wide
 

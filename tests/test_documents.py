@@ -49,6 +49,7 @@ def test_results_follow_their_models(document, quantized, tmp_path: Path) -> Non
     model, out, _ = quantized
     for kind, *arguments in (
         ("plan", "plan", model),
+        ("plan", "plan", model, "--time"),
         ("quantization", "quantize", model, tmp_path / "out"),
         ("verification", "verify", out, "--source", model),
         ("merge", "merge", out, tmp_path / "merged"),

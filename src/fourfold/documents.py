@@ -53,6 +53,17 @@ class PlannedShard(_Part):
     bytes: int
 
 
+class TimeEntry(_Part):
+    """An estimate of the time, from the speed of this machine."""
+
+    seconds: float
+    threads: int
+    weights_per_second: int | None
+    bytes_per_second: int | None
+    without_calibration: bool
+    """True if calibration, which no estimate covers, comes on top."""
+
+
 class PlanDocument(Document):
     """What `quantize` would do: `fourfold plan --json`, `Plan.to_dict()`."""
 
@@ -75,6 +86,8 @@ class PlanDocument(Document):
     """What config.json will say."""
     tensors: list[PlannedTensor]
     shards: list[PlannedShard]
+    time: TimeEntry | None = None
+    """With --time alone."""
 
 
 # --- verify -------------------------------------------------------------------------------------
