@@ -126,6 +126,29 @@ def test_it_says_what_was_done() -> None:
     assert front_matter(text)["base_model"] == "local"
 
 
+def test_what_was_out_of_the_ordinary_is_told() -> None:
+    ordinary = card(document())
+    assert "repaired" not in ordinary
+    assert "NaN" not in ordinary
+    repairs = [{"name": "a.up_proj", "repair": "floor scales"}]
+    assert "| repaired | 1 linear weight with" in card({**document(), "repairs": repairs})
+
+
+def test_a_cost_that_was_measured_is_told_of_that_recipe_alone(tmp_path: Path) -> None:
+    recipe = fourfold.Recipe.load("nvfp4_experts_only_mse").model_dump(mode="json")
+    cost = "this recipe costs: KL 0.0106, top-1 96.0% (KL in nats a byte)"
+    assert cost in card({**document(), "recipe": recipe})
+    changed = {**recipe, "keep": ["*.layers.0.*"]}
+    assert "costs" not in card({**document(), "recipe": changed})
+    assert "costs" not in card({**document(), "recipe": {**recipe, "name": "mine"}})
+
+
+def test_the_readme_has_the_commands() -> None:
+    readme = (DOCS.parent / "README.md").read_text()
+    for engine in (*Engine, LLAMA_CPP):
+        assert f"    {' && '.join(serve_commands(engine, 'OUT', served('qwen3_moe')))}\n" in readme
+
+
 def test_names_from_a_checkpoint_stay_text() -> None:
     raw = copy.deepcopy(document())
     raw["architecture"] = "<script>|`*x*`\x1b[31m\n# y"

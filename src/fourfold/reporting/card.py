@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fourfold.recipes import Recipe, builtin_names
+from fourfold.reporting.guide import NOT_MEASURED, cost_of
 from fourfold.reporting.serving import (
     LLAMA_CPP,
     Served,
@@ -93,6 +95,7 @@ def render_card(summary: QuantSummary, *, base_model: str, source_card: str = ""
         roles=list(_roles(summary)),
         errors=list(_errors(summary)),
         recipe=_recipe(summary),
+        cost=_cost(summary),
         verification=f"{_BEGIN}\n{NOT_VERIFIED}\n{_END}",
     )
 
@@ -180,6 +183,15 @@ def _errors(summary: QuantSummary) -> Iterator[tuple[str, ...]]:
     for role, values in sorted(errors.items()):
         median, largest = statistics.median(values), max(values)
         yield _cell(role), integer(len(values)), figure(median, 3), figure(largest, 3)
+
+
+def _cost(summary: QuantSummary) -> str:
+    """What the recipe costs the embedded model; empty if it is not one that was measured."""
+    name = summary.recipe_name
+    if name not in builtin_names():
+        return ""
+    is_builtin = Recipe.load(name).model_dump(mode="json") == dict(summary.recipe)
+    return cost_of(name) if is_builtin and cost_of(name) != NOT_MEASURED else ""
 
 
 def _recipe(summary: QuantSummary) -> str:

@@ -116,10 +116,13 @@ def guide_entries() -> list[dict[str, Any]]:
     ]
 
 
+NOT_MEASURED = "not measured"
+
+
 def cost_of(recipe: str) -> str:
     """Return what a recipe costs, in a few words."""
     if (cost := _cost(recipe)) is None:
-        return "not measured"
+        return NOT_MEASURED
     return f"KL {cost.kl:.3g}, top-1 {cost.top1_agreement:.1%}"
 
 
