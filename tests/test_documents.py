@@ -146,3 +146,12 @@ def test_python_is_told_of_arguments(quantized, tmp_path: Path) -> None:
             continue
         text = re.sub(r'"""[\s\S]*?"""|#.*', "", file.read_text())
         assert spoken.findall(text) == [], file
+
+
+def test_the_command_line_is_told_of_options(
+    quantized, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    _, text, _ = in_process(monkeypatch, capsys, "summary", quantized[1])
+    assert text.splitlines()[-1].endswith("; --all gives each its own")
+    code, _, err = in_process(monkeypatch, capsys, "quantize", quantized[0], "")
+    assert (code, err) == (2, "error: OUT is empty: give the folder to write.\n")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,10 @@ import pytest
 import fourfold
 from fourfold.embedded import model_dir
 from fourfold.events import Event, WarningIssued
-from fourfold.reporting import QuantSummary, read_summary, render_report, write_report
-from fourfold.reporting.page import color_of, draw_report
+from fourfold.reporting import QuantSummary, render_report, write_report
+from fourfold.reporting.page import color_of, draw_report, note_in_report
 from fourfold.reporting.text import figure, runs
+from fourfold.verification.rules import Severity
 
 from .documents import document, weights_only
 
@@ -36,6 +39,7 @@ class Page(HTMLParser):
         self.cells: list[tuple[str, str]] = []
         """Color and title of every cell of a heat map."""
         self.words: list[str] = []
+        self.scripts: list[str] = []
         self._open: list[str] = []
         self.html = render(summary)
         self.feed(self.html)
@@ -49,14 +53,16 @@ class Page(HTMLParser):
         self.attributes += values.items()
         if tag == "i" and "title" in values:
             self.cells.append((values["class"], values["title"]))
-        if tag != "meta":
+        if tag not in ("meta", "input"):
             self._open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
         assert self._open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self._open[-1:] != ["style"]:
+        if self._open[-1:] == ["script"]:
+            self.scripts.append(data)
+        elif self._open[-1:] != ["style"]:
             self.words.append(data)
 
     def token_cells(self) -> list[tuple[str, str]]:
@@ -78,7 +84,8 @@ def page(calibrated) -> Page:
 
 
 def test_needs_nothing_beside_itself(page) -> None:
-    assert not re.findall(r"https?:|src=|href|@import|url\(|<script|<link|<iframe", page.html)
+    assert not re.findall(r"https?:|src=|href|@import|url\(|<link|<iframe|fetch|XMLHttp", page.html)
+    assert page.tags.count("script") == 2  # the weights, and what searches and sorts them
     assert not [name for name, _ in page.attributes if name.startswith("on")]
     assert page.tags.count("h1") == 1
     assert "prefers-color-scheme:dark" in page.html
@@ -247,6 +254,8 @@ def test_hostile_names_are_text(calibrated, page) -> None:
     assert set(shown.tags) <= set(page.tags)
     assert not [name for name, _ in shown.attributes if name.startswith("on")]
     assert "<script>alert('x')</script>" in shown.text
+    assert shown.tags.count("script") == 2
+    assert "<script>alert('x')</script>" in json.loads(shown.scripts[0])["groups"][0][1]
     assert "{{ 7*7 }}" in shown.text
     assert not {"\u202e", "\x1b"} & set(shown.html)
 
@@ -260,11 +269,12 @@ def test_long_names_are_clipped(calibrated, page) -> None:
 
 
 @pytest.mark.parametrize("layers", [4, pytest.param(88, marks=pytest.mark.slow)])
-def test_the_page_grows_by_two_cells_an_expert_alone(layers: int) -> None:
-    """88 layers of 384 experts have more than 100,000 linear weights: a page of 5 MB."""
+def test_the_page_grows_by_two_cells_an_expert_and_a_row_a_weight(layers: int) -> None:
+    """88 layers of 384 experts have more than 100,000 linear weights: a page of 9 MB."""
     page = Page(document(layers, 384, tokens_of={(layer, 4 * layer): 0 for layer in range(layers)}))
     assert len(page.cells) == 2 * layers * 384
-    assert len(page.html.encode()) < 40_000 + 80 * len(page.cells)
+    weights = len(json.loads(page.scripts[0])["rows"])
+    assert len(page.html.encode()) < 40_000 + 80 * len(page.cells) + 50 * weights
     assert [color for color, _ in page.token_cells()].count("none") == layers
 
 
@@ -292,8 +302,93 @@ def test_a_run_whose_page_cannot_be_drawn_keeps_the_checkpoint(
         assert not (out / name).exists()
     fourfold.merge([out], tmp_path / "merged")
     assert write_report(out) == out / "report.html"
-    summary = read_summary(tmp_path / "merged")
-    assert (tmp_path / "merged/report.html").read_text() == render_report(summary)
+    merged = tmp_path / "merged/report.html"
+    again = write_report(tmp_path / "merged", tmp_path / "again.html")
+    assert again.read_text() == merged.read_text()
+
+
+def test_every_weight_is_in_the_table(calibrated, page) -> None:
+    data = json.loads(page.scripts[0])
+    names = [
+        f"{data['groups'][group][0]}{'' if expert is None else expert}{data['groups'][group][1]}"
+        for group, expert, *_ in data["rows"]
+    ]
+    assert sorted(names) == sorted(entry["name"] for entry in calibrated["linears"])
+    errors = {name: row[-1] for name, row in zip(names, data["rows"], strict=True)}
+    for entry in calibrated["linears"]:
+        assert errors[entry["name"]] == pytest.approx(entry["relative_error"], rel=1e-3)
+
+
+NODE = """
+const element = () => ({
+  value: "", hidden: false, textContent: "", children: [], heard: {},
+  append(...nodes) { this.children.push(...nodes); },
+  replaceChildren(...nodes) { this.children = nodes; },
+  addEventListener(name, call) { this.heard[name] = call; },
+});
+const known = {};
+globalThis.document = {
+  getElementById: (id) => (known[id] ??= element()), createElement: element,
+};
+const [, , weights, script, typed, clicks] = process.argv;
+const read = (file) => require("fs").readFileSync(file, "utf8");
+document.getElementById("linears").textContent = read(weights);
+eval(read(script));
+known.find.value = typed;
+known.find.heard.input();
+for (const at of clicks) known.heads.children[at].children[0].heard.click();
+console.log(JSON.stringify({
+  rows: known.found.children.map((tr) => tr.children.map((td) => td.textContent)),
+  count: known.count.textContent, more: !known.more.hidden,
+}));
+"""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js")
+def test_weights_are_searched_and_sorted(calibrated, page, tmp_path: Path) -> None:
+    def show(typed: str, clicks: str = "") -> dict[str, Any]:
+        files = {"weights": page.scripts[0], "script": page.scripts[1], "run.js": NODE}
+        for name, text in files.items():
+            (tmp_path / name).write_text(text)
+        command = ["node", "run.js", "weights", "script", typed, clicks]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        return json.loads(done.stdout)
+
+    shown = show("")
+    assert shown["count"] == "100 of 208 shown, 208 in all"
+    assert shown["more"]
+    shown = show("layers.1. DOWN_proj", "8")
+    assert shown["count"] == "16 of 16 shown, 208 in all"
+    assert not shown["more"]
+    entries = [x for x in calibrated["linears"] if re.search(r"layers\.1\..*down_proj", x["name"])]
+    by_error = sorted((x["relative_error"] for x in entries), reverse=True)
+    assert [float(row[8]) for row in shown["rows"]] == pytest.approx(by_error, rel=1e-3)
+    upwards = show("layers.1. down_proj", "88")["rows"]
+    assert [float(row[8]) for row in upwards] == pytest.approx(by_error[::-1], rel=1e-3)
+    names = [row[0] for row in show("layers.1. down_proj", "0")["rows"]]
+    assert names[2].endswith("experts.2.down_proj")  # 2 before 10
+    assert show("no such weight")["rows"] == []
+
+
+def test_it_says_whether_and_when_it_was_verified(written: Any, tmp_path: Path) -> None:
+    model, out = written("qwen3_moe")[0], tmp_path / "out"
+    fourfold.quantize(model, out, output=fourfold.OutputConfig(verify=False))
+    page = (out / "report.html").read_text()
+    assert "Not verified when it was written." in page
+    assert "vllm serve " in page
+    fourfold.merge([out], tmp_path / "merged")
+    fourfold.quantize(model, out, output=fourfold.OutputConfig(overwrite=True))
+    for folder in (out, tmp_path / "merged"):
+        page = (folder / "report.html").read_text()
+        assert re.search(r"✓ Verified on 20\d\d-\d\d-\d\d, .*: no error.* · 24 linear w", page)
+    assert write_report(out).read_text() == (out / "report.html").read_text()
+    assert "✓ Verified on 20" in write_report(out, tmp_path / "page.html").read_text()
+    report = fourfold.verify(tmp_path / "merged")
+    broken = replace(report.findings[0], severity=Severity.ERROR)
+    note_in_report(out, replace(report, findings=(broken,)))
+    page = (out / "report.html").read_text()
+    assert re.search(r'class="bad">✗ Verified on .*: 1 error', page)
+    assert page.count("erified on") == 1
 
 
 def test_where_the_page_is_written(calibrated, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_experts_of_a_layer_share_a_line(calibrated) -> None:
     assert lines[0] == "Folded-30B-A3B: recipe nvfp4_default_mse-fp8_kv"
     assert "208 / 208 linear weights quantized · calibrated on 65,536 tokens" in lines[1]
     assert len(lines) == 3 + 4 * (3 + 4) + 1
-    assert lines[-1] == "208 linear weights in 28 lines; --all gives each its own"
+    assert lines[-1] == "208 linear weights in 28 lines; `every=True` gives each its own"
     line = next(line for line in lines if ".1.mlp.experts.0-15.down_proj" in line)
     assert " 2048×768 " in line
     assert " 0…107,000 " in line

@@ -1,23 +1,31 @@
 """Draws `report.html`, a page about a quantized checkpoint, from its `quant_summary.json`.
 
 The functions here turn a summary into tables and heat maps of plain strings;
-`report.html.jinja` lays them out. The page needs no script and fetches nothing, every name in it
-is escaped, and the same summary gives the same bytes.
+`report.html.jinja` lays them out. The page fetches nothing, every name in it is escaped, and the
+same summary gives the same bytes. Its one script searches and sorts the table of all weights.
+
+It is drawn before the checkpoint is verified; `note_in_report` puts the result into it, and a page
+that is drawn again keeps that.
 """
 
 from __future__ import annotations
 
 import bisect
+import json
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
 from fourfold.errors import OutputError
+from fourfold.reporting.serving import Served, serve_commands
 from fourfold.reporting.table import select
 from fourfold.reporting.text import clipped, figure, integer, plural, runs
+from fourfold.storage.atomic import FileWriter
 from fourfold.storage.names import REPORT
 from fourfold.storage.quant_summary import (
     ExpertsEntry,
@@ -27,6 +35,7 @@ from fourfold.storage.quant_summary import (
     read_summary,
 )
 from fourfold.storage.units import printable, size
+from fourfold.verification import Report
 
 WORST = 20
 """How many linear weights with the largest errors are listed by name."""
@@ -45,6 +54,8 @@ SHARES = (
     (float("inf"), "l6", "≥ 4×"),
 )
 """Colors of tokens: the part of an even share that ends each, its CSS class and its meaning."""
+
+_BEGIN, _END = "<!-- fourfold: verification -->", "<!-- fourfold: end -->"
 
 Figure = Callable[[LinearEntry], float | None]
 
@@ -87,8 +98,9 @@ def write_report(out: str | Path, file: str | Path | None = None) -> Path:
         SourceError: If the folder has no valid summary.
         OutputError: If the file cannot be written.
     """
-    page = render_report(read_summary(out))
-    path = Path(file or Path(out) / REPORT).expanduser()
+    folder = Path(out).expanduser()
+    page = render_report(read_summary(folder), verified=_noted(folder / REPORT))
+    path = Path(file or folder / REPORT).expanduser()
     try:
         path.write_text(page, "utf-8")
     except OSError as error:
@@ -111,9 +123,54 @@ def draw_report(summary: QuantSummary, warn: Callable[[str], None]) -> str | Non
         return None
 
 
-def render_report(summary: QuantSummary) -> str:
-    """Return the report on a quantized checkpoint as one HTML page."""
+def note_in_report(folder: Path, report: Report) -> None:
+    """Put the result of today's verification into the page in `folder`, if there is one."""
+    if _noted(folder / REPORT) is None:
+        return
+    today = datetime.now(UTC).date().isoformat()
+    before, _, rest = (folder / REPORT).read_text("utf-8").partition(_BEGIN)
+    after = rest.partition(_END)[2]
+    FileWriter(folder).write_text(REPORT, f"{before}{_BEGIN}{_verdict(report, today)}{_END}{after}")
+
+
+def _noted(page: Path) -> str | None:
+    """What a page says of the verification; None if it is no page of ours."""
+    try:
+        _, begin, rest = page.read_text("utf-8").partition(_BEGIN)
+    except (OSError, UnicodeDecodeError):
+        return None
+    text, end, _ = rest.partition(_END)
+    return text if begin and end else None
+
+
+def _verdict(report: Report, today: str) -> str:
+    """The result as HTML, in the same words with and without the source: `merge` has none."""
+    if not report.clean:
+        count = plural(len(report.errors), "error")
+        text = f"✗ Verified on {today}: {count}. <code>fourfold verify OUT</code> lists them."
+        return f'<p class="bad">{text}</p>'
+    counts = report.counts
+    linears = plural(counts.quantized_linears, "linear weight")
+    warnings = f", {plural(len(report.warnings), 'warning')}" if report.warnings else ""
+    return (
+        f'<p class="good">✓ Verified on {today}, after it was written: no error{warnings} · '
+        f"{linears} · {counts.zero_block_scales:,} zero scales of {counts.block_scales:,}</p>"
+    )
+
+
+NOT_VERIFIED = (
+    "<p>Not verified when it was written. <code>fourfold verify OUT --source MODEL</code> proves "
+    "it tensor by tensor.</p>"
+)
+
+
+def render_report(summary: QuantSummary, *, verified: str | None = None) -> str:
+    """Return the report on a quantized checkpoint as one HTML page.
+
+    verified: what an earlier page of the checkpoint says of its verification, as HTML.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -126,6 +183,8 @@ def render_report(summary: QuantSummary) -> str:
     )
     environment.filters |= {"integer": integer, "clipped": clipped, "plural": plural}
     linears = select(summary)
+    served = Served.of_summary(summary)
+    folder = re.sub(r"[^\w.-]+", "-", summary.title).strip("-.") or "OUT"
     return environment.get_template(f"{REPORT}.jinja").render(
         summary=summary,
         recipe=_recipe(summary),
@@ -147,6 +206,12 @@ def render_report(summary: QuantSummary) -> str:
             [(clipped(x.name), figure(x.k_scale), figure(x.v_scale)) for x in summary.kv_cache],
         ),
         worst=_worst(select(summary, worst=WORST)),
+        linears=Markup(_linears(linears)),
+        verified=Markup(f"{_BEGIN}{verified or NOT_VERIFIED}{_END}"),
+        commands={
+            engine.value: serve_commands(engine, f"{folder}-NVFP4", served)
+            for engine in served.engines
+        },
     )
 
 
@@ -313,3 +378,27 @@ def _worst(linears: Sequence[LinearEntry]) -> Table:
     ]
     heads = ("linear weight", "role", "shape", "amax", "global scale", "input amax", "tokens")
     return Table((*heads, "relative error"), rows, texts=2)
+
+
+FIGURES = ("amax", "global_scale", "input_amax", "tokens", "relative_error")
+
+
+def _linears(linears: Sequence[LinearEntry]) -> str:
+    """All linear weights as JSON for the page's script, small enough for a hundred thousand.
+
+    `groups` are weights whose names differ in the expert alone: the name before and after it, the
+    role, the shape and the format. `rows` have the number of a group, the expert, and figures.
+    """
+    groups: dict[tuple[str, ...], int] = {}
+    rows = []
+    for linear in linears:
+        before, dot, after = linear.name.rpartition(f".{linear.expert}.")
+        parts = (f"{before}.", f".{after}") if dot else (linear.name, "")
+        about = linear.role, "×".join(map(str, linear.shape)), linear.format
+        group = (clipped(parts[0], 120), clipped(parts[1], 60), *(clipped(x, 40) for x in about))
+        number = groups.setdefault(tuple(map(printable, group)), len(groups))
+        figures = [getattr(linear, name) for name in FIGURES]
+        short = [float(f"{x:.4g}") if isinstance(x, float) else x for x in figures]
+        rows.append([number, linear.expert if dot else None, *short])
+    text = json.dumps({"groups": list(groups), "rows": rows}, separators=(",", ":"))
+    return text.replace("<", "\\u003c")  # nothing in it may end the script

@@ -33,7 +33,7 @@ from fourfold.events import (
 from fourfold.layouts import marker_files
 from fourfold.planning import Spec, cut, shard_names
 from fourfold.reporting.card import note_verification
-from fourfold.reporting.page import draw_report
+from fourfold.reporting.page import draw_report, note_in_report
 from fourfold.run.result import verdict
 from fourfold.run.resume import without_times
 from fourfold.storage.atomic import COPY_BYTES
@@ -132,6 +132,7 @@ def merge(
     if output.verify:
         report = verify(target.folder, threads=runtime.threads, on_event=on_event)
         note_verification(target.folder, report)
+        note_in_report(target.folder, report)
     before = len(summary.shards)
     return Merged(target.folder, len(inputs), before, len(new_shards), total, report)
 

@@ -8,6 +8,7 @@ from fourfold.events import OnEvent
 from fourfold.execution import LinearResult
 from fourfold.planning import KVScales, Plan, ScaleGroup
 from fourfold.reporting.card import note_verification
+from fourfold.reporting.page import note_in_report
 from fourfold.run.job import Job
 from fourfold.storage.output import OutputFolder
 from fourfold.verification import Report, verify
@@ -38,6 +39,7 @@ def verify_written(
     if is_readable:
         check_ledger(plan, linears, report, job.folder)
     note_verification(job.folder.folder, report)
+    note_in_report(job.folder.folder, report)
     return report
 
 
