@@ -84,20 +84,20 @@ def options_of(command: str) -> set[str]:
         (
             "quantize",
             "model out --recipe -r --hf-config --calib --calib-size --calib-seq --batch-size "
-            "--packing --seed --calibration --device --device-memory --activation-memory --threads "
-            "--shards --overwrite --no-verify --strict --trust-remote-code --verbose --quiet -q "
-            "--log-file --json --show-data",
+            "--packing --seed --calibration --device --device-memory --activation-memory --dtype "
+            "--threads --shards --overwrite --no-verify --strict --trust-remote-code --verbose --quiet "
+            "-q --log-file --json --show-data",
         ),
-        ("plan", "model --recipe -r --hf-config --time --trust-remote-code --json"),
+        ("plan", "model --recipe -r --hf-config --dtype --time --trust-remote-code --json"),
         (
             "verify",
             "out --source -s --hf-config --threads --trust-remote-code --quiet -q --log-file "
-            "--json",
+            "--dtype --json",
         ),
         (
             "convert",
             "model out --hf-config --threads --shards --overwrite --trust-remote-code --quiet -q "
-            "--log-file --json",
+            "--dtype --log-file --json",
         ),
         ("inspect", "folder --json"),
         ("summary", "out --role --layer --all --worst --json"),

@@ -60,6 +60,7 @@ def plan(
     recipe: str | Path | Recipe = DEFAULT_RECIPE,
     *,
     hf_config: str | Path | PretrainedConfig | None = None,
+    dtype: str | None = None,
     trust_remote_code: bool = False,
 ) -> Plan:
     """Return what `quantize` would do to every tensor of `model`, without reading a weight.
@@ -69,6 +70,7 @@ def plan(
         recipe: The name of a built-in recipe, a YAML file, or a `Recipe`.
         hf_config: For a Megatron checkpoint, the folder with its Hugging Face configuration; for a
             Megatron model in memory, that configuration will do.
+        dtype: "bfloat16" reads the FP32 tensors of a checkpoint on disk as BF16.
         trust_remote_code: True if code that the checkpoint brings may run.
 
     Raises:
@@ -78,7 +80,7 @@ def plan(
         PlanError: The recipe cannot be carried out on this model.
     """
     chosen = _load_recipe(recipe)
-    with opened(model, hf_config, trust_remote_code=trust_remote_code) as source:
+    with opened(model, hf_config, trust_remote_code=trust_remote_code, dtype=dtype) as source:
         work = make_plan(source, chosen)
         check_placed(source, work.inventory)
         return work
@@ -95,6 +97,7 @@ def quantize(
     output: OutputConfig | None = None,
     tokenizer: Any = None,
     forward_loop: ForwardLoop | None = None,
+    dtype: str | None = None,
     trust_remote_code: bool = False,
     progress: bool | None = None,
     on_event: OnEvent | None = None,
@@ -119,6 +122,7 @@ def quantize(
         tokenizer: For a model in memory: an object with `save_pretrained`, whose files are written
             beside the weights.
         forward_loop: For a model in memory: calls it on your data, in place of `calibration`.
+        dtype: As in `plan`.
         trust_remote_code: True if code that the checkpoint brings may run.
         progress: True shows the progress on stderr, False does not. By default it is shown on a
             terminal and in a notebook.
@@ -143,7 +147,11 @@ def quantize(
         )
         ranks.gather("called")  # a rank that fails before this leaves none waiting in a collective
         with opened(
-            model, hf_config, tokenizer=tokenizer, trust_remote_code=trust_remote_code
+            model,
+            hf_config,
+            tokenizer=tokenizer,
+            trust_remote_code=trust_remote_code,
+            dtype=dtype,
         ) as source:
             observation = observation.checked(chosen, source)
             folder = OutputFolder(
@@ -187,6 +195,7 @@ def verify(
     *,
     source: str | Path | Source | None = None,
     hf_config: str | Path | None = None,
+    dtype: str | None = None,
     threads: int | None = None,
     trust_remote_code: bool = False,
     progress: bool | None = None,
@@ -200,6 +209,7 @@ def verify(
             `Source`. With it, every copied tensor and every dequantized weight is compared.
         hf_config: If the source is a Megatron checkpoint: the folder with its Hugging Face
             configuration.
+        dtype: What `quantize` was given.
         threads: Worker threads; by default one for each core. The report does not depend on it.
         trust_remote_code, progress, on_event: As in `quantize`.
 
@@ -214,6 +224,7 @@ def verify(
             out,
             source=source,
             hf_config=hf_config,
+            dtype=dtype,
             threads=threads,
             trust_remote_code=trust_remote_code,
             on_event=run,
@@ -262,6 +273,7 @@ def convert(
     out: str | Path,
     *,
     hf_config: str | Path | None = None,
+    dtype: str | None = None,
     threads: int | None = None,
     shards: int | None = None,
     overwrite: bool = False,
@@ -277,6 +289,7 @@ def convert(
         model: The folder that Megatron wrote (torch_dist).
         out: The folder to write.
         hf_config: The folder with the Hugging Face configuration and tokenizer.
+        dtype: As in `plan`.
         threads: Worker threads; by default one for each core.
         shards: Files that a decoder layer is cut into, at least.
         overwrite: True starts over if an unfinished run has left something in `out`.
@@ -288,7 +301,7 @@ def convert(
     options, runtime = OutputConfig(shards, overwrite), Runtime(threads=threads)
     with (
         session(progress, on_event) as run,
-        opened(model, hf_config, trust_remote_code=trust_remote_code) as source,
+        opened(model, hf_config, trust_remote_code=trust_remote_code, dtype=dtype) as source,
     ):
         return conversion.convert(source, output_folder(out), options, runtime, on_event=run)
 

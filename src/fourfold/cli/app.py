@@ -28,6 +28,7 @@ from fourfold.cli.options import (
     CalibSize,
     Device,
     DeviceMemory,
+    Dtype,
     HfConfig,
     Json,
     LogFile,
@@ -117,6 +118,7 @@ def quantize(
     out: Annotated[str, typer.Argument(help="The folder to write.")],
     recipe: RecipeName = DEFAULT_RECIPE,
     hf_config: HfConfig = None,
+    dtype: Dtype = None,
     calib: Calib = None,
     calib_size: CalibSize = None,
     calib_seq: CalibSeq = None,
@@ -168,6 +170,7 @@ def quantize(
             out,
             recipe,
             hf_config=hf_config,
+            dtype=dtype,
             calibration=calibrating,
             runtime=Runtime(device, in_bytes("--device-memory", device_memory), threads),
             output=OutputConfig(shards, overwrite, not no_verify, strict),
@@ -182,6 +185,7 @@ def plan(
     model: Model,
     recipe: RecipeName = DEFAULT_RECIPE,
     hf_config: HfConfig = None,
+    dtype: Dtype = None,
     with_time: Annotated[
         bool | None,
         typer.Option(
@@ -198,7 +202,8 @@ def plan(
     from fourfold.cli.tables import plain_text, plan_text
     from fourfold.run.estimate import estimate
 
-    work = api.plan(model, recipe, hf_config=hf_config, trust_remote_code=trust_remote_code)
+    trusted = trust_remote_code
+    work = api.plan(model, recipe, hf_config=hf_config, dtype=dtype, trust_remote_code=trusted)
     taken = estimate(work) if (not as_json if with_time is None else with_time) else None
     if as_json:
         print_json(work.to_dict() | ({"time": taken.to_dict()} if taken else {}))
@@ -213,6 +218,7 @@ def verify(
     out: Annotated[Path, typer.Argument(help="A checkpoint in NVFP4, whichever tool wrote it.")],
     source: SourceModel = None,
     hf_config: HfConfig = None,
+    dtype: Dtype = None,
     threads: Threads = None,
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
@@ -228,6 +234,7 @@ def verify(
             out,
             source=source,
             hf_config=hf_config,
+            dtype=dtype,
             threads=threads,
             trust_remote_code=trust_remote_code,
             **progress,
@@ -244,6 +251,7 @@ def convert(
     model: Annotated[str, typer.Argument(help="A Megatron checkpoint's folder (torch_dist).")],
     out: Annotated[str, typer.Argument(help="The folder to write.")],
     hf_config: HfConfig = None,
+    dtype: Dtype = None,
     threads: Threads = None,
     shards: Shards = None,
     overwrite: Annotated[
@@ -267,6 +275,7 @@ def convert(
             model,
             out,
             hf_config=hf_config,
+            dtype=dtype,
             threads=threads,
             shards=shards,
             overwrite=overwrite,

@@ -22,6 +22,10 @@ HfConfig = Annotated[
         "it, config.json is derived from the training arguments if they suffice.",
     ),
 ]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="bfloat16: read FP32 tensors as BF16, as a training run leaves them."),
+]
 
 
 def _complete_recipe(beginning: str) -> list[str]:
@@ -181,7 +185,7 @@ _ARGUMENTS = (
         for config in (CalibrationConfig, Runtime, OutputConfig)
         for field in fields(config)
     ),
-    *("hf_config", "recipe", "source", "trust_remote_code"),
+    *("hf_config", "recipe", "source", "trust_remote_code", "dtype"),
 )
 _OPTIONS = {name: f"--{name.replace('_', '-')}" for name in _ARGUMENTS} | {
     "statistics": "--calibration",

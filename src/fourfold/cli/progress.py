@@ -53,7 +53,7 @@ class CommandDisplay(ProgressDisplay):
         guard(event)
         match event:
             case PlanMade(plan):
-                self._print(plan_text(plan), str(plan))
+                self._print(plan_text(plan), as_options(str(plan)))
             case BackendChosen(backend, where, is_fallback):
                 if self.verbose:
                     self.say(where if is_fallback else f"{backend}\n{where}")

@@ -41,7 +41,7 @@ _REPORT = {
 
 def plan_text(plan: Plan) -> Text:
     """A plan: roles and sizes, which tensor-parallel sizes fit, notes."""
-    return _colored(plan.text(console().width if has_width() else None), _PLAN)
+    return _colored(as_options(plan.text(console().width if has_width() else None)), _PLAN)
 
 
 def report_text(report: Report) -> Text:

@@ -24,7 +24,7 @@ from fourfold.layouts.base import LAYOUTS, CheckpointContents, Layout
 from fourfold.layouts.recognition import check_not_quantized
 from fourfold.models.agreement import agreement_notes
 from fourfold.models.families import family_of
-from fourfold.models.inventory import Inventory, LinearWeight
+from fourfold.models.inventory import Inventory, LinearWeight, RawTensor
 from fourfold.models.inventory_builder import take_inventory
 from fourfold.models.names import SINGLE_EXPERT
 from fourfold.models.roles import Role
@@ -45,6 +45,7 @@ from fourfold.planning.shards import check_kept, check_names, lay_out
 from fourfold.planning.tensor_parallel import marlin_notes, tensor_parallel
 from fourfold.planning.text import role_lines, tensor_parallel_lines
 from fourfold.recipes import Recipe
+from fourfold.sources.rounded import is_rounded
 from fourfold.statistics import SMALL, Site
 from fourfold.statistics import STATISTICS as ALL_STATISTICS
 from fourfold.storage.names import CARD, REPORT, SOURCE_CARD, STATISTICS, SUMMARY
@@ -382,11 +383,23 @@ def make_plan(
             *([NO_KV_SCALES] if recipe.calibrates_kv and not kv_scales else ()),
             *placement,
             *_notes(inventory, groups, side_files),
+            *_dtype_note(kept, source.config),
         ),
         tensor_parallel=tensor_parallel(quantized, selection.schemes, source.config),
         parts=parts,
         limits=limits,
     )
+
+
+def _dtype_note(kept: Iterable[RawTensor], config: Mapping[str, Any]) -> Iterable[str]:
+    """FP32 tensors that are copied where the configuration says 16 bits."""
+    dtype = config.get("dtype", config.get("torch_dtype"))
+    wide = [raw.info for raw in kept if raw.is_matrix and is_rounded(raw.info)]
+    if wide and dtype in ("bfloat16", "float16"):
+        yield (
+            f"{len(wide):,} copied matrices stay FP32 ({size(sum(x.nbytes for x in wide))}) beside "
+            f"dtype {dtype} in config.json; `dtype=bfloat16` reads them as BF16"
+        )
 
 
 def _notes(

@@ -14,6 +14,7 @@ from fourfold.errors import UsageError
 from fourfold.sources.decoded import decoded_to_quantize
 from fourfold.sources.live.source import LiveSource
 from fourfold.sources.megatron import LiveMegatron, MegatronCheckpoint, find_iteration, is_megatron
+from fourfold.sources.rounded import RoundedSource, check_dtype
 from fourfold.sources.safetensors import open_source
 from fourfold.storage.names import CONFIG
 from fourfold.storage.source import Source
@@ -32,23 +33,32 @@ def opened(
     *,
     tokenizer: Any = None,
     trust_remote_code: bool = False,
+    dtype: str | None = None,
 ) -> Iterator[Source]:
     """Open `model` for the duration of a context; see `open_model`.
+
+    With `dtype="bfloat16"`, FP32 tensors of a source on disk are presented in BF16.
 
     A source that was given open stays open. It is trusted within the context if either it was
     before, or `trust_remote_code` says so.
     """
+    check_dtype(dtype)
     if isinstance(model, Source):
         trusted = model.trust_remote_code
         model.trust_remote_code = trusted or trust_remote_code
         try:
-            yield model
+            yield model if dtype is None else RoundedSource(model)
         finally:
             model.trust_remote_code = trusted
         return
+    if dtype is not None and not isinstance(model, str | Path):
+        raise UsageError(
+            "`dtype`: only for a checkpoint on disk. Cast the model in memory: "
+            "model.to(torch.bfloat16)."
+        )
     source = open_model(model, hf_config, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
     try:
-        yield source
+        yield source if dtype is None else RoundedSource(source)
     finally:
         source.close()
 

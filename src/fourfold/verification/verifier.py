@@ -46,6 +46,7 @@ def verify(
     *,
     source: Path | str | Source | None = None,
     hf_config: Path | str | None = None,
+    dtype: str | None = None,
     threads: int | None = None,
     trust_remote_code: bool = False,
     on_event: OnEvent = ignore,
@@ -56,7 +57,8 @@ def verify(
         with closing(open_checkpoint(Path(out).expanduser())) as checkpoint:
             if source is None:
                 return _verify(checkpoint, None, None, workers)
-            with opened(source, hf_config, trust_remote_code=trust_remote_code) as original:
+            trusted = trust_remote_code
+            with opened(source, hf_config, trust_remote_code=trusted, dtype=dtype) as original:
                 return _verify(checkpoint, original, take_inventory(original), workers)
     except FourfoldError as error:
         raise UnreadableError(str(error)) from error
