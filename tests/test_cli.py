@@ -85,8 +85,8 @@ def options_of(command: str) -> set[str]:
             "quantize",
             "model out --recipe -r --hf-config --calib --calib-size --calib-seq --batch-size "
             "--packing --seed --calibration --device --device-memory --activation-memory --dtype "
-            "--threads --shards --overwrite --no-verify --strict --trust-remote-code --verbose --quiet "
-            "-q --log-file --json --show-data",
+            "--threads --shards --overwrite --no-verify --strict --trust-remote-code --verbose -q "
+            "--quiet --log-file --json --show-data",
         ),
         ("plan", "model --recipe -r --hf-config --dtype --time --trust-remote-code --json"),
         (

@@ -151,8 +151,12 @@ def _mlp(layer: Layer) -> None:
 
 def _experts(layer: Layer) -> None:
     fc1, fc2 = (f"mlp.experts.experts.linear_fc{n}.weight" for n in (1, 2))
-    layer.move(fc1, "mlp.experts.gate_up_proj")
-    layer.move(fc2, "mlp.experts.down_proj")
+    stack = layer.tensors.get("mlp.experts.gate_up_proj")
+    is_transposed = stack is not None and stack.shape[1] < stack.shape[2]  # [E, 64, 2 · 48]
+    for key, name in ((fc1, "gate_up_proj"), (fc2, "down_proj")):
+        layer.move(
+            key, f"mlp.experts.{name}", by=(lambda w: w.mT.contiguous()) if is_transposed else None
+        )
     for where, names in (
         ("mlp", ("gate_proj", "up_proj", "down_proj")),
         ("block_sparse_moe", ("w1", "w3", "w2")),

@@ -35,6 +35,7 @@ NAMES = [
     "qwen3_5_moe",
     "qwen3_5_moe_vl",
     "qwen3_5_moe_text",
+    "qwen3_vl_moe",
     "mixtral",
     "deepseek_v3",
 ]
@@ -164,3 +165,38 @@ def test_convert_writes_the_published_checkpoint(
     assert_same(found, expected(truth.raw))
     assert done.tensors == len(found)
     assert not list((tmp_path / "out").rglob("*.partial"))
+
+
+# Vision towers.
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "qwen3_5_moe_vl"])
+def test_a_language_model_takes_the_vision_tower_from_beside(
+    name: str, written: Written, tmp_path: Path
+) -> None:
+    folder, truth = written(name)
+    assert any(key.startswith("model.visual.") for key in truth.raw)
+    tensors = to_megatron(truth.raw)
+    language = {key: x for key, x in tensors.items() if not key.startswith("vision_model.")}
+    write_torch_dist(tmp_path / "language", language, halves(0))
+    assert_same(presented(tmp_path / "language", folder), expected(truth.raw))
+    write_torch_dist(tmp_path / "all", tensors, halves(0))
+    recipe = "w4a16_nvfp4_experts_only"
+    outputs = []
+    for which in ("language", "all"):
+        result = fourfold.quantize(
+            tmp_path / which, tmp_path / f"{which} out", recipe, hf_config=folder
+        )
+        assert result.clean
+        has_note = any("the vision tower is that of" in note for note in result.plan.notes)
+        assert has_note is (which == "language")
+        files = sorted((tmp_path / f"{which} out").glob("*.safetensors"))
+        outputs.append([file.read_bytes() for file in files])
+    assert outputs[0] == outputs[1]
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_bytes((folder / "config.json").read_bytes())
+    with pytest.raises(
+        fourfold.SourceError, match=r"language model alone.*model\.visual"
+    ) as caught:
+        fourfold.plan(tmp_path / "language", recipe, hf_config=tmp_path / "bare")
+    assert str(tmp_path / "bare") in str(caught.value)

@@ -128,6 +128,22 @@ class Tokenizer:
         (folder / "tokenizer.json").write_text("mine")
 
 
+def test_quantizers_of_modelopt_are_not_weights(made: Callable[..., tuple[Any, Path]]) -> None:
+    model, folder = made()
+    with closing(LiveMegatron(model, folder)) as live:
+        before = live.tensors
+    quantizer = nn.Module()
+    quantizer.register_buffer("_amax", torch.ones(()))
+    linear = model.decoder.layers[0].self_attention.linear_qkv
+    linear.add_module("weight_quantizer", quantizer)
+    with closing(LiveMegatron(model, folder)) as live:
+        assert live.tensors == before
+        assert any("ModelOpt's quantizers is left out" in note for note in live.notes)
+    quantizer.register_buffer("_pre_quant_scale", torch.ones(64))
+    with pytest.raises(SourceError, match=r"_pre_quant_scale: .*ModelOpt.* were smoothed"):
+        LiveMegatron(model, folder)
+
+
 def test_a_configuration_instead_of_a_folder(
     made: Callable[..., tuple[Any, Path]], tmp_path: Path
 ) -> None:

@@ -560,7 +560,7 @@ def test_names_that_the_model_has_no_place_for_are_refused(
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors["decoder.layers.0.self_attention.linear_qkv.bias"] = torch.zeros(128).bfloat16()
 
-    refused(*made(change=change), "k_proj.bias", "no place for it", kind=ModelError)
+    refused(*made(change=change), "k_proj.bias", "this layer has no bias", kind=ModelError)
 
 
 FIELDS = [

@@ -72,7 +72,7 @@ PLAIN = ("qwen3", "qwen3_moe", "mixtral")
 CONFIGURED = ("spec", "use_rope_scaling", "window_size")
 """Arguments that a Hugging Face configuration may express in its own way."""
 
-SUMS_TO_ONE = ("mixtral", "qwen3_5_moe", "qwen3_5_moe_text")
+SUMS_TO_ONE = ("mixtral", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_vl_moe")
 """Families whose routers always make the weights of a token's experts sum to one."""
 
 

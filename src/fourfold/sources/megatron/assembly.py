@@ -52,6 +52,8 @@ class AssembledTensor:
     ranges: tuple[Range, ...]
     plus_one: bool
     """True if 1 is added to the values that are read."""
+    is_transposed: bool = False
+    """True if `shape` is [E, in, out], while an expert's lines are its [out, in]."""
 
     def within(self, first: int, last: int) -> Iterator[Range]:
         """Yield the ranges of lines `first:last`, cut off at both ends."""
@@ -95,9 +97,9 @@ def _first(pieces: Mapping[tuple[int, ...], Piece]) -> Piece:
     return next(iter(pieces.values()))
 
 
-def _kind(piece: Piece) -> tuple[int, bool, bool]:
+def _kind(piece: Piece) -> tuple[int, bool, bool, bool]:
     """The properties that all pieces of a tensor must have in common."""
-    return piece.rule.parts, piece.is_stacked, piece.plus_one
+    return piece.rule.parts, piece.is_stacked, piece.is_transposed, piece.plus_one
 
 
 def _assembled(name: str, pieces: Mapping[tuple[int, ...], Piece], sizes: Sizes) -> AssembledTensor:
@@ -116,6 +118,8 @@ def _assembled(name: str, pieces: Mapping[tuple[int, ...], Piece], sizes: Sizes)
         if lines % experts:
             raise SourceError(f"{name}: its {experts} experts differ in size.")
         shape = (experts, lines // experts, *row)
+        if first.is_transposed:
+            shape = (experts, *row, lines // experts)
     return AssembledTensor(
         name=name,
         dtype=parameter.dtype,
@@ -124,6 +128,7 @@ def _assembled(name: str, pieces: Mapping[tuple[int, ...], Piece], sizes: Sizes)
         line_bytes=math.prod(row) * BITS[parameter.dtype] // 8,
         ranges=ranges,
         plus_one=first.plus_one,
+        is_transposed=first.is_transposed,
     )
 
 

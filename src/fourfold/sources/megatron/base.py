@@ -21,8 +21,9 @@ from fourfold.sources.megatron.assembly import AssembledTensor, Range, assemble
 from fourfold.sources.megatron.box_index import Box
 from fourfold.sources.megatron.families import rules_for
 from fourfold.sources.megatron.parameters import EXPERT, LAYER, MTP_LAYER, Parameter
+from fourfold.sources.megatron.rules import RuleBook
 from fourfold.sources.megatron.sizes import WRONG_CONFIG, Sizes
-from fourfold.sources.safetensors import lay_out
+from fourfold.sources.safetensors import SafetensorsFolder, lay_out, open_source
 from fourfold.storage.fingerprints import Stamps
 from fourfold.storage.json_files import read_config
 from fourfold.storage.names import CONFIG
@@ -39,6 +40,8 @@ class MegatronSource(Source):
 
     _assembled: Mapping[str, AssembledTensor]
     _lacks_mtp: bool
+    _vision: SafetensorsFolder | None = None
+    """The Hugging Face folder's weights, if the vision tower comes from there."""
     _temporary: TemporaryFolder | None = None
     """Holds `folder`, if that was made for this source alone."""
 
@@ -68,19 +71,35 @@ class MegatronSource(Source):
                 f"{self.config_file}: its quantization_config is left out: it does not describe "
                 "these weights"
             )
+        if self._vision is not None:
+            notes.append(f"the vision tower is that of {self.folder}, unchanged")
         if self._lacks_mtp:
             notes.append("the configuration has MTP layers, the checkpoint does not")
         return tuple(notes)
 
     def slab(self, key: str, start: int, stop: int, out: Bytes | None = None) -> torch.Tensor:
+        if self._vision is not None and key not in self._assembled:
+            return self._vision.slab(key, start, stop, out)
         info, lines = self.tensors[key], self._assembled[key].row_lines
         shape = (stop - start, *info.shape[1:]) if info.shape else ()
         buffer = np.empty(nbytes_of(info.dtype, shape), dtype=np.uint8) if out is None else out
         flat = buffer.reshape(-1).view(np.uint8)
         self._read_lines(key, start * lines, flat)
-        return torch.from_numpy(flat).view(info.torch_dtype).reshape(shape)
+        rows = torch.from_numpy(flat).view(info.torch_dtype).reshape(shape)
+        if self._assembled[key].is_transposed:
+            experts, width, height = shape
+            rows.copy_(rows.view(experts, height, width).mT.clone())
+        return rows
 
     def read_bytes(self, key: str, start: int, out: Bytes) -> None:
+        if self._vision is not None and key not in self._assembled:
+            self._vision.read_bytes(key, start, out)
+            return
+
+        if self._assembled[key].is_transposed:
+            super().read_bytes(key, start, out)
+            return
+
         def read_lines(first: int, last: int, lines: Bytes) -> None:
             self._read_lines(key, first, lines)
 
@@ -90,6 +109,8 @@ class MegatronSource(Source):
         return self._side_files
 
     def close(self) -> None:
+        if self._vision is not None:
+            self._vision.close()
         if self._temporary is not None:
             self._temporary.remove()
 
@@ -122,11 +143,31 @@ class MegatronSource(Source):
         self._assembled = {tensor.name: tensor for tensor in tensors}
         # The output must not depend on how the model was sharded, and be the same as from a
         # checkpoint that `convert` wrote: the order is that of a single safetensors file.
-        in_order = sorted(tensors, key=lambda tensor: (-BITS[tensor.dtype], tensor.name))
-        self.tensors = lay_out(((x.name, x.dtype, x.shape) for x in in_order), where)
+        named = [(x.name, x.dtype, x.shape) for x in tensors]
+        named += self._vision_tensors(book)
+        in_order = sorted(named, key=lambda tensor: (-BITS[tensor[1]], tensor[0]))
+        self.tensors = lay_out(in_order, where)
+
+    def _vision_tensors(self, book: RuleBook) -> list[tuple[str, str, tuple[int, ...]]]:
+        """The tensors of the vision tower, if the Hugging Face folder must supply them."""
+        if not book.vision or any(name.startswith(book.vision) for name in self._assembled):
+            return []
+        if any(self.folder.glob("*.safetensors")):
+            self._vision = open_source(self.folder)
+            infos = self._vision.tensors.values()
+            named = [(x.key, x.dtype, x.shape) for x in infos if x.key.startswith(book.vision)]
+            if named:
+                return named
+        raise SourceError(
+            f"{self.folder}: the checkpoint is of the language model alone, and no weights of a "
+            f"vision tower ({book.vision}…) lie here. Put the published model's shards here, or "
+            "give its folder: `hf_config`."
+        )
 
     def _ranges(self, key: str, start: int, stop: int) -> Iterator[Range]:
         """The rows of parameters that make up rows `start:stop` of a tensor."""
+        if key not in self._assembled:
+            return iter(())
         tensor = self._assembled[key]
         return tensor.within(start * tensor.row_lines, stop * tensor.row_lines)
 

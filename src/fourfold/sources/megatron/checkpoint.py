@@ -28,7 +28,11 @@ from fourfold.sources.megatron.metadata import (
     find_iteration,
     read_metadata,
 )
-from fourfold.sources.megatron.parameters import is_bookkeeping, parameters_of
+from fourfold.sources.megatron.parameters import (
+    is_bookkeeping,
+    is_quantizer_state,
+    parameters_of,
+)
 from fourfold.storage.fingerprints import FileStamp, Stamps
 from fourfold.storage.names import CONFIG
 from fourfold.storage.safetensors_header import shown
@@ -64,7 +68,9 @@ class MegatronCheckpoint(MegatronSource):
         self._arguments = read_arguments(iteration, self._stamps)
         stored = read_metadata(iteration, self._stamps)
         weights = _weights_of(stored)
-        self._left_out = len(stored.objects) + len(stored.tensors) - len(weights)
+        others = [key for key in (*stored.objects, *stored.tensors) if key not in weights]
+        self._quantizer_state = [key for key in others if is_quantizer_state(key)]
+        self._left_out = len(others) - len(self._quantizer_state)
         self._chunks = ChunkReader(stored, self._stamps)
         try:
             super().__init__(hf_config or self._write_configuration(weights))
@@ -94,6 +100,11 @@ class MegatronCheckpoint(MegatronSource):
             notes.append(
                 f"{self._left_out:,} keys that are not weights are left out (_extra_state, "
                 "optimizers, random states)"
+            )
+        if self._quantizer_state:
+            notes.append(
+                f"{len(self._quantizer_state):,} keys are the state of ModelOpt's quantizers "
+                f"({self._quantizer_state[0]}, …), and left out: the recipe chooses all scales anew"
             )
         if self._arguments.note is not None:
             notes.append(self._arguments.note)
@@ -129,6 +140,8 @@ class MegatronCheckpoint(MegatronSource):
     def stamps(self) -> Mapping[str, FileStamp]:
         """The checkpoint's files, and the Hugging Face folder's under `hf-config/`."""
         beside = self._beside.relative_to(self.folder) if self._temporary is None else {}
+        if self._vision is not None:
+            beside = {**beside, **self._vision.stamps()}
         return {
             **self._stamps.relative_to(self._checkpoint),
             **{f"hf-config/{name}": stamp for name, stamp in beside.items()},
@@ -138,6 +151,8 @@ class MegatronCheckpoint(MegatronSource):
         self._stamps.check()
         if self._temporary is None:
             self._beside.check()
+        if self._vision is not None:
+            self._vision.check_unchanged()
 
     def close(self) -> None:
         self._chunks.close()
@@ -154,10 +169,14 @@ class MegatronCheckpoint(MegatronSource):
 
 def _weights_of(stored: StoredCheckpoint) -> dict[str, StoredTensor]:
     """The tensors that are weights; everything else must be known bookkeeping."""
-    unknown = [key for key in stored.objects if not is_bookkeeping(key)]
+    unknown = [key for key in stored.objects if not _is_left_out(key)]
     if unknown:
         raise SourceError(
             f"{stored.folder / METADATA_FILE}: {', '.join(map(shown, unknown[:SHOWN_KEYS]))}: "
             "neither a tensor nor known bookkeeping, so it cannot be left out. Which tool saved it?"
         )
-    return {key: tensor for key, tensor in stored.tensors.items() if not is_bookkeeping(key)}
+    return {key: tensor for key, tensor in stored.tensors.items() if not _is_left_out(key)}
+
+
+def _is_left_out(key: str) -> bool:
+    return is_bookkeeping(key) or is_quantizer_state(key)

@@ -97,12 +97,19 @@ _E = r"mlp\.experts\.(?P<e>[0-9]+)"
 DENSE = gated_mlp("mlp", "mlp", _LLAMA)
 EXPERTS = gated_mlp(_E, "mlp.experts.{e}", _LLAMA)
 EXPERTS_MIXTRAL = gated_mlp(_E, "block_sparse_moe.experts.{e}", ("w1", "w3", "w2"))
-EXPERTS_STACKED = (
-    Rule(rf"{_E}\.linear_fc1{_W}", Transform.STACK, ("mlp.experts.gate_up_proj",)),
-    Rule(rf"{_E}\.linear_fc1\.weight_w", Transform.STACK, ("mlp.experts.gate_up_proj",), 0, 2),
-    Rule(rf"{_E}\.linear_fc1\.weight_v", Transform.STACK, ("mlp.experts.gate_up_proj",), 1, 2),
-    Rule(rf"{_E}\.linear_fc2{_W}", Transform.STACK, ("mlp.experts.down_proj",)),
-)
+
+
+def stacked_experts(transform: Transform) -> tuple[Rule, ...]:
+    """Experts that share a tensor."""
+    fc1, fc2 = ("mlp.experts.gate_up_proj",), ("mlp.experts.down_proj",)
+    return (
+        Rule(rf"{_E}\.linear_fc1{_W}", transform, fc1),
+        Rule(rf"{_E}\.linear_fc1\.weight_w", transform, fc1, 0, 2),
+        Rule(rf"{_E}\.linear_fc1\.weight_v", transform, fc1, 1, 2),
+        Rule(rf"{_E}\.linear_fc2{_W}", transform, fc2),
+    )
+
+
 ROUTER = (rename(rf"mlp\.router{_W}", "mlp.gate.weight"),)
 ROUTER_BIAS = (rename(r"mlp\.router\.expert_bias", "mlp.gate.e_score_correction_bias"),)
 ROUTER_MIXTRAL = (rename(rf"mlp\.router{_W}", "block_sparse_moe.gate.weight"),)
@@ -154,9 +161,10 @@ MTP_DEEPSEEK = (
 _QWEN3 = (*NORMS, *ATTENTION, *QK_NORMS, *DENSE)
 _QWEN3_MOE = (*_QWEN3, *ROUTER, *EXPERTS)
 _QWEN3_5 = (
-    *NORMS, *GATED_ATTENTION, *QK_NORMS, *DELTA_NET, *DENSE, *ROUTER, *EXPERTS_STACKED,
-    *SHARED_EXPERT,
+    *NORMS, *GATED_ATTENTION, *QK_NORMS, *DELTA_NET, *DENSE, *ROUTER,
+    *stacked_experts(Transform.STACK), *SHARED_EXPERT,
 )  # fmt: skip
+_QWEN3_VL = (*_QWEN3, *ROUTER, *stacked_experts(Transform.TRANSPOSED))
 _MIXTRAL = (*NORMS, *ATTENTION, *ROUTER_MIXTRAL, *EXPERTS_MIXTRAL)
 _DEEPSEEK = (
     *NORMS, *LATENT_ATTENTION, *DENSE, *ROUTER, *ROUTER_BIAS, *EXPERTS, *SHARED_EXPERTS,
@@ -188,6 +196,15 @@ FAMILIES: Mapping[str, RuleBook] = {
             _VISION,
         ),
         zero_centered_norms=True,
+        vision="model.visual.",
+    ),
+    "qwen3_vl_moe": RuleBook(
+        (
+            outside_layers("model.language_model.", language=_VL),
+            layers("model.language_model.", _QWEN3_VL, language=_VL),
+            _VISION,
+        ),
+        vision="model.visual.",
     ),
     "mixtral": RuleBook((outside_layers("model."), layers("model.", _MIXTRAL))),
     "deepseek_v3": RuleBook(

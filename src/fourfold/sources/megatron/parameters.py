@@ -34,6 +34,19 @@ BOOKKEEPING = re.compile(
 """Keys that are not weights: extra states of modules, optimizers, random states. Only these may be
 left out."""
 
+_QUANTIZER = re.compile(
+    r"(?:.*\.)?(?:\w*quantizer(?:\.[0-9]+)?\.(?P<state>\w+)|modelopt_state\b.*)(?:/.*)?"
+)
+"""Keys of ModelOpt's quantizers: `…linear_fc1.weight_quantizer._amax`."""
+
+_NEEDED_STATES: Mapping[str, str] = {
+    "_pre_quant_scale": "the weights beside it were smoothed with it (AWQ, SmoothQuant), and are "
+    "not the model's own",
+    "_scale": "the weight beside it is stored quantized",
+    "_double_scale": "the weight beside it is stored quantized",
+}
+"""States of a quantizer without which the weights mean something else → why."""
+
 _STORED_LAYERS = re.compile(
     r"(?P<head>(?:.*\.)?decoder\.layers)\.(?:(?P<number>[0-9]{1,6})\.)?(?P<tail>.+)"
 )
@@ -56,6 +69,21 @@ class Parameter:
 def is_bookkeeping(key: str) -> bool:
     """True if a key is known not to be a weight."""
     return BOOKKEEPING.fullmatch(key) is not None
+
+
+def is_quantizer_state(key: str) -> bool:
+    """True if a key is the state of one of ModelOpt's quantizers, which is not a weight.
+
+    Raises:
+        SourceError: Without it, the weights are not what they seem.
+    """
+    match = _QUANTIZER.fullmatch(key)
+    if match is not None and match["state"] in _NEEDED_STATES:
+        raise SourceError(
+            f"{key}: the state of a quantizer of ModelOpt: {_NEEDED_STATES[match['state']]}. Give "
+            "the checkpoint from before it was quantized, or export this one with ModelOpt."
+        )
+    return match is not None
 
 
 def parameters_of(tensors: Mapping[str, StoredTensor]) -> Iterator[Parameter]:

@@ -1,8 +1,8 @@
 """Rules from Megatron's parameters to Hugging Face tensors: a pattern, a transform, targets.
 
-A transform moves rows and nothing else, `PLUS_ONE` excepted. Each Hugging Face tensor is therefore
-a list of row ranges of parameters, in order, and a slab of it is read without the rest. The same
-rules serve parameters in files and in memory.
+A transform moves rows and nothing else, `PLUS_ONE` and `TRANSPOSED` excepted. Each Hugging Face
+tensor is therefore a list of row ranges of parameters, in order, and a slab of it is read without
+the rest. The same rules serve parameters in files and in memory.
 
     RENAME       all rows
     PLUS_ONE     all rows; Megatron keeps the weight of a norm as w − 1
@@ -13,6 +13,7 @@ rules serve parameters in files and in memory.
     GATE_UP      the first half is the gate's, the second half up's
     PART         one of several that follow each other in one tensor
     STACK        one expert's, in a tensor of all experts; `part` if each expert has several
+    TRANSPOSED   the same, in a tensor of all experts that is presented as [E, in, out]
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ class Transform(StrEnum):
     GATE_UP = "gate_up"
     PART = "part"
     STACK = "stack"
+    TRANSPOSED = "transposed stack"
+
+
+_STACKS = (Transform.STACK, Transform.TRANSPOSED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +79,11 @@ class Piece:
 
     @property
     def is_stacked(self) -> bool:
-        return self.rule.transform is Transform.STACK
+        return self.rule.transform in _STACKS
+
+    @property
+    def is_transposed(self) -> bool:
+        return self.rule.transform is Transform.TRANSPOSED
 
     @property
     def plus_one(self) -> bool:
@@ -165,6 +174,9 @@ class RuleBook:
     sections: tuple[Section, ...]
     zero_centered_norms: bool = False
     """True if Hugging Face's model, too, multiplies by 1 + w in its norms."""
+    vision: str = ""
+    """The prefix of the vision tower's tensors, which a checkpoint of the language model alone
+    lacks; empty for a family without one."""
 
     def pieces(self, parameter: Parameter, sizes: Sizes) -> Iterator[Piece]:
         """Yield the parts of Hugging Face tensors that a parameter becomes.
@@ -191,7 +203,7 @@ class RuleBook:
         groups = {**start.groupdict(), **match.groupdict()}
         if section.after_layers:
             groups["l"] = str(int(groups["l"]) + sizes.layers)
-        slot = (int(groups["e"]), rule.part) if rule.transform is Transform.STACK else (rule.part,)
+        slot = (int(groups["e"]), rule.part) if rule.transform in _STACKS else (rule.part,)
         cuts = list(_CUTS.get(rule.transform, _all)(parameter, sizes, rule))
         for target, rows in zip(rule.targets, cuts, strict=True):
             yield Piece((section.prefix + target).format_map(groups), slot, parameter, rows, rule)

@@ -26,6 +26,7 @@ from torch import nn
 from fourfold.distributed.process_groups import GroupRank
 from fourfold.errors import SourceError
 from fourfold.sources.megatron.live.groups import EXPERT, EXPERT_TENSOR, TENSOR, group_rank
+from fourfold.sources.megatron.parameters import is_quantizer_state
 from fourfold.storage.safetensors_header import DTYPE_NAMES
 
 IN_PROJ = ("query", "key", "value", "z", "beta", "alpha")
@@ -134,6 +135,8 @@ def _walk(module: Any, name: str, context: _Context) -> Iterator[LocalParameter]
         context = replace(context, sections=tuple(size // context.tp.size for size in sizes))
     own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
     for leaf, tensor in own:
+        if is_quantizer_state(name + leaf):
+            continue
         if leaf not in module._non_persistent_buffers_set:  # others are in no checkpoint
             yield from _parameters(module, name, leaf, tensor, context)
     for child_name, child in module.named_children():

@@ -27,6 +27,7 @@ from fourfold.sources.megatron.live.modules import (
     local_parameters,
 )
 from fourfold.sources.megatron.live.shards import SharedTensors
+from fourfold.sources.megatron.parameters import is_quantizer_state
 from fourfold.sources.safetensors import IN_MEMORY, copy_files
 from fourfold.storage.fingerprints import Stamps
 from fourfold.storage.names import CONFIG
@@ -60,6 +61,8 @@ class LiveMegatron(MegatronSource):
                 super().__init__(self._folder_of(hf_config, tokenizer))
                 chunks = chunks_of(model)
                 local = list(local_parameters(chunks))
+            buffers = (name for chunk in chunks for name, _ in chunk.named_buffers())
+            self._has_quantizers = any(map(is_quantizer_state, buffers))
             self._shared = SharedTensors(self._exchange, local)
             arguments = Arguments(IN_MEMORY, arguments_of(chunks[0]))
             self._present([*self._shared.parameters.values()], arguments, IN_MEMORY)
@@ -74,7 +77,12 @@ class LiveMegatron(MegatronSource):
     def notes(self) -> tuple[str, ...]:
         ranks = self._exchange.ranks.size
         where = "the live model" + (f" on {ranks} ranks" if ranks > 1 else "")
-        return (f"weights come from {where}, config.json from {self.folder}", *super().notes)
+        notes = [f"weights come from {where}, config.json from {self.folder}"]
+        if self._has_quantizers:
+            notes.append(
+                "the state of ModelOpt's quantizers is left out: the recipe chooses all scales anew"
+            )
+        return (*notes, *super().notes)
 
     @classmethod
     def job_ranks(cls) -> AbstractContextManager[Ranks]:
