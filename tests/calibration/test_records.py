@@ -203,6 +203,17 @@ def test_reasoning_of_earlier_turns_may_be_left_out_as_in_use(rendered) -> None:
     assert rendered(LAST_REASONING, record) == CHAT + "<user>Sure?<assistant>It is 6."
 
 
+def test_what_is_said_beside_an_earlier_call_may_be_left_out_as_in_use(rendered) -> None:
+    template = (  # as gpt-oss's: it is reasoning
+        "{% for m in messages %}{{ m.content if loop.last or not m.tool_calls }}"
+        "{% for c in m.tool_calls or () %}[{{ c.function.name }}]{% endfor %}{% endfor %}"
+    )
+    record = {"messages": [USER, call({}, content="Let me see."), ANSWER]}
+    assert rendered(template, record) == "What is 2 × 3?[mul]It is 6."
+    with pytest.raises(CalibrationError, match=r"leaves out the content of message 2"):
+        rendered(template.replace("loop.last or ", ""), record)
+
+
 # --- what is refused ----------------------------------------------------------------------
 
 REFUSED: dict[str, tuple[str, list[dict[str, Any]], str]] = {
@@ -242,6 +253,10 @@ REFUSED: dict[str, tuple[str, list[dict[str, Any]], str]] = {
     ),
     "content that is a number": (PLAIN, [USER | {"content": 6}], "its content has the type int"),
     "null content": (PLAIN, [USER | {"content": None}], "not a list of objects with role and"),
+    "a call that half of the presentations break on": (
+        JSON_CALLS.replace("c.function.name + ' ' + ", ""), [USER, call({"a": 2})],
+        "leaves out the tool call mul of message 2",
+    ),
     "a call without a name": (
         PLAIN, [USER, {"role": "assistant", "tool_calls": [{"function": {}}]}],
         "message 2: tool_calls is not a list of objects with a function's name",

@@ -275,8 +275,8 @@ class Omission:
 
     what: str
     """For instance "the content of message 2 (user)"."""
-    reasoning_of: int | None = None
-    """The position from 0 of the message that it is the reasoning of, if it is reasoning."""
+    turn: int | None = None
+    """The position from 0 of its message, if templates may show it in the last turn alone."""
 
 
 def left_out(chat: Chat, rendered: str) -> list[Omission]:
@@ -289,24 +289,31 @@ def left_out(chat: Chat, rendered: str) -> list[Omission]:
     for number, message in enumerate(chat.messages):
         of = f"of message {number + 1} ({message['role']})"
         for name, text in chat.texts(number):
-            reasoning_of = number if name == "reasoning" else None
-            pieces.append((text, Omission(f"the {name} {of}", reasoning_of)))
+            # gpt-oss takes what is said beside a call for reasoning.
+            is_of_turn = name == "reasoning" or (name == "content" and bool(_calls(message)))
+            pieces.append((text, Omission(f"the {name} {of}", number if is_of_turn else None)))
         for call in _calls(message):
             omission = Omission(f"arguments of the tool call {_name(call)} {of}")
             arguments = call["function"]["arguments"]
             pieces += [(leaf, omission) for leaf in _leaves(arguments)]
             if any(_is_printed_by_python(value, rendered) for value in _containers(arguments)):
                 omissions.append(omission)
-    for tool in chat.tools or ():
-        pieces.append((_name(tool), Omission(f"the tool {_name(tool)}")))
+    pieces += [(_name(tool), Omission(f"the tool {_name(tool)}")) for tool in chat.tools or ()]
+    missing = _missing([text for text, _ in pieces], rendered)
+    return omissions + [pieces[index][1] for index in missing]
+
+
+def _missing(texts: list[str], rendered: str) -> list[int]:
+    """Return the positions of the texts that are not in the rendered one."""
     remaining = _squeezed(rendered)
-    for text, omission in sorted(pieces, key=lambda piece: len(piece[0]), reverse=True):
-        form = next((form for form in _forms(text) if form in remaining), None)
+    missing = []
+    for index in sorted(range(len(texts)), key=lambda index: len(texts[index]), reverse=True):
+        form = next((form for form in _forms(texts[index]) if form in remaining), None)
         if form is None:
-            omissions.append(omission)
-        else:
-            remaining = remaining.replace(form, "\0", 1) if form else remaining
-    return omissions
+            missing.append(index)
+        elif form:
+            remaining = remaining.replace(form, "\0", 1)
+    return sorted(missing)
 
 
 def _squeezed(text: str) -> str:

@@ -138,40 +138,41 @@ class Encoder:
 
     def _render_all(self, record: Record, chat: Chat) -> str:
         """Render a chat in the first presentation of which the template leaves out nothing."""
-        problems: list[CalibrationError] = []
+        rejection: CalibrationError | None = None
+        fewest: list[Omission] = []
         for messages in presentations(chat):
             try:
                 text = self._render(record, messages, chat.tools)
             except CalibrationError as error:
-                problems.append(error)
+                rejection = rejection or error
                 continue
             omissions = [
                 omission
                 for omission in left_out(chat, text)
-                if not self._is_earlier_reasoning(record, chat, messages, omission)
+                if not self._is_of_earlier_turn(record, chat, messages, omission)
             ]
             if not omissions:
                 return text
-            problems.append(
-                CalibrationError(
-                    f"{record.where}: the model's chat template leaves out {omissions[0].what}. "
-                    "Remove it from the record, or give the whole chat as text."
-                )
-            )
-        raise problems[0]
+            fewest = min(fewest or omissions, omissions, key=len)
+        if rejection is not None and not fewest:
+            raise rejection
+        raise CalibrationError(
+            f"{record.where}: the model's chat template leaves out {fewest[0].what}. "
+            "Remove it from the record, or give the whole chat as text."
+        )
 
-    def _is_earlier_reasoning(
+    def _is_of_earlier_turn(
         self, record: Record, chat: Chat, messages: list[Message], omission: Omission
     ) -> bool:
-        """True if it is reasoning that the template shows where the chat ends with its message."""
-        if omission.reasoning_of is None or omission.reasoning_of == len(messages) - 1:
+        """True if the template shows it where the chat ends with its message."""
+        if omission.turn is None or omission.turn == len(messages) - 1:
             return False
-        end = omission.reasoning_of + 1
+        end = omission.turn + 1
         try:
-            text = self._render(record, messages[:end], None)
+            text = self._render(record, messages[:end], chat.tools)
         except CalibrationError:
             return False
-        return omission not in left_out(Chat(chat.messages[:end], None), text)
+        return omission not in left_out(Chat(chat.messages[:end], chat.tools), text)
 
     def _render(self, record: Record, messages: list[Message], tools: list[Any] | None) -> str:
         """Apply the chat template to messages."""
