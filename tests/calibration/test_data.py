@@ -125,8 +125,9 @@ def by_seed(documents: list[Any], seed: int) -> list[Any]:
 
 
 def numbered(count: int, length: int = 5) -> list[dict[str, Any]]:
-    """Records of `input_ids`, each of them different."""
-    return [{"input_ids": [n // 60 % 60, n % 60, *range(length - 2)]} for n in range(count)]
+    """Records of `input_ids`, each of them different, which do not begin with special tokens."""
+    heads = ([7 + n // 60 % 60, 7 + n % 60] for n in range(count))
+    return [{"input_ids": [*head, *range(length - 2)]} for head in heads]
 
 
 # --- every kind of input ------------------------------------------------------------------

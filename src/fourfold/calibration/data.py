@@ -109,6 +109,7 @@ def load_calibration(
     max_positions: int | None = None,
     trust_remote_code: bool = False,
     tokenizer_hint: str | None = None,
+    pads: frozenset[int] = frozenset(),
 ) -> CalibrationData:
     """Read the files and datasets that `config` names, or the embedded text if it names none.
 
@@ -119,6 +120,7 @@ def load_calibration(
         max_positions: The longest sequence that the model takes; None if it has no limit.
         trust_remote_code: True if the tokenizer's own code may run.
         tokenizer_hint: See `Source.tokenizer_hint`.
+        pads: Ids that may serve as pads, besides the tokenizer's; see `padding`.
 
     Raises:
         CalibrationError: If the data cannot be read, does not fit the model, or is less than
@@ -126,7 +128,7 @@ def load_calibration(
         UsageError: If a sample would be longer than the model takes.
     """
     seq = _sample_length(config, max_positions)
-    encoder = Encoder(folder, vocab_size, trust_remote_code, tokenizer_hint)
+    encoder = Encoder(folder, vocab_size, trust_remote_code, tokenizer_hint, pads)
     corpora = open_corpora(config.files, seq * CHARACTERS_PER_TOKEN)
     documents = shuffled(_pool(corpora, encoder, config, seq), config.seed)
     if config.packing == "packed":
@@ -145,7 +147,7 @@ def load_calibration(
         origin=origin,
         is_embedded=not config.files,
     )
-    return replace(data, beginning=data.preview(encoder.loaded))
+    return replace(data, beginning=data.preview(encoder.optional))
 
 
 def _sample_length(config: CalibrationConfig, max_positions: int | None) -> int:

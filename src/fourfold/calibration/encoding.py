@@ -10,9 +10,12 @@ names the record, and not an access out of bounds in the first layer.
 
 from __future__ import annotations
 
+from functools import cached_property
 from itertools import compress
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fourfold.calibration.chats import (
     Chat,
@@ -24,6 +27,7 @@ from fourfold.calibration.chats import (
     presentations,
     read_chat,
 )
+from fourfold.calibration.padding import text_mask
 from fourfold.calibration.readers import Record
 from fourfold.errors import CalibrationError, SourceError
 from fourfold.models.tokenizer import load_tokenizer
@@ -49,12 +53,25 @@ class Encoder:
         vocab_size: int,
         trust_remote_code: bool = False,
         tokenizer_hint: str | None = None,
+        pads: frozenset[int] = frozenset(),
     ) -> None:
         """Describe the model, as `load_calibration` does; nothing is loaded yet."""
+        self._pads = pads
         self._folder, self._vocab_size = folder, vocab_size
         self._trust_remote_code, self._tokenizer_hint = trust_remote_code, tokenizer_hint
         self.loaded: Any = None
         """The tokenizer; None as long as no record has needed it."""
+
+    @cached_property
+    def optional(self) -> Any:
+        """The tokenizer in the model's folder, also where no record needs it; None if there is
+        none. It decides nothing but what a pad is."""
+        try:
+            return self.loaded or load_tokenizer(
+                self._folder, trust_remote_code=self._trust_remote_code
+            )
+        except SourceError:
+            return None
 
     @property
     def tokenizer(self) -> Any:
@@ -102,13 +119,35 @@ class Encoder:
         """
         content = record.content
         if "input_ids" in content:
-            ids = _input_ids(record)
+            ids = self._input_ids(record)
         elif holds_chat(content) and (_plain_text(record) is None or self._has_template):
             ids = self._encode_chat(record)
         else:
             ids = self._encode_text(record, close)
         self._check(record, ids)
         return ids
+
+    def _input_ids(self, record: Record) -> list[int]:
+        """Return `input_ids` without those that `attention_mask` masks, or else without pads."""
+        ids, mask = record.content["input_ids"], record.content.get("attention_mask")
+        if not isinstance(ids, list) or any(type(token) is not int for token in ids):
+            raise CalibrationError(
+                f"{record.where}: input_ids is not a list of integers. Write the ids as one flat "
+                "list."
+            )
+        if mask is None:
+            self._check(record, ids)
+            mask = text_mask(torch.tensor(ids), self._pads | _special_ids(self.optional)).tolist()
+        if (
+            not isinstance(mask, list)
+            or len(mask) != len(ids)
+            or any(x not in (0, 1) for x in mask)
+        ):
+            raise CalibrationError(
+                f"{record.where}: attention_mask does not have a 0 or 1 for each of {len(ids)} "
+                "input_ids. Correct it, or leave it out."
+            )
+        return list(compress(ids, mask))
 
     @property
     def _has_template(self) -> bool:
@@ -204,6 +243,12 @@ class Encoder:
         )
 
 
+def _special_ids(tokenizer: Any) -> frozenset[int]:
+    """The ids of a tokenizer that may serve as pads."""
+    ids = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
+    return frozenset(token for token in ids if token is not None)
+
+
 def _render_with_null(
     tokenizer: Any, messages: list[Message], tools: list[Any] | None, template: str
 ) -> str:
@@ -228,22 +273,6 @@ def _string(record: Record, key: str) -> str:
         kind = type(value).__name__
         raise CalibrationError(f"{record.where}: {key} has the type {kind}. Write a string.")
     return value
-
-
-def _input_ids(record: Record) -> list[int]:
-    """Return `input_ids` without those that `attention_mask` masks."""
-    ids = record.content["input_ids"]
-    if not isinstance(ids, list) or any(type(token) is not int for token in ids):
-        raise CalibrationError(
-            f"{record.where}: input_ids is not a list of integers. Write the ids as one flat list."
-        )
-    mask = record.content.get("attention_mask", [1] * len(ids))
-    if not isinstance(mask, list) or len(mask) != len(ids) or any(x not in (0, 1) for x in mask):
-        raise CalibrationError(
-            f"{record.where}: attention_mask does not have a 0 or 1 for each of {len(ids)} "
-            "input_ids. Correct it, or leave it out."
-        )
-    return list(compress(ids, mask))
 
 
 def _tokenize(

@@ -23,6 +23,7 @@ from torch import nn
 from fourfold.calibration.data import CalibrationData, digest_batch
 from fourfold.calibration.kv_cache import record_updates, recording_cache, usual_cache
 from fourfold.calibration.observers import Observers
+from fourfold.calibration.padding import pad_ids, text_mask
 from fourfold.calibration.reading import ending_at_the_head, observing, read_batch
 from fourfold.calibration.scales import ActivationScales, model_summary
 from fourfold.calibration.statistics import DataSummary, Statistics, data_summary, merged
@@ -168,7 +169,7 @@ def _watching_calls(
     def before(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         arguments = signature.bind_partial(*args, **kwargs).arguments
         ids = arguments.get("input_ids")
-        mask = _mask_of(ids, arguments.get("attention_mask"))
+        mask = _mask_of(ids, arguments.get("attention_mask"), pads)
         observers.see(mask)
         if isinstance(ids, torch.Tensor):
             calls.add(ids, mask)
@@ -188,6 +189,8 @@ def _watching_calls(
         current_layer = path
 
     model = runnable(source.model)
+    generation = getattr(model, "generation_config", None)
+    pads = pad_ids(source.config, {} if generation is None else generation.to_dict())
     signature = inspect.signature(model.forward)
     with ExitStack() as stack:
         stack.enter_context(model.register_forward_pre_hook(before, with_kwargs=True))
@@ -197,10 +200,15 @@ def _watching_calls(
         yield
 
 
-def _mask_of(ids: Any, mask: Any) -> torch.Tensor | None:
-    """Return the mask [B, S] of the tokens of a call; None if there is no padding."""
-    if mask is None or not isinstance(ids, torch.Tensor):
+def _mask_of(ids: Any, mask: Any, pads: frozenset[int]) -> torch.Tensor | None:
+    """Return the mask [B, S] of the tokens of a call; None if there is no padding.
+
+    If the call has no mask, its model reads pads as text; they are left out of the statistics.
+    """
+    if not isinstance(ids, torch.Tensor):
         return None
+    if mask is None:
+        return text_mask(ids, pads)
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
         raise ObservationError(
             "forward_loop: attention_mask is not a tensor of shape [batch, sequence], so padding "

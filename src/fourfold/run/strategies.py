@@ -19,6 +19,7 @@ import torch
 from fourfold.calibration.data import CalibrationData, load_calibration
 from fourfold.calibration.layerwise import Calibration
 from fourfold.calibration.live import ForwardLoop, held_layers, observe_live
+from fourfold.calibration.padding import pad_ids
 from fourfold.calibration.readers import check_names
 from fourfold.calibration.saved_activations import SavedActivations
 from fourfold.calibration.scales import ActivationScales
@@ -220,6 +221,7 @@ def _data(plan: Plan, source: Source, observation: Observation) -> CalibrationDa
         max_positions=plan.inventory.max_positions,
         trust_remote_code=source.trust_remote_code,
         tokenizer_hint=source.tokenizer_hint,
+        pads=pad_ids(source.config),
     )
     observation.on_event(
         DataLoaded(
