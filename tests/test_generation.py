@@ -193,7 +193,8 @@ OURS = Continuation("out", "two three", (2, 3, 4), False, 0.5)
 THEIRS = Continuation("model", "two four", (2, 5), True, 1.5)
 
 
-def test_it_prints_side_by_side() -> None:
+def test_it_prints_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "110")
     console = Console(width=110, file=StringIO())
     console.print(generation_table(Generation("one", THEIRS, OURS, simulated=True)))
     lines = [line.rstrip() for line in console.file.getvalue().splitlines()]
@@ -259,7 +260,8 @@ def test_the_commands_options() -> None:
     found = {name for each in command.params for name in (*each.opts, *each.secondary_opts)}
     options = """
         out --prompt -p --source -s --max-new-tokens --temperature --seed --simulate-activations
-        --weights-only --stream --no-stream --device --trust-remote-code --json
+        --weights-only --stream --no-stream --device --trust-remote-code --json --quiet -q
+        --log-file
     """
     assert found == set(options.split())
 

@@ -68,7 +68,7 @@ def streamed(
 
 def differences(one: Path, other: Path) -> list[str]:
     """Files that differ; but for what names the data's origin and the model's folder."""
-    own = {"quant_summary.json", "report.html", "calibration.safetensors"}
+    own = {"quant_summary.json", "report.html", "calibration.safetensors", "README.md"}
     names = {path.name for folder in (one, other) for path in folder.iterdir()} - own
     return [
         name
@@ -242,6 +242,27 @@ def test_masks_that_are_given_by_position(streamed, tmp_path: Path) -> None:
         found.append(result.statistics.to_bytes())
         assert result.statistics.data.tokens == int(mask.sum())
     assert found[0] == found[1]
+
+
+def test_pads_without_a_mask_are_no_tokens(streamed, tmp_path: Path) -> None:
+    """Where the end of text serves as pad, and the loop gives no mask."""
+    folder, _, batches = streamed("qwen3_moe")
+    ids, mask = batches[0].input_ids.clone(), torch.ones_like(batches[0].input_ids)
+    ids[:, 10:], mask[:, 10:] = 95, 0
+    summaries = []
+    for number, arguments in enumerate(({}, {"attention_mask": mask})):
+        model, _ = read_back(FAMILIES["qwen3_moe"], folder)
+        model.generation_config.eos_token_id = 95
+
+        def loop(model: Any, arguments: dict[str, Any] = arguments) -> None:
+            model(input_ids=ids, **arguments)
+
+        result = fourfold.quantize(
+            model, tmp_path / str(number), RECIPE, forward_loop=loop, runtime=Runtime(threads=1)
+        )
+        summaries.append((result.statistics.data, result.unreached_experts))
+    assert summaries[0] == summaries[1]
+    assert summaries[0][0].tokens == ids[:, :10].numel()
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ from fourfold.run.convert import Converted
 from fourfold.run.job import Job, write_own_files
 from fourfold.run.merge import Merged
 from fourfold.run.preflight import check_placed, prepare
+from fourfold.run.preview import check_preview, preview
 from fourfold.run.remarks import remarks
 from fourfold.run.result import Result
 from fourfold.run.session import session
@@ -154,6 +155,7 @@ def quantize(
             dtype=dtype,
         ) as source:
             observation = observation.checked(chosen, source)
+            check_preview(output.preview, source)
             folder = OutputFolder(
                 target, ranks.rank, markers=marker_files(), overwrite=output.overwrite
             )
@@ -172,6 +174,7 @@ def quantize(
             for remark in remarks(job, linears, strategy.scales if ranks.rank == 0 else None):
                 run.warn(remark)
             report = verify_written(job, work, linears, run) if output.verify else None
+            shown = preview(output.preview, job, work, device, run)
             ranks.gather("verified")  # until then others may need what this rank has in memory
         return Result(
             out=target,
@@ -187,6 +190,7 @@ def quantize(
             kernels=str(backend.choice),
             non_finite=tuple(job.non_finite),
             warnings=tuple(run.warnings),
+            preview=shown,
         )
 
 

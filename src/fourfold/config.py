@@ -174,11 +174,17 @@ class OutputConfig:
     strict: bool = False
     """Make an error of what is otherwise repaired or warned of: a weight that is lost beside its
     scale group, an input that was always 0, an expert that no calibration token reached."""
+    preview: bool | str = False
+    """Let the source and the output continue a text, which is `Result.preview`: this one, or for
+    True the beginning of a calibration sample."""
 
     def __post_init__(self) -> None:
         _check_whole("shards", self.shards, least=1)
         for name in ("overwrite", "verify", "strict"):
             check_type(name, getattr(self, name), bool, "True or False")
+        check_type("preview", self.preview, bool | str, "True, False or a text")
+        if isinstance(self.preview, str) and not self.preview.strip():
+            raise UsageError("`preview`: the prompt is empty. Give a text, or True for a sample.")
 
 
 def check_type(name: str, value: object, wanted: Any, described: str) -> None:

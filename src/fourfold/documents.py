@@ -240,6 +240,8 @@ class QuantizationDocument(Document):
     peak_resident_bytes: int
     verification: VerificationDocument | None
     """None if it was not asked for, or if OUT is a part for `merge`."""
+    preview: GenerationDocument | None = None
+    """What the source and OUT wrote; None if it was not asked for, or was not possible."""
     demo: DemoEntry | None = None
     """Of `fourfold demo` alone."""
 

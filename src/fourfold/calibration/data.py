@@ -82,14 +82,20 @@ class CalibrationData:
     beginning: str = ""
     """The beginning of the first sample, as `preview` returns it."""
 
+    @property
+    def first(self) -> list[int]:
+        """The ids of the first sample, without padding."""
+        batch = self.batches[0]
+        ids: list[int] = batch.input_ids[0][batch.attention_mask[0].bool()].tolist()
+        return ids
+
     def preview(self, tokenizer: Any, characters: int = 200) -> str:
         """Return the beginning of the first sample, without padding and special tokens.
 
         Without a tokenizer, the ids themselves are the text. Control characters, which could move
         a terminal's cursor, are replaced.
         """
-        first = self.batches[0]
-        ids: list[int] = first.input_ids[0][first.attention_mask[0].bool()].tolist()
+        ids = self.first
         if tokenizer is None:
             text = " ".join(map(str, ids))
         else:

@@ -83,7 +83,7 @@ def _observed(
 ) -> Statistics:
     """Return the statistics of this process."""
     calls = _SeenCalls()
-    with _evaluating(source.model), ExitStack() as stack:
+    with evaluating(source.model), ExitStack() as stack:
         observers = stack.enter_context(observing(plan, source.model, source.module_tree))
         stack.enter_context(_watching_calls(plan, source, observers, calls))
         if isinstance(forward_loop, CalibrationData):
@@ -145,7 +145,8 @@ class _SeenCalls:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, without gradients; afterwards it is as before."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

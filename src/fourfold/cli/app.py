@@ -36,6 +36,7 @@ from fourfold.cli.options import (
     NoVerify,
     Overwrite,
     Packing,
+    Preview,
     Quiet,
     RecipeName,
     Seed,
@@ -134,6 +135,7 @@ def quantize(
     shards: Shards = None,
     overwrite: Overwrite = False,
     no_verify: NoVerify = False,
+    preview: Preview = None,
     strict: Strict = False,
     trust_remote_code: Trust = False,
     verbose: Verbose = False,
@@ -173,7 +175,9 @@ def quantize(
             dtype=dtype,
             calibration=calibrating,
             runtime=Runtime(device, in_bytes("--device-memory", device_memory), threads),
-            output=OutputConfig(shards, overwrite, not no_verify, strict),
+            output=OutputConfig(
+                shards, overwrite, not no_verify, strict, preview is not None and (preview or True)
+            ),
             trust_remote_code=trust_remote_code,
             **progress,
         )

@@ -46,6 +46,15 @@ _EXAMPLES: Mapping[str, Sequence[str]] = {
 class Command(TyperCommand):
     """A command whose help has its options in groups, and examples."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Take a bare `--preview`, whose prompt is optional, for one with an empty prompt."""
+        pairs = zip(args, [*args[1:], "-"], strict=False)
+        args = [
+            f"{argument}=" if argument == "--preview" and following.startswith("-") else argument
+            for argument, following in pairs
+        ]
+        return super().parse_args(ctx, args)
+
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write a section for arguments, for each group of options, and for examples."""
         _write_options(self, ctx, formatter)

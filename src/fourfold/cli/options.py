@@ -88,6 +88,17 @@ Strict = Annotated[
         rich_help_panel=OUTPUT,
     ),
 ]
+Preview = Annotated[
+    str | None,
+    typer.Option(
+        "--preview",
+        metavar="[PROMPT]",
+        help="Let the source and OUT continue PROMPT side by side, or without one the beginning of "
+        "a calibration sample.",
+        show_default=False,
+        rich_help_panel=OUTPUT,
+    ),
+]
 Verbose = Annotated[
     bool, typer.Option("--verbose", help="Say which kernels quantize the weights, and why.")
 ]

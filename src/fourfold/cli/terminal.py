@@ -65,10 +65,13 @@ def show(result: Any, as_json: bool, draw: Callable[[Any], RenderableType]) -> N
 
 def show_result(result: Result | Merged, as_json: bool) -> None:
     """Print the result of a job, after its verification."""
-    from fourfold.cli.tables import report_text, result_text
+    from fourfold.cli.tables import generation_table, report_text, result_text
 
     if result.report is not None and not as_json:
         show(result.report, as_json, report_text)
+    preview = getattr(result, "preview", None)
+    if preview is not None and not as_json:
+        show(preview, as_json, generation_table)
     show(result, as_json, result_text)
 
 

@@ -33,10 +33,14 @@ class Sampling:
             )
 
 
+Prompt = str | Sequence[int]
+"""The beginning of a text: the text, or its token ids."""
+
+
 def continue_prompt(
     model: Any,
     tokenizer: Any,
-    prompt: str,
+    prompt: Prompt,
     sampling: Sampling,
     on_token: Callable[[int], None] | None = None,
 ) -> list[int]:
@@ -46,7 +50,7 @@ def continue_prompt(
 
     Args:
         model: A transformers model.
-        tokenizer: Its tokenizer.
+        tokenizer: Its tokenizer; None will do for ids.
         prompt: The beginning of the text.
         sampling: How the tokens are chosen.
         on_token: Called with the number of tokens written so far, first with 0.
@@ -58,20 +62,20 @@ def continue_prompt(
     model = runnable(model)
     if not (hasattr(model, "can_generate") and model.can_generate()):
         raise ModelError(f"{type(model).__name__}: a model that does not write text.")
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    if not inputs["input_ids"].numel():
+    input_ids = torch.tensor([token_ids(tokenizer, prompt)], device=model.device)
+    if not input_ids.numel():
         raise UsageError("The prompt has no token. Give the beginning of a text.")
     options: dict[str, Any] = {"do_sample": False}
     if sampling.temperature > 0:
         drawn = {"temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
         options = {"do_sample": True, **drawn}
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    pad = _pad(tokenizer)
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.no_grad(), quiet():
         torch.manual_seed(sampling.seed)
         ids = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
             max_new_tokens=sampling.max_new_tokens,
             pad_token_id=pad,
             streamer=None if on_token is None else _Counter(on_token),
@@ -80,12 +84,39 @@ def continue_prompt(
     if model.config.is_encoder_decoder:
         # A decoder is given one token to begin with.
         return list(dropwhile(lambda token: token == pad, ids[1:]))
-    return list(ids[inputs["input_ids"].shape[1] :])
+    return list(ids[input_ids.shape[1] :])
 
 
-def text_after(tokenizer: Any, prompt: str, new_tokens: Sequence[int]) -> str:
+def token_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """Return the ids of a prompt."""
+    return list(tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt)
+
+
+def text_of(tokenizer: Any, prompt: Prompt) -> str:
+    """Return a prompt as text, without leading pads and special tokens.
+
+    Without a tokenizer, the ids themselves are the text.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    if tokenizer is None:
+        return " ".join(map(str, prompt))
+    pad = _pad(tokenizer)
+    ids = list(dropwhile(lambda token: token == pad, prompt))
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def _pad(tokenizer: Any) -> int | None:
+    """Return the id for padding: the end of text where there is none of its own."""
+    pad: int | None = getattr(tokenizer, "pad_token_id", None)
+    return getattr(tokenizer, "eos_token_id", None) if pad is None else pad
+
+
+def text_after(tokenizer: Any, prompt: Prompt, new_tokens: Sequence[int]) -> str:
     """Return new tokens as text that reads on from the prompt, without special tokens."""
-    prompt_tokens = tokenizer(prompt)["input_ids"]
+    if tokenizer is None:
+        return text_of(None, new_tokens)
+    prompt_tokens = token_ids(tokenizer, prompt)
     before = tokenizer.decode(prompt_tokens, skip_special_tokens=True)
     whole = tokenizer.decode([*prompt_tokens, *new_tokens], skip_special_tokens=True)
     if whole.startswith(before):

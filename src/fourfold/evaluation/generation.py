@@ -10,18 +10,27 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Callable
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from fourfold.calibration.live import evaluating
 from fourfold.distributed.machine import choose_device, memory_available
 from fourfold.documents import Shown, document
 from fourfold.errors import SourceError, UsageError
-from fourfold.evaluation.continuation import Sampling, continue_prompt, text_after
+from fourfold.evaluation.continuation import (
+    Prompt,
+    Sampling,
+    continue_prompt,
+    text_after,
+    text_of,
+)
 from fourfold.evaluation.loading import OpenedModel
 from fourfold.evaluation.simulated_activations import check_w4a4
 from fourfold.events import OnEvent, TokenGenerated, ignore
@@ -103,17 +112,22 @@ class Generation(Shown):
 
 def generate(
     out: str | Path,
-    prompt: str,
+    prompt: Prompt,
     sampling: Sampling,
     *,
     source: str | Path | Source | None = None,
     simulate_activations: bool | None = None,
     stream: bool | None = None,
+    streamed_tokens: int | None = None,
     device: str = "cpu",
     trust_remote_code: bool = False,
     on_event: OnEvent = ignore,
 ) -> Generation:
-    """Let the quantized checkpoint `out`, and its source, continue `prompt`; see `api.generate`."""
+    """Let the quantized checkpoint `out`, and its source, continue `prompt`; see `api.generate`.
+
+    For a prompt of ids, `out` needs no tokenizer. A model that is streamed, which reads all of its
+    weights for each token, writes `streamed_tokens` at most.
+    """
     if not prompt:
         raise UsageError("The prompt is empty. Give the beginning of a text.")
     with closing(open_decoded(out, trust_remote_code=trust_remote_code)) as checkpoint:
@@ -122,15 +136,27 @@ def generate(
             simulated = bool(checkpoint.input_scales)
         if simulated:
             check_w4a4(checkpoint)
-        tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
-        writer = _Writer(prompt, sampling, tokenizer, choose_device(device), stream, on_event)
+        tokenizer = _tokenizer(checkpoint, prompt, trust_remote_code)
+        fewer = replace(sampling, max_new_tokens=streamed_tokens or sampling.max_new_tokens)
+        writer = _Writer(
+            prompt, sampling, fewer, tokenizer, choose_device(device), stream, on_event
+        )
         original = None
         if source is not None:
             with opened(source, trust_remote_code=trust_remote_code) as unquantized:
                 _check_not_quantized(unquantized)
                 original = writer.write("source", unquantized)
         quantized = writer.write("quantized", checkpoint, rounded=checkpoint if simulated else None)
-    return Generation(prompt, original, quantized, simulated)
+    return Generation(text_of(tokenizer, prompt), original, quantized, simulated)
+
+
+def _tokenizer(checkpoint: DecodedSource, prompt: Prompt, trust_remote_code: bool) -> Any:
+    try:
+        return load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
+    except SourceError:
+        if isinstance(prompt, str):
+            raise
+        return None
 
 
 def _check_not_quantized(source: Source) -> None:
@@ -146,8 +172,10 @@ def _check_not_quantized(source: Source) -> None:
 class _Writer:
     """Lets one model after the other continue the same prompt."""
 
-    prompt: str
+    prompt: Prompt
     sampling: Sampling
+    streamed_sampling: Sampling
+    """The settings for a model that is streamed."""
     tokenizer: Any
     device: str
     stream: bool | None
@@ -165,30 +193,41 @@ class _Writer:
         rounded: The checkpoint whose input scales round the model's activations, if any.
         """
         begun, written = time.perf_counter(), list[int]()
-        opened_model = OpenedModel(source, device=self.device)
-        streamed = self.stream
-        if streamed is None:
-            streamed = opened_model.nbytes > _available(self.device)
 
-        def count(tokens: int) -> None:
-            self.on_event(TokenGenerated(label, tokens, self.sampling.max_new_tokens))
+        def write(model: Any, sampling: Sampling = self.sampling) -> None:
+            def count(tokens: int) -> None:
+                self.on_event(TokenGenerated(label, tokens, sampling.max_new_tokens))
 
-        def write(model: Any) -> None:
-            written.extend(
-                continue_prompt(model, self.tokenizer, self.prompt, self.sampling, count)
-            )
+            written.extend(continue_prompt(model, self.tokenizer, self.prompt, sampling, count))
 
-        with opened_model.simulate_activations(rounded) if rounded is not None else nullcontext():
-            if streamed:
-                for _ in opened_model.streamed.run([write]):
-                    pass
-            else:
-                write(opened_model.load())
-        del opened_model
+        if source.model is None:
+            streamed = self._run(source, rounded, write)
+        else:
+            streamed = False
+            with evaluating(source.model):
+                write(source.model)
         gc.collect()
         text = text_after(self.tokenizer, self.prompt, written)
         seconds = time.perf_counter() - begun
         return Continuation(str(source.folder), text, tuple(written), streamed, seconds)
+
+    def _run(
+        self, source: Source, rounded: DecodedSource | None, write: Callable[..., None]
+    ) -> bool:
+        """Call `write` with the model of `source`; return True if it was streamed."""
+        opened_model = OpenedModel(source, device=self.device)
+        streamed = self.stream
+        if streamed is None:
+            streamed = opened_model.nbytes > _available(self.device)
+        with opened_model.simulate_activations(rounded) if rounded is not None else nullcontext():
+            if streamed:
+                for _ in opened_model.streamed.run(
+                    [partial(write, sampling=self.streamed_sampling)]
+                ):
+                    pass
+            else:
+                write(opened_model.load())
+        return streamed
 
 
 def _available(device: str) -> int:

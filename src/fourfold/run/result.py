@@ -9,6 +9,7 @@ from typing import Any
 
 from fourfold.calibration.statistics import Statistics
 from fourfold.documents import Shown, document
+from fourfold.evaluation.generation import Generation
 from fourfold.execution import LinearResult
 from fourfold.planning import Plan
 from fourfold.reporting.serving import Served, closing_line
@@ -45,6 +46,8 @@ class Result(Shown):
     """Copied tensors that hold NaN or Inf, as they do in the source."""
     warnings: tuple[str, ...] = ()
     """Everything that went otherwise than it was meant: a slower backend, too little GPU memory."""
+    preview: Generation | None = None
+    """What the source and the output wrote, if `OutputConfig.preview` asked for it."""
 
     @property
     def repairs(self) -> dict[str, str]:
@@ -75,6 +78,7 @@ class Result(Shown):
             seconds=round(self.seconds, 3),
             peak_resident_bytes=self.peak_resident,
             verification=None if self.report is None else self.report.to_dict(),
+            preview=None if self.preview is None else self.preview.to_dict(),
         )
 
     def __str__(self) -> str:

@@ -93,6 +93,8 @@ class Run:
     """The settings that the output's bytes depend on, besides source, recipe and plan."""
     is_writer: bool = True
     """True if this process writes. Other ranks of a sharded model only take part."""
+    sample: Sequence[int] = ()
+    """The token ids of the first calibration sample, if there is one."""
 
 
 def at_once(source: Source, scales: ActivationScales | None = None) -> Run:
@@ -124,16 +126,19 @@ def streamed(plan: Plan, calibration: Calibration, *, strict: bool = False) -> R
         "device": calibration.streamed.device.type,
         "threads": calibration.threads or torch.get_num_threads(),
     }
-    return Run(calibration.held, calibration.scales, steps, identity)
+    sample = calibration.data.first
+    return Run(calibration.held, calibration.scales, steps, identity, sample=sample)
 
 
-def live(plan: Plan, source: Source, scales: ActivationScales | None) -> Run:
+def live(
+    plan: Plan, source: Source, scales: ActivationScales | None, sample: Sequence[int] = ()
+) -> Run:
     """Quantize a live model layer by layer; each layer is gathered from its devices or ranks."""
 
     def steps(*_: object) -> Generator[Sequence[int]]:
         yield from map(plan.shards_of, held_layers(plan, source))
 
-    return Run(source, scales, steps, is_writer=source.rank == 0)
+    return Run(source, scales, steps, is_writer=source.rank == 0, sample=sample)
 
 
 def choose_run(
@@ -154,6 +159,7 @@ def _choose_run(
     plan: Plan, source: Source, observation: Observation, out: OutputFolder, ranks: Ranks
 ) -> Run:
     scales, statistics = None, observation.config.statistics
+    sample: Sequence[int] = ()
     if statistics is not None:
         scales = ActivationScales(plan, statistics)
         scales.check_fit()
@@ -161,10 +167,11 @@ def _choose_run(
         with source.agreeing():
             loop = observation.forward_loop or _data(plan, source, observation)
         scales = observe_live(plan, source, loop, observation.on_event)
+        sample = loop.first if isinstance(loop, CalibrationData) else ()
     if scales is not None and observation.strict:
         check_reached(scales)
     if source.model is not None:
-        return live(plan, source, scales)
+        return live(plan, source, scales, sample)
     if scales is not None or not plan.needs_calibration:
         return at_once(source, scales)
     limit = observation.config.activation_memory
