@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,6 +73,16 @@ def drop_linear(stem: str) -> Edit:
 
 def replace(name: str, tensor: torch.Tensor) -> Edit:
     return lambda d: d.tensors.__setitem__(name, tensor)
+
+
+def called(pattern: str, replacement: str) -> Edit:
+    """Rename the quantized experts' tensors."""
+
+    def edit(d: Draft) -> None:
+        for name in [name for name in d.tensors if ".experts." in name]:
+            d.tensors[re.sub(pattern, replacement, name)] = d.tensors.pop(name)
+
+    return edit
 
 
 def together(*edits: Edit) -> Edit:
@@ -264,6 +275,9 @@ STRUCTURE = [
     Case("input-scale-shape", put(f"{DOWN}.input_scale", lambda t: t.repeat(2))),
     Case("scale-not-scalar", put(f"{DOWN}.weight_scale_2", lambda t: t.reshape(1))),
     Case("input-alignment", put(f"{DOWN}.weight", lambda t: t[:, :-4])),
+    Case("expert-name", called(r"experts\.(\d+)\.(\w+)", r"experts.\2.\1"), label="order"),
+    Case("expert-name", called("gate_proj", "w1"), label="projection"),
+    Case("expert-name", called(r"mlp\.experts", "moe.experts"), label="module"),
     Case("expert-missing", drop_linear(f"{L0}.mlp.experts.{EXPERTS - 1}"), label="last"),
     Case("expert-missing", drop_linear(E1), label="middle"),
     Case("projection-missing", drop_linear(f"{E1}.up_proj")),

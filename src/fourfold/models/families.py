@@ -59,12 +59,32 @@ class Family:
     """Empty: one tensor per expert on disk, and the raw names stay."""
     remark: str = ""
     """Shown in the plan's warning if no engine reads the output."""
+    parent: str = "mlp"
+    """Regex of the name of the module around `experts` in the output."""
+
+    def maps(self, name: str) -> bool:
+        """True if `name`, without `.weight`, is one expert's linear layer under this family's
+        names; of a family that the table lacks, under any."""
+        expert = EXPERT_LINEAR.match(name)
+        if expert is None or self is DEFAULT:
+            return expert is not None
+        parent = expert["module"].rpartition(".")[0].rpartition(".")[2]
+        return expert["projection"] in self.names and re.fullmatch(self.parent, parent) is not None
+
+    @property
+    def pattern(self) -> str:
+        """The names of experts' linear layers, for people."""
+        parent = "" if self.parent == _A_LAYER else f"{self.parent}."
+        return f"{parent}experts.<number>.{'/'.join(name for name in self.names if name)}"
 
 
 _ALL_ENGINES = (Engine.VLLM, Engine.SGLANG, Engine.TRTLLM)
 _VLLM_SGLANG = (Engine.VLLM, Engine.SGLANG)
 _VLLM = (Engine.VLLM,)
 _NO_ENGINE = ()
+
+_A_LAYER = r"\d+"
+_SPARSE = "block_sparse_moe"
 
 _GATE_UP_DOWN = ExpertNames("gate_proj", "up_proj", "down_proj")
 _W1_W3_W2 = ExpertNames("w1", "w3", "w2")
@@ -101,7 +121,12 @@ _NEMO = _stacks(
     *(rf"(?P<stem>.*\.experts)\.{name}" for name in ("gate_and_up_projs", "down_projs"))
 )
 
-DEFAULT = Family(_GATE_UP_DOWN, _NO_ENGINE, _GATE_UP_STACK, remark="family not in the table")
+DEFAULT = Family(
+    _GATE_UP_DOWN,
+    _NO_ENGINE,
+    (*_GATE_UP_STACK, *_stacks(rf"{_EXPERTS}\.up_proj")),
+    remark="family not in the table",
+)
 """For a family that the table lacks."""
 
 _TABLE: dict[str, Family] = {
@@ -130,7 +155,7 @@ _TABLE: dict[str, Family] = {
     "glm_moe_dsa": Family(_GATE_UP_DOWN, _ALL_ENGINES),
     "hunyuan_v1_moe": Family(_GATE_UP_DOWN, _ALL_ENGINES),
     "hy_v3": Family(_GATE_UP_DOWN, _VLLM_SGLANG),
-    "jamba": Family(_GATE_UP_DOWN, _VLLM),
+    "jamba": Family(_GATE_UP_DOWN, _VLLM, parent="feed_forward"),
     "kolibri1": Family(_GATE_UP_DOWN, _VLLM),
     "laguna": Family(_GATE_UP_DOWN, _ALL_ENGINES),
     "longcat_flash": Family(_GATE_UP_DOWN, _VLLM_SGLANG),
@@ -144,34 +169,34 @@ _TABLE: dict[str, Family] = {
     "solar_open": Family(_GATE_UP_DOWN, _VLLM),
     "unlimited_ocr": Family(_GATE_UP_DOWN, _VLLM_SGLANG),
     # One tensor per expert on disk, named w1 / w3 / w2.
-    "deepseek_v4": Family(_W1_W3_W2, _ALL_ENGINES),
-    "kimi_linear": Family(_W1_W3_W2, _ALL_ENGINES),
-    "lfm2_moe": Family(_W1_W3_W2, _VLLM_SGLANG),
-    "minimax": Family(_W1_W3_W2, _VLLM),
-    "minimax_m2": Family(_W1_W3_W2, _ALL_ENGINES),
-    "minimax_m3_vl": Family(_W1_W3_W2, _ALL_ENGINES),
-    "mistral_large4": Family(_W1_W3_W2, _NO_ENGINE),
-    "mixtral": Family(_W1_W3_W2, _ALL_ENGINES),
-    "phimoe": Family(_W1_W3_W2, _VLLM_SGLANG),
+    "deepseek_v4": Family(_W1_W3_W2, _ALL_ENGINES, parent="ffn"),
+    "kimi_linear": Family(_W1_W3_W2, _ALL_ENGINES, parent=_SPARSE),
+    "lfm2_moe": Family(_W1_W3_W2, _VLLM_SGLANG, parent="feed_forward"),
+    "minimax": Family(_W1_W3_W2, _VLLM, parent=_SPARSE),
+    "minimax_m2": Family(_W1_W3_W2, _ALL_ENGINES, parent=_SPARSE),
+    "minimax_m3_vl": Family(_W1_W3_W2, _ALL_ENGINES, parent=_SPARSE),
+    "mistral_large4": Family(_W1_W3_W2, _NO_ENGINE, parent=_A_LAYER),
+    "mixtral": Family(_W1_W3_W2, _ALL_ENGINES, parent=_SPARSE),
+    "phimoe": Family(_W1_W3_W2, _VLLM_SGLANG, parent=_SPARSE),
     # One tensor per expert on disk, without a gate.
-    "nemotron_h": Family(ExpertNames(None, "up_proj", "down_proj"), _ALL_ENGINES),
+    "nemotron_h": Family(ExpertNames(None, "up_proj", "down_proj"), _ALL_ENGINES, parent="mixer"),
     # Stacked on disk, and read one by one.
     "aria": Family(_GATE_UP_DOWN, _VLLM, _ARIA),
-    "diffusion_gemma": Family(_GATE_UP_DOWN, _VLLM, _GATE_UP_STACK),
-    "gemma4": Family(_GATE_UP_DOWN, _ALL_ENGINES, _GATE_UP_STACK),
-    "granitemoe": Family(_GATE_UP_DOWN, _VLLM_SGLANG, _GRANITE),
-    "granitemoe_swa": Family(_GATE_UP_DOWN, _VLLM_SGLANG, _GRANITE),
-    "granitemoehybrid": Family(_GATE_UP_DOWN, _VLLM_SGLANG, _GRANITE),
-    "granitemoeshared": Family(_GATE_UP_DOWN, _VLLM_SGLANG, _GRANITE),
+    "diffusion_gemma": Family(_GATE_UP_DOWN, _VLLM, _GATE_UP_STACK, parent=_A_LAYER),
+    "gemma4": Family(_GATE_UP_DOWN, _ALL_ENGINES, _GATE_UP_STACK, parent=_A_LAYER),
+    "granitemoe": Family(_GATE_UP_DOWN, _VLLM_SGLANG, _GRANITE, parent=_SPARSE),
+    "granitemoe_swa": Family(_GATE_UP_DOWN, _VLLM_SGLANG, _GRANITE, parent=_SPARSE),
+    "granitemoehybrid": Family(_GATE_UP_DOWN, _VLLM_SGLANG, _GRANITE, parent=_SPARSE),
+    "granitemoeshared": Family(_GATE_UP_DOWN, _VLLM_SGLANG, _GRANITE, parent=_SPARSE),
     "hy_v4": Family(_GATE_UP_DOWN, _VLLM_SGLANG, _GATE_UP_STACK),
-    "llama4": Family(_GATE_UP_DOWN, _VLLM_SGLANG, _GATE_UP_STACK),
+    "llama4": Family(_GATE_UP_DOWN, _VLLM_SGLANG, _GATE_UP_STACK, parent="feed_forward"),
     "mistral4": Family(_GATE_UP_DOWN, _VLLM, _GATE_UP_STACK),
     "qwen3_5_moe": Family(_GATE_UP_DOWN, _ALL_ENGINES, _GATE_UP_STACK),
     "qwen3_vl_moe": Family(_GATE_UP_DOWN, _ALL_ENGINES, _GATE_UP_STACK),
     "qwen4_exp": Family(_GATE_UP_DOWN, _VLLM_SGLANG, _GATE_UP_STACK),
-    "step3p7": Family(_GATE_UP_DOWN, _VLLM, _STEP),
+    "step3p7": Family(_GATE_UP_DOWN, _VLLM, _STEP, parent="moe"),
     # Stacked on disk, and no engine reads NVFP4 experts one by one.
-    "dbrx": Family(ExpertNames("w1", "v1", "w2"), _NO_ENGINE, _DBRX),
+    "dbrx": Family(ExpertNames("w1", "v1", "w2"), _NO_ENGINE, _DBRX, parent="ffn"),
     "gpt_oss": Family(
         _GATE_UP_DOWN,
         _NO_ENGINE,
@@ -202,7 +227,7 @@ _TABLE: dict[str, Family] = {
     "zaya": Family(_GATE_UP_DOWN, _NO_ENGINE, _GATE_UP_STACK),
     # No engine, and expert names of their own.
     "switch_transformers": Family(ExpertNames(None, "wi", "wo"), _NO_ENGINE),
-    "nllb-moe": Family(ExpertNames(None, "fc1", "fc2"), _NO_ENGINE),
+    "nllb-moe": Family(ExpertNames(None, "fc1", "fc2"), _NO_ENGINE, parent="ffn"),
 }
 
 _OTHER_TYPES: Mapping[str, str] = {

@@ -97,6 +97,8 @@ class Inventory:
     """Raw keys that the module tree has no place for."""
     denied: tuple[str, ...]
     """Those among them that are biases of layers which the architecture builds without one."""
+    unpublished: tuple[str, ...]
+    """Raw keys under which no published checkpoint holds anything: names in memory."""
     layer_paths: tuple[str, ...]
     """Decoder layers, named as in memory."""
     vocab_size: int

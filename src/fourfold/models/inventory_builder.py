@@ -25,6 +25,7 @@ from fourfold.models.inventory import ExpertBias, Inventory, LinearWeight, RawTe
 from fourfold.models.module_tree import LinearModule, ModuleTree, build_tree
 from fourfold.models.mtp import is_mtp, mtp_linears, stack_of
 from fourfold.models.names import SINGLE_EXPERT, natural
+from fourfold.models.published import published_names, unpublished
 from fourfold.models.regions import whole
 from fourfold.models.roles import EMBEDDING_NAME, MAY_LACK, TOWER, Role, role_of_linear
 from fourfold.models.ties import Tie, tie_of
@@ -41,12 +42,16 @@ _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "dept
 def take_inventory(source: Source) -> Inventory:
     """Find every linear weight of `source`; reads headers and configuration only.
 
+    A source whose tensors are called as in transformers' memory is renamed.
+
     Raises:
         ModelError: if the architecture cannot be built or its experts cannot be cut out.
         SourceError: if the checkpoint lacks a parameter of its architecture.
     """
     _check_config(source)
     tree = build_tree(source.folder, trust_remote_code=source.trust_remote_code)
+    if names := published_names(tree, source.tensors):
+        source.rename(names)
     return _Builder(source, tree).build()
 
 
@@ -103,6 +108,7 @@ class _Builder:
             doubles=tuple(self.doubles),
             unknown=tuple(key for key, place in self.places.items() if place.target is None),
             denied=tuple(self._denied()),
+            unpublished=tuple(unpublished(self.tree, self.infos)),
             layer_paths=self.tree.layers,
             vocab_size=self.tree.vocab_size,
             hidden_size=self.tree.hidden_size,

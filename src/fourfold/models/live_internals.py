@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -126,3 +126,30 @@ def _add_older_names(saved: dict[str, Any], config: Any) -> None:
         if rope.get("rope_type", "default") != "default":
             scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
             saved.setdefault("rope_scaling", scaling)
+
+
+def reversed_renaming(model: Any) -> Callable[[str], str]:
+    """Return the function from a parameter's name to that of the tensor that is renamed to it."""
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [rule for rule in _known_rules(model) if isinstance(rule, WeightRenaming)]
+    rules = [rule.reverse_transform() for rule in reversed(renamings)]
+    return lambda name: str(rename_source_key(name, rules, [], reverse=True)[0])
+
+
+def made_by_converters(model: Any) -> Callable[[str], bool]:
+    """Return the function that tells whether a parameter is made by converting other tensors."""
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    converters = [rule for rule in _known_rules(model) if isinstance(rule, WeightConverter)]
+    rules = [rule.reverse_transform() for rule in converters]
+    return lambda name: rename_source_key(name, [], rules, reverse=True)[1] is not None
+
+
+def _known_rules(model: Any) -> list[Any]:
+    """The rules of a model's family, without those for names of old and for whole prefixes."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
+
+    known = get_model_conversion_mapping(model, add_legacy=False)
+    return [rule for rule in known if not isinstance(rule, PrefixChange)]

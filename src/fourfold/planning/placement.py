@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from fourfold.errors import ModelError
+from fourfold.models.families import family_of
 from fourfold.models.inventory import Inventory
 from fourfold.models.mtp import stack_of
 from fourfold.models.names import LAYER
@@ -48,6 +49,14 @@ def placement_notes(source: Source, inventory: Inventory) -> Iterator[str]:
             "names that they do not know, and fourfold's load and generate refuse them. Correct "
             "config.json, or take them out"
         )
+    yield from _unmapped_experts(inventory)
+    if inventory.unpublished:
+        yield (
+            f"{_first_few(inventory.unpublished)}: names in transformers' memory "
+            f"({_count(inventory.unpublished)}), of what published checkpoints hold in several "
+            "tensors: no engine's own loader is known to read them. Save the source again with "
+            "save_pretrained, without save_original_format=False"
+        )
     mtp = [key for key in inventory.unknown if inventory.tensors[key].role is Role.MTP]
     if mtp:
         yield (
@@ -55,6 +64,18 @@ def placement_notes(source: Source, inventory: Inventory) -> Iterator[str]:
             f"recipe names mtp: {_first_few(mtp, 1)}"
         )
         yield from _uncounted_layers(source, inventory, mtp)
+
+
+def _unmapped_experts(inventory: Inventory) -> Iterator[str]:
+    """Experts whose names in the output are not those that their family's loaders map."""
+    family = family_of(*inventory.model_types)
+    names = [x.name for x in inventory.linears if x.role is Role.EXPERTS and x.expert is not None]
+    unmapped = [name for name in names if not family.maps(name)]
+    if unmapped and family.readers:
+        yield (
+            f"{unmapped[0]}: a name that no engine maps for {inventory.model_types[0]} "
+            f"({_count(unmapped)}); engines' loaders know {family.pattern}"
+        )
 
 
 def _uncounted_layers(source: Source, inventory: Inventory, mtp: Sequence[str]) -> Iterator[str]:

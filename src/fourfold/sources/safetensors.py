@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 
@@ -50,6 +51,7 @@ class SafetensorsFolder(Source):
         self._side_files = find_side_files(folder, shards, self._stamps)
         self._files = SourceFiles(self._stamps)
         self._hinted: dict[Path, tuple[int, int]] = {}
+        self._renamed: dict[str, str] = {}
 
     def slab(self, key: str, start: int, stop: int, out: Bytes | None = None) -> torch.Tensor:
         info = self.tensors[key]
@@ -83,6 +85,23 @@ class SafetensorsFolder(Source):
 
     def check_unchanged(self) -> None:
         self._stamps.check()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        if not self._renamed:
+            return ()
+        key, name = next(iter(self._renamed.items()))
+        return (
+            f"its {len(self._renamed):,} tensors are called as in transformers' memory: they are "
+            f"written under the published names, which engines know ({key} as {name})",
+        )
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        self._renamed = dict(names)
+        self.tensors = {
+            names.get(key, key): replace(info, key=names.get(key, key))
+            for key, info in self.tensors.items()
+        }
 
     def close(self) -> None:
         self._files.close()

@@ -131,6 +131,9 @@ class Source(ABC):
         makes up the names itself raises `ModelError`.
         """
 
+    def rename(self, names: Mapping[str, str]) -> None:  # noqa: B027  # a hook
+        """Give tensors other raw keys, if they lie in files under the names in `names`."""
+
     # ------------------------------------------------------------------------ several ranks
 
     @classmethod

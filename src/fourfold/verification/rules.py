@@ -111,6 +111,9 @@ _RULES = (
          "CUTLASS and FlashInfer MoE kernels in vLLM and SGLang refuse it or need padding"),
     Rule("marlin-alignment", _W, "A quantized linear's dimensions are multiples of 64.",
          "vLLM's and SGLang's Marlin path (GPUs before Blackwell) refuses it"),
+    Rule("expert-name", _E, "A quantized expert's linears are called as its family's loaders in "
+         "engines map them: <experts module>.<number>.<projection>.",
+         "vLLM, SGLang: KeyError while loading, or they skip the name and " + _NEVER_READ),
     Rule("expert-missing", _E, "Experts count from 0 to n-1 in every layer.", _NEVER_READ),
     Rule("projection-missing", _E, "Every expert of a layer has the same projections.",
          "vLLM counts per fused parameter and does not notice: " + _NEVER_READ),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
+from fourfold.models.families import family_of
 from fourfold.models.names import EXPERT_LINEAR
 from fourfold.storage.safetensors_header import FLOATS, TensorInfo
 from fourfold.verification.checkpoint import DOWN, NVFP4, Checkpoint, QuantizedLinear, block_scales
@@ -22,6 +24,9 @@ from fourfold.verification.rules import Finding, finding
 
 RULE_NAMES = dict(zip(PARTS, ("weight", "block-scale", "global-scale", "input-scale"), strict=True))
 """Part of a linear → the beginning of its rules' ids."""
+
+_OF_EXPERT = re.compile(r"(^|\.)(local_)?experts\.")
+_OF_TOWER = re.compile(r"vision|visual|audio|talker")
 
 DTYPES = dict(zip(PARTS, ("U8", "F8_E4M3", "F32", "F32"), strict=True))
 
@@ -111,6 +116,21 @@ def check_kept(checkpoint: Checkpoint) -> Iterator[Finding]:
             yield finding("kept-weight-dtype", info.key, f"{info.dtype} without scales")
 
 
+def check_expert_names(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """The linears of quantized experts have names that some loader maps; one finding a kind."""
+    config = checkpoint.config
+    text_config = config.get("text_config")
+    types = [part.get("model_type") for part in (config, text_config) if isinstance(part, Mapping)]
+    family = family_of(*(name if isinstance(name, str) else None for name in types))
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for name in sorted([*checkpoint.linears, *checkpoint.fp8]):
+        if _OF_EXPERT.search(name) and not _OF_TOWER.search(name) and not family.maps(name):
+            kinds[re.sub(r"\d+", "#", name)].append(name)
+    for names in kinds.values():
+        text = f"{len(names):,} linears called so; loaders map {family.pattern}"
+        yield finding("expert-name", names[0], text)
+
+
 def check_expert_shapes(checkpoint: Checkpoint) -> Iterator[Finding]:
     """The projections of one expert fit together. Experts of other widths are allowed."""
     experts: dict[str, dict[str, tuple[int, int]]] = defaultdict(dict)
@@ -130,5 +150,6 @@ CHECKS = (
     check_alignment,
     check_unexpected,
     check_kept,
+    check_expert_names,
     check_expert_shapes,
 )

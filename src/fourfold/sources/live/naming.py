@@ -16,8 +16,8 @@ from fourfold.errors import ModelError
 from fourfold.models.live_internals import raw_tensors
 from fourfold.models.module_tree import ModuleTree
 from fourfold.models.names import natural
+from fourfold.models.upstream import Upstream, upstream_of
 from fourfold.sources.live.unloading import Unloading
-from fourfold.sources.live.upstream import Upstream, upstream_of
 from fourfold.sources.safetensors import IN_MEMORY, lay_out
 from fourfold.storage.safetensors_header import DTYPE_NAMES, TensorInfo
 

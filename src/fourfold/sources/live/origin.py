@@ -18,6 +18,7 @@ from typing import Any
 
 from fourfold.errors import FourfoldError, ModelError, SourceError
 from fourfold.models.module_tree import ModuleTree, build_tree
+from fourfold.models.published import published_names
 from fourfold.sources.live.unloading import Unloading
 from fourfold.sources.safetensors import open_source
 from fourfold.storage.names import CONFIG
@@ -106,6 +107,8 @@ def _compare(folder: Path, tree: ModuleTree, trust_remote_code: bool) -> Origin:
     if (described.architecture, described.parameters) != (tree.architecture, tree.parameters):
         why_not = f"{folder / CONFIG} builds another {described.architecture}"
         return Origin(folder, source, why_not=why_not)
+    if names := published_names(described, source.tensors):
+        source.rename(names)
     unloading = Unloading(tree, source.tensors)
     misfit = unloading.misfit()
     if misfit is not None:
