@@ -100,15 +100,12 @@ def error_in(text: str, folder: Path) -> str:
             f"quant_cfg:\n  '*weight_quantizer': {OLD_NVFP4}\n"
             "  'nn.BatchNorm1d': {'*': {enable: false}}\n"
             "  '*lm_head*': {enable: false}\n  default: {enable: false}\nalgorithm: max\n",
-            None,
+            "w4a16_nvfp4_default",  # `default` is what is true before all other patterns
         ),
     ],
 )
-def test_modelopt_recipes_that_are_built_in(text: str, builtin: str | None, tmp_path: Path) -> None:
+def test_modelopt_recipes_that_are_built_in(text: str, builtin: str, tmp_path: Path) -> None:
     message = error_in(text, tmp_path)
-    if builtin is None:  # the entry that turns everything off came last
-        assert "no equivalent" in message
-        return
     assert "a recipe of ModelOpt" in message
     assert f"`recipe={builtin}`" in message
     assert len(message.splitlines()) == 1
@@ -158,6 +155,7 @@ def test_what_has_no_equivalent_is_named(text: str, why: str, tmp_path: Path) ->
     [
         ("general/ptq/nvfp4_experts_only_mse-kv_fp8_cast", "nvfp4_experts_only_mse-fp8_cast_kv"),
         ("NVFP4_EXPERTS_ONLY_CFG", "nvfp4_experts_only"),
+        ("general/ptq/nvfp4_weight_only-kv_fp16.yaml", "w4a16_nvfp4_default"),
         ("nvfp4_mlp_only_mse-kv_fp8_cast", "nvfp4_mlp_only_mse-fp8_cast_kv"),
         ("nvfp4_weight_only-kv_fp16", "w4a16_nvfp4_default"),
         ("NVFP4A16", "w4a16_nvfp4_default"),
@@ -191,3 +189,21 @@ def test_llm_compressor(tmp_path: Path) -> None:
     ours = yaml.safe_load(message.partition("\n")[2])
     assert ours["quantize_if_present"] == ["experts", "shared_experts", "mlp"]
     assert ours["activations"] == "none"
+
+
+@pytest.mark.parametrize(("inputs", "activations"), [("null", "none"), ("{num_bits: 4}", "nvfp4")])
+def test_groups_of_llm_compressor(inputs: str, activations: str, tmp_path: Path) -> None:
+    group = (
+        "{targets: [Linear], weights: {num_bits: 4, type: float, group_size: 16}, "
+        f"input_activations: {inputs}}}"
+    )
+    ignore = "['re:.*self_attn.*', 're:.*linear_attn.*', 're:.*shared_expert.*', lm_head]"
+    text = (
+        "stage: {modifiers: {QuantizationModifier: "
+        f"{{config_groups: {{group_0: {group}}}, ignore: {ignore}}}}}}}\n"
+    )
+    ours = yaml.safe_load(error_in(text, tmp_path).partition("\n")[2])
+    assert ours["quantize_if_present"] == ["experts", "mlp"]
+    assert activations in str(ours["activations"])
+    message = error_in(text.replace("group_size: 16", "group_size: 32"), tmp_path)
+    assert "config_groups" in message

@@ -315,12 +315,13 @@ def _from_modelopt(data: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _entries(quant_cfg: Any) -> list[dict[str, Any]]:
-    """The entries of a `quant_cfg`, in whichever form."""
+    """The entries of a `quant_cfg`, in whichever form. Of a mapping, `default` comes first."""
     if not isinstance(quant_cfg, Mapping):
         return list(quant_cfg)
+    names = sorted(quant_cfg, key=lambda name: name != "default")
     return [
         {"quantizer_name": name, "cfg": cfg, "enable": cfg.get("enable", True)}
-        for name, cfg in quant_cfg.items()
+        for name, cfg in ((name, quant_cfg[name]) for name in names)
         if not str(name).startswith("nn.")
     ]
 
@@ -350,7 +351,7 @@ def _from_llm_compressor(modifiers: Mapping[str, Any]) -> dict[str, Any]:
     if others:
         raise NoEquivalentError(others[0])
     modifier = modifiers["QuantizationModifier"]
-    scheme, targets = modifier.get("scheme"), modifier.get("targets", "Linear")
+    scheme, targets = _scheme_of(modifier)
     if scheme not in ("NVFP4", "NVFP4A16") or targets not in ("Linear", ["Linear"]):
         raise NoEquivalentError(f"scheme {scheme} for {targets}")
     roles, keep = set(ALL_ROLES), list[str]()
@@ -368,6 +369,18 @@ def _from_llm_compressor(modifiers: Mapping[str, Any]) -> dict[str, Any]:
         raise NoEquivalentError("an ignore list of everything")
     kv_scale = "calibrated" if modifier.get("kv_cache_scheme") else None
     return _recipe(roles, "max", scheme == "NVFP4", kv_scale, keep)
+
+
+def _scheme_of(modifier: Mapping[str, Any]) -> tuple[str, Any]:
+    """A modifier's scheme and targets; of `config_groups`, where there is one group."""
+    groups = list((modifier.get("config_groups") or {}).values())
+    if not groups:
+        return str(modifier.get("scheme")), modifier.get("targets", "Linear")
+    weights, targets = groups[0].get("weights") or {}, groups[0].get("targets")
+    form = (weights.get("num_bits"), weights.get("type"), weights.get("group_size"))
+    if len(groups) > 1 or form != (4, "float", 16):
+        raise NoEquivalentError(f"the {len(groups)} config_groups")
+    return "NVFP4" if groups[0].get("input_activations") else "NVFP4A16", targets
 
 
 def _as_shell_pattern(ignored: str) -> str:

@@ -278,11 +278,12 @@ class Recipe(_Strict):
                 no recipe has. The message names the nearest valid ones.
         """
         path = Path(name)
-        if path.suffix in {".yaml", ".yml"} or path.exists():
+        is_file = path.suffix in {".yaml", ".yml"}
+        if path.exists() or (is_file and translate_name(path.stem) is None):
             return cls._parse(path.stem, _read(path), str(path))
         known = builtin_names()
         if str(name) not in known:
-            if (foreign := translate_name(str(name))) is not None:
+            if (foreign := translate_name(path.stem if is_file else str(name))) is not None:
                 raise _foreign(str(name), foreign)
             raise RecipeError(
                 f"{name}: no such recipe{_nearest(str(name), known)} "
