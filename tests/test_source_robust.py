@@ -91,10 +91,10 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int, int]]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file's bytes, but for the report and the record, which name folders and times."""
+    """Every file's bytes, but for the report, card and record, which name folders and times."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     names = [path.relative_to(folder).as_posix() for path in files]
-    left_out = {"quant_summary.json", "report.html"}
+    left_out = {"quant_summary.json", "report.html", "README.md"}
     return {name: (folder / name).read_bytes() for name in names if name not in left_out}
 
 

@@ -77,7 +77,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.iterdir())
-        if path.is_file() and path.suffix != ".html" and path.name != "quant_summary.json"
+        if path.is_file() and path.name not in ("report.html", "README.md", "quant_summary.json")
     }
 
 

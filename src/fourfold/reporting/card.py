@@ -148,7 +148,7 @@ def _is_plain(value: object) -> bool:
 def _front_matter(base_model: str, carried: Mapping[str, Any]) -> str:
     import yaml
 
-    hub_name = re.sub(r"[^\w./-]+", "-", base_model)
+    hub_name = re.sub(r"[^\w./-]+", "-", base_model, flags=re.ASCII)
     entries = {
         "base_model": hub_name.strip("-.") or "model",
         "base_model_relation": "quantized",
