@@ -100,20 +100,23 @@ def test_without_calibration_the_embedded_text_serves(tmp_path: Path) -> None:
     assert result.preview.source.text != ""
 
 
-def test_a_model_in_memory_writes_itself(source: Path, tmp_path: Path) -> None:
+def test_a_model_in_memory_writes_itself(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no more than the output, should that be streamed."""
     expected = quantize(source, tmp_path / "one", WEIGHTS_ONLY, PROMPT).preview
     model, _ = read_back(FAMILIES["qwen3_moe"], source)
     model.train()
-    shown = quantize(
-        model,
-        tmp_path / "two",
-        WEIGHTS_ONLY,
-        PROMPT,
-        tokenizer=AutoTokenizer.from_pretrained(model_dir()),
-    ).preview
+    tokenizer = AutoTokenizer.from_pretrained(model_dir())
+    shown = quantize(model, tmp_path / "two", WEIGHTS_ONLY, PROMPT, tokenizer=tokenizer).preview
     assert model.training
     assert shown.source.tokens == expected.source.tokens
     assert shown.quantized.tokens == expected.quantized.tokens
+    monkeypatch.setattr(generation, "memory_available", lambda: 1000)
+    shown = quantize(model, tmp_path / "three", WEIGHTS_ONLY, PROMPT, tokenizer=tokenizer).preview
+    assert (shown.source.streamed, shown.quantized.streamed) == (False, True)
+    assert shown.source.tokens == expected.source.tokens[:8]
+    assert shown.quantized.tokens == expected.quantized.tokens[:8]
 
 
 def test_a_prompt_needs_a_tokenizer_before_anything_is_done(source: Path, tmp_path: Path) -> None:

@@ -252,7 +252,7 @@ REFUSED: dict[str, tuple[str, list[dict[str, Any]], str]] = {
         r"message 1: has a part of type image_url, and calibration reads text only",
     ),
     "content that is a number": (PLAIN, [USER | {"content": 6}], "its content has the type int"),
-    "null content": (PLAIN, [USER | {"content": None}], "not a list of objects with role and"),
+    "null content": (PLAIN, [USER | {"content": None}], "message 1: has neither content nor"),
     "a call that half of the presentations break on": (
         JSON_CALLS.replace("c.function.name + ' ' + ", ""), [USER, call({"a": 2})],
         "leaves out the tool call mul of message 2",

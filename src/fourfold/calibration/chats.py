@@ -147,7 +147,9 @@ def _message(record: Record, key: str, number: int, raw: Message) -> Message:
     if calls:
         message["tool_calls"] = _tool_calls(where, calls)
     elif content is None and not message.keys() & set(REASONING):
-        raise _not_messages(record, key)
+        raise CalibrationError(
+            f"{where}: has neither content nor tool_calls. Write them, or leave the message out."
+        )
     return message | {"content": content}
 
 

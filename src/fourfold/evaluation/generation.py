@@ -147,6 +147,8 @@ def generate(
                 _check_not_quantized(unquantized)
                 original = writer.write("source", unquantized)
         quantized = writer.write("quantized", checkpoint, rounded=checkpoint if simulated else None)
+        if original is not None and quantized.streamed and not original.streamed:
+            original = writer.cut(original, fewer.max_new_tokens)
     return Generation(text_of(tokenizer, prompt), original, quantized, simulated)
 
 
@@ -210,6 +212,12 @@ class _Writer:
         text = text_after(self.tokenizer, self.prompt, written)
         seconds = time.perf_counter() - begun
         return Continuation(str(source.folder), text, tuple(written), streamed, seconds)
+
+    def cut(self, continuation: Continuation, tokens: int) -> Continuation:
+        """Return the beginning of what a model wrote."""
+        written = continuation.tokens[:tokens]
+        text = text_after(self.tokenizer, self.prompt, written)
+        return replace(continuation, text=text, tokens=written)
 
     def _run(
         self, source: Source, rounded: DecodedSource | None, write: Callable[..., None]

@@ -7,6 +7,7 @@ from fourfold.config import CalibrationConfig
 from fourfold.errors import FourfoldError, UsageError
 from fourfold.evaluation.continuation import Prompt, Sampling
 from fourfold.evaluation.generation import Generation, generate
+from fourfold.models.internals import one_line
 from fourfold.models.tokenizer import load_tokenizer
 from fourfold.planning import Plan
 from fourfold.run.job import Job
@@ -65,8 +66,10 @@ def preview(
             trust_remote_code=job.source.trust_remote_code,
             on_event=session,
         )
-    except FourfoldError as error:
-        session.warn(f"no preview: {error}")
+    except Exception as error:  # transformers raises many kinds, and the output is complete
+        session.warn(
+            f"no preview: {error if isinstance(error, FourfoldError) else one_line(error)}"
+        )
         return None
 
 
