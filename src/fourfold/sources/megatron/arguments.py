@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fourfold.errors import SourceError
+from fourfold.sources.megatron.computation import differences
 from fourfold.sources.megatron.rules import RuleBook
 from fourfold.sources.megatron.safe_pickle import Stored, read_pickle
 from fourfold.sources.megatron.sizes import WRONG_CONFIG, Sizes, text_config
@@ -131,6 +132,10 @@ class Arguments:
                         f"{self.file}: {name} is {shown(values[name])}, which "
                         f"{config['model_type']} models of {file} do not do. {WRONG_CONFIG}"
                     )
+        for name, value, other in differences(values, config):
+            raise SourceError(
+                f"{self.file}: {name} is {shown(value)}, {file} says {other}. {WRONG_CONFIG}"
+            )
         self._check_router(values, config, file)
 
     def not_plain(self) -> Iterator[str]:
