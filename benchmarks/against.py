@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """This checkout's CPU figures as ratios to another's: `python benchmarks/against.py OTHER`.
 
     git worktree add ../other v0.2.0

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Streamed calibration beside the same forward with the whole model in memory.
 
     python benchmarks/calibration.py [--folder DIR] [--layers 12] [--samples 16] [--seq 256]

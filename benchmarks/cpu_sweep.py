@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How fast the CPU kernels are, on this machine, now: `python benchmarks/cpu_sweep.py`.
 
 First the pruned search is checked against the full one, byte for byte, and a sample of both against

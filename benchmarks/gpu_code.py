@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the Triton kernels compile to, without a GPU: `python benchmarks/gpu_code.py`.
 
 Compiles the search for a GPU that need not be there, disassembles it with the tools that come with

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How fast the GPU kernels are, on this machine, now: `python benchmarks/gpu_sweep.py`.
 
 Needs torch, triton and numpy, and a CUDA device; fourfold need not be installed. First the pruned

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What quantization does to the embedded model: KL, top-1 agreement, bits a byte, by recipe.
 
     python benchmarks/quality.py

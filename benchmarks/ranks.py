@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two ranks against one, and what they take of memory.
 
     python benchmarks/ranks.py [--layers 6] [--folder DIR] [--runs 3] [--recipe …] [--json FILE]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The whole job on a synthetic checkpoint with the shapes of Qwen3.6-35B-A3B.
 
     python benchmarks/synthetic.py [--layers 4] [--folder DIR] [--threads N] [--json FILE]

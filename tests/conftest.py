@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One checkpoint of each family for all tests: written once, read by many."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Execute a plan alone, with limits of one's own: shards are written, and nothing beside them."""
 
 from __future__ import annotations

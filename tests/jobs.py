@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Jobs and commands in processes of their own, to be killed, and the bytes they leave.
 
 A process is forked from one that has imported everything, so that it costs a fraction of a second.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A checkpoint with the names and shapes of DeepSeek-V3, in a sparse file: a header and a hole."""
 
 from __future__ import annotations

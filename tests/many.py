@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A checkpoint of very many small tensors: experts by the thousand, each in tensors of its own."""
 
 from __future__ import annotations

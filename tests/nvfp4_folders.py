@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What tests do to NVFP4 checkpoints: read them without fourfold, and make new ones of them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a test's ranks begin and end."""
 
 from __future__ import annotations

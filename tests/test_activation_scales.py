@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scales of activations: they are what plain hooks on the whole model give."""
 
 from __future__ import annotations

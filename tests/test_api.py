@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Python face: names, typed results, callbacks, and the ledger that must close."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Arguments of a wrong type or shape end in our own errors, which are `ValueError`s, too."""
 
 from __future__ import annotations

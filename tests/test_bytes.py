@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The packed bytes are those of the published formulas, computed here in plain NumPy.
 
 An independent implementation: float32 and float64 NumPy, all 126 scales in a loop, a table of E4M3

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Memory and CPU checks respect the limits of the container, not only those of the host."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line as users meet it: options, output, exit codes, every error they can cause."""
 
 from __future__ import annotations

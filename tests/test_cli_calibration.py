@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line with recipes that need calibration: what it says, and every error."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What commands say, and where: terminals of any width, pipes, logs, and Ctrl-C at any time."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Proves that a codec is one class and one line in the registry: a checkpoint in a form that only
 the test knows is quantized through it, and gives the bytes of the same values in BF16."""
 

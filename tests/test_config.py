@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Arguments are checked where they are given, and messages name them as the user spelled them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Proves that an NVFP4 checkpoint, dequantized, is the source that it was made of: the same
 tensors of the same shapes and dtypes, whatever their layout, their values the dequantized ones."""
 

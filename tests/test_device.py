@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights that are quantized on a device: the CPU's bytes, in the memory that was allowed, whatever
 goes wrong there.
 

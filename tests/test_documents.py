@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What programs read: every `--json` document follows its model, errors are documents, too, and
 results show themselves in few words."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Proves that the embedded model is what its card says, and that the demo measures rightly.
 
 The model: upstream's names and layout, every expert in use, an exact byte tokenizer, the card's

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The engines' ignore rules: each with its trap, against a plain reference, and round trips."""
 
 from __future__ import annotations

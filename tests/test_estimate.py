@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The time that a plan takes: from speeds that are measured, and only where that is wanted."""
 
 from __future__ import annotations

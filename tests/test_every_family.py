@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every family that transformers can build, in upstream's layout, from the plan to the proof.
 
 The widest recipe goes through plan, calibration, quantize and verify once for each family. The

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recipes of other tools end in an error that shows the equivalent recipe, where there is one."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Proves that `fourfold generate` shows what both models write: streamed or whole the same tokens,
 as transformers alone writes them; and that it says what it did, and what it cannot do."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The help pages: options in groups, examples that exist, completion for shells, the guide."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The contract with transformers: everything that `models/*internals.py` takes for granted.
 
 Names, signatures and behaviours, one by one, each with a word on what it is used for. Where

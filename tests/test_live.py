@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model that is live in memory gives the bytes of the checkpoint that it came from.
 
 Every family that transformers can load: the tensors that a live model presents are those of the

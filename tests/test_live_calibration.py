@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A live model that is calibrated by its owner's loop gives the streamed run's bytes."""
 
 from __future__ import annotations

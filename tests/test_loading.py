@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Proves that `fourfold.load` gives the model of the dequantized weights, parameter by parameter,
 and that simulated activations are what a plain loop over tokens and experts computes from the
 definition. The judge reads the checkpoint with the safetensors package and tables of its own.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Shards of a checkpoint, joined or cut anew, byte for byte; parts that do not fit together."""
 
 from __future__ import annotations

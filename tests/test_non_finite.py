@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NaN and Inf in copied tensors: found in the bytes, said at the end, in the files and by `verify`.
 
 The judge of what is finite is PyTorch.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reading, computing and writing go on side by side, and no more is in memory than they need."""
 
 from __future__ import annotations

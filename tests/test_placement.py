@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tensors are believed over the configuration: what does not fit is said before any work.
 
 Each test makes one contradiction in a family's tiny checkpoint, as fine-tunes and hand-made

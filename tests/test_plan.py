@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plans: every tensor has a row, and everything that can fail is found before a weight is read."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Proves that a run can show what source and output write: after a prompt, or after the beginning
 of a calibration sample; and that what cannot be shown stops no run that has finished."""
 

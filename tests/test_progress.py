@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Progress: what a terminal, a notebook or a log shows of a run, also to callers from Python."""
 
 from __future__ import annotations

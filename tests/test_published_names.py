@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints under transformers' names in memory come out under the published names.
 
 Each family is written in upstream's layout, and saved by transformers with

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Several ranks write what one writes; an error of one is an error of all.
 
 What torchrun does is tried with torchrun itself. Else ranks are forked, with the variables that a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recipes: what they may say, and that what they may not is answered with the nearest names."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tensors are reduced over ranks: in the order of ranks, and no rank hangs when another fails."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What people bring that cannot be quantized as it is: the cause and the remedy are named."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What NVFP4 cannot hold, and what calibration did not see: repaired with a warning where it cannot
 matter, an error whose remedy works where it may, and always an error with `strict`."""
 

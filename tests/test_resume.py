@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run that ended early goes on, and gives the bytes of one that was never stopped."""
 
 from __future__ import annotations

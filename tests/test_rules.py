@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recipes with rules: the first rule that matches a linear weight decides about it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`scale_group: layer`: one global scale for the gates and ups of all experts of a layer, one for
 their downs; from any source, whatever their tensors look like, held or read in pieces."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files beside the weights: what running the model needs is copied, and nothing that misleads."""
 
 from __future__ import annotations

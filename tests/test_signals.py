@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SIGINT and SIGTERM end a run from Python as cleanly as one from the command line."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Proves that every source keeps the contract of reading: rows go into the caller's buffer, what is
 returned is a view of it, and bytes are the same however they are asked for."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Broken checkpoints are refused with a message that names the object, the cause and the remedy."""
 
 from __future__ import annotations

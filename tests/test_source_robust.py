@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whatever a checkpoint folder holds: it is quantized as it should be, or refused in one line or
 two that name the object, the cause and the remedy; and the source stays as it was."""
 

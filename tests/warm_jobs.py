@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Imported by the process that jobs are forked from: does each kind of job once.
 
 What is imported, compiled and built then, no job has to do again.

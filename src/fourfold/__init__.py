@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fourfold: quantize Mixture-of-Experts checkpoints to NVFP4, and prove it tensor by tensor.
 
     import fourfold

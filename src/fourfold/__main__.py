@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command: `python -m fourfold`, and the script that is installed.
 
 A signal ends it with one line from its first moment on, also while it is imported.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The functions of the library: arguments in, results out.
 
     plan ─▶ quantize ─▶ verify ─▶ load, generate

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The options of a run as objects: what to calibrate on, where to compute, what to write.
 
     fourfold.quantize(

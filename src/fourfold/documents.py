@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The documents that `--json` prints and `to_dict` returns, as models: `fourfold schema` has their
 JSON Schema, and docs/json.md says what they are for.
 

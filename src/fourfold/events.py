@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Everything that a caller can observe while fourfold works.
 
     def on_event(event: fourfold.Event) -> None:

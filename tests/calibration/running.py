@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs a family's tiny model as a whole and streamed, and keeps what each computed and saw.
 
 The whole model is transformers' own: `from_pretrained`, its default implementation of experts.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Proves calibration from end to end: hard cases, the same bytes again, and no trace of a failure.
 
 What is odd about a checkpoint (experts that nobody chooses, weights that are all zero, layers that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Proves that calibration data becomes the documented samples, and that errors name the cause.
 
 Every kind of input gives the ids that a few simple lines compute. Packed samples are full, and

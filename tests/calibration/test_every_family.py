@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Proves for every family: streaming computes the same bits, and observers see what hooks see.
 
 Every family that transformers can build (most of them in the slow suite) runs as a whole

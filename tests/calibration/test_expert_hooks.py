@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Proves what a `Watch` is shown: the rows of both products, with their experts and tokens.
 
 Small whole numbers everywhere, so that float32 computes without rounding and every

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Streamed calibration on a CUDA device: what the whole model there computes, bit for bit."""
 
 from __future__ import annotations

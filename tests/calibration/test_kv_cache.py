@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Proves the recording cache: it records what attention gives it, and holds nothing.
 
 That it changes no bit of any family is proved in `test_observers.py`, whose runs have it.

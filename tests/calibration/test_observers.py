@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Proves the statistics: pads do not count, and all implementations of experts give the same.
 
 `test_every_family.py` compares the statistics of every family with those of plain hooks.

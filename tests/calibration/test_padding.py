@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Proves that pads in token ids without a mask are no text: neither in files nor in calls.
 
 Where the end-of-text token serves as pad, runs of it at the beginning and the end of a row are

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Proves that activations come back as they went, wherever they waited, and that nothing stays.
 
 Tensors are what frames hold: views, expanded and shared ones, masks, empty ones. A storage that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Proves that the forms of records that people have reach the model whole, or end in an error.
 
 Chats in every known form give what their plain form gives. What a chat template does not show is

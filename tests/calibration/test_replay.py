@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Propagation of quantized inputs: later layers read what the quantized layers compute.
 
 The judge is the whole dequantized model, run by transformers. What a layer is given while it is

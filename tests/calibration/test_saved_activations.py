@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run that resumes behind finished layers computes, bit for bit, what it would have computed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Statistics: their states, how they are merged, and the store that keeps them layer by layer."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Proves layer streaming: the same bits as the whole model, one layer of it in memory.
 
 `test_every_family.py` compares the bits of every family. Here whatever can go wrong does: a run

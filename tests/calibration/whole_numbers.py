@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Experts that compute in small whole numbers, and a formula for what they compute.
 
 float32 holds every product and sum exactly, so all implementations give the same numbers.

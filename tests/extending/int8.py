@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A weight format in one file: INT8 codes with a float32 scale for each row."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A layout in one file: own tensor names, global scales stored as reciprocals of shape [1].
 
 What writes the layout and what verifies it share no line, as with the layouts of fourfold.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Algorithms added through the registry alone: with a statistic, and with whole scale groups."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An algorithm with its statistic, a weight format, a layout and a codec, each added in one file.
 
 Nothing of fourfold is changed or patched: each file adds its member to a registry, and a recipe

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A statistic and an algorithm that needs it, added in one file through the registries alone.
 
 The second moment XᵀX of every linear layer's input, and of every expert's, is compared with one

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny random checkpoints of every family that transformers can build, as upstream ships them.
 
     for family in FAMILIES.values():

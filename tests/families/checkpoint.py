@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writing a family's tiny checkpoint, and reading it back to prove that it is one."""
 
 from __future__ import annotations

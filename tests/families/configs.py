@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny configurations: sizes common to all families, and what each family needs besides.
 
 A size in `TEXT` or `VISION` is passed only to configuration classes that have a field of that

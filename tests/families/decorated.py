@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which experts classes transformers decorates, read from its sources."""
 
 from __future__ import annotations

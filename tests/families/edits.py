@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From the names of the module tree to the published names, family by family."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Upstream's on-disk layouts: from the logical weights to the tensors of a checkpoint.
 
 Two steps. An experts layout writes the experts of one module, from their logical matrices

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Multi-token-prediction tensors, which the module tree has no place for."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The families: which class, which layout on disk, and how sure that layout is.
 
 `source` says where the layout comes from: "known" (published checkpoints, or the

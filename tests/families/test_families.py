@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Proves the test checkpoints themselves.
 
 FAMILIES has every family whose experts transformers decorates; each checkpoint is what

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Proves that the checkpoints have upstream's names, and the truth the right matrices.
 
 Every pattern by which transformers' loader recognizes upstream's keys is used by the family's

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The logical linear weights of a model, read from its modules in memory.
 
 Every weight is returned as the matrix `[out, in]` it stands for, whatever the module keeps:

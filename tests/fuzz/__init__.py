@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A seeded mutation fuzz: whatever is broken, a command ends clean and writes nowhere else.
 
     PYTHONPATH=tests python -m fuzz 1234          one case again, with its traceback; files are kept

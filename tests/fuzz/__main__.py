@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One case again, with its traceback; or a range of cases, with what fails."""
 
 import os

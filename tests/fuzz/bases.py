@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is broken by the fuzz: small checkpoints of four layouts, and what runs made of them."""
 
 from __future__ import annotations

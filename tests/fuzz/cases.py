@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One case: a seed's checkpoint, its mutations, the commands, and the promise.
 
 Commands run in this process, as `fourfold.cli.terminal.run` has the console script run them.

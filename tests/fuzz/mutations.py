@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mutations of files, each drawn from a seeded generator, and described in words."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every case of the fuzz keeps the promise; see the package for how to run one again."""
 
 from __future__ import annotations

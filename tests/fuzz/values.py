@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Odd values, and JSON-aware mutations of one document."""
 
 from __future__ import annotations

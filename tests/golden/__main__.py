@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Take the digests: `PYTHONPATH=tests .venv/bin/python -m golden`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Jobs whose output is frozen, and the digests of what they write.
 
 Weights are drawn with NumPy, so that they are the same on every machine, and quantized bytes must

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """No change of the code changes a byte of any output.
 
 The digests in `digests.json` were taken when they were frozen. To take them again, after a change

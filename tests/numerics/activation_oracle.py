@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NVFP4 rounding of activations by the definition: a loop over blocks, with tables of its own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Families of blocks [n, 16] float32 that a search could get wrong, under a global scale S.
 
 Each takes a generator, a count and S, and returns values of which none is NaN or Inf. `FAMILIES`

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compiles every Triton kernel for NVIDIA GPUs that need not be there, and prints what to look at
 as JSON. Run in a process of its own: the tests' process has Triton's interpreter instead."""
 

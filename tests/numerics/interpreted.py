@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Triton's interpreter with the arithmetic of a GPU: multiplications that fuse, and divisions that
 are off by up to two units in the last place."""
 

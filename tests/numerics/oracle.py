@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The definition of the mse search, as a full search that is fast enough for 10⁸ blocks.
 
 Written from the definition alone (float64 losses, all 126 scales, no bound, no reciprocal), and

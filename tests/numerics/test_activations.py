@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Proves that activations are rounded as the definition says, and as engines' kernels do.
 
 The judge is a loop over blocks in NumPy with tables of its own. A second one follows the engines'

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Proves that one place decides which kernels run, and that wrong names are refused."""
 
 from __future__ import annotations

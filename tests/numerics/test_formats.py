@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Proves the two formats: E2M1 rounding, packing and signs; E4M3 values, clamp and order."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Proves the face of the numerics: shapes, dtypes, edges and errors; that the numba kernels give
 the reference's bytes through it, for any input; and that max gives ModelOpt's bytes."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Proves the reading passes: dequantize, error and census agree with the reference on any bytes,
 also on those of a broken checkpoint."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Proves promise 5 for the mse search: the pruned kernel picks, for every block, the scale and the
 codes of the full search by definition; and that the full search used as judge is the definition."""
 

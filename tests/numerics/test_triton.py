@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Proves that the Triton kernels give the bytes of the definition: on a CUDA device where there is
 one, else by Triton's interpreter; and there also with the arithmetic that a GPU has and NumPy has
 not. Whether they compile is seen without a device: for each generation of GPUs, to code that

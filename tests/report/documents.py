@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Summary documents as fourfold writes them, of models that are not there."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The model card: front matter for the hub, what was done, commands, and the verification."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`quant_summary.json`: it survives being read and written, and what does not fit is named."""
 
 from __future__ import annotations

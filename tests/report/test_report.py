@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The report page: it works offline, says what the summary says, and shows cold experts as cold."""
 
 from __future__ import annotations

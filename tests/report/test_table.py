@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`fourfold summary`: the table of every linear weight, its filters, and what users do wrong."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The families' tiny models as checkpoints in Megatron's format."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs jobs of megatron-core in processes of their own, and returns what they saved."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A rank of jobs on live Megatron models: `python -m torch_dist.core_live JOBS.json RANK`.
 
 Each job builds a model and fills it, at random or from what an earlier job saved; saves it, or

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds, runs and saves megatron-core's models of a tiny Hugging Face configuration."""
 
 from __future__ import annotations

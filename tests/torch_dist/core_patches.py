@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Patches that let megatron-core build, run and save a model on a CPU. For worker processes only.
 
 Megatron asks CUDA for its device and its random states, and takes kernels of Transformer Engine

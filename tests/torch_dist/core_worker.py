@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A rank of Megatron jobs: `python -m torch_dist.core_worker JOBS.json RANK`.
 
 Each job builds a model, fills it (at random, or from what an earlier job saved), saves it, and

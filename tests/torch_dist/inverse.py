@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hugging Face tensors as Megatron keeps them: written with views of tensors, without our rules.
 
 Only for the sizes of `tests/families`: 4 heads of 16 in 2 groups, 3 layers.

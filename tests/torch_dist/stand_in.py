@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models of plain modules with the children, attributes and class names of Megatron's.
 
 So Transformer Engine's layout is tried, which no CPU has; how a rank's part is cut is told here

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints are read as PyTorch wrote them; damaged and unsafe ones are refused."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training arguments that say how a model computes are compared with the configuration."""
 
 from __future__ import annotations

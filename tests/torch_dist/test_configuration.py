@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A configuration is made from a checkpoint's arguments, or an error names the argument.
 
 That what it says computes what Megatron computed is shown in `test_logits.py`.

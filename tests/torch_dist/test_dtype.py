@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`dtype="bfloat16"`: a checkpoint saved in FP32 gives the bytes of one saved in BF16, and no
 option leaves FP32 beside BF16 without a word."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each family's checkpoint, written in Megatron's layout and read again, is unchanged.
 
 The way there is `inverse.py`, which knows nothing of our rules; the way back is the package. What

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Models of megatron-core in memory, spread over ranks: quantized, they are the bytes of their
 checkpoint, however they are spread; and what is wrong on one rank is an error of all.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A rank's modules tell where their parameters lie in the whole model, or are refused.
 
 Without megatron-core: modules stand in for Megatron's and for Transformer Engine's. The models of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Converted models of megatron-core: transformers predicts what Megatron predicts.
 
 Each is built by megatron-core on the CPU, saved by it on one rank and again in other shardings,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The state of ModelOpt's quantizers: named as such, and never taken for weights."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plan, quantize, verify, convert, resume and calibrate from a Megatron checkpoint; errors."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes `torch_dist` directories with PyTorch's own classes, cut as ranks would cut them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A tiny Qwen3-MoE and its NVFP4 checkpoint, written with plain code of our own.
 
 Nothing of fourfold is used here: formulas, names and files follow the published layouts alone,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whatever stands in the JSON files: a report, or a refusal; never a traceback or no end."""
 
 from __future__ import annotations

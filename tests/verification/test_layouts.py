@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sources that keep their experts fused: every expert finds its matrix, and only its own.
 
 The truth (each expert's matrix [out, in]) comes from the modules in memory, not from fourfold.

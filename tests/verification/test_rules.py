@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each rule is broken once, and `verify` finds that rule broken and no other."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Clean checkpoints are clean, whoever wrote them; what cannot be read is told as such."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How scales and codes are chosen: the interface of an algorithm, and the registry.
 
 An algorithm quantizes one **scale group** at a time: the weights that engines fuse and that share

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scales from the largest magnitude: nothing is clipped."""
 
 from __future__ import annotations

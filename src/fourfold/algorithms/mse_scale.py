@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scales with the smallest squared error of the weight."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stores for the activations of paused calls: the interface, which is the store in memory.
 
 A call that pauses before a decoder layer keeps its hidden states, masks and rotary embeddings

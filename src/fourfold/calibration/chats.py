@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Chats: the forms in which records hold them, and whether a template has rendered all of one.
 
     record ──▶ Chat ──▶ presentations ──▶ the model's chat template ──▶ left_out

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Calibration data: the text that the model reads while its activations are observed.
 
     names ──▶ records ──▶ documents (token ids) ──▶ samples ──▶ batches

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Turns records into token ids, with the tokenizer in the model's folder.
 
 The tokenizer decides how a text begins and ends. `close` adds the end-of-text token, unless the

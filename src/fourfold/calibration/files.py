@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Opens files of text, compressed or not, and says what a file is that holds no UTF-8."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A cache that shows the keys and values it is given, and stores nothing.
 
 Attention gives its cache the keys after rotary embedding, and the values: what an engine with an

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run the calibration data through a checkpoint's model, layer by layer, and collect statistics.
 
     calibration = Calibration(plan, source, data)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Calibration of a model that is in memory already: the caller's own loop runs it.
 
     quantize(model, OUT, recipe, forward_loop=lambda model: [model(**batch) for batch in data])

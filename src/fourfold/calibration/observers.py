@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Observers: hooks that update statistics with what linear layers, experts and caches read.
 
 They change nothing that the model computes. Statistics are accumulated on the model's own device

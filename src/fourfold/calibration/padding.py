@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pads in token ids that come without a mask.
 
 The end-of-text token often serves as pad, and then its id alone does not tell pads from text. A pad

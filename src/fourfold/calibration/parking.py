@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An activation store for more activations than fit: it moves them to memory or to a file.
 
 A paused call holds its activations in the local variables of its frames. A frame's variables

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads files and datasets record by record, so that a corpus need not fit in memory.
 
     .jsonl .json .ndjson    one JSON object per line, or a JSON array of them

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a model reads calibration data while observers are attached.
 
 Shared by the layer-by-layer run (`layerwise`) and by models that are live in memory (`live`).

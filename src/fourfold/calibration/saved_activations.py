@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stores the output of the last finished layer on disk, so that a resumed run starts behind it.
 
     OUT/.fourfold/activations/layer-00007/batch-00003.safetensors

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scales of activations and of the KV cache, computed from statistics.
 
     input_scale = f · amax / (6·448)    amax over everything that reads the site, f = 2^headroom

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The statistics that a calibration run has collected, and the file they are stored in.
 
 The small ones (amaxes and token counts) are written beside a checkpoint as

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A store of statistics: one safetensors file for each layer.
 
 An unfinished run keeps its statistics here, so that a run that resumes does not observe a layer

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run a model that is larger than the memory: one decoder layer is loaded at a time.
 
 Every call is an ordinary `model(**batch)`, whatever the architecture does between its layers. It

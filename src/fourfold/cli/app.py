@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The commands: each parses its options, calls the API and prints the result.
 
 PyTorch, transformers and rich are imported inside the commands, so that `--help` answers at once;

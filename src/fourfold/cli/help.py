@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The help pages: options in groups, and examples. Without rich, which would cost their speed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`--log-file`: a copy of what a command says, with times."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command line's options: those that several commands share, and their names in messages."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Print a command's progress: one `match` over the events of the run."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The commands that show something, and compute and write nothing."""
 
 from __future__ import annotations

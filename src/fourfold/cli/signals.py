@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Signals end a command with one line on stderr and exit code 130 or 143."""
 
 from __future__ import annotations

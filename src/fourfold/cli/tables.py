@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Results in color: what `str` of a result says, laid out for a terminal."""
 
 from __future__ import annotations

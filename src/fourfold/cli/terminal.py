@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Printing results and errors, and the frame around every command.
 
 Importing it does not import rich; see `cli.app`.

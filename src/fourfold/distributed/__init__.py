@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ranks, how they were launched, and the machine they run on."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Memory and CPU limits of the control groups (cgroups) that this process runs in.
 
 A container, a Slurm job or a systemd unit is limited by cgroups: the kernel kills what exceeds the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """This process's place among those that a launcher such as torchrun has started."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The memory, cores and devices that this process may use, and the memory that it uses."""
 
 from __future__ import annotations

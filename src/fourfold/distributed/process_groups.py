@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ranks that share a model in memory, and talk through a process group of torch.distributed."""
 
 from __future__ import annotations

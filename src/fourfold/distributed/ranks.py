@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Several processes that do one job: `torchrun --nproc-per-node N -m fourfold …`.
 
 Small values travel as JSON through the store of torch.distributed, which every launcher sets up;

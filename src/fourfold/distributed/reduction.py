@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sums and maxima of tensors over ranks, by a gloo process group.
 
 **The result does not depend on timing.** Every rank receives the tensors of all others, piece by

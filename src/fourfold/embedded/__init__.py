@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Data that ships with fourfold: a model of a few megabytes, and two texts.
 
 A byte-level Qwen3-MoE as a Hugging Face folder in upstream's own layout, trained on Python's

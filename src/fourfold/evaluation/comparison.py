@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measure the effect of quantization on a model's predictions.
 
     KL    mean over positions of Σ_v P_ref(v) · ln(P_ref(v) / P_q(v)), in nats

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The one way in which fourfold lets a model write text."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`fourfold demo`: the effect of quantization on the embedded model, in figures and in text.
 
 Both models are ordinary transformers models in float32: the source, and the output with its

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`fourfold generate`: the text of a quantized checkpoint, beside the text of its source.
 
 Both models are run by transformers, one after the other, from the same prompt and with the same

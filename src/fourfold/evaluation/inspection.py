@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`fourfold inspect`: the tensors, formats, sizes and scales of a checkpoint at a glance.
 
 Works on any safetensors checkpoint. Reads only headers and scalar scales, so it is quick for every

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`fourfold.load`: a quantized checkpoint as an ordinary transformers model.
 
 For previews, evaluation and tests without an engine. The model computes with dequantized weights

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """W4A4 inside a transformers model: the inputs of quantized linear layers are rounded to NVFP4.
 
 Engines fuse layers that read the same activation and use the largest of their input scales; the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Execute a plan: read, quantize, write, on as many threads as there are cores.
 
 scheduler  hands jobs to workers, which copy tensors and hand scale groups to a backend; opens,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The choice of a backend: a GPU or the CPU quantizes the weights."""
 
 from __future__ import annotations

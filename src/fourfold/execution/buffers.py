@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Memory for one job at a time, used again for the next: pages are faulted in only once."""
 
 from __future__ import annotations

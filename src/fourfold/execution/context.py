@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The state that all workers share while a plan is executed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scale groups quantized on the CPU.
 
 A group is loaded once: the largest magnitude over all of it first, then codes and scales of each

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scale groups quantized on a GPU, many of them at a time.
 
     disk ─read─▶ pinned ─copy─▶ device: largest magnitudes ─▶ host: group scales

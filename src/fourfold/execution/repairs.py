@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights that are lost beside others of their scale group: repaired if they cannot matter, refused
 if they may.
 

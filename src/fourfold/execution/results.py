@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The results of quantizing a linear weight: figures for the summary, and the single numbers that
 are written beside its codes."""
 

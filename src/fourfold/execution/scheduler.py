@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The scheduler: hands jobs to workers, and opens, syncs and records the shards they fill.
 
 A job is one scale group (a few MB: an expert's gate and up), one tensor to copy, or one bias.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The buffers that workers have on a GPU: one set each, all of the same size.
 
     room      bytes of a set's device buffer, and of its pinned buffer: a batch is what fits

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a quantized weight is stored: the interface of a weight format, and the registry.
 
 A format splits a weight `[out, in]` into **parts**: tensors such as codes and block scales. Most

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which kernels run for tensors on a device.
 
     reference   plain PyTorch, any device; the definition

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A registry: objects by name, of which those that come with fourfold are imported when needed.
 
 A recipe names a format or an algorithm, and checking the name must not import PyTorch: so a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The scheme of one linear weight, as a recipe chooses it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a quantized checkpoint is laid out: the interface of a layout, and the registry.
 
 A format says which parts a weight has; a layout says under which names and in which encoding a

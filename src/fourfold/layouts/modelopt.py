@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ModelOpt layout: tensor names and configuration that vLLM, SGLang and TensorRT-LLM read.
 
     <linear>.weight          U8       [out, in/2]   two E2M1 codes a byte, low nibble first

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recognize a checkpoint that is quantized already, whoever quantized it.
 
 Its tensors decide: a configuration may be stale, and several tools leave the format out of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tensors that stand for one parameter: two names for it, or a head that is tied and stored.
 
 Which of them counts depends on the engine, and often on the order of files. Headers do not show

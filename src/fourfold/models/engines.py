@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rules by which vLLM, SGLang and TensorRT-LLM decide which layers stay unquantized.
 
 A checkpoint's ignore list (`ignore`, `exclude_modules`) is read by three engines in three ways.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hooks on the inputs of the matrix products inside an experts module.
 
 Every expert computes two products in a row: gate and up read the hidden states, down reads the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Experts modules: how routed experts lie in the parameters that transformers holds in memory.
 
 transformers keeps a layer's experts as fused parameters. Its decorated classes describe them with

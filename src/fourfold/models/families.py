@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Families: how routed experts are named in the output, and which engines read those names.
 
 This is all data. A family whose checkpoint holds one tensor per expert keeps its names. A family

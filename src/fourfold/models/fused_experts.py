@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cut a layer's routed experts out of their raw tensors, whatever the family's layout on disk.
 
 This works on small stand-ins for the raw tensors (see `regions`). transformers' conversion turns

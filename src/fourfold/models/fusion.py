@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Linear layers that engines fuse into one module, and those that they never build quantized.
 
 This is all data, read from vLLM 0.33.0, SGLang 0.5.23 and the public TensorRT-LLM source. Layers

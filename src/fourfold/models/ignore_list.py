@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An ignore list, indexed for the lookups of the engines' rules.
 
 A checkpoint of 60 layers asks some hundred thousand questions of a list of thousands of entries.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """transformers' internals: build a model, place raw keys, load tensors, replace experts' forward.
 
 transformers builds the model with parameters on the meta device (`build_model`). Its conversion

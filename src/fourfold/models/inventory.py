@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The inventory of a model: every linear weight, its shape, role and place on disk.
 
 `take_inventory` (in `inventory_builder`) makes one. See docs/inventory.md for how.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Take the inventory of a source: find every linear weight in its headers and configuration.
 
     raw keys ──rules of transformers──▶ parameters of the module tree ──▶ linear weights

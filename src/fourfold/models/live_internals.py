@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """transformers' and accelerate's internals that a model in memory is asked through.
 
 A live model's tensors are presented as they would lie on disk: transformers reverts its own

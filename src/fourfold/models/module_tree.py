@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The architecture's module tree: linear layers, experts modules, routers, decoder layers.
 
 All of it is read off transformers' classes; nothing here depends on a family's name.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Linear weights of multi-token-prediction (MTP) layers, which transformers does not build.
 
 An MTP layer is a copy of a decoder layer with extra inputs: a tensor of it that is named and

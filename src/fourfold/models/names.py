@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Patterns of the names that checkpoints give to layers and experts.
 
 Every module that reads a layer's or an expert's number off a name takes the pattern from here.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The published names of tensors that are saved under their names in memory.
 
 transformers 5 saves a model under the names of its family's published checkpoints; with

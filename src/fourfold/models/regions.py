@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The place of a matrix inside a raw tensor: slices, strides and transpositions, no copies.
 
 A **region** is one logical matrix `[out, in]` (or one bias vector `[out]`) as a part of a tensor

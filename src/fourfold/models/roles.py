@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The roles of linear layers, read off their places in the module tree. All of it is data.
 
 The first rule that matches decides a layer's role: rules on its path come first, then rules on the

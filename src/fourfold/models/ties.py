@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a configuration says of tied embeddings.
 
 A tied head computes with the embedding's values, and needs no tensor. Engines follow the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Families whose published checkpoints differ from what transformers would save.
 
 For a model in memory without its checkpoint, transformers reverses its own conversion to find names

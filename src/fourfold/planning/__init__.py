@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recipe × inventory → plan: one explicit row for each tensor of the source."""
 
 from fourfold.formats.base import Spec

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The part of a plan that does not depend on quantization: which tensors lie in which shard.
 
 `CopyPlan` alone describes a checkpoint that has the same tensors in new shards. `Plan` adds what

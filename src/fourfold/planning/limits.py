@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sizes that bound memory and files. The bytes of an output do not depend on them, but for
 `shard_bytes`."""
 

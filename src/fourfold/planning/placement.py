@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tensors of the source that transformers does not build, and what that means.
 
 transformers computes without them, also when it calibrates, and engines fail on most of them. MTP

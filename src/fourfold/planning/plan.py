@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recipe × inventory → plan: one explicit row for each tensor of the source. Pure data.
 
 Everything that can fail is found here, before the first weight is read: a role or a pattern that

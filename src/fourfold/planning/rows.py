@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The elements of a plan: rows, scale groups, jobs and shards. Pure data."""
 
 from __future__ import annotations

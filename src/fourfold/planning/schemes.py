@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Find the rule of a recipe that decides about each linear weight, and the scheme it gives."""
 
 from __future__ import annotations

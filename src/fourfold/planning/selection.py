@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The linear weights that a recipe quantizes in a model, and everything that speaks against it."""
 
 from __future__ import annotations

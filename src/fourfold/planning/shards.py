@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The shards of the output: which tensors each holds, and the jobs that fill it."""
 
 from __future__ import annotations

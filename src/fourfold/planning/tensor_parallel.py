@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tensor-parallel sizes with which engines can load a quantized model, and why not others.
 
 A rank holds 1/TP of each linear layer: of the rows of most, of the columns (inputs) of those

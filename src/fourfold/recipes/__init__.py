@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which linear weights are quantized, and how: recipes in YAML."""
 
 from fourfold.recipes.schema import (

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recipes of other tools, said in fourfold's keys.
 
 fourfold does not run them: they name quantizer modules and parts of their own library. But what

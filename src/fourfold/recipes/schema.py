@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recipes: which linear weights are quantized, and how. Short YAML, checked when it is read.
 
     description: NVFP4 W4A16 for routed experts, MSE-chosen block scales

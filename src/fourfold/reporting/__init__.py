@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`quant_summary.json` for people: a page that works offline, and a table for the terminal."""
 
 from fourfold.reporting.page import render_report, write_report

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The model card: OUT's README.md, ready for the hub.
 
 It says what the checkpoint is made of and how to serve it, with front matter that the hub reads:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which recipe to take: hardware and aim, and what a recipe costs in quality. All of it is data.
 
 `fourfold recipes --guide` prints it, and docs/which-recipe.md says the same.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draws `report.html`, a page about a quantized checkpoint, from its `quant_summary.json`.
 
 The functions here turn a summary into tables and heat maps of plain strings;

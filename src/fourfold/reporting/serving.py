@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which engine serves a checkpoint, on which hardware, with which command. All of it is data.
 
 The model card, the closing lines of `quantize` and docs/serving.md say what stands here.

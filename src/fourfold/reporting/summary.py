@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds the contents of `quant_summary.json` from a finished run."""
 
 from __future__ import annotations

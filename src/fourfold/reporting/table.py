@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The linear weights of a `quant_summary.json` as a table in the terminal.
 
 One line for each weight, or, as an MoE has thousands of them, one for all experts of a layer:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Numbers and names as text, for the report and the terminal table."""
 
 from __future__ import annotations

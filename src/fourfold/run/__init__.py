@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Carry out one command from beginning to end."""

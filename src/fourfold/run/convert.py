@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A Megatron checkpoint as a Hugging Face checkpoint, in its own dtypes: nothing is quantized.
 
     source ─▶ inventory ─▶ shards of copies ─▶ write ─▶ compare byte for byte

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How long a plan will take: its weights and bytes, at the speed of this machine now.
 
 A fraction of a second is spent on a sample of the search and of the disk. Reading, searching and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Write a plan into OUT: take the folder, observe, quantize, and make it a checkpoint.
 
     assign_shards ─▶ steps of the strategy ─▶ scheduler ─▶ all other files, config.json last

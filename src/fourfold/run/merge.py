@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Join the folders that several nodes wrote, or cut a checkpoint into a different number of shards.
 
     fourfold merge NODE0 NODE1 … OUT

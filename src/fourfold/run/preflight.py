@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Everything before a run writes: the plan, the backend, and checks of names, disk and memory."""
 
 from __future__ import annotations

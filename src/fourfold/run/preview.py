@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Show what the output writes beside what its source writes, once a run is done."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The progress of a run: bars on a terminal or in a notebook, lines of text anywhere else.
 
     calibrating ━━━━━━━───────  layer 3/48 · batch 5/16 · 109 tokens/s

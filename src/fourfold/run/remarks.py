@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run warns of at its end: experts without a calibration token, repaired weights, and
 copied tensors with NaN or Inf.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The result of quantizing a model, for programs and as the closing lines of the command."""
 
 from __future__ import annotations

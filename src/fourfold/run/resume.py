@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Assign shards and folders to ranks, and find the shards that an earlier run has finished.
 
 Ranks find out which of them see the same OUT. The first of those is its leader: it begins or

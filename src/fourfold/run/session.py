@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The context of every call of the API: it passes events on and lets signals end a run."""
 
 from __future__ import annotations

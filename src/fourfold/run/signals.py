@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SIGINT and SIGTERM end a run so that no unfinished output looks like a checkpoint.
 
 While `out` is written, a signal raises `StoppedError` in the main thread: the run unwinds and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Long steps of a run (calibrating, quantizing, verifying): how far each is, and how fast.
 
 Calibration and quantization take turns, layer by layer. So the time between two events of a run is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Strategies to execute a plan: which shards can be quantized now, and from which source.
 
 at_once      all of them: weights only, or the statistics of an earlier run

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Verify what a job has written, and balance it against the plan."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compile the kernels on a thread while the plan is made."""
 
 from __future__ import annotations

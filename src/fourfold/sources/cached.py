@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A source that keeps the tensors of the present layer in memory, so that they are read once.
 
 Calibration runs a layer, and then the layer is quantized: both read the same raw tensors.

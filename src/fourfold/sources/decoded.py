@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A quantized checkpoint, presented as the BF16, FP16 or FP32 checkpoint that it was made from.
 
     stored     experts.0.gate_proj.{weight, weight_scale, weight_scale_2}, experts.0.up_proj. …

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Open the source that a user names: a folder, a hub name, or a model in memory."""
 
 from __future__ import annotations

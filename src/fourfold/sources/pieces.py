@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The fused tensors of a source, as a checkpoint of fourfold's holds them: cut into pieces.
 
 `quant_summary.json` says of each quantized weight and bias which region of which source tensor it

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A source whose FP32 tensors are presented in BF16, as a training run leaves them for serving.
 
 Rounding is to nearest even. Four kinds of tensors keep FP32, because engines compute with them in

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A checkpoint in Hugging Face's form: config.json and one safetensors file, or several.
 
 Headers and the index are checked when the folder is opened, since they may come from anybody; no

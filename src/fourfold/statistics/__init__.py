@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Statistics of activations: what a calibration run can accumulate at the inputs of a layer.
 
 A plan names the statistics that it needs, observers update them with the rows that a layer reads,

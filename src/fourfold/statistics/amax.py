@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`amax`: the largest magnitude of the input. F32, `[]` or `[E]`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The interface of a statistic, and of the place where it is accumulated.
 
 Shapes: R rows, I input features, E experts, K experts of one row.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`tokens`: how many tokens were routed to each expert, or rows a linear layer saw. I64."""
 
 from __future__ import annotations

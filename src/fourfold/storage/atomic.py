@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Write files so that each is whole or absent: temporary name, fsync, rename."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Free space on the output's disk, and the messages of errors that the disk answers."""
 
 from __future__ import annotations

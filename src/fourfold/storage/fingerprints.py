@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a source's files looked when they were read, so that a change is noticed.
 
 Size and time of modification are compared, and only for equality: clocks may be wrong. Inodes are

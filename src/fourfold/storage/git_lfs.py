@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Git LFS pointers: the small texts that `git clone` leaves in place of large files."""
 
 from __future__ import annotations

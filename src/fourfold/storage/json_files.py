@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Read a checkpoint's JSON files, with errors that say what to do."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Find NaN and Inf in the bytes of floating-point tensors.
 
 Read as integers, the numbers that are not finite are the largest: of those with the sign bit among

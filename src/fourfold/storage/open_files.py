@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files that stay open between reads, but not all of them: a checkpoint may have a thousand."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The folder OUT while a run writes it: whole at the end, or absent, or resumable.
 
     check ─▶ lock ─▶ begin ─▶ shards, then all other files, config.json last ─▶ done

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks that protect what lies in OUT. They change nothing.
 
 A run may replace only what an earlier run of fourfold wrote, by that run's own lists of files

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`quant_summary.json`: the record of a quantization run that lies beside every checkpoint.
 
 The models below are the file's schema, for writing and for reading. Keys that they do not name are

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The state of an unfinished run, which lies in OUT until the checkpoint is whole.
 
     OUT/.fourfold/run.json                identity of the run, and the files that it writes

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The safetensors container: read a header without trusting it, build one from a list.
 
     8 bytes   N, little-endian, length of the header

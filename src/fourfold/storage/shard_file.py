@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Safetensors files that are written in any order, and the digests of finished ones.
 
 A shard's header follows from the plan, so the position of every tensor is known before a byte is

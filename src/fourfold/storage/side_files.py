@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The files beside a checkpoint's weights: which of them the output gets, and why not the others.
 
 The output gets what running the model needs (tokenizer, chat template, processors, the model's own

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A checkpoint seen as Hugging Face names and lazy tensors: the `Source` base class.
 
 Everything above this module sees a model only through `Source`. Its members are in

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The open files of a checkpoint, which must stay as they were when it was opened."""
 
 from __future__ import annotations

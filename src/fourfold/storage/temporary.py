@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Temporary folders that are removed with the process, also if a signal ends it at once."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sizes and tables as plain text."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Read back a quantized checkpoint and prove it tensor by tensor.
 
 This package does not depend on how the checkpoint was made: it imports nothing from `planning`,

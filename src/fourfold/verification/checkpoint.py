@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The checkpoint that is verified, read with tolerance: faults become findings.
 
 `sources.safetensors` refuses a folder whose index and shards disagree, as a source must. Here the

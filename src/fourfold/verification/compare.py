@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The checkpoint against its source: copied bits, and the error of each dequantized weight.
 
     relative error   e = ‖W − Ŵ‖ / ‖W‖  (Frobenius),  SQNR = −20·log₁₀ e  dB

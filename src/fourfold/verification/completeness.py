@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rules on completeness, judged by comparing experts with experts and layers with layers.
 
 No engine checks that every expert was loaded (vLLM counts per fused parameter), so a projection

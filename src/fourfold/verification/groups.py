@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rules on linears that belong together: fused modules, input sites, ignore lists."""
 
 from __future__ import annotations

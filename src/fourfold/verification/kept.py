@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NaN and Inf in the tensors that are not quantized, all of which are read."""
 
 from __future__ import annotations

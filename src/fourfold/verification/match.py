@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Match the tensors of the checkpoint with those of the source.
 
 Every linear weight of the source is packed (a `Pair`), or copied (a `Copy`): as a raw tensor, or as

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The result of a verification, printed for people and as JSON."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every rule that `verify` applies: id, severity, what must hold, what a breach breaks.
 
 The ids are stable: scripts may depend on them. `docs/verify.md` lists the same table.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Worker threads with buffers of their own, so that memory depends on threads and not the model.
 
 The kernels and `pread` release the GIL. Results come back in the order of the work, so the report

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rules on the tensors of each quantized linear: their presence, dtypes and shapes."""
 
 from __future__ import annotations

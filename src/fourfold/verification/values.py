@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rules on the values of scales, all of which are read.
 
 A block scale is one E4M3 byte, so a histogram of 256 bins describes a tensor of block scales

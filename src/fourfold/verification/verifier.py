@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Read back an NVFP4 checkpoint and prove it tensor by tensor.
 
 This works on any checkpoint, no matter which tool wrote it. Without a source, the files alone are

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NVFP4 tensors: quantize, dequantize, and the passes over weights that go with them. Nothing here
 knows of checkpoints, models or recipes, and nothing is imported but `errors`.
 

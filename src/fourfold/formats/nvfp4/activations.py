@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Activations as a W4A4 engine sees them: rounded to NVFP4 and back, in the dtype they came in.
 
     x_TI  activations [.., in], bf16, fp16 or fp32 (the first two convert exactly)     I = 16·B

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks of scalar arguments, which callers pass as numbers or as tensors with one element."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The parts that the Triton kernels share: loading blocks of 16 weights into registers, and taking
 the bits of their formats apart.
 

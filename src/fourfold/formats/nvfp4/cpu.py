@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The numba kernels, called with tensors: turns these into addresses, strides and kinds.
 
 Import this module only through `nvfp4`, at first use: it imports numba.

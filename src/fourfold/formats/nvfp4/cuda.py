@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Triton kernels, called with tensors: chooses memory layouts, grids and tiles.
 
 Any thread may call them, but one launches at a time. A launch takes microseconds, except the

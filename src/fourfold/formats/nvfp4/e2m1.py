@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """E2M1: the four-bit float of NVFP4.
 
 Bit 3 is the sign, bits 2-1 the exponent (bias 1), bit 0 the mantissa, so the eight magnitudes are

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """E4M3 (`float8_e4m3fn`): the format of NVFP4 block scales.
 
 Sign, four exponent bits (bias 7), three mantissa bits. A block scale is one of the 126 positive

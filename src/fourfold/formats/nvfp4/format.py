@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NVFP4 as a weight format: its parts, and the kernels behind the common interface."""
 
 from __future__ import annotations

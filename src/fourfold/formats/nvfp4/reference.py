@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The definition of an NVFP4 tensor, in plain PyTorch: slow, short, and what every kernel must
 reproduce byte for byte.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The parts that the CPU kernels share: 64 blocks in SIMD lanes, each step a vector operation.
 
 A block is 16 weights, and most of what is done to it is per block: its scale, its loss, whether a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The passes over tensors that only read, or only dequantize, at the speed of memory:
 dequantize, and the error of a quantized tensor.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The passes that only read, or only make numbers of codes: amax and dequantize; and activations
 rounded to NVFP4 and back. Their definitions: `nvfp4.py`, `reference.py`, `activations.py`."""
 

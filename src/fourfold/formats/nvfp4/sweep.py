@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The mse search: why about ten of the 126 block scales decide, and how rounding is kept out of it.
 
 The definition of codes, scales and losses is the head of `reference.py`. What follows is proved

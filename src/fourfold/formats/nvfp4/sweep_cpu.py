@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The mse search on CPUs: the block scale that the full search over all 126 would pick, from about
 ten of them; and max scales in the same style. `sweep.py` has the proof, and the names used here.
 

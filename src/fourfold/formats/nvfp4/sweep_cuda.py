@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The mse search on GPUs: the block scale that the full search over all 126 would pick, from about
 nine of them; the full search itself; and max scales. `sweep.py` has the proof, and the names used
 here.

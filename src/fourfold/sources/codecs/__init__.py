@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ways in which quantized checkpoints store their weights."""
 
 from fourfold.sources.codecs.base import CODECS, EncodedWeight, ReadRows, TensorCodec, presented

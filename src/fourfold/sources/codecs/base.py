@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a quantized checkpoint stores its weights, and how to read them: the `TensorCodec` interface.
 
     stored     experts.0.up_proj.{weight U8, weight_scale F8_E4M3, weight_scale_2 F32}

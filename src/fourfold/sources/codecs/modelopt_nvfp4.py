@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """NVFP4 weights in the ModelOpt layout, as fourfold and NVIDIA's ModelOpt write them.
 
     <linear>.weight          U8       [out, in/2]   two E2M1 codes a byte

@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """A transformers model in memory as a source."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names, shapes and dtypes on disk of a model in memory whose checkpoint is not at hand.
 
 transformers reverses its own conversion; `upstream` corrects the result for the families whose

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The checkpoint that a model in memory was loaded from, and whether it still describes it.
 
 The checkpoint is used for names, shapes, dtypes and config.json if it builds the same modules and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A transformers model in memory as a `Source`.
 
 Names, shapes, dtypes and order are those of the checkpoint that the model came from, if that is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The inverse of loading: raw tensors, read from the parameters that they became in memory.
 
 transformers' conversion turns raw tensors into parameters. It is run on tensors whose elements are

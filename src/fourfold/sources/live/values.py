@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The values of a live model's parameters and buffers, wherever they are.
 
 They may be in memory, on another device, offloaded to disk by accelerate (and are then read one

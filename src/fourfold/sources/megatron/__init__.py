@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Megatron models: `torch_dist` checkpoints, and models in memory on one or many ranks.
 
 The names below are all that the rest of fourfold uses. PyTorch is enough to read a checkpoint:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The training arguments in `common.pt`, which say how weights must be read.
 
 Shapes do not tell whether gate and up are interleaved, or whether norms keep w − 1. The arguments

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hugging Face tensors as row ranges of Megatron's parameters.
 
 The bytes of a tensor are divided into **lines**: a line is what one row of a parameter holds. A

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Base class of sources that read Megatron's parameters under Hugging Face names.
 
     parameters ─▶ rules of the family ─▶ Hugging Face tensors ─▶ slabs, from boxes of parameters

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Finds the chunks of a stored tensor that hold a box of it.
 
 The chunks of a tensor that many ranks saved are boxes of any size. Their boundaries divide each

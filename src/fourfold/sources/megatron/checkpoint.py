@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A Megatron checkpoint as a `Source`: Hugging Face names and lazy tensors.
 
     .metadata ─▶ stored tensors ─▶ parameters ─▶ rules of the family ─▶ Hugging Face tensors

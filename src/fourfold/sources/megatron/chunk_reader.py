@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads boxes of stored tensors from the chunks that hold them."""
 
 from __future__ import annotations

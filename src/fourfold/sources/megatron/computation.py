@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a model computes, by its training arguments and by its Hugging Face configuration.
 
 Weights do not show which activation function, window, scaling of rotary embeddings or routing a

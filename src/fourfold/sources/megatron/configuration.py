@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A Hugging Face configuration made from a checkpoint's training arguments, if they suffice.
 
 Arguments say how a model computes, not which family it is of. The configuration is that of a family

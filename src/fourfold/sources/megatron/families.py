@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rules of each family: which Hugging Face tensors its Megatron parameters become.
 
 All of it is data. Names follow published checkpoints, so a converted model lies on disk as the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads the `.metadata` of a `torch_dist` checkpoint: its tensors, their chunks, other objects.
 
     .metadata          names, global shapes and dtypes; the box, file and bytes of each chunk

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names of parameters: what a stored key stands for.
 
 Megatron has saved the same weight under several names over the years: one parameter of one layer,

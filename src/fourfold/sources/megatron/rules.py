@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rules from Megatron's parameters to Hugging Face tensors: a pattern, a transform, targets.
 
 A transform moves rows and nothing else, `PLUS_ONE` and `TRANSPOSED` excepted. Each Hugging Face

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads pickles without running the code that they name.
 
 A `torch_dist` checkpoint keeps its metadata, the training arguments and each tensor's header as

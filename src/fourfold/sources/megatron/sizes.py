@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The few numbers of a Hugging Face configuration that the rules need."""
 
 from __future__ import annotations

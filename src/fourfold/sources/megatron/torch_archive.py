@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Finds the bytes of a tensor in the zip archive that `torch.save` wrote, to be read in place.
 
     __0_0.distcp   [zip: data.pkl, data/0] [zip: data.pkl, data/0] …      one zip for each chunk

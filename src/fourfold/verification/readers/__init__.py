@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The layouts that `verify` reads: one reader each.
 
 A reader says how a layout names and encodes the tensors of a quantized linear, and what its

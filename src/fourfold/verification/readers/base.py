@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The interface between `verify` and a layout."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The layout of NVIDIA ModelOpt, as vLLM, SGLang and TensorRT-LLM read it.
 
     config.json            {"quantization_config": {"quant_method", "quant_algo", "ignore", …}}

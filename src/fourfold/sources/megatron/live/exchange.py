@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads boxes of tensors that another rank holds.
 
 Every rank runs a thread that answers the requests of the others. A rank can therefore read anything

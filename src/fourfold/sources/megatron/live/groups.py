@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """This rank's position in the process groups that share a weight: tensor and expert parallelism.
 
 The groups are those that the model was built with. A model that keeps none has Megatron's global

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads from the modules of a Megatron model what this rank holds of the whole model's parameters.
 
 Names become those of the whole model, and local numbers global ones:

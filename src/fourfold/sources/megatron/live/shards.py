@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The parameters of a whole model whose shards are on several ranks.
 
 Each rank says which shards it holds. Together that is the content of a checkpoint's metadata, with

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A Megatron model in memory as a `Source`: Hugging Face names and lazy tensors.
 
     modules ─▶ parameters of the whole model ─▶ rules of the family ─▶ Hugging Face tensors
