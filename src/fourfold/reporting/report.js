@@ -11,12 +11,19 @@ const rows = data.rows.map(([group, expert, ...figures]) => {
 });
 let column = null, sign = 1, limit = STEP;
 
-const cell = (value, at) => {
+function show(value) {
+  if (value === null) return "";
+  if (typeof value === "string") return value;
+  if (value >= 1000) return value.toLocaleString("en");
+  return value && Math.abs(value) < 0.01 ? value.toExponential() : String(value);
+}
+
+function cell(value, at) {
   const td = document.createElement("td");
   if (at >= TEXTS) td.className = "number";
-  td.textContent = value === null ? "" : at === 7 ? value.toLocaleString("en") : String(value);
+  td.textContent = show(value);
   return td;
-};
+}
 
 function compare(a, b) {
   const [x, y] = [a[column], b[column]];
