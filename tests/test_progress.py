@@ -187,3 +187,26 @@ def test_bars_fit_the_terminal(width: int) -> None:
 
 def test_durations() -> None:
     assert [duration(x) for x in (0.4, 75, 130, 7300)] == ["0 s", "75 s", "2 min", "2 h 2 min"]
+
+
+def test_what_a_command_leaves_in_a_file(capsys) -> None:
+    """`fourfold quantize … 2>err`, over two minutes."""
+    from fourfold.cli.progress import CommandDisplay
+
+    clock, heading = Clock(), "fourfold 1.0: quantizing MODEL into OUT, recipe mine"
+    with CommandDisplay(heading, quiet=False, clock=clock) as display:
+        for now, event in w4a16(120):
+            clock.now = 100 + now
+            display(event)
+        display(WarningIssued("`calib_size=3`: too few"))
+    first, *lines, last = capsys.readouterr().err.splitlines()
+    assert first == heading
+    assert 8 <= len(lines) <= 16
+    assert lines[1].startswith("quantizing: 20.0 GB of 120.0 GB · 1.0 GB/s · about ")
+    assert last == "warning: --calib-size 3: too few"
+    with CommandDisplay(heading, quiet=True, clock=clock) as display:
+        for now, event in w4a16(120):
+            clock.now = 1000 + now
+            display(event)
+        display(WarningIssued("too few"))
+    assert capsys.readouterr().err == "warning: too few\n"

@@ -145,7 +145,7 @@ class ShardWritten(Event):
 
 @dataclass(frozen=True)
 class BytesCopied(Event):
-    """Tensors were copied into a merged checkpoint."""
+    """Tensors were copied into a checkpoint that is merged or converted."""
 
     bytes_done: int
     bytes_total: int

@@ -88,17 +88,23 @@ def _begun(
 
     Yields the arguments for that call. Within, PyTorch can be imported, which takes a while.
     """
-    heading = printable(f"fourfold {__version__}: {what}")
     if log_file is not None:
         log.open(log_file)
+    heading = _say_at_once(what, quiet=quiet)
     if launch().rank == 0:
         log.write(heading)
-        if sys.stderr.isatty() and not quiet:
-            print(heading, file=sys.stderr, flush=True)
     from fourfold.cli.progress import CommandDisplay
 
     with CommandDisplay(heading, quiet=quiet, verbose=verbose, show_data=show_data) as display:
         yield {"progress": False, "on_event": display}
+
+
+def _say_at_once(what: str, *, quiet: bool) -> str:
+    """Say on a terminal what begins; return the line."""
+    heading = printable(f"fourfold {__version__}: {what}")
+    if sys.stderr.isatty() and not quiet and launch().rank == 0:
+        print(heading, file=sys.stderr, flush=True)
+    return heading
 
 
 @app.callback(invoke_without_command=True)
@@ -203,6 +209,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show what quantize would do to every tensor, and what it takes."""
+    _say_at_once(f"planning {model}, recipe {recipe}", quiet=as_json)
     from fourfold import api
     from fourfold.cli.tables import plain_text, plan_text
     from fourfold.run.estimate import estimate

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+import time
 
 from rich.console import Console
 
@@ -21,14 +22,20 @@ from fourfold.events import (
     Resumed,
     WarningIssued,
 )
-from fourfold.run.progress import ProgressDisplay, sentence
+from fourfold.run.progress import Clock, ProgressDisplay, sentence
 
 
 class CommandDisplay(ProgressDisplay):
     """The plan and other facts on stdout; warnings and progress on stderr."""
 
     def __init__(
-        self, heading: str, *, quiet: bool, verbose: bool = False, show_data: bool = False
+        self,
+        heading: str,
+        *,
+        quiet: bool,
+        verbose: bool = False,
+        show_data: bool = False,
+        clock: Clock = time.monotonic,
     ) -> None:
         """Create a display.
 
@@ -38,6 +45,7 @@ class CommandDisplay(ProgressDisplay):
             quiet: Show warnings alone, as for --json.
             verbose: Show the backend.
             show_data: Show how the calibration data begins, also where it is the user's.
+            clock: The time in seconds.
         """
         self.rank = launch().rank
         self.quiet = quiet or self.rank > 0
@@ -46,7 +54,8 @@ class CommandDisplay(ProgressDisplay):
         stderr = Console(stderr=True, quiet=self.quiet)
         has_lines = not self.quiet and not stderr.is_terminal
         to_log = [log.write] if self.rank == 0 else []
-        super().__init__(stderr, lines_to=[self._say_progress] if has_lines else to_log)
+        lines_to = [self._say_progress] if has_lines else to_log
+        super().__init__(stderr, clock=clock, lines_to=lines_to)
         self._heading = heading
 
     def __call__(self, event: Event) -> None:

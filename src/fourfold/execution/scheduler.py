@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from fourfold.errors import NonFiniteError
-from fourfold.events import BytesQuantized, ShardWritten
+from fourfold.events import BytesCopied, BytesQuantized, ShardWritten
 from fourfold.execution.buffers import Arena
 from fourfold.execution.context import ExecutionContext
 from fourfold.execution.cpu import CPUBackend
@@ -33,7 +33,7 @@ from fourfold.execution.results import LinearResult
 from fourfold.execution.streams import Need, can_batch, need_of
 from fourfold.models.inventory import ExpertBias, RawTensor
 from fourfold.models.roles import Role
-from fourfold.planning import Job, KVScales, ScaleGroup, job_bytes, slabs_of
+from fourfold.planning import Job, KVScales, Plan, ScaleGroup, job_bytes, slabs_of
 from fourfold.storage.non_finite import Bytes, NonFinite, find_non_finite, merge
 from fourfold.storage.shard_file import ShardFile
 
@@ -119,7 +119,8 @@ class Scheduler:
             self._bytes_moved += nbytes
             done, total = self._bytes_moved, self._bytes_total
             before = self._bytes_before
-            self.context.on_event(BytesQuantized(before + done, before + total))
+            event = BytesQuantized if isinstance(self.plan, Plan) else BytesCopied
+            self.context.on_event(event(before + done, before + total))
 
     def _jobs_of(self, shards: Iterable[int]) -> Iterator[tuple[_OpenShard, Job]]:
         for number in shards:

@@ -22,7 +22,7 @@ from fourfold.distributed.machine import threads_available
 from fourfold.distributed.ranks import Ranks
 from fourfold.documents import Shown, document
 from fourfold.errors import OutputError
-from fourfold.events import OnEvent, ignore
+from fourfold.events import BytesVerified, OnEvent, ignore
 from fourfold.execution import Backend
 from fourfold.layouts import LAYOUTS, marker_files
 from fourfold.models.inventory import RawTensor
@@ -83,7 +83,7 @@ def convert(
     run = at_once(source)
     job = Job(plan, source, folder, run, Ranks(), backend, lambda *_: source.config)
     job.write(on_event)
-    _compare(out, source, workers)
+    _compare(out, source, workers, on_event)
     taken = time.perf_counter() - began
     return Converted(out, len(plan.rows), len(plan.shards), plan.nbytes, taken, plan.notes)
 
@@ -114,12 +114,14 @@ def _row(raw: RawTensor) -> Row:
     return Row(raw.info.key, Action.COPY, raw.role, "converted", raw.info.numel, size, size, 0)
 
 
-def _compare(out: Path, source: Source, threads: int) -> None:
+def _compare(out: Path, source: Source, threads: int, on_event: OnEvent) -> None:
     """Raise where OUT has other tensors than the source, or other bytes."""
     written = SafetensorsFolder(out)
     try:
         for name in sorted(written.tensors.keys() ^ source.tensors.keys()):
             raise OutputError(f"{out}: {name}: only in one of source and output. {_REPORT}")
+        done, total = 0, sum(info.nbytes for info in source.tensors.values())
+        on_event(BytesVerified(done, total))
         with ThreadPoolExecutor(threads) as pool:
             same = pool.map(lambda name: _is_same(name, written, source), source.tensors)
             for name, is_same in zip(source.tensors, same, strict=True):
@@ -127,6 +129,8 @@ def _compare(out: Path, source: Source, threads: int) -> None:
                     raise OutputError(
                         f"{out}: {name}: not what the source has. Is the disk sound? {_REPORT}"
                     )
+                done += source.tensors[name].nbytes
+                on_event(BytesVerified(done, total))
     finally:
         written.close()
 

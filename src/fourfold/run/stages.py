@@ -50,8 +50,13 @@ class Stage:
     @property
     def rate(self) -> float | None:
         """Amount per second; None if it is not known yet."""
-        moved = self.done - (self.first or 0)
-        return moved / self.seconds if moved > 0 and self.seconds >= LEAST_SECONDS else None
+        is_known = self.moved and self.seconds >= LEAST_SECONDS
+        return self.moved / self.seconds if is_known else None
+
+    @property
+    def moved(self) -> int:
+        """The amount that this run has done."""
+        return self.done - (self.first or 0)
 
     @property
     def text(self) -> str:
@@ -112,12 +117,14 @@ class Stages:
 
     @property
     def seconds_left(self) -> float | None:
-        """An estimate for all steps that have begun; None if a rate is not known yet."""
+        """An estimate for all steps that have begun; None if it is too early for one."""
+        if sum(stage.seconds for stage in self.stages.values()) < LEAST_SECONDS:
+            return None
         left = 0.0
         for stage in self.unfinished:
-            if stage.rate is None:
+            if not stage.moved:
                 return None
-            left += (stage.total - stage.done) / stage.rate
+            left += (stage.total - stage.done) * stage.seconds / stage.moved
         return left
 
 
