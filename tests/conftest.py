@@ -21,9 +21,20 @@ from families import FAMILIES, Truth, write_checkpoint
 # A suite that a shell starts in the background would ignore Ctrl-C, which tests raise.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-os.environ.pop("COLUMNS", None)  # what is printed is as wide as on no terminal
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the commands that tests run
 torch.set_num_threads(1)  # tiny models gain nothing, and lose much where cores are shared
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Make stdout a terminal of so many characters, without colors."""
+
+    def pretend(width: int) -> None:
+        for name, value in {"COLUMNS": width, "LINES": 50, "TERM": "dumb"}.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+
+    return pretend
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -47,10 +48,10 @@ def arguments_of(command: str, quantized: tuple[Path, Path]) -> list[str]:
 
 @pytest.mark.parametrize("command", SHOWING)
 def test_sixty_columns_suffice(
-    command: str, run, quantized: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+    command: str, run, quantized: tuple[Path, Path], terminal: Callable[[int], None]
 ) -> None:
     """Lines are cut between words; a name alone may be longer, and stays in one piece."""
-    monkeypatch.setenv("COLUMNS", "60")
+    terminal(60)
     code, text, err = run(*arguments_of(command, quantized))
     assert code == 0, err
     too_long = [line for line in text.splitlines() if len(line) > 60 and " " in line.strip()]
@@ -59,12 +60,17 @@ def test_sixty_columns_suffice(
 
 @pytest.mark.parametrize("command", SHOWING)
 def test_nothing_is_cut_outside_a_terminal(
-    command: str, run, quantized: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+    command: str,
+    run,
+    quantized: tuple[Path, Path],
+    terminal: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Whatever COLUMNS says, which readline sets for child processes."""
     arguments = arguments_of(command, quantized) + ["--no-time"] * (command == "plan")
-    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setenv("COLUMNS", "60")
     code, piped, _ = run(*arguments)
-    monkeypatch.setenv("COLUMNS", "1000")
+    terminal(1000)
     _, wide, _ = run(*arguments)
     assert code == 0
     assert piped == wide

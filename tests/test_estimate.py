@@ -45,11 +45,11 @@ def test_a_plan_is_measured(written, tmp_path: Path) -> None:
     assert estimate(fourfold.plan(written("qwen3_moe")[0], "nvfp4_experts_only")).runs_model
 
 
-def test_where_it_is_shown(run, written, monkeypatch) -> None:  # noqa: F811
+def test_where_it_is_shown(run, written, terminal) -> None:  # noqa: F811
     model = written("qwen3_moe")[0]
     _, text, _ = run("plan", model)
     assert text.splitlines()[-1].startswith("time less than a minute, verified")
-    monkeypatch.setenv("COLUMNS", "60")
+    terminal(60)
     assert max(map(len, run("plan", model)[1].splitlines()[-3:])) <= 60
     assert "time less" not in run("plan", model, "--no-time")[1]
     assert "time" not in json.loads(run("plan", model, "--json")[1])

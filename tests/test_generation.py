@@ -194,8 +194,8 @@ OURS = Continuation("out", "two three", (2, 3, 4), False, 0.5)
 THEIRS = Continuation("model", "two four", (2, 5), True, 1.5)
 
 
-def test_it_prints_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "110")
+def test_it_prints_side_by_side(terminal: Callable[[int], None]) -> None:
+    terminal(110)
     console = Console(width=110, file=StringIO())
     console.print(generation_table(Generation("one", THEIRS, OURS, simulated=True)))
     lines = [line.rstrip() for line in console.file.getvalue().splitlines()]

@@ -161,7 +161,6 @@ def test_the_command(
     arguments = [source, tmp_path / "out", "--preview", *prompt, "--recipe", CALIBRATED]
     arguments += ["--calib", ids_file(tmp_path), "--calib-size", 2, "--calib-seq", 16]
     monkeypatch.setattr("sys.argv", ["fourfold", "quantize", *map(str, arguments)])
-    monkeypatch.setenv("COLUMNS", "120")
     with suppress(SystemExit):
         main()
     shown = capsys.readouterr().out

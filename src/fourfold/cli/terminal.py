@@ -84,8 +84,8 @@ def console() -> Console:
 
 
 def has_width() -> bool:
-    """True if stdout is a terminal, or if somebody has said how wide it is."""
-    return sys.stdout.isatty() or "COLUMNS" in os.environ
+    """True if stdout is a terminal. COLUMNS alone means nothing: readline leaves it to children."""
+    return sys.stdout.isatty()
 
 
 def print_json(value: object) -> None:
