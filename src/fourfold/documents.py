@@ -88,7 +88,7 @@ class PlanDocument(Document):
     tensors: list[PlannedTensor]
     shards: list[PlannedShard]
     time: TimeEntry | None = None
-    """With --time alone."""
+    """None without --time."""
 
 
 # --- verify -------------------------------------------------------------------------------------
