@@ -48,7 +48,8 @@ class SignalGuard:
 
     def __init__(self, end: End) -> None:
         self._end = end
-        self._is_writing = False
+        self._is_writing = self._is_in_hook = False
+        self._has_arrived = threading.Event()
         self._outcome = NOTHING_WRITTEN
         self._previous: dict[signal.Signals, Any] = {}
         self._previous_hook = sys.unraisablehook
@@ -72,6 +73,7 @@ class SignalGuard:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         sys.unraisablehook = self._previous_hook
+        self._has_arrived.set()
         if isinstance(error, StoppedError):
             notes = getattr(error, "__notes__", ())
             self._end(error.number, " ".join(notes) or self._outcome)
@@ -80,6 +82,9 @@ class SignalGuard:
         if not self._is_writing:
             self._end(number, self._outcome)
             return
+        if self._is_in_hook:  # this exception would be dropped, too
+            return
+        self._has_arrived.set()
         for both in SIGNALS:
             signal.signal(both, signal.SIG_IGN)  # a second signal must not stop the clean-up
         raise StoppedError(number)
@@ -90,8 +95,16 @@ class SignalGuard:
             self._previous_hook(dropped)
             return
         number = dropped.exc_value.number
+        self._is_in_hook = True
         signal.signal(number, self._handle)
-        threading.Timer(SENT_AGAIN_AFTER, os.kill, (os.getpid(), number)).start()
+        self._has_arrived.clear()
+        threading.Thread(target=self._send, args=(number,), daemon=True).start()
+        self._is_in_hook = False
+
+    def _send(self, number: int) -> None:
+        """Send a signal until its handler has raised, or the guard is left."""
+        while not self._has_arrived.wait(SENT_AGAIN_AFTER):
+            os.kill(os.getpid(), number)
 
 
 def default_guard() -> SignalGuard | None:

@@ -146,11 +146,12 @@ class RunState:
         once.
         """
         (self.folder / RUN).unlink(missing_ok=True)
-        for path in list(self.folder.iterdir()):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            elif path != Path(self._lock.lock_file):
-                path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another rank has removed all of it
+            for path in list(self.folder.iterdir()):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                elif path != Path(self._lock.lock_file):
+                    path.unlink(missing_ok=True)
         Path(self._lock.lock_file).unlink(missing_ok=True)
         self.release()
         with suppress(OSError):
