@@ -154,7 +154,7 @@ def test_input_dimension(tmp_path: Path) -> None:
     with pytest.raises(fourfold.PlanError) as caught:
         fourfold.plan(tmp_path / "model", "w4a16_nvfp4_default")
     assert "model.layers.0.mlp.down_proj: input dimension 40" in str(caught.value)
-    assert "keep pattern" in str(caught.value)
+    assert 'keep: ["model.layers.*.mlp.down_proj"]' in str(caught.value)
 
 
 def test_quantized_already(written: Written, tmp_path: Path) -> None:
@@ -172,7 +172,11 @@ def test_unknown_architecture(copy: Callable[[str], Path]) -> None:
 
 def test_custom_code_is_not_run(copy: Callable[[str], Path], tmp_path: Path) -> None:
     folder = copy("qwen3_moe")
-    edit_config(folder, model_type="mine", auto_map={"AutoConfig": "mine.Config"})
+    own = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
+    edit_config(folder, **own)
+    note = "model_type is mine, which transformers lacks: it is read as Qwen3MoeForCausalLM"
+    assert any(note in text for text in fourfold.plan(folder, EXPERTS).notes)
+    edit_config(folder, **own, architectures=["MineForCausalLM"])
     (folder / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     with pytest.raises(fourfold.ModelError, match="`trust_remote_code=True`"):
         fourfold.plan(folder, EXPERTS)

@@ -146,7 +146,7 @@ def packed(dtype: torch.dtype, old: str, new: str, *more: str) -> Callable[[Tens
             packed(torch.float8_e4m3fn, ".weight", ".weight", ".weight_scale_inv"),
             "FP8 in blocks",
         ),
-        ({}, None, packed(torch.int8, ".weight", ".weight"), "integers"),
+        ({}, None, packed(torch.int8, ".weight", ".weight", ".SCB"), "bitsandbytes"),
     ],
 )
 def test_what_other_tools_have_quantized(

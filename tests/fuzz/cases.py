@@ -151,7 +151,7 @@ class Case:
             command("verify", self.out, *more, *self.options),
             command("inspect", self.out, *as_json),
             command("summary", self.out, *as_json),
-            outcome("load", lambda: fourfold.load(self.out)),
+            outcome("load", lambda: fourfold.load(self.out) and None),
         ]
         return "; ".join(map(str, results))
 
@@ -231,7 +231,7 @@ class Outcome:
 def command(*arguments: object) -> Outcome:
     """Run a command of the command line; with --json, its output is one document."""
     words = [str(argument) for argument in arguments]
-    result = outcome(words[0], lambda: app(words))
+    result = outcome(words[0], lambda: app(words, standalone_mode=False))
     if "--json" in words and not result.message:
         json.loads(result.stdout)
     return result
@@ -249,7 +249,7 @@ def outcome(name: str, call: Callable[[], object]) -> Outcome:
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("error")  # it would stand on stderr
-            terminal.run(call)
+            terminal.run(lambda **_: call())
     except SystemExit as ended:
         code = int(ended.code or 0)
     finally:

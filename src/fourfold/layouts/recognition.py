@@ -31,6 +31,7 @@ TENSORS = {
     ".weight_scale_2": "NVFP4",
     ".weight_scale": "FP8",
     ".absmax": "bitsandbytes",
+    ".SCB": "bitsandbytes",
 }
 """Endings of the names of tensors that formats add or pack into."""
 
@@ -82,7 +83,10 @@ def _evidence(tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
     if packed:
         yield from (name for ending, name in TENSORS.items() if _any_ends(tensors, ending))
         dtypes = {tensors[key].dtype for key in packed}
-        yield "MLX" if "U32" in dtypes else "FP8" if min(dtypes).startswith("F8") else "integers"
+        if "U32" in dtypes:
+            yield "MLX"
+        if any(dtype.startswith("F8") for dtype in dtypes):
+            yield "FP8"
 
 
 def _is_packed(key: str, info: TensorInfo) -> bool:

@@ -385,11 +385,21 @@ def make_plan(
             *placement,
             *_notes(inventory, groups, side_files),
             *_dtype_note(kept, source.config),
+            *_architecture_note(inventory, source.config),
         ),
         tensor_parallel=tensor_parallel(quantized, selection.schemes, source.config),
         parts=parts,
         limits=limits,
     )
+
+
+def _architecture_note(inventory: Inventory, config: Mapping[str, Any]) -> Iterable[str]:
+    stated = config.get("model_type")
+    if isinstance(stated, str) and stated != inventory.model_types[0]:
+        yield (
+            f"model_type is {stated}, which transformers lacks: it is read as "
+            f"{inventory.architecture}, and the checkpoint's own code does not run"
+        )
 
 
 def _dtype_note(kept: Iterable[RawTensor], config: Mapping[str, Any]) -> Iterable[str]:
