@@ -38,9 +38,6 @@ TENSORS = {
 PACKED = {"U8", "I8", "U32", "I32", "F4"}
 """Dtypes that a quantized weight may have, and a weight as it was trained may not."""
 
-WEIGHTS = (".weight", ".qweight", ".weight_packed", "_blocks", "_proj")
-"""Endings of the names of weights, also of stacked experts."""
-
 
 def quantization_of(config: Mapping[str, Any]) -> str | None:
     """Return what a config.json says about an earlier quantization; None if it says nothing."""
@@ -62,36 +59,35 @@ def check_not_quantized(source: Source) -> None:
         SourceError: They are quantized, or the configuration says that they are.
     """
     stated = quantization_of(source.config)
-    evidence = next(_evidence(source.tensors), None)
-    if evidence is not None:
-        name = stated or next(_files(source), None) or evidence
+    is_packed = any(map(_is_packed, source.tensors.values()))
+    evidence = next(_evidence(source.tensors), None) if is_packed else None
+    name = stated or (evidence and (next(_files(source), None) or evidence))
+    if name is None:
+        return
+    if is_packed:
         raise SourceError(
             f"{source.folder}: quantized already ({name}). "
             "Start from the BF16, FP16 or FP32 checkpoint."
         )
-    if stated is not None:
-        dtypes = ", ".join(sorted({info.dtype for info in source.tensors.values()}))
-        raise SourceError(
-            f"{source.folder / CONFIG}: says that the weights are quantized ({stated}), but they "
-            f"are {dtypes}. If they were dequantized, remove its quantization_config."
-        )
+    dtypes = ", ".join(sorted({info.dtype for info in source.tensors.values()}))
+    raise SourceError(
+        f"{source.folder / CONFIG}: says that the weights are quantized ({name}), but they "
+        f"are {dtypes}. If they were dequantized, remove its quantization_config."
+    )
 
 
 def _evidence(tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
     """Yield the names of formats for tensors that no training leaves behind."""
-    packed = [key for key, info in tensors.items() if _is_packed(key, info)]
-    if packed:
-        yield from (name for ending, name in TENSORS.items() if _any_ends(tensors, ending))
-        dtypes = {tensors[key].dtype for key in packed}
-        if "U32" in dtypes:
-            yield "MLX"
-        if any(dtype.startswith("F8") for dtype in dtypes):
-            yield "FP8"
+    yield from (name for ending, name in TENSORS.items() if _any_ends(tensors, ending))
+    dtypes = {info.dtype for info in tensors.values() if len(info.shape) > 1}
+    if "U32" in dtypes:
+        yield "MLX"
+    if any(dtype.startswith("F8") for dtype in dtypes):
+        yield "FP8"
 
 
-def _is_packed(key: str, info: TensorInfo) -> bool:
-    is_weight = key.endswith(WEIGHTS) and len(info.shape) > 1
-    return is_weight and (info.dtype in PACKED or info.dtype.startswith("F8"))
+def _is_packed(info: TensorInfo) -> bool:
+    return len(info.shape) > 1 and (info.dtype in PACKED or info.dtype.startswith("F8"))
 
 
 def _any_ends(tensors: Mapping[str, TensorInfo], ending: str) -> bool:
