@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fourfold.verification import RULES, verify
+from fourfold.verification import RULES, UnreadableError, verify
 
 from .build import EXPERTS, HIDDEN, ROUTERS, Draft, draft, pack, write_source
 
@@ -172,6 +172,12 @@ def quantize_head(stem: str) -> Edit:
         d.tensors.update(pack(stem, d.source))
 
     return edit
+
+
+def head_like(linear: str, d: Draft) -> dict[str, torch.Tensor]:
+    """The tensors of a quantized linear, called as the head's."""
+    own = {name: tensor for name, tensor in d.tensors.items() if name.startswith(linear)}
+    return {name.replace(linear, "lm_head."): tensor.clone() for name, tensor in own.items()}
 
 
 def similar_experts(d: Draft) -> None:
@@ -340,6 +346,16 @@ VALUES = [
 ]
 
 GROUPS = [
+    Case("tied-head", lambda d: d.config.update(tie_word_embeddings=True)),
+    Case(
+        "tied-head",
+        lambda d: [
+            d.tensors.update(head_like(f"{Q}.", d)),
+            ignore(*ROUTERS)(d),
+            d.config.update(tie_word_embeddings=True),
+        ],
+        label="quantized",
+    ),
     Case("group-scale-differs", put(f"{E0}.gate_proj.weight_scale_2", lambda t: t * 1.25)),
     Case(
         "group-scale-differs",
@@ -507,3 +523,32 @@ def test_a_damaged_checkpoint_gives_the_same_report_with_any_number_of_threads(
     assert not reports[0].clean
     assert json.loads(reports[0].to_json())["clean"] is False
     shutil.rmtree(tmp_path / "out")
+
+
+def test_a_tied_head_that_is_the_embedding(tmp_path: Path) -> None:
+    d = draft()
+    d.config["tie_word_embeddings"] = True
+    d.tensors["lm_head.weight"] = d.tensors["model.embed_tokens.weight"].clone()
+    d.write(tmp_path / "out")
+    assert not verify(tmp_path / "out").findings
+
+
+@pytest.mark.parametrize(
+    ("weight", "scale"),
+    [
+        ("gate_up_proj", "gate_up_proj_weight_scale"),
+        ("gate_up_proj.weight", "gate_up_proj.weight_scale"),
+        ("w13_weight", "w13_weight_scale"),
+    ],
+)
+def test_experts_quantized_in_one_tensor_are_outside(
+    tmp_path: Path, weight: str, scale: str
+) -> None:
+    d = draft()
+    drop_linear(f"{L0}.mlp.experts")(d)
+    codes, scales = torch.zeros(4, 32, 64).byte(), torch.ones(4, 4, 64).to(torch.float8_e4m3fn)
+    d.tensors[f"{L0}.mlp.experts.{weight}"] = codes
+    d.tensors[f"{L0}.mlp.experts.{scale}"] = scales
+    d.write(tmp_path / "out")
+    with pytest.raises(UnreadableError, match=r"stacked in one tensor .* outside of what verify"):
+        verify(tmp_path / "out")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ import torch
 from fourfold.errors import SourceError, UnreadableError
 from fourfold.formats.base import FORMATS
 from fourfold.models.families import FAMILIES, is_stack
+from fourfold.models.names import EXPERT_LINEAR
 from fourfold.models.roles import EMBEDDING_NAME
 from fourfold.storage.fingerprints import read_error
 from fourfold.storage.json_files import read_config, read_json
@@ -171,7 +173,23 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     config = read_config(folder)
     reader = reader_of(folder, config)
     files = _find_files(folder)
-    return Checkpoint(folder, config, reader, files, _read_tensors(files))
+    tensors = _read_tensors(files)
+    _check_apart(folder, tensors)
+    return Checkpoint(folder, config, reader, files, tensors)
+
+
+def _check_apart(folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
+    """Raise `UnreadableError` for experts that are quantized in one tensor."""
+    scales = [x.key for x in tensors.values() if x.dtype == "F8_E4M3" and len(x.shape) > 2]
+    for name, info in tensors.items():
+        is_stacked = info.dtype == "U8" and len(info.shape) > 2 and not EXPERT_LINEAR.match(name)
+        stem = re.sub(r"[._]weight(_packed)?$", "", name)
+        if is_stacked and any(scale.startswith(stem) for scale in scales):
+            raise UnreadableError(
+                f"{folder}: {name}: NVFP4 experts stacked in one tensor {list(info.shape)}, as "
+                "NVIDIA's exports of Llama 4 have them. That is outside of what verify judges, "
+                "which is one linear for each expert; the engine that it was made for may read it."
+            )
 
 
 def _find_files(folder: Path) -> Files:

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NaN and Inf in the tensors that are not quantized, all of which are read."""
+"""Values of the tensors that are not quantized: NaN and Inf in them, and heads that are tied."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+
+import numpy as np
 
 from fourfold.models.roles import EMBEDDING_NAME
 from fourfold.models.ties import Tie, tie_of
@@ -52,6 +54,41 @@ def read_kept(
             yield non_finite
 
 
+def check_tied(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """A head that is stored although the configuration ties it is the embedding, bit for bit."""
+    if tie_of(checkpoint.config) is not Tie.YES:
+        return
+    stems = {*checkpoint.linears, *checkpoint.fp8, *checkpoint.kept}
+    embeddings = [
+        info
+        for name, info in checkpoint.tensors.items()
+        if EMBEDDING_NAME.search(name.removesuffix(".weight"))
+    ]
+    for stem in sorted(stem for stem in stems if stem.rpartition(".")[2] == "lm_head"):
+        if stem not in checkpoint.kept:
+            text = "quantized, while config.json ties it to the embedding"
+            yield finding("tied-head", stem, text)
+        elif embeddings and not any(
+            _are_equal(checkpoint, checkpoint.tensors[f"{stem}.weight"], info)
+            for info in embeddings
+        ):
+            text = f"other values than {embeddings[0].key}, which config.json ties it to"
+            yield finding("tied-head", f"{stem}.weight", text)
+
+
+def _are_equal(checkpoint: Checkpoint, one: TensorInfo, other: TensorInfo) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    for start in range(0, one.nbytes, CHUNK_BYTES):
+        size = min(CHUNK_BYTES, one.nbytes - start)
+        ours, theirs = (np.empty(size, dtype=np.uint8) for _ in range(2))
+        checkpoint.read(one.key, start, ours)
+        checkpoint.read(other.key, start, theirs)
+        if not np.array_equal(ours, theirs):
+            return False
+    return True
+
+
 def judge_kept(
     checkpoint: Checkpoint, parts: Iterable[NonFinite], embeddings: frozenset[str]
 ) -> Iterator[Finding]:
@@ -71,3 +108,6 @@ def judge_kept(
         is_unused = tokens is not None and non_finite.first_row >= tokens and not is_head
         if not (is_embedding and is_unused):
             yield finding("kept-not-finite", non_finite.name, str(non_finite))
+
+
+CHECKS = (check_tied,)

@@ -129,6 +129,9 @@ _RULES = (
     Rule("kept-weight-dtype", _E, "A weight that is not quantized is BF16, FP16 or FP32.",
          "engines copy the codes into a BF16 parameter as if they were numbers"),
 
+    Rule("tied-head", _E, "Where config.json ties the head to the embedding, no other head is "
+         "stored.", "engines leave the stored head out and compute logits with the embedding"),
+
     # Values
     Rule("kept-not-finite", _W, "A weight that is not quantized is finite, but for the embeddings "
          "of no token.", "what computes with it gives NaN, in every engine"),

@@ -38,6 +38,7 @@ CHECKS = (
     *structure.CHECKS,
     *values.CHECKS,
     *groups.CHECKS,
+    *kept.CHECKS,
 )
 """Checks that need the headers and the scalars only."""
 
