@@ -103,11 +103,7 @@ class Selection:
                     f"would not read its quantized weight. Leave role {linear.role} out, or set "
                     f"{FIELD} to false in config.json."
                 )
-            if linear.dtype not in COMPUTE_DTYPES:
-                raise PlanError(
-                    f"{linear.region.key}: dtype {linear.dtype}; only "
-                    f"{', '.join(COMPUTE_DTYPES)} can be quantized. Is it quantized already?"
-                )
+            _check_dtype(linear)
 
     def _check_wholeness(self) -> None:
         """Scale groups, and the experts of a layer, are quantized whole or not at all."""
@@ -137,7 +133,10 @@ class Selection:
 
     def biases(self) -> list[ExpertBias]:
         """Return the fused biases of experts that are written one by one."""
-        return [bias for bias in self.inventory.biases if bias.module in self.modules]
+        biases = [bias for bias in self.inventory.biases if bias.module in self.modules]
+        for bias in biases:
+            _check_dtype(bias)
+        return biases
 
     def kv_scales(self) -> list[KVScales]:
         """Return the attention modules whose keys and values get scales."""
@@ -200,6 +199,15 @@ class Selection:
         if not linears:
             return "not a linear weight" if raw.role is not Role.MTP else "MTP"
         return kept_because(raw.stem) or f"role {raw.role} is not in the recipe"
+
+
+def _check_dtype(part: LinearWeight | ExpertBias) -> None:
+    """Raise `PlanError` for a weight, or the bias of an expert, that is no float."""
+    if part.dtype not in COMPUTE_DTYPES:
+        raise PlanError(
+            f"{part.region.key}: dtype {part.dtype}; only {', '.join(COMPUTE_DTYPES)} can be "
+            "quantized. Is it quantized already?"
+        )
 
 
 def _fused(linear: LinearWeight) -> tuple[str, ...]:

@@ -298,6 +298,8 @@ def _from_modelopt(data: Mapping[Any, Any]) -> dict[str, Any]:
         if preset not in _PRESETS:
             raise NoEquivalentError(f"{preset}, a preset of ModelOpt's library")
         algorithm, entries = _PRESETS[preset]
+    elif "quant_cfg" not in body:
+        raise NoEquivalentError("the missing quant_cfg")
     else:
         algorithm, entries = _algorithm(body.get("algorithm")), _entries(body["quant_cfg"])
     for entry in entries:

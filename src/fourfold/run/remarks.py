@@ -61,9 +61,9 @@ def unreached_remark(
     unreached = scales.unreached(layers)
     if not unreached or scales.statistics.data.all_experts:
         return None
-    count = plural(sum(map(len, unreached.values())), "expert")
-    if layers is None:
-        count = count.replace(" ", f" of {scales.plan.expert_count:,} ")
+    number = sum(map(len, unreached.values()))
+    total = scales.plan.expert_count
+    count = plural(number, "expert") if layers is not None else f"{number:,} of {total:,} experts"
     where = [f"{path}: {runs(experts)}" for path, experts in unreached.items()]
     return (
         f"{count} saw no calibration token ({_listed(where, '; ')}), so the input scales are "
