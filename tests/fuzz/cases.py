@@ -257,6 +257,9 @@ def outcome(name: str, call: Callable[[], object]) -> Outcome:
         for each, handler in handlers.items():
             signal.signal(each, handler)
     traceback, is_error, message = err.getvalue().rpartition("\nerror: ")
+    if not is_error:
+        lines = message.splitlines()
+        message = "\n".join(line for line in lines if not line.startswith("warning: "))
     fits = code in (1, 2) if is_error else code in (0, 1) and not message
     if not fits or "a defect of fourfold" in message or message.strip().count("\n") > 1:
         raise Broken(f"{name} ended with {code}: {message}\n{traceback}")
