@@ -98,7 +98,7 @@ class Result(Shown):
         )
         took = f"{self.seconds:,.1f} s, {size(self.peak_resident)} of memory at the peak"
         lines = [" · ".join(parts), *self._calibration_lines(), took]
-        if not self.is_part:
+        if not self.is_part and (self.report is None or self.report.clean):
             lines.append(closing_line(str(self.out), Served.of_plan(self.plan)))
         return "\n".join(lines)
 

@@ -122,6 +122,18 @@ class Checkpoint:
         packed = self.linears.keys() | self.fp8
         self.kept = frozenset(_find_kept(self.tensors)) - packed
 
+    @property
+    def configs(self) -> list[Mapping[str, Any]]:
+        """The text model's configuration, if it has one of its own, and the whole."""
+        text = self.config.get("text_config")
+        return [text, self.config] if isinstance(text, dict) else [self.config]
+
+    @property
+    def num_hidden_layers(self) -> int | None:
+        """The number of decoder layers, if the configuration states it."""
+        stated = self.configs[0].get("num_hidden_layers")
+        return stated if isinstance(stated, int) else None
+
     @cached_property
     def sound(self) -> list[QuantizedLinear]:
         """The linears whose values can be read, ordered by name."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterator, Mapping
 from itertools import islice
-from typing import Any
 
 from fourfold.models.names import EXPERT_LINEAR, LAYER_TENSOR
 from fourfold.verification.checkpoint import Checkpoint
@@ -34,8 +33,7 @@ def check_experts(checkpoint: Checkpoint) -> Iterator[Finding]:
     modules = _experts(checkpoint)
     if not modules:
         return
-    configs = _configs(checkpoint.config)
-    counts = [part[name] for part in configs for name in EXPERT_COUNTS if name in part]
+    counts = [part[name] for part in checkpoint.configs for name in EXPERT_COUNTS if name in part]
     stated = next((number for number in counts if isinstance(number, int)), None)
     largest = max(max(module) + 1 for module in modules.values())
     for name, module in sorted(modules.items()):
@@ -64,12 +62,6 @@ def _experts(checkpoint: Checkpoint) -> Mapping[str, Module]:
     return modules
 
 
-def _configs(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The text model's configuration, if it has one of its own, and the whole."""
-    text = config.get("text_config")
-    return [text, config] if isinstance(text, dict) else [config]
-
-
 def check_layers(checkpoint: Checkpoint) -> Iterator[Finding]:
     """No layer is missing up to the number of layers in the config."""
     stacks: dict[str, set[int]] = defaultdict(set)
@@ -78,11 +70,11 @@ def check_layers(checkpoint: Checkpoint) -> Iterator[Finding]:
             stacks[layer["stack"]].add(int(layer["number"]))
     if not stacks:
         return
-    stated = _configs(checkpoint.config)[0].get("num_hidden_layers")
+    stated = checkpoint.num_hidden_layers
     main = max(sorted(stacks), key=lambda stack: len(stacks[stack]))
     for stack, numbers in sorted(stacks.items()):
         count = max(numbers) + 1
-        if stack == main and isinstance(stated, int):
+        if stack == main and stated is not None:
             count = max(count, stated)
         for number in _gaps(numbers, count):
             text = f"missing: {len(numbers)} of {count} layers are there"

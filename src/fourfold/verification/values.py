@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fourfold.formats.nvfp4.e4m3 import E4M3_MAX, E4M3_POSITIVE
+from fourfold.models.names import LAYER_TENSOR
 from fourfold.storage.safetensors_header import TensorInfo
 from fourfold.verification.checkpoint import Checkpoint, QuantizedLinear
 from fourfold.verification.groups import fused_groups, input_site
@@ -168,12 +169,22 @@ def _missing_kv(checkpoint: Checkpoint, places: dict[str, set[str]]) -> Iterator
     kinds = {re.sub(r"\d+", "#", place) for place in places}
     linears = checkpoint.linears.keys() | checkpoint.kept
     attentions = {name.removesuffix(".k_proj") for name in linears if name.endswith(".k_proj")}
-    alike = {place for place in attentions if re.sub(r"\d+", "#", place) in kinds}
+    alike = {
+        place
+        for place in attentions
+        if re.sub(r"\d+", "#", place) in kinds and not _is_past_end(checkpoint, place)
+    }
     for place in sorted(alike | places.keys()):
         for leaf in KV_SCALES:
             if leaf not in places.get(place, ()):
                 text = f"missing, while {len(places)} layers have KV scales"
                 yield finding("kv-scale-missing", f"{place}.{leaf}", text)
+
+
+def _is_past_end(checkpoint: Checkpoint, place: str) -> bool:
+    """True in an MTP layer that follows the decoder's: transformers cannot calibrate its cache."""
+    layer, count = LAYER_TENSOR.match(f"{place}."), checkpoint.num_hidden_layers
+    return layer is not None and count is not None and int(layer["number"]) >= count
 
 
 CHECKS = (check_scalars, check_kv_scales)
