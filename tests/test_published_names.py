@@ -89,6 +89,15 @@ def test_the_whole_way(written: Written, tmp_path: Path) -> None:
         assert torch.equal(loaded(ids).logits, expected(ids).logits)
 
 
+def test_with_another_dtype(written: Written, tmp_path: Path) -> None:
+    """A source that is presented otherwise is renamed, too."""
+    published, _ = written("mixtral")
+    model, out = in_memory("mixtral", published, tmp_path / "model"), tmp_path / "out"
+    result = fourfold.quantize(model, out, EXPERTS, dtype="bfloat16")
+    assert result.clean, str(result.report)
+    assert names_in(result.plan) == names_in(fourfold.plan(published, EXPERTS))
+
+
 def test_a_model_that_was_loaded_from_such_a_checkpoint(written: Written, tmp_path: Path) -> None:
     import transformers
 

@@ -6,22 +6,16 @@ Calibration runs a layer, and then the layer is quantized: both read the same ra
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 
-from fourfold.storage.fingerprints import FileStamp
-from fourfold.storage.side_files import SideFiles
-from fourfold.storage.source import Bytes, Source
+from fourfold.storage.source import Bytes, Source, SourceView
 
 
-class CachedTensors(Source):
+class CachedTensors(SourceView):
     """Another source, with some of its tensors in memory. Safe for many threads."""
 
     def __init__(self, source: Source) -> None:
-        self.source = source
-        self.folder, self.config, self.tensors = source.folder, source.config, source.tensors
-        self.trust_remote_code = source.trust_remote_code
+        super().__init__(source)
         self._cache: dict[str, torch.Tensor] = {}
 
     def read(self, key: str) -> torch.Tensor:
@@ -37,7 +31,7 @@ class CachedTensors(Source):
     def slab(self, key: str, start: int, stop: int, out: Bytes | None = None) -> torch.Tensor:
         tensor = self._cache.get(key)
         if tensor is None:
-            return self.source.slab(key, start, stop, out)
+            return super().slab(key, start, stop, out)
         rows = tensor[start:stop] if tensor.ndim else tensor
         if out is None:
             return rows
@@ -46,24 +40,15 @@ class CachedTensors(Source):
     def read_bytes(self, key: str, start: int, out: Bytes) -> None:
         tensor = self._cache.get(key)
         if tensor is None:
-            self.source.read_bytes(key, start, out)
+            super().read_bytes(key, start, out)
         else:
             data = tensor.reshape(-1).view(torch.uint8).numpy()
             out[:] = data[start : start + len(out)]
 
     def will_need(self, key: str, start: int, stop: int) -> None:
         if key not in self._cache:
-            self.source.will_need(key, start, stop)
-
-    def side_files(self) -> SideFiles:
-        return self.source.side_files()
-
-    def stamps(self) -> Mapping[str, FileStamp] | None:
-        return self.source.stamps()
-
-    def check_unchanged(self) -> None:
-        self.source.check_unchanged()
+            super().will_need(key, start, stop)
 
     def close(self) -> None:
         self.release()
-        self.source.close()
+        super().close()

@@ -9,20 +9,17 @@ linear attention and Mamba.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fourfold.errors import UsageError
 from fourfold.sources.safetensors import lay_out
-from fourfold.storage.fingerprints import FileStamp
 from fourfold.storage.safetensors_header import BITS, TensorInfo
-from fourfold.storage.side_files import SideFiles
-from fourfold.storage.source import Bytes, Slab, Source, read_rounded
+from fourfold.storage.source import Bytes, Source, SourceView, read_rounded
 
 KEPT = re.compile(r"(^|\.)(e_score_correction_bias|A_log|D|dt_bias)$")
 """Names of tensors that keep FP32."""
@@ -41,15 +38,13 @@ def is_rounded(info: TensorInfo) -> bool:
     return info.dtype == "F32" and KEPT.search(info.key) is None
 
 
-class RoundedSource(Source):
+class RoundedSource(SourceView):
     """Another source on disk, with its FP32 tensors in BF16."""
 
     def __init__(self, source: Source) -> None:
-        """Present `source`, which is closed with this one."""
-        self.source, self.folder = source, source.folder
-        self.trust_remote_code = source.trust_remote_code
+        """Present `source`."""
+        super().__init__(source)
         self.config = _with_dtype(source.config)
-        self.tensors: Mapping[str, TensorInfo] = source.tensors
         if any(map(is_rounded, source.tensors.values())):
             infos = source.tensors.values()
             named = [(x.key, "BF16" if is_rounded(x) else x.dtype, x.shape) for x in infos]
@@ -61,7 +56,7 @@ class RoundedSource(Source):
 
     def slab(self, key: str, start: int, stop: int, out: Bytes | None = None) -> torch.Tensor:
         if not is_rounded(self.source.tensors[key]):
-            return self.source.slab(key, start, stop, out)
+            return super().slab(key, start, stop, out)
         rounded = self.source.slab(key, start, stop).to(torch.bfloat16)
         if out is None:
             return rounded
@@ -71,46 +66,13 @@ class RoundedSource(Source):
         if is_rounded(self.source.tensors[key]):
             read_rounded(partial(self.slab, key), self.tensors[key].row_bytes, start, out)
         else:
-            self.source.read_bytes(key, start, out)
+            super().read_bytes(key, start, out)
 
     @property
     def notes(self) -> tuple[str, ...]:
         count = sum(map(is_rounded, self.source.tensors.values()))
         note = f"{count:,} FP32 tensors are read as BF16, rounded to nearest even (`dtype`)"
         return (*self.source.notes, *((note,) if count else ()))
-
-    def will_need(self, key: str, start: int, stop: int) -> None:
-        self.source.will_need(key, start, stop)
-
-    def side_files(self) -> SideFiles:
-        return self.source.side_files()
-
-    def stamps(self) -> Mapping[str, FileStamp] | None:
-        return self.source.stamps()
-
-    def check_unchanged(self) -> None:
-        self.source.check_unchanged()
-
-    def close(self) -> None:
-        self.source.close()
-
-    @property
-    def place(self) -> Path:
-        return self.source.place
-
-    @property
-    def origin_folders(self) -> tuple[Path, ...]:
-        return self.source.origin_folders
-
-    @property
-    def tokenizer_hint(self) -> str | None:
-        return self.source.tokenizer_hint
-
-    def check_placed(self, unplaced: Sequence[str], architecture: str) -> None:
-        self.source.check_placed(unplaced, architecture)
-
-    def rank_affinity(self, slabs: Iterable[Slab]) -> Sequence[int] | None:
-        return self.source.rank_affinity(slabs)
 
 
 def _with_dtype(config: Mapping[str, Any]) -> dict[str, Any]:

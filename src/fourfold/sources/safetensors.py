@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 
@@ -23,7 +22,7 @@ from fourfold.storage.json_files import DOWNLOAD, list_folder, plain_name, read_
 from fourfold.storage.names import INDEX, OTHER_WEIGHTS, SINGLE
 from fourfold.storage.safetensors_header import TensorInfo, nbytes_of, read_header, shown
 from fourfold.storage.side_files import SideFiles, find_side_files
-from fourfold.storage.source import Bytes, Source
+from fourfold.storage.source import Bytes, Source, renamed
 from fourfold.storage.source_files import SourceFiles
 
 OTHER_INDEX = "The index belongs to another checkpoint: download it again."
@@ -99,10 +98,7 @@ class SafetensorsFolder(Source):
 
     def rename(self, names: Mapping[str, str]) -> None:
         self._renamed = dict(names)
-        self.tensors = {
-            names.get(key, key): replace(info, key=names.get(key, key))
-            for key, info in self.tensors.items()
-        }
+        self.tensors = renamed(self.tensors, names)
 
     def close(self) -> None:
         self._files.close()

@@ -17,6 +17,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,72 @@ class Source(ABC):
     def gather(self, value: Any) -> list[Any]:
         """Return what each rank that shares `model` gave, by rank."""
         return [value]
+
+
+class SourceView(Source):
+    """Another source on disk, presented otherwise; it is closed with this one.
+
+    A member overrides what it changes. Everything else is the other source's.
+    """
+
+    def __init__(self, source: Source) -> None:
+        """Present `source`."""
+        self.source = source
+        self.folder, self.config, self.tensors = source.folder, source.config, source.tensors
+        self.trust_remote_code = source.trust_remote_code
+
+    def slab(self, key: str, start: int, stop: int, out: Bytes | None = None) -> torch.Tensor:
+        return self.source.slab(key, start, stop, out)
+
+    def read_bytes(self, key: str, start: int, out: Bytes) -> None:
+        self.source.read_bytes(key, start, out)
+
+    def will_need(self, key: str, start: int, stop: int) -> None:
+        self.source.will_need(key, start, stop)
+
+    def side_files(self) -> SideFiles:
+        return self.source.side_files()
+
+    def stamps(self) -> Mapping[str, FileStamp] | None:
+        return self.source.stamps()
+
+    def check_unchanged(self) -> None:
+        self.source.check_unchanged()
+
+    def close(self) -> None:
+        self.source.close()
+
+    @property
+    def place(self) -> Path:
+        return self.source.place
+
+    @property
+    def origin_folders(self) -> tuple[Path, ...]:
+        return self.source.origin_folders
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.source.notes
+
+    @property
+    def tokenizer_hint(self) -> str | None:
+        return self.source.tokenizer_hint
+
+    def check_placed(self, unplaced: Sequence[str], architecture: str) -> None:
+        self.source.check_placed(unplaced, architecture)
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        self.source.rename(names)
+        self.tensors = renamed(self.tensors, names)
+
+    def rank_affinity(self, slabs: Iterable[Slab]) -> Sequence[int] | None:
+        return self.source.rank_affinity(slabs)
+
+
+def renamed(tensors: Mapping[str, TensorInfo], names: Mapping[str, str]) -> dict[str, TensorInfo]:
+    """Return tensors under the raw keys that `names` gives for theirs, in the same order."""
+    infos = (replace(info, key=names.get(key, key)) for key, info in tensors.items())
+    return {info.key: info for info in infos}
 
 
 def read_rounded(
