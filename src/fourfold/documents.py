@@ -31,7 +31,7 @@ class Document(_Part):
 
 
 class PlannedTensor(_Part):
-    """What happens to a tensor of the source."""
+    """The plan's treatment of one tensor of the source."""
 
     name: str
     role: str
@@ -66,7 +66,7 @@ class TimeEntry(_Part):
 
 
 class PlanDocument(Document):
-    """What `quantize` would do: `fourfold plan --json`, `Plan.to_dict()`."""
+    """The plan of a run: `fourfold plan --json`, `Plan.to_dict()`."""
 
     kind: Literal["plan"] = "plan"
     source: str
@@ -84,7 +84,7 @@ class PlanDocument(Document):
     dropped_files: dict[str, str]
     """Files of the source that are not copied, and why."""
     quantization_config: dict[str, Any]
-    """What config.json will say."""
+    """The entry of the output's config.json."""
     tensors: list[PlannedTensor]
     shards: list[PlannedShard]
     time: TimeEntry | None = None
@@ -104,7 +104,7 @@ class FindingEntry(_Part):
     """A tensor, a linear, a module or a file."""
     found: str
     effect: str
-    """What engines do with it."""
+    """The effect on engines."""
 
 
 class CountsEntry(_Part):
@@ -208,7 +208,7 @@ class DemoComparison(_Part):
 
 
 class DemoEntry(_Part):
-    """What `fourfold demo` shows of the quantized model."""
+    """The quantized model's result in `fourfold demo`."""
 
     prompt: str
     reference_text: str
@@ -242,7 +242,7 @@ class QuantizationDocument(Document):
     verification: VerificationDocument | None
     """None if it was not asked for, or if OUT is a part for `merge`."""
     preview: GenerationDocument | None = None
-    """What the source and OUT wrote; None if it was not asked for, or was not possible."""
+    """The continuations by source and OUT; None if there are none."""
     demo: DemoEntry | None = None
     """Of `fourfold demo` alone."""
 
@@ -302,7 +302,7 @@ class InspectionDocument(Document):
 
 
 class ContinuationEntry(_Part):
-    """What one model wrote after the prompt."""
+    """The continuation of the prompt by one model."""
 
     model: str
     text: str
@@ -333,7 +333,7 @@ class RecipesDocument(Document):
 
 
 class CostEntry(_Part):
-    """What a recipe cost where it was measured."""
+    """The measured cost of a recipe."""
 
     kl: float
     top1_agreement: float
@@ -358,13 +358,13 @@ class GuideDocument(Document):
 
 
 class ErrorDocument(Document):
-    """What a command with --json prints if it fails, in place of its result."""
+    """The document that a failed command with --json prints in place of its result."""
 
     kind: Literal["error"] = "error"
     type: str
     """The class of the error in Python: `SourceError`, for instance."""
     message: str
-    """What stderr says."""
+    """The message, as on stderr."""
     exit_code: int
     """That of the process: 1, 2, 130 or 143."""
 

@@ -200,7 +200,7 @@ class _JsonArray:
     def __init__(self, file: TextIO, name: str) -> None:
         self._file, self._name = file, name
         self._text = ""
-        """What was read and is not parsed yet."""
+        """The text that was read and is not parsed yet."""
         self._line, self._item = 1, 0
         self.where = name
         """The item that is parsed, and the line in which it begins."""

@@ -56,7 +56,7 @@ def result_text(result: Result | Merged | Converted) -> Text:
 
 
 def plain_text(text: object) -> Text:
-    """What `str` says, with its lines cut between words."""
+    """The text of `str`, with its lines cut between words."""
     return _colored(str(text), {})
 
 

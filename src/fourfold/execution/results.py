@@ -46,7 +46,7 @@ class LinearResult:
     sum_sq_w: float
     """Σw²."""
     repair: str | None = None
-    """What was done about a weight or an input that its format cannot hold; see `repairs`."""
+    """The repair of a weight or an input that its format cannot hold; see `repairs`."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LinearResult:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a configuration says of tied embeddings.
+"""Tied embeddings, as a configuration states them.
 
 A tied head computes with the embedding's values, and needs no tensor. Engines follow the
 configuration: where it ties the head, they do not read an `lm_head.weight` that is stored all the

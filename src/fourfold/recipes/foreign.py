@@ -125,7 +125,7 @@ _SCOPES = (
     (re.compile(r"mlp\*?$"), _MLPS),
     (re.compile(r"(self_attn|attention|attn)\*?$"), ("attention",)),
 )
-"""What a pattern's text must hold, and the roles that it covers. The first one decides."""
+"""Words in patterns, and the roles that a pattern with the word covers. The first one decides."""
 
 _NEVER_QUANTIZED = re.compile(
     r"router|gate(?!_proj|_up)|lm_head|output_layer|conv1d|in_proj_[ab]|proj_out|vision|visual"
@@ -193,7 +193,7 @@ _PRESETS: Mapping[str, tuple[str, list[dict[str, Any]]]] = {
 
 @dataclass
 class _Quantizers:
-    """What is quantized after some entries of a `quant_cfg`; a later entry wins."""
+    """The quantizers that some entries of a `quant_cfg` enable; a later entry wins."""
 
     imports: Mapping[str, str]
     weights: set[str] = field(default_factory=set)

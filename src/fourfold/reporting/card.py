@@ -187,7 +187,7 @@ def _errors(summary: QuantSummary) -> Iterator[tuple[str, ...]]:
 
 
 def _cost(summary: QuantSummary) -> str:
-    """What the recipe costs the embedded model; empty if it is not one that was measured."""
+    """The recipe's measured cost on the embedded model; empty if there is no measurement."""
     name = summary.recipe_name
     if name not in builtin_names():
         return ""

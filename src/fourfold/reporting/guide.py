@@ -13,7 +13,7 @@ from fourfold.reporting.serving import EXAMPLES, Hardware
 
 
 class Cost(NamedTuple):
-    """What a recipe does to the embedded model, on held-out text."""
+    """The measured cost of a recipe: the embedded model on held-out text."""
 
     kl: float
     """Nats a byte."""

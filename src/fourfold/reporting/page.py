@@ -135,7 +135,7 @@ def note_in_report(folder: Path, report: Report) -> None:
 
 
 def _noted(page: Path) -> str | None:
-    """What a page says of the verification; None if it is no page of ours."""
+    """The result of the verification on an earlier page; None if the page is not ours."""
     try:
         _, begin, rest = page.read_text("utf-8").partition(_BEGIN)
     except (OSError, UnicodeDecodeError):

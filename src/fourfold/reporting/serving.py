@@ -46,7 +46,7 @@ EXAMPLES: Mapping[Hardware, str] = {
 
 
 class Use(NamedTuple):
-    """What an engine does with a checkpoint on some hardware; None where it does not run it."""
+    """An engine's support of a checkpoint on some hardware; None where it does not run it."""
 
     w4a16: str | None
     w4a4: str | None
@@ -91,7 +91,7 @@ USES: Mapping[str, Mapping[Hardware, Use]] = {
 
 
 class Experts(StrEnum):
-    """What llama.cpp does with the global scales of a family's NVFP4 experts."""
+    """llama.cpp's treatment of the global scales of a family's NVFP4 experts."""
 
     USED = "used"
     IGNORED = "loaded and ignored: the text is noise, or NaN"
@@ -117,7 +117,7 @@ LLAMA_CPP_WIDTH = 64
 
 @dataclass(frozen=True)
 class Served:
-    """What the commands for a checkpoint depend on."""
+    """The facts of a checkpoint that the commands to serve it depend on."""
 
     model_type: str
     has_experts: bool

@@ -211,7 +211,7 @@ class Job:
 
 
 Records = Mapping[str, Mapping[str, Any]]
-"""What finished shards leave in the run's state, by their names."""
+"""The records of finished shards, by the shards' names."""
 
 
 def non_finite_in(records: Records) -> list[NonFinite]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run warns of at its end: experts without a calibration token, repaired weights, and
+"""The warnings at the end of a run: experts without a calibration token, repaired weights, and
 copied tensors with NaN or Inf.
 
 With `strict=True` they are errors: repairs in `execution.repairs`, experts here.

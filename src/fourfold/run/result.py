@@ -48,11 +48,11 @@ class Result(Shown):
     warnings: tuple[str, ...] = ()
     """Everything that went otherwise than it was meant: a slower backend, too little GPU memory."""
     preview: Generation | None = None
-    """What the source and the output wrote, if `OutputConfig.preview` asked for it."""
+    """The continuations by source and output, if `OutputConfig.preview` asked for them."""
 
     @property
     def repairs(self) -> dict[str, str]:
-        """What was repaired: linear weights, and the repair of each."""
+        """The repaired linear weights, and the repair of each."""
         return {x.name: x.repair for x in self.linears if x.repair is not None}
 
     @property

@@ -34,7 +34,7 @@ class Stage:
     position: str = ""
     """How far it is, for people."""
     unit: str = "B"
-    """What is counted: bytes ("B"), or something that is named."""
+    """The unit of the count: bytes ("B"), or the name of a unit."""
     passes: int = 1
     """How often each is counted."""
     first: int | None = None

@@ -119,7 +119,7 @@ class _Suspect:
     error: LinearError
     usual: float
     nbytes: int = 0
-    """What is read again does not count as progress."""
+    """Bytes that count as progress: none, since they are read a second time."""
 
 
 class Comparison:

@@ -77,12 +77,12 @@ class Report(Shown):
 
     @property
     def errors(self) -> tuple[Finding, ...]:
-        """What an engine fails at, or computes wrongly."""
+        """Findings that make an engine fail, or compute wrongly."""
         return tuple(x for x in self.findings if x.severity is Severity.ERROR)
 
     @property
     def warnings(self) -> tuple[Finding, ...]:
-        """What is valid, though an engine or a tool may refuse it."""
+        """Findings in valid checkpoints that an engine or a tool may refuse."""
         return tuple(x for x in self.findings if x.severity is Severity.WARNING)
 
     @property
