@@ -69,6 +69,22 @@ def test_a_nearly_dead_projection_is_repaired(
     assert int(block_scales.min()) > 0
 
 
+def test_a_weight_beside_one_that_fills_the_range(written: Written, tmp_path: Path) -> None:
+    """Its energy, in units of the scale, underflows: it is lost whole, and both sides say so."""
+
+    def change(name: str, value: torch.Tensor) -> None:
+        if name.endswith("layers.1.mlp.experts.2.gate_proj.weight"):
+            value[3] = 3e38
+
+    model = edited(written("qwen3_moe")[0], tmp_path / "model", change)
+    with pytest.warns(fourfold.FourfoldWarning, match="1 linear weight too small beside"):
+        result = fourfold.quantize(model, tmp_path / "out", f"{EXPERTS}_mse")
+    assert result.clean, result.report
+    (name,) = result.repairs
+    error = next(linear.relative_error for linear in result.linears if linear.name == name)
+    assert error == pytest.approx(1, abs=1e-3)
+
+
 def test_only_the_dead_projection_changes(written: Written, tmp_path: Path) -> None:
     fourfold.quantize(written("qwen3_moe")[0], tmp_path / "whole", EXPERTS)
     model = scaled(written, tmp_path / "model", "qwen3_moe", UP, 1e-7)

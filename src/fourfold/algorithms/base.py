@@ -44,6 +44,11 @@ class Figures:
         """The relative Frobenius error ‖w − ŵ‖/‖w‖; 0 for an all-zero weight."""
         return math.sqrt(self.sum_sq_err / self.sum_sq_w) if self.sum_sq_w else 0.0
 
+    def or_lost(self) -> Figures:
+        """Return these, or those of a weight that became 0 if its energy underflowed to 0."""
+        energy = self.sum_sq_w or self.amax**2
+        return Figures(self.amax, self.sum_sq_err or energy, energy)
+
 
 @dataclass(frozen=True)
 class Weight:

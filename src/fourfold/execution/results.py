@@ -102,6 +102,8 @@ def finish_group(
         for part, number in numbers.items():
             file.write(tensors[part].name, layout.encode(part, number))
         of_weight = figures[linear.name]
+        if linear.name in lost:
+            of_weight = of_weight.or_lost()
         results.append(
             LinearResult(
                 name=linear.name,

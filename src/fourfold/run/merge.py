@@ -40,7 +40,7 @@ from fourfold.run.resume import without_times
 from fourfold.storage.atomic import COPY_BYTES
 from fourfold.storage.disk import check_disk
 from fourfold.storage.fingerprints import Stamps
-from fourfold.storage.json_files import read_json
+from fourfold.storage.json_files import read_json, why_no_folder
 from fourfold.storage.names import CARD, CONFIG, INDEX, REPORT, SUMMARY
 from fourfold.storage.output import OutputFolder
 from fourfold.storage.quant_summary import QuantSummary, ShardEntry, read_summary
@@ -153,7 +153,7 @@ class _InputFolder:
 
 def _open_input(folder: Path) -> _InputFolder:
     if not folder.is_dir():
-        what = "is a file" if folder.exists() else "no such folder"
+        what = why_no_folder(folder)
         raise SourceError(f"{folder}: {what}. Give the folders that the nodes wrote.")
     state = RunState(folder)
     if state.run is None:

@@ -31,6 +31,11 @@ def list_folder(folder: Path) -> list[Path]:
         return sorted(folder.iterdir())
 
 
+def why_no_folder(path: Path) -> str:
+    """Return what is wrong with a path that should be a folder's."""
+    return "is a file" if path.exists() else "no such folder"
+
+
 def plain_name(name: str) -> str:
     """Return a name as it is, or quoted if it does not fit into a line."""
     return name if name.isprintable() and len(name) <= SHOWN_CHARACTERS else shown(name)

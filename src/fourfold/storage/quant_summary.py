@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from fourfold.errors import SourceError
 from fourfold.storage.fingerprints import reading
+from fourfold.storage.json_files import why_no_folder
 from fourfold.storage.names import SUMMARY
 
 SCHEMA_VERSION = 1
@@ -249,7 +250,7 @@ def read_summary(folder: str | Path) -> QuantSummary:
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
-        problem = "is a file" if folder.exists() else "no such folder"
+        problem = why_no_folder(folder)
         raise SourceError(f"{folder}: {problem}. Give the folder that `fourfold quantize` wrote.")
     summary = find_summary(folder)
     if summary is None:

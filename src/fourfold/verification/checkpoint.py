@@ -27,7 +27,7 @@ from fourfold.models.families import FAMILIES, is_stack
 from fourfold.models.names import EXPERT_LINEAR
 from fourfold.models.roles import EMBEDDING_NAME
 from fourfold.storage.fingerprints import read_error
-from fourfold.storage.json_files import read_config, read_json
+from fourfold.storage.json_files import read_config, read_json, why_no_folder
 from fourfold.storage.names import INDEX
 from fourfold.storage.open_files import OpenFiles, read_full
 from fourfold.storage.safetensors_header import TensorInfo, read_header
@@ -181,7 +181,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         SourceError: They cannot be read, or state no layout that is known.
     """
     if not folder.is_dir():
-        raise UnreadableError(f"{folder}: no such folder. Give a checkpoint's folder.")
+        raise UnreadableError(f"{folder}: {why_no_folder(folder)}. Give a checkpoint's folder.")
     config = read_config(folder)
     reader = reader_of(folder, config)
     files = _find_files(folder)

@@ -55,6 +55,10 @@ from fourfold.verification.streaming import CHUNK_BYTES, Workers
 BOUND = 0.35
 REFERENCE_FACTOR = 3.0
 WORST_LEGAL = 1.05
+ROUNDS_TO_ZERO = 2.0**-11
+"""A weight below this part of its global scale becomes 0 with every block scale: half of the
+smallest code times the smallest block scale. The energies of such weights may underflow."""
+
 OUTLIER, OUTLIER_OF_MEDIAN, OUTLIER_OF_REFERENCE = 0.15, 1.8, 2.0
 
 _NUMBERS = re.compile(r"\d+")
@@ -274,6 +278,8 @@ class Comparison:
         low, high = amax / 2688, 1.5 * highest / 1536
         scale = min(max(stored, low), high) if math.isfinite(stored) else low
         scale = min(max(scale, GLOBAL_SCALE_MIN), GLOBAL_SCALE_MAX)
+        if amax < ROUNDS_TO_ZERO * scale:
+            return 1.0
         error = 0.0
         for w_OI in self._read_again(suspect.pair):
             parts = NVFP4.row_parts((w_OI.shape[0], w_OI.shape[1]))
