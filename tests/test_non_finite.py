@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import fourfold
 from families import Truth
 from fourfold.config import OutputConfig
+from fourfold.models.tokenizer import token_count
 from fourfold.storage.non_finite import NonFinite, find_non_finite, merge
 
 Written = Callable[[str], tuple[Path, Truth]]
@@ -146,3 +147,19 @@ def test_a_resumed_run_says_it_too(
             fourfold.quantize(model, out, EXPERTS)
     with pytest.warns(fourfold.FourfoldWarning, match=r"model.norm.weight: 1 NaN"):
         fourfold.quantize(model, out, EXPERTS)
+
+
+@pytest.mark.parametrize(
+    ("contents", "count"),
+    [
+        ({"model": {"vocab": {"a": 0, "b": 7}}, "added_tokens": [{"id": 9}]}, 10),
+        ({"model": {"vocab": [["a", 0.0], ["b", 0.0]]}, "added_tokens": None}, 2),
+        ({"model": {"vocab": {"a": "x"}}, "added_tokens": [3]}, 0),
+        ({"model": None}, None),
+        (None, None),
+    ],
+)
+def test_the_number_of_tokens(contents: object, count: int | None, tmp_path: Path) -> None:
+    if contents is not None:
+        (tmp_path / "tokenizer.json").write_text(json.dumps(contents))
+    assert token_count(tmp_path) == count

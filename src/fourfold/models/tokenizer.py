@@ -8,17 +8,32 @@ from typing import Any
 
 from fourfold.errors import SourceError
 from fourfold.models.internals import quiet
+from fourfold.storage.json_files import read_json
 
 
 def token_count(folder: Path) -> int | None:
-    """Return one more than the largest token id; None without a tokenizer.json that says so."""
-    from tokenizers import Tokenizer
+    """Return one more than the largest token id; None without a tokenizer.json that says so.
 
+    The file is read as JSON: the tokenizers library does not return from some damaged files.
+    """
     try:
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception:  # tokenizers raises bare ones, also for a missing file
+        contents = read_json(folder / "tokenizer.json")
+    except SourceError:
         return None
-    return 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    model, added = contents.get("model"), contents.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    ids = (
+        [entry.get("id") for entry in added if isinstance(entry, dict)]
+        if isinstance(added, list)
+        else []
+    )
+    if isinstance(vocabulary, dict):
+        ids += vocabulary.values()
+    elif isinstance(vocabulary, list):
+        ids.append(len(vocabulary) - 1)
+    else:
+        return None
+    return 1 + max((number for number in ids if isinstance(number, int)), default=-1)
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
