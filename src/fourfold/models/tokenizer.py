@@ -14,7 +14,7 @@ from fourfold.storage.json_files import read_json
 def token_count(folder: Path) -> int | None:
     """Return one more than the largest token id; None without a tokenizer.json that says so.
 
-    The file is read as JSON: the tokenizers library does not return from some damaged files.
+    The file is read as JSON, and only a regular file is: the tokenizers library waits for a pipe.
     """
     try:
         contents = read_json(folder / "tokenizer.json")
