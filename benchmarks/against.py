@@ -62,7 +62,8 @@ def job(checkout: Path, scratch: Path, layers: int) -> dict[str, float]:
         "--runs", 2, "--keep",
     )  # fmt: skip
     values: Mapping[str, Any] = json.loads(figures.read_text())
-    return {name: float(values[name]) for name in (*SECONDS, *MEMORY)}
+    current = {name.replace("fold_", "job_"): value for name, value in values.items()}  # 0.2.0
+    return {name: float(current[name]) for name in (*SECONDS, *MEMORY)}
 
 
 def main() -> None:
