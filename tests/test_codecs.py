@@ -32,7 +32,6 @@ class GroupedInt8(TensorCodec):
 
     name = "grouped_int8"
     title = "grouped INT8"
-    may_be_quantized_from = True
 
     def __init__(self) -> None:
         self.most_rows = 0
@@ -103,7 +102,7 @@ def test_a_quantized_source_is_quantized_through_its_codec(
     wanted = fourfold.quantize(folder, tmp_path / "wanted", RECIPE)
     result = fourfold.quantize(tmp_path / "encoded", tmp_path / "out", RECIPE)
     assert result.clean, str(result.report)
-    assert f"weights are decoded from {codec.title}" in result.plan.notes
+    assert f"weights from {codec.title}" in result.plan.notes[0]
     assert len(result.linears) == len(wanted.linears) > 0
     tensors, wanted_tensors = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "wanted")
     assert tensors.keys() == wanted_tensors.keys()
@@ -132,18 +131,50 @@ def test_only_the_rows_that_are_read_are_decoded(
 def test_without_a_codec_a_quantized_source_is_refused(written: Written, tmp_path: Path) -> None:
     folder = shutil.copytree(written("qwen3_moe")[0], tmp_path / "source")
     encode(folder, tmp_path / "encoded")
-    with pytest.raises(SourceError, match=r"quantized already \(grouped-int8\)"):
+    with pytest.raises(SourceError, match=r"_q in .*: I8, quantized already \(grouped-int8\)"):
         fourfold.plan(tmp_path / "encoded")
 
 
-def test_a_codec_need_not_allow_it(
-    codec: GroupedInt8, written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_model_is_loaded_through_its_codec(
+    codec: GroupedInt8, written: Written, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(written("qwen3_moe")[0], tmp_path / "source")
     encode(folder, tmp_path / "encoded")
-    monkeypatch.setattr(GroupedInt8, "may_be_quantized_from", False)
-    with pytest.raises(SourceError, match=r"quantized already \(grouped-int8\)"):
-        fourfold.plan(tmp_path / "encoded")
     model = fourfold.load(tmp_path / "encoded")
     wanted = load_file(folder / "model.safetensors")
     assert torch.equal(model.model.embed_tokens.weight, wanted["model.embed_tokens.weight"])
+
+
+def test_a_folder_that_is_converted_in_part(
+    codec: GroupedInt8, written: Written, tmp_path: Path
+) -> None:
+    """One expert of layer 1 is as it was. A list that names it says that this is meant."""
+    folder = shutil.copytree(written("qwen3_moe")[0], tmp_path / "source")
+    key = "model.layers.1.mlp.experts.3.down_proj.weight"
+    value = load_file(folder / "model.safetensors")[key]
+    encode(folder, tmp_path / "encoded")
+    file = tmp_path / "encoded" / "model.safetensors"
+    tensors = {
+        name: x for name, x in load_file(file).items() if name not in (f"{key}_q", f"{key}_s")
+    }
+    save_file({**tensors, key: value}, file, metadata={"format": "pt"})
+    with pytest.raises(SourceError, match=rf"{key} in .*: BF16, while other weights of its kind"):
+        fourfold.plan(tmp_path / "encoded", RECIPE)
+    config_file = tmp_path / "encoded" / "config.json"
+    config = json.loads(config_file.read_text())
+    for entry in ("layers.1.mlp.experts.3.down_proj", r"re:.*\.experts\.3\.down_proj$", "*.3.*"):
+        config["quantization_config"]["ignore"] = [entry]
+        config_file.write_text(json.dumps(config))
+        assert fourfold.plan(tmp_path / "encoded", RECIPE).linears
+
+
+def test_a_part_that_is_left_over(codec: GroupedInt8, written: Written, tmp_path: Path) -> None:
+    folder = shutil.copytree(written("qwen3_moe")[0], tmp_path / "source")
+    encode(folder, tmp_path / "encoded")
+    file, key = (
+        tmp_path / "encoded" / "model.safetensors",
+        "model.layers.1.mlp.gate.weight_scale_inv",
+    )
+    save_file({**load_file(file), key: torch.ones(1, 1)}, file, metadata={"format": "pt"})
+    with pytest.raises(SourceError, match=rf"{key} in .*: F32, of a weight that is not grouped"):
+        fourfold.plan(tmp_path / "encoded", RECIPE)

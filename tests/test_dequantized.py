@@ -236,9 +236,9 @@ BROKEN = [
     (f"{EXPERT}.weight", torch.zeros(48, 64), "codes F32 [48, 64]"),
     (f"{EXPERT}.weight_scale_2", torch.ones(2), "global scale F32 [2]: not NVFP4"),
     ("model.layers.1.other.weight", BYTES, "model.layers.1.other.weight in model-"),
-    ("model.layers.1.other.weight_scale", torch.ones(1), "quantized otherwise than to NVFP4"),
-    ("model.layers.1.other.input_scale", torch.ones(1), "quantized otherwise than to NVFP4"),
-    ("model.x.weight", torch.ones(2).to(torch.float8_e4m3fn), "F8_E4M3, of a layer"),
+    ("model.layers.1.other.weight_scale", torch.ones(1), "of a weight that is not NVFP4"),
+    ("model.layers.1.other.input_scale", torch.ones(1), "of a weight that is not NVFP4"),
+    ("model.x.weight", torch.ones(2).to(torch.float8_e4m3fn), "F8_E4M3, of a weight"),
 ]
 
 
@@ -265,7 +265,7 @@ def test_a_scale_that_is_none_is_named(made: Made, tmp_path: Path, value: float)
 
 
 def test_a_source_has_no_nvfp4_weights(written: Written) -> None:
-    with pytest.raises(SourceError, match="holds no NVFP4"):
+    with pytest.raises(SourceError, match="holds no quantized weights"):
         open_decoded(written("qwen3_moe")[0])
 
 

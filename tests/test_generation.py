@@ -325,9 +325,11 @@ def test_a_checkpoint_without_a_tokenizer_is_named(out: Path, tmp_path: Path) ->
         generate(folder, PROMPT)
 
 
-def test_a_quantized_checkpoint_is_no_source(out: Path, w4a4: Path) -> None:
-    with pytest.raises(SourceError, match=r"quantized already \(NVFP4\)\. Give the checkpoint"):
-        generate(out, PROMPT, source=w4a4)
+def test_a_source_may_be_quantized_itself(out: Path, w4a4: Path) -> None:
+    both = generate(out, PROMPT, source=w4a4, max_new_tokens=2)
+    alone = generate(w4a4, PROMPT, simulate_activations=False, max_new_tokens=2)
+    assert both.source is not None
+    assert both.source.text == alone.quantized.text
 
 
 def test_a_source_that_is_not_there(out: Path, tmp_path: Path) -> None:

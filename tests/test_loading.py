@@ -216,7 +216,7 @@ def test_too_little_memory_is_said_before_weights_are_read(
 
 
 def test_what_is_no_checkpoint_of_ours_is_refused(written: Written, tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="holds no NVFP4"):
+    with pytest.raises(SourceError, match="holds no quantized weights"):
         fourfold.load(written("qwen3_moe")[0])
     with pytest.raises(SourceError, match="no such folder"):
         fourfold.load(tmp_path / "nowhere")

@@ -35,7 +35,6 @@ from fourfold.evaluation.continuation import (
 from fourfold.evaluation.loading import OpenedModel
 from fourfold.evaluation.simulated_activations import check_w4a4
 from fourfold.events import OnEvent, TokenGenerated, ignore
-from fourfold.layouts import quantization_of
 from fourfold.models.tokenizer import load_tokenizer
 from fourfold.sources.decoded import DecodedSource, open_decoded
 from fourfold.sources.opening import opened
@@ -145,7 +144,6 @@ def generate(
         original = None
         if source is not None:
             with opened(source, trust_remote_code=trust_remote_code) as unquantized:
-                _check_not_quantized(unquantized)
                 original = writer.write("source", unquantized)
         quantized = writer.write("quantized", checkpoint, rounded=checkpoint if simulated else None)
         if original is not None and quantized.streamed and not original.streamed:
@@ -160,15 +158,6 @@ def _tokenizer(checkpoint: DecodedSource, prompt: Prompt, trust_remote_code: boo
         if isinstance(prompt, str):
             raise
         return None
-
-
-def _check_not_quantized(source: Source) -> None:
-    algorithm = quantization_of(source.config)
-    if algorithm is not None:
-        raise SourceError(
-            f"{source.folder}: is quantized already ({algorithm}). Give the checkpoint that "
-            "`out` was made from as `source`."
-        )
 
 
 @dataclass(frozen=True)

@@ -59,20 +59,21 @@ def check_not_quantized(source: Source) -> None:
         SourceError: They are quantized, or the configuration says that they are.
     """
     stated = quantization_of(source.config)
-    is_packed = any(map(_is_packed, source.tensors.values()))
-    evidence = next(_evidence(source.tensors), None) if is_packed else None
+    packed = next(filter(_is_packed, source.tensors.values()), None)
+    evidence = None if packed is None else next(_evidence(source.tensors), None)
     name = stated or (evidence and (next(_files(source), None) or evidence))
     if name is None:
         return
-    if is_packed:
+    if packed is not None:
         raise SourceError(
-            f"{source.folder}: quantized already ({name}). "
-            "Start from the BF16, FP16 or FP32 checkpoint."
+            f"{packed.key} in {packed.file.name}: {packed.dtype}, quantized already ({name}) in a "
+            "form that cannot be decoded here. Start from the BF16, FP16 or FP32 checkpoint."
         )
-    dtypes = ", ".join(sorted({info.dtype for info in source.tensors.values()}))
+    first = next(iter(source.tensors.values()))
     raise SourceError(
-        f"{source.folder / CONFIG}: says that the weights are quantized ({name}), but they "
-        f"are {dtypes}. If they were dequantized, remove its quantization_config."
+        f"{source.folder / CONFIG}: says that the weights are quantized ({name}), but "
+        f"{first.key} is {first.dtype}, and no other is quantized either. If they were "
+        "dequantized, remove its quantization_config."
     )
 
 

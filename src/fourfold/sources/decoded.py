@@ -16,10 +16,10 @@ the source's fused tensors are put together again; otherwise each weight is a te
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +27,15 @@ import numpy as np
 import torch
 
 from fourfold.errors import SourceError, UsageError
-from fourfold.sources.codecs import CODECS
-from fourfold.sources.codecs.base import EncodedWeight, TensorCodec, in_dtype, slabs_for
-from fourfold.sources.codecs.modelopt_nvfp4 import positive_scale
+from fourfold.sources.claims import Claims, check_converted_whole, check_none_left, claim
+from fourfold.sources.codecs.base import in_dtype, slabs_for
 from fourfold.sources.pieces import Piece, pieces_of
 from fourfold.sources.safetensors import open_source
-from fourfold.storage.fingerprints import FileStamp
 from fourfold.storage.names import CARD, REPORT, STATISTICS, SUMMARY
 from fourfold.storage.quant_summary import QuantSummary, find_summary
 from fourfold.storage.safetensors_header import COMPUTE_DTYPES, DTYPE_NAMES, TensorInfo
 from fourfold.storage.side_files import SideFiles
-from fourfold.storage.source import Bytes, Source
-
-_SCALES = re.compile(
-    r"\.(weight_scale(_2|_inv)?|input_scale|weight_packed|weight_global_scale|weight_zero_point)$"
-)
+from fourfold.storage.source import Bytes, Source, SourceView, read_rounded, renamed
 
 
 def open_decoded(
@@ -65,28 +59,42 @@ def open_decoded(
         raise UsageError(f"weights of {dtype} cannot be made; give bfloat16, float16 or float32")
     stored = open_source(folder)
     stored.trust_remote_code = trust_remote_code
-    return DecodedSource(stored, CODECS.values(), summary=find_summary(stored.folder), dtype=name)
+    claims = claim(stored)
+    if not claims.weights:
+        raise SourceError(
+            f"{stored.folder}: holds no quantized weights that can be decoded here. Give a folder "
+            "that fourfold wrote; transformers' from_pretrained loads others."
+        )
+    check_none_left(claims)
+    return DecodedSource(stored, claims, summary=find_summary(stored.folder), dtype=name)
 
 
 def decoded_to_quantize(stored: Source) -> Source:
-    """Return a source that can be quantized: decoded, if a codec allows it for this checkpoint."""
-    codecs = [codec for codec in CODECS.values() if codec.may_be_quantized_from]
-    if any(codec.claim(stored.config, stored.tensors) for codec in codecs):
-        return DecodedSource(stored, codecs)
-    return stored
+    """Return a checkpoint as a source of weights: decoded, if codecs claim any of its tensors.
+
+    Raises:
+        SourceError: Some of its tensors are quantized in a form that no codec can read, or it
+            seems to be converted in part.
+    """
+    claims = claim(stored)
+    if not claims.weights:
+        return stored
+    check_none_left(claims)
+    check_converted_whole(stored, claims)
+    return DecodedSource(stored, claims)
 
 
-class DecodedSource(Source):
+class DecodedSource(SourceView):
     """A quantized checkpoint, decoded while it is read. Safe for many threads.
 
     Attributes:
-        weights: Every quantized weight under the name that its codec presents it under.
+        weights: Every quantized weight under the name that it is presented under.
     """
 
     def __init__(
         self,
         stored: Source,
-        codecs: Iterable[TensorCodec],
+        claims: Claims,
         *,
         summary: QuantSummary | None = None,
         dtype: str | None = None,
@@ -95,23 +103,20 @@ class DecodedSource(Source):
 
         Args:
             stored: The checkpoint as it lies on disk. It is closed with this source.
-            codecs: The codecs to try, in this order.
+            claims: What codecs claim of it.
             summary: The record of the run that wrote the checkpoint, if there is one.
             dtype: Of the decoded weights, as in safetensors headers; None for their own.
         """
-        self.stored, self.folder = stored, stored.folder
-        self.trust_remote_code = stored.trust_remote_code
+        super().__init__(stored)
         self.config = _without_quantization(stored.config)
         self._is_ours = summary is not None
-        self._codecs: dict[str, TensorCodec] = {}
-        self.weights: dict[str, EncodedWeight] = {}
-        hidden = self._claim(codecs)
+        self.weights, self._codecs = dict(claims.weights), dict(claims.codecs)
         dtypes = {} if summary is None else {f"{x.name}.weight": x.dtype for x in summary.linears}
         for key, weight in self.weights.items():
             info = in_dtype(weight.info, dtype or dtypes.get(key) or weight.info.dtype)
             self.weights[key] = replace(weight, info=info)
         self._pieces = {} if summary is None else pieces_of(summary)
-        self.tensors = self._present(hidden, self._fused_infos(summary, dtype))
+        self.tensors = self._present(claims.hidden, self._fused_infos(summary, dtype))
         self._check_pieces()
 
     @property
@@ -121,23 +126,34 @@ class DecodedSource(Source):
 
     @cached_property
     def input_scales(self) -> Mapping[str, float]:
-        """The static scales of quantized activations by linear layer; empty for W4A16."""
-        return {
-            key.removesuffix(".weight"): positive_scale(
-                weight.input_scale, self.stored.read(weight.input_scale)
+        """The static scales of NVFP4 activations by linear layer; empty for W4A16."""
+        scales = {
+            key.removesuffix(".weight"): self._codecs[key].nvfp4_input_scale(
+                weight, self.source.slab
             )
             for key, weight in self.weights.items()
-            if weight.input_scale is not None
         }
+        return {name: scale for name, scale in scales.items() if scale is not None}
 
     @property
     def notes(self) -> tuple[str, ...]:
-        titles = dict.fromkeys(codec.title for codec in self._codecs.values())
-        return (f"weights are decoded from {', '.join(titles)}", *self.stored.notes)
+        counts = Counter(codec.title for codec in self._codecs.values())
+        forms = " and ".join(f"{count:,} weights from {x}" for x, count in counts.items())
+        dtypes = ", ".join(sorted({weight.info.dtype for weight in self.weights.values()}))
+        remarks = dict.fromkeys(codec.remark for codec in self._codecs.values() if codec.remark)
+        note = f"decoded to {dtypes} while they are read: {forms}; errors are against these values"
+        return (note, *remarks, *self.source.notes)
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        plain = {key: name for key, name in names.items() if not self._is_decoded(key)}
+        self.source.rename(plain)
+        self.tensors = renamed(self.tensors, names)
+        self.weights = {names.get(key, key): weight for key, weight in self.weights.items()}
+        self._codecs = {names.get(key, key): codec for key, codec in self._codecs.items()}
 
     def slab(self, key: str, start: int, stop: int, out: Bytes | None = None) -> torch.Tensor:
         if not self._is_decoded(key):
-            return self.stored.slab(key, start, stop, out)
+            return self.source.slab(key, start, stop, out)
         info = self.tensors[key]
         buffer = np.empty((stop - start) * info.row_bytes, dtype=np.uint8) if out is None else out
         rows = torch.from_numpy(buffer).view(info.torch_dtype)
@@ -151,9 +167,9 @@ class DecodedSource(Source):
 
     def read_bytes(self, key: str, start: int, out: Bytes) -> None:
         if self._is_decoded(key):
-            super().read_bytes(key, start, out)
+            read_rounded(partial(self.slab, key), self.tensors[key].row_bytes, start, out)
         else:
-            self.stored.read_bytes(key, start, out)
+            self.source.read_bytes(key, start, out)
 
     def will_need(self, key: str, start: int, stop: int) -> None:
         slabs = [(key, start, stop)]
@@ -162,57 +178,26 @@ class DecodedSource(Source):
             slabs = [(piece.key, 0, piece.region.shape[0]) for piece in pieces]
         for slab in slabs:
             weight, rows = self.weights.get(slab[0]), slab[1:]
-            parts = [slab] if weight is None else slabs_for(weight, *rows, self.stored.tensors)
+            parts = [slab] if weight is None else slabs_for(weight, *rows, self.source.tensors)
             for part in parts:
-                self.stored.will_need(*part)
+                self.source.will_need(*part)
 
     def side_files(self) -> SideFiles:
         """As the source's: without the files that a quantization run writes beside the weights."""
         own = {SUMMARY, REPORT, STATISTICS, *([CARD] if self._is_ours else [])}
-        return self.stored.side_files().without(own)
-
-    def stamps(self) -> Mapping[str, FileStamp] | None:
-        return self.stored.stamps()
-
-    def check_unchanged(self) -> None:
-        self.stored.check_unchanged()
-
-    def close(self) -> None:
-        self.stored.close()
+        return self.source.side_files().without(own)
 
     def _is_decoded(self, key: str) -> bool:
         return key in self._pieces or key in self.weights
 
-    def _claim(self, codecs: Iterable[TensorCodec]) -> set[str]:
-        """Let codecs claim tensors; the stored tensors that are not presented."""
-        titles, left, hidden = [], dict(self.stored.tensors), set[str]()
-        for codec in codecs:
-            titles.append(codec.title)
-            weights = codec.claim(self.stored.config, left)
-            self.weights |= weights
-            self._codecs |= dict.fromkeys(weights, codec)
-            taken = {key for weight in weights.values() for key in weight.stored}
-            hidden |= taken | set(codec.hidden(left) if weights else ())
-            left = {key: info for key, info in left.items() if key not in taken}
-        if not self.weights:
-            raise SourceError(
-                f"{self.folder}: holds no {' or '.join(titles)} weights. Give a folder that "
-                "fourfold wrote; transformers' from_pretrained loads others."
-            )
-        for key, info in left.items():
-            if key not in hidden and _looks_quantized(info):
-                raise SourceError(
-                    f"{key} in {info.file.name}: {info.dtype}, of a layer that is quantized "
-                    f"otherwise than to {' or '.join(titles)}. It cannot be decoded here."
-                )
-        return hidden
-
-    def _present(self, hidden: set[str], fused: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    def _present(
+        self, hidden: Collection[str], fused: Mapping[str, TensorInfo]
+    ) -> dict[str, TensorInfo]:
         """Every tensor, in the order in which their first parts lie in the checkpoint."""
         places = {next(iter(weight.parts.values())): key for key, weight in self.weights.items()}
         fused_of = {x.key: fused[key] for key, pieces in self._pieces.items() for x in pieces}
         tensors: dict[str, TensorInfo] = {}
-        for name, stored in self.stored.tensors.items():
+        for name, stored in self.source.tensors.items():
             key = places.get(name, name)
             if key in fused_of:
                 info = replace(fused_of[key], file=stored.file, start=stored.start)
@@ -239,7 +224,7 @@ class DecodedSource(Source):
 
     def _check_pieces(self) -> None:
         """Raise `SourceError` if the record of the run is not that of these tensors."""
-        infos = {**self.stored.tensors, **{key: x.info for key, x in self.weights.items()}}
+        infos = {**self.source.tensors, **{key: x.info for key, x in self.weights.items()}}
         for key, pieces in self._pieces.items():
             if key not in self.tensors:
                 raise _misfit(self.folder, pieces[0].key, "is not in the checkpoint")
@@ -257,7 +242,7 @@ class DecodedSource(Source):
                 raise _misfit(self.folder, key, text)
 
     def _decode(self, key: str, start: int, stop: int, out: torch.Tensor) -> None:
-        self._codecs[key].decode(self.weights[key], start, stop, self.stored.slab, out)
+        self._codecs[key].decode(self.weights[key], start, stop, self.source.slab, out)
 
     def _place(self, piece: Piece, start: int, slab: torch.Tensor) -> None:
         """Write into `slab`, rows of a fused tensor from `start` on, what it has of a piece."""
@@ -267,7 +252,7 @@ class DecodedSource(Source):
         target = piece.region.view(slab[rows[0] - start : rows[-1] - start + 1])
         first, last = piece.rows_to_decode(rows)
         if piece.key not in self.weights:
-            part = self.stored.slab(piece.key, first, last)
+            part = self.source.slab(piece.key, first, last)
         elif target.is_contiguous() and target.shape == (last - first, *piece.region.shape[1:]):
             self._decode(piece.key, first, last, target)
             return
@@ -284,11 +269,6 @@ def _misfit(folder: Path, name: str, what: str) -> SourceError:
         f"{folder / SUMMARY}: {name}: {what}. The file belongs to another checkpoint, or was "
         "changed; quantize the model again."
     )
-
-
-def _looks_quantized(info: TensorInfo) -> bool:
-    is_packed = info.key.endswith(".weight") and info.dtype.startswith(("U", "I"))
-    return is_packed or info.dtype.startswith(("F8", "F6", "F4")) or bool(_SCALES.search(info.key))
 
 
 def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -32,7 +32,10 @@ CARD = "README.md"
 
 SOURCE_CARD = "SOURCE_README.md"
 
-OWN_FILES = frozenset({CONFIG, INDEX, "hf_quant_config.json"})
+HF_QUANT_CONFIG = "hf_quant_config.json"
+"""ModelOpt's description of a quantization, which TensorRT-LLM reads first."""
+
+OWN_FILES = frozenset({CONFIG, INDEX, HF_QUANT_CONFIG, "quantize_config.json", "quant_config.json"})
 """Files that describe a checkpoint's weights: the output has its own."""
 
 

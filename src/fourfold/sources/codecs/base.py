@@ -32,6 +32,12 @@ FLOAT_DTYPES = {str(TORCH_DTYPES[name]).removeprefix("torch."): name for name in
 """The dtypes that weights can be presented in, by PyTorch's name: `bfloat16` → `BF16`."""
 
 
+QUANTIZED_TWICE = (
+    "weights that were quantized to 4 bits lose again; start from the checkpoint that they were "
+    "made from, if you have it"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class EncodedWeight:
     """One weight of a quantized checkpoint."""
@@ -42,7 +48,7 @@ class EncodedWeight:
     """The stored tensors that it is decoded from, under the codec's own names; none is presented.
     The first one takes the weight's place in the order of tensors."""
     input_scale: str | None = None
-    """The stored scalar that scales the layer's quantized inputs, if there is one."""
+    """The stored tensor that scales the layer's quantized inputs, if there is one."""
 
     @property
     def stored(self) -> Iterator[str]:
@@ -58,13 +64,12 @@ class TensorCodec(ABC):
     Attributes:
         name: The codec's key in `CODECS`.
         title: What messages call weights in this form.
-        may_be_quantized_from: True if a checkpoint in this form is a sensible source for
-            quantization; `plan` refuses all others.
+        remark: What a user should know who quantizes weights in this form; empty if nothing.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
-    may_be_quantized_from: ClassVar[bool] = False
+    remark: ClassVar[str] = ""
 
     @abstractmethod
     def claim(
@@ -97,6 +102,10 @@ class TensorCodec(ABC):
                 the memory used follows the rows and not the weight.
             out: A contiguous tensor of these rows' shape: bfloat16, float16 or float32.
         """
+
+    def nvfp4_input_scale(self, weight: EncodedWeight, read: ReadRows) -> float | None:
+        """Return the multiplier of a layer's NVFP4 inputs; None if they are in another format."""
+        return None
 
     def hidden(self, tensors: Mapping[str, TensorInfo]) -> Collection[str]:
         """Return further tensors that exist for quantization only, such as scales of KV caches."""

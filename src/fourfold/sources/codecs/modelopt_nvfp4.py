@@ -27,15 +27,22 @@ from fourfold.layouts.modelopt import (
     K_SCALE,
     V_SCALE,
 )
-from fourfold.sources.codecs.base import EncodedWeight, ReadRows, TensorCodec, presented
+from fourfold.sources.codecs.base import (
+    QUANTIZED_TWICE,
+    EncodedWeight,
+    ReadRows,
+    TensorCodec,
+    presented,
+)
 from fourfold.storage.safetensors_header import TensorInfo
 
 
 class ModelOptNVFP4(TensorCodec):
-    """Reads NVFP4 weights of linear layers. They are not quantized again: that loses twice."""
+    """Reads NVFP4 weights of linear layers."""
 
     name = "modelopt_nvfp4"
     title = "NVFP4 (ModelOpt)"
+    remark = QUANTIZED_TWICE
 
     def claim(
         self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
@@ -58,6 +65,10 @@ class ModelOptNVFP4(TensorCodec):
             out.copy_(nvfp4.dequantize(codes, block_scales, global_scale))
         else:
             nvfp4.dequantize_into(codes, block_scales, global_scale, out)
+
+    def nvfp4_input_scale(self, weight: EncodedWeight, read: ReadRows) -> float | None:
+        name = weight.input_scale
+        return None if name is None else positive_scale(name, read(name, 0, 1))
 
     def hidden(self, tensors: Mapping[str, TensorInfo]) -> Collection[str]:
         return [key for key in tensors if key.rpartition(".")[2] in (K_SCALE, V_SCALE)]
