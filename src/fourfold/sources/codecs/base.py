@@ -112,6 +112,26 @@ class TensorCodec(ABC):
         return ()
 
 
+class MXFP4Codec(TensorCodec):
+    """A codec of weights in MXFP4: E2M1 codes, and a power of two for each 32 inputs.
+
+    Such weights can often be stored in NVFP4 without loss. `codes` and `exponents` are asked for
+    one matrix [out, in] at a time: the weight itself, or one expert of it.
+    """
+
+    @abstractmethod
+    def codes(
+        self, weight: EncodedWeight, expert: int | None, rows: range, read: ReadRows
+    ) -> torch.Tensor:
+        """Return the codes of some outputs: U8 [rows, in/2], the low half of a byte first."""
+
+    @abstractmethod
+    def exponents(
+        self, weight: EncodedWeight, expert: int | None, rows: range, read: ReadRows
+    ) -> torch.Tensor:
+        """Return the biased exponents of some outputs: U8 [rows, in/32], 127 for a scale of 1."""
+
+
 CODECS: Registry[TensorCodec] = Registry(
     {"modelopt_nvfp4": "fourfold.sources.codecs.modelopt_nvfp4:ModelOptNVFP4"}
 )
