@@ -235,6 +235,10 @@ class QuantizationDocument(Document):
     """By linear weight, what was repaired."""
     non_finite: list[NonFiniteEntry]
     """Copied tensors that hold NaN or Inf, as they do in the source."""
+    decoded_from: dict[str, int]
+    """By quantized form of the source, how many tensors were decoded from it."""
+    exact_casts: int
+    """How many linear weights have the source's own codes."""
     kernels: str
     warnings: list[str]
     seconds: float

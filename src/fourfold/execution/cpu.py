@@ -21,10 +21,11 @@ from fourfold.algorithms.base import ALGORITHMS, Figures, RowwiseAlgorithm, Weig
 from fourfold.execution.buffers import Arena
 from fourfold.execution.context import ExecutionContext
 from fourfold.execution.results import LinearResult, finish_group, row_tensors
+from fourfold.formats import mxfp4
 from fourfold.formats.base import FORMATS, WeightFormat
 from fourfold.models.inventory import LinearWeight
 from fourfold.models.regions import as_slice
-from fourfold.planning import ScaleGroup, job_bytes
+from fourfold.planning import ScaleGroup, is_mxfp4, job_bytes
 from fourfold.storage.safetensors_header import TensorInfo, nbytes_of
 from fourfold.storage.shard_file import ShardFile
 
@@ -80,6 +81,13 @@ class CPUBackend:
         self.arena.reset()
         return _Group(self.context, file, group, self.arena).run(kernels)
 
+    def cast(self, file: ShardFile, group: ScaleGroup) -> list[LinearResult] | None:
+        """Cast a group whose weights the source stores in MXFP4; None unless that is exact."""
+        if not is_mxfp4(self.context.source, group):
+            return None
+        self.arena.reset()
+        return _Group(self.context, file, group, self.arena).cast()
+
     def free(self) -> None:
         """Give the memory back."""
         self.arena.free()
@@ -125,6 +133,41 @@ class _Group:
         else:
             group_scale, figures = self._whole()
         return finish_group(self.context, self.file, self.group, group_scale, figures)
+
+    def cast(self) -> list[LinearResult] | None:
+        """Write the codes that the source has, if the format holds the whole group exactly."""
+        pieces = [piece for linear in self.group.linears for piece in self._pieces(linear)]
+        spans = [mxfp4.span(self._codes_and_exponents(piece)[1]) for piece in pieces]
+        used = [span for span in spans if span is not None]
+        if not used:
+            return None
+        group_scale = self.format.scale_of_mxfp4(min(x for x, _ in used), max(x for _, x in used))
+        if group_scale is None:
+            return None
+        figures = {linear.name: Figures() for linear in self.group.linears}
+        for piece in pieces:
+            with self._one_at_a_time(), self.context.computing:
+                w_OI = self._load(piece)
+                out = self._buffers((w_OI.shape[0], w_OI.shape[1]))
+                self.format.from_mxfp4(*self._codes_and_exponents(piece), group_scale, out)
+                error, energy = self.format.error(w_OI, out, group_scale)
+                if error:  # the source's dtype does not hold the values
+                    return None
+                self._write(piece, out)
+                of_weight = figures[piece.linear.name]
+                of_weight.amax = max(of_weight.amax, self.format.amax(w_OI, name=piece.linear.name))
+            of_weight.sum_sq_w += energy
+        return finish_group(self.context, self.file, self.group, group_scale, figures, exact=True)
+
+    def _codes_and_exponents(self, piece: _Piece) -> tuple[torch.Tensor, torch.Tensor]:
+        region = piece.linear.region
+        stored = self.source.mxfp4(region.key)
+        assert stored is not None
+        outputs = region.outputs
+        if piece.slab != region.slab:
+            outputs = range(*piece.slab)
+        codes = stored.codes(region.expert, outputs)
+        return codes, mxfp4.used_exponents(codes, stored.exponents(region.expert, outputs))
 
     def _whole(self) -> tuple[float | None, dict[str, Figures]]:
         """Hand the whole group to an algorithm that needs to see it at once."""

@@ -47,6 +47,8 @@ class LinearResult:
     """Σw²."""
     repair: str | None = None
     """The repair of a weight or an input that its format cannot hold; see `repairs`."""
+    exact: bool = False
+    """True if the weight was cast without loss: the codes are those of the source."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LinearResult:
@@ -65,6 +67,8 @@ def finish_group(
     group: ScaleGroup,
     group_scale: float | None,
     figures: Mapping[str, Figures],
+    *,
+    exact: bool = False,
 ) -> list[LinearResult]:
     """Write the single numbers of a scale group, whose codes are written, and check its errors.
 
@@ -76,6 +80,7 @@ def finish_group(
         group: The scale group.
         group_scale: The scale that its weights share; None for a format without one.
         figures: Measurements by the names of the weights.
+        exact: True if the source's own codes were written.
 
     Raises:
         WeightLostError: The format cannot hold a weight that may matter.
@@ -119,6 +124,7 @@ def finish_group(
                 sum_sq_err=of_weight.sum_sq_err,
                 sum_sq_w=of_weight.sum_sq_w,
                 repair=repair,
+                exact=exact,
             )
         )
     return results

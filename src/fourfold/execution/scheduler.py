@@ -226,16 +226,24 @@ class _Worker:
     def __init__(self, context: ExecutionContext, advance: Callable[[int], None]) -> None:
         self.context, self.arena, self.advance = context, Arena(), advance
         self.non_finite: list[NonFinite] = []
-        self.backend: CPUBackend | GPUBackend = CPUBackend(context, self.arena)
+        self.cpu = CPUBackend(context, self.arena)
+        self.backend: CPUBackend | GPUBackend = self.cpu
         if context.pool is not None:
-            self.backend = GPUBackend(context, context.pool, self.backend)
+            self.backend = GPUBackend(context, context.pool, self.cpu)
 
     def run(self, file: ShardFile, jobs: Sequence[Job]) -> list[LinearResult]:
         """Do some jobs of a shard; return the results of the linear weights among them."""
         for job in jobs:
             self._write(file, job)
         groups = [job for job in jobs if isinstance(job, ScaleGroup)]
-        results = self.backend.run(file, groups)
+        results, inexact = [], []
+        for group in groups:
+            cast = self.cpu.cast(file, group)
+            if cast is None:
+                inexact.append(group)
+            else:
+                results += cast
+        results += self.backend.run(file, inexact)
         self.advance(sum(map(job_bytes, groups)))
         return results
 

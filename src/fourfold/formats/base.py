@@ -111,6 +111,31 @@ class WeightFormat(ABC):
     ) -> tuple[float, float]:
         """Return Σ(w − ŵ)² and Σw² for rows of a weight and of its parts."""
 
+    def scale_of_mxfp4(self, low: int, high: int) -> float | None:
+        """Return the group scale under which this format holds a scale group of MXFP4 exactly.
+
+        Args:
+            low: The smallest biased exponent of its blocks, those aside whose codes are all 0.
+            high: The largest.
+
+        Returns:
+            None if the format does not hold it exactly.
+        """
+        return None
+
+    def from_mxfp4(
+        self, codes: Tensor, exponents: Tensor, group_scale: float, out: Mapping[str, Tensor]
+    ) -> None:
+        """Fill the buffers of the row parts with rows that `scale_of_mxfp4` has a scale for.
+
+        Args:
+            codes: E2M1 codes, U8 [rows, in/2], the low half of a byte first.
+            exponents: U8 [rows, in/32], `mxfp4.UNUSED` for blocks whose codes are all 0.
+            group_scale: What `scale_of_mxfp4` returned.
+            out: Buffers by part, uint8 `[rows, bytes of a row]`.
+        """
+        raise NotImplementedError
+
     def is_lost(self, amax: float, group_scale: float | None) -> bool:
         """True if a weight is so small beside its scale group that its codes say nothing."""
         return False

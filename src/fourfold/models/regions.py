@@ -57,6 +57,11 @@ class Region:
         """True if consecutive rows of the matrix are consecutive rows of the raw tensor."""
         return self.expert is None and not self.transposed and self.rows.step == 1
 
+    @property
+    def outputs(self) -> range:
+        """The indices of the matrix's rows in the dimension of the raw tensor that has outputs."""
+        return self.cols if self.transposed and self.cols is not None else self.rows
+
     def view(self, slab: torch.Tensor) -> torch.Tensor:
         """Return this region as a view of its slab."""
         rows = slab[:: self.rows.step] if self.expert is None else slab[0][as_slice(self.rows)]

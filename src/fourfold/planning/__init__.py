@@ -13,6 +13,7 @@ from fourfold.planning.rows import (
     Row,
     ScaleGroup,
     Shard,
+    is_mxfp4,
     job_bytes,
     slabs_of,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "Spec",
     "cut",
     "deal",
+    "is_mxfp4",
     "job_bytes",
     "lay_out",
     "make_plan",

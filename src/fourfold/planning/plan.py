@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from fourfold.models.inventory_builder import take_inventory
 from fourfold.models.names import SINGLE_EXPERT
 from fourfold.models.roles import Role
 from fourfold.planning.copy_plan import CopyPlan
+from fourfold.planning.exact_casts import exact_cast_notes
 from fourfold.planning.limits import DEFAULT_LIMITS, Limits
 from fourfold.planning.placement import placement_notes
 from fourfold.planning.rows import (
@@ -66,6 +67,9 @@ class Plan(Shown, CopyPlan):
 
     recipe: Recipe
     ignore: tuple[str, ...]
+    decoded_from: Mapping[str, int]
+    """The number of tensors that are decoded from each quantized form; empty unless the source is
+    quantized."""
     tensor_parallel: Mapping[int, str]
     """Why a checkpoint does not load, by tensor-parallel size; empty if it does."""
 
@@ -356,7 +360,11 @@ def make_plan(
     placement = [*placement_notes(source, inventory), *agreement_notes(source, inventory)]
     selection = Selection(recipe, inventory)
     groups = selection.groups()
-    rows = tuple(selection.row(raw) for raw in inventory.tensors.values())
+    decoded = source.decoded
+    rows = tuple(
+        replace(selection.row(raw), is_decoded=raw.info.key in decoded)
+        for raw in inventory.tensors.values()
+    )
     quantized = [linear for group in groups for linear in group.linears]
     kept = [inventory.tensors[row.key] for row in rows if row.action is Action.COPY]
     ignore = selection.layout.ignore(
@@ -384,9 +392,11 @@ def make_plan(
             *([NO_KV_SCALES] if recipe.calibrates_kv and not kv_scales else ()),
             *placement,
             *_notes(inventory, groups, side_files),
+            *exact_cast_notes(source, groups),
             *_dtype_note(kept, source.config),
             *_architecture_note(inventory, source.config),
         ),
+        decoded_from=Counter(decoded.values()),
         tensor_parallel=tensor_parallel(quantized, selection.schemes, source.config),
         parts=parts,
         limits=limits,

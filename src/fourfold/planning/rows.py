@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 
+from fourfold.formats import mxfp4
 from fourfold.formats.scheme import Scheme
 from fourfold.models.experts import Projection
 from fourfold.models.inventory import ExpertBias, LinearWeight, RawTensor
 from fourfold.models.roles import Role
 from fourfold.storage.safetensors_header import BITS, nbytes_of
+from fourfold.storage.source import Source
 
 
 class Action(StrEnum):
@@ -38,6 +40,8 @@ class Row:
     nbytes_after: int
     linears: int
     """The number of quantized linear weights in it."""
+    is_decoded: bool = False
+    """True if it is quantized in the source: what the plan treats are the decoded values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,14 @@ class Shard:
     @cached_property
     def nbytes(self) -> int:
         return sum(nbytes_of(*spec) for spec in self.tensors.values())
+
+
+def is_mxfp4(source: Source, group: ScaleGroup) -> bool:
+    """True if all weights of a group lie in MXFP4 and could become another format without loss."""
+    return all(
+        source.mxfp4(linear.region.key) is not None and linear.shape[1] % mxfp4.BLOCK == 0
+        for linear in group.linears
+    )
 
 
 def job_bytes(job: Job) -> int:

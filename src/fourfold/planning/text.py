@@ -37,7 +37,8 @@ def by_role(rows: Iterable[Row]) -> list[tuple[tuple[str, str], list[Row]]]:
     """Return rows by role and what happens to them, the largest first."""
     groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
-        what = "quantized" if row.action is Action.QUANTIZE else "kept bit for bit"
+        kept = "kept, decoded" if row.is_decoded else "kept bit for bit"
+        what = "quantized" if row.action is Action.QUANTIZE else kept
         groups[row.role.value, what].append(row)
     return sorted(groups.items(), key=lambda item: (-sum(row.nbytes for row in item[1]), item[0]))
 

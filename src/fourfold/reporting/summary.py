@@ -22,6 +22,7 @@ from fourfold.storage.quant_summary import (
     SCHEMA_VERSION,
     BiasEntry,
     CalibrationEntry,
+    DecodedEntry,
     ExpertsEntry,
     KVCacheEntry,
     Ledger,
@@ -61,6 +62,9 @@ def summarize(
     if_any: dict[str, Any] = {
         "repairs": tuple(RepairEntry(name=x.name, repair=x.repair) for x in linears if x.repair),
         "non_finite": tuple(map(_non_finite, non_finite)),
+        "decoded_from": tuple(
+            DecodedEntry(form=form, tensors=count) for form, count in plan.decoded_from.items()
+        ),
     }
     return QuantSummary(
         **{name: entries for name, entries in if_any.items() if entries},
@@ -158,6 +162,8 @@ def _linear(result: LinearResult, linear: LinearWeight, scheme: Scheme) -> Linea
     place = {} if _is_whole(linear) else {"raw": _raw(linear.region)}
     figures = asdict(result)
     del figures["sum_sq_err"], figures["sum_sq_w"], figures["repair"]
+    if not figures["exact"]:
+        del figures["exact"]
     figures |= {"format": scheme.weights, "dtype": linear.dtype}
     figures["relative_error"] = float(f"{result.relative_error:.4g}")
     return LinearEntry.model_validate({**figures, **place})

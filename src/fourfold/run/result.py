@@ -60,6 +60,11 @@ class Result(Shown):
         """True if the output was verified without an error."""
         return self.report is not None and self.report.clean
 
+    @property
+    def exact_casts(self) -> int:
+        """The number of linear weights that have the source's own codes."""
+        return sum(linear.exact for linear in self.linears)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return document(
@@ -74,6 +79,8 @@ class Result(Shown):
             unreached_experts=dict(self.unreached_experts),
             repairs=self.repairs,
             non_finite=[asdict(entry) for entry in self.non_finite],
+            decoded_from=dict(self.plan.decoded_from),
+            exact_casts=self.exact_casts,
             kernels=self.kernels,
             warnings=list(self.warnings),
             seconds=round(self.seconds, 3),
@@ -87,6 +94,8 @@ class Result(Shown):
         parts = [f"{done:,} / {planned:,} linear weights quantized"]
         if self.repairs:
             parts.append(f"{len(self.repairs):,} repaired")
+        if self.exact_casts:
+            parts.append(f"{self.exact_casts:,} cast without loss")
         if self.non_finite:
             parts.append(f"NaN or Inf in {plural(len(self.non_finite), 'copied tensor')}")
         if self.report is not None:

@@ -28,14 +28,14 @@ import torch
 
 from fourfold.errors import SourceError, UsageError
 from fourfold.sources.claims import Claims, check_converted_whole, check_none_left, claim
-from fourfold.sources.codecs.base import in_dtype, slabs_for
+from fourfold.sources.codecs.base import MXFP4Codec, in_dtype, slabs_for
 from fourfold.sources.pieces import Piece, pieces_of
 from fourfold.sources.safetensors import open_source
 from fourfold.storage.names import CARD, REPORT, STATISTICS, SUMMARY
 from fourfold.storage.quant_summary import QuantSummary, find_summary
 from fourfold.storage.safetensors_header import COMPUTE_DTYPES, DTYPE_NAMES, TensorInfo
 from fourfold.storage.side_files import SideFiles
-from fourfold.storage.source import Bytes, Source, SourceView, read_rounded, renamed
+from fourfold.storage.source import Bytes, MXFP4Weight, Source, SourceView, read_rounded, renamed
 
 
 def open_decoded(
@@ -143,6 +143,22 @@ class DecodedSource(SourceView):
         remarks = dict.fromkeys(codec.remark for codec in self._codecs.values() if codec.remark)
         note = f"decoded to {dtypes} while they are read: {forms}; errors are against these values"
         return (note, *remarks, *self.source.notes)
+
+    @property
+    def decoded(self) -> Mapping[str, str]:
+        titles = {key: codec.title for key, codec in self._codecs.items()}
+        fused = {key: titles.get(pieces[0].key) for key, pieces in self._pieces.items()}
+        return titles | {key: title for key, title in fused.items() if title is not None}
+
+    def mxfp4(self, key: str) -> MXFP4Weight | None:
+        codec = self._codecs.get(key)
+        if not isinstance(codec, MXFP4Codec):
+            return None
+        weight, read = self.weights[key], self.source.slab
+        return MXFP4Weight(
+            lambda expert, rows: codec.codes(weight, expert, rows, read),
+            lambda expert, rows: codec.exponents(weight, expert, rows, read),
+        )
 
     def rename(self, names: Mapping[str, str]) -> None:
         plain = {key: name for key, name in names.items() if not self._is_decoded(key)}

@@ -176,8 +176,17 @@ class LinearEntry(_Entry):
     """‖w − ŵ‖ / ‖w‖ in the Frobenius norm."""
     dtype: FloatDtype | None = None
     """The weight's dtype in the source."""
+    exact: bool = False
+    """True if the codes are those of the source, which is quantized. Written only if it is."""
     raw: RawRegion | None = None
     """The weight's place in the source; None if it was a tensor of its own."""
+
+
+class DecodedEntry(_Entry):
+    """A quantized form that tensors of the source had. Errors are against the decoded values."""
+
+    form: str
+    tensors: Count
 
 
 class QuantSummary(_Entry):
@@ -196,7 +205,8 @@ class QuantSummary(_Entry):
     kv_cache: tuple[KVCacheEntry, ...] = ()
     repairs: tuple[RepairEntry, ...] = ()
     non_finite: tuple[NonFiniteEntry, ...] = ()
-    """These two are written only if there are any."""
+    decoded_from: tuple[DecodedEntry, ...] = ()
+    """These three are written only if there are any."""
     files: tuple[str, ...] = ()
     """Every file of the checkpoint."""
     shards: tuple[ShardEntry, ...] = ()
@@ -215,6 +225,11 @@ class QuantSummary(_Entry):
     def recipe_name(self) -> str:
         """The recipe's name."""
         return str(self.recipe.get("name", "recipe"))
+
+    @property
+    def exact_casts(self) -> int:
+        """The number of linear weights that were cast without loss."""
+        return sum(linear.exact for linear in self.linears)
 
     def __repr__(self) -> str:
         return f"<QuantSummary: {self.title}, recipe {self.recipe_name}>"

@@ -17,7 +17,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,20 @@ Bytes = npt.NDArray[np.uint8]
 
 Slab = tuple[str, int, int]
 """A raw tensor's name, the first row of the slab, and the row after its last."""
+
+
+@dataclass(frozen=True, slots=True)
+class MXFP4Weight:
+    """The codes and exponents of a weight that a source stores in MXFP4.
+
+    Both functions take an expert, None for a weight that is one matrix [out, in], and a range of
+    its outputs.
+    """
+
+    codes: Callable[[int | None, range], torch.Tensor]
+    """Returns E2M1 codes U8 [outputs, in/2], the low half of a byte first."""
+    exponents: Callable[[int | None, range], torch.Tensor]
+    """Returns biased exponents U8 [outputs, in/32]."""
 
 
 class Source(ABC):
@@ -81,6 +95,15 @@ class Source(ABC):
 
     def will_need(self, key: str, start: int, stop: int) -> None:  # noqa: B027  # a hook
         """Say that this slab will be read soon, so that the disk can read ahead."""
+
+    @property
+    def decoded(self) -> Mapping[str, str]:
+        """The form that a tensor is decoded from, by raw key; empty unless some are quantized."""
+        return {}
+
+    def mxfp4(self, key: str) -> MXFP4Weight | None:
+        """Return the codes and exponents of a tensor that is decoded from MXFP4; else None."""
+        return None
 
     # ------------------------------------------------------- files, and where they come from
 
@@ -223,6 +246,13 @@ class SourceView(Source):
 
     def will_need(self, key: str, start: int, stop: int) -> None:
         self.source.will_need(key, start, stop)
+
+    @property
+    def decoded(self) -> Mapping[str, str]:
+        return self.source.decoded
+
+    def mxfp4(self, key: str) -> MXFP4Weight | None:
+        return self.source.mxfp4(key)
 
     def side_files(self) -> SideFiles:
         return self.source.side_files()

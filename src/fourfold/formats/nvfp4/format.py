@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fourfold.formats import nvfp4
 from fourfold.formats.base import Spec, WeightFormat
+from fourfold.formats.nvfp4 import from_mxfp4
 from fourfold.formats.nvfp4.activations import fake_quantize
 
 CODES, BLOCK_SCALE, GLOBAL_SCALE = "codes", "block_scale", "global_scale"
@@ -74,6 +75,15 @@ class NVFP4(WeightFormat):
     ) -> tuple[float, float]:
         assert group_scale is not None
         return nvfp4.error_energy(w_OI, parts[CODES], parts[BLOCK_SCALE], group_scale)
+
+    def scale_of_mxfp4(self, low: int, high: int) -> float | None:
+        return from_mxfp4.global_scale(low, high)
+
+    def from_mxfp4(
+        self, codes: Tensor, exponents: Tensor, group_scale: float, out: Mapping[str, Tensor]
+    ) -> None:
+        out[CODES].copy_(codes)
+        out[BLOCK_SCALE].copy_(from_mxfp4.block_scales(exponents, group_scale))
 
     def is_lost(self, amax: float, group_scale: float | None) -> bool:
         assert group_scale is not None
