@@ -69,8 +69,9 @@ def contract(function: _Function) -> _Function:
     return cast(_Function, njit(**_OPTIONS, fastmath={"contract"})(function))
 
 
-def _source_stamp() -> tuple[tuple[str, int, int], ...]:
-    files = sorted(Path(__file__).parent.glob("*.py"))
+def _source_stamp(function: Callable[..., Any]) -> tuple[tuple[str, int, int], ...]:
+    folders = {Path(__file__).parent, Path(function.__code__.co_filename).parent}
+    files = sorted(file for folder in folders for file in folder.glob("*.py"))
     return tuple((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in files)
 
 
@@ -79,11 +80,11 @@ def entry_point(function: _Function) -> _Function:
     (beside the package, or in the user's cache folder).
 
     Numba takes cached code for stale when the kernel's own file has changed; what it calls lies in
-    other files, so the stamp is that of all of them.
+    other files, so the stamp is that of all files here and beside the kernel.
     """
     try:
         dispatcher = njit(**_OPTIONS, cache=True)(function)
-        dispatcher._cache._cache_file._source_stamp = _source_stamp()
+        dispatcher._cache._cache_file._source_stamp = _source_stamp(function)
     except (RuntimeError, AttributeError, OSError):  # nowhere to write, or another numba
         return exact(function)
     return cast(_Function, dispatcher)

@@ -133,7 +133,12 @@ class MXFP4Codec(TensorCodec):
 
 
 CODECS: Registry[TensorCodec] = Registry(
-    {"modelopt_nvfp4": "fourfold.sources.codecs.modelopt_nvfp4:ModelOptNVFP4"}
+    {
+        "modelopt_nvfp4": "fourfold.sources.codecs.modelopt_nvfp4:ModelOptNVFP4",
+        "fp8_blocks": "fourfold.sources.codecs.fp8_blocks:FP8Blocks",
+        "fp8_scaled": "fourfold.sources.codecs.fp8_scaled:FP8Scaled",
+        "mxfp8": "fourfold.sources.codecs.fp8_scaled:MXFP8",
+    }
 )
 """The codecs by name. A tensor belongs to the first one that claims it."""
 
