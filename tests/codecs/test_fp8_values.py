@@ -272,10 +272,12 @@ def test_scales_of_activations_and_caches_are_left_out(tmp_path: Path) -> None:
         "self_attn.k_scale", "self_attn.v_scale", "self_attn.kv_scale", "attn.k_proj.output_scale",
     ]  # fmt: skip
     tensors = {"linear.weight": codes_of(8, 32), "linear.weight_scale": torch.tensor(2.0)}
+    tensors |= {"experts.down_proj": codes_of(2, 8, 32), "experts.down_proj_scale": torch.ones(2)}
     tensors |= {"norm.weight": torch.ones(8), **dict.fromkeys(extra, torch.tensor(1.0))}
     tensors = {key: value.clone() for key, value in tensors.items()}
     source = open_decoded(folder_of(tmp_path / "folder", tensors))
-    assert source.tensors.keys() == {"linear.weight", "norm.weight"}
+    assert source.tensors.keys() == {"linear.weight", "experts.down_proj", "norm.weight"}
+    assert source.notes[0].endswith("; 10 static scales of activations and KV caches are left out")
     assert not source.input_scales  # they are FP8's, not those of a 4-bit format
     source.close()
 

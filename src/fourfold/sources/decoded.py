@@ -115,6 +115,8 @@ class DecodedSource(SourceView):
         for key, weight in self.weights.items():
             info = in_dtype(weight.info, dtype or dtypes.get(key) or weight.info.dtype)
             self.weights[key] = replace(weight, info=info)
+        parts = {name for weight in claims.weights.values() for name in weight.stored}
+        self._left_out = len(set(claims.hidden) - parts)
         self._pieces = {} if summary is None else pieces_of(summary)
         self.tensors = self._present(claims.hidden, self._fused_infos(summary, dtype))
         self._check_pieces()
@@ -142,6 +144,8 @@ class DecodedSource(SourceView):
         dtypes = ", ".join(sorted({weight.info.dtype for weight in self.weights.values()}))
         remarks = dict.fromkeys(codec.remark for codec in self._codecs.values() if codec.remark)
         note = f"decoded to {dtypes} while they are read: {forms}; errors are against these values"
+        if self._left_out:
+            note += f"; {self._left_out:,} static scales of activations and KV caches are left out"
         return (note, *remarks, *self.source.notes)
 
     @property

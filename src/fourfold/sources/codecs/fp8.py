@@ -43,10 +43,10 @@ _EXPONENTS = ("F8_E8M0", "U8")  # a byte b means 2^(b − 127)
 _SCALE_DTYPES = ("F32", "BF16", "F16", *_EXPONENTS)
 _LINEAR_SCALES = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")
 _FUSED_SCALES = ("_scale_inv", "_weight_scale", "_scale")
-_NOT_OF_WEIGHTS = re.compile(
+_INPUT_SCALE = re.compile(
     r"[._](input_scale|input_scale_ub|input_global_scale|activation_scale|qscale_act)$"
-    r"|\.[qkv]_proj\.output_scale$|\.(q|k|v|kv|prob)_scale$"
 )
+_CACHE_SCALE = re.compile(r"\.[qkv]_proj\.output_scale$|\.(q|k|v|kv|prob)_scale$")
 _CHUNK = 1 << 22  # codes that are read at a time: few enough to stay in a CPU's cache
 _REMEDY = "Download the checkpoint again, or give the BF16 one."
 
@@ -82,7 +82,6 @@ class FP8Weight(EncodedWeight):
 class FP8Codec(TensorCodec):
     """Reads FP8 weights of one kind."""
 
-    may_be_quantized_from = True
     kind: ClassVar[Kind]
 
     def claim(
@@ -114,7 +113,15 @@ class FP8Codec(TensorCodec):
             _decode_rows(weight, first, last, read, out[first - start : last - start])
 
     def hidden(self, tensors: Mapping[str, TensorInfo]) -> Collection[str]:
-        return [key for key in tensors if _NOT_OF_WEIGHTS.search(key)]
+        return [key for key in tensors if _is_static_scale(key, tensors)]
+
+
+def _is_static_scale(key: str, tensors: Mapping[str, TensorInfo]) -> bool:
+    """True for a scale of a KV cache, or of the inputs of an FP8 weight."""
+    if match := _INPUT_SCALE.search(key):
+        weights = (tensors.get(key[: match.start()] + ending) for ending in ("", ".weight"))
+        return any(info is not None and info.dtype == "F8_E4M3" for info in weights)
+    return _CACHE_SCALE.search(key) is not None
 
 
 def _leaf(key: str) -> str:
