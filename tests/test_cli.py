@@ -98,8 +98,8 @@ def options_of(command: str) -> set[str]:
         ),
         (
             "convert",
-            "model out --hf-config --threads --shards --overwrite --trust-remote-code --quiet -q "
-            "--dtype --log-file --json",
+            "model out --hf-config --layout --threads --shards --overwrite --trust-remote-code "
+            "--quiet -q --dtype --log-file --json",
         ),
         ("inspect", "folder --json"),
         ("summary", "out --role --layer --all --worst --json"),

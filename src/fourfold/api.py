@@ -279,6 +279,7 @@ def convert(
     *,
     hf_config: str | Path | None = None,
     dtype: str | None = None,
+    layout: str | None = None,
     threads: int | None = None,
     shards: int | None = None,
     overwrite: bool = False,
@@ -286,15 +287,18 @@ def convert(
     progress: bool | None = None,
     on_event: OnEvent | None = None,
 ) -> Converted:
-    """Write the Megatron checkpoint `model` as a Hugging Face checkpoint, unquantized.
+    """Write `model` as a Hugging Face checkpoint, without quantizing anything.
 
-    What was written is compared with `model`, byte for byte.
+    A Megatron checkpoint gets Hugging Face's names, and a quantized one is decoded; an NVFP4
+    checkpoint keeps its codes and scales if `layout` is given. What was written is compared with
+    `model`, byte for byte.
 
     Args:
-        model: The folder that Megatron wrote (torch_dist).
+        model: The folder that Megatron wrote (torch_dist), or a quantized checkpoint.
         out: The folder to write.
         hf_config: The folder with the Hugging Face configuration and tokenizer.
         dtype: As in `plan`.
+        layout: The name of the layout to write an NVFP4 checkpoint in, such as "modelopt".
         threads: Worker threads; by default one for each core.
         shards: Files that a decoder layer is cut into, at least.
         overwrite: True starts over if an unfinished run has left something in `out`.
@@ -308,7 +312,9 @@ def convert(
         session(progress, on_event) as run,
         opened(model, hf_config, trust_remote_code=trust_remote_code, dtype=dtype) as source,
     ):
-        return conversion.convert(source, output_folder(out), options, runtime, on_event=run)
+        return conversion.convert(
+            source, output_folder(out), options, runtime, on_event=run, layout=layout
+        )
 
 
 def generate(

@@ -260,10 +260,16 @@ def verify(
 
 @command()
 def convert(
-    model: Annotated[str, typer.Argument(help="A Megatron checkpoint's folder (torch_dist).")],
+    model: Annotated[
+        str, typer.Argument(help="A Megatron checkpoint's folder, or a quantized checkpoint.")
+    ],
     out: Annotated[str, typer.Argument(help="The folder to write.")],
     hf_config: HfConfig = None,
     dtype: Dtype = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(help="Keep the codes of an NVFP4 checkpoint, in this layout: modelopt."),
+    ] = None,
     threads: Threads = None,
     shards: Shards = None,
     overwrite: Annotated[
@@ -274,8 +280,9 @@ def convert(
     log_file: LogFile = None,
     as_json: Json = False,
 ) -> None:
-    """Write MODEL as an unquantized Hugging Face checkpoint.
+    """Write MODEL as an unquantized checkpoint, or in another layout.
 
+    Quantized weights are decoded; with --layout, those in NVFP4 keep their codes and scales.
     What was written is compared with MODEL, byte for byte. If a run was stopped, the same command
     resumes it.
     """
@@ -288,6 +295,7 @@ def convert(
             out,
             hf_config=hf_config,
             dtype=dtype,
+            layout=layout,
             threads=threads,
             shards=shards,
             overwrite=overwrite,

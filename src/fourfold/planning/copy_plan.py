@@ -39,6 +39,8 @@ class CopyPlan:
     """Remarks for the user: engines without a loader, files that are not copied."""
     parts: int = 1
     """The least number of shards of a decoder layer."""
+    own_files: tuple[str, ...] = ()
+    """Files of the output that the source does not have."""
     limits: Limits = DEFAULT_LIMITS
 
     @property
@@ -132,7 +134,7 @@ class CopyPlan:
     @property
     def _reports(self) -> Sequence[str]:
         """Files of the output that say what was done."""
-        return ()
+        return self.own_files
 
     @cached_property
     def shard_names(self) -> tuple[str, ...]:

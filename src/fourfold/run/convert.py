@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Megatron checkpoint as a Hugging Face checkpoint, in its own dtypes: nothing is quantized.
+"""A checkpoint as a Hugging Face checkpoint: nothing is quantized.
 
     source ─▶ inventory ─▶ shards of copies ─▶ write ─▶ compare byte for byte
+
+Megatron's checkpoints keep their dtypes, quantized ones are decoded, and NVFP4 ones keep their
+codes and scales if a layout is named.
 
 The job is that of `quantize` with a plan that only copies: the output is whole or absent, and the
 same command resumes a run that was stopped.
@@ -10,6 +13,7 @@ same command resumes a run that was stopped.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +29,16 @@ from fourfold.errors import OutputError
 from fourfold.events import BytesVerified, OnEvent, ignore
 from fourfold.execution import Backend
 from fourfold.layouts import LAYOUTS, marker_files
-from fourfold.models.inventory import RawTensor
+from fourfold.models.inventory import Inventory, RawTensor
 from fourfold.models.inventory_builder import take_inventory
 from fourfold.planning import DEFAULT_LIMITS, Action, CopyPlan, Row, lay_out
 from fourfold.recipes import DEFAULT_LAYOUT
 from fourfold.run.job import Job
 from fourfold.run.preflight import check_origins, check_placed, check_room
+from fourfold.run.relayout import plan_relayout
 from fourfold.run.strategies import at_once
 from fourfold.sources.safetensors import SafetensorsFolder
+from fourfold.storage.atomic import FileWriter
 from fourfold.storage.output import OutputFolder
 from fourfold.storage.source import Source
 from fourfold.storage.units import size
@@ -70,32 +76,52 @@ class Converted(Shown):
 
 
 def convert(
-    source: Source, out: Path, output: OutputConfig, runtime: Runtime, on_event: OnEvent = ignore
+    source: Source,
+    out: Path,
+    output: OutputConfig,
+    runtime: Runtime,
+    on_event: OnEvent = ignore,
+    *,
+    layout: str | None = None,
 ) -> Converted:
-    """Write `source` into `out` as a Hugging Face checkpoint, and compare the two."""
+    """Write `source` into `out` as a Hugging Face checkpoint, and compare the two.
+
+    With a `layout`, an NVFP4 checkpoint is written as that names and encodes its tensors.
+    """
     began = time.perf_counter()
     workers = runtime.threads or threads_available()
     folder = OutputFolder(out, markers=marker_files(), overwrite=output.overwrite)
     check_origins(folder, source)
-    plan = plan_conversion(source, output.shards or 1)
+    parts, config = output.shards or 1, dict(source.config)
+    files: Mapping[str, Mapping[str, Any]] = {}
+    if layout is None:
+        inventory = take_inventory(source)
+        check_placed(source, inventory)
+    else:
+        relayout = plan_relayout(source, layout)
+        source, inventory, files = relayout.source, relayout.inventory, relayout.config_files
+        config["quantization_config"] = dict(relayout.quantization_config)
+    plan = plan_conversion(source, inventory, parts, tuple(files))
+
+    def write_own_files(writer: FileWriter, *_: object) -> Mapping[str, Any]:
+        for name, contents in files.items():
+            writer.write_json(name, contents)
+        return config
+
     backend = Backend.none(workers)
     check_room(plan, folder, backend, Ranks())
     run = at_once(source)
-    job = Job(plan, source, folder, run, Ranks(), backend, lambda *_: source.config)
+    job = Job(plan, source, folder, run, Ranks(), backend, write_own_files)
     job.write(on_event)
     _compare(out, source, workers, on_event)
     taken = time.perf_counter() - began
     return Converted(out, len(plan.rows), len(plan.shards), plan.nbytes, taken, plan.notes)
 
 
-def plan_conversion(source: Source, parts: int) -> CopyPlan:
-    """Decide which tensors lie in which shard, at least `parts` for a layer. No weight is read.
-
-    Raises:
-        ModelError: The architecture is unknown, or has no place for a tensor.
-    """
-    inventory = take_inventory(source)
-    check_placed(source, inventory)
+def plan_conversion(
+    source: Source, inventory: Inventory, parts: int, own_files: tuple[str, ...] = ()
+) -> CopyPlan:
+    """Decide which tensors lie in which shard, at least `parts` for a layer. No weight is read."""
     tensors = list(inventory.tensors.values())
     layout = LAYOUTS[DEFAULT_LAYOUT]
     return CopyPlan(
@@ -106,6 +132,7 @@ def plan_conversion(source: Source, parts: int) -> CopyPlan:
         side_files=source.side_files(),
         notes=source.notes,
         parts=parts,
+        own_files=own_files,
     )
 
 

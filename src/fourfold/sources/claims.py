@@ -115,7 +115,7 @@ def _passed_over(stored: Source, claims: Claims) -> Iterator[str]:
     plain = [key for key in claims.left if _NUMBER.sub("*", key) in kinds]
     if not plain:
         return
-    entries = list(_quantization_entries(stored))
+    entries = list(quantization_entries(stored))
     if any("quantized_layers" in entry or _has_narrow_targets(entry) for entry in entries):
         return  # it lists what is quantized
     lists = (entry.get(name) for entry in entries for name in _LISTS)
@@ -128,8 +128,8 @@ def _passed_over(stored: Source, claims: Claims) -> Iterator[str]:
             yield key
 
 
-def _quantization_entries(stored: Source) -> Iterator[Mapping[str, Any]]:
-    """What config.json, its nested parts, and ModelOpt's file say of the quantization."""
+def quantization_entries(stored: Source) -> Iterator[Mapping[str, Any]]:
+    """Yield what config.json, its nested parts, and ModelOpt's file say of the quantization."""
     for part in _with_nested(stored.config):
         entries = part.get("quantization_config"), part.get("compression_config")
         yield from (entry for entry in entries if isinstance(entry, dict))

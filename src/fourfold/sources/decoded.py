@@ -28,7 +28,7 @@ import torch
 
 from fourfold.errors import SourceError, UsageError
 from fourfold.sources.claims import Claims, check_converted_whole, check_none_left, claim
-from fourfold.sources.codecs.base import MXFP4Codec, in_dtype, slabs_for
+from fourfold.sources.codecs.base import MXFP4Codec, NVFP4Codec, TensorCodec, in_dtype, slabs_for
 from fourfold.sources.pieces import Piece, pieces_of
 from fourfold.sources.safetensors import open_source
 from fourfold.storage.names import CARD, REPORT, STATISTICS, SUMMARY
@@ -89,6 +89,7 @@ class DecodedSource(SourceView):
 
     Attributes:
         weights: Every quantized weight under the name that it is presented under.
+        hidden: The stored tensors that are not presented.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class DecodedSource(SourceView):
         """
         super().__init__(stored)
         self.config = _without_quantization(stored.config)
-        self._is_ours = summary is not None
+        self._is_ours, self.hidden = summary is not None, claims.hidden
         self.weights, self._codecs = dict(claims.weights), dict(claims.codecs)
         dtypes = {} if summary is None else {f"{x.name}.weight": x.dtype for x in summary.linears}
         for key, weight in self.weights.items():
@@ -130,10 +131,9 @@ class DecodedSource(SourceView):
     def input_scales(self) -> Mapping[str, float]:
         """The static scales of NVFP4 activations by linear layer; empty for W4A16."""
         scales = {
-            key.removesuffix(".weight"): self._codecs[key].nvfp4_input_scale(
-                weight, self.source.slab
-            )
-            for key, weight in self.weights.items()
+            key.removesuffix(".weight"): codec.input_scale(self.weights[key], self.source.slab)
+            for key, codec in self._codecs.items()
+            if isinstance(codec, NVFP4Codec)
         }
         return {name: scale for name, scale in scales.items() if scale is not None}
 
@@ -170,6 +170,10 @@ class DecodedSource(SourceView):
         self.tensors = renamed(self.tensors, names)
         self.weights = {names.get(key, key): weight for key, weight in self.weights.items()}
         self._codecs = {names.get(key, key): codec for key, codec in self._codecs.items()}
+
+    def codec_of(self, key: str) -> TensorCodec | None:
+        """Return the codec of a weight; None for a tensor that is not decoded."""
+        return self._codecs.get(key)
 
     def slab(self, key: str, start: int, stop: int, out: Bytes | None = None) -> torch.Tensor:
         if not self._is_decoded(key):

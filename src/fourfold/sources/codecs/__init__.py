@@ -5,9 +5,18 @@ from fourfold.sources.codecs.base import (
     CODECS,
     EncodedWeight,
     MXFP4Codec,
+    NVFP4Codec,
     ReadRows,
     TensorCodec,
     presented,
 )
 
-__all__ = ["CODECS", "EncodedWeight", "MXFP4Codec", "ReadRows", "TensorCodec", "presented"]
+__all__ = [
+    "CODECS",
+    "EncodedWeight",
+    "MXFP4Codec",
+    "NVFP4Codec",
+    "ReadRows",
+    "TensorCodec",
+    "presented",
+]

@@ -34,7 +34,7 @@ FLOAT_DTYPES = {str(TORCH_DTYPES[name]).removeprefix("torch."): name for name in
 
 QUANTIZED_TWICE = (
     "weights that were quantized to 4 bits lose again; start from the checkpoint that they were "
-    "made from, if you have it"
+    "made from, if you have it, or keep their codes with `fourfold convert --layout`"
 )
 
 
@@ -103,13 +103,27 @@ class TensorCodec(ABC):
             out: A contiguous tensor of these rows' shape: bfloat16, float16 or float32.
         """
 
-    def nvfp4_input_scale(self, weight: EncodedWeight, read: ReadRows) -> float | None:
-        """Return the multiplier of a layer's NVFP4 inputs; None if they are in another format."""
-        return None
-
     def hidden(self, tensors: Mapping[str, TensorInfo]) -> Collection[str]:
         """Return further tensors that exist for quantization only, such as scales of KV caches."""
         return ()
+
+
+class NVFP4Codec(TensorCodec):
+    """A codec of weights in NVFP4. Another layout can hold them without a change."""
+
+    remark = QUANTIZED_TWICE
+
+    @abstractmethod
+    def row_parts(self, weight: EncodedWeight) -> tuple[str, str]:
+        """Return the stored tensors with codes U8 [out, in/2] and E4M3 scales [out, in/16]."""
+
+    @abstractmethod
+    def global_scale(self, weight: EncodedWeight, read: ReadRows) -> float:
+        """Return the scale of a whole weight, as a multiplier."""
+
+    @abstractmethod
+    def input_scale(self, weight: EncodedWeight, read: ReadRows) -> float | None:
+        """Return the scale of a layer's quantized inputs, as a multiplier; None for W4A16."""
 
 
 class MXFP4Codec(TensorCodec):

@@ -28,21 +28,19 @@ from fourfold.layouts.modelopt import (
     V_SCALE,
 )
 from fourfold.sources.codecs.base import (
-    QUANTIZED_TWICE,
     EncodedWeight,
+    NVFP4Codec,
     ReadRows,
-    TensorCodec,
     presented,
 )
 from fourfold.storage.safetensors_header import TensorInfo
 
 
-class ModelOptNVFP4(TensorCodec):
+class ModelOptNVFP4(NVFP4Codec):
     """Reads NVFP4 weights of linear layers."""
 
     name = "modelopt_nvfp4"
     title = "NVFP4 (ModelOpt)"
-    remark = QUANTIZED_TWICE
 
     def claim(
         self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
@@ -59,14 +57,20 @@ class ModelOptNVFP4(TensorCodec):
     ) -> None:
         codes = read(weight.parts[CODES], start, stop)
         block_scales = read(weight.parts[BLOCK_SCALE], start, stop)
-        name = weight.parts[GLOBAL_SCALE]
-        global_scale = positive_scale(name, read(name, 0, 1))
+        global_scale = self.global_scale(weight, read)
         if out.dtype == torch.float16:
             out.copy_(nvfp4.dequantize(codes, block_scales, global_scale))
         else:
             nvfp4.dequantize_into(codes, block_scales, global_scale, out)
 
-    def nvfp4_input_scale(self, weight: EncodedWeight, read: ReadRows) -> float | None:
+    def row_parts(self, weight: EncodedWeight) -> tuple[str, str]:
+        return weight.parts[CODES], weight.parts[BLOCK_SCALE]
+
+    def global_scale(self, weight: EncodedWeight, read: ReadRows) -> float:
+        name = weight.parts[GLOBAL_SCALE]
+        return positive_scale(name, read(name, 0, 1))
+
+    def input_scale(self, weight: EncodedWeight, read: ReadRows) -> float | None:
         name = weight.input_scale
         return None if name is None else positive_scale(name, read(name, 0, 1))
 

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An NVFP4 checkpoint in another layout: the same codes and scales under other names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fourfold.errors import PlanError, UsageError
+from fourfold.layouts import LAYOUTS
+from fourfold.layouts.base import CheckpointContents
+from fourfold.models.inventory import Inventory
+from fourfold.models.inventory_builder import take_inventory
+from fourfold.sources.claims import quantization_entries
+from fourfold.sources.relaid import RelaidSource, relaid
+from fourfold.storage.source import Source
+
+
+@dataclass(frozen=True)
+class Relayout:
+    """A checkpoint as another layout has it, and what its configuration files must say."""
+
+    source: RelaidSource
+    inventory: Inventory
+    quantization_config: Mapping[str, Any]
+    config_files: Mapping[str, Mapping[str, Any]]
+
+
+def plan_relayout(source: Source, name: str) -> Relayout:
+    """Present an NVFP4 checkpoint in the layout of that name.
+
+    Raises:
+        UsageError: There is no such layout.
+        SourceError: The source is no NVFP4 checkpoint.
+        PlanError: The layout cannot express it, or weights that engines fuse have global scales of
+            their own.
+    """
+    if name not in LAYOUTS:
+        raise UsageError(f"`layout={name}`: no such layout. Give {' or '.join(LAYOUTS)}.")
+    layout = LAYOUTS[name]
+    inventory = take_inventory(source)
+    view = relaid(source, layout)
+    layout.check(view.schemes)
+    _check_fused(inventory, view.group_scales)
+    kept = [raw for key, raw in inventory.tensors.items() if key not in source.decoded]
+    ignore = layout.ignore(
+        list(view.schemes),
+        [raw.stem for raw in kept if raw.is_matrix] + list(inventory.tied_linears),
+    )
+    entries = quantization_entries(view.stored)
+    tensors = {
+        key: replace(inventory.tensors[view.origins[key]], info=info)
+        for key, info in view.tensors.items()
+    }
+    contents = CheckpointContents(view.schemes, ignore, any(map(_has_fp8_kv, entries)))
+    return Relayout(
+        view,
+        replace(inventory, tensors=tensors),
+        layout.quantization_config(contents),
+        layout.config_files(contents),
+    )
+
+
+def _has_fp8_kv(entry: Mapping[str, Any]) -> bool:
+    return bool(entry.get("kv_cache_scheme")) or entry.get("kv_cache_quant_algo") == "FP8"
+
+
+def _check_fused(inventory: Inventory, scales: Mapping[str, float]) -> None:
+    first: dict[str, str] = {}
+    for linear in inventory.linears:
+        if linear.name not in scales:
+            continue
+        other = first.setdefault(linear.scale_group, linear.name)
+        if scales[other] != scales[linear.name]:
+            raise PlanError(
+                f"{linear.name} has the global scale {scales[linear.name]:.6g} and {other} "
+                f"{scales[other]:.6g}, but engines fuse them and take one. Quantize the model "
+                "again: `fourfold quantize`."
+            )

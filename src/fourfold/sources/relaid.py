@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An NVFP4 checkpoint with its tensors named and encoded as another layout does.
+
+Codes and block scales are the same bytes in every layout. The scales that are single numbers are
+encoded anew: compressed-tensors stores reciprocals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from fourfold.errors import SourceError
+from fourfold.formats.base import FORMATS
+from fourfold.formats.scheme import Scheme
+from fourfold.layouts.base import Layout, TensorSpec
+from fourfold.sources.codecs.base import NVFP4Codec
+from fourfold.sources.decoded import DecodedSource
+from fourfold.storage.safetensors_header import TensorInfo
+from fourfold.storage.source import Bytes, Source, SourceView
+
+NVFP4 = "nvfp4"
+
+
+class RelaidSource(SourceView):
+    """The tensors of an NVFP4 checkpoint as `layout` has them.
+
+    Attributes:
+        schemes: The scheme of every quantized linear weight, by name.
+        group_scales: Their global scales.
+        stored: The checkpoint as it lies on disk.
+        origins: The weight or other tensor of the decoded checkpoint that each tensor belongs to.
+    """
+
+    def __init__(self, decoded: DecodedSource, layout: Layout) -> None:
+        """Present the checkpoint that `decoded` decodes.
+
+        Raises:
+            SourceError: It holds weights that are quantized in another form.
+        """
+        super().__init__(decoded)
+        self.stored = decoded.source
+        self.schemes: dict[str, Scheme] = {}
+        self.group_scales: dict[str, float] = {}
+        self.origins: dict[str, str] = {}
+        self._names: dict[str, str] = {}
+        self._numbers: dict[str, Bytes] = {}
+        self.tensors = {info.key: info for info in self._lay_out(decoded, layout)}
+
+    def slab(self, key: str, start: int, stop: int, out: Bytes | None = None) -> torch.Tensor:
+        if key in self._names:
+            return self.stored.slab(self._names[key], start, stop, out)
+        number = self._numbers[key]
+        if out is not None:
+            out[:] = number
+        info = self.tensors[key]
+        return torch.from_numpy(number.copy()).view(info.torch_dtype).view(info.shape)
+
+    def read_bytes(self, key: str, start: int, out: Bytes) -> None:
+        if key in self._names:
+            self.stored.read_bytes(self._names[key], start, out)
+        else:
+            out[:] = self._numbers[key][start : start + len(out)]
+
+    def will_need(self, key: str, start: int, stop: int) -> None:
+        if key in self._names:
+            self.stored.will_need(self._names[key], start, stop)
+
+    @property
+    def decoded(self) -> Mapping[str, str]:
+        return {}
+
+    def _lay_out(self, decoded: DecodedSource, layout: Layout) -> Iterator[TensorInfo]:
+        """Yield the tensors, in the order in which they lie in the checkpoint."""
+        for key, info in decoded.tensors.items():
+            codec = decoded.codec_of(key)
+            if codec is None:
+                self._names[key] = self.origins[key] = key
+                yield info
+                continue
+            if not isinstance(codec, NVFP4Codec):
+                raise SourceError(
+                    f"{key} in {info.file.name}: {codec.title}, which is not carried over to "
+                    "another layout. Use `fourfold quantize`."
+                )
+            yield from self._parts(key, codec, decoded, layout)
+        yield from self._kv_scales(decoded, layout)
+
+    def _parts(
+        self, key: str, codec: NVFP4Codec, decoded: DecodedSource, layout: Layout
+    ) -> Iterator[TensorInfo]:
+        weight, linear = decoded.weights[key], key.removesuffix(".weight")
+        fmt = FORMATS[NVFP4]
+        input_scale = codec.input_scale(weight, self.stored.slab)
+        scheme = Scheme(NVFP4, "max", None if input_scale is None else NVFP4)
+        group_scale = codec.global_scale(weight, self.stored.slab)
+        self.schemes[linear], self.group_scales[linear] = scheme, group_scale
+        assert fmt.group_part is not None
+        numbers = {fmt.group_part: group_scale}
+        if input_scale is not None:
+            numbers |= dict.fromkeys(fmt.input_parts(), input_scale)
+        rows, width = weight.info.shape
+        row_parts = dict(zip(fmt.row_parts((rows, width)), codec.row_parts(weight), strict=True))
+        for part, spec in layout.tensors(linear, (rows, width), scheme).items():
+            self.origins[spec.name] = key
+            if part in row_parts:
+                self._names[spec.name] = row_parts[part]
+                yield replace(self.stored.tensors[row_parts[part]], key=spec.name)
+            else:
+                yield self._number(spec, layout.encode(part, numbers[part]), weight.info)
+
+    def _kv_scales(self, decoded: DecodedSource, layout: Layout) -> Iterator[TensorInfo]:
+        """The scales of calibrated FP8 KV caches, by the names of the layout."""
+        linears = {key.removesuffix(".weight") for key in decoded.tensors}
+        names = layout.kv_scale_names(linears)
+        for key in decoded.hidden:
+            leaf = key.rpartition(".")[2]
+            if leaf not in ("k_scale", "v_scale"):
+                continue
+            module = key.rpartition(".")[0]
+            if module.rpartition(".")[2] in ("k_proj", "v_proj", "qkv_proj"):
+                module = module.rpartition(".")[0]
+            name = names[module][leaf == "v_scale"]
+            linear = "k_proj" if f"{module}.k_proj" in linears else "qkv_proj"
+            self._names[name], self.origins[name] = key, f"{module}.{linear}.weight"
+            yield replace(self.stored.tensors[key], key=name)
+
+    def _number(
+        self, spec: TensorSpec, value: np.ndarray[Any, Any], beside: TensorInfo
+    ) -> TensorInfo:
+        data = value.view(np.uint8).reshape(-1)
+        self._numbers[spec.name] = data
+        return TensorInfo(
+            spec.name, spec.dtype, spec.shape, beside.file, beside.start, beside.start + len(data)
+        )
+
+
+def relaid(source: Source, layout: Layout) -> RelaidSource:
+    """Present an open NVFP4 checkpoint in another layout.
+
+    Raises:
+        SourceError: It is not one, or not all of its quantized weights are in NVFP4.
+    """
+    if not isinstance(source, DecodedSource):
+        raise SourceError(
+            f"{source.place}: holds no NVFP4 weights that `layout` could carry over. Use "
+            "`fourfold quantize`, or leave `layout` out."
+        )
+    return RelaidSource(source, layout)
