@@ -86,15 +86,15 @@ def options_of(command: str) -> set[str]:
             "quantize",
             "model out --recipe -r --hf-config --calib --calib-size --calib-seq --batch-size "
             "--packing --seed --calibration --device --device-memory --activation-memory --dtype "
-            "--threads --shards --overwrite --no-verify --strict --trust-remote-code --verbose -q "
-            "--quiet --log-file --json --show-data "
+            "--threads --shards --overwrite --no-verify --reference --strict --trust-remote-code "
+            "--verbose -q --quiet --log-file --json --show-data "
             "--preview",
         ),
         ("plan", "model --recipe -r --hf-config --dtype --time --trust-remote-code --json"),
         (
             "verify",
-            "out --source -s --hf-config --threads --trust-remote-code --quiet -q --log-file "
-            "--dtype --json",
+            "out --source -s --reference --hf-config --threads --trust-remote-code --quiet -q "
+            "--log-file --dtype --json",
         ),
         (
             "convert",

@@ -13,12 +13,13 @@ import torch
 import fourfold
 from conftest import Written
 from extending import reciprocal
-from fourfold.config import CalibrationConfig
-from fourfold.errors import PlanError, SourceError, UsageError
+from fourfold.config import CalibrationConfig, OutputConfig
+from fourfold.errors import PlanError, SourceError, UnreadableError, UsageError
 from fourfold.layouts.base import LAYOUTS
 from fourfold.verification.readers import READERS
 from nvfp4_folders import Tensors, changed, tensors_of
 
+RECIPE = "w4a16_nvfp4_experts_only_mse"
 W4A4 = "nvfp4_default_mse-fp8_kv"
 
 
@@ -63,7 +64,7 @@ def test_another_layout_has_the_same_codes(
     written: Written, tmp_path: Path, other_layout: str
 ) -> None:
     out = tmp_path / "quantized"
-    fourfold.quantize(written("qwen3_moe")[0], out, "w4a16_nvfp4_experts_only_mse")
+    fourfold.quantize(written("qwen3_moe")[0], out, RECIPE)
     fourfold.convert(out, tmp_path / "out", layout=other_layout)
     ours, theirs = tensors_of(tmp_path / "out"), tensors_of(out)
     linears = [key.removesuffix(".weight_scale_2") for key in theirs if key.endswith("scale_2")]
@@ -107,3 +108,28 @@ def test_what_has_no_codes_to_keep(quantized: Path, written: Written, tmp_path: 
         fourfold.convert(written("qwen3_moe")[0], tmp_path / "out", layout="modelopt")
     with pytest.raises(UsageError, match="`layout=gguf`: no such layout"):
         fourfold.convert(quantized, tmp_path / "out", layout="gguf")
+
+
+def test_errors_against_what_the_source_was_made_from(
+    quantized: Path, written: Written, tmp_path: Path
+) -> None:
+    """A quantized source hides its own error; `reference` shows it."""
+    original = written("qwen3_moe")[0]
+    output = OutputConfig(reference=original)
+    result = fourfold.quantize(quantized, tmp_path / "out", RECIPE, output=output)
+    report = result.report
+    assert report is not None
+    assert report.clean, str(report)
+    assert str(original) == report.reference
+    against_original = fourfold.verify(tmp_path / "out", source=original)
+    wanted = {error.name: error for error in against_original.relative_errors}
+    assert len(wanted) == len(report.reference_errors) > 0
+    for error in report.reference_errors:
+        assert error.relative_error == wanted[error.name].relative_error
+    (role,), (against,) = report.roles, report.reference_roles
+    assert role.relative_error < against.relative_error
+    assert f"against {original}, which the source was made from" in str(report)
+    with pytest.raises(UnreadableError, match="no weight of this name and shape"):
+        fourfold.verify(tmp_path / "out", reference=written("mixtral")[0])
+    with pytest.raises(UsageError, match="`reference`: has no effect without `verify`"):
+        OutputConfig(reference=original, verify=False)

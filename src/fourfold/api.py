@@ -174,7 +174,9 @@ def quantize(
             linears = job.write(run)
             for remark in remarks(job, linears, strategy.scales if ranks.rank == 0 else None):
                 run.warn(remark)
-            report = verify_written(job, work, linears, run) if output.verify else None
+            report = None
+            if output.verify:
+                report = verify_written(job, work, linears, run, output.reference)
             shown = preview(output.preview, job, work, device, run)
             ranks.gather("verified")  # until then others may need what this rank has in memory
         return Result(
@@ -199,6 +201,7 @@ def verify(
     out: str | Path,
     *,
     source: str | Path | Source | None = None,
+    reference: str | Path | None = None,
     hf_config: str | Path | None = None,
     dtype: str | None = None,
     threads: int | None = None,
@@ -212,6 +215,8 @@ def verify(
         out: A checkpoint in NVFP4.
         source: The checkpoint that it was made from: a folder, a name on the hub, or an open
             `Source`. With it, every copied tensor and every dequantized weight is compared.
+        reference: The checkpoint that a quantized source was made from. The errors of the weights
+            are reported against it, too.
         hf_config: If the source is a Megatron checkpoint: the folder with its Hugging Face
             configuration.
         dtype: What `quantize` was given.
@@ -228,6 +233,7 @@ def verify(
         return verifier.verify(
             out,
             source=source,
+            reference=reference,
             hf_config=hf_config,
             dtype=dtype,
             threads=threads,

@@ -178,11 +178,16 @@ class OutputConfig:
     preview: bool | str = False
     """Let the source and the output continue a text, which is `Result.preview`: this one, or for
     True the beginning of a calibration sample."""
+    reference: str | Path | None = None
+    """The checkpoint that a quantized source was made from: errors are reported against it, too."""
 
     def __post_init__(self) -> None:
         _check_whole("shards", self.shards, least=1)
         for name in ("overwrite", "verify", "strict"):
             check_type(name, getattr(self, name), bool, "True or False")
+        check_type("reference", self.reference, str | Path | None, "a checkpoint's folder")
+        if self.reference is not None and not self.verify:
+            raise UsageError("`reference`: has no effect without `verify`. Leave one of them out.")
         check_type("preview", self.preview, bool | str, "True, False or a text")
         if isinstance(self.preview, str) and not self.preview.strip():
             raise UsageError("`preview`: the prompt is empty. Give a text, or True for a sample.")

@@ -164,6 +164,10 @@ class VerificationDocument(Document):
     errors: list[FindingEntry]
     warnings: list[FindingEntry]
     roles: list[RoleErrorEntry]
+    reference: str | None = None
+    """The checkpoint that a quantized source was made from, if it was given."""
+    reference_roles: list[RoleErrorEntry] = []
+    """The errors against it."""
     worst: list[str]
     """The linears with the largest relative errors, at most ten."""
     relative_errors: list[RelativeErrorEntry]

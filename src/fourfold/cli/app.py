@@ -40,6 +40,7 @@ from fourfold.cli.options import (
     Preview,
     Quiet,
     RecipeName,
+    Reference,
     Seed,
     Shards,
     ShowData,
@@ -142,6 +143,7 @@ def quantize(
     shards: Shards = None,
     overwrite: Overwrite = False,
     no_verify: NoVerify = False,
+    reference: Reference = None,
     preview: Preview = None,
     strict: Strict = False,
     trust_remote_code: Trust = False,
@@ -183,7 +185,12 @@ def quantize(
             calibration=calibrating,
             runtime=Runtime(device, in_bytes("--device-memory", device_memory), threads),
             output=OutputConfig(
-                shards, overwrite, not no_verify, strict, preview is not None and (preview or True)
+                shards,
+                overwrite,
+                not no_verify,
+                strict,
+                preview is not None and (preview or True),
+                reference,
             ),
             trust_remote_code=trust_remote_code,
             **progress,
@@ -229,6 +236,7 @@ def plan(
 def verify(
     out: Annotated[Path, typer.Argument(help="A checkpoint in NVFP4, whichever tool wrote it.")],
     source: SourceModel = None,
+    reference: Reference = None,
     hf_config: HfConfig = None,
     dtype: Dtype = None,
     threads: Threads = None,
@@ -245,6 +253,7 @@ def verify(
         report = api.verify(
             out,
             source=source,
+            reference=reference,
             hf_config=hf_config,
             dtype=dtype,
             threads=threads,

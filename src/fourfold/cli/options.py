@@ -80,6 +80,14 @@ NoVerify = Annotated[
     bool,
     typer.Option("--no-verify", help="Do not read OUT back to verify it.", rich_help_panel=OUTPUT),
 ]
+Reference = Annotated[
+    str | None,
+    typer.Option(
+        help="For a quantized MODEL: the checkpoint that it was made from. Errors are reported "
+        "against that, too.",
+        rich_help_panel=OUTPUT,
+    ),
+]
 Strict = Annotated[
     bool,
     typer.Option(

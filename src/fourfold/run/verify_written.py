@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from fourfold.distributed.machine import threads_available
 from fourfold.errors import FourfoldError
 from fourfold.events import OnEvent
@@ -16,7 +18,11 @@ from fourfold.verification import Report, verify
 
 
 def verify_written(
-    job: Job, plan: Plan, linears: list[LinearResult], on_event: OnEvent
+    job: Job,
+    plan: Plan,
+    linears: list[LinearResult],
+    on_event: OnEvent,
+    reference: str | Path | None = None,
 ) -> Report | None:
     """Read the output of `job` back and compare it with the source, tensor by tensor.
 
@@ -34,6 +40,8 @@ def verify_written(
     report = verify(
         job.folder.folder,
         source=job.source if is_readable else None,
+        reference=reference,
+        trust_remote_code=job.source.trust_remote_code,
         threads=threads,
         on_event=on_event,
     )

@@ -69,6 +69,9 @@ class Report(Shown):
     counts: Counts
     relative_errors: tuple[LinearError, ...]
     """One for each quantized linear, by name; empty without a source."""
+    reference: str | None = None
+    reference_errors: tuple[LinearError, ...] = ()
+    """The errors against the checkpoint that a quantized source was made from, if it is given."""
 
     @property
     def clean(self) -> bool:
@@ -93,10 +96,12 @@ class Report(Shown):
     @property
     def roles(self) -> tuple[RoleError, ...]:
         """The errors by role."""
-        by_role: dict[str, list[LinearError]] = defaultdict(list)
-        for error in self.relative_errors:
-            by_role[error.role].append(error)
-        return tuple(_role_error(role, by_role[role]) for role in sorted(by_role))
+        return _by_role(self.relative_errors)
+
+    @property
+    def reference_roles(self) -> tuple[RoleError, ...]:
+        """The errors against the reference by role."""
+        return _by_role(self.reference_errors)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; numbers that are not finite become None."""
@@ -111,6 +116,8 @@ class Report(Shown):
             errors=[asdict(finding) for finding in self.errors],
             warnings=[asdict(finding) for finding in self.warnings],
             roles=[_finite(asdict(role)) for role in self.roles],
+            reference=self.reference,
+            reference_roles=[_finite(asdict(role)) for role in self.reference_roles],
             worst=[error.name for error in self.worst],
             relative_errors=[
                 _finite({name: getattr(error, name) for name in _ERROR_KEYS})
@@ -129,6 +136,13 @@ class Report(Shown):
 def _by_error(error: LinearError) -> tuple[bool, float, str]:
     e = error.relative_error
     return (not math.isnan(e), 0.0 if math.isnan(e) else -e, error.name)
+
+
+def _by_role(errors: Sequence[LinearError]) -> tuple[RoleError, ...]:
+    by_role: dict[str, list[LinearError]] = defaultdict(list)
+    for error in errors:
+        by_role[error.role].append(error)
+    return tuple(_role_error(role, by_role[role]) for role in sorted(by_role))
 
 
 def _role_error(role: str, errors: Sequence[LinearError]) -> RoleError:
@@ -165,6 +179,9 @@ def _lines(report: Report) -> Iterator[str]:
             f"{counts.compared_linears:,} quantized linears dequantized"
         )
     yield from _error_lines(report)
+    if report.reference is not None:
+        yield f"  against {report.reference}, which the source was made from:"
+        yield from _role_lines(report.reference_roles)
     yield from _finding_lines(report)
     yield _verdict(report)
 
@@ -172,16 +189,20 @@ def _lines(report: Report) -> Iterator[str]:
 def _error_lines(report: Report) -> Iterator[str]:
     if not report.relative_errors:
         return
-    yield "  relative error   SQNR dB    largest"
-    for role in report.roles:
-        yield (
-            f"  {role.relative_error:14.4f} {role.sqnr_db:9.2f} {role.largest:10.4f}  "
-            f"{role.role} ({role.linears:,})"
-        )
+    yield from _role_lines(report.roles)
     worst = report.worst
     yield f"  the {len(worst)} largest:" if len(worst) > 1 else "  the largest:"
     for error in worst:
         yield f"  {error.relative_error:14.4f} {error.sqnr_db:9.2f}  {error.name}"
+
+
+def _role_lines(roles: Sequence[RoleError]) -> Iterator[str]:
+    yield "  relative error   SQNR dB    largest"
+    for role in roles:
+        yield (
+            f"  {role.relative_error:14.4f} {role.sqnr_db:9.2f} {role.largest:10.4f}  "
+            f"{role.role} ({role.linears:,})"
+        )
 
 
 def _finding_lines(report: Report) -> Iterator[str]:

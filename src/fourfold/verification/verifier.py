@@ -10,13 +10,15 @@ Memory is a few buffers per thread, whatever the model's size.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fourfold.errors import FourfoldError, UnreadableError
+from fourfold.errors import FourfoldError, SourceError, UnreadableError
 from fourfold.events import OnEvent, ignore
 from fourfold.models.inventory import Inventory
 from fourfold.models.inventory_builder import take_inventory
@@ -26,7 +28,7 @@ from fourfold.storage.names import CONFIG
 from fourfold.storage.source import Source
 from fourfold.verification import completeness, files, groups, kept, structure, values
 from fourfold.verification.checkpoint import Checkpoint, open_checkpoint
-from fourfold.verification.compare import Comparison
+from fourfold.verification.compare import Comparison, LinearError
 from fourfold.verification.match import Matching
 from fourfold.verification.readers.base import BLOCK_SCALE, INPUT_SCALE, KV_SCALES
 from fourfold.verification.report import Counts, Report
@@ -47,6 +49,7 @@ def verify(
     out: Path | str,
     *,
     source: Path | str | Source | None = None,
+    reference: Path | str | None = None,
     hf_config: Path | str | None = None,
     dtype: str | None = None,
     threads: int | None = None,
@@ -57,11 +60,19 @@ def verify(
     workers = Workers(threads, on_event)
     try:
         with closing(open_checkpoint(Path(out).expanduser())) as checkpoint:
-            if source is None:
-                return _verify(checkpoint, None, None, workers)
             trusted = trust_remote_code
-            with opened(source, hf_config, trust_remote_code=trusted, dtype=dtype) as original:
-                return _verify(checkpoint, original, take_inventory(original), workers)
+            if source is None:
+                report = _verify(checkpoint, None, None, workers)
+            else:
+                with opened(source, hf_config, trust_remote_code=trusted, dtype=dtype) as original:
+                    report = _verify(checkpoint, original, take_inventory(original), workers)
+            if reference is None:
+                return report
+            with opened(reference, trust_remote_code=trusted) as original:
+                errors = _reference_errors(checkpoint, original, workers)
+                return replace(
+                    report, reference=str(original.place), reference_errors=_by_name(errors)
+                )
     except FourfoldError as error:
         raise UnreadableError(str(error)) from error
 
@@ -103,8 +114,28 @@ def _verify(
         quant_algo=checkpoint.quant.algo,
         findings=tuple(sorted(findings, key=_order)),
         counts=_counts(checkpoint, counted, copied, len(errors), workers),
-        relative_errors=tuple(sorted(errors, key=lambda error: error.name)),
+        relative_errors=_by_name(errors),
     )
+
+
+def _by_name(errors: Iterable[LinearError]) -> tuple[LinearError, ...]:
+    return tuple(sorted(errors, key=lambda error: error.name))
+
+
+def _reference_errors(
+    checkpoint: Checkpoint, reference: Source, workers: Workers
+) -> list[LinearError]:
+    """The error of each quantized weight against that of another checkpoint of the model."""
+    matching = Matching(checkpoint, reference.tensors, take_inventory(reference))
+    missing = checkpoint.linears.keys() - {pair.linear.name for pair in matching.pairs}
+    if missing:
+        raise SourceError(
+            f"{reference.place}: {min(missing)}: no weight of this name and shape "
+            f"({len(missing):,} in all). Give as `reference` the checkpoint that the source was "
+            "quantized from."
+        )
+    workers.total = workers.done + sum(math.prod(pair.linear.shape) * 2 for pair in matching.pairs)
+    return Comparison(checkpoint, reference, workers).errors(matching.pairs)
 
 
 def _order(breach: Finding) -> tuple[bool, int, str, str]:
