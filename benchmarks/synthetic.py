@@ -30,14 +30,19 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fourfold.config import OutputConfig, Runtime
+
+if TYPE_CHECKING:
+    from fourfold import Plan
+    from fourfold.storage.source import Source
 
 RECIPE = "w4a16_nvfp4_experts_only_mse"
 CHUNK = 1 << 24
 
 
-def make(folder: Path, layers: int) -> None:
+def make(folder: Path, layers: int, experts: int = 256) -> None:
     """Write the checkpoint, a shard for each layer, with upstream's names (fused experts)."""
     import torch
     from safetensors.torch import save_file
@@ -45,7 +50,7 @@ def make(folder: Path, layers: int) -> None:
 
     folder.mkdir(parents=True)
     config = Qwen3_5MoeTextConfig(
-        hidden_size=2048, num_hidden_layers=layers, num_experts=256, num_experts_per_tok=8,
+        hidden_size=2048, num_hidden_layers=layers, num_experts=experts, num_experts_per_tok=8,
         moe_intermediate_size=512, shared_expert_intermediate_size=512, vocab_size=32768,
         num_attention_heads=16, num_key_value_heads=2, head_dim=256,
         architectures=["Qwen3_5MoeForCausalLM"], tie_word_embeddings=False,
@@ -145,6 +150,20 @@ def median(
     return statistics.median(taken)
 
 
+def run_job(work: Plan, source: Source, out: Path, threads: int) -> None:
+    """The work of `quantize` after the plan."""
+    from fourfold.execution import ExecutionContext, Scheduler
+    from fourfold.storage.output import OutputFolder
+
+    target = OutputFolder(out, overwrite=True)
+    target.lock("benchmark")
+    target.begin(None, work.files)
+    with Scheduler(ExecutionContext(work, source, target, threads)) as job:
+        job.run()
+        job.finish()
+    target.state.release()
+
+
 def memory_of_job(model: Path, out: Path, threads: int) -> tuple[float, float]:
     """Peak resident GB of the job in a process of its own, and of its imports and plan alone."""
     program = (
@@ -169,23 +188,12 @@ def memory_of_job(model: Path, out: Path, threads: int) -> tuple[float, float]:
 def measure(folder: Path, layers: int, threads: int, runs: int) -> dict[str, float | int | str]:
     """All figures, in seconds and GB."""
     from fourfold.api import plan, quantize
-    from fourfold.execution import ExecutionContext, Scheduler
     from fourfold.sources.safetensors import open_source
-    from fourfold.storage.output import OutputFolder
     from fourfold.verification import verify
 
     model, out = folder / "model", folder / "out"
     work = plan(model, RECIPE)
     source = open_source(model)
-
-    def run_job() -> None:
-        target = OutputFolder(out, overwrite=True)
-        target.lock("benchmark")
-        target.begin(None, work.files)
-        with Scheduler(ExecutionContext(work, source, target, threads)) as job:
-            job.run()
-            job.finish()
-        target.state.release()
 
     def copy() -> None:
         copy_bytes(model, folder / "scratch", work.nbytes_after)
@@ -201,7 +209,7 @@ def measure(folder: Path, layers: int, threads: int, runs: int) -> dict[str, flo
         copied, finished = [], []
         for _ in range(runs):  # in turn, so that a drift of the machine meets both
             copied.append(median(copy, 1, before))
-            finished.append(median(run_job, 1, before))
+            finished.append(median(lambda: run_job(work, source, out, threads), 1, before))
         figures[f"copy_{state}"] = statistics.median(copied)
         figures[f"job_{state}"] = statistics.median(finished)
         bound = max(figures[f"copy_{state}"], kernel)

@@ -32,16 +32,20 @@ SHARD = "model.safetensors"
 
 def encode(folder: Path, out: Path, quantization: Mapping[str, Any], encoder: Encoder) -> None:
     """Write `folder`, a checkpoint of one file, in another form into `out`, with
-    `quantization_config`, and replace its own values by those that the form could hold."""
+    `quantization_config` and in it the modules that stay as they are, and replace its own values by
+    those that the form could hold."""
     shutil.copytree(folder, out)
-    change_config(out, quantization_config=dict(quantization))
     tensors = load_file(folder / SHARD)
     stored: Tensors = {}
+    kept = []
     for key, value in tensors.items():
         form = encoder(key, value)
+        if form is None:
+            kept.append(key.removesuffix(".weight"))
         parts, tensors[key] = ({key: value}, value) if form is None else form
         stored |= {name: part.contiguous() for name, part in parts.items()}
     assert stored.keys() != tensors.keys()
+    change_config(out, quantization_config={"modules_to_not_convert": kept, **quantization})
     save_file(stored, out / SHARD, metadata={"format": "pt"})
     save_file(tensors, folder / SHARD, metadata={"format": "pt"})
 

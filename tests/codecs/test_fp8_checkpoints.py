@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from conftest import Written
-from encoding import W4A4, W4A16, Encoder, Tensors, encode, is_linear, quantize_both
+from encoding import W4A4, W4A16, Encoder, Tensors, change_tensors, encode, is_linear, quantize_both
+from families import FAMILIES
 
 MAX = 448.0
 
@@ -210,3 +211,31 @@ def test_it_is_quantized_like_the_bf16_checkpoint_of_its_values(
     result = quantize_both(*both(family, form, written, tmp_path), tmp_path / "out", recipe)
     notes = " ".join(result.plan.notes)
     assert re.search(r"\d weights from (MX)?FP8", notes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "jetmoe"])
+def test_every_family(family: str, written: Written, tmp_path: Path) -> None:
+    names = list(FORMS)
+    form = names[list(FAMILIES).index(family) % len(names)]
+    recipe = W4A16 if FAMILIES[family].experts.name != "dense" else "w4a16_nvfp4_default"
+    quantize_both(*both(family, form, written, tmp_path), tmp_path / "out", recipe)
+
+
+def test_experts_apart_of_a_family_that_fuses_them(written: Written, tmp_path: Path) -> None:
+    """Qwen3.5 in FP8 has a tensor for each expert, while in BF16 it has fused ones."""
+    folder = shutil.copytree(written("qwen3_5_moe_vl")[0], tmp_path / "source")
+
+    def cut(tensors: Tensors) -> None:
+        for key in [key for key in tensors if key.endswith("experts.gate_up_proj")]:
+            stem = key.removesuffix(".gate_up_proj")
+            down = tensors.pop(f"{stem}.down_proj")
+            for expert, (both_, last) in enumerate(zip(tensors.pop(key), down, strict=True)):
+                gate, up = both_.chunk(2)
+                parts = {"gate_proj": gate, "up_proj": up, "down_proj": last}
+                for name, part in parts.items():
+                    tensors[f"{stem}.{expert}.{name}.weight"] = part.contiguous()
+
+    change_tensors(folder, cut)
+    encode(folder, tmp_path / "encoded", *FORMS["transformers"])
+    quantize_both(folder, tmp_path / "encoded", tmp_path / "out", W4A16)
