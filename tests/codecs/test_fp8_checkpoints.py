@@ -14,9 +14,20 @@ import pytest
 import torch
 from torch import Tensor
 
+import fourfold
 from conftest import Written
-from encoding import W4A4, W4A16, Encoder, Tensors, change_tensors, encode, is_linear, quantize_both
-from families import FAMILIES
+from encoding import (
+    W4A4,
+    W4A16,
+    Encoder,
+    Tensors,
+    bits,
+    change_tensors,
+    encode,
+    is_linear,
+    quantize_both,
+)
+from families import FAMILIES, read_back
 
 MAX = 448.0
 
@@ -239,3 +250,65 @@ def test_experts_apart_of_a_family_that_fuses_them(written: Written, tmp_path: P
     change_tensors(folder, cut)
     encode(folder, tmp_path / "encoded", *FORMS["transformers"])
     quantize_both(folder, tmp_path / "encoded", tmp_path / "out", W4A16)
+
+
+def test_it_loads_as_the_bf16_checkpoint_of_its_values(written: Written, tmp_path: Path) -> None:
+    folder, encoded = both("deepseek_v3_mtp", "transformers", written, tmp_path)
+    wanted, _ = read_back(FAMILIES["deepseek_v3_mtp"], folder)
+    state = fourfold.load(encoded).state_dict()
+    assert state.keys() == wanted.state_dict().keys()
+    for key, tensor in wanted.state_dict().items():
+        assert torch.equal(bits(state[key]), bits(tensor)), key
+
+
+LAST = "model.layers.2.mlp.experts.3.down_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda tensors: tensors.pop(f"{LAST}.weight_scale_inv"),
+            rf"^{LAST}\.weight: FP8 without weight_scale_inv or weight_scale\. Download",
+        ),
+        (
+            lambda tensors: tensors.update({f"{LAST}.weight_scale_inv": torch.ones(3, 3)}),
+            rf"^{LAST}\.weight_scale_inv: F32 \[3, 3\] does not fit weight \[64, 48\]",
+        ),
+    ],
+)
+def test_a_broken_checkpoint_is_not_planned(
+    change: Callable[[Tensors], object], message: str, written: Written, tmp_path: Path
+) -> None:
+    _, encoded = both("deepseek_v3_mtp", "transformers", written, tmp_path)
+    change_tensors(encoded, change)
+    with pytest.raises(fourfold.SourceError, match=message):
+        fourfold.plan(encoded)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            lambda tensors: tensors[f"{LAST}.weight"].view(torch.uint8)[5, 7:8].fill_(0x7F),
+            fourfold.NonFiniteError,
+            rf"{LAST}\.weight in .*: nan at \[5, 7\]",
+        ),
+        (
+            lambda tensors: tensors[f"{LAST}.weight_scale_inv"][1, 1:2].fill_(-1.0),
+            fourfold.SourceError,
+            rf"^{LAST}\.weight_scale_inv: -1\.0; a scale must be finite and not negative\.",
+        ),
+    ],
+)
+def test_values_that_are_none(
+    change: Callable[[Tensors], object],
+    error: type[Exception],
+    message: str,
+    written: Written,
+    tmp_path: Path,
+) -> None:
+    _, encoded = both("deepseek_v3_mtp", "transformers", written, tmp_path)
+    change_tensors(encoded, change)
+    with pytest.raises(error, match=message):
+        fourfold.quantize(encoded, tmp_path / "out", W4A16)

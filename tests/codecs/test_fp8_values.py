@@ -21,7 +21,9 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from encoding import Tensors, bits, change_tensors, folder_of
 from fourfold.errors import SourceError
+from fourfold.sources.codecs import CODECS
 from fourfold.sources.decoded import open_decoded
+from fourfold.sources.safetensors import open_source
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
 SCALE_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -243,8 +245,9 @@ def test_rows_of_any_range(
 
 def test_only_the_rows_that_are_needed_are_read(tmp_path: Path) -> None:
     tensors = {"linear.weight": codes_of(512, 64), "linear.weight_scale_inv": scales_of(4, 1)}
-    source = open_decoded(folder_of(tmp_path / "folder", tensors))
-    codec, weight = source._codecs["linear.weight"], source.weights["linear.weight"]
+    source = open_source(folder_of(tmp_path / "folder", tensors))
+    codec = CODECS["fp8_blocks"]
+    weight = codec.claim(source.config, source.tensors)["linear.weight"]
     rows = []
 
     def read(name: str, start: int, stop: int) -> Tensor:
@@ -269,6 +272,7 @@ def test_scales_of_activations_and_caches_are_left_out(tmp_path: Path) -> None:
     extra = [
         "linear.input_scale", "linear.activation_scale", "linear.input_global_scale",
         "experts.down_proj_input_scale", "experts.down_proj_activation_scale", "linear.qscale_act",
+        "linear.act_scale",
         "self_attn.k_scale", "self_attn.v_scale", "self_attn.kv_scale", "attn.k_proj.output_scale",
     ]  # fmt: skip
     tensors = {"linear.weight": codes_of(8, 32), "linear.weight_scale": torch.tensor(2.0)}
@@ -277,7 +281,7 @@ def test_scales_of_activations_and_caches_are_left_out(tmp_path: Path) -> None:
     tensors = {key: value.clone() for key, value in tensors.items()}
     source = open_decoded(folder_of(tmp_path / "folder", tensors))
     assert source.tensors.keys() == {"linear.weight", "experts.down_proj", "norm.weight"}
-    assert source.notes[0].endswith("; 10 static scales of activations and KV caches are left out")
+    assert source.notes[0].endswith("; 11 static scales of activations and KV caches are left out")
     assert not source.input_scales  # they are FP8's, not those of a 4-bit format
     source.close()
 

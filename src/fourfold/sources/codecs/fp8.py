@@ -44,9 +44,9 @@ _SCALE_DTYPES = ("F32", "BF16", "F16", *_EXPONENTS)
 _LINEAR_SCALES = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")
 _FUSED_SCALES = ("_scale_inv", "_weight_scale", "_scale")
 _INPUT_SCALE = re.compile(
-    r"[._](input_scale|input_scale_ub|input_global_scale|activation_scale|qscale_act)$"
+    r"[._](input_scale|input_scale_ub|input_global_scale|act(ivation)?_scale|qscale_act)$"
 )
-_CACHE_SCALE = re.compile(r"\.[qkv]_proj\.output_scale$|\.(q|k|v|kv|prob)_scale$")
+_CACHE_SCALE = re.compile(r"\.(q|k|v|qkv)_proj\.output_scale$|\.(q|k|v|kv|prob)_scale$")
 _CHUNK = 1 << 22  # codes that are read at a time: few enough to stay in a CPU's cache
 _REMEDY = "Download the checkpoint again, or give the BF16 one."
 
