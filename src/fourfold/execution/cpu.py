@@ -9,6 +9,7 @@ GPU that takes some rows at a time (`gpu.GPUKernels`).
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -146,17 +147,18 @@ class _Group:
             return None
         figures = {linear.name: Figures() for linear in self.group.linears}
         for piece in pieces:
-            with self._one_at_a_time(), self.context.computing:
-                w_OI = self._load(piece)
-                out = self._buffers((w_OI.shape[0], w_OI.shape[1]))
-                self.format.from_mxfp4(*self._codes_and_exponents(piece), group_scale, out)
-                error, energy = self.format.error(w_OI, out, group_scale)
-                if error:  # the source's dtype does not hold the values
-                    return None
+            of_weight, name = figures[piece.linear.name], piece.linear.name
+            with self._one_at_a_time():
+                codes, exponents = self._codes_and_exponents(piece)
+                shape = (len(codes), piece.linear.shape[1])
+                out = self._buffers(shape)
+                w_OI = self.arena.take(4 * math.prod(shape)).view(torch.float32).view(shape)
+                with self.context.computing:
+                    self.format.from_mxfp4(codes, exponents, group_scale, out)
+                    self.format.dequantize(out, group_scale, w_OI)
+                    of_weight.amax = max(of_weight.amax, self.format.amax(w_OI, name=name))
+                    of_weight.sum_sq_w += self.format.error(w_OI, out, group_scale)[1]
                 self._write(piece, out)
-                of_weight = figures[piece.linear.name]
-                of_weight.amax = max(of_weight.amax, self.format.amax(w_OI, name=piece.linear.name))
-            of_weight.sum_sq_w += energy
         return finish_group(self.context, self.file, self.group, group_scale, figures, exact=True)
 
     def _codes_and_exponents(self, piece: _Piece) -> tuple[torch.Tensor, torch.Tensor]:

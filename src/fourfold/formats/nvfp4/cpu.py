@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -69,8 +70,14 @@ def quantize(
     return error * 4.0**exponent, energy * 4.0**exponent, settled
 
 
-def dequantize(codes: Tensor, scales: Tensor, global_scale: float, out: Tensor) -> None:
-    """Fill `out`, float32 or bf16, contiguous. `scales` are bytes."""
+def dequantize(
+    codes: Tensor,
+    scales: Tensor,
+    global_scale: float,
+    out: Tensor,
+    values: npt.NDArray[np.float32] = _E4M3_VALUES,
+) -> None:
+    """Fill `out`, float32 or bf16, contiguous. `scales` are bytes, which stand for `values`."""
     codes, scales = codes.contiguous(), scales.contiguous()
     stream_cpu.dequantize_kernel(
         sweep.KINDS[out.dtype],
@@ -78,7 +85,7 @@ def dequantize(codes: Tensor, scales: Tensor, global_scale: float, out: Tensor) 
         codes.data_ptr(),
         scales.data_ptr(),
         out.data_ptr(),
-        _E4M3_VALUES,
+        values,
         np.float32(global_scale),
     )
 

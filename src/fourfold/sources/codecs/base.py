@@ -149,6 +149,9 @@ class MXFP4Codec(TensorCodec):
 CODECS: Registry[TensorCodec] = Registry(
     {
         "modelopt_nvfp4": "fourfold.sources.codecs.modelopt_nvfp4:ModelOptNVFP4",
+        "nvfp4_packed": "fourfold.sources.codecs.nvfp4_packed:NVFP4Packed",
+        "mxfp4_gpt_oss": "fourfold.sources.codecs.mxfp4_gpt_oss:MXFP4GptOss",
+        "mxfp4": "fourfold.sources.codecs.mxfp4:MXFP4",
         "fp8_blocks": "fourfold.sources.codecs.fp8_blocks:FP8Blocks",
         "fp8_scaled": "fourfold.sources.codecs.fp8_scaled:FP8Scaled",
         "mxfp8": "fourfold.sources.codecs.fp8_scaled:MXFP8",
