@@ -53,6 +53,7 @@ format: setup
 bench: setup
 	$(BIN)/python benchmarks/cpu_sweep.py
 	$(BIN)/python benchmarks/synthetic.py
+	$(BIN)/python benchmarks/decoded.py
 	$(BIN)/python benchmarks/calibration.py
 	$(BIN)/python benchmarks/ranks.py
 	$(BIN)/python benchmarks/quality.py

@@ -132,10 +132,23 @@ def test_partial_blocks_are_those_of_compressed_tensors_converter(
     assert same(made, converter.process(tensors.copy())["linear.weight"])
 
 
-def test_the_block_size_of_a_nested_configuration_counts(tmp_path: Path) -> None:
-    codes, scales = codes_of(256, 256), scales_of(8, 4)
+@pytest.mark.parametrize(
+    ("size", "shape"),
+    [
+        ([32, 64], (8, 4)),
+        ("32x64", (8, 4)),
+        (None, (2, 2)),  # 128×128, as for whatever is no size
+        (128, (2, 2)),
+        ([], (2, 2)),
+        (["a", "b"], (2, 2)),
+    ],
+)
+def test_the_block_size_of_a_nested_configuration_counts(
+    size: Any, shape: tuple[int, int], tmp_path: Path
+) -> None:
+    codes, scales = codes_of(256, 256), scales_of(*shape)
     tensors = {"linear.weight": codes, "linear.weight_scale_inv": scales}
-    config = {"text_config": {"quantization_config": {"weight_block_size": [32, 64]}}}
+    config = {"text_config": {"quantization_config": {"weight_block_size": size}}}
     assert same(decoded(tmp_path, tensors, config), by_transformers(codes, scales, torch.bfloat16))
 
 
@@ -187,6 +200,7 @@ def test_mxfp8_is_that_of_compressed_tensors_and_transformers(
         ((3, 1), (1, 1)),
         ((3, 1, 1), (1, 1)),
         ((3, 160), (160, 1)),
+        ((3, 192), (1, 192)),
         ((3, 160, 1), (160, 1)),
         ((3, 1, 192), (1, 192)),
         ((3, 2, 1), (2, 1)),
@@ -309,6 +323,18 @@ BLOCKS = {"a.weight": codes_of(256, 256), "a.weight_scale_inv": scales_of(2, 2)}
         (
             lambda t: t.update({"a.weight": codes_of(2, 2, 2, 2)}),
             r"^a\.weight_scale_inv: F32 \[2, 2\] does not fit weight \[2, 2, 2, 2\]",
+        ),
+        (
+            lambda t: t.update(
+                {"a.weight": codes_of(2, 2, 2, 2), "a.weight_scale_inv": scales_of(1)}
+            ),
+            r"^a\.weight_scale_inv: F32 \[1\] does not fit weight \[2, 2, 2, 2\]",
+        ),
+        (  # rows or columns?
+            lambda t: t.update(
+                {"a.weight": codes_of(2, 8, 8), "a.weight_scale_inv": scales_of(2, 8)}
+            ),
+            r"^a\.weight_scale_inv: F32 \[2, 8\] does not fit weight \[2, 8, 8\]",
         ),
     ],
 )

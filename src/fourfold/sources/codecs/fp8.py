@@ -134,10 +134,9 @@ def _stated_block_sizes(config: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
         if isinstance(value, dict):
             yield from _stated_block_sizes(value)
         elif name in ("weight_block_size", "block_structure"):
-            size = value.split("x") if isinstance(value, str) else value
-            match [int(side) for side in size or () if str(side).isdecimal()]:
-                case [height, width] if height and width:
-                    yield height, width
+            match value.split("x") if isinstance(value, str) else value:
+                case [height, width] if str(height).isdecimal() and str(width).isdecimal():
+                    yield max(1, int(height)), max(1, int(width))
 
 
 def _scale_of(key: str, tensors: Mapping[str, TensorInfo]) -> TensorInfo:
@@ -173,18 +172,24 @@ def _grid(codes: TensorInfo, scale: TensorInfo, sizes: tuple[tuple[int, int], ..
 
 def _scales_per_matrix(codes: TensorInfo, scale: TensorInfo) -> tuple[int, int] | None:
     """The shape of one matrix's grid of scales; None if the scale is not for such a weight."""
-    lead, rows, shape = codes.shape[:-2], codes.shape[-2], scale.shape
+    (*lead, rows, columns), shape = codes.shape, scale.shape
+    if len(lead) > 1:
+        return None
     if scale.numel == 1:
         return 1, 1
     if len(shape) == len(codes.shape) + 2 and shape[-3] == shape[-1] == 1:  # ModelOpt's blocks
         shape = (*shape[:-3], shape[-2])
-    match shape[len(lead) :] if shape[: len(lead)] == lead and len(lead) < 2 else None:
+    if shape[: len(lead)] != tuple(lead):
+        return None
+    match shape[len(lead) :]:
         case (height, width):
             return height, width
         case () | (1,):
             return 1, 1
-        case (channels,) if channels == rows:
+        case (channels,) if channels == rows and (rows != columns or not lead):
             return rows, 1
+        case (channels,) if channels == columns != rows and lead:  # [in, out] in ModelOpt
+            return 1, columns
     return None
 
 

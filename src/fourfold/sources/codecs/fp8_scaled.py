@@ -3,7 +3,7 @@
 
     <linear>.weight        F8_E4M3   [out, in]
     <linear>.weight_scale  F32, BF16 [], [1] or [1, 1] · [out] or [out, 1]
-    <experts>.gate_up_proj and its scales: [], [E], [E, 1, 1] · [E, 1, out] or [E, out, 1]
+    <experts>.gate_up_proj and its scales: [], [E], [E, 1, 1] · [E, out], [E, 1, out], [E, out, 1]
     MXFP8                  U8, E8M0  [out, in/32] exponents
 
 A fused gate_up_proj [E, 2·out, in] may have a scale for each half: [E, 2, 1].
