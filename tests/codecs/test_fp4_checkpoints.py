@@ -35,6 +35,14 @@ from nvfp4_folders import tensors_of
 MXFP4 = {"quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized"}
 NVFP4 = {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}
 GPT_OSS = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+TINY = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2,
+    "vocab_size": 128, "max_position_embeddings": 128, "sliding_window": 16, "pad_token_id": 0,
+    "eos_token_id": 1,
+}  # fmt: skip
+"""A gpt-oss whose dimensions are multiples of 32."""
+
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
 
@@ -107,12 +115,7 @@ def nvfp4_packed(key: str, value: Tensor) -> tuple[Tensors, Tensor] | None:
 @pytest.fixture
 def tiny_gpt_oss(tmp_path: Path) -> Path:
     torch.manual_seed(0)
-    config = GptOssConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, num_local_experts=4, num_experts_per_tok=2,
-        vocab_size=128, max_position_embeddings=128, sliding_window=16, pad_token_id=0,
-        eos_token_id=1,
-    )  # fmt: skip
+    config = GptOssConfig(**TINY)
     GptOssForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "source")
     return tmp_path / "source"
 
