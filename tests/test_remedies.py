@@ -107,6 +107,9 @@ def packed(dtype: torch.dtype, old: str, new: str, *more: str) -> Callable[[Tens
     return change
 
 
+IN_3_BITS = {"config_groups": {"group_0": {"weights": {"num_bits": 3, "type": "int"}}}}
+
+
 @pytest.mark.parametrize(
     ("config", "file", "change", "name"),
     [
@@ -129,7 +132,7 @@ def packed(dtype: torch.dtype, old: str, new: str, *more: str) -> Callable[[Tens
             "AWQ",
         ),
         (
-            {"compression_config": {"quant_method": "compressed-tensors"}},
+            {"compression_config": {"quant_method": "compressed-tensors", **IN_3_BITS}},
             None,
             packed(torch.int32, ".weight", ".weight_packed", ".weight_scale"),
             "compressed-tensors",

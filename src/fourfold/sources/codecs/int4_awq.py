@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""INT4 as AutoAWQ stores it (version `gemm`).
+
+    <linear>.qweight  I32  [in, out/8]      <linear>.scales  F16  [in/group, out]
+    <linear>.qzeros   I32  [in/group, out/8]
+
+A word holds the codes of eight outputs; from its lowest bits on, they are 0, 2, 4, 6, 1, 3, 5, 7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fourfold.sources.codecs.integers import unpacked
+from fourfold.sources.codecs.transposed import TransposedIntegers
+
+_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
+"""Where in a word the code of each of eight outputs lies."""
+
+
+class INT4AWQ(TransposedIntegers):
+    """Reads AWQ weights."""
+
+    name = "int4_awq"
+    title = "INT4 (AWQ)"
+    bits = 4
+    inputs_per_row = 1
+    outputs_per_word = 8
+
+    def unpack(self, words: torch.Tensor, out: torch.Tensor) -> None:
+        from fourfold.sources.codecs import int_cpu  # imports numba
+
+        int_cpu.unpack_awq(words, out)
+
+    def unpack_zeros(self, words: torch.Tensor) -> torch.Tensor:
+        return unpacked(words, self.bits).view(len(words), -1, 8)[..., _PLACES].flatten(-2)
+
+    def zero_offset(self, config: Mapping[str, Any]) -> int | None:
+        stated = config.get("quantization_config")
+        version = stated.get("version") if isinstance(stated, dict) else None
+        return 0 if version is None or str(version).lower() == "gemm" else None
