@@ -87,7 +87,7 @@ def options_of(command: str) -> set[str]:
             "model out --recipe -r --hf-config --calib --calib-size --calib-seq --batch-size "
             "--packing --seed --calibration --device --device-memory --activation-memory --dtype "
             "--threads --shards --overwrite --no-verify --reference --strict --trust-remote-code "
-            "--verbose -q --quiet --log-file --json --show-data "
+            "--verbose -q --quiet --log-file --json --show-data --keep-source "
             "--preview",
         ),
         ("plan", "model --recipe -r --hf-config --dtype --time --trust-remote-code --json"),

@@ -221,28 +221,6 @@ def test_headers_come_back(tmp_path_factory: pytest.TempPathFactory, tensors) ->
         load_file(file)  # the reference implementation agrees
 
 
-def test_a_hub_name_is_fetched(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def download(name: str, **options: object) -> str:
-        asked.append((name, options))
-        return str(folder)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert open_source("somebody/model").folder == folder
-    ((name, options),) = asked
-    assert name == "somebody/model"
-    assert "*.bin" in options["ignore_patterns"]
-
-
-def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise ConnectionError("no route\nto the host")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
-    refused(Path("somebody/model"), "somebody/model: no such folder", "hub", "no route")
-
-
 def test_a_pipe_is_no_shard(folder: Path) -> None:
     (folder / "2.safetensors").unlink()
     os.mkfifo(folder / "2.safetensors")

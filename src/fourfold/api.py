@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,7 @@ from fourfold.run.preflight import check_placed, prepare
 from fourfold.run.preview import check_preview, preview
 from fourfold.run.remarks import remarks
 from fourfold.run.result import Result
+from fourfold.run.resume import pinned
 from fourfold.run.session import session
 from fourfold.run.strategies import Observation, choose_run
 from fourfold.run.verify_written import verify_written
@@ -85,7 +87,8 @@ def plan(
     with opened(model, hf_config, trust_remote_code=trust_remote_code, dtype=dtype) as source:
         work = make_plan(source, chosen)
         check_placed(source, work.inventory)
-        return work
+        here = source.fetching.settle(Path.cwd(), work.nbytes_after + work.side_files.nbytes, None)
+        return replace(work, notes=(*work.notes, *here))
 
 
 def quantize(
@@ -148,8 +151,11 @@ def quantize(
             config, forward_loop, device, runtime.threads, run, strict=output.strict
         )
         ranks.gather("called")  # a rank that fails before this leaves none waiting in a collective
+        folder = OutputFolder(
+            target, ranks.rank, markers=marker_files(), overwrite=output.overwrite
+        )
         with opened(
-            model,
+            pinned(model, folder, ranks),
             hf_config,
             tokenizer=tokenizer,
             trust_remote_code=trust_remote_code,
@@ -157,9 +163,6 @@ def quantize(
         ) as source:
             observation = observation.checked(chosen, source)
             check_preview(output.preview, source)
-            folder = OutputFolder(
-                target, ranks.rank, markers=marker_files(), overwrite=output.overwrite
-            )
             with source.agreeing():
                 work, backend, observation = prepare(
                     source, chosen, folder, ranks, observation, runtime, output, run
@@ -169,7 +172,15 @@ def quantize(
                 write_own_files, plan=work, source=source, scales=strategy.scales, warn=run.warn
             )
             job = Job(
-                work, source, folder, strategy, ranks, backend, own_files, strict=output.strict
+                work,
+                source,
+                folder,
+                strategy,
+                ranks,
+                backend,
+                own_files,
+                strict=output.strict,
+                proves=output.verify and source.fetching.is_transient,
             )
             linears = job.write(run)
             for remark in remarks(job, linears, strategy.scales if ranks.rank == 0 else None):

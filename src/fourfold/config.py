@@ -155,11 +155,15 @@ class Runtime:
     threads: int | None = None
     """Worker threads; by default one for each core. The output does not depend on it, but for the
     rounding of the matrix products in a calibration."""
+    keep_source: bool | None = None
+    """Of a model on the hub: True keeps its shards in the hub's cache, False deletes each of them
+    once it is quantized. By default they are kept if all of them have room beside `out`."""
 
     def __post_init__(self) -> None:
         check_type("device", self.device, str, "cpu, cuda, cuda:N or auto")
         _check_whole("device_memory", self.device_memory, least=1)
         _check_whole("threads", self.threads, least=1)
+        check_type("keep_source", self.keep_source, bool | None, "True or False")
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,20 @@ class Calibration:
         """The source, with the current layer's tensors in memory."""
         return self.streamed.held
 
+    def loads(self, kept: Mapping[int | None, Statistics]) -> dict[int | None, Sequence[str]]:
+        """Return the raw tensors that `units` will load: of the layers in order, and of None first.
+
+        They are empty if nothing has to be run; see `units` for `kept`.
+        """
+        layers = range(len(self.streamed.tree.layers))
+        if not self.batches or kept.keys() >= {*layers, None}:
+            return {}
+        first = 0
+        if self.saved is not None:
+            self.saved.find(kept)
+            first = self.saved.first
+        return {unit: self.streamed.keys_of(unit) for unit in (None, *layers[first:])}
+
     def units(
         self,
         kept: Mapping[int | None, Statistics] | None = None,

@@ -101,6 +101,10 @@ class StreamedModel:
         skipped = () if head or self.tree.tied else self.tree.heads
         self._keys = _keys_of_units(self.tree, self.tree.conversion, source, towers, skipped)
 
+    def keys_of(self, layer: int | None) -> Sequence[str]:
+        """Return the raw tensors of a layer; None: those of the non-layer tensors."""
+        return self._keys[layer]
+
     def unit_bytes(self, layer: int | None) -> int:
         """Return the bytes of a layer's tensors in the source; None: of the non-layer tensors."""
         return sum(self.held.tensors[key].nbytes for key in self._keys[layer])
@@ -108,6 +112,9 @@ class StreamedModel:
     def load(self, layer: int | None, source: Source | None = None) -> None:
         """Load a decoder layer, or for None the non-layer tensors, from `source` or the model's."""
         keys = self._keys[layer]
+        if source is None:
+            for key in keys:  # in the order of the files; the conversion has another
+                self.held.read(key)
         lazy = {key: LazyTensor(partial((source or self.held).read, key)) for key in keys}
         load_tensors(self.tree.conversion, lazy, device=self.device, dtype=self.dtype)
         if layer is None:

@@ -32,6 +32,7 @@ from fourfold.cli.options import (
     Dtype,
     HfConfig,
     Json,
+    KeepSource,
     LogFile,
     Model,
     NoVerify,
@@ -140,6 +141,7 @@ def quantize(
     device_memory: DeviceMemory = None,
     activation_memory: ActivationMemory = None,
     threads: Threads = None,
+    keep_source: KeepSource = None,
     shards: Shards = None,
     overwrite: Overwrite = False,
     no_verify: NoVerify = False,
@@ -183,7 +185,9 @@ def quantize(
             hf_config=hf_config,
             dtype=dtype,
             calibration=calibrating,
-            runtime=Runtime(device, in_bytes("--device-memory", device_memory), threads),
+            runtime=Runtime(
+                device, in_bytes("--device-memory", device_memory), threads, keep_source
+            ),
             output=OutputConfig(
                 shards,
                 overwrite,

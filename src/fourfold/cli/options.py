@@ -14,7 +14,9 @@ from fourfold.cli.help import CALIBRATION, MACHINE, OUTPUT
 from fourfold.config import CalibrationConfig, OutputConfig, Runtime
 from fourfold.errors import UsageError
 
-Model = Annotated[str, typer.Argument(help="A checkpoint's folder, or its name on the hub.")]
+Model = Annotated[
+    str, typer.Argument(help="A checkpoint's folder, or its name on the hub: ORG/NAME[@REVISION].")
+]
 HfConfig = Annotated[
     Path | None,
     typer.Option(
@@ -187,6 +189,16 @@ DeviceMemory = Annotated[
     typer.Option(
         help="GB of GPU memory that quantization may use; by default about 1, and at most half of "
         "what is free.",
+        rich_help_panel=MACHINE,
+    ),
+]
+KeepSource = Annotated[
+    bool | None,
+    typer.Option(
+        "--keep-source/--no-keep-source",
+        help="Of a model on the hub: keep its shards in the hub's cache, or delete each once it is "
+        "quantized; by default kept if all of them have room beside OUT.",
+        show_default=False,
         rich_help_panel=MACHINE,
     ),
 ]

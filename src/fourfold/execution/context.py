@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fourfold.calibration.scales import ActivationScales
@@ -16,6 +17,7 @@ from fourfold.storage.source import Source
 
 if TYPE_CHECKING:
     from fourfold.execution.streams import BufferPool
+    from fourfold.verification.evidence import Prover
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,9 @@ class ExecutionContext:
     """Called before each job; an error that it raises ends the work."""
     strict: bool = False
     """True if a weight or an input that would be repaired is an error."""
+    prover: Callable[[Path, Iterable[str]], Prover] | None = None
+    """Makes what compares each tensor with the source as soon as it is written, given a shard under
+    its temporary name and the raw tensors that it is made from; None if that can wait."""
     computing: threading.Semaphore = field(init=False)
     """Held by threads while they compute on the CPU."""
 

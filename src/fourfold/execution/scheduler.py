@@ -18,7 +18,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,9 +34,11 @@ from fourfold.execution.results import LinearResult
 from fourfold.execution.streams import Need, can_batch, need_of
 from fourfold.models.inventory import ExpertBias, RawTensor
 from fourfold.models.roles import Role
-from fourfold.planning import Job, KVScales, Plan, ScaleGroup, job_bytes, slabs_of
+from fourfold.planning import Job, KVScales, Plan, ScaleGroup, job_bytes, keys_of, slabs_of
+from fourfold.storage.atomic import partial_of
 from fourfold.storage.non_finite import Bytes, NonFinite, find_non_finite, merge
 from fourfold.storage.shard_file import ShardFile
+from fourfold.verification.evidence import Evidence, Prover
 
 
 class Scheduler:
@@ -81,7 +84,7 @@ class Scheduler:
     def __exit__(self, *_: object) -> None:
         self._syncer.shutdown(wait=True)
         for shard in self._open:
-            shard.file.close()
+            shard.close()
 
     def run(self, shards: Iterable[int] | None = None) -> None:
         """Fill some shards.
@@ -103,6 +106,7 @@ class Scheduler:
             except BaseException:
                 with self._lock:
                     self._stopped = True
+                self.source.fetching.interrupt()
                 raise
         for future in self._syncing:
             if future.done():
@@ -127,7 +131,11 @@ class Scheduler:
             shard = self.plan.shards[number]
             file = self.context.out.shard(self.plan.shard_names[number], shard.tensors)
             nbytes = sum(map(job_bytes, shard.jobs))
-            opened = _OpenShard(file, shard.unit, len(shard.jobs), nbytes)
+            prover = None
+            if self.context.prover is not None:
+                keys = {key for job in shard.jobs for key in keys_of(job)}
+                prover = self.context.prover(partial_of(file.path), keys)
+            opened = _OpenShard(file, shard.unit, len(shard.jobs), nbytes, prover)
             self._open.append(opened)
             for job in shard.jobs:
                 yield opened, job
@@ -174,8 +182,12 @@ class Scheduler:
                     self.context.check()
                 shard, jobs = item
                 results = worker.run(shard.file, jobs)
+                evidence = self._prove(shard, jobs)
+                for job in jobs:
+                    self.source.fetching.done_with(self.source.stored_keys(keys_of(job)))
                 with self._lock:
                     shard.results += results
+                    shard.evidence |= evidence
                     shard.non_finite += worker.take_non_finite()
                     shard.jobs_left -= len(jobs)
                     is_full = not shard.jobs_left
@@ -188,6 +200,15 @@ class Scheduler:
         finally:
             worker.backend.free()
 
+    def _prove(self, shard: _OpenShard, jobs: Sequence[Job]) -> dict[str, Evidence]:
+        """Compare what some jobs have written with the source, while it is at hand."""
+        evidence: dict[str, Evidence] = {}
+        if shard.prover is not None:
+            for job in jobs:
+                with self.context.computing:
+                    evidence |= shard.prover.prove(*_written_by(job))
+        return evidence
+
     def _finish(self, shard: _OpenShard) -> None:
         try:
             self.source.check_unchanged()
@@ -195,7 +216,12 @@ class Scheduler:
             non_finite = [*map(asdict, merge(shard.non_finite))]
             if self.context.strict:
                 self._check_finite(shard.non_finite)
-            record = {"linears": linears} | ({"non_finite": non_finite} if non_finite else {})
+            record: dict[str, Any] = {"linears": linears}
+            if non_finite:
+                record["non_finite"] = non_finite
+            if shard.prover is not None:
+                shard.prover.close()
+                record["evidence"] = {name: astuple(x) for name, x in shard.evidence.items()}
             self.context.out.finish_shard(shard.file, record)
             self._open.remove(shard)
             self._shards_done += 1
@@ -295,5 +321,25 @@ class _OpenShard:
     unit: str
     jobs_left: int
     source_bytes: int
+    prover: Prover | None = None
     results: list[LinearResult] = field(default_factory=list)
     non_finite: list[NonFinite] = field(default_factory=list)
+    evidence: dict[str, Evidence] = field(default_factory=dict)
+
+    def close(self) -> None:
+        """Close the file; if it is not finished, it keeps its temporary name."""
+        self.file.close()
+        if self.prover is not None:
+            self.prover.close()
+
+
+def _written_by(job: Job) -> tuple[Sequence[str], Sequence[str]]:
+    """The quantized linears and the copied tensors that a job writes."""
+    match job:
+        case ScaleGroup():
+            return [linear.name for linear in job.linears], ()
+        case ExpertBias():
+            return (), [f"{job.name}.bias"]
+        case RawTensor():
+            return (), [job.info.key]
+    return (), ()

@@ -64,11 +64,12 @@ def _are_equal(source: Source, first: str, second: str) -> bool:
     one, other = source.tensors[first], source.tensors[second]
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    for begin in range(0, one.nbytes, _CHUNK_BYTES):
-        size = min(_CHUNK_BYTES, one.nbytes - begin)
-        buffers = [np.empty(size, dtype=np.uint8) for _ in range(2)]
-        for key, buffer in zip((first, second), buffers, strict=True):
-            source.read_bytes(key, begin, buffer)
-        if not np.array_equal(buffers[0], buffers[1]):
-            return False
+    with source.fetching.peeking():
+        for begin in range(0, one.nbytes, _CHUNK_BYTES):
+            size = min(_CHUNK_BYTES, one.nbytes - begin)
+            buffers = [np.empty(size, dtype=np.uint8) for _ in range(2)]
+            for key, buffer in zip((first, second), buffers, strict=True):
+                source.read_bytes(key, begin, buffer)
+            if not np.array_equal(buffers[0], buffers[1]):
+                return False
     return True

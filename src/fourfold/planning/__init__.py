@@ -15,6 +15,7 @@ from fourfold.planning.rows import (
     Shard,
     is_mxfp4,
     job_bytes,
+    keys_of,
     slabs_of,
 )
 from fourfold.planning.shards import cut, deal, lay_out, outputs_of, shard_names
@@ -36,6 +37,7 @@ __all__ = [
     "deal",
     "is_mxfp4",
     "job_bytes",
+    "keys_of",
     "lay_out",
     "make_plan",
     "outputs_of",

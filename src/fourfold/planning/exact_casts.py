@@ -17,6 +17,9 @@ def exact_cast_notes(source: Source, groups: Sequence[ScaleGroup]) -> Iterator[s
     if not stored:
         return
     total = sum(len(group.linears) for group in stored)
+    if not source.fetching.is_here:
+        yield f"{total:,} MXFP4 weights are cast without loss where that is exact"
+        return
     exact = sum(len(group.linears) for group in stored if _is_exact(source, group))
     yield (
         f"{exact:,} of {total:,} MXFP4 weights are cast without loss, code for code"

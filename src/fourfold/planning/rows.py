@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -113,6 +113,11 @@ def observed_site(linear: LinearWeight) -> str:
         return linear.module
     product = "down" if linear.projection is Projection.DOWN else "gate_up"
     return f"{linear.module}.{product}"
+
+
+def keys_of(job: Job) -> Iterable[str]:
+    """Return the raw tensors that a job reads, in the order in which it does."""
+    return dict.fromkeys(key for key, *_ in slabs_of(job))
 
 
 def slabs_of(job: Job) -> Iterator[tuple[str, int, int]]:

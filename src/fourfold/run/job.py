@@ -11,8 +11,9 @@ A job that ends early leaves what the same job can resume, or nothing.
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from fourfold.distributed.ranks import RankFailedError, Ranks
 from fourfold.errors import FourfoldError, SourceChangedError
 from fourfold.events import OnEvent, OutputComplete, Resumed, WritingBegan, ignore
 from fourfold.execution import Backend, ExecutionContext, LinearResult, Scheduler
-from fourfold.planning import CopyPlan, Plan, job_bytes
+from fourfold.planning import CopyPlan, Plan, job_bytes, keys_of
 from fourfold.reporting.card import draw_card
 from fourfold.reporting.page import draw_report
 from fourfold.reporting.summary import summarize
@@ -38,6 +39,7 @@ from fourfold.storage.output import OutputFolder
 from fourfold.storage.run_state import OTHER_FILES
 from fourfold.storage.shard_file import index_of
 from fourfold.storage.source import Source
+from fourfold.verification.evidence import Evidence, Prover
 
 WriteOwnFiles = Callable[[FileWriter, list[LinearResult], list[NonFinite]], Mapping[str, Any]]
 """Writes the files that neither the source nor every checkpoint has, given the figures of all
@@ -60,11 +62,19 @@ class Job:
         write_own_files: WriteOwnFiles,
         *,
         strict: bool = False,
+        proves: bool = False,
     ) -> None:
-        """Describe the job; nothing is read or written yet."""
+        """Describe the job; nothing is read or written yet.
+
+        `proves`: compare what is written with the source at once, for a verification that comes
+        when the source may not be there any more.
+        """
         self.plan, self.source, self.folder, self.run = plan, source, folder, run
         self.ranks, self.backend, self.write_own_files = ranks, backend, write_own_files
         self.strict, self.identity = strict, identity_of(plan, source, run)
+        self.proves = proves
+        self.evidence: Mapping[str, Evidence] = {}
+        """What those comparisons have found, once OUT is written."""
         self.non_finite: list[NonFinite] = []
         """The NaN and Inf in the tensors that this rank copied, once it has written them."""
 
@@ -128,7 +138,10 @@ class Job:
             on_event=on_event,
             check=self.ranks.check,
             strict=self.strict,
+            prover=self._prover if self.proves else None,
         )
+        source = self.run.source
+        source.fetching.expect(source.stored_keys(self._reads()))
         finished = (self.plan.shards[number] for number in self.assignment.finished)
         before = sum(job_bytes(job) for shard in finished for job in shard.jobs)
         before //= self.ranks.size
@@ -142,6 +155,29 @@ class Job:
                         scheduler.run(shards)
             with self.source.agreeing():
                 scheduler.finish()
+
+    def _reads(self) -> Iterator[str]:
+        """The raw tensors that this rank will read, in order."""
+        loads, layers = self.run.loads(self.assignment.statistics), dict[int | None, list[str]]()
+        for number in self.assignment.shards:
+            shard = self.plan.shards[number]
+            keys = layers.setdefault(shard.layer, [])
+            keys += [key for job in shard.jobs for key in keys_of(job)]
+        if not loads:
+            yield from chain(*layers.values())
+            return
+        yield from loads.pop(None, ())
+        outside = layers.pop(None, [])
+        for layer in sorted({*loads, *layers}, key=lambda layer: layer or 0):
+            loaded = dict.fromkeys(loads.get(layer, ()))
+            yield from loaded
+            yield from (key for key in layers.get(layer, ()) if key not in loaded)
+        yield from outside
+
+    def _prover(self, file: Path, keys: Iterable[str]) -> Prover:
+        assert isinstance(self.plan, Plan)
+        config = {**self.source.config, "quantization_config": self.plan.quantization_config}
+        return Prover(file, config, self.run.source, self.plan.inventory, keys)
 
     def _store_statistics(self, layer: int | None, statistics: Statistics) -> None:
         if self.is_leader:
@@ -165,6 +201,7 @@ class Job:
                 files = FileWriter(self.folder.state.folder / OTHER_FILES)
                 self._write_other_files(files, all_records)
         self.non_finite = non_finite_in(records)
+        self.evidence = evidence_in(records)
         return results_in(records)
 
     def _write_other_files(self, files: FileWriter, records: Records) -> None:
@@ -181,6 +218,7 @@ class Job:
 
     def _stop(self, error: BaseException) -> None:
         """Keep what the same job can resume, if there is anything; otherwise leave nothing."""
+        self.source.fetching.interrupt()
         if not (self.run.is_writer and self.folder.state.is_mine):
             return
         self.ranks.stop_writing()
@@ -218,6 +256,12 @@ def non_finite_in(records: Records) -> list[NonFinite]:
     """Return the NaN and Inf in the copied tensors of some shards, by the tensors' names."""
     entries = (entry for record in records.values() for entry in record.get("non_finite", ()))
     return merge(NonFinite(**entry) for entry in entries)
+
+
+def evidence_in(records: Records) -> dict[str, Evidence]:
+    """Return what comparisons with the source have found, by linears and copied tensors."""
+    entries = (record.get("evidence", {}).items() for record in records.values())
+    return {name: Evidence(*values) for name, values in chain.from_iterable(entries)}
 
 
 def results_in(records: Records) -> list[LinearResult]:

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from fourfold.config import OutputConfig, Runtime
 from fourfold.distributed.launcher import launch
 from fourfold.distributed.machine import memory_available, threads_available
 from fourfold.distributed.ranks import Ranks
-from fourfold.errors import ResourceError
+from fourfold.errors import ResourceError, UsageError
 from fourfold.events import BackendChosen, PlanMade
 from fourfold.execution import Backend, choose_backend
 from fourfold.models.inventory import Inventory
@@ -47,6 +48,9 @@ def prepare(
     with warming_up(recipe, source, observation.device) as warm_up:
         plan = make_plan(source, recipe, parts=parts)
         check_placed(source, plan.inventory)
+        plan = replace(
+            plan, notes=(*plan.notes, *_settle(source, plan, folder, ranks, runtime, output))
+        )
         backend = choose_backend(
             observation.device,
             plan,
@@ -65,6 +69,27 @@ def prepare(
     if backend.choice.is_fallback and launch().local_rank == 0:
         session.warn(str(backend.choice))
     return plan, backend, replace(observation, threads=threads)
+
+
+def _settle(
+    source: Source,
+    plan: Plan,
+    folder: OutputFolder,
+    ranks: Ranks,
+    runtime: Runtime,
+    output: OutputConfig,
+) -> Sequence[str]:
+    """Decide where weights are fetched to that are not on this machine; return remarks on it."""
+    needed = plan.nbytes_after + plan.side_files.nbytes - folder.nbytes_present()
+    notes = source.fetching.settle(
+        folder.folder, needed, runtime.keep_source, ranks=ranks.local_size
+    )
+    if output.preview and source.fetching.is_transient:
+        raise UsageError(
+            "`preview`: runs the source, whose shards are deleted once they are quantized. Leave "
+            "it out, or give `keep_source=True`."
+        )
+    return notes
 
 
 def check_origins(folder: OutputFolder, source: Source) -> None:

@@ -26,6 +26,7 @@ from fourfold.errors import FourfoldError
 from fourfold.planning import CopyPlan, Shard, deal, slabs_of
 from fourfold.reporting.summary import versions
 from fourfold.run.strategies import Run
+from fourfold.sources.opening import Model
 from fourfold.storage.output import OutputFolder
 from fourfold.storage.safetensors_header import read_header
 from fourfold.storage.shard_file import digest_of_file
@@ -75,6 +76,7 @@ def identity_of(plan: CopyPlan, source: Source, run: Run) -> dict[str, Any] | No
             "files": {
                 name: [stamp.size, stamp.mtime_ns, stamp.digest] for name, stamp in stamps.items()
             },
+            **({"hub": source.fetching.revision} if source.fetching.revision else {}),
         },
         "recipe": plan.settings,
         "calibration": run.identity,
@@ -82,6 +84,14 @@ def identity_of(plan: CopyPlan, source: Source, run: Run) -> dict[str, Any] | No
     }
     as_json: dict[str, Any] = json.loads(json.dumps(identity))  # it is compared with stored JSON
     return as_json
+
+
+def pinned(model: Model, folder: OutputFolder, ranks: Ranks) -> Model:
+    """Return `model`; if it is a name on the hub, at the commit of the run that can be resumed."""
+    source = (folder.state.identity or {}).get("source", {})
+    revision = None if folder.overwrite else source.get("hub")
+    revisions = [x for x in ranks.gather(revision) if x and x.rpartition("@")[0] == str(model)]
+    return revisions[0] if revisions else model
 
 
 def without_times(identity: Mapping[str, Any]) -> dict[str, Any]:

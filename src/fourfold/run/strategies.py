@@ -80,6 +80,10 @@ OnObserved = Callable[[int | None, Statistics], None]
 """Called with a layer and its statistics, once all ranks have observed it."""
 
 
+Loads = dict[int | None, Sequence[str]]
+"""Raw tensors by layer; None stands for the modules outside the layers."""
+
+
 @dataclass(frozen=True)
 class Run:
     """A strategy to execute a plan."""
@@ -90,6 +94,9 @@ class Run:
     steps: Callable[[Mapping[int | None, Statistics], OnObserved], Generator[Sequence[int] | None]]
     """Yields the numbers of the shards that can be quantized now; None for all of them. It is given
     the statistics that an earlier run has collected, and whom to tell of those of this run."""
+    loads: Callable[[Mapping[int | None, Statistics]], Loads] = lambda _: {}
+    """Returns the raw tensors that are held in memory while a layer's shards are quantized, and for
+    None those that are read before; given the statistics of an earlier run."""
     identity: Mapping[str, Any] = field(default_factory=dict)
     """The settings that the output's bytes depend on, besides source, recipe and plan."""
     is_writer: bool = True
@@ -107,7 +114,7 @@ def at_once(source: Source, scales: ActivationScales | None = None) -> Run:
     identity = {}
     if scales is not None:
         identity["statistics"] = hashlib.sha256(scales.statistics.to_bytes()).hexdigest()
-    return Run(source, scales, steps, identity)
+    return Run(source, scales, steps, identity=identity)
 
 
 def streamed(plan: Plan, calibration: Calibration, *, strict: bool = False) -> Run:
@@ -128,7 +135,14 @@ def streamed(plan: Plan, calibration: Calibration, *, strict: bool = False) -> R
         "threads": calibration.threads or torch.get_num_threads(),
     }
     sample = calibration.data.first
-    return Run(calibration.held, calibration.scales, steps, identity, sample=sample)
+    return Run(
+        calibration.held,
+        calibration.scales,
+        steps,
+        calibration.loads,
+        identity,
+        sample=sample,
+    )
 
 
 def live(

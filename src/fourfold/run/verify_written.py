@@ -43,6 +43,7 @@ def verify_written(
         reference=reference,
         trust_remote_code=job.source.trust_remote_code,
         threads=threads,
+        evidence=job.evidence,
         on_event=on_event,
     )
     if is_readable:

@@ -22,6 +22,7 @@ class CachedTensors(SourceView):
         """Return the whole tensor, and keep it until `release`. It must not be changed."""
         if key not in self._cache:
             self._cache[key] = self.source.read(key)
+            self.fetching.done_with(self.stored_keys([key]))
         return self._cache[key]
 
     def release(self) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -205,6 +205,12 @@ class DecodedSource(SourceView):
             parts = [slab] if weight is None else slabs_for(weight, *rows, self.source.tensors)
             for part in parts:
                 self.source.will_need(*part)
+
+    def stored_keys(self, keys: Iterable[str]) -> Iterable[str]:
+        for key in keys:
+            for part in [piece.key for piece in self._pieces.get(key, ())] or [key]:
+                weight = self.weights.get(part)
+                yield from self.source.stored_keys([part] if weight is None else weight.stored)
 
     def side_files(self) -> SideFiles:
         """As the source's: without the files that a quantization run writes beside the weights."""

@@ -7,7 +7,7 @@ encoded anew: compressed-tensors stores reciprocals.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -69,6 +69,9 @@ class RelaidSource(SourceView):
     def will_need(self, key: str, start: int, stop: int) -> None:
         if key in self._names:
             self.stored.will_need(self._names[key], start, stop)
+
+    def stored_keys(self, keys: Iterable[str]) -> Iterable[str]:
+        return self.stored.stored_keys(self._names[key] for key in keys if key in self._names)
 
     @property
     def decoded(self) -> Mapping[str, str]:

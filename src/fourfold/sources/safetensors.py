@@ -19,7 +19,7 @@ import torch
 from fourfold.errors import SourceError
 from fourfold.storage.fingerprints import FileStamp, Stamps
 from fourfold.storage.json_files import DOWNLOAD, list_folder, plain_name, read_config, read_json
-from fourfold.storage.names import INDEX, OTHER_WEIGHTS, SINGLE
+from fourfold.storage.names import INDEX, SINGLE
 from fourfold.storage.safetensors_header import TensorInfo, nbytes_of, read_header, shown
 from fourfold.storage.side_files import SideFiles, find_side_files
 from fourfold.storage.source import Bytes, Source, renamed
@@ -46,10 +46,10 @@ class SafetensorsFolder(Source):
         self.folder = folder
         self._stamps = Stamps()
         self.config = read_config(folder, self._stamps)
-        self.tensors = _read_tensors(folder, self._stamps)
+        self.tensors = self._read_tensors()
         shards = frozenset(info.file for info in self.tensors.values())
         self._side_files = find_side_files(folder, shards, self._stamps)
-        self._files = SourceFiles(self._stamps)
+        self._files = self._open_files()
         self._hinted: dict[Path, tuple[int, int]] = {}
         self._renamed: dict[str, str] = {}
 
@@ -103,6 +103,12 @@ class SafetensorsFolder(Source):
     def close(self) -> None:
         self._files.close()
 
+    def _read_tensors(self) -> dict[str, TensorInfo]:
+        return _read_tensors(self.folder, self._stamps)
+
+    def _open_files(self) -> SourceFiles:
+        return SourceFiles(self._stamps)
+
     def _read(self, info: TensorInfo, position: int, out: Bytes) -> None:
         self._files.read(info.file, position, out.data.cast("B"), plain_name(info.key))
 
@@ -132,7 +138,7 @@ def lay_out(
 
 
 def open_source(model: str | Path) -> SafetensorsFolder:
-    """Open a folder, or the snapshot of a name on the Hugging Face hub, which is downloaded.
+    """Open a folder, or a name on the Hugging Face hub: ORG/NAME, or ORG/NAME@REVISION.
 
     Raises:
         SourceError: There is no such checkpoint, or it cannot be read.
@@ -148,8 +154,10 @@ def open_source(model: str | Path) -> SafetensorsFolder:
         return SafetensorsFolder(folder)
     if exists:
         raise SourceError(f"{folder}: is a file. Give the folder that holds config.json.")
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return SafetensorsFolder(_download(name, folder))
+    if name.partition("@")[0].count("/") == 1 and not name.startswith((".", "/", "~")):
+        from fourfold.sources.hub import open_hub  # it builds on this module
+
+        return open_hub(name, hint=_guess(folder))
     raise SourceError(
         f"{folder}: no such folder. Give a checkpoint's folder, or a hub name.{_guess(folder)}"
     )
@@ -163,34 +171,26 @@ def _guess(missing: Path) -> str:
     return f" Did you mean {parent / similar[0]}?" if similar else ""
 
 
-def _download(name: str, folder: Path) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        snapshot = snapshot_download(
-            name, ignore_patterns=["original/*", *(f"*{x}" for x in OTHER_WEIGHTS)]
-        )
-    except Exception as error:  # the hub client raises errors of many libraries
-        cause = " ".join(str(error).split()) or type(error).__name__
-        raise SourceError(
-            f"{name}: no such folder, and the hub does not give it: {cause[:200]}.{_guess(folder)}"
-        ) from error
-    return Path(snapshot)
-
-
 def _read_tensors(folder: Path, stamps: Stamps) -> dict[str, TensorInfo]:
     if os.path.lexists(folder / INDEX):
         return _read_indexed(folder, stamps)
-    tensors = read_header(_single_file(folder), stamps)
+    if (folder / SINGLE).is_file():
+        file = folder / SINGLE
+    else:
+        file = single_file(folder, list_folder(folder))
+    return some(folder, read_header(file, stamps))
+
+
+def some(folder: Path, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Return the tensors of a single file. Raises `SourceError` if there is none."""
     if not tensors:
         raise SourceError(f"{folder}: its safetensors file holds no tensor")
     return tensors
 
 
-def _single_file(folder: Path) -> Path:
-    if (folder / SINGLE).is_file():
-        return folder / SINGLE
-    present = [path for path in list_folder(folder) if not path.name.startswith(".")]
+def single_file(folder: Path, present: Iterable[Path]) -> Path:
+    """Return the one safetensors file of a checkpoint without an index, if there is one."""
+    present = [path for path in present if not path.name.startswith(".")]
     files = [path for path in present if path.suffix == ".safetensors"]
     if len(files) == 1:
         return files[0]
@@ -213,6 +213,13 @@ def _single_file(folder: Path) -> Path:
 
 
 def _read_indexed(folder: Path, stamps: Stamps) -> dict[str, TensorInfo]:
+    weight_map = read_index(folder, stamps)
+    names = sorted(set(weight_map.values()))
+    return join(folder, weight_map, ((name, read_header(folder / name, stamps)) for name in names))
+
+
+def read_index(folder: Path, stamps: Stamps) -> dict[str, str]:
+    """Return the index's map from tensors to shards, all of which are inside the folder."""
     index = read_json(folder / INDEX, stamps)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -223,9 +230,18 @@ def _read_indexed(folder: Path, stamps: Stamps) -> dict[str, TensorInfo]:
             raise SourceError(f"{where} has no shard name but {shown(name)}. {DOWNLOAD}")
     for name, key in {name: key for key, name in weight_map.items()}.items():
         _check_inside(folder, key, name)
+    return weight_map
+
+
+def join(
+    folder: Path,
+    weight_map: Mapping[str, str],
+    headers: Iterable[tuple[str, Mapping[str, TensorInfo]]],
+) -> dict[str, TensorInfo]:
+    """Return the tensors of all shards, given by name. Raises if they are not what is listed."""
     tensors: dict[str, TensorInfo] = {}
-    for name in sorted(set(weight_map.values())):
-        for key, info in read_header(folder / name, stamps).items():
+    for name, header in headers:
+        for key, info in header.items():
             if key in tensors:
                 raise SourceError(
                     f"{plain_name(key)}: lies both in {tensors[key].file.name} and in {name}. "

@@ -43,6 +43,12 @@ class OpenFiles:
             with self._lock:
                 held.readers -= 1
 
+    def forget(self, file: Path) -> None:
+        """Close `file`, which nobody reads at this moment, if it is open."""
+        with self._lock:
+            if (held := self._open.pop(file, None)) is not None:
+                os.close(held.descriptor)
+
     def close(self) -> None:
         """Close all of them."""
         with self._lock:

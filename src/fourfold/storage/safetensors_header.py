@@ -114,17 +114,26 @@ def read_header(file: Path, stamps: Stamps | None = None) -> dict[str, TensorInf
     """
     try:
         with opened(file) as (handle, status):
-            raw = _raw_header(file, handle, status.st_size)
+            raw, tensors = header_in(file, handle, status.st_size)
     except FileNotFoundError:
         raise SourceError(f"{file}: shard is missing. Download the checkpoint again.") from None
     except OSError as error:
         raise read_error(file, error) from error
     if stamps is not None:
         stamps.add(file, status, raw)
-    header, base, size = _parse(file, raw), 8 + len(raw), status.st_size
+    return tensors
+
+
+def header_in(file: Path, handle: BinaryIO, size: int) -> tuple[bytes, dict[str, TensorInfo]]:
+    """The header's JSON and the tensors of a file of `size` bytes, whose beginning `handle` reads.
+
+    Raises `SourceError` where the file is too short, or its header contradicts itself.
+    """
+    raw = _raw_header(file, handle, size)
+    header, base = _parse(file, raw), 8 + len(raw)
     infos = {key: _tensor(file, key, entry, base, size) for key, entry in header.items()}
     _check_cover(file, infos.values(), base, size)
-    return infos
+    return raw, infos
 
 
 def _raw_header(file: Path, handle: BinaryIO, size: int) -> bytes:

@@ -124,6 +124,12 @@ def find_side_files(folder: Path, shards: Collection[Path], stamps: Stamps) -> S
     return SideFiles(tuple(copied), tuple(left_out), nbytes)
 
 
+def may_be_copied(path: Path, nbytes: int) -> bool:
+    """False for a file that is left out whatever it holds: weights, and large ones not needed."""
+    is_needed = _is_one_of(path, NEEDED)
+    return path.suffix not in WEIGHT_SUFFIXES and (is_needed or nbytes <= SMALL_TEXT_BYTES)
+
+
 def describe(left_out: Sequence[tuple[Path, LeftOut]]) -> str:
     """Return the reasons why files are left out, each with the names of some of them."""
     parts = []

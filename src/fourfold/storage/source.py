@@ -27,6 +27,7 @@ import numpy.typing as npt
 import torch
 
 from fourfold.distributed.ranks import Ranks, joining
+from fourfold.storage.fetching import Fetching
 from fourfold.storage.fingerprints import FileStamp
 from fourfold.storage.safetensors_header import TensorInfo
 from fourfold.storage.side_files import SideFiles
@@ -50,6 +51,9 @@ class MXFP4Weight:
     """Returns E2M1 codes U8 [outputs, in/2], the low half of a byte first."""
     exponents: Callable[[int | None, range], torch.Tensor]
     """Returns biased exponents U8 [outputs, in/32]."""
+
+
+_ALL_HERE = Fetching()
 
 
 class Source(ABC):
@@ -95,6 +99,15 @@ class Source(ABC):
 
     def will_need(self, key: str, start: int, stop: int) -> None:  # noqa: B027  # a hook
         """Say that this slab will be read soon, so that the disk can read ahead."""
+
+    @property
+    def fetching(self) -> Fetching:
+        """How weights get to this machine; by default all of them are there."""
+        return _ALL_HERE
+
+    def stored_keys(self, keys: Iterable[str]) -> Iterable[str]:
+        """Return the tensors in files that these tensors are made of, by their raw keys."""
+        return keys
 
     @property
     def decoded(self) -> Mapping[str, str]:
@@ -246,6 +259,13 @@ class SourceView(Source):
 
     def will_need(self, key: str, start: int, stop: int) -> None:
         self.source.will_need(key, start, stop)
+
+    @property
+    def fetching(self) -> Fetching:
+        return self.source.fetching
+
+    def stored_keys(self, keys: Iterable[str]) -> Iterable[str]:
+        return self.source.stored_keys(keys)
 
     @property
     def decoded(self) -> Mapping[str, str]:

@@ -115,7 +115,7 @@ class _Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class _Suspect:
+class Suspect:
     """A weight whose error needs an explanation. `usual` is the median of its siblings."""
 
     pair: Pair
@@ -195,7 +195,7 @@ class Comparison:
             for pair, (error, energy) in zip(slab.pairs, energies, strict=True):
                 sums[pair.linear.name][0] += error
                 sums[pair.linear.name][1] += energy
-        return [_linear_error(pair, *sums[pair.linear.name]) for pair in pairs]
+        return [linear_error(pair, *sums[pair.linear.name]) for pair in pairs]
 
     def _slabs(self, pairs: Iterable[Pair]) -> list[_Slab]:
         """The slabs to read: one for pairs that share it, several for a plain matrix."""
@@ -242,7 +242,7 @@ class Comparison:
         by_name = {pair.linear.name: pair for pair in pairs}
         groups = self._groups(by_name)
         medians = _medians(errors)
-        suspects: list[_Suspect] = []
+        suspects: list[Suspect] = []
         for error in errors:
             e, usual = error.relative_error, medians[_kind(error.name)]
             if not math.isfinite(error.weight_energy):
@@ -252,8 +252,8 @@ class Comparison:
             elif e > BOUND or e > max(OUTLIER, OUTLIER_OF_MEDIAN * usual):
                 group = groups.get(error.name, (error.name,))
                 members = tuple(by_name[name] for name in group)
-                suspects.append(_Suspect(by_name[error.name], members, error, usual))
-        for suspect, reference in self.workers.run(self._reference_error, suspects):
+                suspects.append(Suspect(by_name[error.name], members, error, usual))
+        for suspect, reference in self.workers.run(self.reference_error, suspects):
             yield from _judge(suspect.error, reference, suspect.usual)
 
     def _groups(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
@@ -270,8 +270,8 @@ class Comparison:
                 groups |= dict.fromkeys(members, tuple(members))
         return groups
 
-    def _reference_error(self, suspect: _Suspect) -> float:
-        """The error e' that the docstring of this module defines."""
+    def reference_error(self, suspect: Suspect) -> float:
+        """Return the error e' that the docstring of this module defines."""
         amax = self._amax(suspect.pair)
         highest = max(map(self._amax, suspect.group))
         stored = self.checkpoint.scale(suspect.pair.linear, GLOBAL_SCALE)
@@ -322,7 +322,8 @@ def _count_different(first: Bytes, second: Bytes) -> int:
     return int(tail.sum()) if same else int((first != second).sum())
 
 
-def _linear_error(pair: Pair, error: float, energy: float) -> LinearError:
+def linear_error(pair: Pair, error: float, energy: float) -> LinearError:
+    """Return the error of a pair from Σ(w − ŵ)² and Σw²."""
     if energy > 0:
         relative = math.sqrt(error / energy) if error >= 0 else math.nan
     else:

@@ -29,6 +29,7 @@ from fourfold.storage.source import Source
 from fourfold.verification import completeness, files, groups, kept, structure, values
 from fourfold.verification.checkpoint import Checkpoint, open_checkpoint
 from fourfold.verification.compare import Comparison, LinearError
+from fourfold.verification.evidence import Evidence, ProvenComparison
 from fourfold.verification.match import Matching
 from fourfold.verification.readers.base import BLOCK_SCALE, INPUT_SCALE, KV_SCALES
 from fourfold.verification.report import Counts, Report
@@ -54,18 +55,23 @@ def verify(
     dtype: str | None = None,
     threads: int | None = None,
     trust_remote_code: bool = False,
+    evidence: Mapping[str, Evidence] | None = None,
     on_event: OnEvent = ignore,
 ) -> Report:
-    """Verify the NVFP4 checkpoint in the folder `out`; see `api.verify`."""
+    """Verify the NVFP4 checkpoint in the folder `out`; see `api.verify`.
+
+    `evidence` is what was found while the source was at hand, by the names of linears and copies.
+    """
     workers = Workers(threads, on_event)
     try:
         with closing(open_checkpoint(Path(out).expanduser())) as checkpoint:
             trusted = trust_remote_code
             if source is None:
-                report = _verify(checkpoint, None, None, workers)
+                report = _verify(checkpoint, None, None, workers, {})
             else:
                 with opened(source, hf_config, trust_remote_code=trusted, dtype=dtype) as original:
-                    report = _verify(checkpoint, original, take_inventory(original), workers)
+                    inventory = take_inventory(original)
+                    report = _verify(checkpoint, original, inventory, workers, evidence or {})
             if reference is None:
                 return report
             with opened(reference, trust_remote_code=trusted) as original:
@@ -78,7 +84,11 @@ def verify(
 
 
 def _verify(
-    checkpoint: Checkpoint, source: Source | None, inventory: Inventory | None, workers: Workers
+    checkpoint: Checkpoint,
+    source: Source | None,
+    inventory: Inventory | None,
+    workers: Workers,
+    evidence: Mapping[str, Evidence],
 ) -> Report:
     checks = CHECKS if source is not None else (*CHECKS, *completeness.CHECKS)
     findings = [*checkpoint.reader.check(checkpoint)]
@@ -95,7 +105,7 @@ def _verify(
         non_finite = [*kept.read_kept(checkpoint, pieces, workers)]
     else:
         matching = Matching(checkpoint, source.tensors, inventory)
-        comparison = Comparison(checkpoint, source, workers)
+        comparison = ProvenComparison(checkpoint, source, workers, evidence)
         workers.total += comparison.total_bytes(matching)
         workers.begin()
         counted, scale_findings = values.check_block_scales(checkpoint, workers)
