@@ -9,21 +9,37 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import GptOssConfig, GptOssForCausalLM
 
 import fourfold
+import integers
 import test_fp4_checkpoints as fp4
 import test_fp8_checkpoints as fp8
 from conftest import Written
-from encoding import W4A4, encode
+from encoding import W4A4, Tensors, encode
 from fourfold.evaluation.continuation import Sampling
 from fourfold.evaluation.generation import generate
 from jobs import assert_same, flat, ids_file, start
 from test_ranks import on_ranks
 
+SCHEME = integers.scheme(4, 16, symmetric=True)
+
+
+def int4(key: str, value: Tensor) -> tuple[Tensors, Tensor] | None:
+    """Routed experts alone, of random codes, as in Kimi-K2."""
+    if ".experts." not in key or not key.endswith("_proj.weight"):
+        return None
+    stem, (rows, columns) = key.removesuffix(".weight"), value.shape
+    parts = integers.packed(rows, columns, group=16, seed=len(key) + rows)
+    stored = {f"{stem}.{name}": part for name, part in parts.items()}
+    return stored, integers.decompressed(parts, SCHEME)
+
+
 FORMS = {
     "deepseek_v3_mtp in FP8 blocks": ("deepseek_v3_mtp", *fp8.FORMS["transformers"]),
     "qwen3_moe in FP8 channels": ("qwen3_moe", *fp8.FORMS["compressed-tensors channels"]),
+    "deepseek_v3_mtp in INT4": ("deepseek_v3_mtp", integers.compressed(SCHEME), int4),
     "gpt_oss in MXFP4": ("gpt_oss", fp4.GPT_OSS, fp4.gpt_oss(fp4.flat)),
     "qwen3_moe in NVFP4": ("qwen3_moe", fp4.NVFP4, fp4.nvfp4_packed),
 }
