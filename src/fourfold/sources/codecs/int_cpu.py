@@ -17,16 +17,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fourfold.formats.nvfp4.simd import as_bits, as_float, entry_point, exact, put
+from fourfold.formats.nvfp4.simd import as_bits, as_float, entry_point, exact, get, put
 
 f32, u8, u16, u32 = np.float32, np.uint8, np.uint16, np.uint32
 
 _NONE, _BF16, _F16 = 0, 1, 2  # what a product is rounded to before it is rounded to `out`
 _ROUNDING = {torch.float32: _NONE, torch.bfloat16: _BF16, torch.float16: _F16}
 _MIN_NORMAL_F16, _MAX_F16, _INF = f32(2.0**-14), f32(65520), f32(np.inf)
+_TWO_24 = f32(2.0**24)
 _HALF = f32(0.5)  # float32 numbers from here to 1 lie 2⁻²⁴ apart, as subnormal fp16 numbers do
-_TILE = 64
-_AWQ_SHIFTS = np.array([0, 16, 4, 20, 8, 24, 12, 28], dtype=np.uint32)
+_TILE, _LINE = 64, 16
+_SHIFTS = np.array([0, 16, 4, 20, 8, 24, 12, 28], dtype=np.uint32)
 
 Groups = npt.NDArray[np.int32]
 """The group of each column; empty where groups lie one after the other."""
@@ -58,16 +59,12 @@ def decode(
     """
     rounding, factors = _ROUNDING[scales.dtype], scales.float().contiguous().numpy()
     arguments = (codes.numpy(), bits, factors, zeros.contiguous().numpy(), width, groups, left)
-    if out.dtype == torch.bfloat16:
-        once = _NONE if rounding == _BF16 else rounding
-        _to_bf16(*arguments, once, out.view(torch.int16).numpy().view(np.uint16))
-    elif out.dtype == torch.float32:
+    if out.dtype == torch.float32:
         _to_float32(*arguments, rounding, out.numpy())
-    else:
-        buffer = torch.empty(out.shape)
-        _to_float32(*arguments, rounding, buffer.numpy())
-        columns = slice(left, left + codes.shape[1] * 8 // bits)
-        out[:, columns] = buffer[:, columns]
+        return
+    own = _ROUNDING[out.dtype]  # to which the last step rounds in any case
+    rounding = _NONE if rounding == own else rounding
+    _to_16_bits(*arguments, rounding, own == _F16, out.view(torch.int16).numpy().view(np.uint16))
 
 
 def unpack_awq(words: torch.Tensor, out: torch.Tensor) -> None:
@@ -101,67 +98,95 @@ def _f16(x: Any) -> Any:
 
 
 @exact
-def _spread(values: Any, row: int, width: int, groups: Any, left: int, out: Any) -> None:
-    """Give each column the value of its group in `row`."""
+def _f16_bits(x: Any) -> Any:
+    """The fp16 bits of a float32, to the nearest even."""
+    bits = as_bits(_f16(x))
+    sign, magnitude = u32(bits >> u32(16)) & u32(0x8000), as_float(u32(bits & u32(0x7FFFFFFF)))
+    normal = u32(u32(as_bits(magnitude) - u32(112 << 23)) >> u32(13))
+    subnormal = u32(np.int32(magnitude * _TWO_24))
+    code = normal if magnitude >= _MIN_NORMAL_F16 else subnormal
+    return u16(u32(code if magnitude < _INF else u32(0x7C00)) | sign)
+
+
+@exact
+def _spread(values: Any, width: int, groups: Any, first: int, out: Any) -> None:
+    """Give each column, from column `first` of a row on, the value of its group."""
     columns = out.size
     if groups.size:
         for column in range(columns):
-            out[column] = values[row, groups[left + column]]
+            put(out, column, values[groups[first + column]])
         return
-    column = 0
+    group, column = first // width, 0
     while column < columns:
-        group = (left + column) // width
-        stop, value = min(columns, (group + 1) * width - left), values[row, group]
-        for index in range(column, stop):
-            put(out, index, value)
-        column = stop
+        stop, value = min(columns, (group + 1) * width - first), values[group]
+        for index in range(stop - column):
+            put(out, column + index, value)
+        group, column = group + 1, stop
 
 
 @exact
-def _products(codes: Any, row: int, bits: int, zeros: Any, scales: Any, out: Any) -> None:
-    """Fill `out` with what a row's codes mean."""
+def _expand(codes: Any, bits: int, out: Any) -> None:
+    """Fill `out` with a row's codes."""
     columns = out.size
-    if bits == 4:
-        for pair in range(columns // 2):
-            byte = codes[row, pair]
-            out[2 * pair] = f32(np.int32(byte & u8(15)))
-            out[2 * pair + 1] = f32(np.int32(byte >> u8(4)))
-        if columns % 2:
-            out[columns - 1] = f32(np.int32(codes[row, columns // 2] & u8(15)))
-    else:
+    if bits == 8:
         for column in range(columns):
-            out[column] = f32(np.int32(codes[row, column]))
-    for column in range(columns):
-        out[column] = f32(out[column] - zeros[column]) * scales[column]
+            put(out, column, f32(np.int32(get(codes, column))))
+        return
+    for pair in range(columns // 2):
+        byte = np.int32(get(codes, pair))
+        put(out, 2 * pair, f32(np.int32(byte & np.int32(15))))
+        put(out, 2 * pair + 1, f32(np.int32(byte >> np.int32(4))))
+    if columns % 2:
+        put(out, columns - 1, f32(np.int32(get(codes, columns // 2)) & np.int32(15)))
 
 
 @exact
-def _round(out: Any, rounding: int) -> None:
+def _multiply(values: Any, zero: Any, scale: Any, rounding: int) -> None:
+    """Replace a row's codes by what they mean, rounded."""
+    for column in range(values.size):
+        value = f32(get(values, column) - get(zero, column)) * get(scale, column)
+        put(values, column, value)
     if rounding == _BF16:
-        for column in range(out.size):
-            out[column] = as_float(u32(u32(_bf16(out[column])) << u32(16)))
+        for column in range(values.size):
+            bits = u32(u32(_bf16(get(values, column))) << u32(16))
+            put(values, column, as_float(bits))
     elif rounding == _F16:
-        for column in range(out.size):
-            out[column] = _f16(out[column])
+        for column in range(values.size):
+            put(values, column, _f16(get(values, column)))
+
+
+@exact
+def _decode_row(
+    codes: Any, bits: int, scales: Any, zeros: Any, width: int, groups: Any, first: int,
+    rounding: int, value: Any, zero: Any, scale: Any, row: int,
+) -> None:  # fmt: skip
+    """Fill `value` with the columns of one row; `zero` is filled already if all are alike."""
+    _spread(scales[row], width, groups, first, scale)
+    if zeros.size > 1:
+        _spread(zeros[row], width, groups, first, zero)
+    _expand(codes[row], bits, value)
+    _multiply(value, zero, scale, rounding)
 
 
 @entry_point
-def _to_bf16(
+def _to_16_bits(
     codes: Any, bits: int, scales: Any, zeros: Any, width: int, groups: Any, left: int,
-    rounding: int, out: Any,
+    rounding: int, is_f16: bool, out: Any,
 ) -> None:  # fmt: skip
     columns = min(codes.shape[1] * 8 // bits, out.shape[1] - left)
-    scale, zero = np.empty(columns, np.float32), np.empty(columns, np.float32)
-    product = np.empty(columns, np.float32)
-    zero[:] = zeros[0, 0]
+    value, scale = np.empty(columns, np.float32), np.empty(columns, np.float32)
+    zero = np.full(columns, zeros[0, 0])
     for row in range(out.shape[0]):
-        _spread(scales, row, width, groups, left, scale)
-        if zeros.size > 1:
-            _spread(zeros, row, width, groups, left, zero)
-        _products(codes, row, bits, zero, scale, product)
-        _round(product, rounding)
-        for column in range(columns):
-            out[row, left + column] = _bf16(product[column])
+        _decode_row(
+            codes, bits, scales, zeros, width, groups, left, rounding, value, zero, scale, row
+        )
+        line = out[row, left:]
+        if is_f16:
+            for column in range(columns):
+                put(line, column, _f16_bits(get(value, column)))
+        else:
+            for column in range(columns):
+                put(line, column, _bf16(get(value, column)))
 
 
 @entry_point
@@ -170,43 +195,52 @@ def _to_float32(
     rounding: int, out: Any,
 ) -> None:  # fmt: skip
     columns = min(codes.shape[1] * 8 // bits, out.shape[1] - left)
-    scale, zero = np.empty(columns, np.float32), np.empty(columns, np.float32)
-    product = np.empty(columns, np.float32)
-    zero[:] = zeros[0, 0]
+    scale, zero = np.empty(columns, np.float32), np.full(columns, zeros[0, 0])
     for row in range(out.shape[0]):
-        _spread(scales, row, width, groups, left, scale)
-        if zeros.size > 1:
-            _spread(zeros, row, width, groups, left, zero)
-        _products(codes, row, bits, zero, scale, product)
-        _round(product, rounding)
-        for column in range(columns):
-            out[row, left + column] = product[column]
+        value = out[row, left : left + columns]
+        _decode_row(
+            codes, bits, scales, zeros, width, groups, left, rounding, value, zero, scale, row
+        )
+
+
+@exact
+def _load_tile(words: Any, row: int, column: int, rows: int, columns: int, tile: Any) -> None:
+    """Fill `tile` with some words, transposed. A row of a tile is one line of a CPU's cache."""
+    for r in range(rows):
+        line = words[row + r, column : column + columns]
+        for c in range(columns):
+            put(tile, c * _TILE + r, u32(get(line, c)))
 
 
 @entry_point
 def _unpack_awq(words: Any, out: Any) -> None:
     inputs, count = words.shape
-    tile = np.empty(_TILE, np.uint32)
-    for first in range(0, inputs, _TILE):
-        size = min(_TILE, inputs - first)
-        for word in range(count):
-            for index in range(size):
-                tile[index] = u32(words[first + index, word])
-            for place in range(8):
-                shift = _AWQ_SHIFTS[place]
-                for index in range(size):
-                    out[8 * word + place, first + index] = u8((tile[index] >> shift) & u32(15))
+    tile = np.empty(_TILE * _LINE, np.uint32)
+    for row in range(0, inputs, _TILE):
+        rows = min(_TILE, inputs - row)
+        for column in range(0, count, _LINE):
+            columns = min(_LINE, count - column)
+            _load_tile(words, row, column, rows, columns, tile)
+            for c in range(columns):
+                for place in range(8):
+                    line, shift = out[8 * (column + c) + place, row : row + rows], _SHIFTS[place]
+                    for r in range(rows):
+                        put(line, r, u8((get(tile, c * _TILE + r) >> shift) & u32(15)))
 
 
 @entry_point
 def _unpack_gptq(words: Any, bits: int, out: Any) -> None:
     count, outputs = words.shape
-    codes, mask = 32 // bits, u32((1 << bits) - 1)
-    for first in range(0, count, _TILE):
-        last = min(first + _TILE, count)
-        for output in range(outputs):
-            for index in range(first, last):
-                word = u32(words[index, output])
-                for place in range(codes):
-                    code = u8((word >> u32(bits * place)) & mask)
-                    out[output, codes * index + place] = code
+    tile, mask, codes = np.empty(_TILE * _LINE, np.uint32), u32((1 << bits) - 1), 32 // bits
+    for row in range(0, count, _TILE):
+        rows = min(_TILE, count - row)
+        for column in range(0, outputs, _LINE):
+            columns = min(_LINE, outputs - column)
+            _load_tile(words, row, column, rows, columns, tile)
+            for c in range(columns):
+                line = out[column + c, codes * row : codes * (row + rows)]
+                for r in range(rows):
+                    word = get(tile, c * _TILE + r)
+                    for place in range(codes):
+                        code = u8((word >> u32(bits * place)) & mask)
+                        put(line, codes * r + place, code)
