@@ -140,7 +140,7 @@ IN_3_BITS = {"config_groups": {"group_0": {"weights": {"num_bits": 3, "type": "i
         (
             {},
             None,
-            packed(torch.float8_e4m3fn, ".weight", ".weight", ".weight_scale_inv"),
+            packed(torch.float8_e5m2, ".weight", ".weight", ".weight_scale_inv"),
             "FP8 in blocks",
         ),
         ({}, None, packed(torch.int8, ".weight", ".weight", ".SCB"), "bitsandbytes"),
