@@ -63,6 +63,8 @@ class TimeEntry(_Part):
     bytes_per_second: int | None
     without_calibration: bool
     """True if calibration, which no estimate covers, comes on top."""
+    without_fetching: bool
+    """True if fetching a model from the hub, which no estimate covers, comes on top."""
 
 
 class PlanDocument(Document):

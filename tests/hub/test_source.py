@@ -32,7 +32,10 @@ def test_a_plan_fetches_no_weight(hub: Hub, sharded: Path) -> None:
     assert any(commit in note for note in plan.notes)
     assert any("kept in the hub's cache" in note for note in plan.notes)
     assert all(hub.sent[name] <= HEADER for name in sizes_of(sharded))
-    assert estimate(plan).bytes_per_second is None
+    estimated = estimate(plan)
+    assert estimated.bytes_per_second is None
+    assert "fetching the shards comes on top" in str(estimated)
+    assert not estimate(expected).fetches
 
 
 def test_its_tensors_are_those_of_the_folder(hub: Hub, sharded: Path) -> None:

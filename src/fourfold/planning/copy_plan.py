@@ -39,6 +39,8 @@ class CopyPlan:
     """Remarks for the user: engines without a loader, files that are not copied."""
     parts: int = 1
     """The least number of shards of a decoder layer."""
+    fetches: bool = False
+    """True if weights have to be fetched to this machine."""
     own_files: tuple[str, ...] = ()
     """Files of the output that the source does not have."""
     limits: Limits = DEFAULT_LIMITS

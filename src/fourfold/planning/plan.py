@@ -399,6 +399,7 @@ def make_plan(
         decoded_from=Counter(decoded.values()),
         tensor_parallel=tensor_parallel(quantized, selection.schemes, source.config),
         parts=parts,
+        fetches=not source.fetching.is_here,
         limits=limits,
     )
 

@@ -50,6 +50,8 @@ class Estimate:
     """None if it was not measured: the files are too small, or no files."""
     runs_model: bool = False
     """True if the model is run for calibration, which no estimate covers."""
+    fetches: bool = False
+    """True if shards have to be fetched, which no estimate covers either."""
 
     @property
     def seconds(self) -> float:
@@ -66,6 +68,7 @@ class Estimate:
             "weights_per_second": self.weights_per_second and round(self.weights_per_second),
             "bytes_per_second": self.bytes_per_second and round(self.bytes_per_second),
             "without_calibration": self.runs_model,
+            "without_fetching": self.fetches,
         }
 
     def __str__(self) -> str:
@@ -81,9 +84,9 @@ class Estimate:
         if not speeds:
             return "time: not estimated; no speed could be measured"
         text = f"time {_duration(self.seconds)}, verified: measured now are {' and '.join(speeds)}"
-        return (
-            f"{text}; calibration, which runs the model, comes on top" if self.runs_model else text
-        )
+        if self.runs_model:
+            text += "; calibration, which runs the model, comes on top"
+        return f"{text}; fetching the shards comes on top" if self.fetches else text
 
 
 def _duration(seconds: float) -> str:
@@ -103,6 +106,7 @@ def estimate(plan: Plan, threads: int | None = None) -> Estimate:
         weights_per_second=_search_speed(plan, threads),
         bytes_per_second=_disk_speed(plan),
         runs_model=plan.needs_calibration,
+        fetches=plan.fetches,
     )
 
 

@@ -11,6 +11,7 @@ import errno
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -111,7 +112,8 @@ class Repository:
         """Let the cache know the commit of the revision, for whoever asks it without a network."""
         from huggingface_hub import hf_hub_download
 
-        self._asked(CONFIG, lambda: hf_hub_download(self.name, CONFIG, revision=self.asked))
+        with suppress(SourceError):  # nothing else depends on it
+            self._asked(CONFIG, lambda: hf_hub_download(self.name, CONFIG, revision=self.asked))
 
     def download(self, file: str, **options: Any) -> Path:
         """Return a file in the hub's cache, to which it is fetched if it is not there.

@@ -45,6 +45,9 @@ from fourfold.storage.units import size
 WINDOW = 3
 """Shards of a streamed source that lie on the disk at a time."""
 
+PATIENCE = 2.0
+"""Seconds to wait, when a run ends, for a transfer to notice."""
+
 FETCHED = "source"
 """The folder in a run's state that holds the shards of a streamed source."""
 
@@ -206,6 +209,11 @@ class HubFetching(Fetching):
             self.transfers.clean(self._scratch, {shard for _, shard in reads})
         self.window.expect(reads)
 
+    def expect_all(self) -> None:
+        """Fetch ahead in the order of the files, if nobody has said what will be read."""
+        if not self.window.is_expecting and not self.is_transient:
+            self.window.expect((shard, shard) for shard in self.shards)
+
     def done_with(self, keys: Iterable[str]) -> None:
         self.window.done_with(keys)
 
@@ -216,7 +224,7 @@ class HubFetching(Fetching):
     def interrupt(self) -> None:
         self.transfers.stopped.set()
         self.window.close()
-        self.window.join()
+        self.window.join(PATIENCE)
 
     @contextmanager
     def peeking(self) -> Iterator[None]:
@@ -298,6 +306,7 @@ class HubFiles(SourceFiles):
             stop = position + len(out)
             out[:] = fetching.repository.read(shard, position, stop)
             return
+        fetching.expect_all()
         with fetching.window.reading(shard) as path:
             super().read(path, position, out, name)
 

@@ -71,6 +71,7 @@ class Transfers:
         while True:
             self._lock(descriptor)
             if not path.exists():
+                shutil.rmtree(_xet_folder(path), ignore_errors=True)
                 self._retried(file, lambda: self._transfer(file, path), partial_of(path))
             fcntl.flock(descriptor, fcntl.LOCK_SH)
             if path.exists():  # another process may have dropped it between the two locks
@@ -186,7 +187,7 @@ class Transfers:
             return False
         if get_hf_file_metadata(url).xet_file_data is None:
             return False
-        inner = partial.parent / "xet"
+        inner = _xet_folder(partial.with_suffix(""))
         path = hf_hub_download(
             repository.name,
             file,
@@ -195,6 +196,7 @@ class Transfers:
             tqdm_class=self._bar(),
         )
         Path(path).replace(partial)
+        shutil.rmtree(inner, ignore_errors=True)
         return True
 
     def _bar(self) -> Any:
@@ -218,6 +220,11 @@ class Transfers:
 def flat(file: str) -> str:
     """The name of a shard in the run's folder, which has no folders inside."""
     return file.replace("/", "--")
+
+
+def _xet_folder(path: Path) -> Path:
+    """Where huggingface_hub fetches a shard with Xet; what a killed process left there is lost."""
+    return path.with_name(f"{path.name}.xet")
 
 
 def partial_of(path: Path) -> Path:

@@ -21,8 +21,8 @@ from pathlib import Path
 
 from fourfold.errors import SourceError
 
-FETCHERS = 2
-"""Shards that are fetched at a time."""
+FETCHERS = 4
+"""Shards that are fetched at a time, at most."""
 
 STREAM = 2
 """Shards, of those that lie here, that must be needed soon: one to read, and the next."""
@@ -58,7 +58,7 @@ class Window:
         """By tensor, the positions at which it will be read, with its shard."""
         self._threads: list[threading.Thread] = []
         self._changed = threading.Condition()
-        self._is_closed = False
+        self._is_closed = self._is_expecting = False
 
     def expect(self, reads: Iterable[tuple[str, str]]) -> None:
         """Say which tensors will be read, in order, each with its shard, and fetch ahead."""
@@ -69,6 +69,7 @@ class Window:
             positions[key].append((position, shard))
         with self._changed:
             self._uses, self._positions = dict(uses), dict(positions)
+            self._is_expecting = True
             self._past.clear()
             for shard in self._paths.keys() - uses.keys() - self.kept:
                 if self.most is not None and not self._users[shard]:
@@ -93,6 +94,8 @@ class Window:
             SourceError: It cannot be fetched, or the run has ended.
         """
         with self._changed:
+            if not self._users[shard]:
+                self._errors.pop(shard, None)  # of a transfer that nobody waited for
             self._users[shard] += 1
             try:
                 path = self._wait_for(shard)
@@ -105,6 +108,11 @@ class Window:
             with self._changed:
                 self._release(shard)
 
+    @property
+    def is_expecting(self) -> bool:
+        """True once `expect` was called."""
+        return self._is_expecting
+
     def path_of(self, shard: str) -> Path | None:
         """Return the path of a shard if it is here now."""
         return self._paths.get(shard)
@@ -115,10 +123,13 @@ class Window:
             self._is_closed = True
             self._changed.notify_all()
 
-    def join(self) -> None:
-        """Wait until no thread of this object runs."""
+    def join(self, seconds: float) -> None:
+        """Wait until no thread of this object runs, but not longer for any of them than `seconds`.
+
+        A thread that hangs in a request ends with the process, or when the request does.
+        """
         for thread in self._threads:
-            thread.join()
+            thread.join(seconds)
 
     def _wait_for(self, shard: str) -> Path:
         self._start()
