@@ -60,6 +60,9 @@ class Hub:
     """By file, how many of the next requests are answered with 503."""
     spoils: Counter[str] = field(default_factory=Counter)
     """By file, how many of the next answers have a wrong byte."""
+    stalls: set[str] = field(default_factory=set)
+    """Files of which half is sent, and nothing more until the stand-in ends."""
+    ended: threading.Event = field(default_factory=threading.Event)
     pause: float = 0.0
     """Seconds between two pieces of a file."""
 
@@ -95,6 +98,7 @@ def serving() -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.ended.set()
         server.shutdown()
         server.server_close()
         thread.join()
@@ -232,6 +236,9 @@ class _Handler(BaseHTTPRequestHandler):
             hub.sent[file] += len(piece)
             if hub.pause:
                 time.sleep(hub.pause)
+            if is_whole and file in hub.stalls and 2 * at > len(data):
+                hub.ended.wait()
+                raise ConnectionResetError
         if end < stop:
             self.wfile.flush()
             self.close_connection = True

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -72,6 +73,15 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
     yield mount
     for folder in mounted:
         subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def asking(hub: Hub, home: Path) -> str:
+    """Code that makes a process ask the stand-in."""
+    return f"""
+from huggingface_hub import constants
+for name, value in {client_settings(hub, home)!r}.items():
+    setattr(constants, name, value)
+"""
 
 
 def fetched(hub: Hub, model: Path) -> dict[str, float]:
@@ -174,13 +184,7 @@ def test_a_small_disk_a_kill_and_broken_transfers(
     names = sorted(sizes_of(forty))
     hub.breaks = {name: [150_000, 20_000] for name in names[::5]}
     hub.pause = 0.01
-    settings = client_settings(hub, disk / "home")
-    before = f"""
-from pathlib import Path
-from huggingface_hub import constants
-for name, value in {settings!r}.items():
-    setattr(constants, name, value)
-"""
+    before = asking(hub, disk / "home")
     words: list[object] = ["quantize", NAME, disk / "out", "--recipe", recipe, "--threads", 2]
     if recipe == W4A4:
         calib = options["calibration"]
@@ -435,3 +439,72 @@ def test_errors_are_fourfolds_own(hub: Hub, forty: Path, tmp_path: Path) -> None
             NAME, tmp_path / "out", W4A16, runtime=STREAMED, on_event=only(ShardWritten, close)
         )
     shutil.rmtree(tmp_path / "out")
+
+
+def test_a_signal_while_a_transfer_hangs(
+    hub: Hub, forty: Path, expected: Any, tmp_path: Path
+) -> None:
+    hub.add(NAME, forty)
+    hub.stalls = {sorted(sizes_of(forty))[20]}
+    words = ["quantize", NAME, tmp_path / "out", "--threads", 2, "--no-keep-source"]
+    with start_command(*words, before=asking(hub, tmp_path / "home")) as process:
+        while process.poll() is None and len(finished_in(tmp_path / "out")) < 4:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        stderr = process.communicate()[1]
+    assert process.returncode == 143, stderr
+    assert "the same command resumes" in stderr
+    hub.stalls.clear()
+    fourfold.quantize(NAME, tmp_path / "out", runtime=STREAMED)
+    assert tensors_of(tmp_path / "out") == tensors_of(expected(W4A16)[1])
+
+
+# ------------------------------------------------------------------------------------ ranks
+
+
+def on_two_ranks(words: list[Any], before: str, *, share: bool = True) -> None:
+    """Run `fourfold …` on two ranks; `{rank}` in `words` is the number of each."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    ranks = []
+    for rank in range(2):
+        environment = {
+            "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+            "LOCAL_RANK": str(rank if share else 0), "LOCAL_WORLD_SIZE": "2" if share else "1",
+        }  # fmt: skip
+        own = [str(word).replace("{rank}", str(rank)) for word in words]
+        ranks.append(start_command(*own, before=before, environment=environment))
+    for process in ranks:
+        _, stderr = process.communicate()
+        assert process.returncode == 0, stderr
+
+
+@pytest.mark.parametrize("recipe", [W4A16, W4A4])
+def test_ranks_share_what_they_fetch(
+    recipe: str, hub: Hub, forty: Path, expected: Any, tmp_path: Path
+) -> None:
+    hub.add(NAME, forty)
+    options, out, _ = expected(recipe)
+    words = ["quantize", NAME, tmp_path / "out", "-r", recipe, "--threads", 1, "--shards", 1]
+    words += ["--no-keep-source"]
+    if recipe == W4A4:
+        calib = options["calibration"]
+        words += ["--calib", calib.calib[0], "--calib-seq", 16, "--calib-size", 4]
+    on_two_ranks(words, asking(hub, tmp_path / "home"))
+    written = tensors_of(tmp_path / "out")
+    if recipe == W4A4:  # sums over batches are rounded otherwise
+        assert written.keys() == tensors_of(out).keys()
+    else:
+        assert written == tensors_of(out)
+    assert not (tmp_path / "out" / ".fourfold").exists()
+
+
+def test_nodes_fetch_for_themselves(hub: Hub, forty: Path, expected: Any, tmp_path: Path) -> None:
+    hub.add(NAME, forty)
+    words = ["quantize", NAME, tmp_path / "node{rank}", "--threads", 1, "--shards", 1]
+    words += ["--no-keep-source"]
+    on_two_ranks(words, asking(hub, tmp_path / "home"), share=False)
+    assert not shards_in(tmp_path / "node0") | shards_in(tmp_path / "node1")
+    fourfold.merge([tmp_path / "node0", tmp_path / "node1"], tmp_path / "out")
+    assert tensors_of(tmp_path / "out") == tensors_of(expected(W4A16)[1])

@@ -68,14 +68,21 @@ class Transfers:
         return path
 
     def _fetch_locked(self, file: str, path: Path, descriptor: int) -> None:
+        """Fetch a shard unless it is there, and lock it with others that need it."""
         while True:
-            self._lock(descriptor)
-            if not path.exists():
-                shutil.rmtree(_xet_folder(path), ignore_errors=True)
-                self._retried(file, lambda: self._transfer(file, path), partial_of(path))
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
-            if path.exists():  # another process may have dropped it between the two locks
-                return
+            if _lock(descriptor, fcntl.LOCK_EX):  # nobody else has it, or fetches it
+                if not path.exists():
+                    shutil.rmtree(_xet_folder(path), ignore_errors=True)
+                    self._retried(file, lambda: self._transfer(file, path), partial_of(path))
+                fcntl.flock(descriptor, fcntl.LOCK_SH)
+                if path.exists():  # it may have been dropped between the two locks
+                    return
+            elif _lock(descriptor, fcntl.LOCK_SH):
+                if path.exists():
+                    return
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+            if self.stopped.wait(POLL):
+                raise StoppedError("the run has ended")
 
     def drop(self, path: Path) -> None:
         """Delete a shard that `to_folder` returned, unless another process needs it."""
@@ -86,8 +93,7 @@ class Transfers:
 
     def _delete(self, path: Path, lock: int) -> None:
         """Delete a shard unless a process has locked it; the last one to drop it will delete it."""
-        with suppress(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _lock(lock, fcntl.LOCK_EX):
             path.unlink(missing_ok=True)
 
     def clean(self, folder: Path, needed: Collection[str]) -> None:
@@ -112,14 +118,6 @@ class Transfers:
 
     def _open_lock(self, path: Path) -> int:
         return os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-
-    def _lock(self, descriptor: int) -> None:
-        while True:
-            with suppress(BlockingIOError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            if self.stopped.wait(POLL):
-                raise StoppedError("the run has ended")
 
     def _retried(self, file: str, fetch: Callable[[], Path], partial: Path | None = None) -> Path:
         """Call `fetch` until it succeeds. An attempt that brought bytes does not count."""
@@ -215,6 +213,14 @@ class Transfers:
                 return None
 
         return Silent
+
+
+def _lock(descriptor: int, kind: int) -> bool:
+    """Lock a file, alone or with others; False if that is not possible now."""
+    with suppress(BlockingIOError):
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        return True
+    return False
 
 
 def flat(file: str) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import heapq
 import threading
+import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -124,12 +125,13 @@ class Window:
             self._changed.notify_all()
 
     def join(self, seconds: float) -> None:
-        """Wait until no thread of this object runs, but not longer for any of them than `seconds`.
+        """Wait until no thread of this object runs, but not longer than `seconds`.
 
         A thread that hangs in a request ends with the process, or when the request does.
         """
+        end = time.monotonic() + seconds
         for thread in self._threads:
-            thread.join(seconds)
+            thread.join(max(0.0, end - time.monotonic()))
 
     def _wait_for(self, shard: str) -> Path:
         self._start()
