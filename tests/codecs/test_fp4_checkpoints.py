@@ -24,6 +24,7 @@ from encoding import (
     Tensors,
     bits,
     change_config,
+    change_tensors,
     encode,
     is_linear,
     quantize_both,
@@ -198,6 +199,34 @@ def test_weights_in_mxfp4_one_by_one(written: Written, tmp_path: Path) -> None:
     powers = made[f"{name}.weight_scale"].float() * made[f"{name}.weight_scale_2"]
     wanted = 2.0 ** (stored[f"{name}.weight_scale"].float() - 127)
     assert torch.equal(powers, wanted.repeat_interleave(2, -1))
+
+
+@pytest.mark.parametrize("recipe", [W4A16, W4A4])
+def test_experts_in_mxfp4_one_by_one(written: Written, tmp_path: Path, recipe: str) -> None:
+    """Where a cast is not exact, they give the bytes of the BF16 checkpoint."""
+    copy_of(written("qwen3_moe")[0], tmp_path / "source")
+    encode(tmp_path / "source", tmp_path / "encoded", MXFP4, packed(spanning))
+    result = quantize_both(tmp_path / "source", tmp_path / "encoded", tmp_path / "out", recipe)
+    assert result.exact_casts == 0
+    assert "0 of 16 MXFP4 weights are cast without loss" in "".join(result.plan.notes)
+
+
+@pytest.mark.parametrize(
+    ("config", "encoder", "nan"), [(MXFP4, packed(flat), 0xFF), (NVFP4, nvfp4_packed, 0x7F)]
+)
+def test_a_scale_that_is_nan_is_found(
+    config: dict[str, str], encoder: Encoder, nan: int, written: Written, tmp_path: Path
+) -> None:
+    copy_of(written("qwen3_moe")[0], tmp_path / "source")
+    encode(tmp_path / "source", tmp_path / "encoded", config, encoder)
+    name = "model.layers.1.mlp.experts.2.up_proj"
+
+    def spoil(tensors: Tensors) -> None:
+        tensors[f"{name}.weight_scale"].view(torch.uint8)[5, 1] = nan
+
+    change_tensors(tmp_path / "encoded", spoil)
+    with pytest.raises(fourfold.NonFiniteError, match=rf"{name}\.weight in .*: nan at \[5, "):
+        fourfold.quantize(tmp_path / "encoded", tmp_path / "out", W4A16)
 
 
 @pytest.mark.parametrize("recipe", [W4A16, W4A4])

@@ -94,6 +94,20 @@ def test_gpt_oss_is_transformers(dtype: str, tmp_path: Path) -> None:
     source.close()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_gpt_oss_with_every_code_and_exponent(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Rows and columns that fill no tile; the largest exponents overflow, as in BF16."""
+    experts, outputs, inputs = 2, 255, 320
+    blocks = random_bytes(experts, outputs, inputs // 32, 16)
+    scales = torch.arange(255).to(torch.uint8).view(1, -1, 1).repeat(experts, 1, inputs // 32)
+    key = "model.layers.0.mlp.experts.down_proj"
+    tensors = {f"{key}_blocks": blocks, f"{key}_scales": scales}
+    source = open_decoded(folder_of(tmp_path / "model", tensors), dtype=dtype)
+    wanted = convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16).to(dtype)
+    assert torch.equal(bits(source.read(key)), bits(wanted))
+    source.close()
+
+
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("fp4")
@@ -151,6 +165,10 @@ BROKEN = [
     (
         mxfp4_tensors() | {"weight_scale": random_bytes(ROWS, 6)},
         r"weight_scale: U8 \[37, 6\] does not fit the codes U8 \[37, 48\]",
+    ),
+    (
+        {"weight_packed": random_bytes(ROWS, 40), "weight_scale": random_bytes(ROWS, 2)},
+        r"weight_scale: U8 \[37, 2\] does not fit the codes U8 \[37, 40\]",
     ),
     (without(nvfp4_tensors(), "weight_global_scale"), r"weight_global_scale: missing"),
     (without(nvfp4_tensors(), "weight_scale"), r"weight_scale: missing"),

@@ -74,7 +74,8 @@ def _weight(
     stem: str, codes: TensorInfo, scale: TensorInfo, config: Mapping[str, Any]
 ) -> EncodedWeight:
     rows, half = codes.shape if len(codes.shape) == 2 else (0, 0)
-    if not rows * half or scale.shape != (rows, 2 * half // mxfp4.BLOCK):
+    fits = 2 * half % mxfp4.BLOCK == 0 and scale.shape == (rows, 2 * half // mxfp4.BLOCK)
+    if not rows * half or not fits:
         raise SourceError(
             f"{scale.key}: {scale.dtype} {list(scale.shape)} does not fit the codes "
             f"{codes.dtype} {list(codes.shape)}: MXFP4 has a scale for {mxfp4.BLOCK} codes of a "

@@ -22,9 +22,6 @@ from fourfold.storage.safetensors_header import TensorInfo
 
 BLOCKS, SCALES = "_blocks", "_scales"
 
-_OUTPUTS = 512
-"""Outputs that are decoded before they are transposed: few enough to stay in a CPU's cache."""
-
 
 class MXFP4GptOss(MXFP4Codec):
     """Reads the fused experts of gpt-oss, an expert at a time."""
@@ -44,18 +41,17 @@ class MXFP4GptOss(MXFP4Codec):
     def decode(
         self, weight: EncodedWeight, start: int, stop: int, read: ReadRows, out: torch.Tensor
     ) -> None:
-        from fourfold.sources.codecs import e2m1
+        from fourfold.sources.codecs import e2m1, mxfp4_cpu  # import numba
 
-        outputs, inputs = weight.info.shape[2], weight.info.shape[1]
-        buffer = torch.empty(min(outputs, _OUTPUTS), inputs, dtype=out.dtype)
+        outputs = range(weight.info.shape[2])
         for expert, target in zip(range(start, stop), out, strict=True):
-            codes = self.codes(weight, expert, range(outputs), read)
-            exponents = self.exponents(weight, expert, range(outputs), read)
-            for first in range(0, outputs, _OUTPUTS):
-                rows = slice(first, first + _OUTPUTS)
-                part = buffer[: len(codes[rows])]
-                e2m1.decode(codes[rows], exponents[rows], e2m1.E8M0, part, block=mxfp4.BLOCK)
-                target[:, rows] = part.T
+            codes = self.codes(weight, expert, outputs, read).contiguous()
+            exponents = self.exponents(weight, expert, outputs, read).contiguous()
+            is_bf16 = target.dtype == torch.bfloat16
+            exact = target if is_bf16 else torch.empty(target.shape, dtype=torch.bfloat16)
+            mxfp4_cpu.decode_transposed(codes, exponents, e2m1.E8M0, exact)
+            if not is_bf16:
+                target.copy_(exact)
 
     def codes(
         self, weight: EncodedWeight, expert: int | None, rows: range, read: ReadRows
