@@ -41,6 +41,7 @@ class Reciprocal(Layout):
             "input_scale": "packed_input_divisor",
         },
         "int8_rows": {"codes": "packed_codes", "row_scale": "packed_scale"},
+        "int8_blocks": {"codes": "packed_codes", "row_scale": "packed_scale"},
     }
 
     def encoded(self, part: str, spec: tuple[str, tuple[int, ...]]) -> tuple[str, tuple[int, ...]]:

@@ -18,10 +18,12 @@ from safetensors.torch import load_file, save_file
 
 import fourfold
 from conftest import Written
+from executing import assert_same_shards, execute
 from fourfold.algorithms import ALGORITHMS
 from fourfold.config import OutputConfig, Runtime
 from fourfold.formats.base import FORMATS
 from fourfold.layouts.base import LAYOUTS
+from fourfold.planning import Limits
 from fourfold.verification import Severity
 from fourfold.verification.readers import READERS
 from jobs import flat
@@ -125,3 +127,19 @@ def test_a_weight_format(family: str, written: Written, tmp_path: Path) -> None:
             matrix.shape == back.shape and torch.allclose(matrix.float(), back, atol=0.02)
             for matrix in truth.experts.values()
         )
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_rows_that_share_a_scale_are_not_cut_apart(
+    family: str, written: Written, tmp_path: Path
+) -> None:
+    """A weight that is quantized in pieces has the bytes of one that is quantized whole."""
+    int8.register()
+    reciprocal.register()
+    text = "weights: {format: int8_blocks, scale: max}\nquantize: [experts]\nlayout: reciprocal\n"
+    file, rows = recipe(tmp_path, text), set()
+    for name, limits in (("whole", Limits()), ("pieces", Limits(group_bytes=2048))):
+        plan = execute(written(family)[0], tmp_path / name, file, limits, 1)
+        rows |= {linear.shape[0] for linear in plan.linears}
+    assert max(rows) > int8.Int8Blocks.row_block
+    assert_same_shards(tmp_path / "whole", tmp_path / "pieces")

@@ -58,7 +58,7 @@ class Weight:
     matrix_OI: Tensor
     """bf16, fp16 or fp32 `[out, in]`, contiguous along `in`. Not to be changed."""
     out: Mapping[str, Tensor]
-    """The buffers to fill, by row part: uint8 `[out, bytes of a row]`."""
+    """The buffers to fill, by row part: uint8 `[rows of the part, bytes of a row]`."""
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
     """Statistics of the weight's inputs, by name: what `Algorithm.needs` asks for. For a routed
     expert they are of the rows that were routed to it."""

@@ -221,7 +221,8 @@ class _Group:
         if self.is_held or not region.is_plain:
             return [_Piece(linear, 0, region.slab)]
         row_bytes = slab_bytes(self.source.tensors[region.key], 0, 1)
-        step = max(1, self.context.plan.limits.group_bytes // 4 // row_bytes)
+        block = self.format.row_block
+        step = max(1, self.context.plan.limits.group_bytes // 4 // (row_bytes * block)) * block
         first = region.rows.start
         return [
             _Piece(linear, at, (first + at, first + min(at + step, rows)))
@@ -252,14 +253,15 @@ class _Group:
     def _buffers(self, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
         """Buffers for the row parts of some rows `[rows, in]`."""
         return {
-            part: self.arena.take(nbytes_of(*spec)).view(shape[0], -1)
+            part: self.arena.take(nbytes_of(*spec)).view(spec[1][0], -1)
             for part, spec in self.format.row_parts(shape).items()
         }
 
     def _write(self, piece: _Piece, out: Mapping[str, torch.Tensor]) -> None:
         tensors = row_tensors(self.context, self.group, piece.linear)
-        for tensor, buffer in zip(tensors, out.values(), strict=True):
-            self.file.write(tensor.name, buffer.numpy(), piece.start * buffer.shape[1])
+        before = self.format.row_parts((piece.start, piece.linear.shape[1])).values()
+        for tensor, buffer, spec in zip(tensors, out.values(), before, strict=True):
+            self.file.write(tensor.name, buffer.numpy(), nbytes_of(*spec))
 
 
 def contiguous(w_OI: torch.Tensor, arena: Arena) -> torch.Tensor:

@@ -2,7 +2,8 @@
 """How a quantized weight is stored: the interface of a weight format, and the registry.
 
 A format splits a weight `[out, in]` into **parts**: tensors such as codes and block scales. Most
-parts have one row for each row of the weight, so that a large weight can be quantized in pieces.
+parts, the **row parts**, have one row for each row of the weight, or for each `row_block` of them,
+so that a large weight can be quantized in pieces.
 At most one part, the **group part**, is a single number that all weights of a scale group share
 (NVFP4's global scale), because engines fuse these weights into one.
 
@@ -31,8 +32,8 @@ Spec = tuple[str, tuple[int, ...]]
 class WeightFormat(ABC):
     """A way to store a weight in fewer bits.
 
-    Buffers of row parts are passed as uint8 matrices `[rows, bytes of a row]`, whatever the part's
-    dtype; a format may view them as that dtype.
+    Buffers of row parts are passed as uint8 matrices `[rows of the part, bytes of a row]`, whatever
+    its dtype; a format may view them as that dtype.
     """
 
     name: ClassVar[str]
@@ -40,6 +41,8 @@ class WeightFormat(ABC):
     """The name as messages write it."""
     block: ClassVar[int]
     """The input dimension of a weight must be a multiple of this."""
+    row_block: ClassVar[int] = 1
+    """A weight is cut into pieces at multiples of this many rows; the last piece may have any."""
     scales: ClassVar[frozenset[str]]
     """The ways to choose scales that `quantize` knows, for algorithms that work row by row."""
     group_part: ClassVar[str | None] = None
@@ -59,7 +62,7 @@ class WeightFormat(ABC):
         """Return the parts of a weight `[out, in]`, the group part included."""
 
     def row_parts(self, shape: tuple[int, int]) -> dict[str, Spec]:
-        """Return the parts that have one row for each row of the weight."""
+        """Return the parts that have rows as the weight has, a row for each or for some of them."""
         return {part: spec for part, spec in self.parts(shape).items() if part != self.group_part}
 
     # --------------------------------------------------------------------------------- weights
@@ -90,7 +93,7 @@ class WeightFormat(ABC):
 
         Args:
             w_OI: bf16, fp16 or fp32 rows `[rows, in]`, contiguous along `in`.
-            out: Buffers by part, uint8 `[rows, bytes of a row]`.
+            out: Buffers by part, uint8 `[rows of the part, bytes of a row]`.
             scale: How scales are chosen, one of `scales`.
             group_scale: What `group_scale` returned for the scale group.
             name: The weight's name, for messages.
@@ -148,7 +151,8 @@ class WeightFormat(ABC):
 
     has_batches: ClassVar[bool] = False
     """True if weights can be quantized many at a time on a GPU. The bytes of a weight's row parts
-    then depend only on the number of its elements: a weight may be passed as one long row."""
+    then depend only on the number of its elements: a weight may be passed as one long row, and
+    `row_block` is 1."""
 
     def amaxes(self, w_NX: Tensor) -> Tensor:
         """Return the largest magnitudes, float32 [N] on the device, which is not waited for; not
@@ -198,13 +202,13 @@ class WeightFormat(ABC):
         raise NotImplementedError
 
     def round_activations(
-        self, x: Tensor, input_scale: Tensor | float, out: Tensor | None = None
+        self, x: Tensor, input_scale: Tensor | float | None, out: Tensor | None = None
     ) -> Tensor:
         """Return activations `[.., in]` as an engine sees them, in their own dtype.
 
         Args:
             x: bf16, fp16 or fp32.
-            input_scale: The scale of the inputs.
+            input_scale: The scale of the inputs; None if `input_parts` is empty.
             out: A contiguous tensor like `x` to write into; `x` itself is allowed.
         """
         raise NotImplementedError

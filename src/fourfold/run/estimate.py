@@ -125,7 +125,7 @@ def _search_speed(plan: Plan, threads: int) -> float | None:
     def quantize(seconds: float) -> int:
         """Quantize the sample until the time is over; returns how many times."""
         buffers = {
-            part: torch.empty(SAMPLE[0], nbytes_of(*spec) // SAMPLE[0], dtype=torch.uint8)
+            part: torch.empty(nbytes_of(*spec), dtype=torch.uint8).view(spec[1][0], -1)
             for part, spec in fmt.row_parts(SAMPLE).items()
         }
         sample = [Weight("a sample", values.to(TORCH_DTYPES[dtype]), buffers)]

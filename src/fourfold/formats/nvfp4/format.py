@@ -120,6 +120,7 @@ class NVFP4(WeightFormat):
         return nvfp4.global_scale(amax)
 
     def round_activations(
-        self, x: Tensor, input_scale: Tensor | float, out: Tensor | None = None
+        self, x: Tensor, input_scale: Tensor | float | None, out: Tensor | None = None
     ) -> Tensor:
+        assert input_scale is not None
         return fake_quantize(x, input_scale, out)
