@@ -209,10 +209,20 @@ def test_awq_is_what_compressed_tensors_converts_it_to(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ordered", [True, False])
-@pytest.mark.parametrize(("form", "less"), [("gptq", 1), (None, 1), ("gptq_v2", 0)])
+@pytest.mark.parametrize(
+    ("stated", "less"),
+    [
+        ({"quant_method": "gptq", "checkpoint_format": "gptq"}, 1),
+        ({"quant_method": "gptq"}, 1),
+        ({"quant_method": "gptq", "checkpoint_format": "gptq_v2"}, 0),
+        ({"quant_method": "gptq", "format": "gptq_v2"}, 0),
+        ({"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}, 1),
+        ({"quant_method": "intel/auto-round", "packing_format": "auto_round:gptqmodel"}, 0),
+    ],
+)
 @pytest.mark.parametrize("width", [4, 8])
 def test_gptq_is_autogptq(
-    width: int, form: str | None, less: int, ordered: bool, tmp_path: Path
+    width: int, stated: dict[str, str], less: int, ordered: bool, tmp_path: Path
 ) -> None:
     index = torch.arange(WIDTH) // 32
     if not ordered:
@@ -220,7 +230,6 @@ def test_gptq_is_autogptq(
     tensors = gptq(*parts(5, width=width), index, bits=width, less=less)
     wanted = dequantized_gptq(tensors, bits=width, more=less).T
     assert wanted.dtype == torch.float16
-    stated = {"quant_method": "gptq"} | ({} if form is None else {"checkpoint_format": form})
     folder = folder_of(tmp_path / "model", named(tensors), {"quantization_config": stated})
     for presented in (torch.bfloat16, torch.float16, torch.float32):
         assert torch.equal(bits(decoded(folder, presented)), bits(wanted.to(presented)))
@@ -323,9 +332,8 @@ BROKEN: list[tuple[Tensors, str]] = [
 def test_what_does_not_fit_is_named(tensors: Tensors, message: str, tmp_path: Path) -> None:
     """Another, whole weight lies beside it."""
     whole = named(packed(ROWS, WIDTH, symmetric=False), "model.layers.1.mlp.down_proj")
-    folder = folder_of(
-        tmp_path / "model", {**named(tensors), **whole}, of_scheme(4, 32, symmetric=False)
-    )
+    config = of_scheme(4, 32, symmetric=False) if "weight_shape" in tensors else {}
+    folder = folder_of(tmp_path / "model", {**named(tensors), **whole}, config)
     with pytest.raises(SourceError, match=message) as raised:
         open_decoded(folder)
     assert "\n" not in str(raised.value)
@@ -352,11 +360,14 @@ def test_values_that_cannot_be(
     ("tensors", "stated"),
     [
         (awq_parts(), {"quant_method": "awq", "version": "gemv"}),
+        (awq_parts(), {"quant_method": "paroquant", "format": "paroquant"}),
         (gptq_parts(), {"quant_method": "gptq", "checkpoint_format": "marlin"}),
+        (gptq_parts(), {"quant_method": "gptq", "format": "gptq_p"}),
+        (gptq_parts(), {"quant_method": "other"}),
         (packed(ROWS, WIDTH, bits=4), compressed(scheme(3, None, True))),
     ],
 )
 def test_forms_that_are_not_known(tensors: Tensors, stated: dict[str, Any], tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "model", named(tensors), {"quantization_config": stated})
-    with pytest.raises(SourceError):
+    with pytest.raises(SourceError, match="holds no quantized weights that can be decoded"):
         open_decoded(folder)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""INT4 as AutoAWQ stores it (version `gemm`).
+"""INT4 as AutoAWQ (version `gemm`) and AutoRound store it.
 
     <linear>.qweight  I32  [in, out/8]      <linear>.scales  F16  [in/group, out]
     <linear>.qzeros   I32  [in/group, out/8]
@@ -9,8 +9,7 @@ A word holds the codes of eight outputs; from its lowest bits on, they are 0, 2,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import ClassVar
 
 import torch
 
@@ -29,6 +28,8 @@ class INT4AWQ(TransposedIntegers):
     bits = 4
     inputs_per_row = 1
     outputs_per_word = 8
+    methods = ("awq", "auto-round")
+    zero_offsets: ClassVar = {"gemm": 0, "auto_round:auto_awq": 0}
 
     def unpack(self, words: torch.Tensor, out: torch.Tensor) -> None:
         from fourfold.sources.codecs import int_cpu  # imports numba
@@ -37,8 +38,3 @@ class INT4AWQ(TransposedIntegers):
 
     def unpack_zeros(self, words: torch.Tensor) -> torch.Tensor:
         return unpacked(words, self.bits).view(len(words), -1, 8)[..., _PLACES].flatten(-2)
-
-    def zero_offset(self, config: Mapping[str, Any]) -> int | None:
-        stated = config.get("quantization_config")
-        version = stated.get("version") if isinstance(stated, dict) else None
-        return 0 if version is None or str(version).lower() == "gemm" else None

@@ -31,6 +31,9 @@ from fourfold.sources.codecs.integers import (
 )
 from fourfold.storage.safetensors_header import TensorInfo
 
+_FORM_NAMES = ("packing_format", "checkpoint_format", "format", "version")
+"""Names that AutoRound, AutoGPTQ, GPTQModel and AutoAWQ give to the form of a checkpoint."""
+
 CODES, ZEROS, SCALES, INDEX = "qweight", "qzeros", "scales", "g_idx"
 
 
@@ -50,11 +53,16 @@ class TransposedIntegers(TensorCodec):
         bits: The bits of a code.
         inputs_per_row: The inputs that a row of `qweight` holds.
         outputs_per_word: The outputs that one of its words holds.
+        methods: The tools that store weights so, as `quant_method` names them.
+        zero_offsets: What is added to stored zeros, by the form that a configuration states; the
+            first is meant if it states none. Shapes do not show it, so other forms are not claimed.
     """
 
     bits: ClassVar[int]
     inputs_per_row: ClassVar[int]
     outputs_per_word: ClassVar[int]
+    methods: ClassVar[tuple[str, ...]]
+    zero_offsets: ClassVar[Mapping[str, int]]
 
     @abstractmethod
     def unpack(self, words: torch.Tensor, out: torch.Tensor) -> None:
@@ -64,14 +72,10 @@ class TransposedIntegers(TensorCodec):
     def unpack_zeros(self, words: torch.Tensor) -> torch.Tensor:
         """Return the stored zeros in words of `qzeros`: I32 [groups, outputs]."""
 
-    @abstractmethod
-    def zero_offset(self, config: Mapping[str, Any]) -> int | None:
-        """Return what is added to stored zeros; None if a configuration states another form."""
-
     def claim(
         self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
     ) -> Mapping[str, EncodedWeight]:
-        offset = self.zero_offset(config)
+        offset = _zero_offset(self, config)
         if offset is None:
             return {}
         return {
@@ -128,6 +132,17 @@ class TransposedIntegers(TensorCodec):
         zeros = self.unpack_zeros(words)[:, start - first * per_word :][:, : stop - start]
         zeros = (zeros + weight.zero_offset) & ((1 << self.bits) - 1)
         return zeros.T.float().contiguous()
+
+
+def _zero_offset(codec: TransposedIntegers, config: Mapping[str, Any]) -> int | None:
+    """What is added to stored zeros; None if a configuration states another form."""
+    parts = (config, *(value for value in config.values() if isinstance(value, dict)))
+    entries = (part.get("quantization_config") for part in parts)
+    stated = next((entry for entry in entries if isinstance(entry, dict)), {})
+    method = str(stated.get("quant_method") or codec.methods[0]).lower().removeprefix("intel/")
+    names = (str(stated[name]).lower() for name in _FORM_NAMES if stated.get(name))
+    form = next(names, next(iter(codec.zero_offsets)))
+    return codec.zero_offsets.get(form) if method in codec.methods else None
 
 
 def _is_stored_so(
