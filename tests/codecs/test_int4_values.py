@@ -364,7 +364,7 @@ def test_values_that_cannot_be(
         (gptq_parts(), {"quant_method": "gptq", "checkpoint_format": "marlin"}),
         (gptq_parts(), {"quant_method": "gptq", "format": "gptq_p"}),
         (gptq_parts(), {"quant_method": "other"}),
-        (packed(ROWS, WIDTH, bits=4), compressed(scheme(3, None, True))),
+        (packed(ROWS, WIDTH, bits=3, group=None), compressed(scheme(3, None, True))),
     ],
 )
 def test_forms_that_are_not_known(tensors: Tensors, stated: dict[str, Any], tmp_path: Path) -> None:
