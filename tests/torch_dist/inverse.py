@@ -177,6 +177,8 @@ def to_megatron(raw: Mapping[str, Tensor], *, te: bool = True, dialect: str = "a
 
     A: a layer axis, where all layers are alike. B: layers apart. C: experts apart, too.
     """
+    if "backbone.embeddings.weight" in raw:
+        return mamba_hybrid(raw, te=te, experts_apart=dialect == "C")
     left = dict(raw)
     made: Tensors = {}
     model = "model.language_model." if any("language_model" in key for key in raw) else "model."
@@ -210,6 +212,66 @@ def to_megatron(raw: Mapping[str, Tensor], *, te: bool = True, dialect: str = "a
                 made |= _apart(f"decoder.layers.{number}.{key}", tensor, dialect)
     made |= _mtp(mtp, te)
     return made
+
+
+HEADS, WIDTH, STATE = 8, 128, 32
+"""Mamba: heads; channels of x and of z; groups times states, the channels of B and of C."""
+
+
+def mamba_hybrid(raw: Mapping[str, Tensor], *, te: bool, experts_apart: bool) -> Tensors:
+    """Nemotron-H as megatron-core's `MambaModel` saves it: layers apart, projections in parts."""
+    made: Tensors = {}
+    for key, tensor in raw.items():
+        found = re.fullmatch(r"backbone\.layers\.(\d+)\.(.+)", key)
+        if found is None:
+            continue
+        mixer = {name for name in raw if name.startswith(f"backbone.layers.{found[1]}.mixer.")}
+        kinds = ("in_proj", "q_proj", "experts", "up_proj")
+        kind = next(kind for kind in kinds if any(f"mixer.{kind}" in name for name in mixer))
+        layer = f"decoder.layers.{found[1]}."
+        for name, part in _of_hybrid(kind, found[2], tensor, te).items():
+            made[layer + name] = part
+    for layer in {key.rpartition("query.")[0] for key in made if "query." in key}:
+        q, k, v = (made.pop(f"{layer}{name}.weight") for name in ("query", "key", "value"))
+        made[f"{layer}linear_qkv.weight"] = qkv(q, k, v)
+    if not experts_apart:
+        each = re.compile(r"(.+\.mlp\.experts\.experts\.)(\d+)\.(linear_fc[12]\.weight)")
+        apart = [found for key in made if (found := each.fullmatch(key))]
+        for head, tail in {(found[1], found[3]) for found in apart}:
+            made[head + tail] = torch.stack([made.pop(f"{head}{e}.{tail}") for e in range(4)])
+    made["embedding.word_embeddings.weight"] = padded(raw["backbone.embeddings.weight"])
+    made["output_layer.weight"] = padded(raw["lm_head.weight"])
+    made["decoder.final_norm.weight"] = raw["backbone.norm_f.weight"]
+    return made
+
+
+def _of_hybrid(kind: str, name: str, tensor: Tensor, te: bool) -> Tensors:
+    """One tensor of a layer whose mixer is of some kind."""
+    if name == "norm.weight":
+        inside = {"in_proj": "mixer.in_proj", "q_proj": "self_attention.linear_qkv",
+                  "up_proj": "mlp.linear_fc1"}  # fmt: skip
+        beside = {"in_proj": "norm", "q_proj": "input_layernorm"}
+        fused = te and kind in inside
+        return {
+            f"{inside[kind]}.layer_norm_weight" if fused
+            else f"{beside.get(kind, 'pre_mlp_layernorm')}.weight": tensor
+        }  # fmt: skip
+    if kind == "in_proj":
+        if name == "mixer.in_proj.weight":
+            parts, letters = tensor.split([WIDTH, WIDTH, STATE, STATE, HEADS]), "z x B C dt"
+        elif "conv1d" in name:
+            parts, letters = tensor.split([WIDTH, STATE, STATE]), "x B C"
+        else:
+            return {name: tensor}
+        return {f"{name}.{x}": part for x, part in zip(letters.split(), parts, strict=True)}
+    rest = name.removeprefix("mixer.")
+    if kind == "q_proj":
+        own = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "linear_proj"}
+        return {f"self_attention.{own[rest.partition('.')[0]]}.weight": tensor}
+    own = {"gate.weight": "router.weight", "gate.e_score_correction_bias": "router.expert_bias"}
+    rest = own.get(rest, rest)
+    rest = rest.replace("up_proj", "linear_fc1").replace("down_proj", "linear_fc2")
+    return {"mlp." + re.sub(r"^experts", "experts.experts", rest): tensor}
 
 
 def _apart(key: str, tensor: Tensor, dialect: str) -> Tensors:

@@ -39,6 +39,7 @@ NAMES = [
     "qwen3_vl_moe",
     "mixtral",
     "deepseek_v3",
+    "nemotron_h",
 ]
 WITH_MTP = ["qwen3_5_moe", "qwen3_5_moe_text", "deepseek_v3"]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fourfold.errors import SourceError
-from fourfold.sources.megatron.computation import differences
+from fourfold.sources.megatron.computation import HYBRID, differences
 from fourfold.sources.megatron.rules import RuleBook
 from fourfold.sources.megatron.safe_pickle import Stored, read_pickle
 from fourfold.sources.megatron.sizes import WRONG_CONFIG, Sizes, text_config
@@ -24,6 +24,7 @@ from fourfold.storage.safetensors_header import shown
 COMMON = "common.pt"
 NUMBER = (int, float)
 ROUTING = "moe_router_load_balancing_type"
+LATENT_SIZE = "moe_latent_size"
 
 REFUSED: Mapping[str, str] = {
     "moe_mlp_glu_interleave_size": "gate and up are interleaved, which no rule undoes",
@@ -34,7 +35,7 @@ REFUSED: Mapping[str, str] = {
     "glu_linear_offset": "up is offset before it is multiplied, which these families do not do",
     "activation_func_clamp_value": "activations are clamped, which these families do not do",
     "moe_apply_probs_on_input": "experts' inputs are weighted, which these families do not do",
-    "moe_latent_size": "experts work in a smaller latent space, which these families do not have",
+    LATENT_SIZE: "experts work in a smaller latent space, which these families do not have",
     "apply_residual_connection_post_layernorm": "its residuals are not those of these families",
     "enable_mhc_connections": "its residuals are not those of these families",
     "use_mup": "its outputs are scaled by width, which these families do not do",
@@ -108,6 +109,8 @@ class Arguments:
             return
         for name, reason in REFUSED.items():
             value = values.get(name)
+            if name == LATENT_SIZE and config.get("model_type") in HYBRID:
+                continue  # compared with the configuration
             if value == "sinkhorn" or (name != ROUTING and value not in (None, False, 0)):
                 raise SourceError(
                     f"{self.file}: {name} is {shown(value)}: {reason}. "
@@ -173,8 +176,9 @@ def _expected(
     """Arguments, and their values by the configuration; not numbers if it does not say."""
     text = text_config(config)
     rope = text.get("rope_parameters")
-    yield "norm_epsilon", text.get("rms_norm_eps")
-    yield "rotary_base", (rope if isinstance(rope, Mapping) else text).get("rope_theta")
+    yield "norm_epsilon", text.get("rms_norm_eps", text.get("layer_norm_epsilon"))
+    if values.get("position_embedding_type") != "none":
+        yield "rotary_base", (rope if isinstance(rope, Mapping) else text).get("rope_theta")
     yield "moe_router_topk", text.get("num_experts_per_tok")
     yield "num_layers", sizes.layers
     yield "hidden_size", sizes.hidden

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fourfold.sources.megatron.sizes import text_config
+from fourfold.sources.megatron.sizes import hybrid_layers, text_config
 
 Difference = tuple[str, Any, Any]
 """An argument, its value, and what the configuration says in its place."""
@@ -46,8 +46,20 @@ _YARN: Mapping[str, tuple[str, float | None]] = {
 """Arguments of scaled rotary embeddings (with `yarn_` before them outside of latent attention) →
 fields of `rope_parameters`, and what they are if the configuration does not say."""
 
-SIGMOID = ("deepseek_v3",)
+SIGMOID = ("deepseek_v3", "nemotron_h")
 """Families whose routers score experts by a sigmoid, in groups, and scale the weights."""
+
+HYBRID = ("nemotron_h",)
+"""Families whose layers are each Mamba, attention, an MLP or experts, without rotary embeddings."""
+
+_MAMBA: Mapping[str, str] = {
+    "mamba_state_dim": "ssm_state_size",
+    "mamba_head_dim": "mamba_head_dim",
+    "mamba_num_groups": "n_groups",
+    "mamba_num_heads": "mamba_num_heads",
+    "moe_latent_size": "moe_latent_size",
+}
+"""Arguments of Mamba hybrids → fields of a configuration."""
 
 
 def differences(values: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[Difference]:
@@ -56,22 +68,27 @@ def differences(values: Mapping[str, Any], config: Mapping[str, Any]) -> Iterato
     yield from _activation(values, text)
     yield from _window(values, text)
     yield from _rotary(values, text)
-    if text.get("model_type", config.get("model_type")) in SIGMOID:
+    family = text.get("model_type", config.get("model_type"))
+    if family in HYBRID:
+        yield from _hybrid(values, text)
+    if family in SIGMOID and (family not in HYBRID or "E" in hybrid_layers(text)):
         yield from _router(values, text)
 
 
 def _activation(values: Mapping[str, Any], text: Mapping[str, Any]) -> Iterator[Difference]:
-    wanted = text.get("hidden_act", text.get("hidden_activation"))
+    names = ("hidden_act", "hidden_activation", "mlp_hidden_act")
+    field = next((name for name in names if name in text), names[0])
+    wanted = text.get(field)
     if not isinstance(wanted, str):
         return
     function = getattr(values.get("activation_func"), "__name__", "")
     if function in _FUNCTIONS and wanted not in _FUNCTIONS[function]:
-        yield "activation_func", function, f"hidden_act {wanted}"
+        yield "activation_func", function, f"{field} {wanted}"
     chosen = next((name for name in _ACTIVATIONS if values.get(name) is True), None)
     if chosen is not None and wanted not in _ACTIVATIONS[chosen]:
-        yield chosen, True, f"hidden_act {wanted}"
+        yield chosen, True, f"{field} {wanted}"
     if chosen is None and values.get("swiglu") is False and wanted not in _GELU:
-        yield "swiglu", False, f"hidden_act {wanted}"
+        yield "swiglu", False, f"{field} {wanted}"
 
 
 def _window(values: Mapping[str, Any], text: Mapping[str, Any]) -> Iterator[Difference]:
@@ -130,10 +147,31 @@ def _rotary(values: Mapping[str, Any], text: Mapping[str, Any]) -> Iterator[Diff
         yield "rotary_seq_len_interpolation_factor", stretched, f"rope_type {kind}"
 
 
+def _hybrid(values: Mapping[str, Any], text: Mapping[str, Any]) -> Iterator[Difference]:
+    layers = hybrid_layers(text)
+    for name in ("hybrid_override_pattern", "hybrid_layer_pattern"):
+        pattern = values.get(name)
+        # Newer patterns mark stages by `|`; MTP layers follow after `/`.
+        own = pattern.partition("/")[0].replace("|", "") if isinstance(pattern, str) else layers
+        if own != layers:
+            yield name, pattern, f"{layers} (layers_block_type)"
+    embeddings = values.get("position_embedding_type", "none")
+    if embeddings != "none":
+        yield "position_embedding_type", embeddings, "a family without them"
+    for name, field in _MAMBA.items():
+        ours, theirs = values.get(name), text.get(field)
+        if name == "moe_latent_size" and name in values:
+            ours, theirs = ours or 0, theirs or 0
+        if _differ(ours, theirs):
+            yield name, ours, f"{field} {theirs}"
+
+
 def _router(values: Mapping[str, Any], text: Mapping[str, Any]) -> Iterator[Difference]:
     score = values.get("moe_router_score_function")
     if isinstance(score, str) and score != "sigmoid":
         yield "moe_router_score_function", score, "sigmoid"
+    elif score is not None and text.get("norm_topk_prob") is False:
+        yield "moe_router_score_function", score, "norm_topk_prob False"
     groups = text.get("n_group")
     for name, field in (
         ("moe_router_num_groups", "n_group"),

@@ -121,21 +121,73 @@ SHARED_EXPERT = (
 SHARED_EXPERTS = gated_mlp(r"mlp\.shared_experts", "mlp.shared_experts", _LLAMA)
 
 
-def outside_layers(model: str, *, language: str = "", copies: str = "") -> Section:
+# A layer of Nemotron-H has one mixer: Mamba, attention, an MLP or experts; none has a gate.
+
+HYBRID_NORM = rename(
+    r"(?:(?:norm|input_layernorm|pre_mlp_layernorm)\.weight"
+    r"|(?:mixer\.in_proj|self_attention\.linear_qkv|mlp\.linear_fc1)\.layer_norm_weight)",
+    "norm.weight",
+)
+MAMBA = (
+    *(
+        part(rf"mixer\.in_proj{_W}\.{name}", "mixer.in_proj.weight", number, 5)
+        for number, name in enumerate(("z", "x", "B", "C", "dt"))
+    ),
+    *(
+        part(rf"mixer\.conv1d{_ANY}\.{name}", "mixer.conv1d.{kind}", number, 3)
+        for number, name in enumerate(("x", "B", "C"))
+    ),
+    rename(r"mixer\.(?P<name>A_log|D|dt_bias)", "mixer.{name}"),
+    rename(r"mixer\.(?P<name>norm|out_proj)\.weight", "mixer.{name}.weight"),
+)
+HYBRID_ATTENTION = (
+    Rule(rf"self_attention\.linear_qkv{_ANY}", Transform.QKV,
+         tuple(f"mixer.{x}_proj.{{kind}}" for x in "qkv")),
+    rename(rf"self_attention\.linear_proj{_ANY}", "mixer.o_proj.{kind}"),
+)  # fmt: skip
+
+
+def plain_mlp(where: str, to: str) -> tuple[Rule, ...]:
+    """An MLP without a gate."""
+    return (
+        rename(rf"{where}\.linear_fc1{_ANY}", f"{to}.up_proj.{{kind}}"),
+        rename(rf"{where}\.linear_fc2{_ANY}", f"{to}.down_proj.{{kind}}"),
+    )
+
+
+HYBRID_EXPERTS = (
+    rename(rf"mlp\.router{_W}", "mixer.gate.weight"),
+    rename(r"mlp\.router\.expert_bias", "mixer.gate.e_score_correction_bias"),
+    rename(rf"mlp\.(?P<name>fc[12]_latent_proj){_ANY}", "mixer.{name}.{kind}"),
+    *plain_mlp(_E, "mixer.experts.{e}"),
+    *plain_mlp(r"mlp\.shared_experts", "mixer.shared_experts"),
+)
+
+
+def outside_layers(
+    model: str,
+    *,
+    language: str = "",
+    copies: str = "",
+    embedding: str = "embed_tokens",
+    norm: str = "norm",
+) -> Section:
     """The tensors outside of the layers.
 
     Args:
         model: The prefix of their Hugging Face names.
         language: The prefix of Megatron's names.
         copies: The prefix of each MTP layer, if it has an embedding and a head of its own.
+        embedding: The Hugging Face name of the embedding.
+        norm: That of the last norm.
     """
     twice = (f"{copies}embed_tokens.weight", f"{copies}shared_head.head.weight") if copies else ()
     vocabulary = Transform.VOCABULARY
     return Section(language, "", (
-        Rule(rf"embedding\.word_embeddings{_W}", vocabulary, (f"{model}embed_tokens.weight",),
+        Rule(rf"embedding\.word_embeddings{_W}", vocabulary, (f"{model}{embedding}.weight",),
              copies=twice[:1]),
         Rule(rf"output_layer{_W}", vocabulary, ("lm_head.weight",), copies=twice[1:]),
-        rename(rf"decoder\.final_layernorm{_W}", f"{model}norm.weight"),
+        rename(rf"decoder\.final_(?:layer)?norm{_W}", f"{model}{norm}.weight"),
     ))  # fmt: skip
 
 
@@ -169,6 +221,9 @@ _QWEN3_VL = (*_QWEN3, *ROUTER, *stacked_experts(Transform.TRANSPOSED))
 _MIXTRAL = (*NORMS, *ATTENTION, *ROUTER_MIXTRAL, *EXPERTS_MIXTRAL)
 _DEEPSEEK = (
     *NORMS, *LATENT_ATTENTION, *DENSE, *ROUTER, *ROUTER_BIAS, *EXPERTS, *SHARED_EXPERTS,
+)  # fmt: skip
+_NEMOTRON_H = (
+    HYBRID_NORM, *MAMBA, *HYBRID_ATTENTION, *plain_mlp("mlp", "mixer"), *HYBRID_EXPERTS,
 )  # fmt: skip
 
 
@@ -214,6 +269,12 @@ FAMILIES: Mapping[str, RuleBook] = {
             layers("model.", _DEEPSEEK),
             Section(_MTP_BODY, "model.layers.{l}.", _DEEPSEEK, after_layers=True),
             Section(_MTP, "model.layers.{l}.", MTP_DEEPSEEK, after_layers=True),
+        ),
+    ),
+    "nemotron_h": RuleBook(
+        (
+            outside_layers("backbone.", embedding="embeddings", norm="norm_f"),
+            layers("backbone.", _NEMOTRON_H),
         ),
     ),
 }

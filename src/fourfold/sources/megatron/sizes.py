@@ -60,7 +60,7 @@ class Sizes:
 
         hidden, heads = size("hidden_size"), size("num_attention_heads")
         return cls(
-            layers=size("num_hidden_layers"),
+            layers=size("num_hidden_layers", default=len(hybrid_layers(text)) or None),
             hidden=hidden,
             heads=heads,
             kv_heads=size("num_key_value_heads", default=heads),
@@ -70,6 +70,24 @@ class Sizes:
             mtp_layers=size("num_nextn_predict_layers", "mtp_num_hidden_layers", default=0),
             is_tied=config.get("tie_word_embeddings", text.get("tie_word_embeddings")) is True,
         )
+
+
+HYBRID_KINDS: Mapping[str, str] = {
+    "mamba": "M", "linear_attention": "M",
+    "attention": "*", "full_attention": "*",
+    "mlp": "-",
+    "moe": "E",
+}  # fmt: skip
+"""Kinds of layers in `layers_block_type`, by their older and newer names → Megatron's letters."""
+
+
+def hybrid_layers(text: Mapping[str, Any]) -> str:
+    """The layers of a Mamba hybrid, a letter each; empty if the configuration has no such list."""
+    kinds = text.get("layers_block_type")
+    if isinstance(kinds, list):
+        return "".join(HYBRID_KINDS.get(str(kind), "?") for kind in kinds)
+    pattern = text.get("hybrid_override_pattern")
+    return pattern if isinstance(pattern, str) else ""
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
