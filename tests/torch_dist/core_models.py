@@ -12,10 +12,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from . import core_patches as patches  # first: Megatron asks for CUDA when it is imported
+from . import core_hybrid as hybrid  # first: Megatron asks for CUDA when it is imported
+from . import core_patches as patches
 
 # isort: split
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.activations import squared_relu
 from megatron.core.models.gpt import gpt_layer_specs as specs
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
@@ -69,14 +71,14 @@ def megatron_config(hf: dict[str, Any], ranks: Ranks, options: dict[str, Any]) -
     family = hf["model_type"]
     heads = hf["num_attention_heads"]
     values: dict[str, Any] = {
-        "num_layers": hf["num_hidden_layers"],
+        "num_layers": hf.get("num_hidden_layers") or len(hf["layers_block_type"]),
         "hidden_size": hf["hidden_size"],
         "ffn_hidden_size": hf.get("intermediate_size") or 4 * hf["hidden_size"],
         "num_attention_heads": heads,
         "num_query_groups": hf.get("num_key_value_heads", heads),
         "kv_channels": hf.get("head_dim") or hf["hidden_size"] // heads,
         "normalization": "RMSNorm",
-        "layernorm_epsilon": hf["rms_norm_eps"],
+        "layernorm_epsilon": hf.get("rms_norm_eps"),
         "gated_linear_unit": True,
         "activation_func": F.silu,
         "add_bias_linear": False,
@@ -105,6 +107,8 @@ def megatron_config(hf: dict[str, Any], ranks: Ranks, options: dict[str, Any]) -
         values |= _moe(hf, experts, options)
     if family == "qwen3_5_moe_text":
         values |= _hybrid(hf)
+    if family == "nemotron_h":
+        values |= hybrid.settings(hf)
     if family != "deepseek_v3":
         return TransformerConfig(**values)
     del values["num_query_groups"], values["kv_channels"]
@@ -172,8 +176,10 @@ def _latent(hf: dict[str, Any]) -> dict[str, Any]:
 def build(hf: dict[str, Any], ranks: Ranks, options: dict[str, Any], stage: int = 0) -> Any:
     """This rank's part of the model, in evaluation mode. stage: which of its chunks."""
     config = megatron_config(hf, ranks, options)
-    rope = hf["rope_parameters"]
     torch.manual_seed(0)
+    if hf["model_type"] == "nemotron_h":
+        return hybrid.build(config, hf, options)
+    rope = hf["rope_parameters"]
     place = {"ignore_virtual": False, "vp_stage": stage}
     return GPTModel(
         config=config,
@@ -262,7 +268,7 @@ def randomize(model: Any) -> None:
         draw = torch.Generator().manual_seed(number)
         noise = torch.randn(value.shape, generator=draw)
         scale = value.shape[-1] ** -0.5 if value.ndim > 1 else 0.1
-        middle = value if "norm" in name else torch.zeros(())
+        middle = value if "norm" in name or name.endswith(".D") else torch.zeros(())
         value.copy_(middle + scale * noise)
     for name, value in model.named_buffers():
         if name.endswith("expert_bias"):
@@ -281,7 +287,7 @@ RENAMED = {
 def training_arguments(model: Any, hf: dict[str, Any]) -> Namespace:
     """What Megatron's training script would keep of a model: the model's own configuration, under
     the script's names, and what it gives to `GPTModel` beside that."""
-    config = model.config
+    config, rope = model.config, hf.get("rope_parameters", {})
     named = {RENAMED.get(each.name, each.name): each.name for each in fields(config)}
     plain = (int, float, str, list, type(None), torch.dtype)
     values = {name: getattr(config, field) for name, field in named.items()}
@@ -289,12 +295,14 @@ def training_arguments(model: Any, hf: dict[str, Any]) -> Namespace:
     beside = {
         "group_query_attention": config.num_query_groups != config.num_attention_heads,
         "position_embedding_type": model.position_embedding_type,
-        "rotary_base": int(hf["rope_parameters"]["rope_theta"]),
-        "rotary_percent": hf["rope_parameters"].get("partial_rotary_factor", 1.0),
+        "rotary_base": int(rope.get("rope_theta", 10000)),
+        "rotary_percent": rope.get("partial_rotary_factor", 1.0),
         "max_position_embeddings": hf["max_position_embeddings"],
         "untie_embeddings_and_output_weights": not model.share_embeddings_and_output_weights,
         "vocab_size": hf["vocab_size"],
         "padded_vocab_size": model.vocab_size,
+        "squared_relu": config.activation_func is squared_relu,
+        "hybrid_override_pattern": getattr(model, "hybrid_override_pattern", None),
     }
     return Namespace(**(values | beside))
 
@@ -336,7 +344,7 @@ def _metadata(options: dict[str, Any]) -> dict[str, Any]:
 @torch.no_grad()
 def logits(model: Any, ids: torch.Tensor, hidden: int) -> torch.Tensor | None:
     """The model's logits of a batch, on the last stage; None on the others."""
-    count, has_mtp = model.config.mtp_num_layers, model.mtp_process
+    count, has_mtp = model.config.mtp_num_layers, getattr(model, "mtp_process", False)
     model.config.mtp_num_layers, model.mtp_process = None, False
     out = _forward(model, ids, hidden)
     model.config.mtp_num_layers, model.mtp_process = count, has_mtp

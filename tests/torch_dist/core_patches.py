@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import sys
 import warnings
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,6 +25,68 @@ os.environ["TORCHDYNAMO_DISABLE"] = "1"  # what Megatron would compile takes hal
 torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment]
 torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign, assignment]
 torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
+
+
+def rearrange(x: Tensor, pattern: str, **sizes: int) -> Tensor:
+    """einops' function, for permutations whose last axes may be split or joined."""
+    before, after = pattern.split(" -> ")
+    if "(" in before:
+        x = x.unflatten(-1, (-1, *sizes.values()))
+    names, order = (re.sub("[()]", "", side).split() for side in (before, after))
+    x = x.permute([names.index(name) for name in order])
+    return x.flatten(-2) if "(" in after else x
+
+
+def scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, _: int, **options: Any) -> Tensor:
+    """The recurrence of Mamba-2, a token at a time: h = exp(dt a) h + dt b x, y = c h + D x."""
+    dt = nn.functional.softplus(dt + options["dt_bias"])
+    b, c = (each.repeat_interleave(x.shape[2] // each.shape[2], 2) for each in (b, c))
+    state = torch.zeros(*x[:, 0].shape, b.shape[-1])
+    found = []
+    for t in range(x.shape[1]):
+        added = dt[:, t, :, None, None] * x[:, t, :, :, None] * b[:, t, :, None]
+        state = torch.exp(dt[:, t] * a)[..., None, None] * state + added
+        found.append((state * c[:, t, :, None]).sum(-1) + options["D"][:, None] * x[:, t])
+    return torch.stack(found, 1)
+
+
+class GatedNorm(nn.Module):
+    """RMS norm of groups of channels, after these were multiplied by their gates."""
+
+    def __init__(self, size: int, eps: float, group_size: int, dtype: Any, **_: Any) -> None:
+        super().__init__()
+        self.eps, self.group_size = eps, group_size
+        self.weight = nn.Parameter(torch.ones(size, dtype=dtype))
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        groups = (x * nn.functional.silu(z)).unflatten(-1, (-1, self.group_size))
+        return (
+            nn.functional.rms_norm(groups, (self.group_size,), eps=self.eps).flatten(-2)
+            * self.weight
+        )
+
+
+_KERNELS: dict[str, dict[str, Any]] = {
+    "einops": {"rearrange": rearrange, "repeat": None},
+    "mamba_ssm": {},
+    "mamba_ssm.ops": {},
+    "mamba_ssm.ops.triton": {},
+    "mamba_ssm.ops.triton.layernorm_gated": {"RMSNorm": GatedNorm},
+    "mamba_ssm.ops.triton.ssd_combined": {
+        "mamba_chunk_scan_combined": scan,
+        "mamba_split_conv1d_scan_combined": None,
+    },
+}
+"""Modules that megatron-core's Mamba layers import → what they take from them."""
+
+for _name, _members in _KERNELS.items():
+    sys.modules[_name] = ModuleType(_name)
+    vars(sys.modules[_name]).update(_members)
+from megatron.core.ssm import mamba_mixer  # noqa: E402
+
+for _name in _KERNELS:
+    del sys.modules[_name]
+assert mamba_mixer.HAVE_MAMBA_SSM
 
 from megatron.core.ssm import gated_delta_net  # noqa: E402
 from megatron.core.tensor_parallel import random as megatron_random  # noqa: E402
@@ -59,6 +124,16 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
         return (x.float() * scale * (self.weight + self.one)).to(x)
+
+
+class Duplicated(nn.Linear):
+    """A linear layer that every rank has whole, as Transformer Engine's."""
+
+    def __init__(self, ins: int, outs: int, *, bias: bool, **_: Any) -> None:
+        super().__init__(ins, outs, bias=bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return super().forward(x), None
 
 
 class CoreAttention(nn.Module):

@@ -57,6 +57,17 @@ NOT_NORMALIZED = Case(
 DENSE_FIRST = {"moe_layer_freq": [0, 1, 1, 1]}
 LATENT = Case("deepseek_v3", {**DENSE_FIRST, "grouped": True}, FOUR_LAYERS)
 
+LAYERS = ["linear_attention", "moe", "full_attention", "mlp", "linear_attention", "moe"]
+MAMBA = Case(
+    "nemotron_h",
+    {"grouped": True, "fused": True, "padding": 32},
+    {
+        "layers_block_type": LAYERS,
+        "moe_latent_size": 32,
+        "routed_scaling_factor": 2.5,
+    },
+)
+
 CASES = {
     "hybrid, grouped": HYBRID,
     "experts apart": Case(HYBRID.family, {**HYBRID.options, "singleton": True}, HYBRID.changes),
@@ -67,6 +78,13 @@ CASES = {
     "mixtral": Case("mixtral", {"grouped": True}, FOUR_LAYERS),
     "latent attention": LATENT,
     "hybrid, MTP": Case(HYBRID.family, {**HYBRID.options, "mtp": True}, HYBRID.changes),
+    "Mamba, latent experts": MAMBA,
+    "Mamba, norms apart": Case(
+        MAMBA.family,
+        {"singleton": True, "grouped": True},
+        {"layers_block_type": LAYERS},
+    ),
+    "Mamba, sequential": Case(MAMBA.family, {"fused": True}, {}),
     "latent attention, MTP": Case(LATENT.family, {**LATENT.options, "mtp": True}, FOUR_LAYERS),
 }
 
