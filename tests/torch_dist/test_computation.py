@@ -34,6 +34,24 @@ GROUPED = {
     "moe_router_group_topk": 1,
     "moe_router_topk_scaling_factor": 2.5,
 }
+HYBRID = "nemotron_h"
+MAMBA = {
+    "hybrid_override_pattern": "ME*-",
+    "position_embedding_type": "none",
+    "rotary_base": 77,  # of no use without rotary embeddings
+    "mamba_state_dim": 16,
+    "mamba_head_dim": 16,
+    "mamba_num_groups": 2,
+    "mamba_num_heads": 8,
+    "moe_latent_size": None,
+    "norm_epsilon": 1e-5,
+    "swiglu": False,
+    "squared_relu": True,
+    "num_experts": 4,
+    "moe_router_score_function": "sigmoid",
+}
+OLDER = {"layers_block_type": None, "hybrid_override_pattern": "ME*-", "num_hidden_layers": 4}
+"""The layers of Nemotron-H as published configurations have them."""
 
 
 def configured(hf: Path, folder: Path, changes: dict[str, Any]) -> Path:
@@ -81,6 +99,22 @@ def configured(hf: Path, folder: Path, changes: dict[str, Any]) -> Path:
             GROUPED | {"moe_router_score_function": "softmax"},
             "moe_router_score_function is 'softmax'",
         ),
+        ("deepseek_v3", {"norm_topk_prob": False}, GROUPED, "norm_topk_prob False"),
+        (HYBRID, {}, MAMBA, None),
+        (HYBRID, {}, MAMBA | {"hybrid_override_pattern": "MEM-"}, "ME*- (layers_block_type)"),
+        (HYBRID, {}, MAMBA | {"hybrid_layer_pattern": "ME|*-/*E"}, None),
+        (HYBRID, OLDER, MAMBA, None),
+        (HYBRID, OLDER, MAMBA | {"hybrid_override_pattern": "MEM-"}, "ME*- (layers_block_type)"),
+        (HYBRID, {}, MAMBA | {"position_embedding_type": "rope"}, "a family without them"),
+        (HYBRID, {}, MAMBA | {"mamba_state_dim": 128}, "ssm_state_size 16"),
+        (HYBRID, {}, MAMBA | {"mamba_head_dim": 32}, "mamba_head_dim 16"),
+        (HYBRID, {}, MAMBA | {"mamba_num_groups": 8}, "n_groups 2"),
+        (HYBRID, {}, MAMBA | {"mamba_num_heads": 4}, "mamba_num_heads 8"),
+        (HYBRID, {}, MAMBA | {"moe_latent_size": 32}, "moe_latent_size 0"),
+        (HYBRID, {}, MAMBA | {"norm_epsilon": 1e-6}, "norm_epsilon is 1e-06"),
+        (HYBRID, {}, MAMBA | {"squared_relu": False}, "mlp_hidden_act relu2"),
+        (HYBRID, {}, MAMBA | {"moe_router_score_function": "softmax"}, "is 'softmax'"),
+        (HYBRID, {}, MAMBA | {"moe_router_topk_scaling_factor": 2.5}, "routed_scaling_factor 1.0"),
     ],
 )
 def test_how_a_model_computes_is_compared(

@@ -59,15 +59,16 @@ def digests(folder: Path) -> dict[str, str]:
 # The flow.
 
 
+@pytest.mark.parametrize("name", [FAMILY, "nemotron_h"])
 def test_what_is_quantized_does_not_depend_on_where_it_came_from(
-    made: Callable[..., tuple[Path, Path]], written: Written, tmp_path: Path
+    name: str, made: Callable[..., tuple[Path, Path]], written: Written, tmp_path: Path
 ) -> None:
-    folder, _ = written(FAMILY)
+    folder, _ = written(name)
     fourfold.quantize(folder, tmp_path / "plain", W4A16)
     for number, (dialect, cut) in enumerate(
         [("B", whole), ("B", singles(1, halves(-1))), ("C", halves(0))]
     ):
-        checkpoint, hf = made(dialect=dialect, cut=cut)
+        checkpoint, hf = made(name, dialect=dialect, cut=cut)
         result = fourfold.quantize(checkpoint, tmp_path / f"{number}", W4A16, hf_config=hf)
         assert result.clean
         assert digests(tmp_path / f"{number}") == digests(tmp_path / "plain")
