@@ -205,10 +205,11 @@ EVERY = [
 def test_every_sharding(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     is_dense = not case.options.get("grouped") and case.family == "qwen3"
+    is_in_stages = case.options.get("mtp") or case.family == "nemotron_h"  # without virtual ones
     jobs = {
         str(ranks): Job(ranks)
         for ranks in EVERY
-        if not (is_dense and ranks.ep > 1) and not (ranks.vp > 1 and case.options.get("mtp"))
+        if not (is_dense and ranks.ep > 1) and not (ranks.vp > 1 and is_in_stages)
     }
     folder = launch(case, jobs, tmp_path / "live")
     wanted = offline(folder, "two")

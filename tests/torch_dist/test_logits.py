@@ -220,9 +220,10 @@ def _fused(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return made
 
 
-def test_a_hybrid_of_two_ranks(tmp_path: Path) -> None:
-    saved = run(HYBRID, [Ranks(tp=2, ep=2)], tmp_path)
-    check(HYBRID, saved, tmp_path)
+@pytest.mark.parametrize("name", ["hybrid, grouped", "Mamba, latent experts"])
+def test_a_hybrid_of_two_ranks(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    check(case, run(case, [Ranks(tp=2, ep=2)], tmp_path), tmp_path)
 
 
 @pytest.mark.slow

@@ -177,7 +177,7 @@ def _expected(
     text = text_config(config)
     rope = text.get("rope_parameters")
     yield "norm_epsilon", text.get("rms_norm_eps", text.get("layer_norm_epsilon"))
-    if values.get("position_embedding_type") != "none":
+    if config.get("model_type") not in HYBRID:
         yield "rotary_base", (rope if isinstance(rope, Mapping) else text).get("rope_theta")
     yield "moe_router_topk", text.get("num_experts_per_tok")
     yield "num_layers", sizes.layers

@@ -7,6 +7,7 @@ Names become those of the whole model, and local numbers global ones:
     experts.linear_fc1.weight3        grouped: `num_gemms` experts, from `weight0` on
     experts.local_experts.3           sequential: a module each; expert = ep_rank · local + 3
     self_attention.in_proj, conv1d    delta net: queries, keys, values … of this rank's heads
+    mixer.in_proj, conv1d             Mamba: z, x, B, C and dt of this rank's heads and groups
 
 A tensor-parallel slice is a box of the whole parameter: rows of column-parallel layers and of
 vocabularies, columns of row-parallel layers. A gated fc1 is two boxes: its gate rows and its up
@@ -18,7 +19,7 @@ All of it follows from the modules' children, attributes and class names.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,8 +31,8 @@ from fourfold.sources.megatron.live.groups import EXPERT, EXPERT_TENSOR, TENSOR,
 from fourfold.sources.megatron.parameters import is_quantizer_state
 from fourfold.storage.safetensors_header import DTYPE_NAMES
 
-IN_PROJ = ("query", "key", "value", "z", "beta", "alpha")
-"""The sections of a delta net's projection, in order; its convolution has the first three."""
+Sections = Mapping[str, int]
+"""Sections of a projection, in order → how many rows each has in the whole model."""
 
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 
@@ -65,8 +66,10 @@ class _Context:
     is_gated: bool = False
     tied: str | None = None
     """The prefix of a model whose head is its embedding."""
-    sections: tuple[int, ...] = ()
-    """Rows of this rank's sections of a delta net's projection."""
+    projection: Sections = field(default_factory=dict)
+    """The sections of the projection of a delta net or of Mamba, inside of one."""
+    convolution: Sections = field(default_factory=dict)
+    """The sections that its convolution has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +106,10 @@ def arguments_of(model: Any) -> Mapping[str, Any]:
     config = model.config
     # Latent attention keeps it in the configuration, other models on the module.
     is_latent = getattr(config, "multi_latent_attention", False)
+    pattern = getattr(model, "hybrid_override_pattern", None)
     return {
         **vars(config),
+        **({"hybrid_override_pattern": pattern} if pattern else {}),
         "norm_epsilon": getattr(config, "layernorm_epsilon", None),
         "rotary_base": getattr(config if is_latent else model, "rotary_base", None),
         "group_query_attention": True,
@@ -131,9 +136,8 @@ def _walk(module: Any, name: str, context: _Context) -> Iterator[LocalParameter]
     if getattr(module, "share_embeddings_and_output_weights", False):
         context = replace(context, tied=name)
     if all(hasattr(module, part) for part in ("A_log", "dt_bias", "in_proj", "conv1d", "out_proj")):
-        qk, v, heads = module.qk_dim, module.v_dim, module.num_value_heads
-        sizes = (qk, qk, v, v, heads, heads)
-        context = replace(context, sections=tuple(size // context.tp.size for size in sizes))
+        projection, convolution = _sections(module)
+        context = replace(context, projection=projection, convolution=convolution)
     own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
     for leaf, tensor in own:
         if is_quantizer_state(name + leaf):
@@ -142,6 +146,17 @@ def _walk(module: Any, name: str, context: _Context) -> Iterator[LocalParameter]
             yield from _parameters(module, name, leaf, tensor, context)
     for child_name, child in module.named_children():
         yield from _walk(child, *_enter(module, name, child_name, child, context))
+
+
+def _sections(module: Any) -> tuple[Sections, Sections]:
+    """The sections of the projection and of the convolution: of Mamba, or of a delta net."""
+    if hasattr(module, "d_state"):
+        states = module.ngroups * module.d_state
+        convolved = {"x": module.d_inner, "B": states, "C": states}
+        return {"z": module.d_inner, **convolved, "dt": module.nheads}, convolved
+    convolved = {"query": module.qk_dim, "key": module.qk_dim, "value": module.v_dim}
+    heads = module.num_value_heads
+    return {**convolved, "z": module.v_dim, "beta": heads, "alpha": heads}, convolved
 
 
 def _enter(
@@ -230,11 +245,11 @@ def _cut_of(
     module: Any, name: str, leaf: str, tensor: torch.Tensor, context: _Context
 ) -> _Cut | None:
     last = name.removesuffix(".").rpartition(".")[2]
-    if context.sections and last == "in_proj" and leaf in ("weight", "bias"):
-        return _Cut(0, context.sections, IN_PROJ)
-    if context.sections and last == "conv1d":
-        return _Cut(0, context.sections[:3], IN_PROJ[:3])
-    is_heads = bool(context.sections) and leaf in ("A_log", "dt_bias")
+    sections = {"in_proj": context.projection, "conv1d": context.convolution}.get(last)
+    if sections and leaf in ("weight", "bias"):
+        sizes = tuple(size // context.tp.size for size in sections.values())
+        return _Cut(0, sizes, tuple(sections))
+    is_heads = bool(context.projection) and leaf in ("A_log", "D", "dt_bias")
     dim = 0 if is_heads else _dim_of(module, last, leaf, tensor)
     if dim is None or context.tp.size == 1:
         return None
