@@ -116,7 +116,7 @@ class CalibrationConfig:
 
         Args:
             recipe: Its name.
-            needs_calibration: True if the recipe quantizes activations or calibrates the KV cache.
+            needs_calibration: True if the recipe calibrates activations or the KV cache.
             has_forward_loop: True if the caller gave a loop that calls the model on data.
             is_live: True for a transformers model in memory.
         """
@@ -135,8 +135,8 @@ class CalibrationConfig:
         names += self._sizes
         if names and not needs_calibration:
             raise UsageError(
-                f"recipe {recipe} quantizes no activations. Remove `{names[0]}`, or choose "
-                "another recipe."
+                f"recipe {recipe} quantizes no activations, or with constant scales. Remove "
+                f"`{names[0]}`, or choose another recipe."
             )
         if has_forward_loop and self._sizes:
             raise UsageError(f"`{self._sizes[0]}` has no effect with `forward_loop`; remove it.")

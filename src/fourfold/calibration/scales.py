@@ -1,8 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scales of activations and of the KV cache, computed from statistics.
 
-    input_scale = f · amax / (6·448)    amax over everything that reads the site, f = 2^headroom
+    input_scale = amax / (6·448)        of an input site, by the recipe's `amax`:
+        max          2^headroom times the largest input of everything that reads the site
+        histogram    max(2¹⁴ · p₁, p₉₉.₉₉) of the percentiles of block amaxes (below)
+        constant     a scale of 1, whatever the inputs: nothing is observed
     k_scale     = amax / 448            of the keys after rotary embedding; v_scale likewise
+
+Block scales are E4M3: from 2⁻⁶, below which they lose digits, to 448, a bit less than 2¹⁵ apart.
+Under the input scale of `max` a block that is 2¹⁴ times smaller than the largest keeps all digits.
+`histogram` gives away what of this range the inputs do not use: the amax may be 2¹⁴ times that of
+the block which 1 % of all blocks do not exceed, so that inputs beyond what calibration saw do not
+saturate. Where inputs use all of the range, and more, blocks beyond the 99.99th percentile do. Bins
+are rounded towards the smaller room below, and towards the larger above.
 
 An expert that no token reached shares the scale of its layer's site. A site that no token reached
 is an error. A site that saw only zeros gets the scale 1, as an all-zero weight does.
@@ -24,8 +34,16 @@ from fourfold.models.expert_hooks import Product
 from fourfold.models.inventory import LinearWeight
 from fourfold.models.names import SINGLE_EXPERT, natural
 from fourfold.planning import KVScales, Plan
-from fourfold.statistics import SMALL, STATISTICS
+from fourfold.statistics import BLOCK_AMAXES, KEPT, STATISTICS
+from fourfold.statistics.block_amaxes import percentile
 from fourfold.storage.names import STATISTICS as FILE
+
+CONSTANT_INPUT_SCALE = 1.0
+"""For NVFP4, that of the amax 2688."""
+
+_E4M3_RANGE = 2.0**14
+_SMALL_BLOCKS, _LARGE_BLOCKS = 1.0, 99.99
+"""Percentiles of block amaxes."""
 
 
 def model_summary(plan: Plan) -> ModelSummary:
@@ -73,11 +91,19 @@ class ActivationScales:
         return experts.down_amax if is_down else experts.gate_up_amax
 
     def input_scale(self, site: str) -> float:
-        """Return the `input_scale` of every linear weight at a site; never 0."""
+        """Return the observed `input_scale` of every linear weight at a site; never 0."""
         scheme = self.plan.scheme_of(self.plan.sites[site][0])
         assert scheme.activations is not None
-        factor = 2.0**scheme.headroom
-        return FORMATS[scheme.activations].input_scale(self.amax(site) * factor)
+        amax = self.amax(site) * 2.0**scheme.headroom
+        if scheme.amax == "histogram":
+            amax = histogram_amax(self._block_amaxes(site), amax)
+        return FORMATS[scheme.activations].input_scale(amax)
+
+    def _block_amaxes(self, site: str) -> Tensor:
+        """The histogram of an input site; of experts that are modules of their own, their sum."""
+        names = {self.plan.site_of(linear, BLOCK_AMAXES) for linear in self.plan.sites[site]}
+        states = (self.statistics.sites.get(name, {}) for name in names)
+        return torch.stack([x[BLOCK_AMAXES] for x in states if BLOCK_AMAXES in x]).sum(dim=0)
 
     def tokens(self, linear: LinearWeight) -> int | None:
         """Return how many tokens were routed to an expert, or how many rows a linear layer saw."""
@@ -114,7 +140,7 @@ class ActivationScales:
         """Return the quantized experts that no token reached, by experts module; only those of
         `layers`, if given."""
         unreached: dict[str, list[int]] = {}
-        linears = [x for x in self.plan.linears if layers is None or x.layer in layers]
+        linears = [x for x in self.plan.observed if layers is None or x.layer in layers]
         for path in sorted({linear.module for linear in linears}, key=natural):
             experts = self.statistics.experts_of(path)
             if experts is not None and experts.unreached:
@@ -142,7 +168,7 @@ class ActivationScales:
         """Raise `ObservationError` if anything that a layer needs was not observed; None stands for
         the non-layer tensors."""
         for site, linears in self.plan.sites.items():
-            if linears[0].layer == layer:
+            if linears[0].layer == layer and self.plan.scheme_of(linears[0]).observes_inputs:
                 self.amax(site)
         for job in self.plan.kv_scales:
             if job.layer == layer:
@@ -181,12 +207,32 @@ class ActivationScales:
                     "Give those of this model, from a recipe that quantizes as much."
                 )
         for linear in self.plan.observed:
-            for name in sorted(self.plan.needs_of(linear) - SMALL):
+            missing = self.plan.needs_of(linear) - KEPT
+            if BLOCK_AMAXES in self.plan.needs_of(linear) and not self._has_histogram(linear):
+                missing |= {BLOCK_AMAXES}
+            for name in sorted(missing):
                 raise CalibrationError(
                     f"{linear.name}: recipe {self.plan.recipe.name} needs the statistic {name}, "
                     f"which {FILE} does not hold. Calibrate again, with `calib`."
                 )
         self.check_all()
+
+    def _has_histogram(self, linear: LinearWeight) -> bool:
+        """True unless rows reached a weight's site and no histogram is there."""
+        state = self.statistics.sites.get(self.plan.site_of(linear, BLOCK_AMAXES), {})
+        return BLOCK_AMAXES in state or not state
+
+
+def histogram_amax(histogram: Tensor, observed: float) -> float:
+    """Return the largest input that an input scale shall hold.
+
+    Args:
+        histogram: Block amaxes of the inputs, as `statistics.block_amaxes` counts them.
+        observed: The largest input of all.
+    """
+    small, _ = percentile(histogram, _SMALL_BLOCKS)
+    _, large = percentile(histogram, _LARGE_BLOCKS)
+    return max(_E4M3_RANGE * small, min(large, observed))
 
 
 def _kv_scale(amax: float) -> float:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The statistics that a calibration run has collected, and the file they are stored in.
 
-The small ones (amaxes and token counts) are written beside a checkpoint as
+The small ones (amaxes, token counts and histograms) are written beside a checkpoint as
 `calibration.safetensors`, and can be read again to make the same checkpoint without running the
 model:
 
@@ -11,6 +11,8 @@ model:
     <linear module>.amax             F32  []   largest input of a linear layer
     <linear module>.rows             I64  []   number of rows it saw
     <layer>.kv.amax                  F32  [2]  largest key (after rotary embedding) and value
+    <site>.block_amaxes              I64  [2048]  histogram, where a recipe asks for it: of a linear
+                                               module, or of gate_up or down of an experts module
 
 Names are module paths in transformers' model. The file's metadata describe data and model.
 """
@@ -32,8 +34,18 @@ from torch import Tensor
 from fourfold.calibration.data import CalibrationData
 from fourfold.distributed.ranks import Ranks
 from fourfold.errors import CalibrationError
-from fourfold.statistics import SMALL, Reduction, State, Statistic, statistic_of
-from fourfold.storage.names import STATISTICS
+from fourfold.statistics import (
+    BLOCK_AMAXES,
+    KEPT,
+    SMALL,
+    STATISTICS,
+    Reduction,
+    Site,
+    State,
+    Statistic,
+    statistic_of,
+)
+from fourfold.storage.names import STATISTICS as FILE
 
 FORMAT = "fourfold calibration 1"
 
@@ -159,13 +171,13 @@ class Statistics:
         return cls(DataSummary(**summaries["data"]), sites, ModelSummary(**summaries["model"]))
 
     def drop_large(self) -> None:
-        """Drop all statistics but the small ones."""
+        """Drop all statistics but those that are kept."""
         for site, state in self.sites.items():
-            small = {name: x for name, x in state.items() if statistic_of(name).name in SMALL}
-            self.sites[site] = small
+            kept = {name: x for name, x in state.items() if statistic_of(name).name in KEPT}
+            self.sites[site] = kept
 
     def save(self, file: Path) -> None:
-        """Write the small statistics; the same statistics give the same bytes."""
+        """Write the statistics that are kept; the same statistics give the same bytes."""
         file.write_bytes(self.to_bytes())
 
     def to_bytes(self) -> bytes:
@@ -176,7 +188,7 @@ class Statistics:
             _name_in_file(site, name, tensor): tensor
             for site, state in sorted(self.sites.items())
             for name, tensor in sorted(state.items())
-            if statistic_of(name).name in SMALL
+            if statistic_of(name).name in KEPT
         }
         head = json.dumps(self.summaries, ensure_ascii=False, sort_keys=True)
         # One key only: safetensors writes several in random order.
@@ -187,7 +199,7 @@ class Statistics:
         """Read a `calibration.safetensors`. Raises `CalibrationError` for any other file."""
         if file.exists() and not file.is_file():  # reading a pipe would block
             raise CalibrationError(
-                f"{file}: is not a regular file. Give the {STATISTICS} of an earlier run."
+                f"{file}: is not a regular file. Give the {FILE} of an earlier run."
             )
         try:
             return cls.from_bytes(file.read_bytes())
@@ -198,7 +210,7 @@ class Statistics:
         except Exception as error:  # safetensors raises several kinds for a file of another format
             raise CalibrationError(
                 f"{file}: not the statistics of a calibration: {error}. "
-                f"Give the {STATISTICS} of an earlier run."
+                f"Give the {FILE} of an earlier run."
             ) from None
 
     @classmethod
@@ -253,7 +265,18 @@ def _sites_in_file(tensors: Mapping[str, Tensor]) -> Sites:
             sites[path] = {"amax": _amax(tensors, path), "tokens": tensor.reshape(())}
         elif name.endswith(".kv.amax") and f"{path}.rows" not in tensors:
             sites[path] = {"amax": _amax(tensors, path)}
+    for name, tensor in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        if leaf == BLOCK_AMAXES:
+            sites.setdefault(path, {})[leaf] = _histogram(name, tensor)
     return sites
+
+
+def _histogram(name: str, tensor: Tensor) -> Tensor:
+    dtype, shape = STATISTICS[BLOCK_AMAXES].shapes(Site(name, 0))[BLOCK_AMAXES]
+    if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape) or bool((tensor < 0).any()):
+        raise ValueError(f"{name}: not counts of {shape[0]} bins")
+    return tensor
 
 
 def _amax(tensors: Mapping[str, Tensor], path: str) -> Tensor:

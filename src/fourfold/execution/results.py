@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fourfold.algorithms.base import Figures
+from fourfold.calibration.scales import CONSTANT_INPUT_SCALE
 from fourfold.execution.context import ExecutionContext
 from fourfold.execution.repairs import (
     FLOOR_SCALES,
@@ -95,14 +96,17 @@ def finish_group(
             numbers[fmt.group_part] = group_scale
         input_amax = input_scale = tokens = None
         repair = FLOOR_SCALES if linear.name in lost else None
-        if scheme.activations is not None and scheme.has_input_scale:
+        if scheme.has_input_scale and not scheme.observes_inputs:
+            input_scale = CONSTANT_INPUT_SCALE
+        elif scheme.has_input_scale:
             assert context.scales is not None
             input_scale = context.scales.input_scale(linear.input_site)
             input_amax, tokens = context.scales.own_amax(linear), context.scales.tokens(linear)
-            numbers |= dict.fromkeys(FORMATS[scheme.activations].input_parts(), input_scale)
             if context.scales.amax(linear.input_site) == 0 < figures[linear.name].amax:
                 check_strict_input(context, linear)
                 repair = repair or SCALE_OF_ONE
+        if scheme.activations is not None and input_scale is not None:
+            numbers |= dict.fromkeys(FORMATS[scheme.activations].input_parts(), input_scale)
         tensors = layout.tensors(linear.name, linear.shape, scheme)
         for part, number in numbers.items():
             file.write(tensors[part].name, layout.encode(part, number))

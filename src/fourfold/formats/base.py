@@ -189,6 +189,9 @@ class WeightFormat(ABC):
 
     # ----------------------------------------------------------------------------- activations
 
+    input_block: ClassVar[int | None] = None
+    """The consecutive inputs that share a scale which engines choose below the stored one; None
+    if they choose none, or store none."""
     rounds_activations: ClassVar[bool] = False
     """True if engines can round the inputs of linear layers to this format."""
 

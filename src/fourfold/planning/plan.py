@@ -29,6 +29,7 @@ from fourfold.models.inventory import Inventory, LinearWeight, RawTensor
 from fourfold.models.inventory_builder import take_inventory
 from fourfold.models.names import SINGLE_EXPERT
 from fourfold.models.roles import Role
+from fourfold.planning.activations import input_notes
 from fourfold.planning.copy_plan import CopyPlan
 from fourfold.planning.exact_casts import exact_cast_notes
 from fourfold.planning.limits import DEFAULT_LIMITS, Limits
@@ -48,7 +49,7 @@ from fourfold.planning.tensor_parallel import marlin_notes, tensor_parallel
 from fourfold.planning.text import role_lines, tensor_parallel_lines
 from fourfold.recipes import Recipe
 from fourfold.sources.rounded import is_rounded
-from fourfold.statistics import SMALL, Site
+from fourfold.statistics import BLOCK_AMAXES, KEPT, SMALL, Site
 from fourfold.statistics import STATISTICS as ALL_STATISTICS
 from fourfold.storage.names import CARD, REPORT, SOURCE_CARD, STATISTICS, SUMMARY
 from fourfold.storage.side_files import SideFiles, describe
@@ -135,7 +136,9 @@ class Plan(Shown, CopyPlan):
         """
         scheme = self.scheme_of(linear)
         needs = ALGORITHMS[scheme.algorithm].needs
-        return needs | SMALL if needs or scheme.has_input_scale else needs
+        if scheme.observes_inputs and scheme.amax == "histogram":
+            needs |= {BLOCK_AMAXES}
+        return needs | SMALL if needs or scheme.observes_inputs else needs
 
     @cached_property
     def observed(self) -> tuple[LinearWeight, ...]:
@@ -189,12 +192,12 @@ class Plan(Shown, CopyPlan):
         return Site(self.site_of(linear, statistic), linear.shape[1], experts)
 
     def _statistics_memory(self) -> int:
-        """Bytes of all small statistics, and of the large ones of the layer with the most."""
+        """Bytes of all statistics that are kept, and of the others of the layer with the most."""
         large: Counter[int | None] = Counter()
         small = 0
         for (site, name), layer in self._measured.items():
             nbytes = ALL_STATISTICS[name].nbytes(site)
-            if name in SMALL:
+            if name in KEPT:
                 small += nbytes
             else:
                 large[layer] += nbytes
@@ -392,6 +395,7 @@ def make_plan(
             *([NO_KV_SCALES] if recipe.calibrates_kv and not kv_scales else ()),
             *placement,
             *_notes(inventory, groups, side_files),
+            *input_notes(groups),
             *exact_cast_notes(source, groups),
             *_dtype_note(kept, source.config),
             *_architecture_note(inventory, source.config),

@@ -106,7 +106,8 @@ def check_fused(linears: Iterable[LinearWeight], schemes: Mapping[str, Scheme]) 
                 raise PlanError(_differ(linear, other, "engines run a layer's experts as one"))
         if scheme.has_input_scale:
             other = first.setdefault(("site", linear.input_site), linear)
-            if schemes[other.name].headroom != scheme.headroom:
+            theirs = schemes[other.name]
+            if (theirs.headroom, theirs.amax) != (scheme.headroom, scheme.amax):
                 raise PlanError(_differ(linear, other, "they share the scale of their input"))
 
 

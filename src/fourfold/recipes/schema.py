@@ -3,7 +3,8 @@
 
     description: NVFP4 W4A16 for routed experts, MSE-chosen block scales
     weights:     {format: nvfp4, scale: mse}   # scale: max | mse; scale_group: expert | layer
-    activations: none                          # W4A16; or {format: nvfp4, amax: max} (W4A4)
+    activations: none                          # W4A16; or {format: nvfp4, amax: max} (W4A4);
+                                               # amax: max | constant | histogram | {headroom: 2}
     kv_cache:    none                          # or {format: fp8, scale: cast | calibrated}
     calibration: {all_experts: false}          # true: every expert sees every token
     quantize:    [experts]                     # roles that the model must have
@@ -47,7 +48,7 @@ from pydantic import (
 from fourfold.algorithms.base import ALGORITHMS
 from fourfold.errors import RecipeError
 from fourfold.formats.base import FORMATS
-from fourfold.formats.scheme import Scheme
+from fourfold.formats.scheme import InputAmax, Scheme
 from fourfold.layouts.base import LAYOUTS
 from fourfold.recipes.foreign import Translation, translate, translate_name
 
@@ -110,12 +111,27 @@ class Activations(_Strict):
     """The rounding that engines apply to the inputs of quantized layers (W4A4)."""
 
     format: FormatName = "nvfp4"
-    amax: Literal["max"] | Headroom = "max"
+    amax: InputAmax | Headroom = "max"
+    """The largest input that the inputs' scale holds: the largest that calibration saw (`max`,
+    or times 2^headroom), one that follows the distribution that it saw (`histogram`), or the one
+    that a scale of 1 stands for, without calibration (`constant`)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Activations:
+        fmt = FORMATS[self.format]
+        if self.amax == "histogram" and fmt.rounds_activations and fmt.input_block is None:
+            raise ValueError(f"amax: histogram is of block scales, which {fmt.name} inputs lack")
+        return self
+
+    @property
+    def origin(self) -> InputAmax:
+        """Where the largest input comes from."""
+        return "max" if isinstance(self.amax, Headroom) else self.amax
 
     @property
     def headroom(self) -> int:
         """The inputs' scale leaves room for 2^headroom times the largest input."""
-        return 0 if self.amax == "max" else self.amax.headroom
+        return self.amax.headroom if isinstance(self.amax, Headroom) else 0
 
 
 class KVCache(_Strict):
@@ -186,14 +202,20 @@ class Rule(_Strict):
         weights, activations = self.weights, self.activations
         if activations == "none":
             return Scheme(weights.format, weights.scale)
-        return Scheme(weights.format, weights.scale, activations.format, activations.headroom)
+        return Scheme(
+            weights.format,
+            weights.scale,
+            activations.format,
+            activations.headroom,
+            activations.origin,
+        )
 
     @property
     def observes_inputs(self) -> bool:
         """True if calibration must measure the inputs of the weights that the rule quantizes."""
         scheme = self.scheme
         return not self.keep and (
-            scheme.has_input_scale or bool(ALGORITHMS[scheme.algorithm].needs)
+            scheme.observes_inputs or bool(ALGORITHMS[scheme.algorithm].needs)
         )
 
 
@@ -227,7 +249,9 @@ class Recipe(_Strict):
             raise ValueError("rules: all of them keep; add a rule that quantizes")
         _check_scale_group(self.weights, frozenset((*self.quantize, *self.quantize_if_present)))
         if self.calibration.all_experts and not self.observes_inputs:
-            raise ValueError("calibration.all_experts: only where activations are quantized")
+            raise ValueError(
+                "calibration.all_experts: only where activations are quantized and calibrated"
+            )
         return self
 
     @model_serializer(mode="wrap")
@@ -369,7 +393,8 @@ def _explain(error: ValidationError) -> str:
     same = [entry for entry in errors if entry["loc"][:1] == errors[0]["loc"][:1]]
     # Of a union, the branch that got furthest; and an unknown key explains a missing one.
     first = max(same, key=lambda entry: (len(entry["loc"]), entry["type"] == "extra_forbidden"))
-    branches = ("KVCache", "Activations", "Headroom", "literal[")  # of unions: not keys
+    # Of unions, and validated models: not keys.
+    branches = ("KVCache", "Activations", "Headroom", "literal[", "function-after[")
     parts = [part for part in map(str, first["loc"]) if not part.startswith(branches)]
     where, value = ".".join(parts), first.get("input")
     match first["type"]:

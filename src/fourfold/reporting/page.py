@@ -242,7 +242,7 @@ def _tiles(summary: QuantSummary) -> list[tuple[str, str, str]]:
         ),
     ]
     if summary.calibration is None:
-        return [*tiles, ("Calibration", "none", "activations are not quantized")]
+        return [*tiles, ("Calibration", "none", _why_none(summary))]
     unreached = plural(summary.calibration.unreached_experts, "expert")
     tokens = plural(summary.calibration.tokens, "token")
     return [*tiles, ("Calibration", tokens, f"{unreached} without a token")]
@@ -344,6 +344,12 @@ def color_of(share: float) -> str:
 def _shares(entry: ExpertsEntry) -> list[float]:
     even = max(sum(entry.tokens), 1) / max(len(entry.tokens), 1)
     return [tokens / even for tokens in entry.tokens]
+
+
+def _why_none(summary: QuantSummary) -> str:
+    if any(linear.input_scale is not None for linear in summary.linears):
+        return "all input scales are 1"
+    return "activations are not quantized"
 
 
 def _list_experts(

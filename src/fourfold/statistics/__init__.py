@@ -10,13 +10,21 @@ This package lies below `planning`, which counts the memory that statistics take
 
 from fourfold.statistics.amax import Amax
 from fourfold.statistics.base import Reduction, Site, State, Statistic
+from fourfold.statistics.block_amaxes import BlockAmaxes
 from fourfold.statistics.tokens import Tokens
 
-STATISTICS: dict[str, Statistic] = {statistic.name: statistic for statistic in (Amax(), Tokens())}
+STATISTICS: dict[str, Statistic] = {
+    statistic.name: statistic for statistic in (Amax(), Tokens(), BlockAmaxes())
+}
 """Every statistic, by the name with which an algorithm asks for it."""
 
 SMALL = frozenset({"amax", "tokens"})
-"""The statistics that are measured wherever any is; `calibration.safetensors` holds them."""
+"""The statistics that are measured wherever any is."""
+
+BLOCK_AMAXES = BlockAmaxes.name
+
+KEPT = SMALL | {BLOCK_AMAXES}
+"""The statistics that `calibration.safetensors` holds. Others are dropped with their layer."""
 
 
 def statistic_of(tensor: str) -> Statistic:
@@ -25,9 +33,12 @@ def statistic_of(tensor: str) -> Statistic:
 
 
 __all__ = [
+    "BLOCK_AMAXES",
+    "KEPT",
     "SMALL",
     "STATISTICS",
     "Amax",
+    "BlockAmaxes",
     "Reduction",
     "Site",
     "State",

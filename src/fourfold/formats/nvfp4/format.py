@@ -35,6 +35,7 @@ class NVFP4(WeightFormat):
     """2⁻¹¹⁷, where global scales end: products with it vanish in any sum."""
     has_batches = True
     rounds_activations = True
+    input_block = nvfp4.BLOCK_SIZE
 
     def parts(self, shape: tuple[int, int]) -> dict[str, Spec]:
         rows, width = shape
