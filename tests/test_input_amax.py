@@ -22,8 +22,9 @@ from families import FAMILIES, Truth, quiet, read_back
 from fourfold.calibration.scales import histogram_amax
 from fourfold.statistics import BLOCK_AMAXES, STATISTICS, Site
 from fourfold.statistics.block_amaxes import BINS, percentile
-from jobs import flat, ids_file
+from jobs import assert_same, flat, ids_file, start
 from nvfp4_folders import tensors_of
+from test_ranks import on_ranks
 
 Written = Callable[[str], tuple[Path, Truth]]
 
@@ -288,3 +289,33 @@ def test_histogram_amax() -> None:
     assert histogram_amax(histogram, 2.0**20) == 1024 * (1 + 1 / 32)
     histogram[thousand + 320] = 20
     assert histogram_amax(histogram, 2.0**20) == 2.0**20
+
+
+# ------------------------------------------------------------------------ ranks, kills
+
+
+def test_ranks_add_their_histograms(written: Written, ids: Path, tmp_path: Path) -> None:
+    """Every file, `calibration.safetensors` with the histograms among them, is that of one rank."""
+    model, chosen = written("qwen3_moe")[0], recipe(tmp_path, "histogram")
+    line = ["-r", chosen, "--threads", 1, "--calib", ids, "--calib-seq", 24, "--batch-size", 2]
+    processes = on_ranks(["quantize", model, tmp_path / "out", *line], ranks=2)
+    assert all(code == 0 for code, *_ in processes), processes
+    given = flat(threads=1, calib=[ids], calib_seq=24, batch_size=2, shards=2)
+    fourfold.quantize(model, tmp_path / "one", chosen, **given)
+    assert_same(tmp_path / "out", tmp_path / "one")
+
+
+@pytest.mark.parametrize("amax", ["constant", "histogram"])
+def test_a_killed_run_goes_on(amax: str, written: Written, ids: Path, tmp_path: Path) -> None:
+    model, chosen = written("qwen3_moe")[0], recipe(tmp_path, amax)
+    options = {"recipe": chosen, "threads": 1, "verify": False}
+    if amax == "histogram":
+        options |= {"calib": [ids], "calib_seq": 24, "batch_size": 3}
+    fourfold.quantize(model, tmp_path / "unbroken", **flat(**options))
+    state = tmp_path / "out" / ".fourfold"
+    for kill_at in (60, 20, 0):
+        process = start(model, tmp_path / "out", kill_at=kill_at, **options)
+        process.join()
+        assert bool(process.exitcode) == bool(kill_at)
+        assert state.exists() == bool(kill_at)
+    assert_same(tmp_path / "out", tmp_path / "unbroken")
