@@ -26,7 +26,7 @@ from fourfold.config import (
     output_folder,
 )
 from fourfold.distributed.machine import choose_device, peak_resident
-from fourfold.errors import UsageError
+from fourfold.errors import ResourceError, UsageError
 from fourfold.evaluation import generation
 from fourfold.evaluation.continuation import Sampling
 from fourfold.evaluation.generation import Generation
@@ -70,7 +70,8 @@ def plan(
     """Return what `quantize` would do to every tensor of `model`, without reading a weight.
 
     Args:
-        model: A checkpoint's folder, a name on the hub, an open `Source`, or a model in memory.
+        model: A checkpoint's folder, a name on the hub (ORG/NAME or ORG/NAME@REVISION), an open
+            `Source`, or a model in memory.
         recipe: The name of a built-in recipe, a YAML file, or a `Recipe`.
         hf_config: For a Megatron checkpoint, the folder with its Hugging Face configuration; for a
             Megatron model in memory, that configuration will do.
@@ -87,8 +88,12 @@ def plan(
     with opened(model, hf_config, trust_remote_code=trust_remote_code, dtype=dtype) as source:
         work = make_plan(source, chosen)
         check_placed(source, work.inventory)
-        here = source.fetching.settle(Path.cwd(), work.nbytes_after + work.side_files.nbytes, None)
-        return replace(work, notes=(*work.notes, *here))
+        needed = work.nbytes_after + work.side_files.nbytes
+        try:
+            fetching = source.fetching.settle(Path.cwd(), needed, None)
+        except ResourceError as error:  # OUT may lie on another disk
+            fetching = [str(error)]
+        return replace(work, notes=(*work.notes, *fetching))
 
 
 def quantize(
@@ -121,7 +126,8 @@ def quantize(
         calibration: What the model reads while activations are observed, if the recipe needs that:
             files or datasets, or a `CalibrationConfig`; a text that comes with fourfold by default.
             Or the result of an earlier run: its `Statistics` or `calibration.safetensors`.
-        runtime: The device, its memory, and the number of threads.
+        runtime: The device, its memory, the number of threads, and whether the shards of a model on
+            the hub are kept.
         output: The number of shards, whether to overwrite, whether to verify, and whether what
             would be repaired is an error.
         tokenizer: For a model in memory: an object with `save_pretrained`, whose files are written

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import fourfold
 from fourfold.config import CalibrationConfig, OutputConfig, Runtime
 from fourfold.errors import FourfoldError, OutputError, ResourceError, SourceError
 from fourfold.events import BytesQuantized, Event, ShardWritten
+from fourfold.sources.safetensors import open_source
 from fourfold.storage.safetensors_header import read_header
 from jobs import W4A4, W4A16, ids_file, only, start_command
 
@@ -76,9 +78,14 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
 
 
 def asking(hub: Hub, home: Path) -> str:
-    """Code that makes a process ask the stand-in."""
+    """Code that makes a process ask the stand-in.
+
+    A process that was forked must set PyTorch's threads before several of its threads do at once.
+    """
     return f"""
+import torch
 from huggingface_hub import constants
+torch.set_num_threads(1)
 for name, value in {client_settings(hub, home)!r}.items():
     setattr(constants, name, value)
 """
@@ -252,14 +259,38 @@ def test_the_default_follows_the_room(
 
 
 def test_too_little_room_for_three_shards(
-    hub: Hub, forty: Path, expected: Any, small_disk: Callable[[int], Path]
+    hub: Hub,
+    forty: Path,
+    expected: Any,
+    small_disk: Callable[[int], Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    from huggingface_hub import constants
+
     hub.add(NAME, forty)
     disk = small_disk(needed_room(expected(W4A16)[1], forty, shards=0) - (2 << 20))
     message = message_of(
         lambda: fourfold.quantize(NAME, disk / "out", W4A16, runtime=STREAMED), ResourceError
     )
     assert "of them for shards of the source" in message
+    monkeypatch.chdir(disk)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(disk / "hub"))
+    assert any("for shards of the source" in note for note in fourfold.plan(NAME).notes)
+
+
+def test_an_open_source_may_be_read_again(
+    hub: Hub, forty: Path, expected: Any, tmp_path: Path
+) -> None:
+    """One run deletes its shards, the next one keeps them, and the third one finds them."""
+    hub.add(NAME, forty)
+    with closing(open_source(NAME)) as source:
+        for number, keep in enumerate((False, True, False)):
+            runtime = Runtime(threads=2, keep_source=keep)
+            fourfold.quantize(source, tmp_path / f"out{number}", W4A16, runtime=runtime)
+            assert tensors_of(tmp_path / f"out{number}") == tensors_of(expected(W4A16)[1])
+            assert len([*(tmp_path / "home").rglob("snapshots/*/*.safetensors")]) == (
+                SHARDS if number else 0
+            )
 
 
 # --------------------------------------------------------------------------- what may break

@@ -194,7 +194,8 @@ def _choose_run(
         available = memory_available() // ranks.local_size
         limit = max((available - plan.calibration_memory) // 2, LEAST_ACTIVATION_MEMORY)
     data, device = _data(plan, source, observation), observation.device
-    has_room = _check_spill(plan, data, limit, out.folder, ranks)
+    beside = source.fetching.scratch_bytes
+    has_room = _check_spill(plan, data, limit, out.folder, ranks, beside)
     batches = range(ranks.rank, len(data.batches), ranks.size)
     calibration = Calibration(
         plan,
@@ -212,9 +213,11 @@ def _choose_run(
 
 
 def _check_spill(
-    plan: Plan, data: CalibrationData, limit: int, scratch: Path, ranks: Ranks
+    plan: Plan, data: CalibrationData, limit: int, scratch: Path, ranks: Ranks, beside: int
 ) -> bool:
     """Raise `ResourceError` where the disk has no room for OUT and the activations beyond `limit`.
+
+    `beside` are bytes that the run needs there for something else.
 
     Returns True if it also has room for the outputs of two layers, for a run that resumes.
 
@@ -224,7 +227,7 @@ def _check_spill(
     mine = data.batches[ranks.rank :: ranks.size]
     elements = sum(batch.input_ids.numel() for batch in mine) * plan.inventory.hidden_size
     spill = max(0, 4 * elements - limit) * ranks.local_size
-    needed, free = plan.nbytes_after + spill, free_bytes(scratch)
+    needed, free = plan.nbytes_after + spill + beside, free_bytes(scratch)
     if spill and needed > free:
         raise ResourceError(
             f"{scratch}: {size(needed)} are needed, {size(spill)} of them for waiting activations; "

@@ -22,11 +22,13 @@ class Fetching:
             continues with; None if there is none.
         is_here: True if every weight lies on this machine when the source is opened.
         is_transient: True if weights are deleted once nothing will read them any more.
+        scratch_bytes: The most bytes of such weights that lie in OUT at a time.
     """
 
     revision: str | None = None
     is_here: bool = True
     is_transient: bool = False
+    scratch_bytes: int = 0
 
     def peeking(self) -> AbstractContextManager[None]:
         """Within, little is read of a few tensors: no file is fetched for it."""

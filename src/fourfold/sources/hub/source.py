@@ -182,6 +182,9 @@ class HubFetching(Fetching):
     def settle(self, out: Path, needed: int, keep: bool | None, *, ranks: int = 1) -> Sequence[str]:
         from huggingface_hub.constants import HF_HUB_CACHE
 
+        self.window.clear()
+        self.is_transient, self.window.most, self.scratch_bytes = False, None, 0
+        self._scratch = None
         count, cached = len(self.shards), len(self.window.kept)
         if not self.missing:
             return ("all of its shards lie in the hub's cache already, and stay there",)
@@ -262,7 +265,7 @@ class HubFetching(Fetching):
         sizes = sorted((self.repository.files[name].size for name in missing), reverse=True)
         here = [self._scratch / flat(name) for name in missing] if self._scratch else []
         present = sum(path.stat().st_size for path in here if path.exists())
-        shards = sum(sizes[: WINDOW * ranks])
+        shards = self.scratch_bytes = sum(sizes[: WINDOW * ranks])
         if needed + max(0, shards - present) > (free := free_bytes(out)):
             raise ResourceError(
                 f"{out}: {size(needed + shards)} are needed, {size(shards)} of them for shards of "
@@ -278,6 +281,7 @@ class HubFetching(Fetching):
             path = self.transfers.to_folder(name, self._scratch)
         else:
             path = self.transfers.to_cache(name)
+            self.window.kept.add(name)
         header = read_header(path, self.files.stamps)
         planned = {key: (x.dtype, x.shape, x.start) for key, x in self.shards[name].items()}
         if {key: (x.dtype, x.shape, x.start) for key, x in header.items()} != planned:

@@ -118,6 +118,12 @@ class Window:
         """Return the path of a shard if it is here now."""
         return self._paths.get(shard)
 
+    def clear(self) -> None:
+        """Drop every shard that is not kept."""
+        with self._changed:
+            for shard in self._paths.keys() - self.kept:
+                self._remove(shard)
+
     def close(self) -> None:
         """Let everybody who waits fail, and fetch nothing more."""
         with self._changed:
