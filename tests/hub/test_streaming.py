@@ -175,7 +175,7 @@ def test_a_decoded_source(hub: Hub, tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------- little room
 
 
-@pytest.mark.parametrize("recipe", [W4A16, W4A4])
+@pytest.mark.parametrize("recipe", [W4A16, pytest.param(W4A4, marks=pytest.mark.slow)])
 def test_a_small_disk_a_kill_and_broken_transfers(
     recipe: str,
     hub: Hub,
@@ -511,7 +511,7 @@ def on_two_ranks(words: list[Any], before: str, *, share: bool = True) -> None:
         assert process.returncode == 0, stderr
 
 
-@pytest.mark.parametrize("recipe", [W4A16, W4A4])
+@pytest.mark.parametrize("recipe", [W4A16, pytest.param(W4A4, marks=pytest.mark.slow)])
 def test_ranks_share_what_they_fetch(
     recipe: str, hub: Hub, forty: Path, expected: Any, tmp_path: Path
 ) -> None:
