@@ -101,7 +101,8 @@ class Result(Shown):
         if self.report is not None:
             counts = self.report.counts
             parts.append(f"{counts.zero_block_scales:,} zero scales of {counts.block_scales:,}")
-        parts.append(f"{size(self.plan.nbytes_after)} from {size(self.plan.nbytes)}")
+        decoded = " decoded" if self.plan.decoded_from else ""
+        parts.append(f"{size(self.plan.nbytes_after)} from {size(self.plan.nbytes)}{decoded}")
         parts.append(
             "parts: join them with `fourfold merge`" if self.is_part else verdict(self.report)
         )

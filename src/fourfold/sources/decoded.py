@@ -36,6 +36,7 @@ from fourfold.storage.quant_summary import QuantSummary, find_summary
 from fourfold.storage.safetensors_header import COMPUTE_DTYPES, DTYPE_NAMES, TensorInfo
 from fourfold.storage.side_files import SideFiles
 from fourfold.storage.source import Bytes, MXFP4Weight, Source, SourceView, read_rounded, renamed
+from fourfold.storage.units import size
 
 
 def open_decoded(
@@ -143,7 +144,13 @@ class DecodedSource(SourceView):
         forms = " and ".join(f"{count:,} weights from {x}" for x, count in counts.items())
         dtypes = ", ".join(sorted({weight.info.dtype for weight in self.weights.values()}))
         remarks = dict.fromkeys(codec.remark for codec in self._codecs.values() if codec.remark)
-        note = f"decoded to {dtypes} while they are read: {forms}; errors are against these values"
+        stored = sum(
+            self.source.tensors[key].nbytes for x in self.weights.values() for key in x.stored
+        )
+        note = (
+            f"decoded to {dtypes} while they are read: {forms} ({size(stored)} on disk); sizes and "
+            "errors are those of the decoded values"
+        )
         if self._left_out:
             note += f"; {self._left_out:,} static scales of activations and KV caches are left out"
         return (note, *remarks, *self.source.notes)
