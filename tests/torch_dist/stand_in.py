@@ -19,6 +19,16 @@ from torch import Tensor, nn
 COLUMN = ("linear_qkv", "linear_q_up_proj", "linear_kv_up_proj", "linear_fc1", "output_layer")
 ROW = ("linear_proj", "linear_fc2", "out_proj")
 
+MAMBA_NORM = ".mixer.norm."
+SECTIONS = {
+    sum(sizes): sizes
+    for sizes in (
+        [32, 32, 64, 64, 4, 4], [32, 32, 64],  # a delta net of 2 key and 4 value heads of 16
+        [128, 128, 32, 32, 8], [128, 32, 32],  # Mamba of 8 heads of 16, and 2 groups of 16 states
+    )
+}  # fmt: skip
+"""By the rows of a projection or convolution."""
+
 
 @dataclass(frozen=True)
 class Group:
@@ -46,6 +56,7 @@ class Rank:
     etp: Group = ALONE
     layers: Sequence[int] = range(3)
     sequential: bool = False
+    is_gated: bool = True
 
 
 class Module(nn.Module):
@@ -67,7 +78,11 @@ def module_of(name: str) -> nn.Module:
 
 
 def build(tensors: Mapping[str, Tensor], rank: Rank, delta: Mapping[str, int] | None = None) -> Any:
-    """A rank's model. tensors: the whole, layers apart, experts stacked (dialect B)."""
+    """A rank's model.
+
+    tensors: the whole, layers apart, experts stacked (dialect B).
+    delta: the sizes of delta nets, or of Mamba.
+    """
     model = Module()
     for key, tensor in joined(tensors).items():
         found = re.fullmatch(r"(.*decoder\.layers)\.(\d+)\.(.+)", key)
@@ -79,7 +94,7 @@ def build(tensors: Mapping[str, Tensor], rank: Rank, delta: Mapping[str, int] | 
     for local, number in enumerate(rank.layers):
         model.get_submodule(f"decoder.layers.{local}").layer_number = number + 1
     model.config = SimpleNamespace(
-        num_layers=3, hidden_size=64, gated_linear_unit=True, layernorm_epsilon=1e-6,
+        num_layers=3, hidden_size=64, gated_linear_unit=rank.is_gated, layernorm_epsilon=1e-6,
         tensor_model_parallel_size=rank.tp.count, expert_model_parallel_size=rank.ep.count,
     )  # fmt: skip
     model.pg_collection = SimpleNamespace(tp=rank.tp, ep=rank.ep, expt_tp=rank.etp)
@@ -91,11 +106,12 @@ def build(tensors: Mapping[str, Tensor], rank: Rank, delta: Mapping[str, int] | 
 
 
 def joined(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Join the parts of a delta net's projection and convolution."""
+    """Join the parts of the projection and convolution of a delta net or of Mamba."""
     made: dict[str, list[Tensor]] = {}
-    order = {name: number for number, name in enumerate(("query", "key", "value", "z", "beta"))}
-    for key in sorted(tensors, key=lambda key: order.get(key.rpartition(".")[2], 9)):
-        whole = re.sub(r"\.(query|key|value|z|beta|alpha)$", "", key)
+    parts = ("query", "key", "value", "z", "x", "B", "C", "dt", "beta", "alpha")
+    order = {name: number for number, name in enumerate(parts)}
+    for key in sorted(tensors, key=lambda key: order.get(key.rpartition(".")[2], 99)):
+        whole = re.sub(rf"\.({'|'.join(parts)})$", "", key)
         made.setdefault(whole, []).append(tensors[key])
     return {key: torch.cat(parts) if len(parts) > 1 else parts[0] for key, parts in made.items()}
 
@@ -107,11 +123,11 @@ def _own(key: str, tensor: Tensor, rank: Rank) -> Tensor:
     group, dim = (rank.etp, 1) if is_expert else (rank.tp, 0)
     if is_expert:
         tensor = tensor.chunk(rank.ep.count)[rank.ep.number]
-    if linear in ("in_proj", "conv1d") and leaf == "weight":
-        return _heads(tensor, linear, rank)
-    if leaf in ("A_log", "dt_bias") or linear == "word_embeddings":
+    if linear in ("in_proj", "conv1d") and leaf in ("weight", "bias"):
+        return _heads(tensor, rank)
+    if leaf in ("A_log", "D", "dt_bias") or linear == "word_embeddings" or MAMBA_NORM in key:
         return tensor.chunk(rank.tp.count)[rank.tp.number]
-    if linear == "linear_fc1" and leaf == "weight":
+    if linear == "linear_fc1" and leaf == "weight" and rank.is_gated:
         halves = tensor.chunk(2, dim)
         return torch.cat([half.chunk(group.count, dim)[group.number] for half in halves], dim)
     if linear in COLUMN and leaf == "weight":
@@ -121,10 +137,9 @@ def _own(key: str, tensor: Tensor, rank: Rank) -> Tensor:
     return tensor
 
 
-def _heads(tensor: Tensor, linear: str, rank: Rank) -> Tensor:
-    """A rank's heads of queries, keys, values and the rest, of 2 key and 4 value heads of 16."""
-    sizes = [32, 32, 64, 64, 4, 4] if linear == "in_proj" else [32, 32, 64]
-    parts = tensor.split(sizes)
+def _heads(tensor: Tensor, rank: Rank) -> Tensor:
+    """A rank's heads of each section of a projection or convolution."""
+    parts = tensor.split(SECTIONS[tensor.shape[0]])
     return torch.cat([part.chunk(rank.tp.count)[rank.tp.number] for part in parts])
 
 
@@ -152,4 +167,6 @@ def _set(model: nn.Module, key: str, value: Tensor) -> None:
     if hasattr(model, "parallel_mode"):
         parameter.tensor_model_parallel = True  # type: ignore[attr-defined]  # as TE marks all
         parameter.partition_dim = 0  # type: ignore[attr-defined]
+    if MAMBA_NORM in key:
+        parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
     model.register_parameter(leaf, parameter)

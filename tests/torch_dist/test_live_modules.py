@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,11 +34,14 @@ from .writing import write_torch_dist
 
 W4A16 = "w4a16_nvfp4_experts_only_mse"
 DELTA = {"qk_dim": 32, "v_dim": 64, "num_value_heads": 4}
-NAMES = ["qwen3", "qwen3_moe", "qwen3_5_moe_text", "mixtral", "deepseek_v3"]
+MAMBA = {"d_state": 16, "ngroups": 2, "d_inner": 128, "nheads": 8}
+NAMES = ["qwen3", "qwen3_moe", "qwen3_5_moe_text", "mixtral", "deepseek_v3", "nemotron_h"]
 
 
-def ranks_of(tp: int, ep: int, etp: int, pp: int, sequential: bool) -> Iterator[Rank]:
-    stages = [range(3)] if pp == 1 else [range(2), range(2, 3)]
+def ranks_of(
+    tp: int, ep: int, etp: int, pp: int, sequential: bool, count: int = 3
+) -> Iterator[Rank]:
+    stages = [range(count)] if pp == 1 else [range(2), range(2, count)]
     for layers in stages:
         for t in range(tp):
             for e in range(ep):
@@ -84,8 +88,12 @@ def test_parts_make_the_whole(
     name: str, te: bool, tp: int, ep: int, etp: int, pp: int, sequential: bool, written: Written
 ) -> None:
     tensors = to_megatron(written(name)[1].raw, te=te, dialect="B")
-    every = ranks_of(tp, ep, etp, pp, sequential)
-    models = [build(tensors, rank, DELTA) for rank in every]
+    if name == "nemotron_h":
+        hybrid = ranks_of(tp, ep, etp, pp, sequential, count=4)
+        every, sizes = [replace(rank, is_gated=False) for rank in hybrid], MAMBA
+    else:
+        every, sizes = list(ranks_of(tp, ep, etp, pp, sequential)), DELTA
+    models = [build(tensors, rank, sizes) for rank in every]
     found, wanted = whole(models), apart(tensors)
     assert sorted(found) == sorted(wanted)
     for key, tensor in wanted.items():
