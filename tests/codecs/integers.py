@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How tests make INT4 and INT8 weights: as compressed-tensors, AutoAWQ and AutoGPTQ store them, and
-what AutoAWQ's and AutoGPTQ's own formulas make of the stored tensors."""
+"""How tests make INT4 and INT8 weights: as compressed-tensors, AutoAWQ and GPTQModel store them,
+and what AutoAWQ's and GPTQModel's own formulas make of the stored tensors."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from encoding import Tensors
 
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
+ONES = {4: 0x11111111, 8: 0x01010101}
 AWQ_REVERSE_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
 
 
@@ -100,11 +101,11 @@ def awq(codes_IO: Tensor, zeros_GO: Tensor, scales_GO: Tensor) -> Tensors:
 def gptq(
     codes_IO: Tensor, zeros_GO: Tensor, scales_GO: Tensor, index: Tensor, *, bits: int, less: int
 ) -> Tensors:
-    """Zeros are stored `less` that much, modulo the number of codes."""
-    stored = (zeros_GO - less) % (1 << bits)
+    """`less` is subtracted from each zero, as GPTQModel does it: from whole words."""
+    stored = pack_words(zeros_GO, bits) - less * ONES[bits]
     return {
         "qweight": pack_words(codes_IO.T, bits).T.contiguous(),
-        "qzeros": pack_words(stored, bits),
+        "qzeros": stored,
         "scales": scales_GO,
         "g_idx": index.int(),
     }
@@ -127,8 +128,9 @@ def dequantized_awq(tensors: Tensors) -> Tensor:
 
 
 def dequantized_gptq(tensors: Tensors, *, bits: int, more: int) -> Tensor:
-    """[in, out]: AutoGPTQ's formula: scale · (code − ((stored zero + 1) & mask)), by `g_idx`."""
+    """[in, out]: GPTQModel's formula, scale · (code − zero) by `g_idx`, after words of zeros of its
+    first format were brought into the second."""
     codes = unpack_words(tensors["qweight"].T, bits).T
-    zeros = (unpack_words(tensors["qzeros"], bits) + more) & ((1 << bits) - 1)
+    zeros = unpack_words(tensors["qzeros"] + more * ONES[bits], bits)
     index = tensors["g_idx"].long()
     return tensors["scales"][index] * (codes - zeros[index])

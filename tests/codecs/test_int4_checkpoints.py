@@ -179,7 +179,9 @@ def test_it_is_quantized_like_the_bf16_checkpoint_of_its_values(
 ) -> None:
     folder, encoded = both(family, form, written, tmp_path)
     result = quantize_both(folder, encoded, tmp_path / "out", recipe)
-    assert f"weights from {title};" in " ".join(result.plan.notes)
+    notes = " ".join(result.plan.notes)
+    assert f"weights from {title} (" in notes
+    assert ("lose again" in notes) == title.startswith("INT4")
 
 
 def test_kimi_k2_by_its_own_name(written: Written, tmp_path: Path) -> None:

@@ -221,7 +221,7 @@ def test_awq_is_what_compressed_tensors_converts_it_to(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("width", [4, 8])
-def test_gptq_is_autogptq(
+def test_gptq_is_gptqmodel(
     width: int, stated: dict[str, str], less: int, ordered: bool, tmp_path: Path
 ) -> None:
     index = torch.arange(WIDTH) // 32
@@ -237,6 +237,16 @@ def test_gptq_is_autogptq(
         del tensors["g_idx"]
         plain = folder_of(tmp_path / "plain", named(tensors), {"quantization_config": stated})
         assert torch.equal(decoded(plain, torch.float16), wanted)
+
+
+def test_zeros_of_gptq_are_those_that_were_meant(tmp_path: Path) -> None:
+    """All of them, with 0 among them, which borrows from its neighbour in a word."""
+    codes, _, scales = parts(9)
+    zeros = torch.arange(ROWS, dtype=torch.int32).repeat(WIDTH // 32, 1) % 16
+    tensors = gptq(codes, zeros, scales, torch.arange(WIDTH) // 32, bits=4, less=1)
+    wanted = (codes - zeros.repeat_interleave(32, 0)) * scales.repeat_interleave(32, 0)
+    folder = folder_of(tmp_path / "model", named(tensors))
+    assert torch.equal(decoded(folder, torch.float16), wanted.T)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import torch
 
-from fourfold.sources.codecs.integers import unpacked
+from fourfold.sources.codecs.integers import LOSES_AGAIN, unpacked
 from fourfold.sources.codecs.transposed import TransposedIntegers
 
 _PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
@@ -25,6 +25,7 @@ class INT4AWQ(TransposedIntegers):
 
     name = "int4_awq"
     title = "INT4 (AWQ)"
+    remark = LOSES_AGAIN
     bits = 4
     inputs_per_row = 1
     outputs_per_word = 8

@@ -6,7 +6,8 @@
 
 A word of `qweight` holds the codes of successive inputs, lowest bits first, and one of `qzeros`
 those of successive outputs. The forms `gptq` and `auto_round:auto_gptq` store zeros less one,
-modulo 16 or 256; the others store them as they are.
+subtracted from whole words, so that a zero of 0 borrows from the next; others store them as they
+are.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import ClassVar
 
 import torch
 
-from fourfold.sources.codecs.integers import unpacked
+from fourfold.sources.codecs.integers import LOSES_AGAIN, unpacked
 from fourfold.sources.codecs.transposed import TransposedIntegers
 
 
@@ -46,6 +47,7 @@ class INT4GPTQ(GPTQIntegers):
 
     name = "int4_gptq"
     title = "INT4 (GPTQ)"
+    remark = LOSES_AGAIN
     bits = 4
     inputs_per_row = 8
 

@@ -25,6 +25,7 @@ from fourfold.errors import SourceError
 from fourfold.sources.codecs.base import EncodedWeight, ReadRows, TensorCodec, presented
 from fourfold.sources.codecs.integers import (
     CHUNK,
+    LOSES_AGAIN,
     REMEDY,
     SCALE_DTYPES,
     check_finite,
@@ -128,6 +129,7 @@ class INT4Packed(PackedIntegers):
 
     name = "int4_packed"
     title = "INT4 (compressed-tensors)"
+    remark = LOSES_AGAIN
     bits = 4
 
 

@@ -19,6 +19,11 @@ CHUNK = 1 << 20
 
 REMEDY = "Download the checkpoint again, or give the BF16 one."
 
+LOSES_AGAIN = (
+    "weights that were quantized to 4 bits lose again; start from the checkpoint that they were "
+    "made from, if you have it"
+)
+
 SCALE_DTYPES = ("BF16", "F16", "F32")
 
 

@@ -8,7 +8,7 @@
 
 Rows of the presented weight are outputs, so some rows need a part of every stored row. They are
 decoded from a few inputs at a time. The product is taken in the dtype of the scales, as AutoAWQ and
-AutoGPTQ do.
+GPTQModel do.
 """
 
 from __future__ import annotations
@@ -129,8 +129,9 @@ class TransposedIntegers(TensorCodec):
         per_word = 32 // self.bits
         first, last = start // per_word, -(-stop // per_word)
         words = read(weight.parts[ZEROS], 0, weight.groups)[:, first:last]
+        ones = sum(1 << shift for shift in range(0, 32, self.bits))
+        words = words + ones * weight.zero_offset  # of a whole word: a carry undoes a borrow
         zeros = self.unpack_zeros(words)[:, start - first * per_word :][:, : stop - start]
-        zeros = (zeros + weight.zero_offset) & ((1 << self.bits) - 1)
         return zeros.T.float().contiguous()
 
 
