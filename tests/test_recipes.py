@@ -64,7 +64,7 @@ def test_yaml_comes_back(name: str, tmp_path: Path) -> None:
         ("a: [", ["not valid YAML"]),
         ("kv_cache: {format: fp9}\nquantize: [mlp]", ["kv_cache", "fp9"]),
         ("kv_cache: {scale: casted}\nquantize: [mlp]", ["kv_cache.scale", "casted"]),
-        ("activations: {format: fp8}\nquantize: [mlp]", ["activations.format", "fp8"]),
+        ("activations: {format: int4}\nquantize: [mlp]", ["activations.format", "int4"]),
         ("activations: {amax: least}\nquantize: [mlp]", ["activations.amax", "least"]),
         ("activations: {amax: {headroom: 7}}\nquantize: [mlp]", ["headroom", "6"]),
         ("activations: {amax: {headroom: 1.5}}\nquantize: [mlp]", ["headroom", "integer"]),

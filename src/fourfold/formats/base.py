@@ -217,7 +217,15 @@ class WeightFormat(ABC):
         raise NotImplementedError
 
 
-FORMATS: Registry[WeightFormat] = Registry({"nvfp4": "fourfold.formats.nvfp4.format:NVFP4"})
+FORMATS: Registry[WeightFormat] = Registry(
+    {
+        "nvfp4": "fourfold.formats.nvfp4.format:NVFP4",
+        "fp8": "fourfold.formats.fp8.format:FP8",
+        "fp8_channel": "fourfold.formats.fp8.format:FP8Channel",
+        "fp8_block": "fourfold.formats.fp8.format:FP8Block",
+        "mxfp8": "fourfold.formats.fp8.format:MXFP8",
+    }
+)
 """The weight formats by name."""
 
 

@@ -213,7 +213,8 @@ def _bf16_magnitude(bits: Any) -> Any:
 
 
 @exact
-def _f16_magnitude(bits: Any) -> Any:
+def f16_magnitude(bits: Any) -> Any:
+    """The float32 of the bits (uint32) of an fp16 without its sign; NaN becomes Inf."""
     normal = as_float(u32(u32(bits << u32(13)) + u32(112 << 23)))
     x = normal if bits > u32(0x3FF) else f32(np.int32(bits)) * _TWO_M24
     return x if bits < u32(0x7C00) else _INF  # Inf and NaN must not pass for numbers
@@ -234,7 +235,7 @@ def _expander(magnitude: Any) -> Any:
     return expand
 
 
-_expand_bf16, _expand_f16 = _expander(_bf16_magnitude), _expander(_f16_magnitude)
+_expand_bf16, _expand_f16 = _expander(_bf16_magnitude), _expander(f16_magnitude)
 
 
 @exact

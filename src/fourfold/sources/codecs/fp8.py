@@ -240,16 +240,16 @@ def _decode_rows(
 def _decode_matrix(
     weight: FP8Weight, codes: torch.Tensor, scales: torch.Tensor, first: int, out: torch.Tensor
 ) -> None:
-    from fourfold.sources.codecs import fp8_cpu  # imports numba
+    from fourfold.formats.fp8 import cpu  # imports numba
 
     factors = _multipliers(weight.parts[SCALE], scales)
     is_rounded = weight.is_rounded_to_scale and scales.dtype in (torch.bfloat16, torch.float16)
     product = scales.dtype if is_rounded else torch.float32
     if out.dtype != torch.float16 and product in (torch.float32, out.dtype):
-        fp8_cpu.decode(codes, factors, out, first=first, block=weight.grid.block)
+        cpu.decode(codes, factors, out, first=first, block=weight.grid.block)
         return
     exact = torch.empty(codes.shape, dtype=torch.float32)
-    fp8_cpu.decode(codes, factors, exact, first=first, block=weight.grid.block)
+    cpu.decode(codes, factors, exact, first=first, block=weight.grid.block)
     out.copy_(exact.to(product))
 
 

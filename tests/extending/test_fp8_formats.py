@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The FP8 formats through whole runs, in a layout of this folder: planned, quantized whole and in
+pieces, resumed, on ranks, and loaded again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+import fourfold
+from executing import assert_same_shards, execute
+from fourfold.config import OutputConfig, Runtime
+from fourfold.embedded import model_dir
+from fourfold.events import Event, Resumed, ShardWritten
+from fourfold.formats.fp8 import reference
+from fourfold.layouts.base import LAYOUTS
+from fourfold.planning import Limits
+from jobs import assert_same, flat, ids_file
+from nvfp4_folders import tensors_of
+from test_ranks import on_ranks
+
+from . import plain
+
+FORMATS = ("fp8", "fp8_channel", "fp8_block", "mxfp8")
+BLOCKS = {"fp8_channel": (1, 1 << 9), "fp8_block": (128, 128), "mxfp8": (1, 32)}
+SCALES = {"fp8_block": "weight_scale_inv"}
+DEFAULT = OutputConfig(verify=False)
+
+
+@pytest.fixture(autouse=True)
+def layout() -> Iterator[None]:
+    """The layout of this folder is known in each test, and in no other."""
+    plain.register()
+    yield
+    del LAYOUTS["plain"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose inputs are multiples of 128, with 384 and 192 rows in q and k."""
+    config = Qwen3MoeConfig(
+        vocab_size=128, hidden_size=128, num_hidden_layers=2, num_attention_heads=12,
+        num_key_value_heads=6, head_dim=32, num_experts=2, num_experts_per_tok=1,
+        moe_intermediate_size=128, max_position_embeddings=64, intermediate_size=128,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = Qwen3MoeForCausalLM(config).bfloat16()
+        for parameter in made.parameters():
+            parameter.data.add_(torch.randn_like(parameter) / 20)
+    folder = tmp_path_factory.mktemp("model")
+    made.save_pretrained(folder)
+    return folder
+
+
+def recipe(folder: Path, name: str, more: str = "") -> Path:
+    file = folder / f"{name}.yaml"
+    file.write_text(
+        f"weights: {{format: {name}, scale: max}}\nquantize: [experts, attention]\n"
+        f"layout: plain\n{more}"
+    )
+    return file
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_is_written_is_the_definition(name: str, model: Path, tmp_path: Path) -> None:
+    result = fourfold.quantize(
+        model, tmp_path / "out", recipe(tmp_path, name), output=DEFAULT, runtime=Runtime(threads=2)
+    )
+    source, tensors = load_file(model / "model.safetensors"), tensors_of(tmp_path / "out")
+    assert len(result.linears) == 2 * (4 + 2 * 3)
+    amax = {
+        group.name: max(float(source[f"{x.name}.weight"].abs().max()) for x in group.linears)
+        for group in result.plan.groups
+    }
+    group_of = {x.name: group.name for group in result.plan.groups for x in group.linears}
+    for linear in result.linears:
+        w_OI, codes = source[f"{linear.name}.weight"], tensors[f"{linear.name}.weight"]
+        stored = tensors[f"{linear.name}.{SCALES.get(name, 'weight_scale')}"]
+        assert codes.dtype == torch.float8_e4m3fn
+        block = BLOCKS.get(name, tuple(w_OI.shape))
+        amaxes = reference.block_amaxes(w_OI, (block[0], block[1]))
+        scales = reference.scales_of(amaxes)
+        if name == "fp8":
+            scales = reference.scales_of(torch.tensor([[amax[group_of[linear.name]]]]))
+            assert linear.global_scale == float(scales)
+        elif name == "mxfp8":
+            scales = reference.powers(reference.exponents_of(amaxes))
+            stored = reference.powers(stored)
+        assert torch.equal(stored.reshape(scales.shape), scales)
+        expected = reference.quantize(w_OI, scales, (block[0], block[1]))
+        assert torch.equal(codes.view(torch.uint8), expected.view(torch.uint8))
+        assert 0.01 < linear.relative_error < 0.04
+    shapes = {f"{linear.name}.weight": linear.shape for linear in result.linears}
+    key = "model.layers.0.self_attn.k_proj"
+    expected_shape = {"fp8": 1, "fp8_channel": 192, "fp8_block": 2, "mxfp8": 192 * 4}[name]
+    assert tensors[f"{key}.{SCALES.get(name, 'weight_scale')}"].numel() == expected_shape
+    assert shapes[f"{key}.weight"] == (192, 128)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_pieces_give_the_same_bytes(name: str, model: Path, tmp_path: Path) -> None:
+    file = recipe(tmp_path, name)
+    execute(model, tmp_path / "whole", file, Limits())
+    execute(model, tmp_path / "pieces", file, Limits(group_bytes=4096))
+    assert_same_shards(tmp_path / "whole", tmp_path / "pieces")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_stopped_run_goes_on(name: str, model: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"output": DEFAULT, "runtime": Runtime(threads=1)}
+    file = recipe(tmp_path, name)
+    fourfold.quantize(model, tmp_path / "unbroken", file, **options)
+
+    class StoppedError(Exception):
+        """What a test stops a run with."""
+
+    def stop(event: Event) -> None:
+        if isinstance(event, ShardWritten):
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        fourfold.quantize(model, tmp_path / "out", file, on_event=stop, **options)
+    events: list[Event] = []
+    fourfold.quantize(model, tmp_path / "out", file, on_event=events.append, **options)
+    assert any(isinstance(event, Resumed) and event.finished for event in events)
+    assert_same(tmp_path / "unbroken", tmp_path / "out")
+
+
+def test_ranks_write_what_one_writes(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mixed.yaml"
+    file.write_text(
+        "rules:\n"
+        "- {roles: [experts], weights: {format: nvfp4, scale: max}}\n"
+        "- {roles: [attention], weights: {format: fp8_block, scale: max}}\n"
+        "layout: plain\n"
+    )
+    before = "from extending import plain\nplain.register()\n"
+    for ranks, out in ((1, "one"), (2, "two")):
+        arguments = ["quantize", model, tmp_path / out, "--recipe", file, "--no-verify"]
+        for code, _, stderr in on_ranks(arguments, ranks=ranks, before=before):
+            assert code == 0, stderr
+    one, two = tensors_of(tmp_path / "one"), tensors_of(tmp_path / "two")
+    assert one.keys() == two.keys()
+    assert {tensor.dtype for tensor in one.values()} >= {torch.uint8, torch.float8_e4m3fn}
+    for key, tensor in one.items():
+        assert torch.equal(*(x.flatten().view(torch.uint8) for x in (tensor, two[key]))), key
+
+
+def test_static_input_scales_are_calibrated(model: Path, tmp_path: Path) -> None:
+    file = recipe(tmp_path, "fp8", "activations: {format: fp8}\n")
+    data = flat(calib=[ids_file(tmp_path)], calib_seq=24, calib_size=8, verify=False)
+    result = fourfold.quantize(model, tmp_path / "out", file, **data)
+    tensors = tensors_of(tmp_path / "out")
+    for linear in result.linears:
+        scale = float(tensors[f"{linear.name}.input_scale"])
+        assert scale == linear.input_scale > 0
+        assert linear.input_amax is None or linear.input_amax <= scale * 448 * (1 + 2**-23)
+
+
+@pytest.mark.parametrize("name", FORMATS[1:])
+def test_dynamic_inputs_need_no_calibration(name: str, model: Path, tmp_path: Path) -> None:
+    plan = fourfold.plan(model, recipe(tmp_path, name, f"activations: {{format: {name}}}\n"))
+    assert not plan.needs_calibration
+    tensors = {tensor for shard in plan.shards for tensor in shard.tensors}
+    assert not any(tensor.endswith("input_scale") for tensor in tensors)
+
+
+def test_inputs_that_do_not_divide_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(fourfold.PlanError, match="64 is not a multiple of 128"):
+        fourfold.plan(model_dir(), recipe(tmp_path, "fp8_block"))
