@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import fourfold
+from families import FAMILIES, write_checkpoint
 from fourfold.config import CalibrationConfig, OutputConfig, Runtime
 from fourfold.errors import FourfoldError, OutputError, ResourceError, SourceError
 from fourfold.events import BytesQuantized, Event, ShardWritten
@@ -159,6 +161,31 @@ def test_shards_in_the_cache_are_used_and_stay(
     assert tensors_of(tmp_path / "out") == tensors_of(expected(W4A16)[1])
     assert all(path.exists() for path in paths)
     assert all(hub.sent[name] == 0 for name in names)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        ("qwen3_vl_moe", torch.bfloat16),  # fused experts, and a tower that calibration skips
+        ("gpt_oss", torch.bfloat16),  # biases that are split by expert
+        ("deepseek_v3", torch.float32),  # MTP layers; rounded while they are read
+    ],
+)
+def test_families(family: str, dtype: torch.dtype, hub: Hub, tmp_path: Path) -> None:
+    write_checkpoint(FAMILIES[family], tmp_path / "model", shards=5, dtype=dtype)
+    hub.add(NAME, tmp_path / "model")
+    options: dict[str, Any] = {
+        "dtype": "bfloat16" if dtype == torch.float32 else None,
+        "calibration": CalibrationConfig(calib=[ids_file(tmp_path)], calib_seq=24),
+    }
+    result = fourfold.quantize(tmp_path / "model", tmp_path / "expected", W4A4, **options)
+    streamed = fourfold.quantize(NAME, tmp_path / "out", W4A4, runtime=STREAMED, **options)
+    assert tensors_of(tmp_path / "out") == tensors_of(tmp_path / "expected")
+    assert streamed.report is not None
+    assert result.report is not None
+    assert streamed.report.clean
+    assert streamed.report.findings == result.report.findings
+    assert streamed.report.relative_errors == result.report.relative_errors
 
 
 def test_a_decoded_source(hub: Hub, tmp_path: Path) -> None:
