@@ -58,7 +58,11 @@ class Window:
         self._positions: dict[str, deque[tuple[int, str]]] = {}
         """By tensor, the positions at which it will be read, with its shard."""
         self._threads: list[threading.Thread] = []
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._arrived = threading.Condition(self._lock)
+        """What those who read a shard wait for."""
+        self._room = threading.Condition(self._lock)
+        """What those who fetch wait for: room, or a shard to fetch."""
         self._is_closed = self._is_expecting = False
 
     def expect(self, reads: Iterable[tuple[str, str]]) -> None:
@@ -68,7 +72,7 @@ class Window:
         for position, (key, shard) in enumerate(reads):
             uses[shard].append(position)
             positions[key].append((position, shard))
-        with self._changed:
+        with self._lock:
             self._uses, self._positions = dict(uses), dict(positions)
             self._is_expecting = True
             self._past.clear()
@@ -76,11 +80,11 @@ class Window:
                 if self.most is not None and not self._users[shard]:
                     self._remove(shard)
             self._start()
-            self._changed.notify_all()
+            self._room.notify()
 
     def done_with(self, keys: Iterable[str]) -> None:
         """Say of each tensor that it was read for one of the times it was expected."""
-        with self._changed:
+        with self._lock:
             for key in keys:
                 if pending := self._positions.get(key):
                     position, shard = pending.popleft()
@@ -94,7 +98,7 @@ class Window:
         Raises:
             SourceError: It cannot be fetched, or the run has ended.
         """
-        with self._changed:
+        with self._lock:
             if not self._users[shard]:
                 self._errors.pop(shard, None)  # of a transfer that nobody waited for
             self._users[shard] += 1
@@ -106,7 +110,7 @@ class Window:
         try:
             yield path
         finally:
-            with self._changed:
+            with self._lock:
                 self._release(shard)
 
     @property
@@ -120,15 +124,16 @@ class Window:
 
     def clear(self) -> None:
         """Drop every shard that is not kept."""
-        with self._changed:
+        with self._lock:
             for shard in self._paths.keys() - self.kept:
                 self._remove(shard)
 
     def close(self) -> None:
         """Let everybody who waits fail, and fetch nothing more."""
-        with self._changed:
+        with self._lock:
             self._is_closed = True
-            self._changed.notify_all()
+            self._arrived.notify_all()
+            self._room.notify_all()
 
     def join(self, seconds: float) -> None:
         """Wait until no thread of this object runs, but not longer than `seconds`.
@@ -142,13 +147,13 @@ class Window:
     def _wait_for(self, shard: str) -> Path:
         self._start()
         if shard not in self._paths:
-            self._changed.notify_all()
+            self._room.notify()
         while (path := self._paths.get(shard)) is None:
             if (error := self._errors.get(shard)) is not None:
                 raise error
             if self._is_closed:
                 raise SourceError(f"{shard}: is no longer fetched, as the run has ended")
-            self._changed.wait()
+            self._arrived.wait()
         return path
 
     def _release(self, shard: str) -> None:
@@ -156,7 +161,7 @@ class Window:
         if not self._users[shard]:
             del self._users[shard]
             self._drop_if_done(shard)
-            self._changed.notify_all()
+            self._room.notify()
 
     def _start(self) -> None:
         """Start the threads that fetch, if they do not run yet."""
@@ -167,25 +172,27 @@ class Window:
 
     def _work(self) -> None:
         while True:
-            with self._changed:
+            with self._lock:
                 while not self._is_closed and (shard := self._choose()) is None:
-                    self._changed.wait()
+                    self._room.wait()
                 if self._is_closed or shard is None:
                     return
                 self._fetching.add(shard)
+                self._room.notify()  # there may be room for another one
             path = error = None
             try:
                 path = self._fetch(shard)
             except BaseException as failure:  # it is raised where the shard is read
                 error = failure
-            with self._changed:
+            with self._lock:
                 self._fetching.discard(shard)
                 if path is not None:
                     self._paths[shard] = path
                     self._drop_if_done(shard)
                 elif error is not None:
                     self._errors[shard] = error
-                self._changed.notify_all()
+                self._arrived.notify_all()
+                self._room.notify()
 
     # What follows is called with the lock held.
 
@@ -233,7 +240,7 @@ class Window:
         if shard in self._paths and shard not in self.kept and self.most is not None:
             del self._uses[shard]
             self._remove(shard)
-            self._changed.notify_all()
+            self._room.notify()
 
     def _remove(self, shard: str) -> None:
         self._drop(shard, self._paths.pop(shard))
