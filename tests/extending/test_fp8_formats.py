@@ -17,7 +17,7 @@ import fourfold
 from executing import assert_same_shards, execute
 from fourfold.config import OutputConfig, Runtime
 from fourfold.embedded import model_dir
-from fourfold.events import Event, Resumed, ShardWritten
+from fourfold.events import BackendChosen, Event, Resumed, ShardWritten
 from fourfold.formats.fp8 import reference
 from fourfold.layouts.base import LAYOUTS
 from fourfold.planning import Limits
@@ -176,3 +176,20 @@ def test_dynamic_inputs_need_no_calibration(name: str, model: Path, tmp_path: Pa
 def test_inputs_that_do_not_divide_are_refused(tmp_path: Path) -> None:
     with pytest.raises(fourfold.PlanError, match="64 is not a multiple of 128"):
         fourfold.plan(model_dir(), recipe(tmp_path, "fp8_block"))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_batches_on_a_device_give_the_bytes_of_the_cpu(
+    name: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton's interpreter stands for the device; formats without batches stay on the CPU."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    file, runtime = recipe(tmp_path, name), Runtime(threads=1)
+    fourfold.quantize(model, tmp_path / "cpu", file, output=DEFAULT, runtime=runtime)
+    monkeypatch.setenv("FOURFOLD_KERNELS", "triton")
+    events: list[Event] = []
+    fourfold.quantize(
+        model, tmp_path / "device", file, output=DEFAULT, runtime=runtime, on_event=events.append
+    )
+    assert any("triton" in event.backend for event in events if isinstance(event, BackendChosen))
+    assert_same_shards(tmp_path / "cpu", tmp_path / "device")

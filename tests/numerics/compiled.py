@@ -15,6 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fourfold.formats.fp8 import FIGURES, kernels_cuda
 from fourfold.formats.nvfp4 import stream_cuda, sweep, sweep_cuda
 
 SEARCH = {
@@ -33,6 +34,16 @@ DEQUANTIZE = {
     "global_scale": "fp32",
     "out": "*i64",
     "count": "i32",
+}
+FP8 = {
+    "x": "*i16",
+    "scales": "*fp32",
+    "codes": "*u8",
+    "exponents": "*u8",
+    "errors": "*fp64",
+    "energies": "*fp64",
+    "blocks": "i32",
+    "figures": "i32",
 }
 FAKE = {"x": "*i16", "input_scale": "fp32", "out": "*i16", "blocks": "i32"}
 
@@ -59,6 +70,10 @@ def kernels():
         types = DEQUANTIZE if is_bf16 else DEQUANTIZE | {"codes": "*u8"}
         constants = {"IS_BF16": is_bf16, "TILE": 1024}
         yield f"dequantize {kind}", stream_cuda.dequantize_kernel, types, constants, 4
+        types = FP8 if is_bf16 else FP8 | {"x": "*i32"}
+        for is_mx, width in ((False, 16), (True, 32)):
+            constants = {"KIND": kind, "MX": is_mx, "WIDTH": width, "TILE": FIGURES // width}
+            yield f"fp8 {is_mx} {kind}", kernels_cuda.quantize_kernel, types, constants, 4
 
 
 def compiled(kernel, types, constants, warps, capability):

@@ -46,6 +46,11 @@ from fourfold.formats.fp8 import reference
 from fourfold.formats.fp8.reference import SCALE_MIN, Block
 from fourfold.formats.nvfp4.e4m3 import E4M3_MAX
 
+MX_BLOCK = 1, 32
+
+FIGURES = 2048
+"""Weights of a tile on a GPU, for which it stores the two sums."""
+
 
 def scale_of(amax: float) -> float:
     """Return fl32(amax/448) as a Python float, held to its range; 1 for an amax of 0."""
@@ -113,11 +118,61 @@ def error_energy(
     return reference.error(w_OI, codes, scales_BC, block)
 
 
+def quantize_batch_into(
+    w_NX: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    workspace: Tensor,
+    exponents: Tensor | None = None,
+    kernel: Kernel | str = "auto",
+) -> Tensor:
+    """Quantize N weights without waiting for the device; all tensors are contiguous and on one.
+
+    Args:
+        w_NX: The weights, one in each row.
+        codes: uint8 [N, X], to be filled.
+        scales: float32 [N], the scale of each weight; not read for MXFP8.
+        workspace: uint8, `workspace_bytes` of it, 8-byte aligned.
+        exponents: uint8 [N, X/32], to be filled: the weights become MXFP8.
+        kernel: The kernels to use; see `dispatch`.
+
+    Returns:
+        Σ(w − q·s)² and Σw² of each weight, float64 [N, 2]. Where one of them is not finite, the
+        weight is not, and its bytes are void.
+    """
+    if w_NX.numel() and dispatch.choose(kernel, w_NX.device) is Kernel.TRITON:
+        parts = w_NX, codes, exponents, scales, workspace
+        return cuda_kernels().quantize(*parts)  # type: ignore[no-any-return]
+    figures = []
+    for n, w_X in enumerate(w_NX):
+        w_OI, scales_BC, block = w_X.view(1, -1), scales[n].view(1, 1), (1, len(w_X))
+        if exponents is not None:
+            block = MX_BLOCK
+            powers = reference.exponents_of(block_amaxes(w_OI, block, kernel))
+            exponents[n : n + 1] = powers
+            scales_BC = reference.powers(powers)
+        out = codes[n : n + 1]
+        figures.append(quantize_into(w_OI, out, scales_BC, block, kernel=kernel))
+    return torch.tensor(figures, dtype=torch.float64, device=w_NX.device).reshape(-1, 2)
+
+
+def workspace_bytes(count: int, numel: int) -> int:
+    """Return the bytes of workspace that `quantize_batch_into` needs for `count` weights of `numel`
+    elements. The CPU's kernels do not use it."""
+    return 16 * count * -(-numel // FIGURES)
+
+
 def warm_up(dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu") -> None:
     """Compile the kernels for weights of `dtype`, so that a thread can do so early."""
     w_OI, block = torch.ones(32, 32, dtype=dtype, device=device), (1, 32)
     codes = torch.empty(32, 32, dtype=torch.uint8, device=device)
-    quantize_into(w_OI, codes, reference.scales_of(block_amaxes(w_OI, block)), block)
+    scales_BC = reference.scales_of(block_amaxes(w_OI, block))
+    if dispatch.choose(Kernel.AUTO, w_OI.device) is not Kernel.TRITON:
+        quantize_into(w_OI, codes, scales_BC, block)
+        return
+    workspace = torch.empty(workspace_bytes(32, 32), dtype=torch.uint8, device=device)
+    for exponents in (None, torch.empty(32, 1, dtype=torch.uint8, device=device)):
+        quantize_batch_into(w_OI, codes, scales_BC.flatten(), workspace, exponents)
 
 
 def cuda_kernels() -> ModuleType:
@@ -132,13 +187,17 @@ def _cpu() -> ModuleType:
 
 __all__ = [
     "E4M3_MAX",
+    "FIGURES",
+    "MX_BLOCK",
     "SCALE_MIN",
     "Block",
     "block_amaxes",
     "cuda_kernels",
     "dequantize_into",
     "error_energy",
+    "quantize_batch_into",
     "quantize_into",
     "scale_of",
     "warm_up",
+    "workspace_bytes",
 ]

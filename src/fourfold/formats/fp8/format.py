@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -68,6 +68,12 @@ class _FP8(WeightFormat):
         scales_BC = self._stored(parts, group_scale)
         return fp8.error_energy(w_OI, parts[CODES], scales_BC, self._block(w_OI.shape))
 
+    def amaxes(self, w_NX: Tensor) -> Tensor:
+        return nvfp4.amaxes(w_NX)
+
+    def workspace_bytes(self, count: int, numel: int) -> int:
+        return fp8.workspace_bytes(count, numel)
+
     def warm_up(self, dtype: torch.dtype, scale: str, device: torch.device | str = "cpu") -> None:
         fp8.warm_up(dtype, device)
 
@@ -80,6 +86,7 @@ class FP8(_FP8):
     block = 16
     """What FP8 matrix products of CUDA need."""
     group_part = SCALE
+    has_batches = True
 
     def parts(self, shape: tuple[int, int]) -> dict[str, Spec]:
         return {CODES: ("F8_E4M3", shape), SCALE: ("F32", ())}
@@ -97,6 +104,18 @@ class FP8(_FP8):
     def _stored(self, parts: Mapping[str, Tensor], group_scale: float | None) -> Tensor:
         assert group_scale is not None
         return torch.tensor([[group_scale]], dtype=torch.float32, device=parts[CODES].device)
+
+    def quantize_batch(
+        self,
+        w_NX: Tensor,
+        out: Sequence[Tensor],
+        *,
+        scale: str,
+        group_scales: Tensor,
+        workspace: Tensor,
+    ) -> Tensor:
+        (codes,) = out
+        return fp8.quantize_batch_into(w_NX, codes, group_scales, workspace)
 
     def input_parts(self) -> dict[str, Spec]:
         return {INPUT_SCALE: ("F32", ())}
@@ -170,6 +189,7 @@ class MXFP8(_FP8):
     name = "mxfp8"
     title = "MXFP8"
     block = 32
+    has_batches = True
 
     def parts(self, shape: tuple[int, int]) -> dict[str, Spec]:
         rows, width = shape
@@ -185,6 +205,18 @@ class MXFP8(_FP8):
 
     def _stored(self, parts: Mapping[str, Tensor], group_scale: float | None) -> Tensor:
         return reference.powers(parts[EXPONENTS])
+
+    def quantize_batch(
+        self,
+        w_NX: Tensor,
+        out: Sequence[Tensor],
+        *,
+        scale: str,
+        group_scales: Tensor,
+        workspace: Tensor,
+    ) -> Tensor:
+        codes, exponents = out
+        return fp8.quantize_batch_into(w_NX, codes, group_scales, workspace, exponents)
 
     def round_activations(
         self, x: Tensor, input_scale: Tensor | float | None, out: Tensor | None = None

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import statistics
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -49,8 +49,8 @@ def amaxes(weight_NX: Tensor) -> Tensor:
     count, tile = words_NW.shape[1], _MANY_WORDS if INTERPRETED else _AMAX_WORDS
     result_N = torch.zeros(len(w_NX), dtype=torch.int32, device=w_NX.device)
     kind = sweep.KINDS[w_NX.dtype]
-    with _on(w_NX):
-        for some in _grids(len(w_NX)):
+    with launching(w_NX):
+        for some in grids(len(w_NX)):
             grid = (triton.cdiv(count, tile), some.stop - some.start)
             stream_cuda.amax_kernel[grid](words_NW[some], result_N[some], count, kind, tile)
     if kind == sweep.FLOAT32:
@@ -73,8 +73,8 @@ def quantize(
     """
     w_NX = _aligned(weight_NX)
     count, blocks = len(w_NX), w_NX.shape[1] // 16
-    scales = _own(block_scale_out, 1)
-    codes = scales if codes_out is None else _own(codes_out, 8)
+    scales = own(block_scale_out, 1)
+    codes = scales if codes_out is None else own(codes_out, 8)
     if workspace is None:
         parts = triton.cdiv(blocks, sweep_cuda.FIGURES.value)
         workspace = torch.empty(16 * count * parts, dtype=torch.uint8, device=w_NX.device)
@@ -84,8 +84,8 @@ def quantize(
     if INTERPRETED:
         tile = min(_MANY_WORDS // 16, max(32, triton.next_power_of_2(blocks)))
     words, s_N = w_NX.view(torch.int64), global_scales.to(w_NX.device).contiguous()
-    with _on(w_NX):
-        for some in _grids(count):
+    with launching(w_NX):
+        for some in grids(count):
             sweep_cuda.quantize_kernel[(triton.cdiv(blocks, tile), some.stop - some.start)](
                 words[some],
                 s_N[some],
@@ -131,10 +131,10 @@ def dequantize(codes: Tensor, scales: Tensor, global_scale: float, out: Tensor) 
     is_bf16 = out.dtype == torch.bfloat16
     codes = _aligned(codes.reshape(1, -1))
     words = codes.view(torch.int16 if is_bf16 else torch.uint8)
-    buffer = _own(out.view(1, -1), 8)
+    buffer = own(out.view(1, -1), 8)
     count, tile = words.numel(), _MANY_WORDS if INTERPRETED else _DEQUANTIZE_WORDS
     if count:
-        with _on(codes):
+        with launching(codes):
             stream_cuda.dequantize_kernel[(triton.cdiv(count, tile),)](
                 words,
                 scales.contiguous(),
@@ -154,7 +154,7 @@ def fake_quantize(x: Tensor, input_scale: float, out: Tensor) -> None:
     integer = torch.int32 if x.dtype == torch.float32 else torch.int16
     blocks, tile = x.numel() // 16, _MANY_WORDS // 16 if INTERPRETED else _FAKE_BLOCKS
     if blocks:
-        with _on(x):
+        with launching(x):
             stream_cuda.fake_quantize_kernel[(triton.cdiv(blocks, tile),)](
                 x.contiguous().view(integer),
                 input_scale,
@@ -232,25 +232,28 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 8 == 0 else tensor.clone()
 
 
-def _own(buffer: Tensor, alignment: int) -> Tensor:
-    """The buffer, or a new one like it if the kernels cannot write to it."""
+def own(buffer: Tensor, alignment: int) -> Tensor:
+    """Return the buffer, or a new one like it if the kernels cannot write to it."""
     fits = buffer.is_contiguous() and buffer.data_ptr() % alignment == 0
     return buffer if fits else torch.empty_like(buffer, memory_format=torch.contiguous_format)
 
 
 @contextmanager
-def _on(tensor: Tensor) -> Iterator[None]:
-    """Make the tensor's device current and keep other threads from launching."""
+def launching(tensor: Tensor, *kernels: Any) -> Iterator[None]:
+    """Make the tensor's device current and keep other threads from launching.
+
+    kernels: Those that are launched, where they are none of this package.
+    """
     device = torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
     with _launching, device:
         try:
             yield
         except BaseException:
-            _forget()
+            _forget(kernels)
             raise
 
 
-def _forget() -> None:
+def _forget(kernels: Iterable[Any]) -> None:
     """Let Triton load its kernels again, from its cache on disk. A kernel for which there was no
     memory when it was loaded would otherwise stay in that state, and could never be launched."""
     for kernel in (
@@ -258,10 +261,12 @@ def _forget() -> None:
         stream_cuda.amax_kernel,
         stream_cuda.dequantize_kernel,
         stream_cuda.fake_quantize_kernel,
+        *kernels,
     ):
         getattr(kernel, "device_caches", {}).clear()  # the interpreter has none
 
 
-def _grids(count: int) -> list[slice]:
+def grids(count: int) -> list[slice]:
+    """Return the runs of weights that one launch each can take."""
     starts = range(0, count, _MOST_WEIGHTS)
     return [slice(start, min(start + _MOST_WEIGHTS, count)) for start in starts]
