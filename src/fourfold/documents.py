@@ -330,7 +330,9 @@ class GenerationDocument(Document):
     source: ContinuationEntry | None
     quantized: ContinuationEntry
     simulated: bool
-    """True if the quantized model's activations were rounded."""
+    """True if the inputs of the quantized model's linear layers were rounded."""
+    kv_cache: str | None = None
+    """The format that its keys and values were rounded to."""
     same_tokens: int | None
     """The number of tokens that both texts begin with."""
 

@@ -240,7 +240,7 @@ def test_the_name_on_the_hub() -> None:
 
 
 def served(model_type: str, *, is_w4a4: bool = False, has_experts: bool = True) -> Served:
-    return Served(model_type, has_experts, is_w4a4, False, frozenset({64, 128}))
+    return Served(model_type, has_experts, is_w4a4, None, frozenset({64, 128}))
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_llama_cpp_by_family(model_type: str, word: str) -> None:
 
 
 def test_llama_cpp_wants_widths_of_64() -> None:
-    odd = Served("qwen3_moe", True, False, False, frozenset({96, 128}))
+    odd = Served("qwen3_moe", True, False, None, frozenset({96, 128}))
     assert "96" in obstacle_in_llama_cpp(odd)
     assert obstacle_in_llama_cpp(served("llama", has_experts=False)) == ""
 
@@ -287,8 +287,8 @@ def test_commands_quote_the_folder() -> None:
 def test_the_page_has_the_commands_and_the_table() -> None:
     page = (DOCS / "serving.md").read_text()
     for engine in (*Engine, LLAMA_CPP):
-        for has_fp8_kv in (False, True):
-            facts = Served("qwen3_moe", True, False, has_fp8_kv, frozenset())
+        for kv_cache in (None, "fp8", "nvfp4"):
+            facts = Served("qwen3_moe", True, False, kv_cache, frozenset())
             for line in serve_commands(engine, "OUT", facts):
                 assert f"    {line}\n" in page
     for is_w4a4 in (False, True):

@@ -343,6 +343,21 @@ VALUES = [
         together(quant(kv_cache_scheme=None), nested(kv_cache_quant_algo=None)),
         kv=True,
     ),
+    Case(
+        "kv-cache-format",
+        together(
+            quant(kv_cache_scheme={"type": "int", "num_bits": 8}),
+            nested(kv_cache_quant_algo="int 8"),
+        ),
+    ),
+    Case(
+        "kv-cache-latent",
+        together(
+            quant(kv_cache_scheme={"type": "float", "num_bits": 4}),
+            nested(kv_cache_quant_algo="NVFP4"),
+            lambda d: d.config.update(kv_lora_rank=512),
+        ),
+    ),
 ]
 
 GROUPS = [

@@ -19,8 +19,10 @@ import torch
 
 from fourfold.calibration.reading import reads_text_twice
 
-Record = Callable[[torch.Tensor, torch.Tensor], None]
-"""Called with the keys and the values of one update."""
+States = tuple[torch.Tensor, torch.Tensor]
+Record = Callable[[torch.Tensor, torch.Tensor], States | None]
+"""Called with the keys and the values of one update; returns those that enter the cache instead, or
+None for the same ones."""
 
 
 def recording_cache(model: Any, record: Record) -> Any:
@@ -72,7 +74,8 @@ class _Recording:
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kw: Any
     ) -> Any:
-        self.record(key_states, value_states)
+        states = self.record(key_states, value_states)
+        key_states, value_states = states or (key_states, value_states)
         if self.remembers:
             cache: Any = super()
             return cache.update(key_states, value_states, *args, **kw)
@@ -110,13 +113,16 @@ def _forget(states: Any) -> None:
 
 
 def record_updates(cache: Any, record: Record) -> Callable[[], None]:
-    """Record the updates of a cache that stores; return a function that undoes it."""
+    """Record the updates of a cache that stores; return a function that undoes it.
+
+    What `record` returns is stored instead of the keys and values that it was given.
+    """
     if "update" in vars(cache):
         return lambda: None
     update = cache.update
 
     def recorded(keys: torch.Tensor, values: torch.Tensor, *args: Any, **kw: Any) -> Any:
-        record(keys, values)
+        keys, values = record(keys, values) or (keys, values)
         return update(keys, values, *args, **kw)
 
     cache.update = recorded

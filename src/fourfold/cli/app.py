@@ -415,7 +415,7 @@ def generate(
         bool | None,
         typer.Option(
             "--simulate-activations/--weights-only",
-            help="Also round activations; by default if OUT is W4A4.",
+            help="Also round activations and the KV cache; by default as OUT says.",
             show_default=False,
         ),
     ] = None,

@@ -2,8 +2,8 @@
 """`fourfold demo`: the effect of quantization on the embedded model, in figures and in text.
 
 Both models are ordinary transformers models in float32: the source, and the output with its
-weights dequantized and, if it is W4A4, its activations rounded. The KV cache stays in full
-precision.
+weights dequantized and, if it is W4A4, its activations rounded, and its KV cache if the recipe asks
+for a quantized one.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from fourfold.errors import SourceError
 from fourfold.evaluation.comparison import Comparison, compare
 from fourfold.evaluation.continuation import Sampling, continue_prompt, text_after
 from fourfold.evaluation.loading import load
+from fourfold.evaluation.simulated_activations import is_rounded
+from fourfold.formats.kv_cache import KVFormat
 from fourfold.models.internals import quiet
 from fourfold.sources.decoded import open_decoded
 from fourfold.sources.safetensors import open_source
@@ -40,12 +42,15 @@ class DemoResult:
     quantized_text: str
     comparison: Comparison
     simulated: bool
-    """True if the quantized model's activations were rounded (W4A4)."""
+    """True if the inputs of the quantized model's linear layers were rounded (W4A4)."""
     temperature: float
+    kv_cache: KVFormat | None = None
+    """The format that the quantized model's keys and values were rounded to."""
 
     def __str__(self) -> str:
         figures = self.comparison
         model = "dequantized weights" + (", rounded activations" if self.simulated else "")
+        model += f", {self.kv_cache.upper()} KV cache" if self.kv_cache is not None else ""
         return (
             f"--- before, drawn at temperature {self.temperature}:\n{self.reference_text}\n"
             f"--- after, from the {model} and the same seed:\n{self.quantized_text}\n"
@@ -81,11 +86,12 @@ def demonstrate(
         sampling: How each model continues the prompt.
     """
     with closing(open_decoded(out)) as checkpoint:
-        simulated = bool(checkpoint.input_scales)
+        simulated, kv_cache = bool(checkpoint.input_scales), checkpoint.kv_cache
+        simulates = is_rounded(checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(source)
     with quiet(), _one_thread():
         reference = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-        quantized = load(out, dtype=torch.float32, simulate_activations=simulated)
+        quantized = load(out, dtype=torch.float32, simulate_activations=simulates)
         texts = [
             text_after(tokenizer, PROMPT, continue_prompt(model, tokenizer, PROMPT, sampling))
             for model in (reference, quantized)
@@ -93,7 +99,7 @@ def demonstrate(
         token_ids = torch.tensor(tokenizer(text or heldout_text())["input_ids"])
         comparison = compare(reference, quantized, token_ids, WINDOW)
     before, after = (PROMPT + text for text in texts)
-    return DemoResult(PROMPT, before, after, comparison, simulated, sampling.temperature)
+    return DemoResult(PROMPT, before, after, comparison, simulated, sampling.temperature, kv_cache)
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 """`fourfold generate`: the text of a quantized checkpoint, beside the text of its source.
 
 Both models are run by transformers, one after the other, from the same prompt and with the same
-seed: the source as it is, the checkpoint dequantized and, if it is W4A4, with rounded activations.
+seed: the source as it is, the checkpoint dequantized and, if it is W4A4, with rounded activations,
+and with a rounded KV cache if it asks for one.
 A model that does not fit into memory is streamed: each token passes the layers one by one as they
 are read, and the keys and values of earlier tokens are kept, so the tokens are the same.
 """
@@ -12,8 +13,8 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
-from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass, replace
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -33,8 +34,9 @@ from fourfold.evaluation.continuation import (
     text_of,
 )
 from fourfold.evaluation.loading import OpenedModel
-from fourfold.evaluation.simulated_activations import check_w4a4
+from fourfold.evaluation.simulated_activations import check_rounded, is_rounded
 from fourfold.events import OnEvent, TokenGenerated, ignore
+from fourfold.formats.kv_cache import KVFormat
 from fourfold.models.tokenizer import load_tokenizer
 from fourfold.sources.decoded import DecodedSource, open_decoded
 from fourfold.sources.opening import opened
@@ -65,7 +67,9 @@ class Generation(Shown):
     """None if no source was given."""
     quantized: Continuation
     simulated: bool
-    """True if the quantized model's activations were rounded."""
+    """True if the inputs of the quantized model's linear layers were rounded."""
+    kv_cache: KVFormat | None = None
+    """The format that its keys and values were rounded to."""
 
     @property
     def same_tokens(self) -> int | None:
@@ -86,6 +90,8 @@ class Generation(Shown):
     def columns(self) -> list[tuple[str, str, str]]:
         """Return a heading, the model's folder and its text, for each model."""
         how = "activations rounded (W4A4)" if self.simulated else "weights alone"
+        if self.kv_cache is not None:
+            how += f", {self.kv_cache.upper()} KV cache"
         ours = (
             f"quantized, {how}",
             self.quantized.model,
@@ -133,9 +139,9 @@ def generate(
     with closing(open_decoded(out, trust_remote_code=trust_remote_code)) as checkpoint:
         simulated = simulate_activations
         if simulated is None:
-            simulated = bool(checkpoint.input_scales)
+            simulated = is_rounded(checkpoint)
         if simulated:
-            check_w4a4(checkpoint)
+            check_rounded(checkpoint)
         tokenizer = _tokenizer(checkpoint, prompt, trust_remote_code)
         fewer = replace(sampling, max_new_tokens=streamed_tokens or sampling.max_new_tokens)
         writer = _Writer(
@@ -148,7 +154,9 @@ def generate(
         quantized = writer.write("quantized", checkpoint, rounded=checkpoint if simulated else None)
         if original is not None and quantized.streamed and not original.streamed:
             original = writer.cut(original, fewer.max_new_tokens)
-    return Generation(text_of(tokenizer, prompt), original, quantized, simulated)
+        rounds_inputs = simulated and bool(checkpoint.input_scales)
+    text, kv_cache = text_of(tokenizer, prompt), next(iter(writer.kv_formats), None)
+    return Generation(text, original, quantized, rounds_inputs, kv_cache)
 
 
 def _tokenizer(checkpoint: DecodedSource, prompt: Prompt, trust_remote_code: bool) -> Any:
@@ -172,6 +180,8 @@ class _Writer:
     device: str
     stream: bool | None
     on_event: OnEvent
+    kv_formats: list[KVFormat] = field(default_factory=list)
+    """The format that keys and values were rounded to, once `write` has done so."""
 
     def write(
         self,
@@ -182,7 +192,7 @@ class _Writer:
     ) -> Continuation:
         """Load the model of `source`, let it write, and free its memory.
 
-        rounded: The checkpoint whose input scales round the model's activations, if any.
+        rounded: The checkpoint whose scales round the model's activations, if any.
         """
         begun, written = time.perf_counter(), list[int]()
 
@@ -217,7 +227,11 @@ class _Writer:
         streamed = self.stream
         if streamed is None:
             streamed = opened_model.nbytes > _available(self.device)
-        with opened_model.simulate_activations(rounded) if rounded is not None else nullcontext():
+        with ExitStack() as stack:
+            if rounded is not None:
+                simulation = stack.enter_context(opened_model.simulate_activations(rounded))
+                if (kv_cache := simulation.sites.kv_cache) is not None:
+                    self.kv_formats.append(kv_cache.format)
             if streamed:
                 for _ in opened_model.streamed.run(
                     [partial(write, sampling=self.streamed_sampling)]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import warnings
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,6 +22,7 @@ from fourfold.config import check_type
 from fourfold.distributed.machine import choose_device, memory_available
 from fourfold.errors import ModelError, ResourceError, SourceError, UsageError
 from fourfold.evaluation.simulated_activations import Simulation, find_sites
+from fourfold.evaluation.simulated_kv_cache import why_exact
 from fourfold.models.agreement import agreement_notes
 from fourfold.models.internals import quiet
 from fourfold.models.inventory import Inventory
@@ -52,7 +54,8 @@ def load(
 
     Args:
         out: A checkpoint in the ModelOpt layout, whichever tool wrote it.
-        simulate_activations: Round the inputs of quantized linear layers as W4A4 engines do.
+        simulate_activations: Round the inputs of quantized linear layers as W4A4 engines do, and
+            keys and values if the checkpoint asks for a quantized KV cache.
             `model.fourfold_simulation.remove()` ends that.
         dtype: The dtype of the parameters; by default the source's. float32 gives the weights'
             values unrounded.
@@ -61,7 +64,7 @@ def load(
 
     Raises:
         SourceError, ModelError: If checkpoint and architecture do not fit; names a tensor.
-        UsageError: If activations should be simulated and the checkpoint is W4A16.
+        UsageError: If activations should be simulated, and engines keep 16 bits for all of them.
         ResourceError: If the model does not fit into memory.
     """
     check_type("out", out, str | Path, "a checkpoint's folder, or a name on the hub")
@@ -108,8 +111,14 @@ class OpenedModel:
         return sum(units) + max(units)
 
     def simulate_activations(self, checkpoint: DecodedSource) -> Simulation:
-        """Round the model's activations from now on, by the input scales of `checkpoint`."""
+        """Round the model's activations from now on, by the scales of `checkpoint`.
+
+        Warns of a KV cache that cannot be simulated and keeps its precision.
+        """
         sites = find_sites(checkpoint, self.inventory, self.streamed.tree)
+        if sites.kv_cache is not None and (reason := why_exact(self.model, sites.kv_cache)):
+            warnings.warn(f"{checkpoint.folder}: {reason}, and keeps its precision.", stacklevel=3)
+            sites = replace(sites, kv_cache=None)
         return Simulation(self.model, self.streamed.tree, sites)
 
     def load(self) -> PreTrainedModel:

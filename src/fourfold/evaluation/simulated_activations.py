@@ -7,7 +7,8 @@ inputs of an `nn.Linear`. An experts module runs transformers' own function, wit
 rounded before both matrix products (`models/expert_hooks.py`). That is set up for each call, so
 that nothing of it stays in the model's configuration and several models can be simulated at once.
 
-The weights must be dequantized already. The KV cache keeps its precision.
+The weights must be dequantized already. The KV cache is rounded beside the inputs, where the
+checkpoint asks for one (`simulated_kv_cache.py`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 
 from fourfold.errors import ModelError, SourceError, UsageError
+from fourfold.evaluation.simulated_kv_cache import KVCache, RoundedCaches, find_kv_cache
 from fourfold.formats.nvfp4.activations import fake_quantize
 from fourfold.models.expert_hooks import Product, Rows, watch_experts
 from fourfold.models.experts import ExpertsModule, Projection
@@ -38,6 +40,7 @@ class Sites:
 
     linears: Mapping[str, float]
     experts: Mapping[str, Mapping[Product, float]]
+    kv_cache: KVCache | None = None
 
 
 class Simulation(ExitStack):
@@ -57,6 +60,9 @@ class Simulation(ExitStack):
             watch = _Rounding(path, scales, self.calls)
             experts = _RoundedExperts(model.get_submodule(path), tree.experts[path], watch)
             self.callback(experts.take_off)
+        if sites.kv_cache is not None:
+            layers = {path: model.get_submodule(path) for path in tree.layers}
+            self.enter_context(RoundedCaches(model, layers, sites.kv_cache, self.calls))
 
     def remove(self) -> None:
         """Return the model to exact activations."""
@@ -122,9 +128,14 @@ class _RoundedExperts:
                 self.is_watched = False
 
 
-def check_w4a4(checkpoint: DecodedSource) -> None:
+def is_rounded(checkpoint: DecodedSource) -> bool:
+    """True if engines round activations: the inputs of linear layers, or keys and values."""
+    return bool(checkpoint.input_scales) or checkpoint.kv_cache is not None
+
+
+def check_rounded(checkpoint: DecodedSource) -> None:
     """Raise UsageError for a checkpoint whose activations are not quantized."""
-    if not checkpoint.input_scales:
+    if not is_rounded(checkpoint):
         raise UsageError(
             f"{checkpoint.folder}: only its weights are quantized (W4A16), so there are no "
             "activations to simulate. Leave simulate_activations out."
@@ -132,8 +143,11 @@ def check_w4a4(checkpoint: DecodedSource) -> None:
 
 
 def find_sites(checkpoint: DecodedSource, inventory: Inventory, tree: ModuleTree) -> Sites:
-    """Return the modules that the checkpoint's input scales belong to."""
-    check_w4a4(checkpoint)
+    """Return the modules that the checkpoint's input scales belong to, and its KV cache."""
+    check_rounded(checkpoint)
+    kv_cache = find_kv_cache(checkpoint, inventory)
+    if not checkpoint.input_scales:
+        return Sites({}, {}, kv_cache)
     linears = [linear for linear in inventory.linears if linear.name in checkpoint.linears]
     _check_all_known(checkpoint, linears)
     scales = _largest_by_site(checkpoint, linears)
@@ -149,7 +163,7 @@ def find_sites(checkpoint: DecodedSource, inventory: Inventory, tree: ModuleTree
                 plain[path] = max(scale, plain.get(path, 0.0))
     for path in experts:
         _check_whole(path, linears, inventory)
-    return Sites(plain, experts)
+    return Sites(plain, experts, kv_cache)
 
 
 def _check_all_known(checkpoint: DecodedSource, linears: list[LinearWeight]) -> None:

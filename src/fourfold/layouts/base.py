@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from fourfold.formats.base import FORMATS
+from fourfold.formats.kv_cache import KVFormat
 from fourfold.formats.registry import Registry
 from fourfold.formats.scheme import Scheme
 
@@ -37,8 +38,8 @@ class CheckpointContents:
     """The scheme of every quantized linear weight, by name."""
     ignore: Sequence[str]
     """The list that `Layout.ignore` returned."""
-    has_fp8_kv_cache: bool
-    """True if engines shall keep keys and values in FP8."""
+    kv_cache: KVFormat | None
+    """The format that engines shall keep keys and values in; None if they choose."""
 
 
 class Layout(ABC):
@@ -51,6 +52,8 @@ class Layout(ABC):
     suffixes: ClassVar[Mapping[str, Mapping[str, str]]]
     """Last names of tensors: format → part → name. A format that is missing here cannot be laid
     out."""
+    kv_formats: ClassVar[frozenset[KVFormat]] = frozenset({"fp8"})
+    """The formats of a KV cache that the configuration can state."""
     k_scale: ClassVar[str] = "k_scale"
     v_scale: ClassVar[str] = "v_scale"
 

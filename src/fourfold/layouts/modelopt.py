@@ -20,6 +20,7 @@ from typing import Any
 from fourfold._version import __version__
 from fourfold.errors import PlanError
 from fourfold.formats.base import FORMATS
+from fourfold.formats.kv_cache import KVFormat
 from fourfold.formats.scheme import Scheme
 from fourfold.layouts.base import CheckpointContents, Layout
 from fourfold.models.engines import write_ignore
@@ -33,6 +34,11 @@ _LEFTOVER = re.compile(
     r"(_amax|_quantizer(\..*)?|\.weight_packed|\.weight_global_scale|\.input_global_scale"
     r"|\.pre_quant_scale|\.weight_zero_point)$"
 )
+_KV_SCHEMES: Mapping[KVFormat, Mapping[str, Any]] = {
+    "fp8": {"type": "float", "num_bits": 8, "dynamic": False},
+    "nvfp4": {"type": "float", "num_bits": 4, "dynamic": False, "group_size": 16},
+}
+"""vLLM knows NVFP4 by the bits and the type."""
 _PRODUCER = {"name": "fourfold", "version": __version__}
 
 
@@ -44,6 +50,7 @@ class ModelOpt(Layout):
 
     name = "modelopt"
     marker_files = (QUANT_CONFIG,)
+    kv_formats = frozenset({"fp8", "nvfp4"})
     suffixes = {  # noqa: RUF012
         "nvfp4": {
             "codes": CODES,
@@ -112,8 +119,8 @@ class ModelOpt(Layout):
             "ignore": list(contents.ignore),
             "producer": _PRODUCER,
         }
-        if contents.has_fp8_kv_cache:
-            config["kv_cache_scheme"] = {"type": "float", "num_bits": 8, "dynamic": False}
+        if contents.kv_cache is not None:
+            config["kv_cache_scheme"] = dict(_KV_SCHEMES[contents.kv_cache])
         return config
 
     def config_files(self, contents: CheckpointContents) -> dict[str, dict[str, Any]]:
@@ -123,7 +130,7 @@ class ModelOpt(Layout):
                 "producer": _PRODUCER,
                 "quantization": {
                     "quant_algo": algorithm,
-                    "kv_cache_quant_algo": "FP8" if contents.has_fp8_kv_cache else None,
+                    "kv_cache_quant_algo": _kv_algorithm(contents),
                     "group_size": block,
                     "exclude_modules": list(contents.ignore),
                 },
@@ -135,6 +142,10 @@ class ModelOpt(Layout):
         if not isinstance(entry, Mapping):
             return False
         return str(entry.get("quant_method", "")).startswith("modelopt")
+
+
+def _kv_algorithm(contents: CheckpointContents) -> str | None:
+    return None if contents.kv_cache is None else contents.kv_cache.upper()
 
 
 def _summary(contents: CheckpointContents) -> tuple[str, int, bool]:

@@ -29,7 +29,7 @@ from fourfold.models.inventory import Inventory, LinearWeight, RawTensor
 from fourfold.models.inventory_builder import take_inventory
 from fourfold.models.names import SINGLE_EXPERT
 from fourfold.models.roles import Role
-from fourfold.planning.activations import input_notes
+from fourfold.planning.activations import input_notes, kv_cache_notes
 from fourfold.planning.copy_plan import CopyPlan
 from fourfold.planning.exact_casts import exact_cast_notes
 from fourfold.planning.limits import DEFAULT_LIMITS, Limits
@@ -228,7 +228,7 @@ class Plan(Shown, CopyPlan):
     @cached_property
     def contents(self) -> CheckpointContents:
         """The facts that the configuration files must state."""
-        return CheckpointContents(self.schemes, self.ignore, self.recipe.kv_cache != "none")
+        return CheckpointContents(self.schemes, self.ignore, self.recipe.kv_format)
 
     @cached_property
     def quantization_config(self) -> dict[str, Any]:
@@ -396,6 +396,7 @@ def make_plan(
             *placement,
             *_notes(inventory, groups, side_files),
             *input_notes(groups),
+            *kv_cache_notes(recipe, inventory, source.config),
             *exact_cast_notes(source, groups),
             *_dtype_note(kept, source.config),
             *_architecture_note(inventory, source.config),

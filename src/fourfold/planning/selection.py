@@ -139,7 +139,17 @@ class Selection:
         return biases
 
     def kv_scales(self) -> list[KVScales]:
-        """Return the attention modules whose keys and values get scales."""
+        """Return the attention modules whose keys and values get scales.
+
+        Raises:
+            PlanError: The layout cannot state the format of the KV cache.
+        """
+        kv_format = self.recipe.kv_format
+        if kv_format is not None and kv_format not in self.layout.kv_formats:
+            raise PlanError(
+                f"kv_cache: the {self.layout.name} layout cannot state the format {kv_format}. "
+                f"Choose {' or '.join(sorted(self.layout.kv_formats))}, or none."
+            )
         if not self.recipe.calibrates_kv:
             return []
         linears = [x for x in self.inventory.linears if x.role is Role.ATTENTION]

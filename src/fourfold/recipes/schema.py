@@ -5,7 +5,8 @@
     weights:     {format: nvfp4, scale: mse}   # scale: max | mse; scale_group: expert | layer
     activations: none                          # W4A16; or {format: nvfp4, amax: max} (W4A4);
                                                # amax: max | constant | histogram | {headroom: 2}
-    kv_cache:    none                          # or {format: fp8, scale: cast | calibrated}
+    kv_cache:    none                          # or {format: fp8, scale: cast | calibrated},
+                                               # or {format: nvfp4}
     calibration: {all_experts: false}          # true: every expert sees every token
     quantize:    [experts]                     # roles that the model must have
     quantize_if_present: [shared_experts]      # roles that it may lack
@@ -48,6 +49,7 @@ from pydantic import (
 from fourfold.algorithms.base import ALGORITHMS
 from fourfold.errors import RecipeError
 from fourfold.formats.base import FORMATS
+from fourfold.formats.kv_cache import KVFormat
 from fourfold.formats.scheme import InputAmax, Scheme
 from fourfold.layouts.base import LAYOUTS
 from fourfold.recipes.foreign import Translation, translate, translate_name
@@ -140,8 +142,17 @@ class KVCache(_Strict):
     `cast` needs no calibration and no tensors.
     """
 
-    format: Literal["fp8"] = "fp8"
+    format: KVFormat = "fp8"
     scale: Literal["cast", "calibrated"] = "cast"
+
+    @model_validator(mode="after")
+    def _check(self) -> KVCache:
+        if self.format != "fp8" and self.scale != "cast":
+            raise ValueError(
+                f"scale: {self.scale} is for an FP8 KV cache; engines disagree about the scale of "
+                f"{self.format} keys and values, so leave it 1 (scale: cast)"
+            )
+        return self
 
 
 class Calibration(_Strict):
@@ -285,6 +296,11 @@ class Recipe(_Strict):
         return any(rule.observes_inputs for rule in self.all_rules)
 
     @property
+    def kv_format(self) -> KVFormat | None:
+        """The format of the KV cache; None if engines choose."""
+        return None if self.kv_cache == "none" else self.kv_cache.format
+
+    @property
     def calibrates_kv(self) -> bool:
         """True if keys and values get scales of their own."""
         return self.kv_cache != "none" and self.kv_cache.scale == "calibrated"
@@ -391,8 +407,10 @@ def _explain(error: ValidationError) -> str:
     """Return the first thing that is wrong, with the nearest name for a key that is unknown."""
     errors = error.errors(include_url=False)
     same = [entry for entry in errors if entry["loc"][:1] == errors[0]["loc"][:1]]
-    # Of a union, the branch that got furthest; and an unknown key explains a missing one.
-    first = max(same, key=lambda entry: (len(entry["loc"]), entry["type"] == "extra_forbidden"))
+    # Of a union, the branch that got furthest; an unknown key explains a missing one, and a check
+    # of several keys more than that none of them is `none`.
+    ranks = {"extra_forbidden": 2, "value_error": 1}
+    first = max(same, key=lambda entry: (len(entry["loc"]), ranks.get(entry["type"], 0)))
     # Of unions, and validated models: not keys.
     branches = ("KVCache", "Activations", "Headroom", "literal[", "function-after[")
     parts = [part for part in map(str, first["loc"]) if not part.startswith(branches)]

@@ -14,8 +14,9 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from fourfold.formats.kv_cache import KVFormat
 from fourfold.models.families import Engine, family_of, family_type
 from fourfold.models.roles import Role
 from fourfold.planning import Plan
@@ -123,7 +124,8 @@ class Served:
     has_experts: bool
     """True if routed experts are quantized."""
     is_w4a4: bool
-    has_fp8_kv: bool
+    kv_cache: KVFormat | None
+    """The format of the KV cache that the configuration states."""
     widths: frozenset[int]
     """Input widths of the quantized weights."""
 
@@ -133,7 +135,7 @@ class Served:
             plan.inventory.model_types[0],
             any(linear.role is Role.EXPERTS for linear in plan.linears),
             bool(plan.sites),
-            plan.recipe.kv_cache != "none",
+            plan.recipe.kv_format,
             frozenset(linear.shape[1] for linear in plan.linears),
         )
 
@@ -143,7 +145,7 @@ class Served:
             summary.model_type,
             any(linear.role == Role.EXPERTS for linear in summary.linears),
             any(linear.input_scale is not None for linear in summary.linears),
-            summary.recipe.get("kv_cache", "none") != "none",
+            _kv_cache(summary.recipe),
             frozenset(linear.shape[1] for linear in summary.linears),
         )
 
@@ -153,6 +155,11 @@ class Served:
         return family_of(self.model_type).readers if self.has_experts else tuple(Engine)
 
 
+def _kv_cache(recipe: Mapping[str, Any]) -> KVFormat | None:
+    entry = recipe.get("kv_cache", "none")
+    return entry.get("format", "fp8") if isinstance(entry, Mapping) else None
+
+
 def serve_commands(engine: str, folder: str, served: Served) -> list[str]:
     """Return the lines to type into a shell to serve the checkpoint in `folder`."""
     name = shlex.quote(folder)
@@ -160,7 +167,8 @@ def serve_commands(engine: str, folder: str, served: Served) -> list[str]:
         case Engine.VLLM:
             return [f"vllm serve {name}"]
         case Engine.SGLANG:
-            kv_cache = " --kv-cache-dtype fp8_e4m3" if served.has_fp8_kv else ""
+            dtype = {None: "", "fp8": "fp8_e4m3", "nvfp4": "nvfp4"}[served.kv_cache]
+            kv_cache = f" --kv-cache-dtype {dtype}" if dtype else ""
             return [
                 f"python -m sglang.launch_server --model-path {name} --quantization modelopt_fp4"
                 + kv_cache

@@ -12,7 +12,7 @@ from fourfold.layouts import LAYOUTS
 from fourfold.layouts.base import CheckpointContents
 from fourfold.models.inventory import Inventory
 from fourfold.models.inventory_builder import take_inventory
-from fourfold.sources.claims import quantization_entries
+from fourfold.sources.claims import kv_cache_format, quantization_entries
 from fourfold.sources.relaid import RelaidSource, relaid
 from fourfold.storage.source import Source
 
@@ -42,28 +42,27 @@ def plan_relayout(source: Source, name: str) -> Relayout:
     inventory = take_inventory(source)
     view = relaid(source, layout)
     layout.check(view.schemes)
+    entries = quantization_entries(view.stored)
+    kv_cache = kv_cache_format(entries)
+    if kv_cache is not None and kv_cache not in layout.kv_formats:
+        raise PlanError(f"the {name} layout cannot state the {kv_cache} KV cache of the source.")
     _check_fused(inventory, view.group_scales)
     kept = [raw for key, raw in inventory.tensors.items() if key not in source.decoded]
     ignore = layout.ignore(
         list(view.schemes),
         [raw.stem for raw in kept if raw.is_matrix] + list(inventory.tied_linears),
     )
-    entries = quantization_entries(view.stored)
     tensors = {
         key: replace(inventory.tensors[view.origins[key]], info=info)
         for key, info in view.tensors.items()
     }
-    contents = CheckpointContents(view.schemes, ignore, any(map(_has_fp8_kv, entries)))
+    contents = CheckpointContents(view.schemes, ignore, kv_cache)
     return Relayout(
         view,
         replace(inventory, tensors=tensors),
         layout.quantization_config(contents),
         layout.config_files(contents),
     )
-
-
-def _has_fp8_kv(entry: Mapping[str, Any]) -> bool:
-    return bool(entry.get("kv_cache_scheme")) or entry.get("kv_cache_quant_algo") == "FP8"
 
 
 def _check_fused(inventory: Inventory, scales: Mapping[str, float]) -> None:

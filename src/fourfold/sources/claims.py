@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from fourfold.errors import SourceError
+from fourfold.formats.kv_cache import KVFormat
 from fourfold.models.mtp import is_mtp, stack_of
 from fourfold.sources.codecs.base import CODECS, EncodedWeight, TensorCodec
 from fourfold.storage.json_files import read_json
@@ -126,6 +127,20 @@ def _passed_over(stored: Source, claims: Claims) -> Iterator[str]:
     for key in plain:
         if not is_mtp(key, stacks, layers) and not _is_listed(key, listed):
             yield key
+
+
+def kv_cache_format(entries: Iterable[Mapping[str, Any]]) -> KVFormat | None:
+    """Return the format of the KV cache that `quantization_entries` state; None for that of the
+    model, and for one that is not known here."""
+    for entry in entries:
+        scheme = entry.get("kv_cache_scheme")
+        named = str(entry.get("kv_cache_quant_algo") or "").upper()
+        if isinstance(scheme, Mapping):
+            form = f"{scheme.get('type')} {scheme.get('num_bits')}"
+            named = {"float 8": "FP8", "float 4": "NVFP4"}.get(form, "")
+        if named in ("FP8", "NVFP4"):
+            return "fp8" if named == "FP8" else "nvfp4"
+    return None
 
 
 def quantization_entries(stored: Source) -> Iterator[Mapping[str, Any]]:

@@ -27,7 +27,15 @@ import numpy as np
 import torch
 
 from fourfold.errors import SourceError, UsageError
-from fourfold.sources.claims import Claims, check_converted_whole, check_none_left, claim
+from fourfold.formats.kv_cache import KVFormat
+from fourfold.sources.claims import (
+    Claims,
+    check_converted_whole,
+    check_none_left,
+    claim,
+    kv_cache_format,
+    quantization_entries,
+)
 from fourfold.sources.codecs.base import MXFP4Codec, NVFP4Codec, TensorCodec, in_dtype, slabs_for
 from fourfold.sources.pieces import Piece, pieces_of
 from fourfold.sources.safetensors import open_source
@@ -137,6 +145,20 @@ class DecodedSource(SourceView):
             if isinstance(codec, NVFP4Codec)
         }
         return {name: scale for name, scale in scales.items() if scale is not None}
+
+    @cached_property
+    def kv_cache(self) -> KVFormat | None:
+        """The format of the KV cache that the checkpoint asks engines for."""
+        return kv_cache_format(quantization_entries(self.source))
+
+    @cached_property
+    def kv_scales(self) -> Mapping[str, float]:
+        """The scales of keys and values, by the tensors' names."""
+        return {
+            name: float(self.source.slab(name, 0, info.rows).float().reshape(()))
+            for name, info in self.source.tensors.items()
+            if name.endswith((".k_scale", ".v_scale")) and info.numel == 1
+        }
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -168,6 +168,10 @@ _RULES = (
          "engines take 1.0 for the missing one, without a word"),
     Rule("kv-scale-unexpected", _W, "k_scale and v_scale come with an FP8 KV cache in the config.",
          "vLLM and SGLang use them only if the KV cache's dtype is asked for by hand"),
+    Rule("kv-cache-format", _W, "The KV cache that the config names is in FP8 or NVFP4.",
+         "vLLM warns and keeps the model's dtype, SGLang keeps it without a word"),
+    Rule("kv-cache-latent", _W, "An NVFP4 KV cache is not for MLA.",
+         "vLLM refuses to start, unless the KV cache's dtype is asked for by hand"),
 
     # Linears that belong together
     Rule("group-scale-differs", _E, "Linears that engines fuse share one weight_scale_2.",

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from fourfold.formats.nvfp4.e4m3 import E4M3_MAX, E4M3_POSITIVE
 from fourfold.models.names import LAYER_TENSOR
+from fourfold.storage.names import CONFIG
 from fourfold.storage.safetensors_header import TensorInfo
 from fourfold.verification.checkpoint import Checkpoint, QuantizedLinear
 from fourfold.verification.groups import fused_groups, input_site
@@ -187,4 +188,15 @@ def _is_past_end(checkpoint: Checkpoint, place: str) -> bool:
     return layer is not None and count is not None and int(layer["number"]) >= count
 
 
-CHECKS = (check_scalars, check_kv_scales)
+def check_kv_cache(checkpoint: Checkpoint) -> Iterator[Finding]:
+    """The KV cache has a format that engines know, and that attention of this kind can have."""
+    kv_cache, config = checkpoint.quant.kv_cache, checkpoint.configs[0]
+    if kv_cache is None:
+        return
+    if kv_cache.upper() not in ("FP8", "NVFP4"):
+        yield finding("kv-cache-format", CONFIG, f"KV cache in {kv_cache}")
+    if kv_cache.upper() == "NVFP4" and config.get("kv_lora_rank") is not None:
+        yield finding("kv-cache-latent", CONFIG, f"kv_lora_rank {config['kv_lora_rank']}")
+
+
+CHECKS = (check_scalars, check_kv_scales, check_kv_cache)

@@ -208,8 +208,11 @@ def _kv_cache(body: Mapping[str, Any]) -> str | None:
     named = body.get("kv_cache_quant_algo")
     if named:
         return str(named)
-    scheme = _table(body.get("kv_cache_scheme"))
-    return {"8": "FP8", "4": "NVFP4"}.get(str(scheme.get("num_bits")))
+    scheme = body.get("kv_cache_scheme")
+    if not isinstance(scheme, dict):
+        return None if scheme is None else str(scheme)
+    form = f"{scheme.get('type', 'float')} {scheme.get('num_bits')}"
+    return {"float 8": "FP8", "float 4": "NVFP4"}.get(form, form)
 
 
 def _shown(value: object) -> str:
