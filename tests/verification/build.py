@@ -113,6 +113,33 @@ def pack(name: str, source: dict[str, Tensor], algo: str = "NVFP4") -> dict[str,
     return tensors
 
 
+def pack_fp8(name: str, source: dict[str, Tensor], algo: str) -> dict[str, Tensor]:
+    """The tensors of one FP8 linear."""
+    weight = source[f"{name}.weight"].float()
+    rows = len(weight)
+    if algo == "FP8":
+        amax = max(source[f"{member}.weight"].float().abs().max() for member in group_of(name))
+        scale = (amax / 448).reshape(())
+        spread: Tensor = scale
+    elif algo == "FP8_PER_CHANNEL_PER_TOKEN":
+        scale = weight.abs().amax(1) / 448
+        spread = scale.unsqueeze(1)
+    elif algo == "FP8_PB_WO":
+        blocks = weight.unflatten(1, (-1, 128)).abs().amax(-1).split(128)
+        scale = torch.stack([block.amax(0) for block in blocks]) / 448
+        spread = scale.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)
+        scale = scale[:, None, :, None]
+    else:
+        power = (weight.unflatten(1, (-1, 32)).abs().amax(-1) / 448).log2().ceil()
+        scale = (power + 127).to(torch.uint8)
+        spread = power.exp2().repeat_interleave(32, 1)
+    tensors = {f"{name}.weight": (weight / spread).to(torch.float8_e4m3fn)}
+    tensors[f"{name}.weight_scale"] = scale.contiguous()
+    if algo == "FP8":
+        tensors[f"{name}.input_scale"] = torch.tensor(0.01)
+    return tensors
+
+
 @dataclass
 class Draft:
     """A checkpoint before it is written; tests damage it, here or after writing."""
@@ -183,17 +210,25 @@ ROUTERS = [f"model.layers.{layer}.mlp.gate" for layer in range(LAYERS)]
 
 
 def draft(
-    algo: str = "NVFP4", *, kv: bool = False, source: dict[str, Tensor] | None = None
+    algo: str = "NVFP4",
+    *,
+    kv: bool = False,
+    source: dict[str, Tensor] | None = None,
+    rest: str = "",
 ) -> Draft:
-    """A clean checkpoint: attention and experts quantized, router and head left as they are."""
+    """A clean checkpoint: attention and experts quantized, router and head left as they are.
+
+    rest: the algorithm of attention under MIXED_PRECISION, if it is not that of the experts.
+    """
     source = source_tensors() if source is None else source
     tensors: dict[str, Tensor] = {}
-    linears = []
+    linears = {}
     for name, tensor in source.items():
         stem = name.removesuffix(".weight")
         if ".experts." in name or (".self_attn." in name and stem.endswith("_proj")):
-            tensors.update(pack(stem, source, algo))
-            linears.append(stem)
+            is_rest = bool(rest) and ".self_attn." in name
+            tensors.update(pack_fp8(stem, source, rest) if is_rest else pack(stem, source, algo))
+            linears[stem] = rest if is_rest else "W4A16_NVFP4"
         else:
             tensors[name] = tensor
         if kv and stem.endswith(("k_proj", "v_proj")):
@@ -203,7 +238,7 @@ def draft(
     return Draft(source, tensors, config, nested_config(algo, ignore, kv, linears))
 
 
-def flat_config(algo: str, ignore: list[str], kv: bool, linears: list[str]) -> dict[str, Any]:
+def flat_config(algo: str, ignore: list[str], kv: bool, linears: dict[str, str]) -> dict[str, Any]:
     scheme = {"num_bits": 4, "type": "float", "group_size": 16, "dynamic": False}
     group = {"weights": scheme, "targets": ["Linear"]}
     if algo == "NVFP4":
@@ -224,7 +259,9 @@ def flat_config(algo: str, ignore: list[str], kv: bool, linears: list[str]) -> d
     return config
 
 
-def nested_config(algo: str, ignore: list[str], kv: bool, linears: list[str]) -> dict[str, Any]:
+def nested_config(
+    algo: str, ignore: list[str], kv: bool, linears: dict[str, str]
+) -> dict[str, Any]:
     body: dict[str, Any] = {
         "quant_algo": algo,
         "group_size": 16,
@@ -236,5 +273,8 @@ def nested_config(algo: str, ignore: list[str], kv: bool, linears: list[str]) ->
     return {"producer": {"name": "test", "version": "1"}, "quantization": body}
 
 
-def mixed_layers(linears: list[str]) -> dict[str, Any]:
-    return {name: {"quant_algo": "W4A16_NVFP4", "group_size": 16} for name in linears}
+def mixed_layers(linears: dict[str, str]) -> dict[str, Any]:
+    return {
+        name: {"quant_algo": algo} | ({"group_size": 16} if "NVFP4" in algo else {})
+        for name, algo in linears.items()
+    }

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from fourfold.verification import RULES, UnreadableError, verify
 
-from .build import EXPERTS, HIDDEN, ROUTERS, Draft, draft, pack, write_source
+from .build import EXPERTS, HIDDEN, ROUTERS, Draft, draft, pack, pack_fp8, write_source
 
 L0 = "model.layers.0"
 E0 = f"{L0}.mlp.experts.0"
@@ -41,6 +41,7 @@ class Case:
     kv: bool = False
     with_source: bool = False
     label: str = ""
+    rest: str = ""
 
 
 # -------------------------------------------------------------------------------------- tools
@@ -460,11 +461,93 @@ ALIGNMENT = [
     Case("marlin-alignment", one_expert(96)),
 ]
 
-CASES = [*FILES, *CONFIG, *STRUCTURE, *VALUES, *GROUPS, *SOURCE]
+K, V = Q.replace("q_proj", "k_proj"), Q.replace("q_proj", "v_proj")
+
+
+def mixed(rule: str, edit: Edit, rest: str = "FP8", label: str = "", **options: bool) -> Case:
+    """A mistake in attention in FP8 beside experts in NVFP4."""
+    text = f"{rest} {label}".strip()
+    return Case(rule, edit, algo="MIXED_PRECISION", rest=rest, label=text, **options)
+
+
+def relabelled(stem: str, algo: str) -> Edit:
+    return lambda d: [
+        c["quantized_layers"][stem].update(quant_algo=algo)
+        for c in (d.quant, d.hf_config["quantization"])
+    ]
+
+
+def moved(one: str, other: str) -> Edit:
+    """Exchange the codes of two weights of one shape."""
+
+    def change(d: Draft) -> None:
+        names = f"{one}.weight", f"{other}.weight"
+        d.tensors |= dict(zip(names, [d.tensors[name] for name in names[::-1]], strict=True))
+
+    return change
+
+
+def packed_as(stem: str, algo: str) -> Edit:
+    """Another algorithm for one linear, rightly listed."""
+
+    def change(d: Draft) -> None:
+        drop_linear(stem)(d)
+        d.tensors |= pack_fp8(stem, d.source, algo)
+        relabelled(stem, algo)(d)
+
+    return change
+
+
+def as_it_was(stem: str) -> Edit:
+    """A linear that is not quantized, rightly left out of the list."""
+
+    def change(d: Draft) -> None:
+        drop_linear(stem)(d)
+        d.tensors[f"{stem}.weight"] = d.source[f"{stem}.weight"]
+        for config in (d.quant, d.hf_config["quantization"]):
+            del config["quantized_layers"][stem]
+
+    return change
+
+
+def rolled(t: torch.Tensor) -> torch.Tensor:
+    return t.view(torch.uint8).roll(1, 0).view(t.dtype)
+
+
+MIXED = [
+    mixed("fp8-tensors", drop(f"{O}.weight_scale"), label="no scale"),
+    mixed("fp8-tensors", put(f"{O}.weight", lambda t: t.view(torch.float8_e5m2)), label="dtype"),
+    mixed("fp8-tensors", put(f"{O}.weight_scale", lambda t: t.repeat(2)), label="two scales"),
+    mixed("fp8-tensors", relabelled(O, "FP8_PB_WO"), "FP8_PER_CHANNEL_PER_TOKEN", "another"),
+    mixed("fp8-tensors", relabelled(O, "FP8_NEW"), label="unknown"),
+    mixed("fp8-tensors", put(f"{O}.weight_scale", lambda t: t[:, :-1]), "MXFP8", "a group less"),
+    mixed("fp8-tensors", put(f"{O}.weight_scale", lambda t: t.repeat(2, 1, 1, 1)), "FP8_PB_WO"),
+    mixed("fp8-scale-value", put(f"{O}.weight_scale", torch.zeros_like), label="zero"),
+    mixed("fp8-scale-value", put(f"{O}.weight_scale", lambda t: -t), label="negative"),
+    mixed("fp8-scale-value", put(f"{O}.weight_scale", lambda t: t * torch.nan),
+          "FP8_PER_CHANNEL_PER_TOKEN", "NaN"),
+    mixed("input-scale-missing", drop(f"{O}.input_scale")),
+    mixed("input-scale-unexpected", scalar(f"{O}.input_scale", 1.0), "MXFP8"),
+    mixed("input-scale-shape", put(f"{O}.input_scale", lambda t: t.repeat(2))),
+    mixed("input-scale-nan", scalar(f"{O}.input_scale", float("nan"))),
+    mixed("group-input-scale-differs", scalar(f"{Q}.input_scale", 0.5)),
+    mixed("fp8-group-scale-differs", put(f"{Q}.weight_scale", lambda t: t * 2)),
+    mixed("group-algo-differs", packed_as(Q, "MXFP8")),
+    mixed("group-partial", as_it_was(Q)),
+    mixed("weight-error", moved(Q, O), with_source=True, label="q and o exchanged"),
+    mixed("weight-error", put(f"{O}.weight", rolled), "FP8_PER_CHANNEL_PER_TOKEN",
+          "rows shifted", with_source=True),
+    mixed("weight-error", put(f"{O}.weight_scale", lambda t: t.roll(1, 1) + 1), "MXFP8",
+          "scales shifted", with_source=True),
+    mixed("weight-error", put(f"{O}.weight_scale", lambda t: t * 1.5), "FP8_PB_WO", "a scale",
+          with_source=True),
+]  # fmt: skip
+
+CASES = [*FILES, *CONFIG, *STRUCTURE, *VALUES, *GROUPS, *MIXED, *SOURCE]
 
 
 def run(case: Case, tmp_path: Path) -> set[str]:
-    d = draft(case.algo, kv=case.kv)
+    d = draft(case.algo, kv=case.kv, rest=case.rest)
     case.edit(d)
     d.write(tmp_path / "out")
     case.after(tmp_path / "out", d)

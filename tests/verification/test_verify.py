@@ -38,6 +38,19 @@ def test_a_clean_checkpoint_has_no_finding(algo: str, kv: bool, tmp_path: Path) 
     assert report.clean
 
 
+FP8_ALGOS = ["FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "MXFP8"]
+
+
+@pytest.mark.parametrize("rest", FP8_ALGOS)
+def test_fp8_beside_nvfp4_is_compared_with_the_source(rest: str, tmp_path: Path) -> None:
+    report = checked(tmp_path, draft("MIXED_PRECISION", rest=rest))
+    assert report.findings == ()
+    assert report.counts.compared_linears == LAYERS * (4 + 4 * 3)
+    by_role = {role.role: role for role in report.roles}
+    assert 0.02 < by_role["attention"].relative_error < 0.035
+    assert 0.08 < by_role["experts"].relative_error < 0.11
+
+
 def test_counts_and_errors(tmp_path: Path) -> None:
     report = checked(tmp_path, draft(kv=True))
     counts = report.counts

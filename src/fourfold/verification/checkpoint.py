@@ -31,6 +31,7 @@ from fourfold.storage.json_files import read_config, read_json, why_no_folder
 from fourfold.storage.names import INDEX
 from fourfold.storage.open_files import OpenFiles, read_full
 from fourfold.storage.safetensors_header import TensorInfo, read_header
+from fourfold.verification.fp8 import FP8Linear, fp8_linear
 from fourfold.verification.readers import reader_of
 from fourfold.verification.readers.base import (
     BLOCK_SCALE,
@@ -80,6 +81,11 @@ class QuantizedLinear:
         )
 
     @property
+    def compared(self) -> tuple[TensorInfo, ...]:
+        """The tensors that say what the values are."""
+        return tuple(self.parts[part] for part in (WEIGHT, BLOCK_SCALE, GLOBAL_SCALE))
+
+    @property
     def shape(self) -> tuple[int, int]:
         """[out, in], from a packed weight of two dimensions."""
         rows, packed = self.parts[WEIGHT].shape
@@ -109,8 +115,8 @@ class Checkpoint:
     files: Files
     tensors: Mapping[str, TensorInfo]
     linears: Mapping[str, QuantizedLinear] = field(default_factory=dict)
-    fp8: frozenset[str] = frozenset()
-    """FP8 linears of a mixed checkpoint. Their names count; their values are not checked."""
+    fp8: Mapping[str, FP8Linear] = field(default_factory=dict)
+    """The FP8 linears of a mixed checkpoint."""
     kept: frozenset[str] = frozenset()
     """Linears (and stacks of experts) that are not quantized, without `.weight`."""
 
@@ -119,8 +125,12 @@ class Checkpoint:
         self._scalars: dict[str, float] = {}
         self.quant: QuantConfig = self.reader.quant
         self.linears, self.fp8 = _find_linears(self.tensors, self.reader)
-        packed = self.linears.keys() | self.fp8
-        self.kept = frozenset(_find_kept(self.tensors)) - packed
+        self.kept = frozenset(_find_kept(self.tensors)) - self.quantized
+
+    @property
+    def quantized(self) -> frozenset[str]:
+        """The names of all quantized linears."""
+        return frozenset(self.linears.keys() | self.fp8.keys())
 
     @property
     def configs(self) -> list[Mapping[str, Any]]:
@@ -151,6 +161,14 @@ class Checkpoint:
             raise UnreadableError(
                 f"{info.file}: ended while {name} was read. Start again when nothing writes to it."
             )
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Return rows `start:stop` of a tensor's first dimension, by default all of them."""
+        info = self.tensors[name]
+        stop = info.rows if stop is None else stop
+        buffer = np.empty(info.row_bytes * (stop - start), dtype=np.uint8)
+        self.read(name, start * info.row_bytes, buffer)
+        return torch.from_numpy(buffer).view(info.torch_dtype).view(-1, *info.shape[1:])
 
     def scalar(self, name: str) -> float:
         """Return the value of a float tensor of one element."""
@@ -255,24 +273,25 @@ def _read_tensors(files: Files) -> dict[str, TensorInfo]:
 
 def _find_linears(
     tensors: Mapping[str, TensorInfo], reader: LayoutReader
-) -> tuple[dict[str, QuantizedLinear], frozenset[str]]:
-    """The NVFP4 linears, and the names of those in FP8."""
+) -> tuple[dict[str, QuantizedLinear], dict[str, FP8Linear]]:
+    """The NVFP4 linears, and those in FP8."""
     part_of = {leaf: part for part, leaf in reader.leaves.items()}
     parts: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
     for name, info in tensors.items():
         stem, _, leaf = name.rpartition(".")
         if leaf in part_of:
             parts[stem][part_of[leaf]] = info
-    linears, fp8 = {}, set()
+    linears: dict[str, QuantizedLinear] = {}
+    fp8: dict[str, FP8Linear] = {}
     for name in sorted(parts):
         own = parts[name]
         is_packed = own.keys() != {WEIGHT} or own[WEIGHT].dtype == "U8"
         algo = reader.quant.algo_of(name)
-        if is_packed and algo is not None and algo.startswith("FP8"):
-            fp8.add(name)
+        if is_packed and algo is not None and "FP8" in algo and WEIGHT in own:
+            fp8[name] = fp8_linear(name, own, algo)
         elif is_packed:
             linears[name] = QuantizedLinear(name, own, algo)
-    return linears, frozenset(fp8)
+    return linears, fp8
 
 
 def _find_kept(tensors: Mapping[str, TensorInfo]) -> Iterator[str]:

@@ -45,7 +45,9 @@ from fourfold.formats.nvfp4 import (
 )
 from fourfold.storage.non_finite import NonFinite, find_non_finite
 from fourfold.storage.source import Source
-from fourfold.verification.checkpoint import NVFP4, Checkpoint
+from fourfold.verification import fp8
+from fourfold.verification.checkpoint import NVFP4, Checkpoint, QuantizedLinear
+from fourfold.verification.fp8 import FP8Linear
 from fourfold.verification.groups import fused_groups, input_site
 from fourfold.verification.match import Copy, Matching, Pair
 from fourfold.verification.readers.base import BLOCK_SCALE, GLOBAL_SCALE, WEIGHT
@@ -205,8 +207,7 @@ class Comparison:
         slabs: list[_Slab] = []
         for (key, start, stop), group in by_slab.items():
             row, members = self.source.tensors[key].row_bytes, tuple(group)
-            packed = [x.linear.parts[part] for x in group for part in (WEIGHT, BLOCK_SCALE)]
-            ours = sum(info.nbytes for info in packed)
+            ours = sum(info.nbytes for x in group for info in x.linear.compared)
             is_cut = len(group) == 1 and group[0].region.is_plain
             for first, last in _cut(start, stop, row) if is_cut else [(start, stop)]:
                 share = ours * (last - first) // (stop - start) if is_cut else ours
@@ -220,15 +221,21 @@ class Comparison:
         return [self._energy(pair, slab, raw) for pair in slab.pairs]
 
     def _energy(self, pair: Pair, slab: _Slab, raw: Tensor) -> tuple[float, float]:
-        scale, error, energy = self.checkpoint.scale(pair.linear, GLOBAL_SCALE), 0.0, 0.0
+        linear, error, energy = pair.linear, 0.0, 0.0
         for row, w_OI in _chunks(pair, slab, raw):
-            codes, scales = (self._rows(pair, x, row, len(w_OI)) for x in (WEIGHT, BLOCK_SCALE))
-            sums = error_energy(w_OI, codes, scales, scale)
+            if isinstance(linear, FP8Linear):
+                sums = fp8.error_sums(self.checkpoint, linear, w_OI, row)
+            else:
+                sums = self._nvfp4_sums(linear, w_OI, row)
             error, energy = error + sums[0], energy + sums[1]
         return error, energy
 
-    def _rows(self, pair: Pair, part: str, row: int, count: int) -> Tensor:
-        info = pair.linear.parts[part]
+    def _nvfp4_sums(self, linear: QuantizedLinear, w_OI: Tensor, row: int) -> tuple[float, float]:
+        codes, scales = (self._rows(linear, x, row, len(w_OI)) for x in (WEIGHT, BLOCK_SCALE))
+        return error_energy(w_OI, codes, scales, self.checkpoint.scale(linear, GLOBAL_SCALE))
+
+    def _rows(self, linear: QuantizedLinear, part: str, row: int, count: int) -> Tensor:
+        info = linear.parts[part]
         width = info.shape[1]
         data = self.workers.buffers.read(
             part, self.checkpoint, info.key, row * width, count * width
@@ -249,12 +256,12 @@ class Comparison:
                 yield finding("source-not-finite", error.name, f"ΣW² = {error.weight_energy}")
             elif e > WORST_LEGAL:
                 yield finding("weight-error", error.name, _figures(error, WORST_LEGAL))
-            elif e > BOUND or e > max(OUTLIER, OUTLIER_OF_MEDIAN * usual):
+            elif e > _bound(by_name[error.name]) or e > max(OUTLIER, OUTLIER_OF_MEDIAN * usual):
                 group = groups.get(error.name, (error.name,))
                 members = tuple(by_name[name] for name in group)
                 suspects.append(Suspect(by_name[error.name], members, error, usual))
         for suspect, reference in self.workers.run(self.reference_error, suspects):
-            yield from _judge(suspect.error, reference, suspect.usual)
+            yield from _judge(suspect, reference)
 
     def _groups(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
         """The groups that share a global scale, by each member: what engines fuse, or all experts
@@ -265,16 +272,19 @@ class Comparison:
             if (site := input_site(name)) is not None:
                 sites[site].append(name)
         for members in sites.values():
-            linears = (self.checkpoint.linears[name] for name in members)
+            linears = [x for x in map(self.checkpoint.linears.get, members) if x is not None]
             if len({self.checkpoint.scale(linear, GLOBAL_SCALE) for linear in linears}) == 1:
                 groups |= dict.fromkeys(members, tuple(members))
         return groups
 
     def reference_error(self, suspect: Suspect) -> float:
         """Return the error e' that the docstring of this module defines."""
-        amax = self._amax(suspect.pair)
+        linear, amax = suspect.pair.linear, self._amax(suspect.pair)
+        if isinstance(linear, FP8Linear):
+            lost = (fp8.rounding_error(w_OI, amax) for w_OI in self._read_again(suspect.pair))
+            return math.sqrt(sum(lost) / suspect.error.weight_energy)
         highest = max(map(self._amax, suspect.group))
-        stored = self.checkpoint.scale(suspect.pair.linear, GLOBAL_SCALE)
+        stored = self.checkpoint.scale(linear, GLOBAL_SCALE)
         low, high = amax / 2688, 1.5 * highest / 1536
         scale = min(max(stored, low), high) if math.isfinite(stored) else low
         scale = min(max(scale, GLOBAL_SCALE_MIN), GLOBAL_SCALE_MAX)
@@ -350,13 +360,19 @@ def _medians(errors: Iterable[LinearError]) -> dict[str, float]:
     }
 
 
-def _judge(error: LinearError, reference: float, usual: float) -> Iterator[Finding]:
+def _bound(pair: Pair) -> float:
+    """The relative error that needs no explanation."""
+    return fp8.BOUND if isinstance(pair.linear, FP8Linear) else BOUND
+
+
+def _judge(suspect: Suspect, reference: float) -> Iterator[Finding]:
+    error, usual, usually_legal = suspect.error, suspect.usual, _bound(suspect.pair)
     e = error.relative_error
-    bound = max(BOUND, min(REFERENCE_FACTOR * reference, WORST_LEGAL))
+    bound = max(usually_legal, min(REFERENCE_FACTOR * reference, WORST_LEGAL))
     if e > bound:
         yield finding("weight-error", error.name, _figures(error, bound))
-    elif e > BOUND:
-        yield finding("weight-ruined", error.name, _figures(error, BOUND))
+    elif e > usually_legal:
+        yield finding("weight-ruined", error.name, _figures(error, usually_legal))
     elif e > max(OUTLIER, OUTLIER_OF_MEDIAN * usual, OUTLIER_OF_REFERENCE * reference):
         text = f"relative error {e:.3f}, its siblings have {usual:.3f}"
         yield finding("weight-error-outlier", error.name, text)

@@ -33,12 +33,8 @@ from fourfold.verification.compare import (
 )
 from fourfold.verification.match import Copy, Matching, Pair
 from fourfold.verification.readers import reader_of
-from fourfold.verification.readers.base import BLOCK_SCALE, GLOBAL_SCALE, WEIGHT
 from fourfold.verification.rules import Finding
 from fourfold.verification.streaming import CHUNK_BYTES, Result, Work, Workers
-
-COMPARED = (WEIGHT, BLOCK_SCALE, GLOBAL_SCALE)
-"""The parts of a quantized linear that say what its values are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +102,7 @@ class Prover:
             if error.relative_error > OUTLIER:
                 suspect = Suspect(pair, tuple(pairs), error, 0.0)
                 reference = self._comparison.reference_error(suspect)
-            infos = [pair.linear.parts[part] for part in COMPARED]
-            digest = digest_of(self._comparison, infos)
+            digest = digest_of(self._comparison, pair.linear.compared)
             sums = error.error_energy, error.weight_energy
             evidence[pair.linear.name] = Evidence(digest, *sums, reference)
         for copy in [self._copies[name] for name in copies if name in self._copies]:
@@ -203,7 +198,7 @@ class ProvenComparison(Comparison):
         return [
             _Proven(
                 pair.linear.name,
-                tuple(pair.linear.parts[part] for part in COMPARED),
+                pair.linear.compared,
                 self._evidence[pair.linear.name],
             )
             for pair in pairs

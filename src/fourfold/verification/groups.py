@@ -91,7 +91,7 @@ def _distinct_in_groups(checkpoint: Checkpoint, names: Sequence[str]) -> int:
 
 def check_partial(checkpoint: Checkpoint) -> Iterator[Finding]:
     """All parts of a fused module, and all experts of a layer, are quantized, or none."""
-    quantized = checkpoint.linears.keys() | checkpoint.fp8
+    quantized = checkpoint.quantized
     for module in modules_of(sorted(quantized | checkpoint.kept)):
         packed = [name for name in module.members if name in quantized]
         if 0 < len(packed) < len(module.members):
@@ -117,7 +117,7 @@ def check_ignore(checkpoint: Checkpoint, embeddings: frozenset[str] = frozenset(
     """
     always = re.compile("|".join(KEEP_ALWAYS))
     kept = {name for name in checkpoint.kept - embeddings if not always.search(name)}
-    quantized = checkpoint.linears.keys() | checkpoint.fp8
+    quantized = checkpoint.quantized
     mismatches = check(checkpoint.quant.ignore, sorted(quantized), sorted(kept))
     by_place: dict[tuple[str, str], list[Mismatch]] = defaultdict(list)
     for mismatch in mismatches:

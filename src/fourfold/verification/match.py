@@ -14,15 +14,18 @@ from fourfold.models.inventory import Inventory, LinearWeight
 from fourfold.models.regions import Region, whole
 from fourfold.storage.safetensors_header import TensorInfo
 from fourfold.verification.checkpoint import Checkpoint, QuantizedLinear
+from fourfold.verification.fp8 import FP8Linear
 from fourfold.verification.readers.base import KV_SCALES, PARTS, WEIGHT
 from fourfold.verification.rules import Finding, finding
+
+Linear = QuantizedLinear | FP8Linear
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
     """A packed weight, and its matrix [out, in] in the source."""
 
-    linear: QuantizedLinear
+    linear: Linear
     region: Region
     role: str
 
@@ -47,7 +50,8 @@ class Matching:
         self.pairs: list[Pair] = []
         self.copies: list[Copy] = []
         self.findings: list[Finding] = []
-        self._packed = checkpoint.linears.keys() | checkpoint.fp8
+        self._packed = checkpoint.quantized
+        self._linears: Mapping[str, Linear] = {**checkpoint.linears, **checkpoint.fp8}
         self._claimed: set[str] = set()
         for key in source:
             linears = inventory.linears_by_key.get(key, ())
@@ -81,14 +85,12 @@ class Matching:
             self._copy(f"{linear.name}.weight", linear.region.key, linear.region)
             return
         self._claim(linear.name)
-        packed = self.checkpoint.linears.get(linear.name)
-        if packed is not None:
-            self._pair(packed, linear.region, linear.role)
+        self._pair(self._linears[linear.name], linear.region, linear.role)
 
     def _claim(self, packed: str) -> None:
         self._claimed.update(self.checkpoint.tensor_name(packed, part) for part in PARTS)
 
-    def _pair(self, packed: QuantizedLinear, region: Region, role: str) -> None:
+    def _pair(self, packed: Linear, region: Region, role: str) -> None:
         if not packed.is_sound:
             return  # the faults of its tensors have findings of their own
         if packed.shape == region.shape:
@@ -102,9 +104,10 @@ class Matching:
         stem, _, leaf = key.rpartition(".")
         if leaf == "weight" and stem in self._packed:
             self._claim(stem)
-            shape, packed = self.source[key].shape, self.checkpoint.linears.get(stem)
-            if packed is not None and len(shape) == 2:
-                self._pair(packed, whole(key, shape), str(self.inventory.tensors[key].role))
+            shape = self.source[key].shape
+            if len(shape) == 2:
+                role = str(self.inventory.tensors[key].role)
+                self._pair(self._linears[stem], whole(key, shape), role)
             return
         if key in self.checkpoint.tensors:
             self._copy(key, key)

@@ -85,6 +85,8 @@ _RULES = (
          "quantized linears.", "the layer is built in another format than its tensors have"),
 
     # Tensors
+    Rule("fp8-tensors", _E, "An FP8 linear has the tensors, dtypes and shapes of its algorithm: "
+         "weight F8_E4M3, weight_scale for all of it, a channel, a block or 32 inputs.", _LOADERS),
     Rule("weight-missing", _E, "A linear that has scales has a weight.", _NEVER_READ),
     Rule("block-scale-missing", _E, "A packed weight has its weight_scale.", _NEVER_READ),
     Rule("global-scale-missing", _E, "A packed weight has its weight_scale_2.", _NEVER_READ),
@@ -144,6 +146,8 @@ _RULES = (
     Rule("block-scale-subnormal", _W, "No block scale falls below 2⁻⁶ after scaling up by what "
          "the layer's largest leaves.",
          "vLLM's Marlin path (GPUs before Blackwell) flushes these scales to 0"),
+    Rule("fp8-scale-value", _E, "The scales of an FP8 weight are positive and finite.",
+         "the weights under it are 0, or the output is NaN"),
     Rule("global-scale-zero", _E, "weight_scale_2 is not 0.",
          "the whole weight is 0, or its reciprocal infinite, in every engine"),
     Rule("global-scale-nan", _E, "weight_scale_2 is finite.", "the layer's output is NaN or Inf"),
@@ -177,6 +181,10 @@ _RULES = (
     Rule("group-scale-differs", _E, "Linears that engines fuse share one weight_scale_2.",
          "vLLM warns and takes the largest (or w1's) without rescaling, SGLang takes the largest: "
          "wrong numbers; TensorRT-LLM fails an assertion"),
+    Rule("group-algo-differs", _E, "Linears that engines fuse have one algorithm.",
+         "vLLM refuses it, or builds all of them by the first one's"),
+    Rule("fp8-group-scale-differs", _W, "FP8 linears that engines fuse share one weight_scale.",
+         "vLLM quantizes their weights again with the largest, and loses some"),
     Rule("group-input-scale-differs", _E, "Linears that engines fuse share one input_scale.",
          "vLLM and SGLang take the largest; TensorRT-LLM fails an assertion"),
     Rule("group-partial", _E, "A module that an engine fuses is quantized wholly or not at all: "

@@ -26,7 +26,7 @@ from fourfold.models.roles import Role
 from fourfold.sources.opening import opened
 from fourfold.storage.names import CONFIG
 from fourfold.storage.source import Source
-from fourfold.verification import completeness, files, groups, kept, structure, values
+from fourfold.verification import completeness, files, fp8, groups, kept, structure, values
 from fourfold.verification.checkpoint import Checkpoint, open_checkpoint
 from fourfold.verification.compare import Comparison, LinearError
 from fourfold.verification.evidence import Evidence, ProvenComparison
@@ -39,6 +39,7 @@ from fourfold.verification.streaming import Workers
 CHECKS = (
     *files.CHECKS,
     *structure.CHECKS,
+    *fp8.CHECKS,
     *values.CHECKS,
     *groups.CHECKS,
     *kept.CHECKS,

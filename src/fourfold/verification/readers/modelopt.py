@@ -158,8 +158,7 @@ class ModelOptReader(LayoutReader):
             if linear.algo is None or "NVFP4" not in linear.algo:
                 text = f"packed like NVFP4, quantized_layers says {linear.algo or 'nothing'}"
                 yield finding("quantized-layers", name, text)
-        packed = checkpoint.linears.keys() | checkpoint.fp8
-        around = {prefix for name in packed for prefix in prefixes(name)}
+        around = {prefix for name in checkpoint.quantized for prefix in prefixes(name)}
         for layer in sorted(quant.layers.keys() - around):
             text = f"quantized_layers says {quant.layers[layer]}, no tensor of it is quantized"
             yield finding("quantized-layers", layer, text)
