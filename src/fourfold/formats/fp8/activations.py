@@ -10,7 +10,7 @@
     128        fl32(max(amax, 1e-10)/448)                  amax is that of the 128 inputs
     MX         the smallest 2^e with amax ≤ 448·2^e        amax is that of the 32 inputs
 
-Both lower bounds are those of vLLM and SGLang. Engines multiply by a reciprocal of s where x/s is
+Both lower bounds are those of vLLM. Engines multiply by a reciprocal of s where x/s is
 divided here: the last bit of a quotient may differ, and with it, rarely, a code, to a value as
 near. DeepGEMM on Blackwell rounds the scales of 128 inputs up to powers of two, which is not done
 here. A scale of 0 or NaN is never made: an input that is NaN, or infinite under a dynamic scale,
