@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from fourfold.formats.base import FORMATS
+from fourfold.formats.base import FORMATS, Spec
 from fourfold.formats.kv_cache import KVFormat
 from fourfold.formats.registry import Registry
 from fourfold.formats.scheme import Scheme
@@ -56,6 +56,8 @@ class Layout(ABC):
     """The formats of a KV cache that the configuration can state."""
     k_scale: ClassVar[str] = "k_scale"
     v_scale: ClassVar[str] = "v_scale"
+    kv_scale: ClassVar[Spec] = ("F32", ())
+    """Dtype and shape of a scale of keys or values."""
 
     # --------------------------------------------------------------------------------- tensors
 
@@ -99,7 +101,8 @@ class Layout(ABC):
     def kv_scale_names(self, linears: Iterable[str]) -> dict[str, tuple[str, str]]:
         """Return the names of the scales of keys and values, by attention module.
 
-        `linears` names all linear layers of the model's attention modules.
+        `linears` names all linear layers of the model's attention modules; the module around one
+        of them is an attention module. See `layers_of_keys`.
         """
 
     # --------------------------------------------------------------------------- configuration
@@ -123,6 +126,22 @@ class Layout(ABC):
     @abstractmethod
     def recognizes(self, config: Mapping[str, Any]) -> bool:
         """True if a config.json is that of a checkpoint in this layout."""
+
+
+def layers_of_keys(linears: Iterable[str]) -> dict[str, str]:
+    """Return the linear layer that computes the keys, by attention module.
+
+    Where keys have no layer of their own (MLA's latent cache, DBRX's Wqkv), engines use a scale of
+    1 and there is no entry. A `k_proj` without a layer for values computes both (Gemma 4).
+    """
+    names, layers = set(linears), {}
+    with_values = {name.rpartition(".v_")[0] for name in names}
+    for name in sorted(names):
+        parent, _, leaf = name.rpartition(".")
+        is_k = leaf == "k_proj" and (f"{parent}.v_proj" in names or parent not in with_values)
+        if is_k or leaf == "qkv_proj":
+            layers[parent] = name
+    return layers
 
 
 LAYOUTS: Registry[Layout] = Registry({"modelopt": "fourfold.layouts.modelopt:ModelOpt"})

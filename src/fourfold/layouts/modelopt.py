@@ -22,7 +22,7 @@ from fourfold.errors import PlanError
 from fourfold.formats.base import FORMATS
 from fourfold.formats.kv_cache import KVFormat
 from fourfold.formats.scheme import Scheme
-from fourfold.layouts.base import CheckpointContents, Layout
+from fourfold.layouts.base import CheckpointContents, Layout, layers_of_keys
 from fourfold.models.engines import write_ignore
 
 CODES, BLOCK_SCALE, GLOBAL_SCALE = "weight", "weight_scale", "weight_scale_2"
@@ -87,19 +87,10 @@ class ModelOpt(Layout):
         return is_packed or bool(_LEFTOVER.search(name))
 
     def kv_scale_names(self, linears: Iterable[str]) -> dict[str, tuple[str, str]]:
-        """Return the names of `k_scale` and `v_scale` by attention module.
-
-        Where keys have no layer of their own (MLA's latent cache, DBRX's Wqkv), engines use 1.0
-        and there is no entry. A `k_proj` without a layer for values computes both (Gemma 4).
-        """
-        names, scales = set(linears), {}
-        with_values = {name.rpartition(".v_")[0] for name in names}
-        for name in sorted(names):
-            parent, _, leaf = name.rpartition(".")
-            if leaf == "k_proj" and (f"{parent}.v_proj" in names or parent not in with_values):
-                scales[parent] = f"{name}.{self.k_scale}", f"{parent}.v_proj.{self.v_scale}"
-            elif leaf == "qkv_proj":
-                scales[parent] = f"{name}.{self.k_scale}", f"{name}.{self.v_scale}"
+        scales = {}
+        for parent, name in layers_of_keys(linears).items():
+            of_values = f"{parent}.v_proj" if name.endswith(".k_proj") else name
+            scales[parent] = f"{name}.{self.k_scale}", f"{of_values}.{self.v_scale}"
         return scales
 
     def ignore(self, quantized: Sequence[str], kept: Sequence[str]) -> list[str]:

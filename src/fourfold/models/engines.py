@@ -88,7 +88,7 @@ class Module:
 class Mismatch:
     """A module that an engine would not treat as the checkpoint needs."""
 
-    engine: Engine
+    engine: str
     module: str
     expected: Verdict
     found: Verdict

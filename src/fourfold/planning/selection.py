@@ -154,9 +154,10 @@ class Selection:
             return []
         linears = [x for x in self.inventory.linears if x.role is Role.ATTENTION]
         layers = {x.name: x.layer for x in linears if x.layer is not None}
+        of_module = {name.rpartition(".")[0]: layer for name, layer in layers.items()}
         return [
-            KVScales(name, layers[k_name.rpartition(".")[0]], k_name, v_name)
-            for name, (k_name, v_name) in self.layout.kv_scale_names(layers).items()
+            KVScales(module, of_module[module], k_name, v_name)
+            for module, (k_name, v_name) in self.layout.kv_scale_names(layers).items()
         ]
 
     def row(self, raw: RawTensor) -> Row:

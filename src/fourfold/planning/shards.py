@@ -163,4 +163,4 @@ def outputs_of(job: Job, layout: Layout) -> dict[str, Spec]:
         case RawTensor():
             return {job.info.key: (job.info.dtype, job.info.shape)}
         case KVScales():
-            return dict.fromkeys((job.k_name, job.v_name), ("F32", ()))
+            return dict.fromkeys((job.k_name, job.v_name), layout.kv_scale)

@@ -129,8 +129,9 @@ class RelaidSource(SourceView):
                 module = module.rpartition(".")[0]
             name = names[module][leaf == "v_scale"]
             linear = "k_proj" if f"{module}.k_proj" in linears else "qkv_proj"
-            self._names[name], self.origins[name] = key, f"{module}.{linear}.weight"
-            yield replace(self.stored.tensors[key], key=name)
+            self.origins[name] = f"{module}.{linear}.weight"
+            value = np.array([float(self.stored.slab(key, 0, 1))], dtype=np.float32)
+            yield self._number(TensorSpec(name, *layout.kv_scale), value, self.stored.tensors[key])
 
     def _number(
         self, spec: TensorSpec, value: np.ndarray[Any, Any], beside: TensorInfo

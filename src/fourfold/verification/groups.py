@@ -7,7 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
-from fourfold.models.engines import Mismatch, Verdict, check, modules_of
+from fourfold.models.engines import Mismatch, Verdict, modules_of
 from fourfold.models.fusion import KEEP_ALWAYS, fuse
 from fourfold.models.names import EXPERT_LINEAR
 from fourfold.verification.checkpoint import DOWN, Checkpoint
@@ -118,7 +118,7 @@ def check_ignore(checkpoint: Checkpoint, embeddings: frozenset[str] = frozenset(
     always = re.compile("|".join(KEEP_ALWAYS))
     kept = {name for name in checkpoint.kept - embeddings if not always.search(name)}
     quantized = checkpoint.quantized
-    mismatches = check(checkpoint.quant.ignore, sorted(quantized), sorted(kept))
+    mismatches = checkpoint.reader.mismatches(sorted(quantized), sorted(kept))
     by_place: dict[tuple[str, str], list[Mismatch]] = defaultdict(list)
     for mismatch in mismatches:
         rule = _RULES[mismatch.found]

@@ -59,7 +59,7 @@ def check_parts(checkpoint: Checkpoint) -> Iterator[Finding]:
             elif part == WEIGHT:
                 yield from _weight_shapes(linear)
             if part in (GLOBAL_SCALE, INPUT_SCALE):
-                yield from _single(info, RULE_NAMES[part])
+                yield from _single(info, RULE_NAMES[part], checkpoint.reader.number)
 
 
 def _weight_shapes(linear: QuantizedLinear) -> Iterator[Finding]:
@@ -75,10 +75,11 @@ def _weight_shapes(linear: QuantizedLinear) -> Iterator[Finding]:
         yield finding("block-scale-shape", scale.key, text)
 
 
-def _single(info: TensorInfo, rule: str) -> Iterator[Finding]:
+def _single(info: TensorInfo, rule: str, number: tuple[int, ...]) -> Iterator[Finding]:
     if info.numel != 1:
-        yield finding(f"{rule}-shape", info.key, f"shape {list(info.shape)}, should be []")
-    elif info.shape:
+        text = f"shape {list(info.shape)}, should be {list(number)}"
+        yield finding(f"{rule}-shape", info.key, text)
+    elif info.shape != number:
         yield finding("scale-not-scalar", info.key, f"shape {list(info.shape)}")
 
 

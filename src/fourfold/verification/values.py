@@ -152,7 +152,7 @@ def check_kv_scales(checkpoint: Checkpoint) -> Iterator[Finding]:
         if leaf not in KV_SCALES:
             continue
         places[_K_OR_V.sub("", stem)].add(leaf)
-        if info.dtype != "F32":
+        if info.dtype not in checkpoint.reader.kv_dtypes:
             yield finding("kv-scale-dtype", name, f"{info.dtype}, should be F32")
         if info.numel != 1:
             yield finding("kv-scale-shape", name, f"shape {list(info.shape)}, should be []")

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from fourfold.models.engines import Mismatch, check
 from fourfold.verification.rules import Finding
 
 if TYPE_CHECKING:
@@ -62,6 +63,10 @@ class LayoutReader(ABC):
     """Part → the last part of its tensor's name."""
     leftover: ClassVar[re.Pattern[str]]
     """Tensors of quantizers and of other layouts, which no loader of this layout expects."""
+    number: ClassVar[tuple[int, ...]] = ()
+    """The shape of a scale that is a single number."""
+    kv_dtypes: ClassVar[Collection[str]] = ("F32",)
+    """Dtypes of the scales of keys and values."""
     quant: QuantConfig
     """The configuration that engines follow."""
 
@@ -82,6 +87,15 @@ class LayoutReader(ABC):
     @abstractmethod
     def check(self, checkpoint: Checkpoint) -> Iterator[Finding]:
         """Yield the findings on the layout's own configuration files."""
+
+    def mismatches(
+        self, quantized: Collection[str], unquantized: Collection[str]
+    ) -> list[Mismatch]:
+        """Return the modules that an engine would not treat as the checkpoint needs.
+
+        Both collections hold names of linear layers, as in `fourfold.models.engines.check`.
+        """
+        return check(self.quant.ignore, quantized, unquantized)
 
     def scale(self, part: str, value: float) -> float:
         """Return the factor that a stored global or input scale stands for."""
