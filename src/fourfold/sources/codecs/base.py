@@ -34,7 +34,7 @@ FLOAT_DTYPES = {str(TORCH_DTYPES[name]).removeprefix("torch."): name for name in
 
 QUANTIZED_TWICE = (
     "weights that were quantized to 4 bits lose again; start from the checkpoint that they were "
-    "made from, if you have it, or keep their codes with `fourfold convert --layout`"
+    "made from, if you have it, or convert the checkpoint with `layout`, which keeps their codes"
 )
 
 
