@@ -12,7 +12,7 @@ from fourfold.calibration.statistics import DataSummary, ModelSummary, Statistic
 from fourfold.calibration.store import StatisticsStore
 from fourfold.statistics import STATISTICS, Site, Statistic
 
-SITES = [Site("a.experts.gate_up", 6, 4), Site("a.q_proj", 6)]
+SITES = [Site("a.experts.gate_up", 32, 4), Site("a.q_proj", 16)]
 
 
 def rows_of(site: Site, seed: int) -> tuple[torch.Tensor, torch.Tensor | None]:
