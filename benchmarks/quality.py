@@ -4,9 +4,9 @@
     python benchmarks/quality.py
 
 Each recipe is carried out as `fourfold quantize` does, W4A4 recipes calibrated on the embedded
-mixed text, and the output compared with its source on held-out text: weights dequantized, and,
-for W4A4, inputs rounded as engines round them. Prints the table of the README. One thread, so
-that the figures are the same everywhere.
+mixed text, and the output compared with its source on held-out text: weights dequantized, for
+W4A4 inputs rounded as engines round them, and keys and values where the recipe has a quantized KV
+cache. Prints the table of the README. One thread, so that the figures are the same everywhere.
 """
 
 from __future__ import annotations
@@ -29,10 +29,16 @@ RECIPES = (
     "w4a16_nvfp4_default_mse",
     "nvfp4_experts_only",
     "nvfp4_experts_only_mse",
+    "nvfp4_experts_only_mse-constant_inputs",
+    "nvfp4_experts_only_mse-fp8_cast_kv",
     "nvfp4_default_max",
+    "nvfp4_default_mse",
     "nvfp4_default_mse-fp8_kv",
 )
-OWN = {"nvfp4_default_max": "w4a16_nvfp4_default"}
+OWN = {
+    "nvfp4_default_max": "w4a16_nvfp4_default",
+    "nvfp4_default_mse": "w4a16_nvfp4_default_mse",
+}
 """Recipes that do not come with fourfold: W4A4 of the weights that another one quantizes."""
 
 
@@ -48,8 +54,8 @@ def measure(
         recipe.write_text(text.replace("activations: none", "activations: {format: nvfp4}"))
     result = quantize(model_dir(), folder / name, recipe, runtime=Runtime(threads=1))
     assert result.clean, str(result)
-    is_w4a4 = bool(result.plan.sites)
-    model = load(folder / name, dtype=torch.float32, simulate_activations=is_w4a4)
+    is_rounded = bool(result.plan.sites) or result.plan.recipe.kv_format is not None
+    model = load(folder / name, dtype=torch.float32, simulate_activations=is_rounded)
     return compare(reference, model, tokens, WINDOW)
 
 

@@ -13,6 +13,7 @@ from fourfold.recipes import Recipe
 
 NVFP4 = "{num_bits: e2m1, block_sizes: {-1: 16, type: dynamic, scale_bits: e4m3}}"
 OLD_NVFP4 = "{num_bits: [2, 1], block_sizes: {-1: 16, type: static, scale_bits: [4, 3]}}"
+CONSTANT = NVFP4.replace("}}", "}, constant_amax: 2688}")
 FP8 = "{num_bits: e4m3, axis: null}"
 
 
@@ -83,6 +84,15 @@ def error_in(text: str, folder: Path) -> str:
         (of_modelopt(OFF, *quantizers("*", kinds="weight"), NO_HEAD), "w4a16_nvfp4_default"),
         (
             of_modelopt(
+                OFF,
+                *quantizers("*.experts.*", kinds="weight"),
+                *quantizers("*.experts.*", CONSTANT, kinds="input"),
+                algorithm=SWEEP,
+            ),
+            "nvfp4_experts_only_mse-constant_inputs",
+        ),
+        (
+            of_modelopt(
                 "{$import: off}",
                 "{$import: body}",
                 "{$import: rest}",
@@ -135,6 +145,25 @@ def test_an_equivalent_that_is_not_built_in_is_printed(tmp_path: Path) -> None:
         (of_modelopt(OFF, *quantizers("*", NVFP4.replace("16", "32"))), "blocks of 32"),
         (of_modelopt(OFF, *quantizers("*mlp*"), *quantizers("*attn*", kinds="input")), "inputs"),
         (of_modelopt(OFF, *quantizers("*"), KV_FP8.replace("e4m3", "e2m1")), "bmm"),
+        (of_modelopt(OFF, *quantizers("*", CONSTANT)), "a constant amax of 2688 for *weight"),
+        (
+            of_modelopt(
+                OFF,
+                *quantizers("*", kinds="weight"),
+                *quantizers("*", CONSTANT.replace("2688", "448"), kinds="input"),
+            ),
+            "a constant amax of 448",
+        ),
+        (
+            of_modelopt(
+                OFF,
+                *quantizers("*mlp*", kinds="weight"),
+                *quantizers("*self_attn*", kinds="weight"),
+                *quantizers("*mlp*", CONSTANT, kinds="input"),
+                *quantizers("*self_attn*", kinds="input"),
+            ),
+            "only some of the inputs",
+        ),
         (of_modelopt("{$import: theirs}"), "theirs"),
         (of_modelopt(OFF), "no weights"),
         ("metadata: {recipe_type: speculative_eagle}\neagle: {}\n", "speculative_eagle"),
@@ -166,15 +195,16 @@ def test_names_of_other_tools(name: str, builtin: str) -> None:
     assert f"`recipe={builtin}`" in error_of(name)
 
 
-def test_a_name_whose_equivalent_is_printed() -> None:
-    message = error_of("nvfp4_default-kv_fp8_cast")
+@pytest.mark.parametrize("kv_format", ["fp8", "nvfp4"])
+def test_a_name_whose_equivalent_is_printed(kv_format: str) -> None:
+    message = error_of(f"nvfp4_default-kv_{kv_format}_cast")
     assert yaml.safe_load(message.partition("\n")[2])["kv_cache"] == {
-        "format": "fp8",
+        "format": kv_format,
         "scale": "cast",
     }
 
 
-@pytest.mark.parametrize("name", ["fp8", "nvfp4_default-kv_nvfp4_cast", "int4_awq"])
+@pytest.mark.parametrize("name", ["fp8", "nvfp4_default-kv_nvfp4", "int4_awq"])
 def test_other_names_are_unknown(name: str) -> None:
     assert "no such recipe" in error_of(name)
 

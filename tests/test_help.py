@@ -110,7 +110,9 @@ def test_the_page_says_what_the_guide_says() -> None:
         ("nvfp4_experts_only_mse", 3),
         ("w4a16_nvfp4_default", 4),
         ("w4a16_nvfp4_default_mse", 5),
-        ("nvfp4_default_mse-fp8_kv", 7),
+        ("nvfp4_experts_only_mse-constant_inputs", 8),
+        ("nvfp4_experts_only_mse-fp8_cast_kv", 9),
+        ("nvfp4_default_mse-fp8_kv", 10),
     ],
 )
 def test_costs_are_those_of_the_readme(recipe: str, row: int) -> None:

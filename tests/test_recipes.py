@@ -15,6 +15,7 @@ BUILTIN = [
     "nvfp4_default_mse-fp8_kv",
     "nvfp4_experts_only",
     "nvfp4_experts_only_mse",
+    "nvfp4_experts_only_mse-constant_inputs",
     "nvfp4_experts_only_mse-fp8_cast_kv",
     "nvfp4_mlp_only_mse-fp8_cast_kv",
     "w4a16_nvfp4_default",
@@ -31,7 +32,7 @@ def test_builtin_recipes() -> None:
         recipe = fourfold.Recipe.load(name)
         assert recipe.name == name
         assert recipe.weights.scale == ("mse" if "_mse" in name else "max")
-        assert recipe.observes_inputs == (not name.startswith("w4a16"))
+        assert recipe.observes_inputs == (not name.startswith("w4a16") and "constant" not in name)
         assert recipe.needs_calibration == recipe.observes_inputs
         assert (recipe.kv_cache == "none") == ("-fp8" not in name)
         assert recipe.calibrates_kv == name.endswith("-fp8_kv")

@@ -71,9 +71,20 @@ _BODIES: Mapping[str, tuple[tuple[str, ...], bool, str]] = {
 }
 """Names of recipes: roles, whether activations are quantized, and how scales are chosen."""
 
-_KV_CACHES: Mapping[str, str | None] = {
-    "": None, "none": None, "fp16": None, "fp8": "calibrated", "fp8_cast": "cast",
+KVCacheEntry = Mapping[str, str] | None
+"""The value of `kv_cache` in a recipe of fourfold; None for `none`."""
+
+_CAST = {"format": "fp8", "scale": "cast"}
+_CALIBRATED = {"format": "fp8", "scale": "calibrated"}
+_NVFP4_CAST = {"format": "nvfp4", "scale": "cast"}
+
+_KV_CACHES: Mapping[str, KVCacheEntry] = {
+    "": None, "none": None, "fp16": None, "fp8": _CALIBRATED, "fp8_cast": _CAST,
+    "nvfp4_cast": _NVFP4_CAST,
 }  # fmt: skip
+
+_CONSTANT_AMAX = 2688
+"""That of an input scale of 1."""
 
 
 def translate_name(name: str) -> Translation | None:
@@ -100,16 +111,17 @@ def _recipe(
     roles: Iterable[str],
     scale: str,
     has_activations: bool,
-    kv_scale: str | None,
+    kv_cache: KVCacheEntry,
     keep: Iterable[str],
+    amax: str = "max",
 ) -> dict[str, Any]:
     """A recipe of fourfold, with its keys in the usual order."""
     ordered = [role for role in ALL_ROLES if role in set(roles)]
     kept = list(dict.fromkeys(keep))
     return {
         "weights": {"format": NVFP4, "scale": scale},
-        "activations": {"format": NVFP4, "amax": "max"} if has_activations else "none",
-        "kv_cache": "none" if kv_scale is None else {"format": "fp8", "scale": kv_scale},
+        "activations": {"format": NVFP4, "amax": amax} if has_activations else "none",
+        "kv_cache": "none" if kv_cache is None else dict(kv_cache),
         "quantize" if ordered == ["experts"] else "quantize_if_present": ordered,
         **({"keep": kept} if kept else {}),
     }
@@ -178,6 +190,9 @@ _UNITS: Mapping[str, list[dict[str, Any]]] = {
     "kv_fp8_cast": [
         {"quantizer_name": _KV, "cfg": {**_numerics("fp8"), "use_constant_amax": True}}
     ],
+    "kv_nvfp4_cast": [
+        {"quantizer_name": _KV, "cfg": {**_numerics(NVFP4), "use_constant_amax": True}}
+    ],
 }
 """Parts of ModelOpt's library of recipes, by the last name of their path."""
 
@@ -198,7 +213,8 @@ class _Quantizers:
     imports: Mapping[str, str]
     weights: set[str] = field(default_factory=set)
     inputs: set[str] = field(default_factory=set)
-    kv_scale: str | None = None
+    amaxes: set[str] = field(default_factory=set)
+    kv_cache: KVCacheEntry = None
     keep: list[str] = field(default_factory=list)
 
     def add(self, entry: Mapping[str, Any]) -> None:
@@ -225,15 +241,21 @@ class _Quantizers:
     def _enable(self, name: str, cfg: Any) -> None:
         numerics = self._format_of(cfg)
         if "bmm_quantizer" in name:
-            if numerics != "FP8" or "[kv]" not in name:
+            is_cast = bool(isinstance(cfg, Mapping) and cfg.get("use_constant_amax"))
+            kv_caches = {("FP8", True): _CAST, ("FP8", False): _CALIBRATED,
+                         (NVFP4, True): _NVFP4_CAST}  # fmt: skip
+            if (numerics, is_cast) not in kv_caches or "[kv]" not in name:
                 raise NoEquivalentError(f"{numerics} for {name}")
-            self.kv_scale = "cast" if cfg.get("use_constant_amax") else "calibrated"
+            self.kv_cache = kv_caches[numerics, is_cast]
             return
         scope, kind = _split(name)
         if kind is None or numerics != NVFP4:
             raise NoEquivalentError(f"{numerics} for {name}")
-        if "constant_amax" in cfg:
-            raise NoEquivalentError(f"a constant amax for {name}")
+        amax = cfg.get("constant_amax")
+        if amax is not None and (kind != "input" or amax != _CONSTANT_AMAX):
+            raise NoEquivalentError(f"a constant amax of {amax} for {name}")
+        if kind == "input":
+            self.amaxes.add("max" if amax is None else "constant")
         roles = _roles_of(scope)
         if roles is None:
             raise NoEquivalentError(f"{name} alone (write it as a rule with names)")
@@ -242,7 +264,7 @@ class _Quantizers:
     def _disable(self, name: str) -> None:
         scope, kind = _split(name)
         if "bmm_quantizer" in name:
-            self.kv_scale = None
+            self.kv_cache = None
         elif scope.strip("*.") in ("", "default"):
             for roles in (self.weights, self.inputs) if kind is None else (self._of(kind),):
                 roles.clear()
@@ -308,12 +330,16 @@ def _from_modelopt(data: Mapping[Any, Any]) -> dict[str, Any]:
         raise NoEquivalentError("no weights in NVFP4")
     if quantizers.inputs and quantizers.inputs != quantizers.weights:
         raise NoEquivalentError("quantized inputs for only some of the quantized weights")
+    amax, *others = sorted(quantizers.amaxes) if quantizers.inputs else ["max"]
+    if others:
+        raise NoEquivalentError("a constant amax for only some of the inputs")
     return _recipe(
         quantizers.weights,
         algorithm,
         bool(quantizers.inputs),
-        quantizers.kv_scale,
+        quantizers.kv_cache,
         quantizers.keep,
+        amax,
     )
 
 
@@ -370,8 +396,8 @@ def _from_llm_compressor(modifiers: Mapping[str, Any]) -> dict[str, Any]:
             keep.append(pattern)
     if not roles:
         raise NoEquivalentError("an ignore list of everything")
-    kv_scale = "calibrated" if modifier.get("kv_cache_scheme") else None
-    return _recipe(roles, "max", scheme == "NVFP4", kv_scale, keep)
+    kv_cache = _CALIBRATED if modifier.get("kv_cache_scheme") else None
+    return _recipe(roles, "max", scheme == "NVFP4", kv_cache, keep)
 
 
 def _scheme_of(modifier: Mapping[str, Any]) -> tuple[str, Any]:

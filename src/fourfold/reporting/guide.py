@@ -27,9 +27,11 @@ COSTS: Mapping[str, Cost] = {
     "w4a16_nvfp4_default_mse": Cost(9.14e-3, 0.962),
     "nvfp4_experts_only": Cost(1.15e-2, 0.958),
     "nvfp4_experts_only_mse": Cost(1.06e-2, 0.960),
-    "nvfp4_default_mse-fp8_kv": Cost(2.32e-2, 0.938),
+    "nvfp4_experts_only_mse-constant_inputs": Cost(1.05e-2, 0.960),
+    "nvfp4_experts_only_mse-fp8_cast_kv": Cost(1.34e-2, 0.953),
+    "nvfp4_default_mse-fp8_kv": Cost(2.60e-2, 0.936),
 }
-"""By recipe, as benchmarks/quality.py measures them. The KV cache is not rounded there."""
+"""By recipe, as benchmarks/quality.py measures them."""
 
 
 class Advice(NamedTuple):
@@ -62,7 +64,7 @@ _FP4_UNITS = (
     Advice(
         "many, with long texts",
         "nvfp4_experts_only_mse-fp8_cast_kv",
-        "an FP8 KV cache holds twice as much; its cost is not measured here",
+        "an FP8 KV cache holds twice as much",
     ),
     Advice(
         "a dense model",
@@ -88,8 +90,9 @@ GUIDE: Mapping[tuple[Hardware, ...], Sequence[Advice]] = {
 NOTE = (
     "KL and top-1 agreement with the source are those of the embedded model, as",
     "benchmarks/quality.py measures them: a small model loses more than a large one. Compare",
-    "recipes, not models. W4A16 needs no calibration. Where quality falls short, write a recipe",
-    "that keeps more of the model (docs/recipes.md).",
+    "recipes, not models. W4A16 needs no calibration, and W4A4 none with constant input scales",
+    "(nvfp4_experts_only_mse-constant_inputs). Where quality falls short, write a recipe that",
+    "keeps more of the model (docs/recipes.md).",
 )
 
 
@@ -128,5 +131,4 @@ def cost_of(recipe: str) -> str:
 
 
 def _cost(recipe: str) -> Cost | None:
-    """The cost of a recipe, or of the same one without an FP8 KV cache."""
-    return COSTS.get(recipe) or COSTS.get(recipe.partition("-fp8")[0])
+    return COSTS.get(recipe)
