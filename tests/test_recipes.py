@@ -67,6 +67,8 @@ def test_yaml_comes_back(name: str, tmp_path: Path) -> None:
         ("kv_cache: {scale: casted}\nquantize: [mlp]", ["kv_cache.scale", "casted"]),
         ("activations: {format: int4}\nquantize: [mlp]", ["activations.format", "int4"]),
         ("activations: {amax: least}\nquantize: [mlp]", ["activations.amax", "least"]),
+        ("activations: {format: fp8, amax: histogram}\nquantize: [mlp]", ["block scales", "fp8"]),
+        ("activations: {format: mxfp8, amax: constant}\nquantize: [mlp]", ["no effect", "mxfp8"]),
         ("activations: {amax: {headroom: 7}}\nquantize: [mlp]", ["headroom", "6"]),
         ("activations: {amax: {headroom: 1.5}}\nquantize: [mlp]", ["headroom", "integer"]),
         ("activations: {amax: {hedroom: 1}}\nquantize: [mlp]", ["hedroom", "headroom"]),

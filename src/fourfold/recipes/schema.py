@@ -121,7 +121,11 @@ class Activations(_Strict):
     @model_validator(mode="after")
     def _check(self) -> Activations:
         fmt = FORMATS[self.format]
-        if self.amax == "histogram" and fmt.rounds_activations and fmt.input_block is None:
+        if self.amax == "max" or not fmt.rounds_activations:
+            return self
+        if not fmt.input_parts():
+            raise ValueError(f"amax has no effect on {fmt.name} inputs: engines choose all scales")
+        if self.amax == "histogram" and fmt.input_block is None:
             raise ValueError(f"amax: histogram is of block scales, which {fmt.name} inputs lack")
         return self
 
