@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fourfold.layouts.base import LAYOUTS, CheckpointContents, Layout
+from fourfold.models.peculiarities import Peculiarities
 
 
 class Plain(Layout):
@@ -32,7 +33,9 @@ class Plain(Layout):
     def kv_scale_names(self, linears: Iterable[str]) -> dict[str, tuple[str, str]]:
         return {}
 
-    def ignore(self, quantized: Sequence[str], kept: Sequence[str]) -> list[str]:
+    def ignore(
+        self, quantized: Sequence[str], kept: Sequence[str], peculiar: Peculiarities
+    ) -> list[str]:
         return sorted(kept)
 
     def quantization_config(self, contents: CheckpointContents) -> dict[str, Any]:

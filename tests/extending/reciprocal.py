@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from fourfold.layouts.base import LAYOUTS, CheckpointContents, Layout
+from fourfold.models.peculiarities import Peculiarities
 from fourfold.verification.checkpoint import Checkpoint
 from fourfold.verification.readers import READERS
 from fourfold.verification.readers.base import (
@@ -56,7 +57,9 @@ class Reciprocal(Layout):
     def kv_scale_names(self, linears: Iterable[str]) -> dict[str, tuple[str, str]]:
         return {}
 
-    def ignore(self, quantized: Sequence[str], kept: Sequence[str]) -> list[str]:
+    def ignore(
+        self, quantized: Sequence[str], kept: Sequence[str], peculiar: Peculiarities
+    ) -> list[str]:
         return sorted(kept)
 
     def quantization_config(self, contents: CheckpointContents) -> dict[str, Any]:

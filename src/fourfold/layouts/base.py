@@ -21,6 +21,8 @@ from fourfold.formats.scheme import Scheme
 if TYPE_CHECKING:
     import numpy as np
 
+    from fourfold.models.peculiarities import Peculiarities
+
 
 class TensorSpec(NamedTuple):
     """A tensor of a checkpoint: its name, dtype (as safetensors names it) and shape."""
@@ -108,8 +110,12 @@ class Layout(ABC):
     # --------------------------------------------------------------------------- configuration
 
     @abstractmethod
-    def ignore(self, quantized: Sequence[str], kept: Sequence[str]) -> list[str]:
+    def ignore(
+        self, quantized: Sequence[str], kept: Sequence[str], peculiar: Peculiarities
+    ) -> list[str]:
         """Return the list of modules that engines leave unquantized, in the words of this layout.
+
+        `peculiar` is what engines do in the model's family.
 
         Raises:
             PlanError: No list says to every engine which are `quantized` and which are `kept`.

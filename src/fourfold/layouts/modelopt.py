@@ -24,6 +24,7 @@ from fourfold.formats.kv_cache import KVFormat
 from fourfold.formats.scheme import Scheme
 from fourfold.layouts.base import CheckpointContents, Layout, layers_of_keys
 from fourfold.models.engines import write_ignore
+from fourfold.models.peculiarities import Peculiarities
 
 CODES, BLOCK_SCALE, GLOBAL_SCALE = "weight", "weight_scale", "weight_scale_2"
 INPUT_SCALE = "input_scale"
@@ -93,8 +94,10 @@ class ModelOpt(Layout):
             scales[parent] = f"{name}.{self.k_scale}", f"{of_values}.{self.v_scale}"
         return scales
 
-    def ignore(self, quantized: Sequence[str], kept: Sequence[str]) -> list[str]:
-        return write_ignore(quantized, kept)
+    def ignore(
+        self, quantized: Sequence[str], kept: Sequence[str], peculiar: Peculiarities
+    ) -> list[str]:
+        return write_ignore(quantized, kept, peculiar)
 
     def quantization_config(self, contents: CheckpointContents) -> dict[str, Any]:
         algorithm, block, has_activations = _summary(contents)

@@ -24,8 +24,9 @@ a leading `*`, it keeps the prefix, which vLLM and SGLang rename for multimodal 
 including those that a layer lacks, and by its own name, because not every model class tells the
 engine which parts it has.
 
-Names are compared as the checkpoint has them; modules that an engine renames inside a layer
-(SGLang puts Gemma 4's experts under `moe`) are not followed. From vLLM 0.33.0 (modelopt.py,
+Names are compared as the checkpoint has them, and as `peculiarities` says that an engine calls them
+in some families. Other modules that an engine renames inside a layer (SGLang puts Gemma 4's experts
+under `moe`) are not followed. From vLLM 0.33.0 (modelopt.py,
 quant_utils.py), SGLang 0.5.23 (modelopt_quant.py, quantization/utils.py), TensorRT-LLM
 (modeling_utils.py).
 """
@@ -42,6 +43,7 @@ from fourfold.errors import PlanError
 from fourfold.models.families import Engine, experts_module
 from fourfold.models.fusion import FUSED_MODULES, FusedModule, fuse
 from fourfold.models.ignore_list import IgnoreList, quote, subpaths
+from fourfold.models.peculiarities import NONE, Peculiarities
 
 
 class Verdict(StrEnum):
@@ -72,16 +74,25 @@ class Module:
     """Raw names of its linears (for experts: of all experts of the layer)."""
     fused: FusedModule | None = None
 
+    peculiar: Peculiarities = NONE
+
     def called(self, engine: Engine) -> tuple[str, ...]:
         """Return the names under which `engine` may look this module up."""
         if self.fused is None:
-            return (self.name,)
-        return tuple(_sibling(self.name, last) for last in self.fused.called(engine))
+            return self.peculiar.names_in(engine, self.name)
+        names = (_sibling(self.name, last) for last in self.fused.called(engine))
+        return tuple(own for name in names for own in self.peculiar.names_in(engine, name))
 
     @property
     def parts(self) -> tuple[str, ...]:
         """The full names of all parts that the engine knows, including absent ones."""
         return tuple(_sibling(self.name, last) for last in self.fused.parts) if self.fused else ()
+
+    def parts_of(self, engine: Engine, name: str) -> tuple[str, ...]:
+        """Return the parts of the module that `engine` calls `name`."""
+        if name.rpartition(".")[0] == self.name.rpartition(".")[0]:
+            return self.parts
+        return tuple(self.peculiar.names_in(engine, part)[-1] for part in self.parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +113,7 @@ class Mismatch:
 # ------------------------------------------------------------------------------ engine modules
 
 
-def modules_of(names: Iterable[str]) -> list[Module]:
+def modules_of(names: Iterable[str], peculiar: Peculiarities = NONE) -> list[Module]:
     """Return the engine modules that the raw linears `names` end up in, experts first."""
     experts: defaultdict[str, list[str]] = defaultdict(list)
     siblings: defaultdict[str, dict[str, str]] = defaultdict(dict)
@@ -112,17 +123,17 @@ def modules_of(names: Iterable[str]) -> list[Module]:
         else:
             parent, _, last = name.rpartition(".")
             siblings[parent][last] = name
-    modules = [Module(name, tuple(members)) for name, members in experts.items()]
-    return modules + [module for group in siblings.values() for module in _fuse(group)]
+    modules = [Module(name, tuple(members), None, peculiar) for name, members in experts.items()]
+    return modules + [module for group in siblings.values() for module in _fuse(group, peculiar)]
 
 
-def _fuse(siblings: Mapping[str, str]) -> Iterator[Module]:
+def _fuse(siblings: Mapping[str, str], peculiar: Peculiarities) -> Iterator[Module]:
     """Modules made of the linears of one parent, given as last name → full name."""
     left = dict(siblings)
-    for fused, parts in fuse(siblings):
+    for fused, parts in fuse(siblings, peculiar.fused):
         members = tuple(left.pop(part) for part in parts)
-        yield Module(_sibling(members[0], fused.names[0]), members, fused)
-    yield from (Module(name, (name,)) for name in left.values())
+        yield Module(_sibling(members[0], fused.names[0]), members, fused, peculiar)
+    yield from (Module(name, (name,), None, peculiar) for name in left.values())
 
 
 def _sibling(name: str, last: str) -> str:
@@ -201,35 +212,51 @@ RULES: Mapping[Engine, Rule] = {
 }
 
 
-def excludes(engine: Engine, module: str, ignore: Iterable[str]) -> Ruling:
+def excludes(
+    engine: Engine, module: str, ignore: Sequence[str], peculiar: Peculiarities = NONE
+) -> Ruling:
     """Return how `engine` treats its module `module` (`...qkv_proj`, `...experts`) by a list."""
-    last = module.rpartition(".")[2]
-    fused = next((fused for fused in FUSED_MODULES if last in fused.called(engine)), None)
+    last, known = module.rpartition(".")[2], (*FUSED_MODULES, *peculiar.fused)
+    fused = next((fused for fused in known if last in fused.called(engine)), None)
     parts = () if fused is None else tuple(_sibling(module, part) for part in fused.parts)
-    return RULES[engine](module, parts, IgnoreList(ignore))
+    return RULES[engine](module, parts, _as_read(ignore, peculiar)[engine])
 
 
 # ----------------------------------------------------------------------------- check and write
 
 
 def check(
-    ignore: Sequence[str], quantized: Iterable[str], unquantized: Iterable[str]
+    ignore: Sequence[str],
+    quantized: Iterable[str],
+    unquantized: Iterable[str],
+    peculiar: Peculiarities = NONE,
 ) -> list[Mismatch]:
     """Find the modules that an engine would not treat as the checkpoint's tensors need.
 
     `quantized` and `unquantized` are raw names of linear layers, without `.weight`, of single
-    experts and of stacks of experts alike. Each engine and module has one mismatch at most; they
-    are sorted by module.
+    experts and of stacks of experts alike; `peculiar` is what engines do in the family. Each engine
+    and module has one mismatch at most; they are sorted by module.
     """
     kept = frozenset(unquantized)
     packed = frozenset(quantized)
-    index = IgnoreList(ignore)
-    mismatches = [
+    lists = _as_read(ignore, peculiar)
+    mismatches = {
         mismatch
-        for module in modules_of([*packed, *kept])
-        for mismatch in _judge(module, _expected(module, packed, kept), index)
-    ]
+        for module in modules_of([*packed, *kept], peculiar)
+        for mismatch in _judge(module, _expected(module, packed, kept), lists)
+    }
     return sorted(mismatches, key=lambda mismatch: (mismatch.module, mismatch.engine))
+
+
+def _as_read(ignore: Sequence[str], peculiar: Peculiarities) -> dict[Engine, IgnoreList]:
+    """The ignore list as each engine has it when it looks its modules up."""
+    written = IgnoreList(ignore)
+    return {
+        engine: IgnoreList(peculiar.entry_in(engine, entry) for entry in ignore)
+        if engine in peculiar.rewritten
+        else written
+        for engine in Engine
+    }
 
 
 def _expected(module: Module, quantized: frozenset[str], unquantized: frozenset[str]) -> Verdict:
@@ -240,16 +267,22 @@ def _expected(module: Module, quantized: frozenset[str], unquantized: frozenset[
     return Verdict.QUANTIZED if packed else Verdict.EXCLUDED
 
 
-def _judge(module: Module, expected: Verdict, ignore: IgnoreList) -> Iterator[Mismatch]:
+def _judge(
+    module: Module, expected: Verdict, lists: Mapping[Engine, IgnoreList]
+) -> Iterator[Mismatch]:
     for engine, rule in RULES.items():
         for name in module.called(engine):
-            verdict, pattern = rule(name, module.parts, ignore)
+            verdict, pattern = rule(name, module.parts_of(engine, name), lists[engine])
             if verdict is not expected:
                 yield Mismatch(engine, name, expected, verdict, pattern)
 
 
-def write_ignore(quantized: Iterable[str], unquantized: Iterable[str]) -> list[str]:
+def write_ignore(
+    quantized: Iterable[str], unquantized: Iterable[str], peculiar: Peculiarities = NONE
+) -> list[str]:
     """Return the ignore list under which all three engines quantize `quantized` only.
+
+    `peculiar` is what engines do in the family.
 
     Returns:
         Sorted full module names: the experts module of unquantized experts, the parts and the own
@@ -259,9 +292,11 @@ def write_ignore(quantized: Iterable[str], unquantized: Iterable[str]) -> list[s
         PlanError: if no list does that, for example because a fused module is partly quantized.
     """
     packed, kept = list(quantized), list(unquantized)
-    modules = list(_names_to_list(kept))
+    modules = list(_names_to_list(kept, peculiar))
     entries = {name: name for names in modules for name in names}
-    while too_wide := _too_wide(mismatches := check(list(entries.values()), packed, kept)):
+    while too_wide := _too_wide(
+        mismatches := check(list(entries.values()), packed, kept, peculiar)
+    ):
         quoted = {
             name: quote(name)
             for names in modules
@@ -285,8 +320,12 @@ def _too_wide(mismatches: Iterable[Mismatch]) -> set[str]:
     return {m.pattern for m in mismatches if m.expected is Verdict.QUANTIZED and m.pattern}
 
 
-def _names_to_list(unquantized: Iterable[str]) -> Iterator[tuple[str, ...]]:
+def _names_to_list(
+    unquantized: Iterable[str], peculiar: Peculiarities
+) -> Iterator[tuple[str, ...]]:
     """The names to list for each engine module."""
-    for module in modules_of(unquantized):
-        names = (name for engine in Engine for name in module.called(engine))
-        yield tuple(dict.fromkeys((*module.parts, *names)))
+    for module in modules_of(unquantized, peculiar):
+        names = [name for engine in Engine for name in module.called(engine)]
+        parts = (own for part in module.parts for e in Engine for own in peculiar.names_in(e, part))
+        more = (entry for name in names for entry in peculiar.more_entries(name))
+        yield tuple(dict.fromkeys((*parts, *names, *more)))

@@ -2,7 +2,8 @@
 """Linear layers that engines fuse into one module, and those that they never build quantized.
 
 This is all data, read from vLLM 0.33.0, SGLang 0.5.23 and the public TensorRT-LLM source. Layers
-that an engine fuses need one global scale and one decision: all are quantized, or none is.
+that an engine fuses need one global scale and one decision: all are quantized, or none is. What
+engines do in one family alone is in `peculiarities`.
 """
 
 from __future__ import annotations
@@ -83,13 +84,16 @@ KEEP_ALWAYS: Mapping[str, str] = {
 checkpoint says."""
 
 
-def fuse(last_names: Iterable[str]) -> list[tuple[FusedModule, tuple[str, ...]]]:
+def fuse(
+    last_names: Iterable[str], of_family: Iterable[FusedModule] = ()
+) -> list[tuple[FusedModule, tuple[str, ...]]]:
     """Group sibling linear layers, given by their last names, as engines fuse them.
 
-    Each fused module comes with its siblings; siblings that are not fused are left out.
+    Each fused module comes with its siblings; siblings that are not fused are left out. The fused
+    modules of a family go before those of all.
     """
     left, fused = set(last_names), []
-    for module in FUSED_MODULES:
+    for module in (*of_family, *FUSED_MODULES):
         if left.issuperset(set(module.parts) - set(module.optional)):
             parts = tuple(part for part in module.parts if part in left)
             left.difference_update(parts)

@@ -20,12 +20,13 @@ from fourfold.errors import ModelError, SourceError
 from fourfold.models.experts import Projection
 from fourfold.models.families import is_stack
 from fourfold.models.fused_experts import ExpertPart, cut_experts
-from fourfold.models.fusion import fuse, kept_because
+from fourfold.models.fusion import FusedModule, fuse, kept_because
 from fourfold.models.internals import Place
 from fourfold.models.inventory import ExpertBias, Inventory, LinearWeight, RawTensor
 from fourfold.models.module_tree import LinearModule, ModuleTree, build_tree
 from fourfold.models.mtp import is_mtp, mtp_linears, stack_of
 from fourfold.models.names import SINGLE_EXPERT, natural
+from fourfold.models.peculiarities import peculiarities_of
 from fourfold.models.published import published_names, unpublished
 from fourfold.models.regions import whole
 from fourfold.models.roles import EMBEDDING_NAME, MAY_LACK, TOWER, Role, role_of_linear
@@ -99,7 +100,7 @@ class _Builder:
         return Inventory(
             model_types=self.tree.model_types,
             architecture=self.tree.architecture,
-            linears=tuple(_with_groups(self.linears)),
+            linears=tuple(_with_groups(self.linears, self.tree.model_types)),
             biases=tuple(self.biases),
             tensors={key: self._raw(key) for key in self.infos},
             blocked=self.blocked,
@@ -355,15 +356,18 @@ def _role_in_engines(key: str, role: Role) -> Role:
     return Role.OTHER if kept and role not in {Role.ROUTER, Role.VISION} else role
 
 
-def _with_groups(linears: Sequence[LinearWeight]) -> Iterator[LinearWeight]:
+def _with_groups(
+    linears: Sequence[LinearWeight], model_types: Iterable[str | None]
+) -> Iterator[LinearWeight]:
     """Put sibling layers that engines fuse into one scale group and one input site."""
-    groups = _groups_of(linear.name for linear in linears if linear.expert is None)
+    names = (linear.name for linear in linears if linear.expert is None)
+    groups = _groups_of(names, peculiarities_of(*model_types).fused)
     for linear in linears:
         group = groups.get(linear.name) if linear.expert is None else None
         yield replace(linear, scale_group=group, input_site=group) if group else linear
 
 
-def _groups_of(names: Iterable[str]) -> dict[str, str]:
+def _groups_of(names: Iterable[str], of_family: Sequence[FusedModule]) -> dict[str, str]:
     """The name of its group for each linear layer that engines fuse with siblings."""
     siblings: dict[str, set[str]] = defaultdict(set)
     for name in names:
@@ -372,6 +376,6 @@ def _groups_of(names: Iterable[str]) -> dict[str, str]:
     return {
         f"{parent}.{part}": f"{parent}.{'+'.join(parts)}"
         for parent, last_names in siblings.items()
-        for _, parts in fuse(last_names)
+        for _, parts in fuse(last_names, of_family)
         for part in parts
     }

@@ -28,6 +28,7 @@ from fourfold.models.families import family_of
 from fourfold.models.inventory import Inventory, LinearWeight, RawTensor
 from fourfold.models.inventory_builder import take_inventory
 from fourfold.models.names import SINGLE_EXPERT
+from fourfold.models.peculiarities import peculiarities_of
 from fourfold.models.roles import Role
 from fourfold.planning.activations import input_notes, kv_cache_notes
 from fourfold.planning.copy_plan import CopyPlan
@@ -373,6 +374,7 @@ def make_plan(
     ignore = selection.layout.ignore(
         [linear.name for linear in quantized],
         [raw.stem for raw in kept if raw.is_matrix] + list(inventory.tied_linears),
+        peculiarities_of(*inventory.model_types),
     )
     kv_scales = selection.kv_scales()
     jobs: list[Job] = [*groups, *selection.biases(), *kept, *kv_scales]

@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from fourfold.errors import PlanError, RecipeError
 from fourfold.formats.scheme import Scheme
 from fourfold.models.inventory import Inventory, LinearWeight
+from fourfold.models.peculiarities import peculiarities_of
 from fourfold.recipes import QUANTIZABLE_ROLES, Recipe, Rule
 
 _NUMBER = re.compile(r"\d+")
@@ -42,15 +43,22 @@ def check_roles(recipe: Recipe, inventory: Inventory) -> None:
 def rules_of_linears(recipe: Recipe, inventory: Inventory) -> dict[str, Rule]:
     """Return the first rule that matches, by the name of the linear weight.
 
-    A pattern, or a whole rule, that matches nothing is a `RecipeError`.
+    A pattern, or a whole rule, that matches nothing is a `RecipeError`. What an engine cannot load
+    quantized in this family is kept unless a rule names it.
     """
+    peculiar = peculiarities_of(*inventory.model_types)
     present = {role for role, count in inventory.roles.items() if count}
     decided: dict[str, Rule] = {}
     for number, rule in enumerate(recipe.all_rules, start=1):
         if rule.all_roles and not rule.all_roles & present:
             continue  # all of them optional
         label = f"recipe {recipe.name}: " + (f"rule {number}: " if recipe.rules else "")
-        linears = [linear for linear in inventory.linears if _has_role(rule, linear)]
+        is_broad = not rule.keep and not rule.names
+        linears = [
+            linear
+            for linear in inventory.linears
+            if _has_role(rule, linear) and not (is_broad and peculiar.kept_because(linear.name))
+        ]
         names = _matching(rule, [linear.name for linear in linears], label)
         left = [name for name in names if name not in decided]
         if recipe.rules and not left:

@@ -15,6 +15,7 @@ from fourfold.formats.base import FORMATS
 from fourfold.layouts.base import LAYOUTS
 from fourfold.models.fusion import kept_because
 from fourfold.models.inventory import ExpertBias, Inventory, LinearWeight, RawTensor
+from fourfold.models.peculiarities import peculiarities_of
 from fourfold.models.roles import Role
 from fourfold.models.ties import FIELD, Tie
 from fourfold.planning.rows import Action, KVScales, Row, ScaleGroup
@@ -35,6 +36,7 @@ class Selection:
         """Raises `RecipeError` or `PlanError` if the recipe and the model do not fit."""
         self.recipe, self.inventory = recipe, inventory
         self.layout = LAYOUTS[recipe.layout]
+        self._peculiar = peculiarities_of(*inventory.model_types)
         check_roles(recipe, inventory)
         self._rules = rules_of_linears(recipe, inventory)
         self.chosen = {
@@ -209,7 +211,8 @@ class Selection:
                 return f"keep pattern {pattern!r}" if pattern else f"a rule keeps role {raw.role}"
         if not linears:
             return "not a linear weight" if raw.role is not Role.MTP else "MTP"
-        return kept_because(raw.stem) or f"role {raw.role} is not in the recipe"
+        why = kept_because(raw.stem) or self._peculiar.kept_because(raw.stem)
+        return why or f"role {raw.role} is not in the recipe"
 
 
 def _check_dtype(part: LinearWeight | ExpertBias) -> None:

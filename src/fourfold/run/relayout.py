@@ -12,6 +12,7 @@ from fourfold.layouts import LAYOUTS
 from fourfold.layouts.base import CheckpointContents
 from fourfold.models.inventory import Inventory
 from fourfold.models.inventory_builder import take_inventory
+from fourfold.models.peculiarities import peculiarities_of
 from fourfold.sources.claims import kv_cache_format, quantization_entries
 from fourfold.sources.relaid import RelaidSource, relaid
 from fourfold.storage.source import Source
@@ -51,6 +52,7 @@ def plan_relayout(source: Source, name: str) -> Relayout:
     ignore = layout.ignore(
         list(view.schemes),
         [raw.stem for raw in kept if raw.is_matrix] + list(inventory.tied_linears),
+        peculiarities_of(*inventory.model_types),
     )
     tensors = {
         key: replace(inventory.tensors[view.origins[key]], info=info)

@@ -25,6 +25,7 @@ from fourfold.errors import SourceError, UnreadableError
 from fourfold.formats.base import FORMATS
 from fourfold.models.families import FAMILIES, is_stack
 from fourfold.models.names import EXPERT_LINEAR
+from fourfold.models.peculiarities import Peculiarities, peculiarities_of
 from fourfold.models.roles import EMBEDDING_NAME
 from fourfold.storage.fingerprints import read_error
 from fourfold.storage.json_files import read_config, read_json, why_no_folder
@@ -143,6 +144,16 @@ class Checkpoint:
         """The number of decoder layers, if the configuration states it."""
         stated = self.configs[0].get("num_hidden_layers")
         return stated if isinstance(stated, int) else None
+
+    @property
+    def model_types(self) -> list[object]:
+        """The types of the whole model and of the text model, as far as they are stated."""
+        return [config.get("model_type") for config in reversed(self.configs)]
+
+    @cached_property
+    def peculiar(self) -> Peculiarities:
+        """What engines do in the model's family alone."""
+        return peculiarities_of(*self.model_types)
 
     @cached_property
     def sound(self) -> list[QuantizedLinear]:

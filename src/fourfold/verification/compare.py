@@ -266,7 +266,8 @@ class Comparison:
     def _groups(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
         """The groups that share a global scale, by each member: what engines fuse, or all experts
         of a layer, if the checkpoint has one scale for all of them."""
-        groups = {name: group for group in fused_groups(names) for name in group}
+        fused = fused_groups(names, self.checkpoint.peculiar)
+        groups = {name: group for group in fused for name in group}
         sites: dict[str, list[str]] = defaultdict(list)
         for name in names:
             if (site := input_site(name)) is not None:

@@ -159,7 +159,7 @@ def _fused(checkpoint: Checkpoint) -> Iterator[Finding]:
         parent, _, last = name.rpartition(".")
         siblings.setdefault(parent, {})[last] = linear
     for parent, linears in sorted(siblings.items()):
-        for _, lasts in fuse(linears):
+        for _, lasts in fuse(linears, checkpoint.peculiar.fused):
             group = [linears[last] for last in lasts if linears[last].is_sound]
             if len({linear.algo for linear in group}) > 1:
                 text = ", ".join(f"{x.name.rpartition('.')[2]} {x.algo}" for x in group)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from fourfold.models.engines import Mismatch, Verdict, modules_of
 from fourfold.models.fusion import KEEP_ALWAYS, fuse
 from fourfold.models.names import EXPERT_LINEAR
+from fourfold.models.peculiarities import Peculiarities
 from fourfold.verification.checkpoint import DOWN, Checkpoint
 from fourfold.verification.readers.base import GLOBAL_SCALE, INPUT_SCALE, MIXED
 from fourfold.verification.rules import Finding, finding
@@ -17,7 +18,7 @@ from fourfold.verification.rules import Finding, finding
 Group = tuple[str, ...]
 
 
-def fused_groups(names: Iterable[str]) -> list[Group]:
+def fused_groups(names: Iterable[str], peculiar: Peculiarities) -> list[Group]:
     """Return the groups of linears among `names` that engines load into one parameter.
 
     Members of a group are siblings: gate and up of one expert are a group, two experts are not.
@@ -29,7 +30,7 @@ def fused_groups(names: Iterable[str]) -> list[Group]:
     return [
         tuple(f"{parent}.{last}" for last in group)
         for parent, lasts in sorted(siblings.items())
-        for _, group in fuse(lasts)
+        for _, group in fuse(lasts, peculiar.fused)
         if len(group) > 1
     ]
 
@@ -46,7 +47,7 @@ def input_site(linear: str) -> str | None:
 def check_scale_groups(checkpoint: Checkpoint) -> Iterator[Finding]:
     """A fused module has one weight_scale_2 and one input_scale."""
     rules = {GLOBAL_SCALE: "group-scale-differs", INPUT_SCALE: "group-input-scale-differs"}
-    for group in fused_groups(checkpoint.linears.keys() | checkpoint.kept):
+    for group in fused_groups(checkpoint.linears.keys() | checkpoint.kept, checkpoint.peculiar):
         for part, rule in rules.items():
             values = dict(_values(checkpoint, group, part))
             if len(set(values.values())) > 1:
@@ -83,7 +84,7 @@ def check_input_sites(checkpoint: Checkpoint) -> Iterator[Finding]:
 def _distinct_in_groups(checkpoint: Checkpoint, names: Sequence[str]) -> int:
     """The number of values a site may have: 2 if a fused group in it differs, which is a finding
     of its own, else 1."""
-    for group in fused_groups(names):
+    for group in fused_groups(names, checkpoint.peculiar):
         if len({value for _, value in _values(checkpoint, group, INPUT_SCALE)}) > 1:
             return 2
     return 1
@@ -92,7 +93,7 @@ def _distinct_in_groups(checkpoint: Checkpoint, names: Sequence[str]) -> int:
 def check_partial(checkpoint: Checkpoint) -> Iterator[Finding]:
     """All parts of a fused module, and all experts of a layer, are quantized, or none."""
     quantized = checkpoint.quantized
-    for module in modules_of(sorted(quantized | checkpoint.kept)):
+    for module in modules_of(sorted(quantized | checkpoint.kept), checkpoint.peculiar):
         packed = [name for name in module.members if name in quantized]
         if 0 < len(packed) < len(module.members):
             kept = min(set(module.members) - set(packed))
@@ -118,7 +119,7 @@ def check_ignore(checkpoint: Checkpoint, embeddings: frozenset[str] = frozenset(
     always = re.compile("|".join(KEEP_ALWAYS))
     kept = {name for name in checkpoint.kept - embeddings if not always.search(name)}
     quantized = checkpoint.quantized
-    mismatches = checkpoint.reader.mismatches(sorted(quantized), sorted(kept))
+    mismatches = checkpoint.reader.mismatches(sorted(quantized), sorted(kept), checkpoint.peculiar)
     by_place: dict[tuple[str, str], list[Mismatch]] = defaultdict(list)
     for mismatch in mismatches:
         rule = _RULES[mismatch.found]

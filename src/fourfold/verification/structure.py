@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from fourfold.models.families import family_of
 from fourfold.models.names import EXPERT_LINEAR
@@ -120,9 +120,7 @@ def check_kept(checkpoint: Checkpoint) -> Iterator[Finding]:
 
 def check_expert_names(checkpoint: Checkpoint) -> Iterator[Finding]:
     """The linears of quantized experts have names that some loader maps; one finding a kind."""
-    config = checkpoint.config
-    text_config = config.get("text_config")
-    types = [part.get("model_type") for part in (config, text_config) if isinstance(part, Mapping)]
+    types = checkpoint.model_types
     family = family_of(*(name if isinstance(name, str) else None for name in types))
     kinds: dict[str, list[str]] = defaultdict(list)
     for name in sorted([*checkpoint.linears, *checkpoint.fp8]):

@@ -81,7 +81,8 @@ def check_block_scales(
 def _groups(checkpoint: Checkpoint) -> dict[str, str]:
     """Linear → the parameter that vLLM's Marlin path scales as a whole."""
     names = [linear.name for linear in checkpoint.sound]
-    fused = {name: group[0] for group in fused_groups(names) for name in group}
+    groups = fused_groups(names, checkpoint.peculiar)
+    fused = {name: group[0] for group in groups for name in group}
     sites = ((name, input_site(name)) for name in names)
     return fused | {name: site for name, site in sites if site is not None}
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fourfold.models.engines import Mismatch, check
+from fourfold.models.peculiarities import Peculiarities
 from fourfold.verification.rules import Finding
 
 if TYPE_CHECKING:
@@ -89,13 +90,16 @@ class LayoutReader(ABC):
         """Yield the findings on the layout's own configuration files."""
 
     def mismatches(
-        self, quantized: Collection[str], unquantized: Collection[str]
+        self,
+        quantized: Collection[str],
+        unquantized: Collection[str],
+        peculiar: Peculiarities,
     ) -> list[Mismatch]:
         """Return the modules that an engine would not treat as the checkpoint needs.
 
-        Both collections hold names of linear layers, as in `fourfold.models.engines.check`.
+        The arguments are those of `fourfold.models.engines.check`.
         """
-        return check(self.quant.ignore, quantized, unquantized)
+        return check(self.quant.ignore, quantized, unquantized, peculiar)
 
     def scale(self, part: str, value: float) -> float:
         """Return the factor that a stored global or input scale stands for."""
