@@ -435,9 +435,10 @@ def test_a_site_has_its_largest_scale(made: Made, tmp_path: Path) -> None:
 
     out = with_input_scales(made("qwen3_moe", ALL), tmp_path / "out", scale)
     sites = fourfold.load(out, simulate_activations=True).fourfold_simulation.sites
-    assert {sites.linears[f"model.layers.1.self_attn.{x}_proj"] for x in "qkv"} == {3.0}
-    assert sites.linears["model.layers.1.self_attn.o_proj"] == 6.0
-    assert sites.experts["model.layers.1.mlp.experts"] == {"gate_up": 5.375, "down": 7.375}
+    assert {sites.linears[f"model.layers.1.self_attn.{x}_proj"].scale for x in "qkv"} == {3.0}
+    assert sites.linears["model.layers.1.self_attn.o_proj"] == ("nvfp4", 6.0)
+    experts = sites.experts["model.layers.1.mlp.experts"]
+    assert {x: experts[x].scale for x in experts} == {"gate_up": 5.375, "down": 7.375}
 
 
 def test_two_models_do_not_mix(made: Made, w4a4: Made) -> None:

@@ -364,7 +364,7 @@ def generate(
         max_new_tokens: The most tokens to write.
         temperature: 0 takes the likeliest token; above 0, tokens are drawn.
         seed: Random seed for sampling.
-        simulate_activations: Round activations as W4A4 engines do; by default if `out` is W4A4.
+        simulate_activations: Round activations as engines do; by default if they round any.
         stream: Load one layer at a time; by default if the model does not fit into memory.
         device: cpu, cuda, cuda:N or auto.
         trust_remote_code, progress, on_event: As in `quantize`.

@@ -4,6 +4,7 @@ whichever rows are asked for; and that a form which is broken ends in one line w
 
 from __future__ import annotations
 
+import json
 import math
 from itertools import count
 from pathlib import Path
@@ -358,3 +359,30 @@ def test_a_scale_that_is_no_scale(value: float, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=message):
         decoded(tmp_path, broken, key="a.weight")
     assert decoded(tmp_path, broken, key="a.weight", rows=slice(0, 128)).isfinite().all()
+
+
+FP8_GROUP = {"weights": {"num_bits": 8, "type": "float"}}
+
+
+@pytest.mark.parametrize(
+    ("scale", "more", "expected"),
+    [
+        (("weight_scale", torch.tensor(2.0)), {"input_scale": torch.tensor(0.5)}, ("fp8", 0.5)),
+        (("weight_scale", torch.ones(256, 1)), {}, ("fp8_channel", None)),
+        (("weight_scale_inv", torch.ones(2, 2)), {}, ("fp8_block", None)),
+        (("weight_scale", torch.full((256, 8), 127).byte()), {}, ("mxfp8", None)),
+    ],
+)
+def test_how_engines_round_inputs(
+    scale: tuple[str, Tensor], more: dict[str, Tensor], expected: tuple[str, Any], tmp_path: Path
+) -> None:
+    tensors = {"a.weight": codes_of(256, 256), f"a.{scale[0]}": scale[1]}
+    tensors |= {f"a.{name}": value for name, value in more.items()}
+    for inputs, rounding in (({"num_bits": 8}, expected), (None, None)):
+        groups = {"group_0": FP8_GROUP | {"input_activations": inputs}}
+        folder = folder_of(tmp_path / str(inputs), dict(tensors))
+        config = {"quantization_config": {"config_groups": groups}}
+        (folder / "config.json").write_text(json.dumps(config))
+        source = open_decoded(folder)
+        assert source.input_roundings.get("a") == rounding
+        source.close()

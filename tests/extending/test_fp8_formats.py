@@ -18,6 +18,7 @@ from executing import assert_same_shards, execute
 from fourfold.config import OutputConfig, Runtime
 from fourfold.embedded import model_dir
 from fourfold.events import BackendChosen, Event, Resumed, ShardWritten
+from fourfold.formats.base import FORMATS as KNOWN
 from fourfold.formats.fp8 import reference
 from fourfold.layouts.base import LAYOUTS
 from fourfold.planning import Limits
@@ -193,3 +194,49 @@ def test_batches_on_a_device_give_the_bytes_of_the_cpu(
     )
     assert any("triton" in event.backend for event in events if isinstance(event, BackendChosen))
     assert_same_shards(tmp_path / "cpu", tmp_path / "device")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_load_rounds_inputs_as_engines_do(name: str, model: Path, tmp_path: Path) -> None:
+    more = "activations: {format: fp8}\n" if name == "fp8" else ""
+    data = {"calib": [ids_file(tmp_path)], "calib_seq": 24, "calib_size": 8} if more else {}
+    file = recipe(tmp_path, name, more)
+    fourfold.quantize(model, tmp_path / "out", file, **flat(verify=False, **data))
+    exact: Any = fourfold.load(tmp_path / "out", dtype=torch.float32)
+    rounded: Any = fourfold.load(tmp_path / "out", dtype=torch.float32, simulate_activations=True)
+    path, inputs = "model.layers.0.self_attn.k_proj", []
+    for loaded in (exact, rounded):  # the second hook runs after that of the simulation
+        loaded.get_submodule(path).register_forward_pre_hook(
+            lambda _, args, inputs=inputs: inputs.append(args[0])
+        )
+    ids = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
+    with torch.no_grad():
+        logits = [loaded(ids).logits for loaded in (exact, rounded)]
+    rounding = rounded.fourfold_simulation.sites.linears[path]
+    assert (rounding.format, rounding.scale is None) == (name, name != "fp8")
+    expected = KNOWN[name].round_activations(inputs[0], rounding.scale)
+    assert torch.equal(inputs[1], expected)
+    assert not torch.equal(inputs[0], expected)
+    assert 0 < float((logits[0] - logits[1]).norm() / logits[0].norm()) < 0.2
+    assert set(rounded.fourfold_simulation.calls) >= {
+        f"model.layers.1.mlp.experts.{product}" for product in ("gate_up", "down")
+    }
+
+
+def test_nvfp4_experts_and_fp8_attention_are_rounded_each_in_its_way(
+    model: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "mixed.yaml"
+    file.write_text(
+        "rules:\n"
+        "- {roles: [experts], weights: {format: nvfp4, scale: max}, "
+        "activations: {format: nvfp4, amax: constant}}\n"
+        "- {roles: [attention], weights: {format: mxfp8, scale: max}, "
+        "activations: {format: mxfp8}}\n"
+        "layout: plain\n"
+    )
+    fourfold.quantize(model, tmp_path / "out", file, output=DEFAULT)
+    loaded: Any = fourfold.load(tmp_path / "out", simulate_activations=True)
+    sites = loaded.fourfold_simulation.sites
+    assert set(sites.linears.values()) == {("mxfp8", None)}
+    assert sites.experts["model.layers.0.mlp.experts"]["down"] == ("nvfp4", 1.0)

@@ -42,7 +42,7 @@ class DemoResult:
     quantized_text: str
     comparison: Comparison
     simulated: bool
-    """True if the inputs of the quantized model's linear layers were rounded (W4A4)."""
+    """True if the inputs of the quantized model's linear layers were rounded."""
     temperature: float
     kv_cache: KVFormat | None = None
     """The format that the quantized model's keys and values were rounded to."""
@@ -86,7 +86,7 @@ def demonstrate(
         sampling: How each model continues the prompt.
     """
     with closing(open_decoded(out)) as checkpoint:
-        simulated, kv_cache = bool(checkpoint.input_scales), checkpoint.kv_cache
+        simulated, kv_cache = bool(checkpoint.input_roundings), checkpoint.kv_cache
         simulates = is_rounded(checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(source)
     with quiet(), _one_thread():

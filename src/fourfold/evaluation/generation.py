@@ -89,7 +89,7 @@ class Generation(Shown):
 
     def columns(self) -> list[tuple[str, str, str]]:
         """Return a heading, the model's folder and its text, for each model."""
-        how = "activations rounded (W4A4)" if self.simulated else "weights alone"
+        how = "activations rounded" if self.simulated else "weights alone"
         if self.kv_cache is not None:
             how += f", {self.kv_cache.upper()} KV cache"
         ours = (
@@ -154,7 +154,7 @@ def generate(
         quantized = writer.write("quantized", checkpoint, rounded=checkpoint if simulated else None)
         if original is not None and quantized.streamed and not original.streamed:
             original = writer.cut(original, fewer.max_new_tokens)
-        rounds_inputs = simulated and bool(checkpoint.input_scales)
+        rounds_inputs = simulated and bool(checkpoint.input_roundings)
     text, kv_cache = text_of(tokenizer, prompt), next(iter(writer.kv_formats), None)
     return Generation(text, original, quantized, rounds_inputs, kv_cache)
 

@@ -54,7 +54,7 @@ def load(
 
     Args:
         out: A checkpoint in the ModelOpt layout, whichever tool wrote it.
-        simulate_activations: Round the inputs of quantized linear layers as W4A4 engines do, and
+        simulate_activations: Round the inputs of quantized linear layers as engines do, and
             keys and values if the checkpoint asks for a quantized KV cache.
             `model.fourfold_simulation.remove()` ends that.
         dtype: The dtype of the parameters; by default the source's. float32 gives the weights'

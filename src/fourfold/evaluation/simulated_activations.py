@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""W4A4 inside a transformers model: the inputs of quantized linear layers are rounded to NVFP4.
+"""Quantized activations inside a transformers model: the inputs of quantized linear layers are
+rounded to NVFP4 or FP8, as engines do.
 
 Engines fuse layers that read the same activation and use the largest of their input scales; the
-experts of a layer share the largest, too. So each input site has one scale here. A hook rounds the
+experts of a layer share the largest, too. So each input site has one scale here, or none where
+engines choose it for each input. A hook rounds the
 inputs of an `nn.Linear`. An experts module runs transformers' own function, with its inputs
 rounded before both matrix products (`models/expert_hooks.py`). That is set up for each call, so
 that nothing of it stays in the model's configuration and several models can be simulated at once.
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -25,21 +27,22 @@ from torch import Tensor, nn
 
 from fourfold.errors import ModelError, SourceError, UsageError
 from fourfold.evaluation.simulated_kv_cache import KVCache, RoundedCaches, find_kv_cache
-from fourfold.formats.nvfp4.activations import fake_quantize
+from fourfold.formats.base import FORMATS
 from fourfold.models.expert_hooks import Product, Rows, watch_experts
 from fourfold.models.experts import ExpertsModule, Projection
 from fourfold.models.inventory import Inventory, LinearWeight
 from fourfold.models.module_tree import ModuleTree
 from fourfold.models.roles import Role
+from fourfold.sources.codecs.base import InputRounding, NVFP4Codec
 from fourfold.sources.decoded import DecodedSource
 
 
 @dataclass(frozen=True)
 class Sites:
-    """The input scales of a model, by module path in memory."""
+    """How the inputs of a model's modules are rounded, by path in memory."""
 
-    linears: Mapping[str, float]
-    experts: Mapping[str, Mapping[Product, float]]
+    linears: Mapping[str, InputRounding]
+    experts: Mapping[str, Mapping[Product, InputRounding]]
     kv_cache: KVCache | None = None
 
 
@@ -51,13 +54,13 @@ class Simulation(ExitStack):
         self.sites = sites
         self.calls: Counter[str] = Counter()
         """The number of times that each input was rounded, by path."""
-        for path, scale in sites.linears.items():
+        for path, rounding in sites.linears.items():
             hook = model.get_submodule(path).register_forward_pre_hook(
-                partial(self._round_linear, path, scale), with_kwargs=True
+                partial(self._round_linear, path, rounding), with_kwargs=True
             )
             self.callback(hook.remove)
-        for path, scales in sites.experts.items():
-            watch = _Rounding(path, scales, self.calls)
+        for path, roundings in sites.experts.items():
+            watch = _Rounding(path, roundings, self.calls)
             experts = _RoundedExperts(model.get_submodule(path), tree.experts[path], watch)
             self.callback(experts.take_off)
         if sites.kv_cache is not None:
@@ -69,12 +72,12 @@ class Simulation(ExitStack):
         self.close()
 
     def _round_linear(
-        self, path: str, scale: float, _: nn.Module, args: Any, kwargs: dict[str, Any]
+        self, path: str, rounding: InputRounding, _: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
         self.calls[path] += 1
         if args:
-            return (fake_quantize(args[0], scale), *args[1:]), kwargs
-        return args, kwargs | {"input": fake_quantize(kwargs["input"], scale)}
+            return (_rounded(args[0], rounding), *args[1:]), kwargs
+        return args, kwargs | {"input": _rounded(kwargs["input"], rounding)}
 
     def __reduce__(self) -> NoReturn:
         raise UsageError(
@@ -88,12 +91,19 @@ class _Rounding:
 
     all_experts = False
 
-    def __init__(self, path: str, scales: Mapping[Product, float], calls: Counter[str]) -> None:
-        self.path, self.scales, self.calls = path, scales, calls
+    def __init__(
+        self, path: str, roundings: Mapping[Product, InputRounding], calls: Counter[str]
+    ) -> None:
+        self.path, self.roundings, self.calls = path, roundings, calls
 
     def __call__(self, rows: Rows, *, is_routed: bool) -> Tensor:
         self.calls[f"{self.path}.{rows.product}"] += 1
-        return fake_quantize(rows.x, self.scales[rows.product])
+        rounding = self.roundings.get(rows.product)
+        return rows.x if rounding is None else _rounded(rows.x, rounding)
+
+
+def _rounded(x: Tensor, rounding: InputRounding) -> Tensor:
+    return FORMATS[rounding.format].round_activations(x, rounding.scale)
 
 
 _WATCHING = threading.RLock()
@@ -130,7 +140,7 @@ class _RoundedExperts:
 
 def is_rounded(checkpoint: DecodedSource) -> bool:
     """True if engines round activations: the inputs of linear layers, or keys and values."""
-    return bool(checkpoint.input_scales) or checkpoint.kv_cache is not None
+    return bool(checkpoint.input_roundings) or checkpoint.kv_cache is not None
 
 
 def check_rounded(checkpoint: DecodedSource) -> None:
@@ -146,28 +156,41 @@ def find_sites(checkpoint: DecodedSource, inventory: Inventory, tree: ModuleTree
     """Return the modules that the checkpoint's input scales belong to, and its KV cache."""
     check_rounded(checkpoint)
     kv_cache = find_kv_cache(checkpoint, inventory)
-    if not checkpoint.input_scales:
+    if not checkpoint.input_roundings:
         return Sites({}, {}, kv_cache)
-    linears = [linear for linear in inventory.linears if linear.name in checkpoint.linears]
-    _check_all_known(checkpoint, linears)
-    scales = _largest_by_site(checkpoint, linears)
-    plain: dict[str, float] = {}
-    experts: dict[str, dict[Product, float]] = defaultdict(dict)
-    for linear in linears:
-        scale = scales[linear.input_site]
+    stored = checkpoint.linears.keys()
+    linears = [
+        (linear, key)
+        for linear in inventory.linears
+        if (key := _key_of(linear, stored)) is not None
+    ]
+    _check_all_known(checkpoint, {key for _, key in linears})
+    roundings = _by_site(checkpoint, linears)
+    plain: dict[str, InputRounding] = {}
+    experts: dict[str, dict[Product, InputRounding]] = defaultdict(dict)
+    for linear, key in linears:
+        own = checkpoint.input_roundings.get(key)
+        if own is None:
+            continue
+        rounding = roundings[linear.input_site, own.format]
         if linear.expert is not None and linear.module in tree.experts:
             is_down = linear.projection is Projection.DOWN
-            experts[linear.module][Product.DOWN if is_down else Product.GATE_UP] = scale
+            experts[linear.module][Product.DOWN if is_down else Product.GATE_UP] = rounding
         elif linear.role is not Role.MTP:
             for path in _modules_of(linear, tree):
-                plain[path] = max(scale, plain.get(path, 0.0))
+                plain[path] = _larger(rounding, plain.get(path))
     for path in experts:
-        _check_whole(path, linears, inventory)
+        _check_whole(path, [linear for linear, _ in linears], inventory)
     return Sites(plain, experts, kv_cache)
 
 
-def _check_all_known(checkpoint: DecodedSource, linears: list[LinearWeight]) -> None:
-    unknown = sorted(checkpoint.linears.keys() - {linear.name for linear in linears})
+def _key_of(linear: LinearWeight, stored: Collection[str]) -> str | None:
+    """The name of the quantized weight that is, or holds, a linear weight."""
+    return next((key for key in (linear.name, linear.region.key) if key in stored), None)
+
+
+def _check_all_known(checkpoint: DecodedSource, known: Collection[str]) -> None:
+    unknown = sorted(checkpoint.linears.keys() - known)
     if unknown:
         raise ModelError(
             f"{checkpoint.folder}: {unknown[0]}: is quantized, but not a linear layer of the model "
@@ -175,21 +198,34 @@ def _check_all_known(checkpoint: DecodedSource, linears: list[LinearWeight]) -> 
         )
 
 
-def _largest_by_site(checkpoint: DecodedSource, linears: list[LinearWeight]) -> dict[str, float]:
-    largest: dict[str, float] = {}
-    for linear in linears:
-        scale = checkpoint.input_scales.get(linear.name)
-        if scale is None:
+def _by_site(
+    checkpoint: DecodedSource, linears: Iterable[tuple[LinearWeight, str]]
+) -> dict[tuple[str, str], InputRounding]:
+    """How inputs are rounded, by input site and format, with the largest of the stored scales."""
+    by_site: dict[tuple[str, str], InputRounding] = {}
+    static = checkpoint.input_scales
+    for linear, key in linears:
+        rounding = checkpoint.input_roundings.get(key)
+        if rounding is not None:
+            place = linear.input_site, rounding.format
+            by_site[place] = _larger(rounding, by_site.get(place))
+        elif static and isinstance(checkpoint.codec_of(f"{linear.name}.weight"), NVFP4Codec):
             raise SourceError(
-                f"{linear.name}.input_scale: is missing, while {len(checkpoint.input_scales)} are "
+                f"{linear.name}.input_scale: is missing, while {len(static)} are "
                 "there. The checkpoint is incomplete: quantize the model again."
             )
-        largest[linear.input_site] = max(scale, largest.get(linear.input_site, 0.0))
-    return largest
+    return by_site
+
+
+def _larger(one: InputRounding, other: InputRounding | None) -> InputRounding:
+    """The one with the larger scale."""
+    if one.scale is None or other is None or other.scale is None:
+        return one
+    return max(one, other, key=lambda rounding: rounding.scale or 0.0)
 
 
 def _check_whole(path: str, linears: list[LinearWeight], inventory: Inventory) -> None:
-    # Engines take all experts of a module in NVFP4, or none.
+    # Engines take all experts of a module in one format, or none.
     quantized = [linear for linear in linears if linear.module == path]
     every = [linear for linear in inventory.linears if linear.module == path]
     if len(quantized) != len(every):

@@ -36,7 +36,13 @@ from fourfold.sources.claims import (
     kv_cache_format,
     quantization_entries,
 )
-from fourfold.sources.codecs.base import MXFP4Codec, NVFP4Codec, TensorCodec, in_dtype, slabs_for
+from fourfold.sources.codecs.base import (
+    InputRounding,
+    MXFP4Codec,
+    TensorCodec,
+    in_dtype,
+    slabs_for,
+)
 from fourfold.sources.pieces import Piece, pieces_of
 from fourfold.sources.safetensors import open_source
 from fourfold.storage.names import CARD, REPORT, STATISTICS, SUMMARY
@@ -137,14 +143,23 @@ class DecodedSource(SourceView):
         return {key.removesuffix(".weight"): x.info.shape for key, x in self.weights.items()}
 
     @cached_property
+    def input_roundings(self) -> Mapping[str, InputRounding]:
+        """How engines round the inputs of quantized linear layers, by name; those are missing whose
+        inputs keep 16 bits."""
+        roundings = {
+            key.removesuffix(".weight"): codec.input_rounding(self.weights[key], self.source.slab)
+            for key, codec in self._codecs.items()
+        }
+        return {name: rounding for name, rounding in roundings.items() if rounding is not None}
+
+    @property
     def input_scales(self) -> Mapping[str, float]:
         """The static scales of NVFP4 activations by linear layer; empty for W4A16."""
-        scales = {
-            key.removesuffix(".weight"): codec.input_scale(self.weights[key], self.source.slab)
-            for key, codec in self._codecs.items()
-            if isinstance(codec, NVFP4Codec)
+        return {
+            name: rounding.scale
+            for name, rounding in self.input_roundings.items()
+            if rounding.format == "nvfp4" and rounding.scale is not None
         }
-        return {name: scale for name, scale in scales.items() if scale is not None}
 
     @cached_property
     def kv_cache(self) -> KVFormat | None:

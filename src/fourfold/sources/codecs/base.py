@@ -14,13 +14,15 @@ To add a codec, write one module with a subclass and name it in `CODECS`.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
+from fourfold.errors import SourceError
 from fourfold.formats.registry import Registry
 from fourfold.storage.safetensors_header import COMPUTE_DTYPES, TORCH_DTYPES, TensorInfo, nbytes_of
 from fourfold.storage.source import Slab
@@ -56,6 +58,15 @@ class EncodedWeight:
         yield from self.parts.values()
         if self.input_scale is not None:
             yield self.input_scale
+
+
+class InputRounding(NamedTuple):
+    """How engines round the inputs of a quantized linear layer."""
+
+    format: str
+    """A name in `FORMATS`."""
+    scale: float | None
+    """The scale that the checkpoint stores; None if engines choose it for each input."""
 
 
 class TensorCodec(ABC):
@@ -103,6 +114,10 @@ class TensorCodec(ABC):
             out: A contiguous tensor of these rows' shape: bfloat16, float16 or float32.
         """
 
+    def input_rounding(self, weight: EncodedWeight, read: ReadRows) -> InputRounding | None:
+        """Return how engines round the inputs of a weight; None if they keep 16 bits."""
+        return None
+
     def hidden(self, tensors: Mapping[str, TensorInfo]) -> Collection[str]:
         """Return further tensors that exist for quantization only, such as scales of KV caches."""
         return ()
@@ -124,6 +139,10 @@ class NVFP4Codec(TensorCodec):
     @abstractmethod
     def input_scale(self, weight: EncodedWeight, read: ReadRows) -> float | None:
         """Return the scale of a layer's quantized inputs, as a multiplier; None for W4A16."""
+
+    def input_rounding(self, weight: EncodedWeight, read: ReadRows) -> InputRounding | None:
+        scale = self.input_scale(weight, read)
+        return None if scale is None else InputRounding("nvfp4", scale)
 
 
 class MXFP4Codec(TensorCodec):
@@ -181,6 +200,16 @@ def presented(
 def in_dtype(info: TensorInfo, dtype: str) -> TensorInfo:
     """The same tensor in another dtype."""
     return replace(info, dtype=dtype, stop=info.start + nbytes_of(dtype, info.shape))
+
+
+def positive_scale(name: str, scale: torch.Tensor) -> float:
+    """Return a scalar scale; `SourceError` unless it is positive and finite."""
+    value = float(scale)
+    if not (math.isfinite(value) and value > 0):
+        raise SourceError(
+            f"{name}: {value}; a scale must be positive and finite. Quantize the model again."
+        )
+    return value
 
 
 def slabs_for(

@@ -28,7 +28,14 @@ from typing import Any, ClassVar
 import torch
 
 from fourfold.errors import SourceError
-from fourfold.sources.codecs.base import EncodedWeight, ReadRows, TensorCodec, presented
+from fourfold.sources.codecs.base import (
+    EncodedWeight,
+    InputRounding,
+    ReadRows,
+    TensorCodec,
+    positive_scale,
+    presented,
+)
 from fourfold.storage.safetensors_header import TensorInfo
 
 CODES, SCALE = "weight", "weight_scale"
@@ -39,9 +46,11 @@ DEFAULT_BLOCK = (128, 128)
 MX_BLOCK = 32
 """Weights of a row that share an exponent in MXFP8."""
 
+_QUANTIZATION = ("quantization_config", "compression_config")
 _EXPONENTS = ("F8_E8M0", "U8")  # a byte b means 2^(b − 127)
 _SCALE_DTYPES = ("F32", "BF16", "F16", *_EXPONENTS)
 _LINEAR_SCALES = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")
+_STATIC_SCALES = ("input_scale", "activation_scale", "act_scale", "qscale_act")
 _FUSED_SCALES = ("_scale_inv", "_weight_scale", "_scale")
 _INPUT_SCALE = re.compile(
     r"[._](input_scale|input_scale_ub|input_global_scale|act(ivation)?_scale|qscale_act)$"
@@ -57,6 +66,10 @@ class Kind(Enum):
     BLOCK = "a block, or a group of a row"
     CHANNEL = "a matrix, half of one, a row or a column"
     MX = "32 weights of a row, a power of two"
+
+
+_DYNAMIC = {Kind.BLOCK: "fp8_block", Kind.CHANNEL: "fp8_channel", Kind.MX: "mxfp8"}
+"""The formats that engines round inputs to, if the checkpoint stores no scale for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +90,10 @@ class FP8Weight(EncodedWeight):
     grid: Grid
     is_rounded_to_scale: bool
     """True if the product is rounded to the scale's dtype before it is rounded to the weight's."""
+    rounds_inputs: bool
+    """True if engines round the inputs to FP8."""
+    static_scale: str | None
+    """The stored tensor that scales the inputs; None if engines choose their scales."""
 
 
 class FP8Codec(TensorCodec):
@@ -88,6 +105,7 @@ class FP8Codec(TensorCodec):
         self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
     ) -> Mapping[str, EncodedWeight]:
         sizes = tuple(_stated_block_sizes(config)) or (DEFAULT_BLOCK,)
+        rounds_inputs = _rounds_inputs(config)
         weights: dict[str, EncodedWeight] = {}
         for key, codes in tensors.items():
             if codes.dtype != "F8_E4M3" or len(codes.shape) < 2 or "scale" in _leaf(key):
@@ -100,6 +118,8 @@ class FP8Codec(TensorCodec):
                     {CODES: key, SCALE: scale.key},
                     grid=grid,
                     is_rounded_to_scale=scale.key.endswith("weight_scale"),
+                    rounds_inputs=rounds_inputs,
+                    static_scale=_static_scale_of(key, tensors),
                 )
         return weights
 
@@ -111,6 +131,17 @@ class FP8Codec(TensorCodec):
         for first in range(start, stop, step):
             last = min(first + step, stop)
             _decode_rows(weight, first, last, read, out[first - start : last - start])
+
+    def input_rounding(self, weight: EncodedWeight, read: ReadRows) -> InputRounding | None:
+        assert isinstance(weight, FP8Weight)
+        if not weight.rounds_inputs:
+            return None
+        if weight.static_scale is not None:
+            scale = positive_scale(weight.static_scale, read(weight.static_scale, 0, 1))
+            return InputRounding("fp8", scale)
+        if self.kind is Kind.BLOCK and weight.grid.block[1] != DEFAULT_BLOCK[1]:
+            return None
+        return InputRounding(_DYNAMIC[self.kind], None)
 
     def hidden(self, tensors: Mapping[str, TensorInfo]) -> Collection[str]:
         return [key for key in tensors if _is_static_scale(key, tensors)]
@@ -137,6 +168,28 @@ def _stated_block_sizes(config: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
             match value.split("x") if isinstance(value, str) else value:
                 case [height, width] if str(height).isdecimal() and str(width).isdecimal():
                     yield max(1, int(height)), max(1, int(width))
+
+
+def _rounds_inputs(config: Mapping[str, Any]) -> bool:
+    """False if a compressed-tensors configuration keeps the inputs of FP8 weights in 16 bits."""
+    parts = (config, *(value for value in config.values() if isinstance(value, dict)))
+    entries = (part.get(name) for part in parts for name in _QUANTIZATION)
+    stated = (entry.get("config_groups") for entry in entries if isinstance(entry, dict))
+    groups = [group for some in stated if isinstance(some, dict) for group in some.values()]
+    fp8 = [x for x in groups if isinstance(x, dict) and _is_fp8(x.get("weights"))]
+    return not fp8 or any(group.get("input_activations") for group in fp8)
+
+
+def _is_fp8(arguments: Any) -> bool:
+    of_weights = arguments if isinstance(arguments, dict) else {}
+    return (of_weights.get("num_bits"), of_weights.get("type")) == (8, "float")
+
+
+def _static_scale_of(key: str, tensors: Mapping[str, TensorInfo]) -> str | None:
+    """The one number that scales the inputs of a linear layer's weight, if it is stored."""
+    stem = key.removesuffix(".weight")
+    names = (f"{stem}.{name}" for name in _STATIC_SCALES)
+    return next((x for x in names if x in tensors and tensors[x].numel == 1), None)
 
 
 def _scale_of(key: str, tensors: Mapping[str, TensorInfo]) -> TensorInfo:

@@ -11,7 +11,6 @@ Rows of a weight are decoded from the same rows of the codes and block scales.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -31,6 +30,7 @@ from fourfold.sources.codecs.base import (
     EncodedWeight,
     NVFP4Codec,
     ReadRows,
+    positive_scale,
     presented,
 )
 from fourfold.storage.safetensors_header import TensorInfo
@@ -76,16 +76,6 @@ class ModelOptNVFP4(NVFP4Codec):
 
     def hidden(self, tensors: Mapping[str, TensorInfo]) -> Collection[str]:
         return [key for key in tensors if key.rpartition(".")[2] in (K_SCALE, V_SCALE)]
-
-
-def positive_scale(name: str, scale: torch.Tensor) -> float:
-    """Return a scalar scale; `SourceError` unless it is positive and finite."""
-    value = float(scale)
-    if not (math.isfinite(value) and value > 0):
-        raise SourceError(
-            f"{name}: {value}; a scale must be positive and finite. Quantize the model again."
-        )
-    return value
 
 
 def _is_nvfp4(tensors: Mapping[str, TensorInfo], linear: str) -> bool:

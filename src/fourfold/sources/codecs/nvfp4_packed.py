@@ -20,8 +20,13 @@ import torch
 
 from fourfold.errors import SourceError
 from fourfold.formats.nvfp4 import BLOCK_SIZE
-from fourfold.sources.codecs.base import EncodedWeight, NVFP4Codec, ReadRows, presented
-from fourfold.sources.codecs.modelopt_nvfp4 import positive_scale
+from fourfold.sources.codecs.base import (
+    EncodedWeight,
+    NVFP4Codec,
+    ReadRows,
+    positive_scale,
+    presented,
+)
 from fourfold.storage.safetensors_header import TensorInfo
 
 CODES, BLOCK_SCALE, DIVISOR = "weight_packed", "weight_scale", "weight_global_scale"
