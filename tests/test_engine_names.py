@@ -8,6 +8,7 @@ plan's list must get the right verdict under each of these names.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -208,6 +209,23 @@ def test_a_list_without_an_engine_s_own_name_is_found(
     peculiar = peculiarities_of(family)
     assert own in write_ignore([], [kept], peculiar)
     assert [(m.engine, m.module) for m in check([kept], [], [kept], peculiar)] == [(engine, own)]
+
+
+def test_verify_finds_a_list_without_an_engine_s_own_name(written: Written, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    fourfold.quantize(written("lfm2_moe")[0], out, EXPERTS)
+    assert fourfold.verify(out).clean
+    for name, keys in {
+        "config.json": ("quantization_config", "ignore"),
+        "hf_quant_config.json": ("quantization", "exclude_modules"),
+    }.items():
+        config = json.loads((out / name).read_text())
+        entries = config[keys[0]][keys[1]]
+        config[keys[0]][keys[1]] = [entry for entry in entries if "down_proj" not in entry]
+        (out / name).write_text(json.dumps(config))
+    found = [x for x in fourfold.verify(out).findings if x.severity == "error"]
+    assert {finding.id for finding in found} == {"ignore-lacks-unquantized"}
+    assert all(finding.tensor.endswith("feed_forward.down_proj") for finding in found)
 
 
 def test_entries_that_sglang_rewrites() -> None:

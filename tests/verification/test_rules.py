@@ -527,7 +527,7 @@ MIXED = [
     mixed("fp8-scale-value", put(f"{O}.weight_scale", lambda t: t * torch.nan),
           "FP8_PER_CHANNEL_PER_TOKEN", "NaN"),
     mixed("input-scale-missing", drop(f"{O}.input_scale")),
-    mixed("input-scale-unexpected", scalar(f"{O}.input_scale", 1.0), "MXFP8"),
+    mixed("fp8-tensors", scalar(f"{O}.input_scale", 1.0), "MXFP8", "an input scale"),
     mixed("input-scale-shape", put(f"{O}.input_scale", lambda t: t.repeat(2))),
     mixed("input-scale-nan", scalar(f"{O}.input_scale", float("nan"))),
     mixed("group-input-scale-differs", scalar(f"{Q}.input_scale", 0.5)),

@@ -81,7 +81,9 @@ class Family:
 
 _ALL_ENGINES = (Engine.VLLM, Engine.SGLANG, Engine.TRTLLM)
 _VLLM_SGLANG = (Engine.VLLM, Engine.SGLANG)
+_SGLANG_TRTLLM = (Engine.SGLANG, Engine.TRTLLM)
 _VLLM = (Engine.VLLM,)
+_SGLANG = (Engine.SGLANG,)
 _NO_ENGINE = ()
 
 _A_LAYER = r"\d+"
@@ -132,7 +134,7 @@ DEFAULT = Family(
 
 _TABLE: dict[str, Family] = {
     # One tensor per expert on disk, named gate_proj / up_proj / down_proj.
-    "afmoe": Family(_GATE_UP_DOWN, _ALL_ENGINES),
+    "afmoe": Family(_GATE_UP_DOWN, _SGLANG_TRTLLM),
     "axk1": Family(_GATE_UP_DOWN, _VLLM),
     "axk2": Family(_GATE_UP_DOWN, _VLLM),
     "bailing_hybrid": Family(_GATE_UP_DOWN, _VLLM_SGLANG),
@@ -146,7 +148,7 @@ _TABLE: dict[str, Family] = {
     "dots3_note": Family(_GATE_UP_DOWN, _VLLM_SGLANG),
     "ernie4_5_moe": Family(_GATE_UP_DOWN, _VLLM_SGLANG),
     "ernie4_5_vl_moe": Family(_GATE_UP_DOWN, _VLLM_SGLANG),
-    "exaone_moe": Family(_GATE_UP_DOWN, _ALL_ENGINES),
+    "exaone_moe": Family(_GATE_UP_DOWN, _SGLANG_TRTLLM),
     "flex_olmo": Family(_GATE_UP_DOWN, _VLLM),
     "flint": Family(_GATE_UP_DOWN, _VLLM),
     "glm4_moe": Family(_GATE_UP_DOWN, _ALL_ENGINES),
@@ -166,14 +168,19 @@ _TABLE: dict[str, Family] = {
     "qwen2_moe": Family(_GATE_UP_DOWN, _ALL_ENGINES),
     "qwen3_moe": Family(_GATE_UP_DOWN, _ALL_ENGINES),
     "qwen3_next": Family(_GATE_UP_DOWN, _ALL_ENGINES),
-    "qwen3_omni_moe": Family(_GATE_UP_DOWN, _VLLM_SGLANG),
+    "qwen3_omni_moe": Family(_GATE_UP_DOWN, _SGLANG),
     "solar_open": Family(_GATE_UP_DOWN, _VLLM),
     "unlimited_ocr": Family(_GATE_UP_DOWN, _VLLM_SGLANG),
     # One tensor per expert on disk, named w1 / w3 / w2.
     "deepseek_v4": Family(_W1_W3_W2, _ALL_ENGINES, parent="ffn"),
     "kimi_linear": Family(_W1_W3_W2, _ALL_ENGINES, parent=_SPARSE),
     "lfm2_moe": Family(_W1_W3_W2, _VLLM_SGLANG, parent="feed_forward"),
-    "minimax": Family(_W1_W3_W2, _VLLM, parent=_SPARSE),
+    "minimax": Family(
+        _W1_W3_W2,
+        _NO_ENGINE,
+        remark="vLLM's Transformers backend, which alone has the family, has no linear attention",
+        parent=_SPARSE,
+    ),
     "minimax_m2": Family(_W1_W3_W2, _ALL_ENGINES, parent=_SPARSE),
     "minimax_m3_vl": Family(_W1_W3_W2, _ALL_ENGINES, parent=_SPARSE),
     "mistral_large4": Family(_W1_W3_W2, _NO_ENGINE, parent=_A_LAYER),
@@ -187,7 +194,7 @@ _TABLE: dict[str, Family] = {
     "gemma4": Family(_GATE_UP_DOWN, _ALL_ENGINES, _GATE_UP_STACK, parent=_A_LAYER),
     "granitemoe": Family(_GATE_UP_DOWN, _VLLM_SGLANG, _GRANITE, parent=_SPARSE),
     "granitemoe_swa": Family(_GATE_UP_DOWN, _VLLM_SGLANG, _GRANITE, parent=_SPARSE),
-    "granitemoehybrid": Family(_GATE_UP_DOWN, _VLLM_SGLANG, _GRANITE, parent=_SPARSE),
+    "granitemoehybrid": Family(_GATE_UP_DOWN, _VLLM, _GRANITE, parent=_SPARSE),
     "granitemoeshared": Family(_GATE_UP_DOWN, _VLLM_SGLANG, _GRANITE, parent=_SPARSE),
     "hy_v4": Family(_GATE_UP_DOWN, _VLLM_SGLANG, _GATE_UP_STACK),
     "llama4": Family(_GATE_UP_DOWN, _VLLM_SGLANG, _GATE_UP_STACK, parent="feed_forward"),
@@ -196,13 +203,14 @@ _TABLE: dict[str, Family] = {
     "qwen3_vl_moe": Family(_GATE_UP_DOWN, _ALL_ENGINES, _GATE_UP_STACK),
     "qwen4_exp": Family(_GATE_UP_DOWN, _VLLM_SGLANG, _GATE_UP_STACK),
     "step3p7": Family(_GATE_UP_DOWN, _VLLM, _STEP, parent="moe"),
+    "zaya": Family(_GATE_UP_DOWN, _VLLM, _GATE_UP_STACK),
     # Stacked on disk, and no engine reads NVFP4 experts one by one.
     "dbrx": Family(ExpertNames("w1", "v1", "w2"), _NO_ENGINE, _DBRX, parent="ffn"),
     "gpt_oss": Family(
         _GATE_UP_DOWN,
         _NO_ENGINE,
         _BIASED,
-        remark="vLLM and SGLang skip these names without a word; MXFP4 is this family's format",
+        remark="vLLM stops with a KeyError, SGLang skips the names; MXFP4 is this family's format",
     ),
     "inkling": Family(
         _GATE_UP_DOWN,
@@ -225,7 +233,6 @@ _TABLE: dict[str, Family] = {
         remark="Nemotron 3.5 Transcribe: stacked transposed, no gate",
     ),
     "openai_privacy_filter": Family(_GATE_UP_DOWN, _NO_ENGINE, _BIASED),
-    "zaya": Family(_GATE_UP_DOWN, _NO_ENGINE, _GATE_UP_STACK),
     # No engine, and expert names of their own.
     "switch_transformers": Family(ExpertNames(None, "wi", "wo"), _NO_ENGINE),
     "nllb-moe": Family(ExpertNames(None, "fc1", "fc2"), _NO_ENGINE, parent="ffn"),

@@ -145,7 +145,7 @@ def _input_scale(checkpoint: Checkpoint, linear: FP8Linear) -> Iterator[Finding]
         if is_wanted:
             yield finding("input-scale-missing", name, f"missing ({linear.algo})")
     elif not is_wanted:
-        yield finding("input-scale-unexpected", name, f"there is one ({linear.algo})")
+        yield finding("fp8-tensors", name, f"there is one ({linear.algo})")
     elif info.numel != 1:
         yield finding("input-scale-shape", name, f"shape {list(info.shape)}, should be []")
     elif not 0 < (value := checkpoint.scalar(name)) < math.inf:

@@ -93,8 +93,8 @@ _RULES = (
     Rule("input-scale-missing", _E, "Under NVFP4 (W4A4) a quantized linear has an input_scale.",
          "vLLM reads uninitialized memory for experts, SGLang takes 1.0, neither complains; "
          "TensorRT-LLM fails"),
-    Rule("input-scale-unexpected", _E, "Under W4A16_NVFP4 no linear has an input_scale.",
-         "vLLM has no such parameter and fails to load"),
+    Rule("input-scale-unexpected", _W, "Under W4A16_NVFP4 no linear has an input_scale.",
+         "vLLM 0.33 and SGLang read it and do not use it; older loaders fail at it"),
     Rule("weight-dtype", _E, "A quantized weight is uint8.", _LOADERS),
     Rule("block-scale-dtype", _E, "weight_scale is float8_e4m3fn.",
          "copied into an E4M3 parameter, the values are rounded or the load fails"),
