@@ -19,10 +19,12 @@ from torch import Tensor
 
 import fourfold
 from extending.reciprocal import Reciprocal
-from families import Truth
+from families import FAMILIES, Truth, mostly_slow
+from fourfold.calibration.reading import reads_text_twice
 from fourfold.embedded import model_dir
 from fourfold.formats.kv_cache import KVFormat, round_states
 from fourfold.layouts import LAYOUTS
+from fourfold.models.internals import runnable
 from fourfold.sources.claims import kv_cache_format
 from jobs import flat, ids_file
 from numerics.activation_oracle import rounded
@@ -209,6 +211,38 @@ def ids_for(model: Any, length: int = 20) -> Tensor:
 def logits_of(model: Any, ids: Tensor, **options: Any) -> Tensor:
     with torch.no_grad():
         return model(ids, **options).logits
+
+
+OTHERS = [
+    name
+    for name, family in FAMILIES.items()
+    if not family.load_error and family.layout != "dense" and name != "jetmoe"
+]
+LATENT = {
+    "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "longcat_flash",
+    "axk1", "axk2", "bailing_hybrid", "dots3_note", "glm5_next", "kimi_linear", "deepseek_v4",
+    "mistral_large4", "hy_v4", "mistral4", "deepseek_v3_mtp",
+}  # fmt: skip
+WITH_AN_ENCODER = {"switch_transformers", "nllb_moe"}
+NO_CACHE = {"openai_privacy_filter"}
+
+
+@pytest.mark.parametrize("name", mostly_slow(OTHERS, "inkling", "dbrx", "deepseek_v4", "nllb_moe"))
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_every_family_runs(name: str, written: Written, tmp_path: Path) -> None:
+    """With a rounded cache, the same with one of its own and without; or with a warning."""
+    out = quantized(written(name)[0], tmp_path, CAST, "quantize: [experts]")
+    model: Any = fourfold.load(out, simulate_activations=True)
+    part, kv_cache = runnable(model), model.fourfold_simulation.sites.kv_cache
+    assert (kv_cache is None) == (name in LATENT | WITH_AN_ENCODER)
+    if kv_cache is None:
+        return
+    ids = torch.arange(1, 13)[None]
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if reads_text_twice(part) else {})
+    first, second = (part(**inputs, **options) for options in ({}, {"use_cache": False}))
+    assert torch.equal(first[0], second[0])
+    counts = {n for path, n in model.fourfold_simulation.calls.items() if path.endswith(".kv")}
+    assert counts == (set() if name in NO_CACHE else {2})
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,11 @@ class OpenedModel:
         Warns of a KV cache that cannot be simulated and keeps its precision.
         """
         sites = find_sites(checkpoint, self.inventory, self.streamed.tree)
-        if sites.kv_cache is not None and (reason := why_exact(self.model, sites.kv_cache)):
+        reason = None
+        if sites.kv_cache is not None:
+            facts = self.inventory, self.source.config
+            reason = why_exact(self.model, sites.kv_cache, *facts)
+        if reason is not None:
             warnings.warn(f"{checkpoint.folder}: {reason}, and keeps its precision.", stacklevel=3)
             sites = replace(sites, kv_cache=None)
         return Simulation(self.model, self.streamed.tree, sites)

@@ -27,6 +27,7 @@ from fourfold.calibration.kv_cache import record_updates, recording_cache, usual
 from fourfold.formats.kv_cache import KVFormat, round_states
 from fourfold.models.internals import runnable
 from fourfold.models.inventory import Inventory
+from fourfold.planning.activations import is_latent
 from fourfold.sources.decoded import DecodedSource
 
 
@@ -53,12 +54,14 @@ def find_kv_cache(checkpoint: DecodedSource, inventory: Inventory) -> KVCache | 
     return KVCache(checkpoint.kv_cache, scales)
 
 
-def why_exact(model: Any, kv_cache: KVCache) -> str | None:
+def why_exact(
+    model: Any, kv_cache: KVCache, inventory: Inventory, config: Mapping[str, Any]
+) -> str | None:
     """Return why a model's KV cache keeps its precision; None if it can be rounded."""
     if kv_cache.format == "nvfp4" and any(x != (1.0, 1.0) for x in kv_cache.scales.values()):
         return "engines disagree about the scales of its NVFP4 KV cache, which is not simulated"
     part = runnable(model)
-    if getattr(part.config.get_text_config(), "kv_lora_rank", None) is not None:
+    if is_latent(inventory, config):
         return "the latent cache of MLA is not simulated"
     if part.config.is_encoder_decoder:
         return "the KV cache of a model with an encoder is not simulated"
@@ -104,7 +107,8 @@ class RoundedCaches(ExitStack):
         cache = arguments.get("past_key_values")
         if cache is None:
             wanted = arguments.get("use_cache")
-            wanted = self.model.config.get_text_config().use_cache if wanted is None else wanted
+            if wanted is None:
+                wanted = getattr(self.model.config.get_text_config(), "use_cache", False)
             cache = usual_cache(self.model) if wanted else recording_cache(self.model, self.round)
             kwargs = kwargs | {"past_key_values": cache, "use_cache": True}
         if not hasattr(cache, "record"):

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from fourfold.models.inventory import Inventory
+from fourfold.models.roles import Role
 from fourfold.planning.rows import ScaleGroup
 from fourfold.recipes import Recipe
 
@@ -15,6 +16,9 @@ NVFP4_KV_CACHE = (
     "on Blackwell, if its option kv-cache-dtype says nvfp4; TensorRT-LLM on Blackwell"
 )
 """vLLM takes it from `kv_cache_scheme` in config.json, TensorRT-LLM from hf_quant_config.json."""
+
+_LATENT = frozenset({"wkv", "kv_proj"})
+"""Layers that make keys and values in one, of families whose config.json states no rank."""
 
 _HEAD_SIZES = (64, 128, 256, 512)
 """Those of vLLM's FlashInfer backend."""
@@ -42,7 +46,7 @@ def kv_cache_notes(
     if recipe.kv_format != "nvfp4":
         return
     yield NVFP4_KV_CACHE
-    if is_latent(config):
+    if is_latent(inventory, config):
         yield "kv_cache nvfp4: vLLM 0.33 refuses it for MLA's latent cache; choose fp8"
     size = head_size(config)
     if size is not None and size not in _HEAD_SIZES:
@@ -64,9 +68,12 @@ def head_size(config: Mapping[str, Any]) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def is_latent(config: Mapping[str, Any]) -> bool:
+def is_latent(inventory: Inventory, config: Mapping[str, Any]) -> bool:
     """True if attention caches latent vectors, of which keys and values are made (MLA)."""
-    return _text(config).get("kv_lora_rank") is not None
+    if _text(config).get("kv_lora_rank") is not None:
+        return True
+    names = {x.name.rpartition(".")[2] for x in inventory.linears if x.role is Role.ATTENTION}
+    return not names.isdisjoint(_LATENT)
 
 
 def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
