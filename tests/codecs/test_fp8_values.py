@@ -370,11 +370,16 @@ FP8_GROUP = {"weights": {"num_bits": 8, "type": "float"}}
         (("weight_scale", torch.tensor(2.0)), {"input_scale": torch.tensor(0.5)}, ("fp8", 0.5)),
         (("weight_scale", torch.ones(256, 1)), {}, ("fp8_channel", None)),
         (("weight_scale_inv", torch.ones(2, 2)), {}, ("fp8_block", None)),
+        (("weight_scale", torch.ones(2, 1, 2, 1)), {}, ("fp8_block", None)),
+        (("weight_scale", torch.ones(256, 4)), {}, None),
         (("weight_scale", torch.full((256, 8), 127).byte()), {}, ("mxfp8", None)),
     ],
 )
 def test_how_engines_round_inputs(
-    scale: tuple[str, Tensor], more: dict[str, Tensor], expected: tuple[str, Any], tmp_path: Path
+    scale: tuple[str, Tensor],
+    more: dict[str, Tensor],
+    expected: tuple[str, Any] | None,
+    tmp_path: Path,
 ) -> None:
     tensors = {"a.weight": codes_of(256, 256), f"a.{scale[0]}": scale[1]}
     tensors |= {f"a.{name}": value for name, value in more.items()}

@@ -44,10 +44,10 @@ def layout() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose inputs are multiples of 128, with 384 and 192 rows in q and k."""
+    """A model whose inputs are multiples of 128, with 384 rows in q and 200 in lm_head."""
     config = Qwen3MoeConfig(
-        vocab_size=128, hidden_size=128, num_hidden_layers=2, num_attention_heads=12,
-        num_key_value_heads=6, head_dim=32, num_experts=2, num_experts_per_tok=1,
+        vocab_size=200, hidden_size=128, num_hidden_layers=2, num_attention_heads=12,
+        num_key_value_heads=4, head_dim=32, num_experts=2, num_experts_per_tok=1,
         moe_intermediate_size=128, max_position_embeddings=64, intermediate_size=128,
         bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
@@ -64,7 +64,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe(folder: Path, name: str, more: str = "") -> Path:
     file = folder / f"{name}.yaml"
     file.write_text(
-        f"weights: {{format: {name}, scale: max}}\nquantize: [experts, attention]\n"
+        f"weights: {{format: {name}, scale: max}}\nquantize: [experts, attention, lm_head]\n"
         f"layout: plain\n{more}"
     )
     return file
@@ -76,7 +76,7 @@ def test_what_is_written_is_the_definition(name: str, model: Path, tmp_path: Pat
         model, tmp_path / "out", recipe(tmp_path, name), output=DEFAULT, runtime=Runtime(threads=2)
     )
     source, tensors = load_file(model / "model.safetensors"), tensors_of(tmp_path / "out")
-    assert len(result.linears) == 2 * (4 + 2 * 3)
+    assert len(result.linears) == 2 * (4 + 2 * 3) + 1
     amax = {
         group.name: max(float(source[f"{x.name}.weight"].abs().max()) for x in group.linears)
         for group in result.plan.groups
@@ -100,10 +100,9 @@ def test_what_is_written_is_the_definition(name: str, model: Path, tmp_path: Pat
         assert torch.equal(codes.view(torch.uint8), expected.view(torch.uint8))
         assert 0.01 < linear.relative_error < 0.04
     shapes = {f"{linear.name}.weight": linear.shape for linear in result.linears}
-    key = "model.layers.0.self_attn.k_proj"
-    expected_shape = {"fp8": 1, "fp8_channel": 192, "fp8_block": 2, "mxfp8": 192 * 4}[name]
-    assert tensors[f"{key}.{SCALES.get(name, 'weight_scale')}"].numel() == expected_shape
-    assert shapes[f"{key}.weight"] == (192, 128)
+    expected_shape = {"fp8": 1, "fp8_channel": 200, "fp8_block": 2, "mxfp8": 200 * 4}[name]
+    assert tensors[f"lm_head.{SCALES.get(name, 'weight_scale')}"].numel() == expected_shape
+    assert shapes["lm_head.weight"] == (200, 128)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -240,3 +239,24 @@ def test_nvfp4_experts_and_fp8_attention_are_rounded_each_in_its_way(
     sites = loaded.fourfold_simulation.sites
     assert set(sites.linears.values()) == {("mxfp8", None)}
     assert sites.experts["model.layers.0.mlp.experts"]["down"] == ("nvfp4", 1.0)
+
+
+def test_blocks_do_not_reach_over_weights_that_engines_fuse(tmp_path: Path) -> None:
+    file = tmp_path / "blocks.yaml"
+    text = "weights: {format: fp8_block, scale: max}\nquantize: [attention]\nlayout: plain\n"
+    file.write_text(text)
+    with pytest.raises(fourfold.PlanError, match=r"k_proj and .*v_proj: engines fuse .* 64 "):
+        fourfold.plan(model_dir(), file)
+
+
+def test_tensor_parallel_ranks_hold_whole_blocks(model: Path, tmp_path: Path) -> None:
+    plan = fourfold.plan(model, recipe(tmp_path, "fp8_block"))
+    assert plan.tensor_parallel[1] == ""
+    assert plan.tensor_parallel[2] == (
+        "experts' intermediate size 128 leaves a rank no multiple of 128"
+    )
+    file = tmp_path / "attention.yaml"
+    file.write_text(recipe(tmp_path, "fp8_block").read_text().replace("experts, ", ""))
+    assert fourfold.plan(model, file).tensor_parallel[2] == (
+        "k_proj's output 128 leaves a rank no multiple of 128"
+    )

@@ -114,6 +114,9 @@ class WeightFormat(ABC):
     ) -> tuple[float, float]:
         """Return Σ(w − ŵ)² and Σw² for rows of a weight and of its parts."""
 
+    holds_mxfp4: ClassVar[bool] = False
+    """True if this format can hold codes of MXFP4 as they are."""
+
     def scale_of_mxfp4(self, low: int, high: int) -> float | None:
         """Return the group scale under which this format holds a scale group of MXFP4 exactly.
 

@@ -10,6 +10,7 @@ from enum import StrEnum
 from functools import cached_property
 
 from fourfold.formats import mxfp4
+from fourfold.formats.base import FORMATS
 from fourfold.formats.scheme import Scheme
 from fourfold.models.experts import Projection
 from fourfold.models.inventory import ExpertBias, LinearWeight, RawTensor
@@ -83,7 +84,7 @@ class Shard:
 
 def is_mxfp4(source: Source, group: ScaleGroup) -> bool:
     """True if all weights of a group lie in MXFP4 and could become another format without loss."""
-    return all(
+    return FORMATS[group.scheme.weights].holds_mxfp4 and all(
         source.mxfp4(linear.region.key) is not None and linear.shape[1] % mxfp4.BLOCK == 0
         for linear in group.linears
     )

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from fourfold.errors import PlanError, RecipeError
+from fourfold.formats.base import FORMATS
 from fourfold.formats.scheme import Scheme
 from fourfold.models.inventory import Inventory, LinearWeight
 from fourfold.models.peculiarities import peculiarities_of
@@ -117,6 +118,25 @@ def check_fused(linears: Iterable[LinearWeight], schemes: Mapping[str, Scheme]) 
             theirs = schemes[other.name]
             if (theirs.headroom, theirs.amax) != (scheme.headroom, scheme.amax):
                 raise PlanError(_differ(linear, other, "they share the scale of their input"))
+
+
+def check_blocks_of_rows(linears: Iterable[LinearWeight], schemes: Mapping[str, Scheme]) -> None:
+    """Raise `PlanError` if blocks of rows would reach over two weights that engines fuse.
+
+    One weight of a fused layer may end within a block: the last one, as DeepSeek's kv_a_proj.
+    """
+    uneven: dict[str, LinearWeight] = {}
+    for linear in linears:
+        fmt = FORMATS[schemes[linear.name].weights]
+        if linear.shape[0] % fmt.row_block == 0:
+            continue
+        other = uneven.setdefault(linear.scale_group, linear)
+        if other is not linear:
+            raise PlanError(
+                f"{other.name} and {linear.name}: engines fuse them, and {other.shape[0]} and "
+                f"{linear.shape[0]} outputs are no multiples of {fmt.row_block}, as {fmt.title} "
+                "needs. Choose another format for them, or keep all that engines fuse with them."
+            )
 
 
 def _differ(one: LinearWeight, other: LinearWeight, why: str) -> str:

@@ -20,6 +20,7 @@ from fourfold.models.roles import Role
 from fourfold.models.ties import FIELD, Tie
 from fourfold.planning.rows import Action, KVScales, Row, ScaleGroup
 from fourfold.planning.schemes import (
+    check_blocks_of_rows,
     check_fused,
     check_roles,
     pattern_of,
@@ -52,6 +53,7 @@ class Selection:
         self._check_chosen()
         self._check_wholeness()
         check_fused(self.chosen.values(), self.schemes)
+        check_blocks_of_rows(self.chosen.values(), self.schemes)
         self.layout.check(self.schemes)
         self.modules = {linear.module for linear in self.chosen.values()}
 

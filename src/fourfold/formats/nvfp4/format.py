@@ -33,6 +33,7 @@ class NVFP4(WeightFormat):
     smallest block scale, 2⁻⁹, whatever scale is chosen."""
     negligible = nvfp4.GLOBAL_SCALE_MIN
     """2⁻¹¹⁷, where global scales end: products with it vanish in any sum."""
+    holds_mxfp4 = True
     has_batches = True
     rounds_activations = True
     input_block = nvfp4.BLOCK_SIZE

@@ -68,10 +68,6 @@ class Kind(Enum):
     MX = "32 weights of a row, a power of two"
 
 
-_DYNAMIC = {Kind.BLOCK: "fp8_block", Kind.CHANNEL: "fp8_channel", Kind.MX: "mxfp8"}
-"""The formats that engines round inputs to, if the checkpoint stores no scale for them."""
-
-
 @dataclass(frozen=True, slots=True)
 class Grid:
     """How the scales lie over a weight."""
@@ -90,8 +86,8 @@ class FP8Weight(EncodedWeight):
     grid: Grid
     is_rounded_to_scale: bool
     """True if the product is rounded to the scale's dtype before it is rounded to the weight's."""
-    rounds_inputs: bool
-    """True if engines round the inputs to FP8."""
+    inputs: str | None
+    """The format that engines round the inputs to; None if they keep 16 bits."""
     static_scale: str | None
     """The stored tensor that scales the inputs; None if engines choose their scales."""
 
@@ -118,7 +114,7 @@ class FP8Codec(TensorCodec):
                     {CODES: key, SCALE: scale.key},
                     grid=grid,
                     is_rounded_to_scale=scale.key.endswith("weight_scale"),
-                    rounds_inputs=rounds_inputs,
+                    inputs=_inputs(codes, scale, grid) if rounds_inputs else None,
                     static_scale=_static_scale_of(key, tensors),
                 )
         return weights
@@ -134,14 +130,12 @@ class FP8Codec(TensorCodec):
 
     def input_rounding(self, weight: EncodedWeight, read: ReadRows) -> InputRounding | None:
         assert isinstance(weight, FP8Weight)
-        if not weight.rounds_inputs:
+        if weight.inputs is None:
             return None
         if weight.static_scale is not None:
             scale = positive_scale(weight.static_scale, read(weight.static_scale, 0, 1))
             return InputRounding("fp8", scale)
-        if self.kind is Kind.BLOCK and weight.grid.block[1] != DEFAULT_BLOCK[1]:
-            return None
-        return InputRounding(_DYNAMIC[self.kind], None)
+        return InputRounding(weight.inputs, None)
 
     def hidden(self, tensors: Mapping[str, TensorInfo]) -> Collection[str]:
         return [key for key in tensors if _is_static_scale(key, tensors)]
@@ -178,6 +172,18 @@ def _rounds_inputs(config: Mapping[str, Any]) -> bool:
     groups = [group for some in stated if isinstance(some, dict) for group in some.values()]
     fp8 = [x for x in groups if isinstance(x, dict) and _is_fp8(x.get("weights"))]
     return not fp8 or any(group.get("input_activations") for group in fp8)
+
+
+def _inputs(codes: TensorInfo, scale: TensorInfo, grid: Grid) -> str | None:
+    """The format that engines round inputs to, if the checkpoint stores no scale for them; None if
+    no format here has groups of that width."""
+    if grid.kind is Kind.MX:
+        return "mxfp8"
+    is_named_block = scale.key.endswith("_inv") or len(scale.shape) == len(codes.shape) + 2
+    is_one_block = is_named_block and codes.shape[-1] <= DEFAULT_BLOCK[1]
+    if grid.kind is Kind.CHANNEL and not is_one_block:
+        return "fp8_channel"
+    return "fp8_block" if grid.block[1] == DEFAULT_BLOCK[1] else None
 
 
 def _is_fp8(arguments: Any) -> bool:
