@@ -27,7 +27,8 @@ BUILTIN = [
 
 
 def test_builtin_recipes() -> None:
-    assert builtin_names() == BUILTIN
+    mixed = [name for name in builtin_names() if name.endswith("_rest")]  # tests/test_mixed.py
+    assert [name for name in builtin_names() if name not in mixed] == BUILTIN
     for name in BUILTIN:
         recipe = fourfold.Recipe.load(name)
         assert recipe.name == name

@@ -7,8 +7,12 @@
     <linear>.input_scale     F32      []            W4A4 only: largest input / (6·448)
     <attention>.k_proj.k_scale, .v_proj.v_scale     calibrated FP8 KV cache: amax / 448
 
+    FP8   <linear>.weight F8_E4M3 [out, in], .weight_scale F32: [] with .input_scale F32 [],
+          [out] for channels, [⌈out/128⌉, 1, in/128, 1] for blocks; U8 [out, in/32] for MXFP8
+
 `config.json` gets one more key, `quantization_config`, and is otherwise the source's;
-`hf_quant_config.json` says the same to TensorRT-LLM.
+`hf_quant_config.json` says the same to TensorRT-LLM. Where weights differ in their formats,
+`quant_algo` is MIXED_PRECISION, and `quantized_layers` has the algorithm of each.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from typing import Any
 
 from fourfold._version import __version__
 from fourfold.errors import PlanError
-from fourfold.formats.base import FORMATS
+from fourfold.formats.base import FORMATS, Spec
 from fourfold.formats.kv_cache import KVFormat
 from fourfold.formats.scheme import Scheme
 from fourfold.layouts.base import CheckpointContents, Layout, layers_of_keys
@@ -40,14 +44,28 @@ _KV_SCHEMES: Mapping[KVFormat, Mapping[str, Any]] = {
     "nvfp4": {"type": "float", "num_bits": 4, "dynamic": False, "group_size": 16},
 }
 """vLLM knows NVFP4 by the bits and the type."""
+_BLOCK = FORMATS["nvfp4"].block
 _PRODUCER = {"name": "fourfold", "version": __version__}
 
 
-class ModelOpt(Layout):
-    """The layout that NVIDIA's Model Optimizer writes.
+ALGORITHMS: Mapping[tuple[str, str | None], str] = {
+    ("nvfp4", "nvfp4"): "NVFP4",
+    ("nvfp4", None): "W4A16_NVFP4",
+    ("fp8", "fp8"): "FP8",
+    ("fp8_channel", "fp8_channel"): "FP8_PER_CHANNEL_PER_TOKEN",
+    ("fp8_block", "fp8_block"): "FP8_PB_WO",
+    ("mxfp8", "mxfp8"): "MXFP8",
+}
+"""What `quant_algo` says of a linear weight, by the formats of weight and activations."""
 
-    A checkpoint has one algorithm (`quant_algo`) for all of its layers.
-    """
+MIXED = "MIXED_PRECISION"
+"""`quant_algo` of a checkpoint whose `quantized_layers` have algorithms of their own."""
+
+_SCALES = {"codes": CODES, "scale": BLOCK_SCALE}
+
+
+class ModelOpt(Layout):
+    """The layout that NVIDIA's Model Optimizer writes."""
 
     name = "modelopt"
     marker_files = (QUANT_CONFIG,)
@@ -58,30 +76,39 @@ class ModelOpt(Layout):
             "block_scale": BLOCK_SCALE,
             "global_scale": GLOBAL_SCALE,
             "input_scale": INPUT_SCALE,
-        }
+        },
+        "fp8": {**_SCALES, "input_scale": INPUT_SCALE},
+        "fp8_channel": _SCALES,
+        "fp8_block": _SCALES,
+        "mxfp8": {"codes": CODES, "exponents": BLOCK_SCALE},
     }
 
     def check(self, schemes: Mapping[str, Scheme]) -> None:
-        kinds: dict[tuple[str, str | None], str] = {}
         for linear, scheme in schemes.items():
             if scheme.weights not in self.suffixes:
                 raise PlanError(
                     f"{linear}: the ModelOpt layout has no names for {scheme.weights} weights. "
                     f"Choose weights: {{format: {' | '.join(self.suffixes)}}}."
                 )
-            if scheme.activations not in (None, scheme.weights):
+            if (scheme.weights, scheme.activations) not in ALGORITHMS:
+                none = "none, or " if (scheme.weights, None) in ALGORITHMS else ""
                 raise PlanError(
                     f"{linear}: the ModelOpt layout cannot say {scheme}. "
-                    f"Choose activations: none, or {{format: {scheme.weights}}}."
+                    f"Choose activations: {none}{{format: {scheme.weights}}}."
                 )
-            kinds.setdefault((scheme.weights, scheme.activations), linear)
-        if len(kinds) > 1:
-            one, other = list(kinds.values())[:2]
+        if not any(scheme.weights == "nvfp4" for scheme in schemes.values()):
+            linear, scheme = next(iter(schemes.items()))
             raise PlanError(
-                f"{one} would be {schemes[one]} and {other} {schemes[other]}: the ModelOpt layout "
-                "has one quant_algo for all layers. Give all rules of the recipe the same "
-                "activations, or keep some of the layers."
+                f"{linear} would be {scheme}, and no weight NVFP4. Quantize some of them to "
+                "weights: {format: nvfp4}."
             )
+
+    def encoded(self, part: str, spec: Spec) -> Spec:
+        """As it is, but for the scales of 128×128 blocks, which have dimensions for the block."""
+        dtype, shape = spec
+        if part == "scale" and len(shape) == 2:
+            return dtype, (shape[0], 1, shape[1], 1)
+        return spec
 
     def is_leftover(self, name: str, dtype: str) -> bool:
         is_packed = name.rpartition(".")[2] == CODES and dtype == "U8"
@@ -100,36 +127,28 @@ class ModelOpt(Layout):
         return write_ignore(quantized, kept, peculiar)
 
     def quantization_config(self, contents: CheckpointContents) -> dict[str, Any]:
-        algorithm, block, has_activations = _summary(contents)
-        fp4 = {"num_bits": 4, "type": "float", "group_size": block, "dynamic": False}
-        group: dict[str, Any] = {"weights": fp4, "targets": ["Linear"]}
-        if has_activations:
-            group["input_activations"] = dict(fp4)
-        config: dict[str, Any] = {
-            "quant_method": "modelopt",
-            "quant_algo": algorithm,
-            "config_groups": {"group_0": group},
-            "group_size": block,
-            "ignore": list(contents.ignore),
-            "producer": _PRODUCER,
-        }
+        config: dict[str, Any] = {"quant_method": "modelopt", **_algorithms(contents)}
+        if config["quant_algo"] != MIXED:
+            block, scheme = config.pop("group_size"), next(iter(contents.schemes.values()))
+            fp4 = {"num_bits": 4, "type": "float", "group_size": block, "dynamic": False}
+            group: dict[str, Any] = {"weights": fp4, "targets": ["Linear"]}
+            if scheme.activations is not None:
+                group["input_activations"] = dict(fp4)
+            config |= {"config_groups": {"group_0": group}, "group_size": block}
+        config |= {"ignore": list(contents.ignore), "producer": _PRODUCER}
         if contents.kv_cache is not None:
             config["kv_cache_scheme"] = dict(_KV_SCHEMES[contents.kv_cache])
         return config
 
     def config_files(self, contents: CheckpointContents) -> dict[str, dict[str, Any]]:
-        algorithm, block, _ = _summary(contents)
-        return {
-            QUANT_CONFIG: {
-                "producer": _PRODUCER,
-                "quantization": {
-                    "quant_algo": algorithm,
-                    "kv_cache_quant_algo": _kv_algorithm(contents),
-                    "group_size": block,
-                    "exclude_modules": list(contents.ignore),
-                },
-            }
+        algorithms = _algorithms(contents)
+        body = {
+            "quant_algo": algorithms.pop("quant_algo"),
+            "kv_cache_quant_algo": _kv_algorithm(contents),
+            **algorithms,
+            "exclude_modules": list(contents.ignore),
         }
+        return {QUANT_CONFIG: {"producer": _PRODUCER, "quantization": body}}
 
     def recognizes(self, config: Mapping[str, Any]) -> bool:
         entry = config.get("quantization_config")
@@ -142,9 +161,16 @@ def _kv_algorithm(contents: CheckpointContents) -> str | None:
     return None if contents.kv_cache is None else contents.kv_cache.upper()
 
 
-def _summary(contents: CheckpointContents) -> tuple[str, int, bool]:
-    """The algorithm's name, the block size, and True if activations are quantized; all schemes
-    agree on these, see `check`."""
-    scheme = next(iter(contents.schemes.values()))
-    algorithm = "NVFP4" if scheme.activations else "W4A16_NVFP4"
-    return algorithm, FORMATS[scheme.weights].block, scheme.activations is not None
+def _algorithms(contents: CheckpointContents) -> dict[str, Any]:
+    """The algorithm of all linear weights and its group size, or the algorithm of each."""
+    algorithms = {
+        linear: ALGORITHMS[scheme.weights, scheme.activations]
+        for linear, scheme in contents.schemes.items()
+    }
+    if len(set(algorithms.values())) == 1:
+        return {"quant_algo": next(iter(algorithms.values())), "group_size": _BLOCK}
+    layers = {
+        linear: {"quant_algo": algorithm} | ({"group_size": _BLOCK} if "NVFP4" in algorithm else {})
+        for linear, algorithm in algorithms.items()
+    }
+    return {"quant_algo": MIXED, "quantized_layers": layers}

@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fourfold.formats.base import FORMATS
 from fourfold.recipes import Recipe, builtin_names
 from fourfold.reporting.guide import NOT_MEASURED, cost_of
 from fourfold.reporting.serving import (
     LLAMA_CPP,
+    NVFP4,
     Served,
     obstacle_in_llama_cpp,
     serve_commands,
@@ -88,6 +90,7 @@ def render_card(summary: QuantSummary, *, base_model: str, source_card: str = ""
         licence=carried.get("license"),
         has_source_card=bool(source_card),
         served=served,
+        formats=_formats(summary),
         commands={str(engine): serve_commands(engine, folder, served) for engine in served.engines},
         uses=uses(served),
         llama_cpp=serve_commands(LLAMA_CPP, folder, served),
@@ -157,6 +160,15 @@ def _front_matter(base_model: str, carried: Mapping[str, Any]) -> str:
         "tags": ["nvfp4", "modelopt", "fourfold"],
     }
     return yaml.safe_dump(entries, sort_keys=False, allow_unicode=True).rstrip()
+
+
+def _formats(summary: QuantSummary) -> str:
+    """How many linear weights there are of each format."""
+    counts = Counter(linear.format for linear in summary.linears)
+    if counts.keys() <= {NVFP4}:
+        return f"{plural(summary.ledger.linear_weights_quantized, 'linear weight')} in 4 bits"
+    titles = {name: FORMATS[name].title if name in FORMATS else _cell(name) for name in counts}
+    return ", ".join(f"{plural(counts[x], 'linear weight')} in {titles[x]}" for x in counts)
 
 
 def _roles(summary: QuantSummary) -> Iterator[tuple[str, ...]]:

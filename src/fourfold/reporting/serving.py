@@ -24,6 +24,8 @@ from fourfold.storage.quant_summary import QuantSummary
 
 LLAMA_CPP = "llama.cpp"
 
+NVFP4 = "nvfp4"
+
 
 class Hardware(StrEnum):
     """Machines that differ in what they do with NVFP4."""
@@ -128,15 +130,18 @@ class Served:
     """The format of the KV cache that the configuration states."""
     widths: frozenset[int]
     """Input widths of the quantized weights."""
+    is_mixed: bool = False
+    """True if weights of another format lie beside those in NVFP4."""
 
     @classmethod
     def of_plan(cls, plan: Plan) -> Served:
         return cls(
             plan.inventory.model_types[0],
             any(linear.role is Role.EXPERTS for linear in plan.linears),
-            bool(plan.sites),
+            any(x.weights == x.activations == NVFP4 for x in plan.schemes.values()),
             plan.recipe.kv_format,
             frozenset(linear.shape[1] for linear in plan.linears),
+            any(scheme.weights != NVFP4 for scheme in plan.schemes.values()),
         )
 
     @classmethod
@@ -144,15 +149,20 @@ class Served:
         return cls(
             summary.model_type,
             any(linear.role == Role.EXPERTS for linear in summary.linears),
-            any(linear.input_scale is not None for linear in summary.linears),
+            any(x.input_scale is not None and x.format == NVFP4 for x in summary.linears),
             _kv_cache(summary.recipe),
             frozenset(linear.shape[1] for linear in summary.linears),
+            any(linear.format != NVFP4 for linear in summary.linears),
         )
 
     @property
     def engines(self) -> Sequence[Engine]:
-        """The engines whose loaders take the family's names; of a dense model, all of them."""
-        return family_of(self.model_type).readers if self.has_experts else tuple(Engine)
+        """The engines whose loaders take the family's names; of a dense model, all of them.
+
+        Mixed precision was read in vLLM's loader alone.
+        """
+        engines = family_of(self.model_type).readers if self.has_experts else tuple(Engine)
+        return [x for x in engines if x is Engine.VLLM] if self.is_mixed else engines
 
 
 def _kv_cache(recipe: Mapping[str, Any]) -> KVFormat | None:
@@ -184,6 +194,8 @@ def serve_commands(engine: str, folder: str, served: Served) -> list[str]:
 
 def obstacle_in_llama_cpp(served: Served) -> str:
     """Return why llama.cpp cannot run a checkpoint, or is not known to; empty if it can."""
+    if served.is_mixed:
+        return "nobody has tried its converter on FP8 beside NVFP4"
     if odd := sorted(width for width in served.widths if width % LLAMA_CPP_WIDTH):
         return (
             f"its converter refuses input widths that {LLAMA_CPP_WIDTH} does not divide ({odd[0]})"

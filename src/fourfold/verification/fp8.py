@@ -108,13 +108,14 @@ def fp8_linear(name: str, parts: Mapping[str, TensorInfo], algo: str) -> FP8Line
     if not fits or scale is None or scale.shape not in known.scales(*weight.shape):
         shapes = ", ".join(f"{part} {x.dtype} {list(x.shape)}" for part, x in parts.items())
         return FP8Linear(name, parts, algo, None, None, f"{shapes}: not {algo}")
-    # A weight of one block is read as one with a single scale.
-    codec = CODECS["fp8_scaled" if scale.numel == 1 else known.codec]
-    try:
-        claimed = codec.claim({}, {weight.key: weight, scale.key: scale})
-    except SourceError as error:
-        return FP8Linear(name, parts, algo, None, None, str(error))
-    return FP8Linear(name, parts, algo, claimed.get(weight.key), codec, f"not {algo}")
+    for codec in (CODECS[known.codec], CODECS["fp8_scaled"]):  # the latter reads a single block
+        try:
+            claimed = codec.claim({}, {weight.key: weight, scale.key: scale})
+        except SourceError as error:
+            return FP8Linear(name, parts, algo, None, None, str(error))
+        if weight.key in claimed:
+            return FP8Linear(name, parts, algo, claimed[weight.key], codec)
+    return FP8Linear(name, parts, algo, None, None, f"not {algo}")
 
 
 def check_linears(checkpoint: Checkpoint) -> Iterator[Finding]:

@@ -30,7 +30,7 @@ from fourfold.verification import completeness, files, fp8, groups, kept, struct
 from fourfold.verification.checkpoint import Checkpoint, open_checkpoint
 from fourfold.verification.compare import Comparison, LinearError
 from fourfold.verification.evidence import Evidence, ProvenComparison
-from fourfold.verification.match import Matching
+from fourfold.verification.match import Linear, Matching
 from fourfold.verification.readers.base import BLOCK_SCALE, INPUT_SCALE, KV_SCALES
 from fourfold.verification.report import Counts, Report
 from fourfold.verification.rules import RULES, Finding, Severity, finding
@@ -164,13 +164,14 @@ def _counts(
     compared: int,
     workers: Workers,
 ) -> Counts:
+    sound: list[Linear] = [*checkpoint.sound, *(x for x in checkpoint.fp8.values() if x.is_sound)]
     return Counts(
         tensors=len(checkpoint.tensors),
-        quantized_linears=len(checkpoint.linears),
-        quantized_weights=sum(outs * ins for outs, ins in (q.shape for q in checkpoint.sound)),
+        quantized_linears=len(checkpoint.quantized),
+        quantized_weights=sum(outs * ins for outs, ins in (q.shape for q in sound)),
         unquantized_linears=len(checkpoint.kept),
         **scales,
-        input_scales=sum(INPUT_SCALE in linear.parts for linear in checkpoint.linears.values()),
+        input_scales=sum(INPUT_SCALE in linear.parts for linear in sound),
         kv_scales=sum(name.rpartition(".")[2] in KV_SCALES for name in checkpoint.tensors),
         copied_tensors=copied,
         compared_linears=compared,

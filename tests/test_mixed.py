@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixed precision: NVFP4 experts beside FP8, from the recipe to the loaded model."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+import fourfold
+from conftest import Written
+from fourfold.config import CalibrationConfig
+from fourfold.recipes import builtin_names
+from jobs import assert_same, flat, ids_file, start
+from nvfp4_folders import tensors_of
+from test_ranks import on_ranks
+
+RESTS = {"fp8": "FP8", "fp8_block": "FP8_PB_WO", "mxfp8": "MXFP8"}
+RECIPES = [name for name in builtin_names() if name.endswith("_rest")]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its widths are multiples of 128."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        hidden_size=128, intermediate_size=256, moe_intermediate_size=64, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_experts=4,
+        num_experts_per_tok=2, vocab_size=128, max_position_embeddings=256, mlp_only_layers=[0],
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("mixed") / "source"
+    Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def calibration(folder: Path) -> CalibrationConfig:
+    return CalibrationConfig(ids_file(folder), calib_size=8, calib_seq=24)
+
+
+def test_there_are_six_recipes() -> None:
+    assert len(RECIPES) == 2 * len(RESTS)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_built_in_recipe(recipe: str, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    needs_data = recipe.startswith("nvfp4") or recipe.endswith("-fp8_rest")
+    data = calibration(tmp_path) if needs_data else None
+    result = fourfold.quantize(model, out, recipe, calibration=data)
+    assert result.clean, str(result.report)
+    assert result.report is not None
+    assert not result.report.findings, str(result.report)
+    rest = recipe.rpartition("-")[2].removesuffix("_rest")
+    check_configuration(out, RESTS[rest], "NVFP4" if recipe.startswith("nvfp4") else "W4A16_NVFP4")
+    errors = {role.role: role.relative_error for role in result.report.roles}
+    assert 0.08 < errors["experts"] < 0.11
+    assert 0.02 < errors["attention"] < 0.035
+    assert 0.02 < errors["mlp"] < 0.035
+    check_loaded(out, model)
+    card = (out / "README.md").read_text()
+    assert re.search(r"\d+ linear weights in (MX)?FP8", card)
+    assert "vllm serve" in card
+    assert "sglang" not in card
+
+
+def check_configuration(out: Path, rest: str, experts: str) -> None:
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    body = json.loads((out / "hf_quant_config.json").read_text())["quantization"]
+    assert config["quant_algo"] == body["quant_algo"] == "MIXED_PRECISION"
+    assert config["quantized_layers"] == body["quantized_layers"]
+    layers = config["quantized_layers"]
+    stored = {key.rpartition(".")[0] for key in tensors_of(out) if key.endswith(".weight_scale")}
+    assert layers.keys() == stored
+    for name, entry in layers.items():
+        is_expert = ".experts." in name
+        wanted = {"quant_algo": experts, "group_size": 16} if is_expert else {"quant_algo": rest}
+        assert entry == wanted, name
+
+
+def check_loaded(out: Path, source: Path) -> None:
+    """The loaded model is near the source's: its logits differ by what quantization loses."""
+    ids = torch.arange(3, 40).unsqueeze(0)
+    with torch.no_grad():
+        logits = fourfold.load(out, dtype=torch.float32)(ids).logits
+        wanted = Qwen3MoeForCausalLM.from_pretrained(source, dtype=torch.float32)(ids).logits
+    assert float((logits - wanted).norm() / wanted.norm()) < 0.15
+
+
+def test_ranks_and_kills_leave_the_same_bytes(model: Path, tmp_path: Path) -> None:
+    recipe, ids = "nvfp4_experts_mse-fp8_rest", ids_file(tmp_path)
+    options = {"calib": ids, "calib_size": 8, "calib_seq": 24, "shards": 2, "threads": 1}
+    whole = tmp_path / "whole"
+    fourfold.quantize(model, whole, recipe, **flat(**options))
+    for kill_at in (60, 0):
+        process = start(model, tmp_path / "killed", recipe, kill_at=kill_at, **options)
+        process.join(120)
+        assert process.exitcode == (-9 if kill_at else 0)
+    assert_same(tmp_path / "killed", whole)
+    line = ["--calib", ids, "--calib-size", 8, "--calib-seq", 24, "--shards", 2, "--threads", 1]
+    for code, _, err in on_ranks(["quantize", model, tmp_path / "ranks", "-r", recipe, *line]):
+        assert code == 0, err
+    assert_same(tmp_path / "ranks", whole)
+
+
+def test_families_with_other_modules(written: Written, tmp_path: Path) -> None:
+    """Linear attention and shared experts in MXFP8, beside fused experts and MTP layers."""
+    source = written("qwen3_5_moe_vl")[0]
+    result = fourfold.quantize(source, tmp_path / "out", "w4a16_nvfp4_experts_mse-mxfp8_rest")
+    assert result.clean, str(result.report)
+    formats = {(x.role.value, result.plan.scheme_of(x).weights) for x in result.plan.linears}
+    assert ("experts", "nvfp4") in formats
+    assert {("linear_attention", "mxfp8"), ("shared_experts", "mxfp8")} <= formats
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ("{roles: [attention], weights: {format: fp8, scale: max}}",
+         r"cannot say fp8\. Choose activations: \{format: fp8\}"),
+        ("{roles: [attention], weights: {format: nvfp4}, activations: {format: fp8}}",
+         r"cannot say nvfp4 with fp8 activations\. Choose activations: none, or"),
+        ("{roles: [attention], weights: {format: fp8, scale: mse}, activations: {format: fp8}}",
+         "mse does not quantize to FP8"),
+        ("{roles: [experts], weights: {format: mxfp8, scale: max}, activations: {format: mxfp8}}",
+         "and no weight NVFP4"),
+        ("{names: ['*.q_proj'], weights: {format: mxfp8, scale: max}, "
+         "activations: {format: mxfp8}}]\n  - {roles: [experts]}", "engines fuse them"),
+    ],
+)  # fmt: skip
+def test_what_no_engine_reads(rules: str, message: str, model: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"rules:\n  - {rules.replace(']' + chr(10), chr(10))}\n")
+    with pytest.raises((fourfold.PlanError, fourfold.RecipeError), match=message):
+        fourfold.plan(model, str(recipe))
