@@ -319,3 +319,24 @@ def test_a_killed_run_goes_on(amax: str, written: Written, ids: Path, tmp_path: 
         assert bool(process.exitcode) == bool(kill_at)
         assert state.exists() == bool(kill_at)
     assert_same(tmp_path / "out", tmp_path / "unbroken")
+
+
+# ------------------------------------------------------------------------- models in memory
+
+
+@pytest.mark.parametrize("amax", ["constant", "histogram"])
+def test_a_live_model_gives_the_same_bytes(
+    amax: str, written: Written, ids: Path, tmp_path: Path
+) -> None:
+    folder, chosen = written("qwen3_moe")[0], recipe(tmp_path, amax)
+    data = {"calib": [ids], "calib_seq": 24, "batch_size": 3} if amax == "histogram" else {}
+    options = flat(threads=1, **data)
+    fourfold.quantize(folder, tmp_path / "streamed", chosen, **options)
+    model, _ = read_back(FAMILIES["qwen3_moe"], folder)
+    result = fourfold.quantize(model, tmp_path / "live", chosen, **options)
+    assert result.clean, str(result.report)
+    mine, theirs = tensors_of(tmp_path / "live"), tensors_of(tmp_path / "streamed")
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        one, other = (x.reshape(-1).view(torch.uint8) for x in (tensor, theirs[name]))
+        assert torch.equal(one, other), name
