@@ -261,6 +261,28 @@ def test_it_loads_as_the_bf16_checkpoint_of_its_values(written: Written, tmp_pat
         assert torch.equal(bits(state[key]), bits(tensor)), key
 
 
+@pytest.mark.parametrize(
+    ("family", "form", "formats"),
+    [
+        ("qwen3_moe", "modelopt", {"fp8"}),
+        ("qwen3_moe", "modelopt channels", {"fp8_channel"}),
+        ("qwen3_vl_moe", "modelopt channels", {"fp8_channel"}),
+        ("granitemoe", "modelopt channels", {"fp8_channel"}),
+    ],
+)
+def test_its_inputs_are_rounded(
+    family: str, form: str, formats: set[str], written: Written, tmp_path: Path
+) -> None:
+    """Also where all experts of a layer are one tensor."""
+    encoded = both(family, form, written, tmp_path)[1]
+    model: Any = fourfold.load(encoded, simulate_activations=True)
+    sites = model.fourfold_simulation.sites
+    experts = [rounding for products in sites.experts.values() for rounding in products.values()]
+    assert experts
+    assert {x.format for x in (*sites.linears.values(), *experts)} == formats
+    assert {x.scale is None for x in experts} == {formats != {"fp8"}}
+
+
 LAST = "model.layers.2.mlp.experts.3.down_proj"
 
 

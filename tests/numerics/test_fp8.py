@@ -4,11 +4,15 @@ E4M3 values, and the CPU kernels against the definition, byte for byte."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import numpy as np
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.lifecycle.forward import quantize
+from compressed_tensors.quantization.utils import calculate_qparams
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -22,6 +26,12 @@ from fourfold.formats.nvfp4.e4m3 import E4M3_POSITIVE
 NAMES = ("fp8", "fp8_channel", "fp8_block", "mxfp8")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BLOCKS = ((256, 256), (1, 256), (128, 128), (1, 32))
+DIGESTS = {
+    "fp8": "1b5b78462db7d708",
+    "fp8_channel": "29fa25011507609f",
+    "fp8_block": "e7c7341ee3977b20",
+    "mxfp8": "acc421a05e9192f8",
+}
 MAGNITUDES = [0.0, *E4M3_POSITIVE.tolist()]
 
 
@@ -102,6 +112,35 @@ def test_what_a_scale_is() -> None:
         2.0**-117,
         2.0**119,
     ]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "block"), [("tensor", (300, 256)), ("channel", (1, 256)), ("block", (128, 128))]
+)
+def test_bytes_are_those_of_compressed_tensors(strategy: str, block: tuple[int, int]) -> None:
+    w_OI = torch.randn(300, 256, generator=torch.manual_seed(5)) / 40
+    amaxes = reference.block_amaxes(w_OI, block)
+    structure = list(block) if strategy == "block" else None
+    arguments = QuantizationArgs(
+        num_bits=8, type="float", strategy=strategy, block_structure=structure
+    )
+    scales, zeros = calculate_qparams(-amaxes, amaxes, arguments)
+    assert torch.equal(scales.reshape(amaxes.shape), reference.scales_of(amaxes))
+    if strategy == "tensor":
+        scales, zeros = scales.reshape(1), zeros.reshape(1)
+    theirs = quantize(w_OI, scales, zeros, arguments, dtype=torch.float8_e4m3fn)
+    ours = reference.quantize(w_OI, reference.scales_of(amaxes), block)
+    assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_bytes_do_not_change(name: str) -> None:
+    """Pinned over weights of many sizes."""
+    rng = np.random.default_rng(11)
+    values = rng.standard_normal((320, 384)) * 2.0 ** rng.integers(-12, 4, (320, 384))
+    parts, _ = quantized(name, torch.from_numpy(values.astype(np.float32)).bfloat16())
+    joined = b"".join(parts[part].numpy().tobytes() for part in sorted(parts))
+    assert hashlib.sha256(joined).hexdigest()[:16] == DIGESTS[name]
 
 
 def test_every_finite_bf16_and_fp16_number_is_rounded_as_torch_does() -> None:

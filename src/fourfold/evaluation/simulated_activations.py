@@ -186,7 +186,8 @@ def find_sites(checkpoint: DecodedSource, inventory: Inventory, tree: ModuleTree
 
 def _key_of(linear: LinearWeight, stored: Collection[str]) -> str | None:
     """The name of the quantized weight that is, or holds, a linear weight."""
-    return next((key for key in (linear.name, linear.region.key) if key in stored), None)
+    keys = linear.name, linear.region.key.removesuffix(".weight")
+    return next((key for key in keys if key in stored), None)
 
 
 def _check_all_known(checkpoint: DecodedSource, known: Collection[str]) -> None:
