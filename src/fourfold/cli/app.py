@@ -281,7 +281,10 @@ def convert(
     dtype: Dtype = None,
     layout: Annotated[
         str | None,
-        typer.Option(help="Keep the codes of an NVFP4 checkpoint, in this layout: modelopt."),
+        typer.Option(
+            help="Keep the codes of an NVFP4 checkpoint, in this layout: modelopt or "
+            "compressed-tensors."
+        ),
     ] = None,
     threads: Threads = None,
     shards: Shards = None,

@@ -53,7 +53,7 @@ def load(
     The model is in evaluation mode and has the checkpoint's generation settings.
 
     Args:
-        out: A checkpoint in the ModelOpt layout, whichever tool wrote it.
+        out: A checkpoint, whichever tool wrote it, in a layout or format that `quantize` reads.
         simulate_activations: Round the inputs of quantized linear layers as engines do, and
             keys and values if the checkpoint asks for a quantized KV cache.
             `model.fourfold_simulation.remove()` ends that.

@@ -290,8 +290,10 @@ class _Worker:
             case RawTensor():
                 self._copy(file, job)
             case KVScales():
-                assert self.context.scales is not None
-                values = self.context.scales.kv(job)
+                values = (1.0, 1.0)
+                if job.is_calibrated:
+                    assert self.context.scales is not None
+                    values = self.context.scales.kv(job)
                 for name, value in zip((job.k_name, job.v_name), values, strict=True):
                     file.write(name, np.array([value], dtype=np.float32))
 

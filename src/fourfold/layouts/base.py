@@ -60,6 +60,9 @@ class Layout(ABC):
     v_scale: ClassVar[str] = "v_scale"
     kv_scale: ClassVar[Spec] = ("F32", ())
     """Dtype and shape of a scale of keys or values."""
+    needs_kv_scales: ClassVar[bool] = False
+    """True if scales of 1 are written for a KV cache that is not calibrated: a reader takes another
+    number for a missing one."""
 
     # --------------------------------------------------------------------------------- tensors
 
@@ -150,7 +153,12 @@ def layers_of_keys(linears: Iterable[str]) -> dict[str, str]:
     return layers
 
 
-LAYOUTS: Registry[Layout] = Registry({"modelopt": "fourfold.layouts.modelopt:ModelOpt"})
+LAYOUTS: Registry[Layout] = Registry(
+    {
+        "modelopt": "fourfold.layouts.modelopt:ModelOpt",
+        "compressed-tensors": "fourfold.layouts.compressed_tensors:CompressedTensors",
+    }
+)
 """The layouts by name."""
 
 

@@ -53,6 +53,7 @@ class Verdict(StrEnum):
     EXCLUDED = "unquantized"
     REFUSED = "an error"
     MIXED = "partly quantized"
+    OTHERWISE = "quantized in another way"
 
 
 class Ruling(NamedTuple):

@@ -222,9 +222,9 @@ class Plan(Shown, CopyPlan):
 
     @cached_property
     def kv_scales(self) -> tuple[KVScales, ...]:
-        return tuple(
-            job for shard in self.shards for job in shard.jobs if isinstance(job, KVScales)
-        )
+        """The scales of keys and values that calibration measures."""
+        jobs = (job for shard in self.shards for job in shard.jobs)
+        return tuple(job for job in jobs if isinstance(job, KVScales) and job.is_calibrated)
 
     @cached_property
     def contents(self) -> CheckpointContents:

@@ -56,12 +56,14 @@ class ScaleGroup:
 
 @dataclass(frozen=True, slots=True)
 class KVScales:
-    """The scales of one attention module's keys and values, from calibration."""
+    """The scales of one attention module's keys and values."""
 
     name: str
     layer: int
     k_name: str
     v_name: str
+    is_calibrated: bool = True
+    """False if they are 1."""
 
 
 Job = ScaleGroup | ExpertBias | RawTensor | KVScales

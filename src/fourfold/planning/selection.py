@@ -154,13 +154,14 @@ class Selection:
                 f"kv_cache: the {self.layout.name} layout cannot state the format {kv_format}. "
                 f"Choose {' or '.join(sorted(self.layout.kv_formats))}, or none."
             )
-        if not self.recipe.calibrates_kv:
+        is_calibrated = self.recipe.calibrates_kv
+        if not is_calibrated and not (kv_format is not None and self.layout.needs_kv_scales):
             return []
         linears = [x for x in self.inventory.linears if x.role is Role.ATTENTION]
         layers = {x.name: x.layer for x in linears if x.layer is not None}
         of_module = {name.rpartition(".")[0]: layer for name, layer in layers.items()}
         return [
-            KVScales(module, of_module[module], k_name, v_name)
+            KVScales(module, of_module[module], k_name, v_name, is_calibrated)
             for module, (k_name, v_name) in self.layout.kv_scale_names(layers).items()
         ]
 

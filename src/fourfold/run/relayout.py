@@ -13,6 +13,7 @@ from fourfold.layouts.base import CheckpointContents
 from fourfold.models.inventory import Inventory
 from fourfold.models.inventory_builder import take_inventory
 from fourfold.models.peculiarities import peculiarities_of
+from fourfold.models.roles import Role
 from fourfold.sources.claims import kv_cache_format, quantization_entries
 from fourfold.sources.relaid import RelaidSource, relaid
 from fourfold.storage.source import Source
@@ -41,7 +42,8 @@ def plan_relayout(source: Source, name: str) -> Relayout:
         raise UsageError(f"`layout={name}`: no such layout. Give {' or '.join(LAYOUTS)}.")
     layout = LAYOUTS[name]
     inventory = take_inventory(source)
-    view = relaid(source, layout)
+    attention = [x for x in inventory.linears if x.role is Role.ATTENTION and x.layer is not None]
+    view = relaid(source, layout, [linear.name for linear in attention])
     layout.check(view.schemes)
     entries = quantization_entries(view.stored)
     kv_cache = kv_cache_format(entries)

@@ -7,7 +7,7 @@ encoded anew: compressed-tensors stores reciprocals.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from fourfold.errors import SourceError
 from fourfold.formats.base import FORMATS
 from fourfold.formats.scheme import Scheme
-from fourfold.layouts.base import Layout, TensorSpec
+from fourfold.layouts.base import Layout, TensorSpec, layers_of_keys
 from fourfold.sources.codecs.base import NVFP4Codec
 from fourfold.sources.decoded import DecodedSource
 from fourfold.storage.safetensors_header import TensorInfo
@@ -36,8 +36,12 @@ class RelaidSource(SourceView):
         origins: The weight or other tensor of the decoded checkpoint that each tensor belongs to.
     """
 
-    def __init__(self, decoded: DecodedSource, layout: Layout) -> None:
+    def __init__(
+        self, decoded: DecodedSource, layout: Layout, attention: Collection[str] = ()
+    ) -> None:
         """Present the checkpoint that `decoded` decodes.
+
+        `attention` names the linear layers of the decoder's attention modules.
 
         Raises:
             SourceError: It holds weights that are quantized in another form.
@@ -49,6 +53,7 @@ class RelaidSource(SourceView):
         self.origins: dict[str, str] = {}
         self._names: dict[str, str] = {}
         self._numbers: dict[str, Bytes] = {}
+        self._attention = attention
         self.tensors = {info.key: info for info in self._lay_out(decoded, layout)}
 
     def slab(self, key: str, start: int, stop: int, out: Bytes | None = None) -> torch.Tensor:
@@ -132,6 +137,19 @@ class RelaidSource(SourceView):
             self.origins[name] = f"{module}.{linear}.weight"
             value = np.array([float(self.stored.slab(key, 0, 1))], dtype=np.float32)
             yield self._number(TensorSpec(name, *layout.kv_scale), value, self.stored.tensors[key])
+        if decoded.kv_cache is not None and layout.needs_kv_scales:
+            yield from self._unit_kv_scales(decoded, layout)
+
+    def _unit_kv_scales(self, decoded: DecodedSource, layout: Layout) -> Iterator[TensorInfo]:
+        """The scales of 1 of attention modules without others."""
+        keys = layers_of_keys(self._attention)
+        for module, names in layout.kv_scale_names(self._attention).items():
+            key = f"{keys[module]}.weight"
+            for name in names:
+                if name not in self.origins:
+                    self.origins[name] = key
+                    spec = TensorSpec(name, *layout.kv_scale)
+                    yield self._number(spec, np.ones(1, dtype=np.float32), decoded.tensors[key])
 
     def _number(
         self, spec: TensorSpec, value: np.ndarray[Any, Any], beside: TensorInfo
@@ -143,7 +161,7 @@ class RelaidSource(SourceView):
         )
 
 
-def relaid(source: Source, layout: Layout) -> RelaidSource:
+def relaid(source: Source, layout: Layout, attention: Collection[str] = ()) -> RelaidSource:
     """Present an open NVFP4 checkpoint in another layout.
 
     Raises:
@@ -154,4 +172,4 @@ def relaid(source: Source, layout: Layout) -> RelaidSource:
             f"{source.place}: holds no NVFP4 weights that `layout` could carry over. Use "
             "`fourfold quantize`, or leave `layout` out."
         )
-    return RelaidSource(source, layout)
+    return RelaidSource(source, layout, attention)

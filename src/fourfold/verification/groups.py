@@ -105,6 +105,7 @@ _RULES = {
     Verdict.QUANTIZED: "ignore-lacks-unquantized",
     Verdict.EXCLUDED: "ignore-excludes-quantized",
     Verdict.REFUSED: "ignore-refused",
+    Verdict.OTHERWISE: "config-targets",
 }
 """An engine's wrong verdict on a module → the rule."""
 

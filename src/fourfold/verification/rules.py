@@ -70,9 +70,10 @@ _RULES = (
          "form of hf_quant_config.json.", "vLLM refuses the checkpoint"),
     Rule("hf-quant-config-missing", _W, "hf_quant_config.json lies beside config.json.",
          "TensorRT-LLM reads this file first and may take the checkpoint for an unquantized one"),
-    Rule("config-disagrees", _E, "config.json and hf_quant_config.json say the same.",
+    Rule("config-disagrees", _E, "config.json and hf_quant_config.json say the same; beside the "
+         "compressed-tensors layout there is none.",
          "vLLM and SGLang follow config.json, TensorRT-LLM hf_quant_config.json: one is wrong"),
-    Rule("quant-method", _E, "quant_method is modelopt.",
+    Rule("quant-method", _E, "quant_method is modelopt, or compressed-tensors in that layout.",
          "vLLM and SGLang choose another loader, which fails on the scales or reads them wrongly"),
     Rule("quant-algo", _E, "quant_algo is NVFP4, W4A16_NVFP4 or MIXED_PRECISION.",
          "vLLM, SGLang and TensorRT-LLM refuse the checkpoint or look for other tensors"),
@@ -81,6 +82,14 @@ _RULES = (
     Rule("config-groups", _E, "config_groups describe what quant_algo says: 4-bit float weights; "
          "4-bit float activations under NVFP4, none under W4A16_NVFP4.",
          "vLLM and compressed-tensors readers build other layers than the tensors need"),
+    Rule("config-format", _E, "In the compressed-tensors layout the format of a group of NVFP4 "
+         "weights is nvfp4-pack-quantized.",
+         "SGLang refuses it; transformers unpacks the codes as those of another format"),
+    Rule("config-status", _E, "In the compressed-tensors layout quantization_status is "
+         "compressed.", "transformers builds layers with other parameters, and does not load them"),
+    Rule("config-targets", _E, "In the compressed-tensors layout every reader finds a quantized "
+         "linear in the same group.", "the engine builds it in another format than its tensors "
+         "have"),
     Rule("quantized-layers", _E, "Under MIXED_PRECISION, quantized_layers names exactly the "
          "quantized linears.", "the layer is built in another format than its tensors have"),
 
@@ -106,7 +115,8 @@ _RULES = (
     Rule("block-scale-shape", _E, "weight_scale is [out, in/16] of its weight.", _LOADERS),
     Rule("global-scale-shape", _E, "weight_scale_2 holds one number.", _LOADERS),
     Rule("input-scale-shape", _E, "input_scale holds one number.", _LOADERS),
-    Rule("scale-not-scalar", _W, "weight_scale_2 and input_scale have shape [], not [1].",
+    Rule("scale-not-scalar", _W, "weight_scale_2 and input_scale have shape [], not [1]; in the "
+         "compressed-tensors layout global scales have shape [1].",
          "vLLM and SGLang reshape it; stricter loaders refuse it"),
     Rule("input-alignment", _E, "The input dimension is a multiple of 16.",
          "no engine has a kernel for it"),
@@ -174,6 +184,9 @@ _RULES = (
          "vLLM and SGLang use them only if the KV cache's dtype is asked for by hand"),
     Rule("kv-cache-format", _W, "The KV cache that the config names is in FP8 or NVFP4.",
          "vLLM warns and keeps the model's dtype, SGLang keeps it without a word"),
+    Rule("kv-cache-scheme", _E, "In the compressed-tensors layout kv_cache_scheme is 8-bit float, "
+         "symmetric and static, with one scale for a tensor or a head.",
+         "vLLM refuses to start, SGLang keeps the model's dtype"),
     Rule("kv-cache-latent", _W, "An NVFP4 KV cache is not for MLA.",
          "vLLM refuses to start, unless the KV cache's dtype is asked for by hand"),
 

@@ -140,6 +140,8 @@ def check_scalars(checkpoint: Checkpoint) -> Iterator[Finding]:
                 fault = "negative" if value else "zero"
                 fault = fault if math.isfinite(value) else "nan"
                 yield finding(f"{rule}-{fault}", info.key, f"{value:g}")
+            elif not 0 < checkpoint.scale(linear, part) < math.inf:
+                yield finding(f"{rule}-nan", info.key, f"{value:g}, whose reciprocal overflows")
 
 
 _K_OR_V = re.compile(r"\.(k_proj|v_proj)$")

@@ -14,9 +14,13 @@ from typing import Any
 
 from fourfold.errors import UnreadableError
 from fourfold.verification.readers.base import LayoutReader
+from fourfold.verification.readers.compressed_tensors import CompressedTensorsReader
 from fourfold.verification.readers.modelopt import ModelOptReader
 
-READERS: dict[str, type[LayoutReader]] = {"modelopt": ModelOptReader}
+READERS: dict[str, type[LayoutReader]] = {
+    "modelopt": ModelOptReader,
+    "compressed-tensors": CompressedTensorsReader,
+}
 """The readers by layout. A new layout is one more file with a reader, and one more entry here."""
 
 

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compressed-tensors layout: that of llm-compressor, which vLLM, SGLang and transformers read.
+
+    <linear>.weight_packed        U8       [out, in/2]   two E2M1 codes a byte, low nibble first
+    <linear>.weight_scale         F8_E4M3  [out, in/16]  block scales
+    <linear>.weight_global_scale  F32      [1]           the reciprocal of the global scale
+    <linear>.input_global_scale   F32      [1]           W4A4 only: (6·448) / largest input
+    <attention>.k_scale, .v_scale F32      [1]           calibrated FP8 KV cache: amax / 448
+
+A value is code · (block scale / weight_global_scale). `config.json` gets one more key,
+`quantization_config`, and is otherwise the source's; there is no other configuration file. Every
+kind of scheme is a group of `config_groups`; the targets of several groups are explicit.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fourfold._version import __version__
+from fourfold.errors import PlanError
+from fourfold.formats.base import FORMATS
+from fourfold.formats.scheme import Scheme
+from fourfold.layouts.base import CheckpointContents, Layout, layers_of_keys
+from fourfold.models import config_groups
+from fourfold.models.config_groups import LIBRARY, LINEAR, head_targets, write_targets
+
+NUMBERS = frozenset({"global_scale", "input_scale"})
+"""The parts that are single numbers; they are stored as reciprocals of shape [1]."""
+
+_LEFTOVER = re.compile(
+    r"(_amax|_quantizer(\..*)?|\.weight_scale_2|\.input_scale|\.pre_quant_scale"
+    r"|\.weight_zero_point|\.weight_shape|\.weight_g_idx)$"
+)
+_FP8_CACHE = {
+    "num_bits": 8,
+    "type": "float",
+    "symmetric": True,
+    "strategy": "tensor",
+    "dynamic": False,
+}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How this layout describes a weight format."""
+
+    format: str
+    weights: Mapping[str, Any]
+    inputs: Mapping[str, Mapping[str, Any]]
+    """By the format that activations are rounded to."""
+
+
+def _nvfp4(**more: Any) -> dict[str, Any]:
+    return {
+        "num_bits": 4,
+        "type": "float",
+        "symmetric": True,
+        "group_size": FORMATS["nvfp4"].block,
+        "strategy": "tensor_group",
+        "scale_dtype": "torch.float8_e4m3fn",
+        **more,
+    }
+
+
+STORED: Mapping[str, Stored] = {
+    "nvfp4": Stored(
+        "nvfp4-pack-quantized",
+        _nvfp4(dynamic=False),
+        {"nvfp4": _nvfp4(dynamic="local", observer="static_minmax")},
+    )
+}
+"""By weight format."""
+
+Kind = tuple[str, str | None]
+"""The formats of weights and activations, which make a group."""
+
+
+class CompressedTensors(Layout):
+    """The layout that llm-compressor writes, by the library compressed-tensors."""
+
+    name = LIBRARY
+    kv_scale = ("F32", (1,))
+    needs_kv_scales = True  # transformers takes 0
+    suffixes = {  # noqa: RUF012
+        "nvfp4": {
+            "codes": "weight_packed",
+            "block_scale": "weight_scale",
+            "global_scale": "weight_global_scale",
+            "input_scale": "input_global_scale",
+        }
+    }
+
+    def check(self, schemes: Mapping[str, Scheme]) -> None:
+        for linear, scheme in schemes.items():
+            stored = STORED.get(scheme.weights)
+            if stored is None:
+                raise PlanError(
+                    f"{linear}: the {self.name} layout has no names for {scheme.weights} weights. "
+                    f"Choose weights: {{format: {' | '.join(STORED)}}}."
+                )
+            if scheme.activations is not None and scheme.activations not in stored.inputs:
+                raise PlanError(
+                    f"{linear}: the {self.name} layout cannot say {scheme}. Choose activations: "
+                    f"none, or {{format: {' | '.join(stored.inputs)}}}."
+                )
+        self._check_groups(schemes)
+
+    def _check_groups(self, schemes: Mapping[str, Scheme]) -> None:
+        """Raise `PlanError` unless every reader finds the group of every weight."""
+        targets = {name: group["targets"] for name, group in _groups(schemes).items()}
+        names = dict(zip(_linears(schemes), targets, strict=True))
+        own = {linear: names[_kind_of(scheme)] for linear, scheme in schemes.items()}
+        for mismatch in config_groups.check(config_groups.Groups.of(targets, ()), own, ()):
+            raise PlanError(
+                f"{mismatch.engine}: {mismatch.module} would be {mismatch.found}: no targets tell "
+                "the groups of the layout apart. Give it and what is called like it the same "
+                "weights and activations in the recipe."
+            )
+
+    def encoded(self, part: str, spec: tuple[str, tuple[int, ...]]) -> tuple[str, tuple[int, ...]]:
+        return ("F32", (1,)) if part in NUMBERS else spec
+
+    def encode(self, part: str, value: float) -> np.ndarray[Any, Any]:
+        number = super().encode(part, value)
+        return 1 / number if part in NUMBERS else number
+
+    def is_leftover(self, name: str, dtype: str) -> bool:
+        return bool(_LEFTOVER.search(name))
+
+    def kv_scale_names(self, linears: Iterable[str]) -> dict[str, tuple[str, str]]:
+        return {
+            module: (f"{module}.{self.k_scale}", f"{module}.{self.v_scale}")
+            for module in layers_of_keys(linears)
+        }
+
+    def ignore(self, quantized: Sequence[str], kept: Sequence[str]) -> list[str]:
+        return config_groups.write_ignore(quantized, kept)
+
+    def quantization_config(self, contents: CheckpointContents) -> dict[str, Any]:
+        groups = _groups(contents.schemes)
+        formats = list(dict.fromkeys(group["format"] for group in groups.values()))
+        return {
+            "quant_method": self.name,
+            "format": formats[0] if len(formats) == 1 else "mixed-precision",
+            "quantization_status": "compressed",
+            "config_groups": groups,
+            "ignore": list(contents.ignore),
+            "kv_cache_scheme": None if contents.kv_cache is None else dict(_FP8_CACHE),
+            "global_compression_ratio": None,
+            "producer": {"name": "fourfold", "version": __version__},
+        }
+
+    def recognizes(self, config: Mapping[str, Any]) -> bool:
+        entry = config.get("quantization_config")
+        return isinstance(entry, Mapping) and entry.get("quant_method") == self.name
+
+
+def _groups(schemes: Mapping[str, Scheme]) -> dict[str, dict[str, Any]]:
+    """The groups, in the order in which their weights come. One group alone targets all layers."""
+    linears, groups = _linears(schemes), {}
+    for number, (kind, names) in enumerate(linears.items()):
+        stored = STORED[kind[0]]
+        is_alone = len(linears) == 1
+        groups[f"group_{number}"] = {
+            "targets": [LINEAR, *head_targets(names)] if is_alone else write_targets(names),
+            "weights": dict(stored.weights),
+            "input_activations": None if kind[1] is None else dict(stored.inputs[kind[1]]),
+            "output_activations": None,
+            "format": stored.format,
+        }
+    return groups
+
+
+def _linears(schemes: Mapping[str, Scheme]) -> Mapping[Kind, list[str]]:
+    linears: dict[Kind, list[str]] = defaultdict(list)
+    for linear, scheme in schemes.items():
+        linears[_kind_of(scheme)].append(linear)
+    return linears
+
+
+def _kind_of(scheme: Scheme) -> Kind:
+    return scheme.weights, scheme.activations

@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rules by which readers of the compressed-tensors layout decide which layers are quantized.
+
+A checkpoint in this layout has `config_groups`, each with `targets`, and a list `ignore`. An entry
+of either is a module's name, or `re:` and a regular expression that must match from the beginning
+of a name (`re.match`). A layer that `ignore` names is left alone; any other one is in the group
+whose targets name it, or else name its class.
+
+                            vLLM                    SGLang                  compressed-tensors
+    a name, in `ignore`     that module             and any whose dotted    that module
+                                                    name ends in it
+    the target Linear       all linear layers, and  the same                all linear layers
+                            experts; no head
+    a fused module          its own name, or all    all parts, unless its   has none: each part
+                            of its parts; some is   own name is listed; by itself
+                            an error                some is an error
+    experts of a layer      expert 0's projections  expert 0's gate_proj,   each expert's linear
+                            by the family's names,  up_proj, down_proj,     layers by their names
+                            `None` without a gate   whatever the names are
+    no group                unquantized             an error                unquantized
+    order of targets        name, parts, class      name, class, parts      name, pattern, class
+
+The last column is the library, by which transformers and llm-compressor go. Both engines rename the
+names in these lists as they rename tensors (`model.language_model.` → `language_model.model.`), but
+not what follows `re:`. So `write_ignore` lists full names, the parts and the own name of a fused
+module; for experts, whose names in the engines need not be those of the checkpoint, it writes one
+expression for a layer's experts that leaves the beginning of the name open.
+
+Read from vLLM 0.33.0 (compressed_tensors.py, compressed_tensors_moe.py, config_utils.py), SGLang
+0.5.23 (compressed_tensors.py and its utils.py) and compressed-tensors 0.20.1 (utils/match.py).
+TensorRT-LLM and ModelOpt's loaders do not read this layout.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from fourfold.errors import PlanError
+from fourfold.models.engines import Mismatch, Module, Ruling, Verdict, modules_of
+from fourfold.models.families import Engine, ExpertNames
+from fourfold.models.names import EXPERT_LINEAR
+
+LIBRARY = "compressed-tensors"
+"""The reader that is no engine: the library itself, in transformers."""
+
+LINEAR = "Linear"
+"""The target that means every linear layer."""
+
+READERS: tuple[Engine, ...] = (Engine.VLLM, Engine.SGLANG)
+"""The engines that read this layout."""
+
+HEAD = "lm_head"
+"""The last name of a head, which the engines' target Linear does not cover."""
+
+_PREFIX = "re:"
+_USUAL = ExpertNames("gate_proj", "up_proj", "down_proj")
+_WRAPPERS = re.compile(r"^(?:(?:model|language_model|text_model|thinker|backbone|transformer)\.)+")
+"""The beginnings of names that engines exchange for others."""
+
+
+class Entries:
+    """The entries of `ignore` or of a group's targets, for lookups of names."""
+
+    def __init__(self, entries: Iterable[str]) -> None:
+        """Compile the entries that are expressions."""
+        ordered = list(dict.fromkeys(entries))
+        self.names = frozenset(entry for entry in ordered if not entry.startswith(_PREFIX))
+        self.patterns: list[tuple[str, Callable[[str], object]]] = []
+        self.broken: str | None = None
+        """An entry that no reader can compile."""
+        for entry in ordered:
+            if entry.startswith(_PREFIX):
+                self._compile(entry)
+
+    def _compile(self, entry: str) -> None:
+        try:
+            self.patterns.append((entry, re.compile(entry.removeprefix(_PREFIX)).match))
+        except (re.error, RecursionError, OverflowError):
+            self.broken = self.broken or entry
+
+    def naming(self, name: str) -> str | None:
+        """Return an entry that is `name` or matches it, or None."""
+        if name in self.names:
+            return name
+        return next((entry for entry, match in self.patterns if match(name)), None)
+
+    def naming_end(self, name: str) -> str | None:
+        """Return an entry that is `name` or the end of it, or matches it, as SGLang reads it."""
+        tail = name
+        while tail:
+            if tail in self.names:
+                return tail
+            tail = tail.partition(".")[2]
+        return next((entry for entry, match in self.patterns if match(name)), None)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """What a checkpoint's configuration says: its groups' targets, and `ignore`."""
+
+    targets: Mapping[str, Entries]
+    """By the names of the groups, in their order."""
+    ignore: Entries
+
+    @classmethod
+    def of(cls, targets: Mapping[str, Iterable[str]], ignore: Iterable[str]) -> Groups:
+        """Return the groups of a configuration."""
+        return cls({name: Entries(own) for name, own in targets.items()}, Entries(ignore))
+
+    def of_linear(self, linear: str) -> str | None:
+        """Return the group of one linear layer as the library finds it; None if there is none."""
+        if self.ignore.naming(linear):
+            return None
+        return self.naming(linear) or self.of_class(linear)
+
+    def naming(self, name: str) -> str | None:
+        """Return the first group with a target that is `name` or matches it, or None."""
+        found = (group for group, entries in self.targets.items() if entries.naming(name))
+        return next(found, None)
+
+    def of_class(self, name: str, *, has_head: bool = True) -> str | None:
+        """Return the first group of all linear layers; None for a head, unless it is one."""
+        if not has_head and name.rpartition(".")[2] == HEAD:
+            return None
+        found = (group for group, entries in self.targets.items() if LINEAR in entries.names)
+        return next(found, None)
+
+    @property
+    def broken(self) -> str | None:
+        """An entry that no reader can compile."""
+        lists = (self.ignore, *self.targets.values())
+        return next((entries.broken for entries in lists if entries.broken), None)
+
+
+# --------------------------------------------------------------------------------------- rules
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A reader's decision on one module: the group that it takes it to, or None and the entry."""
+
+    group: str | None
+    entry: str | None = None
+    is_error: bool = False
+
+
+def _vllm(name: str, parts: Sequence[str], groups: Groups) -> Reading:
+    if entry := groups.ignore.naming(name):
+        return Reading(None, entry)
+    if (hit := _all_or_none(parts, groups.ignore.naming)) is not None:
+        return hit
+    own = groups.naming(name) or _common(map(groups.naming, parts))
+    return Reading(own or groups.of_class(name, has_head=False))
+
+
+def _sglang(name: str, parts: Sequence[str], groups: Groups) -> Reading:
+    if not parts or name in groups.ignore.names:
+        if entry := groups.ignore.naming_end(name):
+            return Reading(None, entry)
+    elif (hit := _all_or_none(parts, groups.ignore.naming_end)) is not None:
+        return hit
+    own = groups.naming(name) or groups.of_class(name, has_head=False)
+    own = own or _common(map(groups.naming, parts))
+    is_head = name.rpartition(".")[2] == HEAD
+    return Reading(own, is_error=own is None and not is_head)
+
+
+def _all_or_none(parts: Sequence[str], naming: Callable[[str], str | None]) -> Reading | None:
+    """The decision by the parts of a fused module; None if no part is listed."""
+    hits = [hit for part in parts if (hit := naming(part))]
+    if not hits:
+        return None
+    return Reading(None, hits[0], is_error=len(hits) < len(parts))
+
+
+def _common(groups: Iterable[str | None]) -> str | None:
+    """The first group, if every part has one."""
+    found = list(groups)
+    return found[0] if found and all(found) else None
+
+
+_RULES: Mapping[Engine, Callable[[str, Sequence[str], Groups], Reading]] = {
+    Engine.VLLM: _vllm,
+    Engine.SGLANG: _sglang,
+}
+
+
+def _readings(engine: Engine, module: Module, groups: Groups) -> Iterator[tuple[str, Reading]]:
+    """The decisions of an engine on a module, by the names that it may look it up under."""
+    rule = _RULES[engine]
+    if not _is_experts(module):
+        for name in module.called(engine):
+            yield name, rule(name, module.parts, groups)
+        return
+    asked = [rule(f"{module.name}.0.{name}", (), groups) for name in _asked(engine, module)]
+    first = next((reading for reading in asked if reading.group is None), asked[0])
+    differ = len({reading.group for reading in asked}) > 1
+    yield module.name, Reading(first.group, first.entry, is_error=differ or first.is_error)
+
+
+def _is_experts(module: Module) -> bool:
+    return module.fused is None and module.members != (module.name,)
+
+
+def _asked(engine: Engine, module: Module) -> Sequence[str | None]:
+    """The last names of expert 0's projections that an engine looks up."""
+    matches = (EXPERT_LINEAR.match(name) for name in module.members)
+    own = {match["projection"] for match in matches if match}
+    if engine is Engine.SGLANG or not own:
+        return _USUAL
+    if "w1" in own and "w3" in own:
+        return "w1", "w3", "w2"
+    return _USUAL if "gate_proj" in own else ("up_proj", None, "down_proj")
+
+
+# ----------------------------------------------------------------------------- check and write
+
+
+def check(
+    groups: Groups, quantized: Mapping[str, str], unquantized: Iterable[str]
+) -> list[Mismatch]:
+    """Find the modules that a reader would not treat as the checkpoint's tensors need.
+
+    `quantized` has the group of every quantized linear layer, `unquantized` the names of all
+    others, of single experts and stacks of experts alike. Each reader and module has one mismatch
+    at most; they are sorted by module.
+    """
+    kept = frozenset(unquantized)
+    mismatches = [
+        mismatch
+        for module in modules_of([*quantized, *kept])
+        for mismatch in _judge(module, quantized, kept, groups)
+    ]
+    return sorted(mismatches, key=lambda mismatch: (mismatch.module, mismatch.engine))
+
+
+def _judge(
+    module: Module, quantized: Mapping[str, str], kept: Collection[str], groups: Groups
+) -> Iterator[Mismatch]:
+    own = {quantized.get(name) for name in module.members}
+    group = next((group for group in own if group), None)
+    if group is None:
+        expected = Verdict.EXCLUDED
+    elif len(own) > 1:
+        expected = Verdict.MIXED
+    else:
+        expected = Verdict.QUANTIZED
+    for engine in READERS:
+        for name, reading in _readings(engine, module, groups):
+            verdict = _verdict(reading, group, groups)
+            if verdict.verdict is not expected:
+                yield Mismatch(engine, name, expected, *verdict)
+                break
+    if expected is Verdict.MIXED:
+        return
+    for name in module.members:
+        entry = groups.ignore.naming(name)
+        if (name in quantized) is (entry is None):
+            continue
+        if name in kept and _is_experts(module):
+            continue  # transformers has no linear layers for experts
+        found = Verdict.EXCLUDED if entry else Verdict.QUANTIZED
+        yield Mismatch(LIBRARY, name, expected, found, entry)
+        return
+
+
+def _verdict(reading: Reading, group: str | None, groups: Groups) -> Ruling:
+    if groups.broken is not None:
+        return Ruling(Verdict.REFUSED, groups.broken)
+    if reading.is_error:
+        return Ruling(Verdict.REFUSED, reading.entry)
+    if reading.group is None:
+        return Ruling(Verdict.EXCLUDED, reading.entry)
+    is_other = group is not None and reading.group != group
+    return Ruling(Verdict.OTHERWISE if is_other else Verdict.QUANTIZED, reading.entry)
+
+
+def write_ignore(quantized: Iterable[str], unquantized: Iterable[str]) -> list[str]:
+    """Return the ignore list under which every reader quantizes `quantized` only.
+
+    Raises:
+        PlanError: if no list does that, for example because a fused module is partly quantized.
+    """
+    packed, kept = dict.fromkeys(quantized, "group_0"), list(unquantized)
+    targets = {"group_0": [LINEAR, *head_targets(packed)]}
+    modules = modules_of(kept)
+    entries = {name: entry for module in modules for name, entry in _entries(module).items()}
+    while wide := _too_wide(found := check(Groups.of(targets, entries.values()), packed, kept)):
+        narrow = {name: _narrow(name, entry) for name, entry in entries.items() if entry in wide}
+        if narrow.items() <= entries.items():
+            break
+        entries |= narrow
+    if found:
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise PlanError(
+            f"no ignore list is right for all readers of the {LIBRARY} layout. {found[0]}{more}. "
+            "Quantize all parts of a module, or none of them."
+        )
+    return sorted(entries.values())
+
+
+def write_targets(linears: Iterable[str]) -> list[str]:
+    """Return the targets of one of several groups, by the names of its linear layers."""
+    modules = modules_of(linears)
+    entries = {entry for module in modules for entry in _entries(module).values()}
+    heads = head_targets(linears)
+    return sorted(entry for entry in entries if entry.rpartition(".")[2] != HEAD) + heads
+
+
+def head_targets(linears: Iterable[str]) -> list[str]:
+    """Return the targets of the heads among linear layers, whatever an engine calls the wrapper."""
+    return [rf"{_PREFIX}(.*\.)?{HEAD}$"] if any(_is_head(name) for name in linears) else []
+
+
+def _is_head(name: str) -> bool:
+    return name.rpartition(".")[2] == HEAD
+
+
+def _entries(module: Module) -> dict[str, str]:
+    """The entries that name a module, by the names that they stand for."""
+    if _is_experts(module):
+        rest = _WRAPPERS.sub("", module.name)
+        return {module.name: rf"{_PREFIX}(.*\.)?{re.escape(rest)}\."}
+    names = [name for engine in READERS for name in module.called(engine)]
+    return {name: name for name in (*module.members, *module.parts, *names)}
+
+
+def _narrow(name: str, entry: str) -> str:
+    """An entry that names a module by its whole name only."""
+    end = r"\." if entry.endswith(r"\.") else "$"
+    return f"{_PREFIX}{re.escape(name)}{end}"
+
+
+def _too_wide(mismatches: Iterable[Mismatch]) -> set[str]:
+    """The entries that would leave a quantized module unquantized."""
+    return {m.pattern for m in mismatches if m.expected is Verdict.QUANTIZED and m.pattern}
