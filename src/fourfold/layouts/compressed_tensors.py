@@ -29,6 +29,7 @@ from fourfold.formats.scheme import Scheme
 from fourfold.layouts.base import CheckpointContents, Layout, layers_of_keys
 from fourfold.models import config_groups
 from fourfold.models.config_groups import LIBRARY, LINEAR, head_targets, write_targets
+from fourfold.models.peculiarities import Peculiarities
 
 NUMBERS = frozenset({"global_scale", "input_scale"})
 """The parts that are single numbers; they are stored as reciprocals of shape [1]."""
@@ -116,7 +117,7 @@ class CompressedTensors(Layout):
         targets = {name: group["targets"] for name, group in _groups(schemes).items()}
         names = dict(zip(_linears(schemes), targets, strict=True))
         own = {linear: names[_kind_of(scheme)] for linear, scheme in schemes.items()}
-        for mismatch in config_groups.check(config_groups.Groups.of(targets, ()), own, ()):
+        for mismatch in config_groups.check(config_groups.Stated(targets, ()), own, ()):
             raise PlanError(
                 f"{mismatch.engine}: {mismatch.module} would be {mismatch.found}: no targets tell "
                 "the groups of the layout apart. Give it and what is called like it the same "
@@ -139,8 +140,10 @@ class CompressedTensors(Layout):
             for module in layers_of_keys(linears)
         }
 
-    def ignore(self, quantized: Sequence[str], kept: Sequence[str]) -> list[str]:
-        return config_groups.write_ignore(quantized, kept)
+    def ignore(
+        self, quantized: Sequence[str], kept: Sequence[str], peculiar: Peculiarities
+    ) -> list[str]:
+        return config_groups.write_ignore(quantized, kept, peculiar)
 
     def quantization_config(self, contents: CheckpointContents) -> dict[str, Any]:
         groups = _groups(contents.schemes)

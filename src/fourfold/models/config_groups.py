@@ -41,6 +41,7 @@ from fourfold.errors import PlanError
 from fourfold.models.engines import Mismatch, Module, Ruling, Verdict, modules_of
 from fourfold.models.families import Engine, ExpertNames
 from fourfold.models.names import EXPERT_LINEAR
+from fourfold.models.peculiarities import NONE, Peculiarities
 
 LIBRARY = "compressed-tensors"
 """The reader that is no engine: the library itself, in transformers."""
@@ -134,6 +135,34 @@ class Groups:
         return next((entries.broken for entries in lists if entries.broken), None)
 
 
+@dataclass(frozen=True)
+class Stated:
+    """The groups' targets and `ignore`, as a configuration states them."""
+
+    targets: Mapping[str, Sequence[str]]
+    ignore: Sequence[str]
+
+    @property
+    def groups(self) -> Groups:
+        """The groups, as nothing rewrites them."""
+        return Groups.of(self.targets, self.ignore)
+
+    def as_read(self, peculiar: Peculiarities) -> dict[str, Groups]:
+        """Return the groups as each reader has them when it looks its modules up."""
+        own = self.groups
+        return {LIBRARY: own} | {
+            engine: self._rewritten(engine, peculiar) if engine in peculiar.rewritten else own
+            for engine in READERS
+        }
+
+    def _rewritten(self, engine: Engine, peculiar: Peculiarities) -> Groups:
+        targets = {
+            group: [peculiar.entry_in(engine, entry) for entry in entries]
+            for group, entries in self.targets.items()
+        }
+        return Groups.of(targets, [peculiar.entry_in(engine, entry) for entry in self.ignore])
+
+
 # --------------------------------------------------------------------------------------- rules
 
 
@@ -190,14 +219,14 @@ _RULES: Mapping[Engine, Callable[[str, Sequence[str], Groups], Reading]] = {
 def _readings(engine: Engine, module: Module, groups: Groups) -> Iterator[tuple[str, Reading]]:
     """The decisions of an engine on a module, by the names that it may look it up under."""
     rule = _RULES[engine]
-    if not _is_experts(module):
-        for name in module.called(engine):
-            yield name, rule(name, module.parts, groups)
-        return
-    asked = [rule(f"{module.name}.0.{name}", (), groups) for name in _asked(engine, module)]
-    first = next((reading for reading in asked if reading.group is None), asked[0])
-    differ = len({reading.group for reading in asked}) > 1
-    yield module.name, Reading(first.group, first.entry, is_error=differ or first.is_error)
+    for name in module.called(engine):
+        if not _is_experts(module):
+            yield name, rule(name, module.parts_of(engine, name), groups)
+            continue
+        asked = [rule(f"{name}.0.{last}", (), groups) for last in _asked(engine, module)]
+        first = next((reading for reading in asked if reading.group is None), asked[0])
+        differ = len({reading.group for reading in asked}) > 1
+        yield name, Reading(first.group, first.entry, is_error=differ or first.is_error)
 
 
 def _is_experts(module: Module) -> bool:
@@ -219,25 +248,32 @@ def _asked(engine: Engine, module: Module) -> Sequence[str | None]:
 
 
 def check(
-    groups: Groups, quantized: Mapping[str, str], unquantized: Iterable[str]
+    stated: Stated,
+    quantized: Mapping[str, str],
+    unquantized: Iterable[str],
+    peculiar: Peculiarities = NONE,
 ) -> list[Mismatch]:
     """Find the modules that a reader would not treat as the checkpoint's tensors need.
 
     `quantized` has the group of every quantized linear layer, `unquantized` the names of all
-    others, of single experts and stacks of experts alike. Each reader and module has one mismatch
-    at most; they are sorted by module.
+    others, of single experts and stacks of experts alike; `peculiar` is what engines do in the
+    family. Each reader and module has one mismatch at most; they are sorted by module.
     """
     kept = frozenset(unquantized)
+    readers = stated.as_read(peculiar)
     mismatches = [
         mismatch
-        for module in modules_of([*quantized, *kept])
-        for mismatch in _judge(module, quantized, kept, groups)
+        for module in modules_of([*quantized, *kept], peculiar)
+        for mismatch in _judge(module, quantized, kept, readers)
     ]
     return sorted(mismatches, key=lambda mismatch: (mismatch.module, mismatch.engine))
 
 
 def _judge(
-    module: Module, quantized: Mapping[str, str], kept: Collection[str], groups: Groups
+    module: Module,
+    quantized: Mapping[str, str],
+    kept: Collection[str],
+    readers: Mapping[str, Groups],
 ) -> Iterator[Mismatch]:
     own = {quantized.get(name) for name in module.members}
     group = next((group for group in own if group), None)
@@ -248,15 +284,15 @@ def _judge(
     else:
         expected = Verdict.QUANTIZED
     for engine in READERS:
-        for name, reading in _readings(engine, module, groups):
-            verdict = _verdict(reading, group, groups)
+        for name, reading in _readings(engine, module, readers[engine]):
+            verdict = _verdict(reading, group, readers[engine])
             if verdict.verdict is not expected:
                 yield Mismatch(engine, name, expected, *verdict)
                 break
     if expected is Verdict.MIXED:
         return
     for name in module.members:
-        entry = groups.ignore.naming(name)
+        entry = readers[LIBRARY].ignore.naming(name)
         if (name in quantized) is (entry is None):
             continue
         if name in kept and _is_experts(module):
@@ -277,17 +313,23 @@ def _verdict(reading: Reading, group: str | None, groups: Groups) -> Ruling:
     return Ruling(Verdict.OTHERWISE if is_other else Verdict.QUANTIZED, reading.entry)
 
 
-def write_ignore(quantized: Iterable[str], unquantized: Iterable[str]) -> list[str]:
+def write_ignore(
+    quantized: Iterable[str], unquantized: Iterable[str], peculiar: Peculiarities = NONE
+) -> list[str]:
     """Return the ignore list under which every reader quantizes `quantized` only.
+
+    `peculiar` is what engines do in the family.
 
     Raises:
         PlanError: if no list does that, for example because a fused module is partly quantized.
     """
     packed, kept = dict.fromkeys(quantized, "group_0"), list(unquantized)
     targets = {"group_0": [LINEAR, *head_targets(packed)]}
-    modules = modules_of(kept)
+    modules = modules_of(kept, peculiar)
     entries = {name: entry for module in modules for name, entry in _entries(module).items()}
-    while wide := _too_wide(found := check(Groups.of(targets, entries.values()), packed, kept)):
+    while wide := _too_wide(
+        found := check(Stated(targets, list(entries.values())), packed, kept, peculiar)
+    ):
         narrow = {name: _narrow(name, entry) for name, entry in entries.items() if entry in wide}
         if narrow.items() <= entries.items():
             break
@@ -301,15 +343,15 @@ def write_ignore(quantized: Iterable[str], unquantized: Iterable[str]) -> list[s
     return sorted(entries.values())
 
 
-def write_targets(linears: Iterable[str]) -> list[str]:
+def write_targets(linears: Collection[str], peculiar: Peculiarities = NONE) -> list[str]:
     """Return the targets of one of several groups, by the names of its linear layers."""
-    modules = modules_of(linears)
+    modules = modules_of(linears, peculiar)
     entries = {entry for module in modules for entry in _entries(module).values()}
     heads = head_targets(linears)
     return sorted(entry for entry in entries if entry.rpartition(".")[2] != HEAD) + heads
 
 
-def head_targets(linears: Iterable[str]) -> list[str]:
+def head_targets(linears: Collection[str]) -> list[str]:
     """Return the targets of the heads among linear layers, whatever an engine calls the wrapper."""
     return [rf"{_PREFIX}(.*\.)?{HEAD}$"] if any(_is_head(name) for name in linears) else []
 
@@ -320,15 +362,27 @@ def _is_head(name: str) -> bool:
 
 def _entries(module: Module) -> dict[str, str]:
     """The entries that name a module, by the names that they stand for."""
+    names = dict.fromkeys(name for engine in READERS for name in module.called(engine))
     if _is_experts(module):
-        rest = _WRAPPERS.sub("", module.name)
-        return {module.name: rf"{_PREFIX}(.*\.)?{re.escape(rest)}\."}
-    names = [name for engine in READERS for name in module.called(engine)]
-    return {name: name for name in (*module.members, *module.parts, *names)}
+        return {name: rf"{_open(name)}\." for name in names}
+    parts = (
+        own for part in module.parts for e in READERS for own in module.peculiar.names_in(e, part)
+    )
+    own = dict.fromkeys((*module.members, *parts, *names))
+    entries = {name: name for name in own}
+    if any(module.peculiar.more_entries(name) for name in own):
+        entries |= {f"{name}$": f"{_open(name)}$" for name in own}
+    return entries
+
+
+def _open(name: str) -> str:
+    """An expression for a name whose beginning engines exchange."""
+    return rf"{_PREFIX}(.*\.)?{re.escape(_WRAPPERS.sub('', name))}"
 
 
 def _narrow(name: str, entry: str) -> str:
     """An entry that names a module by its whole name only."""
+    name = name.removesuffix("$")
     end = r"\." if entry.endswith(r"\.") else "$"
     return f"{_PREFIX}{re.escape(name)}{end}"
 

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from fourfold.errors import UnreadableError
 from fourfold.formats.base import FORMATS
-from fourfold.models.config_groups import Groups, check
+from fourfold.models.config_groups import Groups, Stated, check
 from fourfold.models.engines import Mismatch
+from fourfold.models.peculiarities import Peculiarities
 from fourfold.storage.names import CONFIG, HF_QUANT_CONFIG
 from fourfold.verification.readers.base import (
     BLOCK_SCALE,
@@ -67,7 +68,9 @@ DEFAULTS = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
 class GroupsConfig(QuantConfig):
     """The quantization as config.json states it."""
 
+    stated: Stated
     groups: Groups
+    """Those that are stated, for lookups."""
     algos: Mapping[str, str]
     """The algorithm of each group."""
 
@@ -129,6 +132,7 @@ class CompressedTensorsReader(LayoutReader):
             kv_cache=_kv_cache(stated.get("kv_cache_scheme")),
             ignore=tuple(ignore),
             layers={},
+            stated=Stated(targets, ignore),
             groups=Groups.of(targets, ignore),
             algos=algos,
         )
@@ -170,11 +174,14 @@ class CompressedTensorsReader(LayoutReader):
             yield finding("config-groups", CONFIG, f"{name}.output_activations: there are some")
 
     def mismatches(
-        self, quantized: Collection[str], unquantized: Collection[str]
+        self,
+        quantized: Collection[str],
+        unquantized: Collection[str],
+        peculiar: Peculiarities,
     ) -> list[Mismatch]:
         groups = self.config.groups
         own = {name: groups.naming(name) or groups.of_class(name) or NO_GROUP for name in quantized}
-        return check(groups, own, unquantized)
+        return check(self.config.stated, own, unquantized, peculiar)
 
     def scale(self, part: str, value: float) -> float:
         """Return the reciprocal, rounded to float32 as engines do."""
