@@ -4,13 +4,14 @@ pieces, resumed, on ranks, and loaded again."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import fourfold
@@ -260,3 +261,20 @@ def test_tensor_parallel_ranks_hold_whole_blocks(model: Path, tmp_path: Path) ->
     assert fourfold.plan(model, file).tensor_parallel[2] == (
         "k_proj's output 128 leaves a rank no multiple of 128"
     )
+
+
+@pytest.mark.parametrize(("factor", "is_lost"), [(2.0**-26, True), (2.0**-8, False)])
+def test_a_weight_lost_beside_its_group_is_repaired(
+    factor: float, is_lost: bool, model: Path, tmp_path: Path
+) -> None:
+    """In FP8 per tensor; in the other formats a weight has its own scales."""
+    shutil.copytree(model, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    key = "model.layers.1.self_attn.k_proj"
+    tensors[f"{key}.weight"] = tensors[f"{key}.weight"] * factor
+    save_file(tensors, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    for name in ("fp8", "fp8_channel"):
+        result = fourfold.quantize(
+            tmp_path / "model", tmp_path / name, recipe(tmp_path, name), output=DEFAULT
+        )
+        assert list(result.repairs) == ([key] if is_lost and name == "fp8" else [])
