@@ -43,7 +43,7 @@ from fourfold.errors import PlanError
 from fourfold.models.families import Engine, experts_module
 from fourfold.models.fusion import FUSED_MODULES, FusedModule, fuse
 from fourfold.models.ignore_list import IgnoreList, quote, subpaths
-from fourfold.models.peculiarities import NONE, Peculiarities
+from fourfold.models.peculiarities import NONE, Peculiarities, substitute
 
 
 class Verdict(StrEnum):
@@ -79,10 +79,14 @@ class Module:
 
     def called(self, engine: Engine) -> tuple[str, ...]:
         """Return the names under which `engine` may look this module up."""
-        if self.fused is None:
-            return self.peculiar.names_in(engine, self.name)
-        names = (_sibling(self.name, last) for last in self.fused.called(engine))
+        names = self._raw_names(engine)
         return tuple(own for name in names for own in self.peculiar.names_in(engine, name))
+
+    def _raw_names(self, engine: Engine) -> tuple[str, ...]:
+        """The names as far as the engine keeps the checkpoint's names."""
+        if self.fused is None:
+            return (self.name,)
+        return tuple(_sibling(self.name, last) for last in self.fused.called(engine))
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -91,9 +95,10 @@ class Module:
 
     def parts_of(self, engine: Engine, name: str) -> tuple[str, ...]:
         """Return the parts of the module that `engine` calls `name`."""
-        if name.rpartition(".")[0] == self.name.rpartition(".")[0]:
-            return self.parts
-        return tuple(self.peculiar.names_in(engine, part)[-1] for part in self.parts)
+        for renaming in self.peculiar.renamings(engine) if self.fused else ():
+            if any(substitute(renaming, raw) == name for raw in self._raw_names(engine)):
+                return tuple(substitute(renaming, part) for part in self.parts)
+        return ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,8 +34,8 @@ class Peculiarities:
     kept: Mapping[str, str] = field(default_factory=dict)
     """Regex over the raw module name → why these layers stay unquantized unless a recipe names
     them: an engine cannot load them quantized, though another may."""
-    renamed: Mapping[Engine, Substitutions] = field(default_factory=dict)
-    """From a layer's name in the checkpoint to the one by which the engine looks it up."""
+    renamed: Mapping[Engine, tuple[Substitutions, ...]] = field(default_factory=dict)
+    """Each from a layer's name in the checkpoint to one by which the engine looks it up."""
     rewritten: Mapping[Engine, Substitutions] = field(default_factory=dict)
     """What the engine turns the entries of an ignore list into, where that goes wrong."""
     listed: Substitutions = ()
@@ -45,10 +45,14 @@ class Peculiarities:
         """Return why the linear layer `name` is kept unless a recipe names it, or None."""
         return next((why for regex, why in self.kept.items() if re.search(regex, name)), None)
 
+    def renamings(self, engine: Engine) -> tuple[Substitutions, ...]:
+        """Return the substitutions that lead to the names in `engine`; the first does nothing."""
+        return ((), *self.renamed.get(engine, ()))
+
     def names_in(self, engine: Engine, name: str) -> tuple[str, ...]:
         """Return the names of a layer in `engine`: that in the checkpoint, and its own."""
-        own = substitute(self.renamed.get(engine, ()), name)
-        return (name,) if own == name else (name, own)
+        names = (substitute(renaming, name) for renaming in self.renamings(engine))
+        return tuple(dict.fromkeys(names))
 
     def entry_in(self, engine: Engine, entry: str) -> str:
         """Return what `engine` makes of an entry of an ignore list."""
@@ -80,7 +84,28 @@ _KIMI = Peculiarities(
         ),
     )
 )
-_BAILING = Peculiarities(fused=(FusedModule((*_QKV, "b_proj"), ("qkvb_proj", "qkv_proj")),))
+_BAILING = Peculiarities(
+    fused=(
+        FusedModule(
+            (*_QKV, "b_proj", "f_proj", "g_proj"),
+            ("qkvb_proj", "qkv_proj", "b_proj", "f_proj", "g_proj"),
+            elsewhere={Engine.SGLANG: ("fused_qkvbfg_proj", "b_proj")},
+        ),
+    ),
+    kept={
+        r"\.attention\.[qkvbfg]_proj$": (
+            "vLLM fuses linear attention's b with q, k and v, and SGLang builds b unquantized"
+        )
+    },
+    # Linear attention is `self_attn` in SGLang, and has an `o_proj` in both.
+    renamed={
+        Engine.VLLM: (((r"\.attention\.dense$", ".attention.o_proj"),),),
+        Engine.SGLANG: (
+            ((r"\.attention\.dense$", ".attention.o_proj"),),
+            ((r"\.attention\.", ".self_attn."), (r"\.dense$", ".o_proj")),
+        ),
+    },
+)
 _BEAM = Peculiarities(fused=(FusedModule((*_QKV, "gate_proj"), ("qkv_gate_proj", "qkv_proj")),))
 _DOTS3 = Peculiarities(
     fused=(
@@ -100,9 +125,11 @@ _TABLE: Mapping[str, Peculiarities] = {
         # vLLM's Transformers backend has the names that transformers has in memory.
         renamed={
             Engine.VLLM: (
-                (r"layernorm\.W_down$", "layernorm.mlp.fc1"),
-                (r"layernorm\.W_up$", "layernorm.mlp.fc2"),
-                (r"\.q_b_proj$", ".q_gate_proj"),
+                (
+                    (r"layernorm\.W_down$", "layernorm.mlp.fc1"),
+                    (r"layernorm\.W_up$", "layernorm.mlp.fc2"),
+                    (r"\.q_b_proj$", ".q_gate_proj"),
+                ),
             )
         }
     ),
@@ -114,12 +141,17 @@ _TABLE: Mapping[str, Peculiarities] = {
         # The raw names end in `.linear`; SGLang fuses the vision tower's layers all the same.
         renamed={
             Engine.SGLANG: (
-                (r"(\.vision_tower\..*\.self_attn)\.[qkv]_proj\.linear$", r"\1.qkv_proj"),
-                (r"(\.vision_tower\..*\.mlp)\.(?:gate|up)_proj\.linear$", r"\1.gate_up_proj"),
+                (
+                    (r"(\.vision_tower\..*\.self_attn)\.[qkv]_proj\.linear$", r"\1.qkv_proj"),
+                    (r"(\.vision_tower\..*\.mlp)\.(?:gate|up)_proj\.linear$", r"\1.gate_up_proj"),
+                ),
             )
         }
     ),
-    "granitemoehybrid": Peculiarities(renamed={Engine.VLLM: ((r"\.mamba\.", ".mixer."),)}),
+    "glm5_next": Peculiarities(
+        kept={r"\.self_attn\.": "vLLM builds GLM-5-Next's attention unquantized"}
+    ),
+    "granitemoehybrid": Peculiarities(renamed={Engine.VLLM: (((r"\.mamba\.", ".mixer."),),)}),
     "jamba": Peculiarities(
         kept={r"\.mamba\.": "vLLM builds Jamba's Mamba layers unquantized whatever is in the list"}
     ),
@@ -127,26 +159,28 @@ _TABLE: Mapping[str, Peculiarities] = {
     "kimi_linear": _KIMI,
     "lfm2_moe": Peculiarities(
         kept={r"\.conv\.in_proj$": "SGLang does not load this layer's global scale"},
-        renamed={Engine.SGLANG: ((r"\.feed_forward\.w2$", ".feed_forward.down_proj"),)},
+        renamed={Engine.SGLANG: (((r"\.feed_forward\.w2$", ".feed_forward.down_proj"),),)},
     ),
     "mistral_large4": Peculiarities(
         # As for axk2. vLLM never quantizes a vision tower.
         renamed={
             Engine.VLLM: (
-                (r"^output$", "lm_head"),
-                (r"^patch_merger\.", "model.multi_modal_projector.patch_merger."),
-                (r"^vision_language_adapter\.w_in$", "model.multi_modal_projector.linear_1"),
-                (r"^vision_language_adapter\.w_out$", "model.multi_modal_projector.linear_2"),
-                (r"^layers\.", "model.language_model.layers."),
-                (r"^(model\..*)\.attention\.", r"\1.self_attn."),
-                (r"\.self_attn\.w([qkvo])$", r".self_attn.\1_proj"),
-                (r"\.self_attn\.wkv_a_with_mqa$", ".self_attn.kv_a_proj_with_mqa"),
-                (r"\.self_attn\.wkv_b$", ".self_attn.kv_b_proj"),
-                (r"^(model\..*)\.feed_forward\.", r"\1.mlp."),
-                (r"^(model\..*)\.(gate|experts|shared_experts)(?=\.|$)", r"\1.mlp.\2"),
-                (r"^(model\..*)\.w1$", r"\1.gate_proj"),
-                (r"^(model\..*)\.w2$", r"\1.down_proj"),
-                (r"^(model\..*)\.w3$", r"\1.up_proj"),
+                (
+                    (r"^output$", "lm_head"),
+                    (r"^patch_merger\.", "model.multi_modal_projector.patch_merger."),
+                    (r"^vision_language_adapter\.w_in$", "model.multi_modal_projector.linear_1"),
+                    (r"^vision_language_adapter\.w_out$", "model.multi_modal_projector.linear_2"),
+                    (r"^layers\.", "model.language_model.layers."),
+                    (r"^(model\..*)\.attention\.", r"\1.self_attn."),
+                    (r"\.self_attn\.w([qkvo])$", r".self_attn.\1_proj"),
+                    (r"\.self_attn\.wkv_a_with_mqa$", ".self_attn.kv_a_proj_with_mqa"),
+                    (r"\.self_attn\.wkv_b$", ".self_attn.kv_b_proj"),
+                    (r"^(model\..*)\.feed_forward\.", r"\1.mlp."),
+                    (r"^(model\..*)\.(gate|experts|shared_experts)(?=\.|$)", r"\1.mlp.\2"),
+                    (r"^(model\..*)\.w1$", r"\1.gate_proj"),
+                    (r"^(model\..*)\.w2$", r"\1.down_proj"),
+                    (r"^(model\..*)\.w3$", r"\1.up_proj"),
+                ),
             )
         }
     ),
@@ -155,8 +189,10 @@ _TABLE: Mapping[str, Peculiarities] = {
         # Transformers backend.
         renamed={
             Engine.VLLM: (
-                (r"\.block_sparse_moe\.gate$", ".mlp.router"),
-                (r"\.block_sparse_moe\.", ".mlp."),
+                (
+                    (r"\.block_sparse_moe\.gate$", ".mlp.router"),
+                    (r"\.block_sparse_moe\.", ".mlp."),
+                ),
             )
         }
     ),
@@ -175,6 +211,13 @@ _TABLE: Mapping[str, Peculiarities] = {
             (r"^model\.language_model\.layers\.", "*.layers."),
             (r"^(\*\..*)\.qkv_proj$", r"\1.qk[v]_proj"),
         ),
+    ),
+    "qwen4_exp": Peculiarities(
+        kept={
+            r"\.self_attn\.[qkv]_proj$": (
+                "vLLM builds this family's q, k and v unquantized, in one module with the indexer"
+            )
+        }
     ),
 }
 
