@@ -23,18 +23,21 @@ RESTS = {"fp8": "FP8", "fp8_block": "FP8_PB_WO", "mxfp8": "MXFP8"}
 RECIPES = [name for name in builtin_names() if name.endswith("_rest")]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its widths are multiples of 128."""
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
+def tiny() -> Qwen3MoeConfig:
+    """Widths that are multiples of 128, and a dense layer."""
+    return Qwen3MoeConfig(
         hidden_size=128, intermediate_size=256, moe_intermediate_size=64, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_experts=4,
+        num_attention_heads=4, num_key_value_heads=4, head_dim=32, num_experts=4,
         num_experts_per_tok=2, vocab_size=128, max_position_embeddings=256, mlp_only_layers=[0],
         tie_word_embeddings=False,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("mixed") / "source"
-    Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    Qwen3MoeForCausalLM(tiny()).to(torch.bfloat16).save_pretrained(folder)
     return folder
 
 

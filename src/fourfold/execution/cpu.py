@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -26,9 +26,12 @@ from fourfold.formats import mxfp4
 from fourfold.formats.base import FORMATS, WeightFormat
 from fourfold.models.inventory import LinearWeight
 from fourfold.models.regions import as_slice
-from fourfold.planning import ScaleGroup, is_mxfp4, job_bytes
+from fourfold.planning import ScaleGroup, is_fp8, is_mxfp4, job_bytes
 from fourfold.storage.safetensors_header import TensorInfo, nbytes_of
 from fourfold.storage.shard_file import ShardFile
+
+Fill = Callable[[Mapping[str, torch.Tensor]], None]
+"""Fills the buffers of row parts."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +86,13 @@ class CPUBackend:
         return _Group(self.context, file, group, self.arena).run(kernels)
 
     def cast(self, file: ShardFile, group: ScaleGroup) -> list[LinearResult] | None:
-        """Cast a group whose weights the source stores in MXFP4; None unless that is exact."""
-        if not is_mxfp4(self.context.source, group):
-            return None
+        """Write the source's own codes of a group in MXFP4 or FP8; None unless that is exact."""
         self.arena.reset()
-        return _Group(self.context, file, group, self.arena).cast()
+        if is_mxfp4(self.context.source, group):
+            return _Group(self.context, file, group, self.arena).cast()
+        if is_fp8(self.context.source, group):
+            return _Group(self.context, file, group, self.arena).keep_fp8()
+        return None
 
     def free(self) -> None:
         """Give the memory back."""
@@ -145,16 +150,57 @@ class _Group:
         group_scale = self.format.scale_of_mxfp4(min(x for x, _ in used), max(x for _, x in used))
         if group_scale is None:
             return None
+        scale = group_scale
+
+        def fill(piece: _Piece) -> tuple[int, Fill]:
+            codes, exponents = self._codes_and_exponents(piece)
+            return len(codes), lambda out: self.format.from_mxfp4(codes, exponents, scale, out)
+
+        return self._kept(pieces, fill, group_scale)
+
+    def keep_fp8(self) -> list[LinearResult] | None:
+        """Write the FP8 codes and scales that the source has, if the format allows it."""
+        stored = {x.name: self.source.fp8(x.region.key) for x in self.group.linears}
+        scales = [
+            weight.scales(0, linear.shape[0])
+            for linear in self.group.linears
+            if (weight := stored[linear.name]) is not None
+        ]
+        numbers = torch.cat([x.flatten() for x in scales])
+        if not (numbers > 0).all():
+            return None
+        group_scale = None
+        if self.format.group_part is not None:
+            if numbers.min() != numbers.max():
+                return None  # engines take one scale for what they fuse
+            group_scale = float(numbers[0])
+
+        def fill(piece: _Piece) -> tuple[int, Fill]:
+            weight, (start, stop) = stored[piece.linear.name], piece.slab
+            assert weight is not None
+            codes, of_rows = weight.codes(start, stop), weight.scales(start, stop)
+            return stop - start, lambda out: self.format.from_fp8(codes, of_rows, out)
+
+        pieces = [piece for linear in self.group.linears for piece in self._pieces(linear)]
+        return self._kept(pieces, fill, group_scale)
+
+    def _kept(
+        self,
+        pieces: Sequence[_Piece],
+        fill: Callable[[_Piece], tuple[int, Fill]],
+        group_scale: float | None,
+    ) -> list[LinearResult]:
+        """Write the source's own codes; `fill` returns a piece's rows, and what fills buffers."""
         figures = {linear.name: Figures() for linear in self.group.linears}
         for piece in pieces:
             of_weight, name = figures[piece.linear.name], piece.linear.name
             with self._one_at_a_time():
-                codes, exponents = self._codes_and_exponents(piece)
-                shape = (len(codes), piece.linear.shape[1])
+                rows, fill_buffers = fill(piece)
+                shape = (rows, piece.linear.shape[1])
                 out = self._buffers(shape)
                 w_OI = self.arena.take(4 * math.prod(shape)).view(torch.float32).view(shape)
                 with self.context.computing:
-                    self.format.from_mxfp4(codes, exponents, group_scale, out)
+                    fill_buffers(out)
                     self.format.dequantize(out, group_scale, w_OI)
                     of_weight.amax = max(of_weight.amax, self.format.amax(w_OI, name=name))
                     of_weight.sum_sq_w += self.format.error(w_OI, out, group_scale)[1]

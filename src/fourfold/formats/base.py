@@ -114,6 +114,20 @@ class WeightFormat(ABC):
     ) -> tuple[float, float]:
         """Return Σ(w − ŵ)² and Σw² for rows of a weight and of its parts."""
 
+    def fp8_block(self, shape: tuple[int, int]) -> tuple[int, int] | None:
+        """Return the rows and columns that share a scale, if this format is FP8; else None."""
+        return None
+
+    def from_fp8(self, codes: Tensor, scales: Tensor, out: Mapping[str, Tensor]) -> None:
+        """Fill the buffers of the row parts with rows that are FP8 already.
+
+        Args:
+            codes: E4M3 codes, U8 [rows, in].
+            scales: float32 [blocks of rows, blocks of columns], each for a `fp8_block`.
+            out: Buffers by part, uint8.
+        """
+        raise NotImplementedError
+
     holds_mxfp4: ClassVar[bool] = False
     """True if this format can hold codes of MXFP4 as they are."""
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which weights of an MXFP4 source become another format without loss; see `formats.mxfp4`."""
+"""Which weights of a quantized source keep their codes: MXFP4 (see `formats.mxfp4`), and FP8."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections.abc import Iterator, Sequence
 
 from fourfold.formats import mxfp4
 from fourfold.formats.base import FORMATS
-from fourfold.planning.rows import ScaleGroup, is_mxfp4
+from fourfold.planning.rows import ScaleGroup, is_fp8, is_mxfp4
 from fourfold.storage.source import Source
 
 
 def exact_cast_notes(source: Source, groups: Sequence[ScaleGroup]) -> Iterator[str]:
-    """Yield for how many weights the format holds the source's own codes; reads exponents only."""
+    """Yield for how many weights the format holds the source's own codes; reads scales only."""
+    if fp8 := sum(len(group.linears) for group in groups if is_fp8(source, group)):
+        yield f"{fp8:,} FP8 weights keep their codes and scales where engines let them"
     stored = [group for group in groups if is_mxfp4(source, group)]
     if not stored:
         return

@@ -14,6 +14,7 @@ from fourfold.formats.base import FORMATS
 from fourfold.formats.scheme import Scheme
 from fourfold.models.experts import Projection
 from fourfold.models.inventory import ExpertBias, LinearWeight, RawTensor
+from fourfold.models.regions import whole
 from fourfold.models.roles import Role
 from fourfold.storage.safetensors_header import BITS, nbytes_of
 from fourfold.storage.source import Source
@@ -90,6 +91,20 @@ def is_mxfp4(source: Source, group: ScaleGroup) -> bool:
         source.mxfp4(linear.region.key) is not None and linear.shape[1] % mxfp4.BLOCK == 0
         for linear in group.linears
     )
+
+
+def is_fp8(source: Source, group: ScaleGroup) -> bool:
+    """True if all weights of a group lie in FP8, with scales as the format of the group has them,
+    as matrices of their own."""
+    fmt = FORMATS[group.scheme.weights]
+    for linear in group.linears:
+        stored, block = source.fp8(linear.region.key), fmt.fp8_block(linear.shape)
+        rows, columns = linear.shape
+        if stored is None or linear.region != whole(linear.region.key, linear.shape):
+            return False
+        if block != (min(stored.block[0], rows), min(stored.block[1], columns)):
+            return False
+    return True
 
 
 def job_bytes(job: Job) -> int:

@@ -49,7 +49,15 @@ from fourfold.storage.names import CARD, REPORT, STATISTICS, SUMMARY
 from fourfold.storage.quant_summary import QuantSummary, find_summary
 from fourfold.storage.safetensors_header import COMPUTE_DTYPES, DTYPE_NAMES, TensorInfo
 from fourfold.storage.side_files import SideFiles
-from fourfold.storage.source import Bytes, MXFP4Weight, Source, SourceView, read_rounded, renamed
+from fourfold.storage.source import (
+    Bytes,
+    FP8Weight,
+    MXFP4Weight,
+    Source,
+    SourceView,
+    read_rounded,
+    renamed,
+)
 from fourfold.storage.units import size
 
 
@@ -207,6 +215,10 @@ class DecodedSource(SourceView):
             lambda expert, rows: codec.codes(weight, expert, rows, read),
             lambda expert, rows: codec.exponents(weight, expert, rows, read),
         )
+
+    def fp8(self, key: str) -> FP8Weight | None:
+        codec = self._codecs.get(key)
+        return None if codec is None else codec.fp8(self.weights[key], self.source.slab)
 
     def rename(self, names: Mapping[str, str]) -> None:
         plain = {key: name for key, name in names.items() if not self._is_decoded(key)}

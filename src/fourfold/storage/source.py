@@ -53,6 +53,21 @@ class MXFP4Weight:
     """Returns biased exponents U8 [outputs, in/32]."""
 
 
+@dataclass(frozen=True, slots=True)
+class FP8Weight:
+    """The codes and scales of a matrix [out, in] that a source stores in FP8.
+
+    Both functions take the first row and the row after the last; the first begins a block.
+    """
+
+    block: tuple[int, int]
+    """The rows and columns that share a scale."""
+    codes: Callable[[int, int], torch.Tensor]
+    """Returns E4M3 codes U8 [rows, in]."""
+    scales: Callable[[int, int], torch.Tensor]
+    """Returns float32 multipliers [blocks of rows, blocks of columns]."""
+
+
 _ALL_HERE = Fetching()
 
 
@@ -116,6 +131,10 @@ class Source(ABC):
 
     def mxfp4(self, key: str) -> MXFP4Weight | None:
         """Return the codes and exponents of a tensor that is decoded from MXFP4; else None."""
+        return None
+
+    def fp8(self, key: str) -> FP8Weight | None:
+        """Return the codes and scales of a matrix that is decoded from FP8; else None."""
         return None
 
     # ------------------------------------------------------- files, and where they come from
@@ -273,6 +292,9 @@ class SourceView(Source):
 
     def mxfp4(self, key: str) -> MXFP4Weight | None:
         return self.source.mxfp4(key)
+
+    def fp8(self, key: str) -> FP8Weight | None:
+        return self.source.fp8(key)
 
     def side_files(self) -> SideFiles:
         return self.source.side_files()

@@ -41,6 +41,13 @@ class _FP8(WeightFormat):
     def _stored(self, parts: Mapping[str, Tensor], group_scale: float | None) -> Tensor:
         """The scales that the parts hold: float32 [rows, columns] of blocks."""
 
+    def fp8_block(self, shape: tuple[int, int]) -> tuple[int, int]:
+        height, width = self._block(torch.Size(shape))
+        return min(height, shape[0]), min(width, shape[1])
+
+    def from_fp8(self, codes: Tensor, scales: Tensor, out: Mapping[str, Tensor]) -> None:
+        out[CODES].copy_(codes)
+
     def amax(self, weight: Tensor, *, name: str) -> float:
         return nvfp4.amax(weight, name=name)
 
@@ -140,6 +147,10 @@ class _OwnScales(_FP8):
     def _stored(self, parts: Mapping[str, Tensor], group_scale: float | None) -> Tensor:
         return parts[SCALE].clone().view(torch.float32)
 
+    def from_fp8(self, codes: Tensor, scales: Tensor, out: Mapping[str, Tensor]) -> None:
+        super().from_fp8(codes, scales, out)
+        out[SCALE].copy_(scales.contiguous().view(torch.uint8).view(out[SCALE].shape))
+
 
 class FP8Channel(_OwnScales):
     """E4M3 codes, and a float32 scale for each row; the inputs have a scale for each token."""
@@ -205,6 +216,10 @@ class MXFP8(_FP8):
 
     def _stored(self, parts: Mapping[str, Tensor], group_scale: float | None) -> Tensor:
         return reference.powers(parts[EXPONENTS])
+
+    def from_fp8(self, codes: Tensor, scales: Tensor, out: Mapping[str, Tensor]) -> None:
+        super().from_fp8(codes, scales, out)
+        out[EXPONENTS].copy_(torch.frexp(scales)[1] - 1 + 127)
 
     def quantize_batch(
         self,

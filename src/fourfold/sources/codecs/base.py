@@ -25,7 +25,7 @@ import torch
 from fourfold.errors import SourceError
 from fourfold.formats.registry import Registry
 from fourfold.storage.safetensors_header import COMPUTE_DTYPES, TORCH_DTYPES, TensorInfo, nbytes_of
-from fourfold.storage.source import Slab
+from fourfold.storage.source import FP8Weight, Slab
 
 ReadRows = Callable[[str, int, int], torch.Tensor]
 """Reads rows `start:stop` of the first dimension of a stored tensor; a scalar has one row."""
@@ -116,6 +116,10 @@ class TensorCodec(ABC):
 
     def input_rounding(self, weight: EncodedWeight, read: ReadRows) -> InputRounding | None:
         """Return how engines round the inputs of a weight; None if they keep 16 bits."""
+        return None
+
+    def fp8(self, weight: EncodedWeight, read: ReadRows) -> FP8Weight | None:
+        """Return the codes and scales of a matrix in FP8; None for any other weight."""
         return None
 
     def hidden(self, tensors: Mapping[str, TensorInfo]) -> Collection[str]:

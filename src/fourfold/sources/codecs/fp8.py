@@ -37,6 +37,7 @@ from fourfold.sources.codecs.base import (
     presented,
 )
 from fourfold.storage.safetensors_header import TensorInfo
+from fourfold.storage.source import FP8Weight
 
 CODES, SCALE = "weight", "weight_scale"
 
@@ -80,7 +81,7 @@ class Grid:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FP8Weight(EncodedWeight):
+class EncodedFP8(EncodedWeight):
     """One FP8 weight."""
 
     grid: Grid
@@ -109,7 +110,7 @@ class FP8Codec(TensorCodec):
             scale = _scale_of(key, tensors)
             grid = _grid(codes, scale, sizes)
             if grid.kind is self.kind:
-                weights[key] = FP8Weight(
+                weights[key] = EncodedFP8(
                     presented(codes, key, codes.shape, config),
                     {CODES: key, SCALE: scale.key},
                     grid=grid,
@@ -122,20 +123,36 @@ class FP8Codec(TensorCodec):
     def decode(
         self, weight: EncodedWeight, start: int, stop: int, read: ReadRows, out: torch.Tensor
     ) -> None:
-        assert isinstance(weight, FP8Weight)
+        assert isinstance(weight, EncodedFP8)
         step = max(1, _CHUNK // math.prod(weight.info.shape[1:]))
         for first in range(start, stop, step):
             last = min(first + step, stop)
             _decode_rows(weight, first, last, read, out[first - start : last - start])
 
     def input_rounding(self, weight: EncodedWeight, read: ReadRows) -> InputRounding | None:
-        assert isinstance(weight, FP8Weight)
+        assert isinstance(weight, EncodedFP8)
         if weight.inputs is None:
             return None
         if weight.static_scale is not None:
             scale = positive_scale(weight.static_scale, read(weight.static_scale, 0, 1))
             return InputRounding("fp8", scale)
         return InputRounding(weight.inputs, None)
+
+    def fp8(self, weight: EncodedWeight, read: ReadRows) -> FP8Weight | None:
+        assert isinstance(weight, EncodedFP8)
+        if len(weight.info.shape) != 2:
+            return None
+        (height, width), name = weight.grid.block, weight.parts[SCALE]
+        blocks = -(-weight.info.shape[1] // width)
+
+        def scales(start: int, stop: int) -> torch.Tensor:
+            stored = read(name, start // height, -(-stop // height))
+            return _multipliers(name, stored).reshape(-1, blocks)
+
+        def codes(start: int, stop: int) -> torch.Tensor:
+            return read(weight.parts[CODES], start, stop).view(torch.uint8)
+
+        return FP8Weight(weight.grid.block, codes, scales)
 
     def hidden(self, tensors: Mapping[str, TensorInfo]) -> Collection[str]:
         return [key for key in tensors if _is_static_scale(key, tensors)]
@@ -281,7 +298,7 @@ def _fit(
 
 
 def _decode_rows(
-    weight: FP8Weight, start: int, stop: int, read: ReadRows, out: torch.Tensor
+    weight: EncodedFP8, start: int, stop: int, read: ReadRows, out: torch.Tensor
 ) -> None:
     codes, name = read(weight.parts[CODES], start, stop), weight.parts[SCALE]
     height, width = weight.grid.block
@@ -297,7 +314,7 @@ def _decode_rows(
 
 
 def _decode_matrix(
-    weight: FP8Weight, codes: torch.Tensor, scales: torch.Tensor, first: int, out: torch.Tensor
+    weight: EncodedFP8, codes: torch.Tensor, scales: torch.Tensor, first: int, out: torch.Tensor
 ) -> None:
     from fourfold.formats.fp8 import cpu  # imports numba
 
