@@ -40,6 +40,7 @@ RECIPE_LINES = (
     "a: &a [x, x]\nb: &b [*a, *a]\nkeep: *b", "x: !!python/object:os.system {}",
     "weights: {format: nvfp4, scale: max}\nweights: {scale: mse}",
     "kv_cache: {format: fp8, scale: calibrated}", "activations: {amax: {headroom: 6}}",
+    "activations: {amax: constant}", "activations: {amax: histogram}", "kv_cache: {format: nvfp4}",
 )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from fourfold.algorithms.base import Figures
 from fourfold.calibration.scales import CONSTANT_INPUT_SCALE
@@ -19,6 +19,7 @@ from fourfold.execution.repairs import (
     lost_weights,
 )
 from fourfold.formats.base import FORMATS
+from fourfold.formats.scheme import Scheme
 from fourfold.layouts.base import TensorSpec
 from fourfold.models.inventory import LinearWeight
 from fourfold.planning import ScaleGroup
@@ -94,19 +95,9 @@ def finish_group(
         if fmt.group_part is not None:
             assert group_scale is not None
             numbers[fmt.group_part] = group_scale
-        input_amax = input_scale = tokens = None
-        repair = FLOOR_SCALES if linear.name in lost else None
-        if scheme.has_input_scale and not scheme.observes_inputs:
-            input_scale = CONSTANT_INPUT_SCALE
-        elif scheme.has_input_scale:
-            assert context.scales is not None
-            input_scale = context.scales.input_scale(linear.input_site)
-            input_amax, tokens = context.scales.own_amax(linear), context.scales.tokens(linear)
-            if context.scales.amax(linear.input_site) == 0 < figures[linear.name].amax:
-                check_strict_input(context, linear)
-                repair = repair or SCALE_OF_ONE
-        if scheme.activations is not None and input_scale is not None:
-            numbers |= dict.fromkeys(FORMATS[scheme.activations].input_parts(), input_scale)
+        inputs = _inputs(context, linear, scheme, figures[linear.name])
+        if scheme.activations is not None and inputs.scale is not None:
+            numbers |= dict.fromkeys(FORMATS[scheme.activations].input_parts(), inputs.scale)
         tensors = layout.tensors(linear.name, linear.shape, scheme)
         for part, number in numbers.items():
             file.write(tensors[part].name, layout.encode(part, number))
@@ -122,16 +113,45 @@ def finish_group(
                 amax=of_weight.amax,
                 layer=linear.layer,
                 expert=linear.expert,
-                input_amax=input_amax,
-                input_scale=input_scale,
-                tokens=tokens,
+                input_amax=inputs.amax,
+                input_scale=inputs.scale,
+                tokens=inputs.tokens,
                 sum_sq_err=of_weight.sum_sq_err,
                 sum_sq_w=of_weight.sum_sq_w,
-                repair=repair,
+                repair=FLOOR_SCALES if linear.name in lost else inputs.repair,
                 exact=exact,
             )
         )
     return results
+
+
+class _Inputs(NamedTuple):
+    """The scale of a weight's inputs, where one is stored, and what calibration saw of them."""
+
+    scale: float | None = None
+    amax: float | None = None
+    tokens: int | None = None
+    repair: str | None = None
+
+
+def _inputs(
+    context: ExecutionContext, linear: LinearWeight, scheme: Scheme, figures: Figures
+) -> _Inputs:
+    if not scheme.has_input_scale:
+        return _Inputs()
+    if not scheme.observes_inputs:
+        return _Inputs(CONSTANT_INPUT_SCALE)
+    scales = context.scales
+    assert scales is not None
+    is_zero = scales.amax(linear.input_site) == 0 < figures.amax
+    if is_zero:
+        check_strict_input(context, linear)
+    return _Inputs(
+        scales.input_scale(linear.input_site),
+        scales.own_amax(linear),
+        scales.tokens(linear),
+        SCALE_OF_ONE if is_zero else None,
+    )
 
 
 def row_tensors(
