@@ -7,6 +7,7 @@ import copy
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -298,3 +299,21 @@ def test_the_page_has_the_commands_and_the_table() -> None:
     for use in (Experts.USED, Experts.IGNORED):
         names = [f"`{name}`" for name, found in EXPERTS_IN_LLAMA_CPP.items() if found is use]
         assert f"| {', '.join(names)} |\n" in page
+
+
+def test_the_other_layout_has_fewer_readers_and_other_commands() -> None:
+    facts = replace(served("qwen3_moe"), layout="compressed-tensors")
+    assert facts.engines == (Engine.VLLM, Engine.SGLANG)
+    assert "--quantization" not in serve_commands(Engine.SGLANG, "OUT", facts)[0]
+    page = (DOCS / "serving.md").read_text()
+    assert f"    {serve_commands(Engine.SGLANG, 'OUT', facts)[0]}\n" in page
+    assert not any("rounds activations all the same" in cell for row in uses(facts) for cell in row)
+    assert "nobody has tried" in obstacle_in_llama_cpp(facts)
+    raw = document()
+    raw["recipe"] = {**raw["recipe"], "layout": "compressed-tensors"}
+    text = card(raw)
+    assert "trtllm-serve" not in text
+    assert "TensorRT-LLM does not read this layout" in text
+    assert "leaves out the global\nscales of experts" in text
+    assert "- compressed-tensors" in text
+    assert "trtllm-serve" in card(document())

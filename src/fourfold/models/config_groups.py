@@ -55,6 +55,9 @@ READERS: tuple[Engine, ...] = (Engine.VLLM, Engine.SGLANG)
 HEAD = "lm_head"
 """The last name of a head, which the engines' target Linear does not cover."""
 
+_HEADS = re.compile(rf"(^|\.){HEAD}$|^output$")
+"""Heads, by their names in checkpoints: Mistral's `output` is renamed."""
+
 _PREFIX = "re:"
 _USUAL = ExpertNames("gate_proj", "up_proj", "down_proj")
 _WRAPPERS = re.compile(r"^(?:(?:model|language_model|text_model|thinker|backbone|transformer)\.)+")
@@ -353,11 +356,7 @@ def write_targets(linears: Collection[str], peculiar: Peculiarities = NONE) -> l
 
 def head_targets(linears: Collection[str]) -> list[str]:
     """Return the targets of the heads among linear layers, whatever an engine calls the wrapper."""
-    return [rf"{_PREFIX}(.*\.)?{HEAD}$"] if any(_is_head(name) for name in linears) else []
-
-
-def _is_head(name: str) -> bool:
-    return name.rpartition(".")[2] == HEAD
+    return [rf"{_PREFIX}(.*\.)?{HEAD}$"] if any(map(_HEADS.search, linears)) else []
 
 
 def _entries(module: Module) -> dict[str, str]:

@@ -82,7 +82,7 @@ def render_card(summary: QuantSummary, *, base_model: str, source_card: str = ""
     title = re.sub(r"[^\w.-]+", "-", base_model.rpartition("/")[2]).strip("-.") or "model"
     folder = f"{title}-NVFP4"
     return environment.get_template(f"{CARD}.jinja").render(
-        front_matter=_front_matter(base_model, carried),
+        front_matter=_front_matter(base_model, carried, served.layout),
         summary=summary,
         title=folder,
         base_model=base_model,
@@ -149,7 +149,7 @@ def _is_plain(value: object) -> bool:
     return all(isinstance(x, str) and x and x.isprintable() for x in values)
 
 
-def _front_matter(base_model: str, carried: Mapping[str, Any]) -> str:
+def _front_matter(base_model: str, carried: Mapping[str, Any], layout: str) -> str:
     import yaml
 
     hub_name = re.sub(r"[^\w./-]+", "-", base_model, flags=re.ASCII)
@@ -157,7 +157,7 @@ def _front_matter(base_model: str, carried: Mapping[str, Any]) -> str:
         "base_model": hub_name.strip("-.") or "model",
         "base_model_relation": "quantized",
         **carried,
-        "tags": ["nvfp4", "modelopt", "fourfold"],
+        "tags": ["nvfp4", layout, "fourfold"],
     }
     return yaml.safe_dump(entries, sort_keys=False, allow_unicode=True).rstrip()
 

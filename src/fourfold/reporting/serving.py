@@ -17,9 +17,12 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 from fourfold.formats.kv_cache import KVFormat
+from fourfold.models.config_groups import LIBRARY as COMPRESSED_TENSORS
+from fourfold.models.config_groups import READERS
 from fourfold.models.families import Engine, family_of, family_type
 from fourfold.models.roles import Role
 from fourfold.planning import Plan
+from fourfold.recipes import DEFAULT_LAYOUT
 from fourfold.storage.quant_summary import QuantSummary
 
 LLAMA_CPP = "llama.cpp"
@@ -62,6 +65,7 @@ _FP4_IN_SOME = "4-bit activations where the build has FP4 kernels for this GPU, 
 _NOT_YET = "only in versions since August 2026"
 _OPT_IN = "16-bit activations, if Marlin is chosen in the options"
 _EIGHT_BITS = "8-bit activations"
+_WITHOUT_FP4 = "16-bit activations (FlashInfer or Marlin)"
 _SCALES_OF_ONE = (
     "0.5.23 rounds activations all the same, with scales of 1: take W4A4 or vLLM (later versions "
     "may take Marlin)"
@@ -132,6 +136,8 @@ class Served:
     """Input widths of the quantized weights."""
     is_mixed: bool = False
     """True if weights of another format lie beside those in NVFP4."""
+    layout: str = DEFAULT_LAYOUT
+    """The name of the checkpoint's layout."""
 
     @classmethod
     def of_plan(cls, plan: Plan) -> Served:
@@ -142,6 +148,7 @@ class Served:
             plan.recipe.kv_format,
             frozenset(linear.shape[1] for linear in plan.linears),
             any(scheme.weights != NVFP4 for scheme in plan.schemes.values()),
+            plan.recipe.layout,
         )
 
     @classmethod
@@ -153,16 +160,24 @@ class Served:
             _kv_cache(summary.recipe),
             frozenset(linear.shape[1] for linear in summary.linears),
             any(linear.format != NVFP4 for linear in summary.linears),
+            summary.recipe.get("layout", DEFAULT_LAYOUT),
         )
 
     @property
     def engines(self) -> Sequence[Engine]:
-        """The engines whose loaders take the family's names; of a dense model, all of them.
+        """The engines whose loaders take the layout, and the family's names; of a dense model, any.
 
         Mixed precision was read in vLLM's loader alone.
         """
         engines = family_of(self.model_type).readers if self.has_experts else tuple(Engine)
+        if self.is_compressed_tensors:
+            engines = tuple(engine for engine in engines if engine in READERS)
         return [x for x in engines if x is Engine.VLLM] if self.is_mixed else engines
+
+    @property
+    def is_compressed_tensors(self) -> bool:
+        """True if the layout is that of compressed-tensors, which fewer engines read."""
+        return self.layout == COMPRESSED_TENSORS
 
 
 def _kv_cache(recipe: Mapping[str, Any]) -> KVFormat | None:
@@ -178,11 +193,9 @@ def serve_commands(engine: str, folder: str, served: Served) -> list[str]:
             return [f"vllm serve {name}"]
         case Engine.SGLANG:
             dtype = {None: "", "fp8": "fp8_e4m3", "nvfp4": "nvfp4"}[served.kv_cache]
+            method = "" if served.is_compressed_tensors else " --quantization modelopt_fp4"
             kv_cache = f" --kv-cache-dtype {dtype}" if dtype else ""
-            return [
-                f"python -m sglang.launch_server --model-path {name} --quantization modelopt_fp4"
-                + kv_cache
-            ]
+            return [f"python -m sglang.launch_server --model-path {name}{method}{kv_cache}"]
         case Engine.TRTLLM:
             return [f"trtllm-serve {name}"]
         case _:
@@ -194,6 +207,8 @@ def serve_commands(engine: str, folder: str, served: Served) -> list[str]:
 
 def obstacle_in_llama_cpp(served: Served) -> str:
     """Return why llama.cpp cannot run a checkpoint, or is not known to; empty if it can."""
+    if served.is_compressed_tensors:
+        return f"nobody has tried its converter on fourfold's {COMPRESSED_TENSORS} layout"
     if served.is_mixed:
         return "nobody has tried its converter on FP8 beside NVFP4"
     if odd := sorted(width for width in served.widths if width % LLAMA_CPP_WIDTH):
@@ -219,6 +234,8 @@ def closing_line(folder: str, served: Served) -> str:
 
 def _use(engine: str, hardware: Hardware, served: Served) -> str | None:
     use = USES[engine].get(hardware, Use(None, None))
+    if served.is_compressed_tensors and use.w4a16 == _SCALES_OF_ONE:
+        use = use._replace(w4a16=_WITHOUT_FP4)
     return use.w4a4 if served.is_w4a4 else use.w4a16
 
 
