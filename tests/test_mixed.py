@@ -94,6 +94,21 @@ def check_loaded(out: Path, source: Path) -> None:
     assert float((logits - wanted).norm() / wanted.norm()) < 0.15
 
 
+def test_activations_of_experts_alone(model: Path, tmp_path: Path) -> None:
+    """W4A4 experts beside W4A16 attention, also when activations are simulated."""
+    recipe = tmp_path / "recipe.yaml"
+    experts = "{roles: [experts], activations: {format: nvfp4}}"
+    recipe.write_text(f"rules:\n  - {experts}\n  - {{roles: [attention]}}\n")
+    out = tmp_path / "out"
+    result = fourfold.quantize(model, out, str(recipe), calibration=calibration(tmp_path))
+    assert result.clean, str(result.report)
+    ids = torch.arange(3, 40).unsqueeze(0)
+    with torch.no_grad():
+        exact = fourfold.load(out, dtype=torch.float32)(ids).logits
+        rounded = fourfold.load(out, dtype=torch.float32, simulate_activations=True)(ids).logits
+    assert 0 < float((rounded - exact).norm() / exact.norm()) < 0.2
+
+
 def test_ranks_and_kills_leave_the_same_bytes(model: Path, tmp_path: Path) -> None:
     recipe, ids = "nvfp4_experts_mse-fp8_rest", ids_file(tmp_path)
     options = {"calib": ids, "calib_size": 8, "calib_seq": 24, "shards": 2, "threads": 1}

@@ -204,16 +204,19 @@ def _by_site(
 ) -> dict[tuple[str, str], InputRounding]:
     """How inputs are rounded, by input site and format, with the largest of the stored scales."""
     by_site: dict[tuple[str, str], InputRounding] = {}
-    static = checkpoint.input_scales
+    plain = []
     for linear, key in linears:
         rounding = checkpoint.input_roundings.get(key)
         if rounding is not None:
             place = linear.input_site, rounding.format
             by_site[place] = _larger(rounding, by_site.get(place))
-        elif static and isinstance(checkpoint.codec_of(f"{linear.name}.weight"), NVFP4Codec):
+        elif isinstance(checkpoint.codec_of(f"{linear.name}.weight"), NVFP4Codec):
+            plain.append(linear)
+    for linear in plain:
+        if (linear.input_site, "nvfp4") in by_site:
             raise SourceError(
-                f"{linear.name}.input_scale: is missing, while {len(static)} are "
-                "there. The checkpoint is incomplete: quantize the model again."
+                f"{linear.name}.input_scale: is missing, while others that read the same input "
+                "have one. The checkpoint is incomplete: quantize the model again."
             )
     return by_site
 
