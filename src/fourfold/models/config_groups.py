@@ -229,7 +229,8 @@ def _readings(engine: Engine, module: Module, groups: Groups) -> Iterator[tuple[
         asked = [rule(f"{name}.0.{last}", (), groups) for last in _asked(engine, module)]
         first = next((reading for reading in asked if reading.group is None), asked[0])
         differ = len({reading.group for reading in asked}) > 1
-        yield name, Reading(first.group, first.entry, is_error=differ or first.is_error)
+        is_error = differ or any(reading.is_error for reading in asked)
+        yield name, Reading(first.group, first.entry, is_error)
 
 
 def _is_experts(module: Module) -> bool:
