@@ -29,8 +29,9 @@ from families import FAMILIES, quiet, read_back
 from fourfold.errors import PlanError
 from fourfold.formats.scheme import Scheme
 from fourfold.layouts import LAYOUTS
-from jobs import flat, ids_file
+from jobs import assert_same, flat, ids_file, start, start_command
 from nvfp4_folders import tensors_of
+from test_ranks import on_ranks
 
 ROLES = "quantize_if_present: [experts, shared_experts, mlp, attention, lm_head]"
 W4A16 = f"weights: {{format: nvfp4, scale: mse}}\n{ROLES}"
@@ -275,3 +276,53 @@ def test_convert_states_every_scale_of_a_kv_cache(quantize: Quantize, tmp_path: 
     scales = [tensor for key, tensor in there.items() if key.endswith(("k_scale", "v_scale"))]
     assert len(scales) == 6
     assert all(tensor.tolist() == [1.0] for tensor in scales)
+
+
+def test_what_a_killed_run_and_ranks_write(written: Written, tmp_path: Path) -> None:
+    """The same bytes as one run on one process, KV scales and all."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"{CONSTANT}\nlayout: compressed-tensors\n")
+    model, options = written("qwen3_moe")[0], {"threads": 1, "verify": False, "shards": 2}
+    fourfold.quantize(model, tmp_path / "out", recipe, **flat(**options))
+    for kill_at in (40, 20, 0):
+        process = start(model, tmp_path / "killed", recipe, kill_at=kill_at, **options)
+        process.join()
+        assert bool(process.exitcode) == bool(kill_at)
+    assert_same(tmp_path / "out", tmp_path / "killed")
+    words = ["quantize", model, tmp_path / "ranks", "--recipe", recipe, "--threads", 1]
+    for code, _, err in on_ranks([*words, "--shards", 2, "--no-verify"]):
+        assert code == 0, err
+    assert_same(tmp_path / "out", tmp_path / "ranks")
+    merged = fourfold.merge([tmp_path / "ranks"], tmp_path / "merged", shards=1)
+    assert merged.report is not None
+    assert merged.report.clean
+    ours, theirs = tensors_of(tmp_path / "merged"), tensors_of(tmp_path / "out")
+    assert ours.keys() == theirs.keys()
+    assert all(same(ours[key], theirs[key]) for key in ours)
+
+
+def test_commands_read_it(quantize: Quantize, tmp_path: Path) -> None:
+    out = quantize("qwen3_moe", CONSTANT)
+    with torch.no_grad():
+        plain = fourfold.load(out, dtype=torch.float32)(IDS).logits
+        model = fourfold.load(out, dtype=torch.float32, simulate_activations=True)
+        rounded = model(IDS).logits
+    assert 0 < (plain - rounded).abs().max() < plain.abs().max()
+    for words in (["summary", out], ["report", out], ["verify", out], ["inspect", out]):
+        process = start_command(*words)
+        text, err = process.communicate()
+        assert process.returncode == 0, err
+        assert text
+    card = (out / "README.md").read_text()
+    assert "that of compressed-tensors" in card
+    assert "Verified after it was written" in card
+
+
+def test_a_source_in_this_layout_is_quantized_again(quantize: Quantize, tmp_path: Path) -> None:
+    """It is decoded; the output is in the default layout and knows nothing of the source's."""
+    out = quantize("qwen3_moe", W4A16)
+    recipe = tmp_path / "again.yaml"
+    recipe.write_text(EXPERTS)
+    result = fourfold.quantize(out, tmp_path / "again", recipe)
+    assert result.clean, str(result.report)
+    assert stated(tmp_path / "again")["quant_method"] == "modelopt"

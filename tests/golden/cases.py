@@ -46,6 +46,23 @@ quantize: [experts]
 }
 """By short name: a built-in recipe, or one in YAML."""
 
+OTHER_LAYOUT = {
+    "w4a16_compressed_tensors": """
+weights: {format: nvfp4, scale: mse}
+quantize: [experts]
+layout: compressed-tensors
+""",
+    "w4a4_compressed_tensors": """
+weights: {format: nvfp4, scale: mse}
+activations: {format: nvfp4}
+kv_cache: {format: fp8, scale: calibrated}
+quantize: [experts]
+quantize_if_present: [shared_experts, mlp, attention]
+layout: compressed-tensors
+""",
+}
+"""Recipes that two families are quantized with."""
+
 LAYOUTS = (
     "qwen3_moe",
     "mixtral",
@@ -58,7 +75,7 @@ LAYOUTS = (
 )
 """One family for each way in which experts lie on disk; with MTP, vision towers and biases."""
 
-CALIBRATED = (".input_scale", ".k_scale", ".v_scale")
+CALIBRATED = (".input_scale", ".input_global_scale", ".k_scale", ".v_scale")
 
 
 def write_source(name: str, folder: Path) -> Mapping[str, torch.Tensor]:
@@ -95,7 +112,7 @@ def write_calibration(folder: Path) -> Path:
 
 def recipe_file(name: str, folder: Path) -> str:
     """What `quantize` takes for a recipe of `RECIPES`."""
-    recipe = RECIPES[name]
+    recipe = (RECIPES | OTHER_LAYOUT)[name]
     if "\n" not in recipe:
         return recipe
     file = folder / f"{name}.yaml"
@@ -141,6 +158,11 @@ JOBS: dict[str, tuple[Callable[[str, str, Path], None], str, str]] = {
         for recipe in RECIPES
         if (name, recipe) != ("llama4", "w4a4_headroom")  # its experts cannot see every token
     },
+    **{
+        f"{name}-{recipe}": (of_folder, name, recipe)
+        for name in ("qwen3_moe", "gpt_oss")
+        for recipe in OTHER_LAYOUT
+    },
     "qwen3_moe-live": (of_live_model, "qwen3_moe", "w4a16_default_mse"),
     "qwen3_moe-live-w4a4": (of_live_model, "qwen3_moe", "w4a4_default_kv"),
     "qwen3_moe-megatron": (of_megatron, "qwen3_moe", "w4a16_default_mse"),
@@ -176,11 +198,12 @@ def _tensors(out: Path, files: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _config_digest(out: Path) -> str:
     """Of the entries on quantization in both config files, but for fourfold's version."""
-    flat = json.loads((out / "config.json").read_text())["quantization_config"]
-    nested = json.loads((out / "hf_quant_config.json").read_text())
-    for entries in (flat, nested):
+    stated = [json.loads((out / "config.json").read_text())["quantization_config"]]
+    if (out / "hf_quant_config.json").exists():
+        stated.append(json.loads((out / "hf_quant_config.json").read_text()))
+    for entries in stated:
         entries["producer"].pop("version")
-    return hashlib.sha256(json.dumps([flat, nested], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
 
 
 def probe(name: str, folder: Path) -> str:
