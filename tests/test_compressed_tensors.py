@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ from families import FAMILIES, quiet, read_back
 from fourfold.errors import PlanError
 from fourfold.formats.scheme import Scheme
 from fourfold.layouts import LAYOUTS
+from fourfold.layouts.base import CheckpointContents
 from jobs import assert_same, flat, ids_file, start, start_command
 from nvfp4_folders import tensors_of
 from test_ranks import on_ranks
@@ -181,14 +183,29 @@ def test_schemes_that_differ_are_groups_of_their_own(quantize: Quantize) -> None
 
 
 def test_groups_that_no_targets_tell_apart() -> None:
-    """An expression for a layer's experts leaves the beginning of the name open."""
-    names = [f"{stack}.1.mlp.experts.0.up_proj" for stack in ("model.layers", "mtp.model.layers")]
-    schemes = dict(
-        zip(names, [Scheme("nvfp4", "max"), Scheme("nvfp4", "max", "nvfp4")], strict=True)
-    )
+    """One of the parts that engines fuse is in another group; `plan` says so in other words."""
+    names = [f"model.layers.1.self_attn.{last}" for last in ("q_proj", "k_proj", "v_proj")]
+    layout, scheme = LAYOUTS["compressed-tensors"], Scheme("nvfp4", "max")
+    layout.check(dict.fromkeys(names, scheme))
     with pytest.raises(PlanError, match="no targets tell the groups of the layout apart"):
-        LAYOUTS["compressed-tensors"].check(schemes)
-    LAYOUTS["compressed-tensors"].check(dict.fromkeys(names, Scheme("nvfp4", "max")))
+        layout.check(
+            dict.fromkeys(names, scheme) | {names[0]: replace(scheme, activations="nvfp4")}
+        )
+
+
+def test_names_that_begin_otherwise_are_told_apart() -> None:
+    """MTP layers count from 0 as the decoder's do."""
+    names = [f"{stack}.0.mlp.experts.0.up_proj" for stack in ("model.layers", "mtp.layers")]
+    scheme = Scheme("nvfp4", "max")
+    schemes = {names[0]: scheme, names[1]: replace(scheme, activations="nvfp4")}
+    LAYOUTS["compressed-tensors"].check(schemes)
+    config = LAYOUTS["compressed-tensors"].quantization_config(
+        CheckpointContents(schemes, [], None)
+    )
+    decoder, mtp = config["config_groups"].values()
+    assert mtp["targets"] == [r"re:(.*\.)?mtp\.layers\.0\.mlp\.experts\."]
+    wrappers = "model|language_model|text_model|thinker|backbone|transformer"
+    assert decoder["targets"] == [rf"re:(({wrappers})\.)*layers\.0\.mlp\.experts\."]
 
 
 def test_a_kv_cache_in_nvfp4_is_refused(written: Written, tmp_path: Path) -> None:

@@ -231,12 +231,16 @@ def test_a_list_that_is_written_is_read_as_it_is_meant(choice: list[bool]) -> No
 
 def test_targets_of_several_groups() -> None:
     """Each group names its modules by their parts and their own names, experts by an expression."""
-    halves = {"one": [], "other": []}
+    halves: dict[str, list[str]] = {"one": [], "other": []}
     for number, module in enumerate(MODULES):
-        if not module.startswith("mtp"):
-            halves["one" if number % 2 else "other"].append(module)
+        is_other = number % 2 or module.startswith("mtp")
+        halves["other" if is_other else "one"].append(module)
+    assert "model.layers.1.mlp.experts" in halves["one"]
     linears = {group: [x for m in own for x in MODULES[m]] for group, own in halves.items()}
-    targets = {group: write_targets(own) for group, own in linears.items()}
+    targets = {
+        "one": write_targets(linears["one"], linears["other"]),
+        "other": write_targets(linears["other"], linears["one"]),
+    }
     for group, own in halves.items():
         for module in own:
             for engine in PLAIN:

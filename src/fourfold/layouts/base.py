@@ -17,11 +17,10 @@ from fourfold.formats.base import FORMATS, Spec
 from fourfold.formats.kv_cache import KVFormat
 from fourfold.formats.registry import Registry
 from fourfold.formats.scheme import Scheme
+from fourfold.models.peculiarities import NONE, Peculiarities
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from fourfold.models.peculiarities import Peculiarities
 
 
 class TensorSpec(NamedTuple):
@@ -42,6 +41,8 @@ class CheckpointContents:
     """The list that `Layout.ignore` returned."""
     kv_cache: KVFormat | None
     """The format that engines shall keep keys and values in; None if they choose."""
+    peculiar: Peculiarities = NONE
+    """What engines do in the model's family."""
 
 
 class Layout(ABC):

@@ -29,7 +29,7 @@ from fourfold.formats.scheme import Scheme
 from fourfold.layouts.base import CheckpointContents, Layout, layers_of_keys
 from fourfold.models import config_groups
 from fourfold.models.config_groups import LIBRARY, LINEAR, head_targets, write_targets
-from fourfold.models.peculiarities import Peculiarities
+from fourfold.models.peculiarities import NONE, Peculiarities
 
 NUMBERS = frozenset({"global_scale", "input_scale"})
 """The parts that are single numbers; they are stored as reciprocals of shape [1]."""
@@ -146,7 +146,7 @@ class CompressedTensors(Layout):
         return config_groups.write_ignore(quantized, kept, peculiar)
 
     def quantization_config(self, contents: CheckpointContents) -> dict[str, Any]:
-        groups = _groups(contents.schemes)
+        groups = _groups(contents.schemes, contents.peculiar)
         formats = list(dict.fromkeys(group["format"] for group in groups.values()))
         return {
             "quant_method": self.name,
@@ -164,14 +164,21 @@ class CompressedTensors(Layout):
         return isinstance(entry, Mapping) and entry.get("quant_method") == self.name
 
 
-def _groups(schemes: Mapping[str, Scheme]) -> dict[str, dict[str, Any]]:
+def _groups(
+    schemes: Mapping[str, Scheme], peculiar: Peculiarities = NONE
+) -> dict[str, dict[str, Any]]:
     """The groups, in the order in which their weights come. One group alone targets all layers."""
     linears, groups = _linears(schemes), {}
     for number, (kind, names) in enumerate(linears.items()):
         stored = STORED[kind[0]]
         is_alone = len(linears) == 1
+        if is_alone:
+            targets = [LINEAR, *head_targets(names)]
+        else:
+            others = (name for other in linears if other != kind for name in linears[other])
+            targets = write_targets(names, others, peculiar)
         groups[f"group_{number}"] = {
-            "targets": [LINEAR, *head_targets(names)] if is_alone else write_targets(names),
+            "targets": targets,
             "weights": dict(stored.weights),
             "input_activations": None if kind[1] is None else dict(stored.inputs[kind[1]]),
             "output_activations": None,

@@ -60,8 +60,9 @@ _HEADS = re.compile(rf"(^|\.){HEAD}$|^output$")
 
 _PREFIX = "re:"
 _USUAL = ExpertNames("gate_proj", "up_proj", "down_proj")
-_WRAPPERS = re.compile(r"^(?:(?:model|language_model|text_model|thinker|backbone|transformer)\.)+")
-"""The beginnings of names that engines exchange for others."""
+_WRAPPER = r"((model|language_model|text_model|thinker|backbone|transformer)\.)"
+"""Names of modules around a decoder, which engines exchange for others."""
+_ANYTHING = r"(.*\.)?"
 
 
 class Entries:
@@ -347,17 +348,37 @@ def write_ignore(
     return sorted(entries.values())
 
 
-def write_targets(linears: Collection[str], peculiar: Peculiarities = NONE) -> list[str]:
-    """Return the targets of one of several groups, by the names of its linear layers."""
+def write_targets(
+    linears: Collection[str], others: Iterable[str], peculiar: Peculiarities = NONE
+) -> list[str]:
+    """Return the targets of one of several groups, by the names of its linear layers.
+
+    `others` are the linear layers of the other groups.
+    """
+    strangers = [_first_name(module) for module in modules_of(others, peculiar)]
     modules = modules_of(linears, peculiar)
-    entries = {entry for module in modules for entry in _entries(module).values()}
+    entries = {name: entry for module in modules for name, entry in _entries(module).items()}
+    targets = {_closed(name, entry, strangers) for name, entry in entries.items()}
     heads = head_targets(linears)
-    return sorted(entry for entry in entries if entry.rpartition(".")[2] != HEAD) + heads
+    return sorted(entry for entry in targets if entry.rpartition(".")[2] != HEAD) + heads
+
+
+def _first_name(module: Module) -> str:
+    """A name in a module that an expression for it matches."""
+    return module.members[0] if _is_experts(module) else module.name
+
+
+def _closed(name: str, entry: str, strangers: Iterable[str]) -> str:
+    """An entry, or the widest one after it that names none of the strangers."""
+    narrower = _narrow(name, entry)
+    if narrower == entry or not any(map(Entries([entry]).naming, strangers)):
+        return entry
+    return _closed(name, narrower, strangers)
 
 
 def head_targets(linears: Collection[str]) -> list[str]:
     """Return the targets of the heads among linear layers, whatever an engine calls the wrapper."""
-    return [rf"{_PREFIX}(.*\.)?{HEAD}$"] if any(map(_HEADS.search, linears)) else []
+    return [f"{_PREFIX}{_ANYTHING}{HEAD}$"] if any(map(_HEADS.search, linears)) else []
 
 
 def _entries(module: Module) -> dict[str, str]:
@@ -377,11 +398,13 @@ def _entries(module: Module) -> dict[str, str]:
 
 def _open(name: str) -> str:
     """An expression for a name whose beginning engines exchange."""
-    return rf"{_PREFIX}(.*\.)?{re.escape(_WRAPPERS.sub('', name))}"
+    return _PREFIX + _ANYTHING + re.escape(re.sub(f"^{_WRAPPER}+", "", name))
 
 
 def _narrow(name: str, entry: str) -> str:
-    """An entry that names a module by its whole name only."""
+    """The next entry for a module: behind known names only, and then by its whole name."""
+    if entry.startswith(_PREFIX + _ANYTHING):
+        return entry.replace(_ANYTHING, f"{_WRAPPER}*", 1)
     name = name.removesuffix("$")
     end = r"\." if entry.endswith(r"\.") else "$"
     return f"{_PREFIX}{re.escape(name)}{end}"

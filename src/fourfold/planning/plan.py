@@ -229,7 +229,8 @@ class Plan(Shown, CopyPlan):
     @cached_property
     def contents(self) -> CheckpointContents:
         """The facts that the configuration files must state."""
-        return CheckpointContents(self.schemes, self.ignore, self.recipe.kv_format)
+        peculiar = peculiarities_of(*self.inventory.model_types)
+        return CheckpointContents(self.schemes, self.ignore, self.recipe.kv_format, peculiar)
 
     @cached_property
     def quantization_config(self) -> dict[str, Any]:

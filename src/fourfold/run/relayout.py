@@ -51,16 +51,17 @@ def plan_relayout(source: Source, name: str) -> Relayout:
         raise PlanError(f"the {name} layout cannot state the {kv_cache} KV cache of the source.")
     _check_fused(inventory, view.group_scales)
     kept = [raw for key, raw in inventory.tensors.items() if key not in source.decoded]
+    peculiar = peculiarities_of(*inventory.model_types)
     ignore = layout.ignore(
         list(view.schemes),
         [raw.stem for raw in kept if raw.is_matrix] + list(inventory.tied_linears),
-        peculiarities_of(*inventory.model_types),
+        peculiar,
     )
     tensors = {
         key: replace(inventory.tensors[view.origins[key]], info=info)
         for key, info in view.tensors.items()
     }
-    contents = CheckpointContents(view.schemes, ignore, kv_cache)
+    contents = CheckpointContents(view.schemes, ignore, kv_cache, peculiar)
     return Relayout(
         view,
         replace(inventory, tensors=tensors),
