@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,9 +29,12 @@ import fourfold
 from conftest import Written
 from families import FAMILIES, quiet, read_back
 from fourfold.errors import PlanError
+from fourfold.evaluation.simulated_kv_cache import find_kv_cache
 from fourfold.formats.scheme import Scheme
 from fourfold.layouts import LAYOUTS
 from fourfold.layouts.base import CheckpointContents
+from fourfold.models.inventory_builder import take_inventory
+from fourfold.sources.decoded import open_decoded
 from jobs import assert_same, flat, ids_file, start, start_command
 from nvfp4_folders import tensors_of
 from test_ranks import on_ranks
@@ -316,6 +320,32 @@ def test_what_a_killed_run_and_ranks_write(written: Written, tmp_path: Path) -> 
     ours, theirs = tensors_of(tmp_path / "merged"), tensors_of(tmp_path / "out")
     assert ours.keys() == theirs.keys()
     assert all(same(ours[key], theirs[key]) for key in ours)
+
+
+def test_load_rounds_as_for_the_other_layout(quantize: Quantize) -> None:
+    """Inputs by their scales, keys and values by calibrated ones."""
+    logits = {}
+    for layout in ("compressed-tensors", "modelopt"):
+        out = quantize("qwen3_moe", W4A4, layout)
+        with torch.no_grad():
+            model = fourfold.load(out, dtype=torch.float32, simulate_activations=True)
+            logits[layout] = model(IDS).logits
+            plain = fourfold.load(out, dtype=torch.float32)(IDS).logits
+    assert (logits["modelopt"] - plain).abs().max() > 1e-2
+    torch.testing.assert_close(*logits.values(), rtol=1e-4, atol=1e-4)
+
+
+def test_scales_of_keys_and_values_are_found(quantize: Quantize) -> None:
+    """Of the wrong ones the logits tell little: they are compared as they are found."""
+    scales = {}
+    for layout in ("compressed-tensors", "modelopt"):
+        with closing(open_decoded(quantize("qwen3_moe", W4A4, layout))) as checkpoint:
+            kv_cache = find_kv_cache(checkpoint, take_inventory(checkpoint))
+            assert kv_cache is not None
+            scales[layout] = kv_cache.scales
+    assert scales["modelopt"] == scales["compressed-tensors"]
+    assert len(scales["modelopt"]) == 3
+    assert (1.0, 1.0) not in scales["modelopt"].values()
 
 
 def test_commands_read_it(quantize: Quantize, tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ def find_kv_cache(checkpoint: DecodedSource, inventory: Inventory) -> KVCache | 
     if checkpoint.kv_cache is None:
         return None
     layers = {x.name: x.layer for x in inventory.linears if x.layer is not None}
+    layers |= {name.rpartition(".")[0]: layer for name, layer in layers.items()}
     found: dict[str, dict[str, float]] = {}
     for name, scale in checkpoint.kv_scales.items():
         module, _, leaf = name.rpartition(".")

@@ -143,7 +143,7 @@ class Activations(_Strict):
 class KVCache(_Strict):
     """The format in which engines store keys and values.
 
-    `cast` needs no calibration and no tensors.
+    `cast` needs no calibration: all scales are 1.
     """
 
     format: KVFormat = "fp8"
