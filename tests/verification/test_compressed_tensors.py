@@ -246,6 +246,18 @@ def test_several_groups(tmp_path: Path) -> None:
     assert ids_of(made, tmp_path / "broken") == {"input-scale-missing"}
 
 
+def test_a_linear_in_no_group(tmp_path: Path) -> None:
+    """vLLM builds it unquantized, SGLang refuses it."""
+    made = packed()
+    targets = [r"re:.*\.mlp\.experts\.", r"re:.*\.[qkv]_proj", r"re:.*\.1\.self_attn\.o_proj"]
+    made.config["quantization_config"] = stated([group(targets, NVFP4)], None)
+    made.write(tmp_path / "out")
+    findings = verify(tmp_path / "out").findings
+    assert {finding.id for finding in findings} == {"ignore-excludes-quantized", "ignore-refused"}
+    assert {finding.tensor for finding in findings} == {O}
+    assert any("SGLang: an error at" in finding.found for finding in findings)
+
+
 def test_other_formats_are_not_read(tmp_path: Path) -> None:
     made = packed()
     made.quant["config_groups"]["group_0"]["weights"].update(num_bits=8, strategy="channel")

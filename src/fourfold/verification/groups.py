@@ -128,7 +128,8 @@ def check_ignore(checkpoint: Checkpoint, embeddings: frozenset[str] = frozenset(
             continue  # `check_partial` has a finding for it
         if checkpoint.quant.algo == MIXED and rule == "ignore-lacks-unquantized":
             continue
-        place = mismatch.pattern if rule == "ignore-refused" else mismatch.module
+        is_refused = rule == "ignore-refused" and mismatch.pattern is not None
+        place = mismatch.pattern if is_refused else mismatch.module
         by_place[rule, str(place)].append(mismatch)
     return [finding(rule, place, _by_engine(group)) for (rule, place), group in by_place.items()]
 

@@ -75,7 +75,8 @@ class GroupsConfig(QuantConfig):
     """The algorithm of each group."""
 
     def algo_of(self, linear: str) -> str | None:
-        return self.algos.get(self.groups.of_linear(linear) or "", self.algo)
+        stated = self.algos.get(self.groups.of_linear(linear) or "")
+        return stated or (None if self.algo == MIXED else self.algo)
 
 
 class CompressedTensorsReader(LayoutReader):
