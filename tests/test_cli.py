@@ -375,11 +375,13 @@ def test_failed_overwrite_leaves_no_checkpoint(run, written: Written, tmp_path: 
 
 
 def test_read_only_out(run, written: Written, tmp_path: Path, monkeypatch) -> None:
+    model = written("qwen3_moe")[0]
+
     def refuse(*_: object, **__: object) -> None:
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    result = run("quantize", written("qwen3_moe")[0], tmp_path / "out")
+    result = run("quantize", model, tmp_path / "out")
     check_error(result, 1, "out", "cannot be written", "choose another")
 
 

@@ -109,7 +109,8 @@ def needed_room(expected: Path, model: Path, shards: int = WINDOW) -> int:
 def test_three_shards_at_a_time(
     recipe: str, hub: Hub, forty: Path, expected: Any, tmp_path: Path
 ) -> None:
-    """The bytes and the report are those of the folder; each shard comes once, two come twice."""
+    """The bytes and the report are those of the folder. Shards come once, and some twice, where
+    workers wait for each other; nothing is fetched again for verification."""
     hub.add(NAME, forty)
     options, out, result = expected(recipe)
     most: list[int] = []
@@ -127,7 +128,7 @@ def test_three_shards_at_a_time(
     assert streamed.report.counts.copied_tensors == result.report.counts.copied_tensors
     assert 0 < max(most) <= WINDOW
     assert not (tmp_path / "out" / ".fourfold").exists()
-    assert sum(fetched(hub, forty).values()) <= SHARDS + 2
+    assert sum(fetched(hub, forty).values()) < 2 * SHARDS
     cached = (tmp_path / "home").rglob("*.safetensors")
     assert [*cached] == []
     assert any("deleted once they are quantized" in note for note in streamed.plan.notes)
@@ -196,7 +197,7 @@ def test_a_decoded_source(hub: Hub, tmp_path: Path) -> None:
     assert tensors_of(tmp_path / "out") == tensors_of(tmp_path / "expected")
     assert result.report is not None
     assert result.report.clean
-    assert sum(fetched(hub, tmp_path / "model").values()) <= SHARDS + 2
+    assert sum(fetched(hub, tmp_path / "model").values()) < 2 * SHARDS
 
 
 # ----------------------------------------------------------------------------- little room
