@@ -33,7 +33,8 @@ from fourfold.models.experts import ExpertsModule, Projection
 from fourfold.models.inventory import Inventory, LinearWeight
 from fourfold.models.module_tree import ModuleTree
 from fourfold.models.roles import Role
-from fourfold.sources.codecs.base import InputRounding, NVFP4Codec
+from fourfold.sources.codecs.base import InputRounding
+from fourfold.sources.codecs.nvfp4 import NVFP4Codec
 from fourfold.sources.decoded import DecodedSource
 
 

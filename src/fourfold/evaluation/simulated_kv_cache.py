@@ -46,12 +46,12 @@ def find_kv_cache(checkpoint: DecodedSource, inventory: Inventory) -> KVCache | 
         return None
     layers = {x.name: x.layer for x in inventory.linears if x.layer is not None}
     layers |= {name.rpartition(".")[0]: layer for name, layer in layers.items()}
-    found: dict[str, dict[str, float]] = {}
+    stored: dict[str, dict[str, float]] = {}
     for name, scale in checkpoint.kv_scales.items():
         module, _, leaf = name.rpartition(".")
         if module in layers:
-            found.setdefault(inventory.layer_paths[layers[module]], {})[leaf] = scale
-    scales = {path: (x.get("k_scale", 1.0), x.get("v_scale", 1.0)) for path, x in found.items()}
+            stored.setdefault(inventory.layer_paths[layers[module]], {})[leaf] = scale
+    scales = {path: (x.get("k_scale", 1.0), x.get("v_scale", 1.0)) for path, x in stored.items()}
     return KVCache(checkpoint.kv_cache, scales)
 
 

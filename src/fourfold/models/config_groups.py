@@ -122,15 +122,15 @@ class Groups:
 
     def naming(self, name: str) -> str | None:
         """Return the first group with a target that is `name` or matches it, or None."""
-        found = (group for group, entries in self.targets.items() if entries.naming(name))
-        return next(found, None)
+        groups = (group for group, entries in self.targets.items() if entries.naming(name))
+        return next(groups, None)
 
     def of_class(self, name: str, *, has_head: bool = True) -> str | None:
         """Return the first group of all linear layers; None for a head, unless it is one."""
         if not has_head and name.rpartition(".")[2] == HEAD:
             return None
-        found = (group for group, entries in self.targets.items() if LINEAR in entries.names)
-        return next(found, None)
+        groups = (group for group, entries in self.targets.items() if LINEAR in entries.names)
+        return next(groups, None)
 
     @property
     def broken(self) -> str | None:
@@ -210,8 +210,8 @@ def _all_or_none(parts: Sequence[str], naming: Callable[[str], str | None]) -> R
 
 def _common(groups: Iterable[str | None]) -> str | None:
     """The first group, if every part has one."""
-    found = list(groups)
-    return found[0] if found and all(found) else None
+    of_parts = list(groups)
+    return of_parts[0] if of_parts and all(of_parts) else None
 
 
 _RULES: Mapping[Engine, Callable[[str, Sequence[str], Groups], Reading]] = {
@@ -302,8 +302,8 @@ def _judge(
             continue
         if name in kept and _is_experts(module):
             continue  # transformers has no linear layers for experts
-        found = Verdict.EXCLUDED if entry else Verdict.QUANTIZED
-        yield Mismatch(LIBRARY, name, expected, found, entry)
+        actual = Verdict.EXCLUDED if entry else Verdict.QUANTIZED
+        yield Mismatch(LIBRARY, name, expected, actual, entry)
         return
 
 
@@ -333,17 +333,17 @@ def write_ignore(
     modules = modules_of(kept, peculiar)
     entries = {name: entry for module in modules for name, entry in _entries(module).items()}
     while wide := _too_wide(
-        found := check(Stated(targets, list(entries.values())), packed, kept, peculiar)
+        mismatches := check(Stated(targets, list(entries.values())), packed, kept, peculiar)
     ):
         narrow = {name: _narrow(name, entry) for name, entry in entries.items() if entry in wide}
         if narrow.items() <= entries.items():
             break
         entries |= narrow
-    if found:
-        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    if mismatches:
+        more = f" (and {len(mismatches) - 1} more)" if len(mismatches) > 1 else ""
         raise PlanError(
-            f"no ignore list is right for all readers of the {LIBRARY} layout. {found[0]}{more}. "
-            "Quantize all parts of a module, or none of them."
+            f"no ignore list is right for all readers of the {LIBRARY} layout. "
+            f"{mismatches[0]}{more}. Quantize all parts of a module, or none of them."
         )
     return sorted(entries.values())
 

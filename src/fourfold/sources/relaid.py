@@ -18,7 +18,7 @@ from fourfold.errors import SourceError
 from fourfold.formats.base import FORMATS
 from fourfold.formats.scheme import Scheme
 from fourfold.layouts.base import Layout, TensorSpec, layers_of_keys
-from fourfold.sources.codecs.base import NVFP4Codec
+from fourfold.sources.codecs.nvfp4 import NVFP4Codec
 from fourfold.sources.decoded import DecodedSource
 from fourfold.storage.safetensors_header import TensorInfo
 from fourfold.storage.source import Bytes, Source, SourceView

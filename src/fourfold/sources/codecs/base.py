@@ -127,28 +127,6 @@ class TensorCodec(ABC):
         return ()
 
 
-class NVFP4Codec(TensorCodec):
-    """A codec of weights in NVFP4. Another layout can hold them without a change."""
-
-    remark = QUANTIZED_TWICE
-
-    @abstractmethod
-    def row_parts(self, weight: EncodedWeight) -> tuple[str, str]:
-        """Return the stored tensors with codes U8 [out, in/2] and E4M3 scales [out, in/16]."""
-
-    @abstractmethod
-    def global_scale(self, weight: EncodedWeight, read: ReadRows) -> float:
-        """Return the scale of a whole weight, as a multiplier."""
-
-    @abstractmethod
-    def input_scale(self, weight: EncodedWeight, read: ReadRows) -> float | None:
-        """Return the scale of a layer's quantized inputs, as a multiplier; None for W4A16."""
-
-    def input_rounding(self, weight: EncodedWeight, read: ReadRows) -> InputRounding | None:
-        scale = self.input_scale(weight, read)
-        return None if scale is None else InputRounding("nvfp4", scale)
-
-
 class MXFP4Codec(TensorCodec):
     """A codec of weights in MXFP4: E2M1 codes, and a power of two for each 32 inputs.
 
