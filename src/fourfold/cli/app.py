@@ -189,12 +189,12 @@ def quantize(
                 device, in_bytes("--device-memory", device_memory), threads, keep_source
             ),
             output=OutputConfig(
-                shards,
-                overwrite,
-                not no_verify,
-                strict,
-                preview is not None and (preview or True),
-                reference,
+                shards=shards,
+                overwrite=overwrite,
+                verify=not no_verify,
+                strict=strict,
+                preview=preview is not None and (preview or True),
+                reference=reference,
             ),
             trust_remote_code=trust_remote_code,
             **progress,

@@ -346,7 +346,8 @@ def make_plan(
 ) -> Plan:
     """Decide how every tensor of `source` is treated.
 
-    No weight is read, except where two tensors stand for one parameter: they are compared.
+    No weight is read, with two exceptions: tensors that stand for one parameter are compared, and
+    the exponents of MXFP4 weights tell how many are cast without loss.
 
     Args:
         source: The checkpoint.
@@ -358,7 +359,7 @@ def make_plan(
         RecipeError: The recipe names something that the model lacks.
         PlanError: The recipe cannot be carried out on this model.
         ModelError: The architecture is unknown, or cannot be taken apart.
-        SourceError: The checkpoint is broken, or quantized already.
+        SourceError: The checkpoint is broken, or quantized in a form that no codec reads.
     """
     check_not_quantized(source)
     inventory = take_inventory(source)
@@ -382,9 +383,7 @@ def make_plan(
     shards = tuple(lay_out(jobs, inventory, layout=selection.layout, parts=parts, limits=limits))
     check_names(shards, selection.layout)
     check_kept(kept, selection.layout)
-    side_files = source.side_files().without({SUMMARY, REPORT, STATISTICS})
-    if Path(CARD) in side_files.copied:
-        side_files = side_files.without({SOURCE_CARD})
+    side_files = _side_files(source)
     return Plan(
         source=source.place,
         recipe=recipe,
@@ -410,6 +409,14 @@ def make_plan(
         fetches=not source.fetching.is_here,
         limits=limits,
     )
+
+
+def _side_files(source: Source) -> SideFiles:
+    """The files beside the weights, without those that the output has of its own."""
+    side_files = source.side_files().without({SUMMARY, REPORT, STATISTICS})
+    if Path(CARD) in side_files.copied:
+        side_files = side_files.without({SOURCE_CARD})
+    return side_files
 
 
 def _architecture_note(inventory: Inventory, config: Mapping[str, Any]) -> Iterable[str]:
