@@ -515,6 +515,11 @@ def rolled(t: torch.Tensor) -> torch.Tensor:
     return t.view(torch.uint8).roll(1, 0).view(t.dtype)
 
 
+def with_nan(t: torch.Tensor) -> torch.Tensor:
+    t.view(torch.uint8)[3, 5] = 0xFF
+    return t
+
+
 MIXED = [
     mixed("fp8-tensors", drop(f"{O}.weight_scale"), label="no scale"),
     mixed("fp8-tensors", put(f"{O}.weight", lambda t: t.view(torch.float8_e5m2)), label="dtype"),
@@ -527,6 +532,8 @@ MIXED = [
     mixed("fp8-scale-value", put(f"{O}.weight_scale", lambda t: -t), label="negative"),
     mixed("fp8-scale-value", put(f"{O}.weight_scale", lambda t: t * torch.nan),
           "FP8_PER_CHANNEL_PER_TOKEN", "NaN"),
+    mixed("fp8-nan", put(f"{O}.weight", with_nan)),
+    mixed("weight-error", put(f"{O}.weight", with_nan), with_source=True, label="NaN"),
     mixed("input-scale-missing", drop(f"{O}.input_scale")),
     mixed("fp8-tensors", scalar(f"{O}.input_scale", 1.0), "MXFP8", "an input scale"),
     mixed("input-scale-shape", put(f"{O}.input_scale", lambda t: t.repeat(2))),

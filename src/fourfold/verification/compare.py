@@ -254,6 +254,8 @@ class Comparison:
             e, usual = error.relative_error, medians[_kind(error.name)]
             if not math.isfinite(error.weight_energy):
                 yield finding("source-not-finite", error.name, f"ΣW² = {error.weight_energy}")
+            elif not math.isfinite(error.error_energy):
+                yield finding("weight-error", error.name, "it holds NaN or Inf")
             elif e > WORST_LEGAL:
                 yield finding("weight-error", error.name, _figures(error, WORST_LEGAL))
             elif e > _bound(by_name[error.name]) or e > max(OUTLIER, OUTLIER_OF_MEDIAN * usual):

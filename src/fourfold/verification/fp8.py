@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 BOUND = 0.1
 E4M3_MAX = 448.0
-NAN = 0x7F
 
 WEIGHT, SCALE, INPUT_SCALE = "weight", "weight_scale", "input_scale"
 

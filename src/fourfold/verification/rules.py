@@ -158,6 +158,7 @@ _RULES = (
          "vLLM's Marlin path (GPUs before Blackwell) flushes these scales to 0"),
     Rule("fp8-scale-value", _E, "The scales of an FP8 weight are positive and finite.",
          "the weights under it are 0, or the output is NaN"),
+    Rule("fp8-nan", _E, "No code of an FP8 weight is NaN.", "the layer's output is NaN"),
     Rule("global-scale-zero", _E, "weight_scale_2 is not 0.",
          "the whole weight is 0, or its reciprocal infinite, in every engine"),
     Rule("global-scale-nan", _E, "weight_scale_2 is finite.", "the layer's output is NaN or Inf"),

@@ -21,7 +21,13 @@ from fourfold.storage.names import CONFIG
 from fourfold.storage.safetensors_header import TensorInfo
 from fourfold.verification.checkpoint import Checkpoint, QuantizedLinear
 from fourfold.verification.groups import fused_groups, input_site
-from fourfold.verification.readers.base import BLOCK_SCALE, GLOBAL_SCALE, INPUT_SCALE, KV_SCALES
+from fourfold.verification.readers.base import (
+    BLOCK_SCALE,
+    GLOBAL_SCALE,
+    INPUT_SCALE,
+    KV_SCALES,
+    WEIGHT,
+)
 from fourfold.verification.rules import Finding, finding
 from fourfold.verification.streaming import CHUNK_BYTES, Workers
 
@@ -126,6 +132,23 @@ def _flushed(name: str, bins: Histogram) -> Iterator[Finding]:
     if flushed:
         text = f"{flushed:,} of {int(bins.sum()):,} block scales, the largest is {largest:g}"
         yield finding("block-scale-subnormal", name, text)
+
+
+def check_fp8_codes(checkpoint: Checkpoint, workers: Workers) -> Iterator[Finding]:
+    """No code of an FP8 weight is NaN. A comparison with the source shows it, too."""
+
+    def count_nan(info: TensorInfo) -> int:
+        total = 0
+        for start in range(0, info.nbytes, CHUNK_BYTES):
+            size = min(CHUNK_BYTES, info.nbytes - start)
+            codes = workers.buffers.read("codes", checkpoint, info.key, start, size)
+            total += int(((codes & _NAN) == _NAN).sum())
+        return total
+
+    infos = [linear.parts[WEIGHT] for linear in checkpoint.fp8.values() if linear.is_sound]
+    for info, total in workers.run(count_nan, infos):
+        if total:
+            yield finding("fp8-nan", info.key, f"{total:,} of {info.numel:,} codes")
 
 
 def check_scalars(checkpoint: Checkpoint) -> Iterator[Finding]:

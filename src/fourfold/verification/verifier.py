@@ -31,7 +31,7 @@ from fourfold.verification.checkpoint import Checkpoint, open_checkpoint
 from fourfold.verification.compare import Comparison, LinearError
 from fourfold.verification.evidence import Evidence, ProvenComparison
 from fourfold.verification.match import Linear, Matching
-from fourfold.verification.readers.base import BLOCK_SCALE, INPUT_SCALE, KV_SCALES
+from fourfold.verification.readers.base import BLOCK_SCALE, INPUT_SCALE, KV_SCALES, WEIGHT
 from fourfold.verification.report import Counts, Report
 from fourfold.verification.rules import RULES, Finding, Severity, finding
 from fourfold.verification.streaming import Workers
@@ -101,8 +101,10 @@ def _verify(
     if source is None or inventory is None:
         pieces = kept.pieces_to_read(checkpoint)
         workers.total += sum(piece.nbytes for piece in pieces)
+        workers.total += sum(x.parts[WEIGHT].nbytes for x in checkpoint.fp8.values() if x.is_sound)
         workers.begin()
         counted, scale_findings = values.check_block_scales(checkpoint, workers)
+        findings += values.check_fp8_codes(checkpoint, workers)
         non_finite = [*kept.read_kept(checkpoint, pieces, workers)]
     else:
         matching = Matching(checkpoint, source.tensors, inventory)
