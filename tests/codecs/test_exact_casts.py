@@ -30,7 +30,7 @@ def values_of(codes: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
 
 
 def cast(codes: torch.Tensor, exponents: torch.Tensor) -> tuple[dict[str, torch.Tensor], float]:
-    span = mxfp4.span(mxfp4.used_exponents(codes, exponents))
+    span = mxfp4.span([mxfp4.used(codes, exponents)])
     assert span is not None
     scale = NVFP4.scale_of_mxfp4(*span)
     assert scale is not None
@@ -39,7 +39,7 @@ def cast(codes: torch.Tensor, exponents: torch.Tensor) -> tuple[dict[str, torch.
         "codes": torch.empty(rows, half, dtype=torch.uint8),
         "block_scale": torch.empty(rows, half // 8, dtype=torch.uint8),
     }
-    NVFP4.from_mxfp4(codes, mxfp4.used_exponents(codes, exponents), scale, out)
+    NVFP4.from_mxfp4(codes, exponents, scale, out)
     return out, scale
 
 
@@ -76,4 +76,12 @@ def test_blocks_of_zeros_have_any_exponent() -> None:
     NVFP4.dequantize(out, scale, decoded)
     assert torch.equal(decoded[:, :32].double(), values_of(every_code(), exponents[:, :1]))
     assert not decoded[:, 32:].any()
-    assert mxfp4.span(torch.zeros(2, 3, dtype=torch.uint8)) is None
+    assert mxfp4.span([torch.zeros(0, dtype=torch.uint8)]) is None
+
+
+def test_the_smallest_exponent_is_one_like_others() -> None:
+    """2⁻¹²⁷ under a code that is not 0 is no mark of a block of zeros."""
+    exponents = torch.tensor([[120, 0]], dtype=torch.uint8)
+    span = mxfp4.span([mxfp4.used(every_code().repeat(1, 2), exponents)])
+    assert span == (0, 120)
+    assert NVFP4.scale_of_mxfp4(*span) is None

@@ -82,3 +82,14 @@ def test_scales_that_engines_would_not_share(bf16: Path, tmp_path: Path) -> None
     for layer in range(3):
         names = [f"model.layers.{layer}.self_attn.{x}_proj.weight_scale" for x in "qkv"]
         assert len({float(made[name]) for name in names}) == 1
+
+
+def test_scales_that_are_no_powers_of_two(bf16: Path, tmp_path: Path) -> None:
+    """A group of 32 inputs may have a float32 scale, which MXFP8 cannot hold: quantized again."""
+    quantization, _ = fp8.FORMS["mxfp8"]
+    encoder = fp8.fp8(fp8.blocks_of(1, 32), fp8.sibling("weight_scale"))
+    encode(bf16, tmp_path / "source", quantization, encoder)
+    recipe = "w4a16_nvfp4_experts_mse-mxfp8_rest"
+    result = fourfold.quantize(tmp_path / "source", tmp_path / "out", recipe)
+    assert result.clean, str(result.report)
+    assert result.exact_casts == 0

@@ -22,11 +22,10 @@ from fourfold.algorithms.base import ALGORITHMS, Figures, RowwiseAlgorithm, Weig
 from fourfold.execution.buffers import Arena
 from fourfold.execution.context import ExecutionContext
 from fourfold.execution.results import LinearResult, finish_group, row_tensors
-from fourfold.formats import mxfp4
 from fourfold.formats.base import FORMATS, WeightFormat
 from fourfold.models.inventory import LinearWeight
 from fourfold.models.regions import as_slice
-from fourfold.planning import ScaleGroup, is_fp8, is_mxfp4, job_bytes
+from fourfold.planning import ScaleGroup, is_fp8, is_mxfp4, job_bytes, mxfp4_scale
 from fourfold.storage.safetensors_header import TensorInfo, nbytes_of
 from fourfold.storage.shard_file import ShardFile
 
@@ -142,32 +141,28 @@ class _Group:
 
     def cast(self) -> list[LinearResult] | None:
         """Write the codes that the source has, if the format holds the whole group exactly."""
-        pieces = [piece for linear in self.group.linears for piece in self._pieces(linear)]
-        spans = [mxfp4.span(self._codes_and_exponents(piece)[1]) for piece in pieces]
-        used = [span for span in spans if span is not None]
-        if not used:
-            return None
-        group_scale = self.format.scale_of_mxfp4(min(x for x, _ in used), max(x for _, x in used))
+        group_scale = mxfp4_scale(self.source, self.group)
         if group_scale is None:
             return None
         scale = group_scale
 
         def fill(piece: _Piece) -> tuple[int, Fill]:
-            codes, exponents = self._codes_and_exponents(piece)
+            region = piece.linear.region
+            stored = self.source.mxfp4(region.key)
+            assert stored is not None
+            rows = region.outputs if piece.slab == region.slab else range(*piece.slab)
+            codes, exponents = (of(region.expert, rows) for of in (stored.codes, stored.exponents))
             return len(codes), lambda out: self.format.from_mxfp4(codes, exponents, scale, out)
 
-        return self._kept(pieces, fill, group_scale)
+        return self._kept(fill, group_scale)
 
     def keep_fp8(self) -> list[LinearResult] | None:
         """Write the FP8 codes and scales that the source has, if the format allows it."""
         stored = {x.name: self.source.fp8(x.region.key) for x in self.group.linears}
-        scales = [
-            weight.scales(0, linear.shape[0])
-            for linear in self.group.linears
-            if (weight := stored[linear.name]) is not None
-        ]
-        numbers = torch.cat([x.flatten() for x in scales])
-        if not (numbers > 0).all():
+        weights = {name: weight for name, weight in stored.items() if weight is not None}
+        scales = [weights[x.name].scales(0, x.shape[0]).flatten() for x in self.group.linears]
+        numbers = torch.cat(scales)
+        if not self.format.holds_fp8(numbers):
             return None
         group_scale = None
         if self.format.group_part is not None:
@@ -176,23 +171,20 @@ class _Group:
             group_scale = float(numbers[0])
 
         def fill(piece: _Piece) -> tuple[int, Fill]:
-            weight, (start, stop) = stored[piece.linear.name], piece.slab
-            assert weight is not None
+            weight, (start, stop) = weights[piece.linear.name], piece.slab
             codes, of_rows = weight.codes(start, stop), weight.scales(start, stop)
             return stop - start, lambda out: self.format.from_fp8(codes, of_rows, out)
 
-        pieces = [piece for linear in self.group.linears for piece in self._pieces(linear)]
-        return self._kept(pieces, fill, group_scale)
+        return self._kept(fill, group_scale)
 
     def _kept(
         self,
-        pieces: Sequence[_Piece],
         fill: Callable[[_Piece], tuple[int, Fill]],
         group_scale: float | None,
     ) -> list[LinearResult]:
         """Write the source's own codes; `fill` returns a piece's rows, and what fills buffers."""
         figures = {linear.name: Figures() for linear in self.group.linears}
-        for piece in pieces:
+        for piece in [piece for linear in self.group.linears for piece in self._pieces(linear)]:
             of_weight, name = figures[piece.linear.name], piece.linear.name
             with self._one_at_a_time():
                 rows, fill_buffers = fill(piece)
@@ -206,16 +198,6 @@ class _Group:
                     of_weight.sum_sq_w += self.format.error(w_OI, out, group_scale)[1]
                 self._write(piece, out)
         return finish_group(self.context, self.file, self.group, group_scale, figures, exact=True)
-
-    def _codes_and_exponents(self, piece: _Piece) -> tuple[torch.Tensor, torch.Tensor]:
-        region = piece.linear.region
-        stored = self.source.mxfp4(region.key)
-        assert stored is not None
-        outputs = region.outputs
-        if piece.slab != region.slab:
-            outputs = range(*piece.slab)
-        codes = stored.codes(region.expert, outputs)
-        return codes, mxfp4.used_exponents(codes, stored.exponents(region.expert, outputs))
 
     def _whole(self) -> tuple[float | None, dict[str, Figures]]:
         """Hand the whole group to an algorithm that needs to see it at once."""

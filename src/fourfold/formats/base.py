@@ -118,6 +118,10 @@ class WeightFormat(ABC):
         """Return the rows and columns that share a scale, if this format is FP8; else None."""
         return None
 
+    def holds_fp8(self, scales: Tensor) -> bool:
+        """True if the format can store these multipliers, float32 [n], as they are."""
+        return bool((scales.isfinite() & (scales > 0)).all())
+
     def from_fp8(self, codes: Tensor, scales: Tensor, out: Mapping[str, Tensor]) -> None:
         """Fill the buffers of the row parts with rows that are FP8 already.
 
@@ -150,7 +154,7 @@ class WeightFormat(ABC):
 
         Args:
             codes: E2M1 codes, U8 [rows, in/2], the low half of a byte first.
-            exponents: U8 [rows, in/32], `mxfp4.UNUSED` for blocks whose codes are all 0.
+            exponents: U8 [rows, in/32]; any for blocks whose codes are all 0.
             group_scale: What `scale_of_mxfp4` returned.
             out: Buffers by part, uint8 `[rows, bytes of a row]`.
         """

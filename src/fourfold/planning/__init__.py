@@ -4,6 +4,7 @@
 from fourfold.formats.base import Spec
 from fourfold.formats.scheme import Scheme
 from fourfold.planning.copy_plan import CopyPlan
+from fourfold.planning.exact_casts import mxfp4_scale
 from fourfold.planning.limits import DEFAULT_LIMITS, Limits
 from fourfold.planning.plan import Plan, make_plan
 from fourfold.planning.rows import (
@@ -42,6 +43,7 @@ __all__ = [
     "keys_of",
     "lay_out",
     "make_plan",
+    "mxfp4_scale",
     "outputs_of",
     "shard_names",
     "slabs_of",

@@ -217,6 +217,9 @@ class MXFP8(_FP8):
     def _stored(self, parts: Mapping[str, Tensor], group_scale: float | None) -> Tensor:
         return reference.powers(parts[EXPONENTS])
 
+    def holds_fp8(self, scales: Tensor) -> bool:
+        return super().holds_fp8(scales) and bool((torch.frexp(scales)[0] == 0.5).all())
+
     def from_fp8(self, codes: Tensor, scales: Tensor, out: Mapping[str, Tensor]) -> None:
         super().from_fp8(codes, scales, out)
         out[EXPONENTS].copy_(torch.frexp(scales)[1] - 1 + 127)

@@ -34,12 +34,14 @@ def global_scale(low: int, high: int) -> float | None:
 
 
 def block_scales(exponents: Tensor, global_scale: float) -> Tensor:
-    """Return the bytes of E4M3 scales U8 [rows, in/16] for exponents U8 [rows, in/32]."""
+    """Return the bytes of E4M3 scales U8 [rows, in/16] for exponents U8 [rows, in/32].
+
+    An exponent that E4M3 has no power of two for is that of a block of zeros.
+    """
     power = math.frexp(global_scale)[1] - 1
     bytes_of = torch.full((256,), ONE, dtype=torch.uint8)
     for exponent in range(BOTTOM, TOP + 1):
         bytes_of[exponent + power + mxfp4.BIAS] = _e4m3(exponent)
-    bytes_of[mxfp4.UNUSED] = ONE
     return bytes_of[exponents.long()].repeat_interleave(2, dim=1)
 
 
