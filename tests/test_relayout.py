@@ -103,6 +103,26 @@ def test_what_fused_weights_do_not_share(quantized: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("change", ["a scale for each head", "a layer of another name"])
+def test_kv_scales_that_a_layout_has_no_place_for(
+    quantized: Path, tmp_path: Path, change: str
+) -> None:
+    key = "model.layers.0.self_attn.k_proj.k_scale"
+
+    def edit(tensors: Tensors) -> None:
+        if key not in tensors:
+            return
+        if change == "a scale for each head":
+            tensors[key] = torch.tensor([0.5, 0.25])
+        else:
+            tensors["model.layers.0.cross.k_scale"] = tensors.pop(key)
+
+    folder = changed(quantized, tmp_path / "changed", edit)
+    with pytest.raises(SourceError, match=r"k_scale in .*: \[.*one number for each attention"):
+        fourfold.convert(folder, tmp_path / "out", layout="modelopt")
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_has_no_codes_to_keep(quantized: Path, written: Written, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="holds no NVFP4 weights that `layout` could carry over"):
         fourfold.convert(written("qwen3_moe")[0], tmp_path / "out", layout="modelopt")

@@ -7,6 +7,7 @@ encoded anew: compressed-tensors stores reciprocals.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -132,11 +133,18 @@ class RelaidSource(SourceView):
             module = key.rpartition(".")[0]
             if module.rpartition(".")[2] in ("k_proj", "v_proj", "qkv_proj"):
                 module = module.rpartition(".")[0]
+            info = self.stored.tensors[key]
+            if module not in names or math.prod(info.shape) != 1:
+                raise SourceError(
+                    f"{key} in {info.file.name}: {list(info.shape)}, where {layout.name} has one "
+                    "number for each attention module with a k_proj or qkv_proj. Use "
+                    "`fourfold quantize`."
+                )
             name = names[module][leaf == "v_scale"]
             linear = "k_proj" if f"{module}.k_proj" in linears else "qkv_proj"
             self.origins[name] = f"{module}.{linear}.weight"
             value = np.array([float(self.stored.slab(key, 0, 1))], dtype=np.float32)
-            yield self._number(TensorSpec(name, *layout.kv_scale), value, self.stored.tensors[key])
+            yield self._number(TensorSpec(name, *layout.kv_scale), value, info)
         if decoded.kv_cache is not None and layout.needs_kv_scales:
             yield from self._unit_kv_scales(decoded, layout)
 
