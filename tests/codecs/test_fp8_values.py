@@ -391,3 +391,18 @@ def test_how_engines_round_inputs(
         source = open_decoded(folder)
         assert source.input_roundings.get("a") == rounding
         source.close()
+
+
+@pytest.mark.parametrize("name", ["quantization_config", "compression_config"])
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_a_decoded_configuration_states_no_quantization(
+    name: str, is_nested: bool, tmp_path: Path
+) -> None:
+    stated = {name: {"config_groups": {"group_0": FP8_GROUP}}}
+    config = {"hidden_size": 256, "text_config": {"layers": 1}}
+    config |= {"text_config": {"layers": 1, **stated}} if is_nested else stated
+    tensors = {"a.weight": codes_of(256, 256), "a.weight_scale": torch.tensor(0.5)}
+    source = open_decoded(folder_of(tmp_path / "model", tensors, config))
+    as_trained = {"hidden_size": 256, "text_config": {"layers": 1}, "dtype": "bfloat16"}
+    assert source.config == as_trained
+    source.close()

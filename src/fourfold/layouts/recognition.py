@@ -35,21 +35,39 @@ TENSORS = {
 }
 """Endings of the names of tensors that formats add or pack into."""
 
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+"""The entries of config.json, or of a part of it, that state a quantization. Early checkpoints of
+compressed-tensors have the second."""
+
 PACKED = {"U8", "I8", "U32", "I32", "F4"}
 """Dtypes that a quantized weight may have, and a weight as it was trained may not."""
 
 
 def quantization_of(config: Mapping[str, Any]) -> str | None:
     """Return what a config.json says about an earlier quantization; None if it says nothing."""
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        for name in ("quantization_config", "compression_config"):
-            entry = part.get(name)
-            if isinstance(entry, dict) and entry:
-                return str(entry.get("quant_algo") or entry.get("quant_method") or "unknown")
+    for stated in stated_quantizations(config):
+        return str(stated.get("quant_algo") or stated.get("quant_method") or "unknown")
     entry = config.get("quantization")  # MLX
     if isinstance(entry, dict) and "bits" in entry:
         return f"MLX, {entry['bits']} bits"
     return None
+
+
+def stated_quantizations(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield what a config.json and the parts of it state about a quantization."""
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for name in QUANTIZATION_KEYS:
+            if isinstance(part.get(name), dict) and part[name]:
+                yield part[name]
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config.json, and the parts of it, without what they state about a quantization."""
+    return {
+        key: without_quantization(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in QUANTIZATION_KEYS
+    }
 
 
 def check_not_quantized(source: Source) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from fourfold.errors import SourceError
 from fourfold.formats.kv_cache import KVFormat
+from fourfold.layouts.recognition import stated_quantizations
 from fourfold.models.mtp import is_mtp, stack_of
 from fourfold.sources.codecs.base import CODECS, EncodedWeight, TensorCodec
 from fourfold.storage.json_files import read_json
@@ -145,9 +146,7 @@ def kv_cache_format(entries: Iterable[Mapping[str, Any]]) -> KVFormat | None:
 
 def quantization_entries(stored: Source) -> Iterator[Mapping[str, Any]]:
     """Yield what config.json, its nested parts, and ModelOpt's file say of the quantization."""
-    for part in _with_nested(stored.config):
-        entries = part.get("quantization_config"), part.get("compression_config")
-        yield from (entry for entry in entries if isinstance(entry, dict))
+    yield from stated_quantizations(stored.config)
     if (stored.folder / HF_QUANT_CONFIG).is_file():
         yield from _with_nested(read_json(stored.folder / HF_QUANT_CONFIG))
 

@@ -21,13 +21,13 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from fourfold.errors import SourceError, UsageError
 from fourfold.formats.kv_cache import KVFormat
+from fourfold.layouts.recognition import without_quantization
 from fourfold.sources.claims import (
     Claims,
     check_converted_whole,
@@ -132,7 +132,7 @@ class DecodedSource(SourceView):
             dtype: Of the decoded weights, as in safetensors headers; None for their own.
         """
         super().__init__(stored)
-        self.config = _without_quantization(stored.config)
+        self.config = without_quantization(stored.config)
         self._is_ours, self.hidden = summary is not None, claims.hidden
         self.weights, self._codecs = dict(claims.weights), dict(claims.codecs)
         dtypes = {} if summary is None else {f"{x.name}.weight": x.dtype for x in summary.linears}
@@ -355,12 +355,3 @@ def _misfit(folder: Path, name: str, what: str) -> SourceError:
         f"{folder / SUMMARY}: {name}: {what}. The file belongs to another checkpoint, or was "
         "changed; quantize the model again."
     )
-
-
-def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration as it was before, in its nested parts, too."""
-    return {
-        key: _without_quantization(value) if isinstance(value, dict) else value
-        for key, value in config.items()
-        if key != "quantization_config"
-    }

@@ -28,6 +28,7 @@ from typing import Any, ClassVar
 import torch
 
 from fourfold.errors import SourceError
+from fourfold.layouts.recognition import stated_quantizations
 from fourfold.sources.codecs.base import (
     EncodedWeight,
     InputRounding,
@@ -47,7 +48,6 @@ DEFAULT_BLOCK = (128, 128)
 MX_BLOCK = 32
 """Weights of a row that share an exponent in MXFP8."""
 
-_QUANTIZATION = ("quantization_config", "compression_config")
 _EXPONENTS = ("F8_E8M0", "U8")  # a byte b means 2^(b − 127)
 _SCALE_DTYPES = ("F32", "BF16", "F16", *_EXPONENTS)
 _LINEAR_SCALES = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")
@@ -183,9 +183,7 @@ def _stated_block_sizes(config: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
 
 def _rounds_inputs(config: Mapping[str, Any]) -> bool:
     """False if a compressed-tensors configuration keeps the inputs of FP8 weights in 16 bits."""
-    parts = (config, *(value for value in config.values() if isinstance(value, dict)))
-    entries = (part.get(name) for part in parts for name in _QUANTIZATION)
-    stated = (entry.get("config_groups") for entry in entries if isinstance(entry, dict))
+    stated = (entry.get("config_groups") for entry in stated_quantizations(config))
     groups = [group for some in stated if isinstance(some, dict) for group in some.values()]
     fp8 = [x for x in groups if isinstance(x, dict) and _is_fp8(x.get("weights"))]
     return not fp8 or any(group.get("input_activations") for group in fp8)

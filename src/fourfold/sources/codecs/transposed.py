@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import torch
 
 from fourfold.errors import SourceError
+from fourfold.layouts.recognition import stated_quantizations
 from fourfold.sources.codecs.base import EncodedWeight, ReadRows, TensorCodec, presented
 from fourfold.sources.codecs.integers import (
     CHUNK,
@@ -137,9 +138,7 @@ class TransposedIntegers(TensorCodec):
 
 def _zero_offset(codec: TransposedIntegers, config: Mapping[str, Any]) -> int | None:
     """What is added to stored zeros; None if a configuration states another form."""
-    parts = (config, *(value for value in config.values() if isinstance(value, dict)))
-    entries = (part.get("quantization_config") for part in parts)
-    stated = next((entry for entry in entries if isinstance(entry, dict)), {})
+    stated = next(stated_quantizations(config), {})
     method = str(stated.get("quant_method") or codec.methods[0]).lower().removeprefix("intel/")
     names = (str(stated[name]).lower() for name in _FORM_NAMES if stated.get(name))
     form = next(names, next(iter(codec.zero_offsets)))

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from fourfold.errors import ModelError, SourceError
+from fourfold.layouts.recognition import stated_quantizations, without_quantization
 from fourfold.sources.megatron.arguments import Arguments
 from fourfold.sources.megatron.assembly import AssembledTensor, Range, assemble
 from fourfold.sources.megatron.box_index import Box
@@ -51,8 +52,8 @@ class MegatronSource(Source):
         self.folder = hf_config
         self._beside = Stamps()
         config = read_config(hf_config, self._beside)
-        self._was_quantized = "quantization_config" in config
-        self.config = {name: x for name, x in config.items() if name != "quantization_config"}
+        self._was_quantized = next(stated_quantizations(config), None) is not None
+        self.config = without_quantization(config)
         self._side_files = find_side_files(hf_config, frozenset(), self._beside)
 
     @abstractmethod
