@@ -26,6 +26,13 @@ from fourfold.verification import Report, verify
 from fourfold.verification.evidence import Evidence, Prover
 from jobs import W4A16
 
+RULES = """
+rules:
+  - {roles: [experts]}
+  - {roles: [attention], weights: {format: fp8, scale: max},
+     activations: {format: fp8, amax: constant}}
+"""
+
 Written = Callable[[str], tuple[Path, Truth]]
 
 
@@ -144,33 +151,47 @@ def test_a_tensor_in_the_wrong_place_gets_no_evidence(proven: Any, tmp_path: Pat
     assert evidence
 
 
-def test_large_errors_come_with_their_reference(proven: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("scale", "factor"),
+    [
+        (".weight_scale_2", 1.4),
+        ("_proj.weight_scale", 1.12),  # an error that is large for FP8 alone
+    ],
+)
+def test_large_errors_come_with_their_reference(
+    scale: str, factor: float, written: Written, tmp_path: Path
+) -> None:
     """The error that decides on a suspect is taken while the source is at hand, too."""
-    model, out, _ = proven
-    damaged = tmp_path / "out"
-    shutil.copytree(out, damaged)
-    for file in damaged.glob("model-*"):
+    model, out = written("qwen3_vl_moe")[0], tmp_path / "out"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RULES)
+    fourfold.quantize(model, out, recipe)
+    scaled = set()
+    for file in out.glob("model-*"):
         for key, info in read_header(file).items():
-            if key.endswith(".weight_scale_2"):
+            if key.endswith(scale) and info.dtype == "F32":
                 with file.open("r+b") as handle:
                     handle.seek(info.start)
-                    scale = torch.frombuffer(bytearray(handle.read(4)), dtype=torch.float32)
+                    value = torch.frombuffer(
+                        bytearray(handle.read(info.nbytes)), dtype=torch.float32
+                    )
                     handle.seek(info.start)
-                    handle.write((scale * 1.4).numpy().tobytes())
+                    handle.write((value * factor).numpy().tobytes())
+                scaled.add(key.rpartition(".")[0])
     config = json.loads((out / "config.json").read_text())
     evidence: dict[str, Evidence] = {}
     with closing(open_source(model)) as source:
-        plan = make_plan(source, Recipe.load(W4A16))
+        plan = make_plan(source, Recipe.load(recipe))
         for name in plan.shard_names:
-            prover = Prover(damaged / name, config, source, plan.inventory, source.tensors)
+            prover = Prover(out / name, config, source, plan.inventory, source.tensors)
             for group in plan.groups:
                 evidence |= prover.prove([x.name for x in group.linears], [])
             prover.close()
-    references = [x.reference for x in evidence.values() if x.reference is not None]
-    assert references
-    assert all(map(math.isfinite, references))
-    report, keys = verified(model, damaged, evidence)
-    expected, _ = verified(model, damaged, {})
+    references = {name: x.reference for name, x in evidence.items() if x.reference is not None}
+    assert references.keys() == scaled
+    assert all(map(math.isfinite, references.values()))
+    report, keys = verified(model, out, evidence)
+    expected, _ = verified(model, out, {})
     assert not report.clean
     assert {x.tensor for x in report.errors} == {x.tensor for x in expected.errors}
     assert not keys & {linear.region.key for linear in plan.linears}

@@ -258,7 +258,7 @@ class Comparison:
                 yield finding("weight-error", error.name, "it holds NaN or Inf")
             elif e > WORST_LEGAL:
                 yield finding("weight-error", error.name, _figures(error, WORST_LEGAL))
-            elif e > _bound(by_name[error.name]) or e > max(OUTLIER, OUTLIER_OF_MEDIAN * usual):
+            elif e > bound_of(by_name[error.name]) or e > max(OUTLIER, OUTLIER_OF_MEDIAN * usual):
                 group = groups.get(error.name, (error.name,))
                 members = tuple(by_name[name] for name in group)
                 suspects.append(Suspect(by_name[error.name], members, error, usual))
@@ -363,13 +363,13 @@ def _medians(errors: Iterable[LinearError]) -> dict[str, float]:
     }
 
 
-def _bound(pair: Pair) -> float:
-    """The relative error that needs no explanation."""
+def bound_of(pair: Pair) -> float:
+    """Return the relative error of a linear that needs no explanation."""
     return fp8.BOUND if isinstance(pair.linear, FP8Linear) else BOUND
 
 
 def _judge(suspect: Suspect, reference: float) -> Iterator[Finding]:
-    error, usual, usually_legal = suspect.error, suspect.usual, _bound(suspect.pair)
+    error, usual, usually_legal = suspect.error, suspect.usual, bound_of(suspect.pair)
     e = error.relative_error
     bound = max(usually_legal, min(REFERENCE_FACTOR * reference, WORST_LEGAL))
     if e > bound:

@@ -29,6 +29,7 @@ from fourfold.verification.compare import (
     Comparison,
     LinearError,
     Suspect,
+    bound_of,
     linear_error,
 )
 from fourfold.verification.match import Copy, Matching, Pair
@@ -99,7 +100,7 @@ class Prover:
         pairs = [self._pairs[name] for name in linears if name in self._pairs]
         for pair, error in zip(pairs, self._comparison.errors(pairs), strict=True):
             reference = None
-            if error.relative_error > OUTLIER:
+            if error.relative_error > min(OUTLIER, bound_of(pair)):
                 suspect = Suspect(pair, tuple(pairs), error, 0.0)
                 reference = self._comparison.reference_error(suspect)
             digest = digest_of(self._comparison, pair.linear.compared)
