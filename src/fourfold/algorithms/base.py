@@ -15,6 +15,7 @@ There are two kinds.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -23,9 +24,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from fourfold.formats.base import WeightFormat
 from fourfold.formats.registry import Registry
+from fourfold.formats.scheme import Scheme
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from fourfold.statistics import Site
 
 
 @dataclass(slots=True)
@@ -70,6 +74,10 @@ class Algorithm(ABC):
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
     """Names of the statistics of the inputs that `quantize` reads from `Weight.statistics`."""
+
+    def needs_at(self, site: Site) -> frozenset[str]:
+        """Return those of `needs` that `quantize` reads where the inputs arrive at a site."""
+        return self.needs
 
     def supports(self, fmt: WeightFormat) -> bool:
         """True if this algorithm can quantize to a format."""
@@ -124,6 +132,25 @@ ALGORITHMS: Registry[Algorithm] = Registry(
     {
         "max": "fourfold.algorithms.max_scale:MaxScale",
         "mse": "fourfold.algorithms.mse_scale:MSEScale",
+        "gptq_joint": "fourfold.algorithms.gptq_joint:GPTQJoint",
     }
 )
 """The algorithms by name, which is what a recipe's `weights.scale` says."""
+
+
+def fields_of(algorithm: Algorithm) -> frozenset[str]:
+    """Return the names of an algorithm's options."""
+    if not dataclasses.is_dataclass(algorithm):
+        return frozenset()
+    return frozenset(field.name for field in dataclasses.fields(algorithm))
+
+
+def algorithm_of(scheme: Scheme) -> Algorithm:
+    """Return the algorithm of a scheme, with the scheme's options.
+
+    An algorithm with options is a frozen dataclass; they are its fields.
+    """
+    algorithm = ALGORITHMS[scheme.algorithm]
+    if not scheme.options:
+        return algorithm
+    return dataclasses.replace(algorithm, **dict(scheme.options))  # type: ignore[type-var]

@@ -147,7 +147,7 @@ class Calibration:
         if self._kept.keys() >= {*layers, None}:
             for unit in (*layers, None):
                 yield self._complete(unit, self._kept[unit])
-                self.statistics.drop_large()
+                self.scales.drop_large()
             return
         done: set[int] = set()
         with closing(self._layers() if self.batches else self._layers_of_others()) as passes:
@@ -159,7 +159,7 @@ class Calibration:
                     )
                 done.add(layer)
                 yield self._merge(layer, statistics)
-                self.statistics.drop_large()
+                self.scales.drop_large()
         for layer in sorted(set(layers) - done):
             yield self._complete(layer, self._new_statistics())
         yield self._merge(None, self._last)

@@ -20,6 +20,7 @@ is an error. A site that saw only zeros gets the scale 1, as an all-zero weight 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Container
 
 import numpy as np
@@ -34,7 +35,7 @@ from fourfold.models.expert_hooks import Product
 from fourfold.models.inventory import LinearWeight
 from fourfold.models.names import SINGLE_EXPERT, natural
 from fourfold.planning import KVScales, Plan
-from fourfold.statistics import BLOCK_AMAXES, KEPT, STATISTICS
+from fourfold.statistics import BLOCK_AMAXES, KEPT, STATISTICS, State
 from fourfold.statistics.block_amaxes import percentile
 from fourfold.storage.names import STATISTICS as FILE
 
@@ -56,6 +57,14 @@ class ActivationScales:
 
     def __init__(self, plan: Plan, statistics: Statistics) -> None:
         self.plan, self.statistics = plan, statistics
+        self._lock = threading.Lock()
+        self._states: dict[tuple[str, str, int], State] = {}
+        """Finished states, by site and statistic."""
+
+    def drop_large(self) -> None:
+        """Drop all statistics but those that are kept."""
+        self.statistics.drop_large()
+        self._states.clear()
 
     def amax(self, site: str) -> float:
         """Return the largest input that anything at an input site saw.
@@ -120,21 +129,27 @@ class ActivationScales:
         amaxes = self._expert_amaxes(linear) if self.tokens(linear) else None
         return None if amaxes is None else float(amaxes[linear.expert])
 
-    def statistics_of(self, linear: LinearWeight, needs: frozenset[str]) -> dict[str, Tensor]:
-        """Return the statistics `needs` of the inputs that a linear weight itself saw.
+    def statistics_of(self, linear: LinearWeight) -> dict[str, Tensor]:
+        """Return what an algorithm reads of the inputs that a linear weight itself saw.
 
-        These are the tensors of their states, by name; zeros if no row reached the weight.
+        These are the tensors of their finished states, by name; zeros if no row reached the weight.
         """
         tensors: dict[str, Tensor] = {}
-        for name in needs:
-            site = self.plan.site(linear, name)
-            collected = self.statistics.sites.get(site.name, {})
-            for key, (dtype, shape) in STATISTICS[name].shapes(site).items():
-                tensor = collected.get(key)
-                if tensor is None:
-                    tensor = torch.zeros(shape, dtype=dtype)
-                tensors[key] = tensor if linear.expert is None else tensor[linear.expert]
+        for name in self.plan.algorithm_needs(linear):
+            statistic, state = STATISTICS[name], self._finished(linear, name)
+            tensors |= state if linear.expert is None else statistic.of_expert(state, linear.expert)
         return tensors
+
+    def _finished(self, linear: LinearWeight, name: str) -> State:
+        """A statistic's finished state at the site of a linear weight."""
+        site, statistic = self.plan.site(linear, name), STATISTICS[name]
+        collected = self.statistics.sites.get(site.name, {})
+        key = site.name, name, id(collected)
+        with self._lock:
+            if key not in self._states:
+                state = {key: collected[key] for key in statistic.shapes(site) if key in collected}
+                self._states[key] = statistic.finish(state or statistic.new(site))
+            return self._states[key]
 
     def unreached(self, layers: Container[int | None] | None = None) -> dict[str, list[int]]:
         """Return the quantized experts that no token reached, by experts module; only those of

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fourfold.algorithms.base import ALGORITHMS, RowwiseAlgorithm
+from fourfold.algorithms.base import RowwiseAlgorithm, algorithm_of
 from fourfold.distributed.machine import threads_available
 from fourfold.documents import Shown, document
 from fourfold.formats.base import FORMATS
@@ -113,7 +113,7 @@ class Plan(Shown, CopyPlan):
     def _memory_of(self, group: ScaleGroup) -> int:
         """Bytes of a group that are in memory at a time; a matrix that is not plain is copied."""
         held, most = job_bytes(group), self.limits.group_bytes
-        is_whole = not isinstance(ALGORITHMS[group.scheme.algorithm], RowwiseAlgorithm)
+        is_whole = not isinstance(algorithm_of(group.scheme), RowwiseAlgorithm)
         if all(linear.region.is_plain for linear in group.linears):
             return held if is_whole else min(held, most)
         if is_whole or held <= most:
@@ -135,11 +135,15 @@ class Plan(Shown, CopyPlan):
 
         Where anything is measured, the small ones are, too: they are reported for every weight.
         """
-        scheme = self.scheme_of(linear)
-        needs = ALGORITHMS[scheme.algorithm].needs
+        scheme, needs = self.scheme_of(linear), self.algorithm_needs(linear)
         if scheme.observes_inputs and scheme.amax == "histogram":
             needs |= {BLOCK_AMAXES}
         return needs | SMALL if needs or scheme.observes_inputs else needs
+
+    def algorithm_needs(self, linear: LinearWeight) -> frozenset[str]:
+        """Return the statistics of a linear weight's inputs that its algorithm reads, by name."""
+        site = self._site(linear, observed_site(linear))
+        return algorithm_of(self.scheme_of(linear)).needs_at(site)
 
     @cached_property
     def observed(self) -> tuple[LinearWeight, ...]:
@@ -187,10 +191,13 @@ class Plan(Shown, CopyPlan):
 
     def site(self, linear: LinearWeight, statistic: str) -> Site:
         """Return the site where a statistic of a linear weight's inputs is measured."""
+        return self._site(linear, self.site_of(linear, statistic))
+
+    def _site(self, linear: LinearWeight, name: str) -> Site:
         experts = None
         if linear.expert is not None:
             experts = self.inventory.experts_counts[linear.module]
-        return Site(self.site_of(linear, statistic), linear.shape[1], experts)
+        return Site(name, linear.shape[1], experts)
 
     def _statistics_memory(self) -> int:
         """Bytes of all statistics that are kept, and of the others of the layer with the most."""

@@ -46,7 +46,7 @@ from pydantic import (
     model_validator,
 )
 
-from fourfold.algorithms.base import ALGORITHMS
+from fourfold.algorithms.base import ALGORITHMS, algorithm_of, fields_of
 from fourfold.errors import RecipeError
 from fourfold.formats.base import FORMATS
 from fourfold.formats.kv_cache import KVFormat
@@ -101,6 +101,35 @@ class Weights(_Strict):
     scale_group: Literal["expert", "layer"] = "expert"
     """Which routed experts' weights share a group scale: the gate and up of each expert, or the
     gates and ups of all experts of a layer (and likewise their downs)."""
+    descent: Annotated[int, Field(ge=0, le=16)] | None = None
+    """Sweeps in which codes and scales are chosen again, each given all others."""
+    range: Literal[256, 448] | None = None
+    """The block scale of the largest block, which the group scale leaves room for."""
+    pooled: bool | None = None
+    """Whether all experts of a module share one second moment of the inputs of gate and up; by
+    default where moments of their own would take much memory."""
+    damping: Annotated[float, Field(ge=0, le=10)] | None = None
+    """The part of its mean diagonal that is added to a second moment."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Weights:
+        if self.options:
+            known = fields_of(ALGORITHMS[self.scale])
+            for name, _ in self.options:
+                if name not in known:
+                    raise ValueError(f"{name} has no effect with scale: {self.scale}; remove it")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = handler(self)
+        return {key: value for key, value in data.items() if value is not None}
+
+    @property
+    def options(self) -> tuple[tuple[str, float], ...]:
+        """The algorithm's settings that are given."""
+        values = {name: getattr(self, name) for name in ("descent", "range", "pooled", "damping")}
+        return tuple((name, value) for name, value in values.items() if value is not None)
 
 
 class Headroom(_Strict):
@@ -216,22 +245,21 @@ class Rule(_Strict):
         """The scheme of the weights that the rule quantizes."""
         weights, activations = self.weights, self.activations
         if activations == "none":
-            return Scheme(weights.format, weights.scale)
+            return Scheme(weights.format, weights.scale, options=weights.options)
         return Scheme(
             weights.format,
             weights.scale,
             activations.format,
             activations.headroom,
             activations.origin,
+            weights.options,
         )
 
     @property
     def observes_inputs(self) -> bool:
         """True if calibration must measure the inputs of the weights that the rule quantizes."""
         scheme = self.scheme
-        return not self.keep and (
-            scheme.observes_inputs or bool(ALGORITHMS[scheme.algorithm].needs)
-        )
+        return not self.keep and (scheme.observes_inputs or bool(algorithm_of(scheme).needs))
 
 
 _RULE_KEYS = ("weights", "activations", "quantize", "quantize_if_present", "keep")
