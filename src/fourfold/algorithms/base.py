@@ -66,6 +66,8 @@ class Weight:
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
     """Statistics of the weight's inputs, by name: what `Algorithm.needs` asks for. For a routed
     expert they are of the rows that were routed to it."""
+    asymmetric: float = 0.0
+    """The part of the change of its inputs that the weight is to make up for."""
 
 
 class Algorithm(ABC):

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -34,6 +35,9 @@ OWN, POOLED = SecondMoment.name, PooledMoment.name
 
 POOL_ROWS = 64
 """Rows that the mean over all experts counts for, beside an expert's own."""
+
+RIDGE = 0.05
+"""The part of its mean diagonal that is added to a moment that is inverted for a target."""
 
 LARGE = 1 << 30
 """Bytes of second moments at one site beyond which gate and up of its experts share one."""
@@ -74,7 +78,7 @@ class SecondOrder(Algorithm):
             assert source is not None
             moment = moments.get(source.data_ptr()) or self._moment(weight.statistics)
             moments[source.data_ptr()] = moment
-            rounded.append(Rounded(weight.matrix_OI.float(), moment))
+            rounded.append(Rounded(target(weight), moment))
         largest = max(float(x.target_OI.abs().max()) for x in rounded)
         group_scale = nvfp4.global_scale(largest * 448 / self.range)
         group_scale = self.choose(rounded, group_scale)
@@ -100,6 +104,25 @@ class SecondOrder(Algorithm):
                     _POOLS[pool] = shared
                 return shared[1]
         return Moment(shrunk(statistics), self.damping)
+
+
+def target(weight: Weight) -> Tensor:
+    """Return the real values that the codes of a weight approximate, float32 `[O, I]`.
+
+    They are the weight's own, unless its inputs have moved from x to x̂. What that costs in the
+    outputs is W·(x − x̂), and its best estimate from x̂ is W·C·H⁻¹·x̂ with C = Σ (x − x̂)·x̂ᵀ. A part
+    of it, `asymmetric`, is added to the weight.
+    """
+    w_OI = weight.matrix_OI.float()
+    name = OWN if OWN in weight.statistics else POOLED
+    if not weight.asymmetric or f"{name}.cross" not in weight.statistics:
+        return w_OI
+    h_II, c_II = (shrunk(weight.statistics, x) for x in (name, f"{name}.cross"))
+    h_II = h_II + RIDGE * h_II.diagonal().mean() * torch.eye(len(h_II))
+    if not bool(h_II.diagonal().mean() > 0):
+        return w_OI
+    moved_OI: Tensor = torch.linalg.solve(h_II, (w_OI @ c_II).T).T
+    return w_OI + weight.asymmetric * moved_OI
 
 
 STATISTIC = SecondMoment()

@@ -31,6 +31,7 @@ from fourfold.calibration.reading import (
 )
 from fourfold.calibration.saved_activations import SavedActivations
 from fourfold.calibration.scales import ActivationScales, model_summary
+from fourfold.calibration.sequential import SequentialLayers
 from fourfold.calibration.statistics import Statistics, data_summary, reduced
 from fourfold.calibration.streaming import Pass, StreamedModel
 from fourfold.distributed.ranks import Ranks
@@ -98,10 +99,22 @@ class Calibration:
         summary = data_summary(data, all_experts=all_experts)
         self.statistics = Statistics(summary, model=model_summary(plan))
         self.scales = ActivationScales(plan, self.statistics)
+        self.sequential: SequentialLayers | None = None
+        """What quantizes the layers one after the other, if the recipe propagates their outputs."""
+        if plan.recipe.calibration.propagate == "quantized":
+            self.sequential = SequentialLayers(
+                plan, self.streamed, self.scales, self.ranks, len(self.batches)
+            )
+
+    @property
+    def _calls(self) -> Sequence[Batch]:
+        """The batch of each call: those of the source, and of the quantized stream if there is."""
+        return [*self.batches] * (2 if self.sequential is not None else 1)
 
     def _new_store(self, limit: int | None, scratch: Path | None) -> ActivationStore:
         """Keep activations in memory if they surely fit there."""
         elements = sum(batch.input_ids.numel() for batch in self.batches)
+        elements *= self.plan.recipe.calibration.streams
         likely = LIKELY_BYTES * elements * self.plan.inventory.hidden_size
         on_cpu = self.streamed.device.type == "cpu"
         if on_cpu and (limit is None or likely <= limit):
@@ -158,8 +171,13 @@ class Calibration:
                         "such models cannot be calibrated layer by layer."
                     )
                 done.add(layer)
-                yield self._merge(layer, statistics)
+                self._merge(layer, statistics)
+                if self.sequential is not None:
+                    self.sequential.quantize_layer(layer, self._observers)
+                yield layer
                 self.scales.drop_large()
+                if self.sequential is not None:
+                    self.sequential.done()
         for layer in sorted(set(layers) - done):
             yield self._complete(layer, self._new_statistics())
         yield self._merge(None, self._last)
@@ -172,26 +190,36 @@ class Calibration:
                 stack.callback(torch.set_num_threads, torch.get_num_threads())
                 torch.set_num_threads(self.threads)
             observers = stack.enter_context(observing(self.plan, model, tree))
+            self._observers, sequential = observers, self.sequential
+            count = len(self.batches)
             stack.enter_context(ending_at_the_head(model))
             self._layer, progress = 0, _Progress(self.batches, len(tree.layers), self.on_event)
 
             def resume(number: int) -> None:
                 self.ranks.check()
-                progress.begin_batch(number)
-                observers.see(self.batches[number].attention_mask)
+                observers.see(self.batches[number % count].attention_mask)
+                if number < count:
+                    progress.begin_batch(number)
 
             def enter(layer: int, why: Pass) -> None:
                 self._layer = layer
-                progress.begin_layer(None if why is Pass.REPLAY else layer)
+                progress.begin_layer(layer if why is Pass.FIRST else None)
                 observers.ignored = tree.layers[layer] if why is Pass.REPLAY else None
+                observers.stream = None
+                if why is Pass.FIRST:
+                    observers.order.clear()
+                if why is Pass.SECOND:
+                    assert sequential is not None
+                    observers.stream = sequential.stream(layer)
 
             steps = self.streamed.run(
-                [partial(self._call, observers, batch) for batch in self.batches],
+                [partial(self._call, observers, batch) for batch in self._calls],
                 store=self.store,
                 on_resume=resume,
                 on_layer=enter,
                 keep_embeddings=reads_text_twice(runnable(model)),
                 replacement=self.quantized,
+                second=sequential,
                 saved=self.saved,
                 on_skipped=lambda: self._taken(observers),
             )
@@ -249,7 +277,8 @@ class Calibration:
             self._on_observed(unit, statistics)
         if self.saved is not None and unit is not None:
             # Replayed layers store their outputs after their statistics: keep one layer more.
-            self.saved.finished(unit if self.quantized is None else unit - 1)
+            is_replayed = self.quantized is not None or self.sequential is not None
+            self.saved.finished(unit - 1 if is_replayed else unit)
         return unit
 
     def _call(self, observers: Observers, batch: Batch, model: Any) -> None:

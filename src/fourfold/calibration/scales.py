@@ -35,7 +35,7 @@ from fourfold.models.expert_hooks import Product
 from fourfold.models.inventory import LinearWeight
 from fourfold.models.names import SINGLE_EXPERT, natural
 from fourfold.planning import KVScales, Plan
-from fourfold.statistics import BLOCK_AMAXES, KEPT, STATISTICS, State
+from fourfold.statistics import BLOCK_AMAXES, KEPT, STATISTICS, State, statistic_of
 from fourfold.statistics.block_amaxes import percentile
 from fourfold.storage.names import STATISTICS as FILE
 
@@ -108,6 +108,12 @@ class ActivationScales:
             amax = histogram_amax(self._block_amaxes(site), amax)
         return FORMATS[scheme.activations].input_scale(amax)
 
+    def scale_of(self, linear: LinearWeight) -> float:
+        """Return the stored scale of a linear weight's inputs."""
+        if not self.plan.scheme_of(linear).observes_inputs:
+            return CONSTANT_INPUT_SCALE
+        return self.input_scale(linear.input_site)
+
     def _block_amaxes(self, site: str) -> Tensor:
         """The histogram of an input site; of experts that are modules of their own, their sum."""
         names = {self.plan.site_of(linear, BLOCK_AMAXES) for linear in self.plan.sites[site]}
@@ -147,7 +153,7 @@ class ActivationScales:
         key = site.name, name, id(collected)
         with self._lock:
             if key not in self._states:
-                state = {key: collected[key] for key in statistic.shapes(site) if key in collected}
+                state = {key: x for key, x in collected.items() if statistic_of(key) is statistic}
                 self._states[key] = statistic.finish(state or statistic.new(site))
             return self._states[key]
 

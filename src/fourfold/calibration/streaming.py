@@ -36,7 +36,7 @@ from copy import deepcopy
 from enum import Enum
 from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -46,6 +46,7 @@ from torch import nn
 from fourfold.calibration.activations import ActivationStore
 from fourfold.calibration.parking import held_by_model, tensors_in
 from fourfold.calibration.saved_activations import SavedActivations
+from fourfold.calibration.stream import EnoughError
 from fourfold.distributed.machine import cache_few_kernels, give_back_memory
 from fourfold.errors import ModelError
 from fourfold.models.internals import Conversion, LazyTensor, build_model, load_tensors
@@ -64,6 +65,19 @@ FAULTS = (
 
 Call = Callable[[Any], Any]
 """Something that calls the model, as often as it likes."""
+
+LayerWeights = Sequence[tuple[nn.Module, str, nn.Parameter]]
+"""The parameters of a layer: each with the module that has it, and its name there."""
+
+
+class SecondStream(Protocol):
+    """Half of the calls of a run, which pass each layer with other weights."""
+
+    calls: range
+    """The numbers of these calls."""
+
+    def weights(self, layer: int) -> LayerWeights:
+        """Return the layer's parameters for these calls, after the layer was yielded."""
 
 
 class StreamedModel:
@@ -143,6 +157,7 @@ class StreamedModel:
         on_layer: Callable[[int, Pass], object] = lambda *_: None,
         keep_embeddings: bool = True,
         replacement: Callable[[int], Source] | None = None,
+        second: SecondStream | None = None,
         saved: SavedActivations | None = None,
         on_skipped: Callable[[], object] = lambda: None,
     ) -> Generator[int]:
@@ -156,6 +171,9 @@ class StreamedModel:
             keep_embeddings: Whether embeddings stay loaded after the first layer.
             replacement: Returns the source of a layer's weights after the layer was yielded, under
                 the names of this model's source. None: the calls pass the layer as it is.
+            second: Calls that pass each layer with other weights than the first ones do. The module
+                runs on copies of the first ones' arguments, the layer is yielded, and then all
+                calls pass it. Not with `replacement`.
             saved: Where the outputs of finished layers are stored, and read from by a run that
                 resumes; the first index that is yielded is then `saved.first`.
             on_skipped: Called after the calls passed the finished layers without computing them,
@@ -163,7 +181,8 @@ class StreamedModel:
         """
         with ExitStack() as stack:
             store = store or ActivationStore()
-            running = _Running(self, calls, store, on_resume, saved, replacement is not None)
+            keeps_inputs = replacement is not None or second is not None
+            running = self._running = _Running(self, calls, store, on_resume, saved, keeps_inputs)
             stack.callback(self.free, None)
             stack.callback(running.end)
             running.attach(stack)
@@ -179,7 +198,10 @@ class StreamedModel:
             while running.waiting:
                 for layer in range(len(self.layers)):
                     if running.before(layer):
-                        yield from self._run_layer(running, layer, on_layer, replacement)
+                        if second is None:
+                            yield from self._run_layer(running, layer, on_layer, replacement)
+                        else:
+                            yield from self._run_both(running, layer, on_layer, second)
 
     def _run_layer(
         self,
@@ -201,6 +223,43 @@ class StreamedModel:
             on_layer(layer, Pass.REPLAY)
             running.pass_layer(layer)
         self.free(layer)
+
+    def _run_both(
+        self,
+        running: _Running,
+        layer: int,
+        on_layer: Callable[[int, Pass], object],
+        second: SecondStream,
+    ) -> Generator[int]:
+        self.load(layer)
+        first = [number for number in running.before(layer) if number not in second.calls]
+        on_layer(layer, Pass.FIRST)
+        running.run_module(layer, first)
+        yield layer
+        on_layer(layer, Pass.REPLAY)
+        running.pass_layer(layer, first)
+        on_layer(layer, Pass.SECOND)
+        self.use(second.weights(layer))
+        running.pass_layer(layer, [x for x in running.before(layer) if x in second.calls])
+        self.free(layer)
+
+    def weights(self, layer: int) -> LayerWeights:
+        """Return the parameters that a layer has now."""
+        return [
+            (owner, name, parameter)
+            for owner in self.layers[layer].modules()
+            for name, parameter in owner._parameters.items()
+            if parameter is not None
+        ]
+
+    def use(self, weights: LayerWeights) -> None:
+        """Give a layer parameters that `weights` returned before."""
+        for owner, name, parameter in weights:
+            owner._parameters[name] = parameter
+
+    def run_again(self, layer: int, call: int) -> None:
+        """Run a layer's module on copies of the arguments of a call that waits before it."""
+        self._running.run_module(layer, [call])
 
     def _skip_finished(self, running: _Running, saved: SavedActivations) -> None:
         """Start every call behind the finished layers, if that is exact; otherwise start over."""
@@ -227,6 +286,8 @@ class Pass(Enum):
     FIRST = "first"
     REPLAY = "replay"
     """Once more, with the replaced weights."""
+    SECOND = "second"
+    """For the second stream, with its own weights."""
 
 
 class _Running:
@@ -282,23 +343,25 @@ class _Running:
         """The calls that are paused before a layer."""
         return [number for number, paused in self.waiting.items() if paused == layer]
 
-    def pass_layer(self, layer: int) -> None:
-        """Let every call that is paused before a layer continue to its next pause, one by one."""
-        for number in self.before(layer):
+    def pass_layer(self, layer: int, calls: Iterable[int] | None = None) -> None:
+        """Let every call that is paused before a layer continue to its next pause, one by one; or
+        only some calls."""
+        for number in self.before(layer) if calls is None else calls:
             del self.waiting[number]
             self.store.fetch(number)
             self.inputs.pop(number, None)
             self._switch(number)
 
-    def run_module(self, layer: int) -> None:
-        """Run a layer's module on copies of the arguments of all calls that pause before it."""
-        for number in self.before(layer):
+    def run_module(self, layer: int, calls: Iterable[int] | None = None) -> None:
+        """Run a layer's module on copies of the arguments of all calls that pause before it; or
+        only of some. It may end early, by `EnoughError`."""
+        for number in self.before(layer) if calls is None else calls:
             self.on_resume(number)
             self.store.fetch(number)
             args, kwargs = copied(self.inputs[number])
             self.runs_module = True
             try:
-                with self._explaining(), torch.no_grad():
+                with self._explaining(), torch.no_grad(), suppress(EnoughError):
                     self.layers[layer](*args, **kwargs)
             finally:
                 self.runs_module = False

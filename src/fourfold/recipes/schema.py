@@ -193,6 +193,29 @@ class Calibration(_Strict):
 
     all_experts: bool = False
     """Show every token to every expert, for statistics; the output stays the routed one."""
+    propagate: Literal["source", "quantized"] = "source"
+    """What each layer reads: what the layers of the source compute, or the quantized ones."""
+    asymmetric: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The part of the change of a weight's inputs that its codes make up for."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Calibration:
+        if self.asymmetric and self.propagate == "source":
+            raise ValueError(
+                "asymmetric has no effect without propagate: quantized; inputs do not change"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = handler(self)
+        unused = () if self.propagate == "quantized" else ("propagate", "asymmetric")
+        return {key: value for key, value in data.items() if key not in unused}
+
+    @property
+    def streams(self) -> int:
+        """How often each text runs through the model."""
+        return 2 if self.propagate == "quantized" else 1
 
 
 def _check_scale_group(weights: Weights, roles: frozenset[str]) -> None:

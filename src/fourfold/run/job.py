@@ -140,6 +140,8 @@ class Job:
             strict=self.strict,
             prover=self._prover if self.proves else None,
         )
+        if self.run.quantizes_ahead is not None:
+            self.run.quantizes_ahead(context)
         source = self.run.source
         source.fetching.expect(source.stored_keys(self._reads()))
         finished = (self.plan.shards[number] for number in self.assignment.finished)
@@ -153,6 +155,8 @@ class Job:
                 with self.source.agreeing():
                     if self.run.is_writer:
                         scheduler.run(shards)
+                    if context.ahead is not None:  # a run that resumes needs whole layers
+                        scheduler.finish()
             with self.source.agreeing():
                 scheduler.finish()
 

@@ -34,17 +34,37 @@ class SecondMoment(Statistic):
             f"{self.name}.rows": (torch.int64, site.lead),
         }
 
+    def new_cross(self, site: Site) -> State:
+        """Return the cross moment of a site that no row has reached."""
+        dtype, shape = self.shapes(site)[self.name]
+        return {f"{self.name}.cross": torch.zeros(shape, dtype=dtype)}
+
+    def update_cross(
+        self, state: State, rows: Tensor, differences: Tensor, experts: Tensor | None
+    ) -> None:
+        """Accumulate Σ (x − x̂)·x̂ᵀ, given rows x̂ as `update` is, and the differences x − x̂."""
+        cross = state[f"{self.name}.cross"]
+        if experts is None:
+            cross += _product(differences, rows)
+            return
+        number_R, row_R = by_expert(experts)
+        for number in torch.unique(number_R).tolist():
+            chosen = row_R[number_R == number]
+            cross[number] += _product(differences[chosen], rows[chosen])
+
     def finish(self, state: State) -> State:
-        """Return means in place of sums, float32; for experts also that of all rows (`.pool`)."""
-        moment, rows = state[self.name], state[f"{self.name}.rows"]
-        means = {self.name: _mean(moment, rows), f"{self.name}.rows": rows}
-        if rows.ndim:
-            means[f"{self.name}.pool"] = _mean(moment.sum(dim=0), rows.sum())
+        """Return means in place of sums, float32; for experts also those of all rows (`.pool`)."""
+        count = state[f"{self.name}.rows"]
+        means = {f"{self.name}.rows": count}
+        for name, total in state.items():
+            if total.is_floating_point():
+                means[name] = _mean(total, count)
+                if count.ndim:
+                    means[f"{name}.pool"] = _mean(total.sum(dim=0), count.sum())
         return means
 
     def of_expert(self, state: State, expert: int) -> State:
-        pool = f"{self.name}.pool"
-        return {name: x if name == pool else x[expert] for name, x in state.items()}
+        return {name: x if name.endswith(".pool") else x[expert] for name, x in state.items()}
 
     def update(self, state: State, rows: Tensor, experts: Tensor | None) -> None:
         moment, count = state[self.name], state[f"{self.name}.rows"]
@@ -70,6 +90,14 @@ class PooledMoment(SecondMoment):
     def of_expert(self, state: State, expert: int) -> State:
         return state
 
+    def update_cross(
+        self, state: State, rows: Tensor, differences: Tensor, experts: Tensor | None
+    ) -> None:
+        if experts is not None and experts.ndim == 1:
+            row_R = by_expert(experts)[1]
+            rows, differences = rows[row_R], differences[row_R]
+        super().update_cross(state, rows, differences, None)
+
     def update(self, state: State, rows: Tensor, experts: Tensor | None) -> None:
         if experts is not None:
             rows = rows[by_expert(experts)[1]] if experts.ndim == 1 else rows
@@ -82,8 +110,11 @@ def _mean(moment: Tensor, rows: Tensor) -> Tensor:
 
 def gram(rows: Tensor) -> Tensor:
     """Return Σ x·xᵀ of rows `[R, I]`, as float64."""
-    x_RI = rows.float()
-    return (x_RI.T @ x_RI).double()
+    return _product(rows, rows)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    return (left.float().T @ right.float()).double()
 
 
 def by_expert(experts: Tensor) -> tuple[Tensor, Tensor]:
