@@ -35,7 +35,7 @@ from fourfold.calibration.sequential import SequentialLayers
 from fourfold.calibration.statistics import Statistics, data_summary, reduced
 from fourfold.calibration.streaming import Pass, StreamedModel
 from fourfold.distributed.ranks import Ranks
-from fourfold.errors import ModelError
+from fourfold.errors import ModelError, UsageError
 from fourfold.events import BatchCalibrated, LayerCalibrated, OnEvent, ignore
 from fourfold.models.internals import runnable
 from fourfold.planning import Plan
@@ -93,7 +93,8 @@ class Calibration:
         self.ranks = ranks or Ranks()
         self.batches = data.batches[self.ranks.rank :: self.ranks.size]
         self.plan, self.data, self.saved, self.on_event = plan, data, saved, on_event
-        self.streamed = StreamedModel(source, device=device, head=False)
+        dtype = torch.float32 if plan.computes_in_float32 else None
+        self.streamed = StreamedModel(source, device=device, dtype=dtype, head=False)
         self.store = self._new_store(activation_memory, scratch)
         all_experts = plan.recipe.calibration.all_experts
         summary = data_summary(data, all_experts=all_experts)
@@ -102,6 +103,12 @@ class Calibration:
         self.sequential: SequentialLayers | None = None
         """What quantizes the layers one after the other, if the recipe propagates their outputs."""
         if plan.recipe.calibration.propagate == "quantized":
+            if len(data.batches) < self.ranks.size:
+                raise UsageError(
+                    f"recipe {plan.recipe.name}: {len(data.batches)} batches of calibration data "
+                    f"for {self.ranks.size} ranks; each needs one. Use fewer ranks, more samples, "
+                    "or a smaller `batch_size`."
+                )
             self.sequential = SequentialLayers(
                 plan, self.streamed, self.scales, self.ranks, len(self.batches)
             )
@@ -172,7 +179,8 @@ class Calibration:
                     )
                 done.add(layer)
                 self._merge(layer, statistics)
-                if self.sequential is not None:
+                is_skipped = self.saved is not None and layer < self.saved.first
+                if self.sequential is not None and not is_skipped:
                     self.sequential.quantize_layer(layer, self._observers)
                 yield layer
                 self.scales.drop_large()

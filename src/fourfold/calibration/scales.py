@@ -155,6 +155,9 @@ class ActivationScales:
             if key not in self._states:
                 state = {key: x for key, x in collected.items() if statistic_of(key) is statistic}
                 self._states[key] = statistic.finish(state or statistic.new(site))
+                if name not in KEPT:  # the sums are not needed any more
+                    for part in state:
+                        del collected[part]
             return self._states[key]
 
     def unreached(self, layers: Container[int | None] | None = None) -> dict[str, list[int]]:

@@ -102,7 +102,9 @@ class SequentialLayers:
         """Quantize a layer, stage by stage. Its statistics are complete, and it is loaded."""
         assert self.quantizer is not None
         source = quantized = self.streamed.weights(layer)
-        stages = stages_of(self._groups[layer], observers.order)
+        orders = self.ranks.gather(observers.order)  # a rank may lack sites that no token reached
+        order = list(dict.fromkeys(site for of_rank in orders for site in of_rank))
+        stages = stages_of(self._groups[layer], order)
         for number, stage in enumerate(stages):
             later = {
                 observed_site(linear)

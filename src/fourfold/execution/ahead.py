@@ -160,7 +160,7 @@ class _Replaced(SourceView):
         linears = [x for x in self._linears.get(key, ()) if self._ahead.has(x)]
         if not linears:
             return tensor
-        tensor = tensor.clone()
+        tensor = tensor.to(torch.float32, copy=True)  # 16 bits would round the values
         for linear in linears:
             start, stop = linear.region.slab
             linear.region.view(tensor[start:stop]).copy_(self._ahead.values(linear))

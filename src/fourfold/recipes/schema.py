@@ -314,6 +314,11 @@ class Recipe(_Strict):
         if self.rules and all(rule.keep for rule in self.rules):
             raise ValueError("rules: all of them keep; add a rule that quantizes")
         _check_scale_group(self.weights, frozenset((*self.quantize, *self.quantize_if_present)))
+        if self.calibration.propagate == "quantized" and not self._reads_inputs:
+            raise ValueError(
+                "calibration.propagate: quantized has no effect on algorithms that do not look at "
+                "inputs; choose another scale under weights, such as gptq_joint"
+            )
         if self.calibration.all_experts and not self.observes_inputs:
             raise ValueError(
                 "calibration.all_experts: only where activations are quantized and calibrated"
@@ -344,6 +349,11 @@ class Recipe(_Strict):
     def schemes(self) -> tuple[Scheme, ...]:
         """The schemes of all rules that quantize, each once."""
         return tuple(dict.fromkeys(rule.scheme for rule in self.all_rules if not rule.keep))
+
+    @property
+    def _reads_inputs(self) -> bool:
+        """True if an algorithm reads statistics of inputs."""
+        return any(algorithm_of(scheme).needs for scheme in self.schemes)
 
     @property
     def observes_inputs(self) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,23 @@ class Job:
                     self.ranks,
                     threads=self.backend.threads,
                 )
+
+        if self.run.quantizes_ahead is not None:
+            self.assignment = self._without_unfinished_layers()
+
+    def _without_unfinished_layers(self) -> Assignment:
+        """Forget statistics from the first layer on that is not written: it must run again, to be
+        quantized, and the layers behind it read what it computes."""
+        finished = set(self.assignment.finished)
+        left = [s.layer for n, s in enumerate(self.plan.shards) if n not in finished]
+        first = min((layer for layer in left if layer is not None), default=None)
+        if first is None:
+            return self.assignment
+        kept: dict[int | None, Statistics] = {}
+        for layer, statistics in self.assignment.statistics.items():
+            if layer is not None and layer < first:
+                kept[layer] = statistics
+        return replace(self.assignment, statistics=kept)
 
     def _execute(self, on_event: OnEvent) -> None:
         """Quantize and write the shards of this rank, as the strategy makes them available."""

@@ -28,13 +28,14 @@ from fourfold.calibration.statistics import Statistics
 from fourfold.config import CalibrationConfig
 from fourfold.distributed.machine import memory_available
 from fourfold.distributed.ranks import Ranks
-from fourfold.errors import ResourceError
+from fourfold.errors import ResourceError, UsageError
 from fourfold.events import DataLoaded, OnEvent, ignore
 from fourfold.execution.ahead import GroupsAhead
 from fourfold.execution.context import ExecutionContext
 from fourfold.planning import Plan
 from fourfold.recipes import Recipe
 from fourfold.run.remarks import check_reached
+from fourfold.statistics import KEPT
 from fourfold.storage.disk import free_bytes
 from fourfold.storage.output import OutputFolder
 from fourfold.storage.source import Source
@@ -190,6 +191,7 @@ def _choose_run(
         scales = ActivationScales(plan, statistics)
         scales.check_fit()
     if source.model is not None and plan.needs_calibration and scales is None:
+        _check_small(plan)
         with source.agreeing():
             loop = observation.forward_loop or _data(plan, source, observation)
         scales = observe_live(plan, source, loop, observation.on_event)
@@ -223,6 +225,17 @@ def _choose_run(
         on_event=observation.on_event,
     )
     return streamed(plan, calibration, strict=observation.strict)
+
+
+def _check_small(plan: Plan) -> None:
+    """Raise `UsageError` for a recipe that needs more than a whole model's statistics may take."""
+    large = {name for linear in plan.observed for name in plan.needs_of(linear)} - KEPT
+    if large or plan.is_sequential:
+        why = "quantizes layer by layer" if plan.is_sequential else f"measures {min(large)}"
+        raise UsageError(
+            f"recipe {plan.recipe.name}: {why}, which is not possible with a model in memory. Save "
+            "the model with `save_pretrained`, and quantize the folder."
+        )
 
 
 def _check_spill(
