@@ -110,7 +110,7 @@ class Calibration:
                     "or a smaller `batch_size`."
                 )
             self.sequential = SequentialLayers(
-                plan, self.streamed, self.scales, self.ranks, len(self.batches)
+                plan, self.streamed, self.scales, self.ranks, len(data.batches)
             )
 
     @property

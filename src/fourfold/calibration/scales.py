@@ -57,6 +57,9 @@ class ActivationScales:
 
     def __init__(self, plan: Plan, statistics: Statistics) -> None:
         self.plan, self.statistics = plan, statistics
+        self.asymmetry: dict[str, float] = {}
+        """The part of the change of its inputs that the weights of a site make up for, where it
+        was chosen by what held-out texts confirm."""
         self._lock = threading.Lock()
         self._states: dict[tuple[str, str, int], State] = {}
         """Finished states, by site and statistic."""
@@ -145,6 +148,14 @@ class ActivationScales:
             statistic, state = STATISTICS[name], self._finished(linear, name)
             tensors |= state if linear.expert is None else statistic.of_expert(state, linear.expert)
         return tensors
+
+    def asymmetry_of(self, linear: LinearWeight) -> float:
+        """Return the part of the change of its inputs that a weight makes up for."""
+        stated = self.plan.recipe.calibration.asymmetric
+        if stated != "auto":
+            return stated
+        sites = (self.plan.site(linear, name).name for name in self.plan.algorithm_needs(linear))
+        return max((self.asymmetry.get(site, 0.0) for site in sites), default=0.0)
 
     def _finished(self, linear: LinearWeight, name: str) -> State:
         """A statistic's finished state at the site of a linear weight."""

@@ -20,12 +20,13 @@ not depend on how ranks share out the batches.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
+from fourfold.algorithms.second_order import prediction
 from fourfold.calibration.observers import Observers
 from fourfold.calibration.scales import ActivationScales
 from fourfold.calibration.statistics import Sites, reduced
@@ -39,6 +40,12 @@ from fourfold.planning.rows import observed_site
 from fourfold.statistics import STATISTICS, Site, State
 from fourfold.statistics.second_moment import SecondMoment
 from fourfold.storage.source import Source
+
+PARTS = (0.0, 0.25, 0.5, 1.0)
+"""The parts of the change of inputs that `asymmetric: auto` chooses from."""
+
+HELD_OUT = 8
+"""One of so many batches is held out for that choice."""
 
 MLP_ROLES = frozenset({Role.EXPERTS, Role.SHARED_EXPERTS, Role.MLP})
 
@@ -79,10 +86,17 @@ class SequentialLayers:
         ranks: Ranks,
         batches: int,
     ) -> None:
-        """Prepare for calls 0 … `batches` − 1 of the source's stream, and as many of the other."""
+        """Prepare for a number of batches, which all ranks together have.
+
+        Of this rank's calls, the first half are the source's stream, the others the quantized one.
+        """
         self.plan, self.streamed, self.scales, self.ranks = plan, streamed, scales, ranks
-        self.batches, self.calls = batches, range(batches, 2 * batches)
-        self.is_asymmetric = plan.recipe.calibration.asymmetric > 0
+        self.batches = range(ranks.rank, batches, ranks.size)
+        self.held_out = frozenset(
+            range(batches)[HELD_OUT - 1 :: HELD_OUT] or range(1, batches)[-1:]
+        )
+        self.calls = range(len(self.batches), 2 * len(self.batches))
+        self.asymmetric = plan.recipe.calibration.asymmetric
         self.quantizer: Quantizer | None = None
         """Set before the first layer."""
         self._groups: dict[int | None, list[ScaleGroup]] = defaultdict(list)
@@ -144,24 +158,36 @@ class SequentialLayers:
             return {}
         names = frozenset(site.name for site in sites)
         source, quantized = weights
-        states: dict[Site, State] = {site: self._new(site, needs) for site, needs in sites.items()}
-        for batch in range(self.batches):
+        is_split = self.asymmetric == "auto"
+        halves = [
+            {site: self._new(site, sites[site]) for site in sites} for _ in range(1 + is_split)
+        ]
+        for call, batch in enumerate(self.batches):
             stream = Stream(self._roundings(layer), names, later)
-            self._run(layer, self.batches + batch, observers, stream, quantized)
+            self._run(layer, len(self.batches) + call, observers, stream, quantized)
             twin = Stream({}, names, later)
-            if self.is_asymmetric:
-                self._run(layer, batch, observers, twin, source)
+            if self.asymmetric:
+                self._run(layer, call, observers, twin, source)
+            states = halves[-1 if batch in self.held_out else 0]
             for site, needs in sites.items():
                 of_source = twin.recorded[site.name]
                 self._add(states[site], site, needs, stream.recorded[site.name], of_source)
-        return reduced(self.ranks, {site.name: state for site, state in states.items()})
+        sums = [
+            reduced(self.ranks, {site.name: state for site, state in states.items()})
+            for states in halves
+        ]
+        for site, needs in sites.items() if is_split else ():
+            of_site = [half[site.name] for half in sums]
+            self.scales.asymmetry[site.name] = confirmed_part(needs, *of_site)
+            sums[0][site.name] = {name: x + of_site[1][name] for name, x in of_site[0].items()}
+        return sums[0]
 
     def _new(self, site: Site, needs: set[str]) -> State:
         state: State = {}
         for name in needs:
             statistic = STATISTICS[name]
             state |= statistic.new(site)
-            if self.is_asymmetric and isinstance(statistic, SecondMoment):
+            if self.asymmetric and isinstance(statistic, SecondMoment):
                 state |= statistic.new_cross(site)
         return state
 
@@ -174,7 +200,7 @@ class SequentialLayers:
         of_source: list[RecordedRows],
     ) -> None:
         moved: Sequence[Tensor | None] = [None] * len(rows)
-        if self.is_asymmetric:
+        if self.asymmetric:
             moved = differences(rows, of_source, by_expert=site.name.endswith(".down"))
         for name in needs:
             statistic = STATISTICS[name]
@@ -202,6 +228,38 @@ class SequentialLayers:
                 scale = self.scales.scale_of(linear) if scheme.has_input_scale else None
                 roundings[observed_site(linear)] = Rounding(scheme.activations, scale)
         return roundings
+
+
+def confirmed_part(needs: Iterable[str], train: State, held_out: State) -> float:
+    """Return how much of the change of its inputs the weights of a site are to make up for.
+
+    The change x − x̂ is predicted as K·x̂, K = C·H⁻¹ of the training texts. On held-out texts the
+    squared error of α·K·x̂ is smallest at α = tr(C·Kᵀ)/tr(K·H·Kᵀ), with their C and H. The largest
+    of 0, ¼, ½ and 1 that is not above it is returned: below it the error falls as α grows, so the
+    part is never worse than 0 there.
+
+    Args:
+        needs: The statistics of the site.
+        train, held_out: Their sums over both parts of the texts, with cross moments.
+    """
+    confirmed = predicted = 0.0
+    for name in needs:
+        statistic = STATISTICS[name]
+        if not isinstance(statistic, SecondMoment):
+            continue
+        states = [statistic.finish(state) for state in (train, held_out)]
+        rows = states[1][f"{name}.rows"]
+        for number in range(rows.numel()):
+            is_expert = rows.ndim > 0
+            mine, theirs = (statistic.of_expert(x, number) if is_expert else x for x in states)
+            k_II = prediction(mine, name)
+            if k_II is None:
+                continue
+            weight = float(rows.flatten()[number])
+            confirmed += weight * float((theirs[f"{name}.cross"] * k_II).sum())
+            predicted += weight * float(((k_II @ theirs[name]) * k_II).sum())
+    part = confirmed / predicted if predicted > 0 else 0.0
+    return max(x for x in PARTS if x <= max(part, 0.0))
 
 
 def stages_of(groups: Sequence[ScaleGroup], order: Sequence[str]) -> list[Stage]:

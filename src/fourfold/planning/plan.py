@@ -199,7 +199,7 @@ class Plan(Shown, CopyPlan):
     def _site(self, linear: LinearWeight, name: str) -> Site:
         experts = None
         if linear.expert is not None:
-            experts = self.inventory.experts_counts[linear.module]
+            experts = self.inventory.experts_counts.get(linear.module)  # None in an MTP layer
         return Site(name, linear.shape[1], experts)
 
     def _statistics_memory(self) -> int:

@@ -195,8 +195,9 @@ class Calibration(_Strict):
     """Show every token to every expert, for statistics; the output stays the routed one."""
     propagate: Literal["source", "quantized"] = "source"
     """What each layer reads: what the layers of the source compute, or the quantized ones."""
-    asymmetric: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """The part of the change of a weight's inputs that its codes make up for."""
+    asymmetric: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The part of the change of a weight's inputs that its codes make up for; `auto`: what
+    held-out batches of the calibration data confirm."""
 
     @model_validator(mode="after")
     def _check(self) -> Calibration:
