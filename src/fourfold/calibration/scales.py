@@ -146,7 +146,9 @@ class ActivationScales:
         tensors: dict[str, Tensor] = {}
         for name in self.plan.algorithm_needs(linear):
             statistic, state = STATISTICS[name], self._finished(linear, name)
-            tensors |= state if linear.expert is None else statistic.of_expert(state, linear.expert)
+            has_experts = self.plan.site(linear, name).experts is not None
+            number = linear.expert if has_experts else None
+            tensors |= state if number is None else statistic.of_expert(state, number)
         return tensors
 
     def asymmetry_of(self, linear: LinearWeight) -> float:
