@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from encoding import Tensors, bits, folder_of
+from encoding import Tensors, as_stored, bits, folder_of
 from fourfold.errors import SourceError
 from fourfold.sources.decoded import open_decoded
 from integers import (
@@ -44,7 +44,7 @@ def named(tensors: Tensors, name: str = NAME) -> Tensors:
 def decoded(folder: Path, dtype: torch.dtype | None = None) -> Tensor:
     source = open_decoded(folder, dtype=dtype)
     try:
-        return source.read(KEY).clone()
+        return as_stored(source, KEY)
     finally:
         source.close()
 
@@ -353,6 +353,7 @@ SPOILED: list[tuple[Tensors, str, Callable[[Tensor], object], str]] = [
     (packed(ROWS, WIDTH), "weight_scale", lambda x: x[3, 1].fill_(torch.nan), "weight_scale: nan"),
     (awq_parts(), "scales", lambda x: x[3, 1].fill_(torch.inf), "scales: inf; a scale must"),
     (gptq_parts(), "g_idx", lambda x: x[5].fill_(6), "g_idx: names groups beyond the 6"),
+    (gptq_parts(), "g_idx", lambda x: x[5].fill_(-1), "g_idx: names groups beyond the 6"),
 ]
 
 
@@ -364,6 +365,30 @@ def test_values_that_cannot_be(
     spoil(spoiled[part])
     with pytest.raises(SourceError, match=message):
         decoded(folder_of(tmp_path / "model", named(spoiled)))
+
+
+def stated_twice(targets: object) -> dict[str, Any]:
+    """Two groups that only their targets tell apart: of 4 bits and 64 columns, and of 8 and 32."""
+    config = compressed(scheme(4, 64, True))
+    other = compressed(scheme(8, 32, True))["config_groups"]["group_0"]
+    config["config_groups"]["group_1"] = other | {"targets": targets}
+    return {"quantization_config": config}
+
+
+def test_targets_say_which_scheme_a_weight_has(tmp_path: Path) -> None:
+    """Where the shapes fit several; what is no list of targets says nothing."""
+    tensors = packed(ROWS, WIDTH, bits=8, group=32)
+    wide = packed(ROWS, 2 * WIDTH, bits=4, group=64)
+    assert tensors["weight_packed"].shape == wide["weight_packed"].shape
+    assert tensors["weight_scale"].shape == wide["weight_scale"].shape
+    for number, targets in enumerate((["re:.*down_proj"], [NAME])):
+        folder = folder_of(tmp_path / str(number), named(tensors), stated_twice(targets))
+        assert torch.equal(decoded(folder), decompressed(tensors, scheme(8, 32, True)))
+    folder = folder_of(tmp_path / "5", named(wide), stated_twice(5))
+    assert torch.equal(decoded(folder), decompressed(wide, scheme(4, 64, True)))
+    folder = folder_of(tmp_path / "(", named(tensors), stated_twice(["re:("]))
+    with pytest.raises(SourceError, match=r"^config\.json: re:\( in quantization_config is no reg"):
+        open_decoded(folder)
 
 
 @pytest.mark.parametrize(

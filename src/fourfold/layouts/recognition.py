@@ -7,6 +7,7 @@ config.json. The configuration and the files beside it only give the format its 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -59,6 +60,28 @@ def stated_quantizations(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any
         for name in QUANTIZATION_KEYS:
             if isinstance(part.get(name), dict) and part[name]:
                 yield part[name]
+
+
+def targets_of(group: Mapping[str, Any]) -> list[str]:
+    """Return what a group of compressed-tensors quantizes: classes, modules, and `re:` patterns."""
+    targets = group.get("targets")
+    return [str(target) for target in targets] if isinstance(targets, list) else []
+
+
+def is_target(target: str, module: str) -> bool:
+    """True if a target of compressed-tensors, or an entry of its `ignore`, names a module.
+
+    Raises:
+        SourceError: It is no regular expression, though it begins as one.
+    """
+    if not target.startswith("re:"):
+        return target == module
+    try:
+        return re.match(target[3:], module) is not None
+    except re.error as error:
+        raise SourceError(
+            f"{CONFIG}: {target} in quantization_config is no regular expression: {error}. Mend it."
+        ) from error
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from fourfold.errors import SourceError
 from fourfold.formats.kv_cache import KVFormat
-from fourfold.layouts.recognition import stated_quantizations
+from fourfold.layouts.recognition import is_target, stated_quantizations, targets_of
 from fourfold.models.mtp import is_mtp, stack_of
 from fourfold.sources.codecs.base import CODECS, EncodedWeight, TensorCodec
 from fourfold.storage.json_files import read_json
@@ -118,15 +118,20 @@ def _passed_over(stored: Source, claims: Claims) -> Iterator[str]:
     if not plain:
         return
     entries = list(quantization_entries(stored))
-    if any("quantized_layers" in entry or _has_narrow_targets(entry) for entry in entries):
+    if any(entry.get("quantized_layers") for entry in entries):
         return  # it lists what is quantized
+    targets = [target for entry in entries for target in _targets(entry)]
+    names_modules = any("." in target for target in targets)  # and not classes alone
     lists = (entry.get(name) for entry in entries for name in _LISTS)
     listed = [str(module) for modules in lists if isinstance(modules, list) for module in modules]
     stacks = {stack_of(key) for key in claims.weights}
     counts = (part.get("num_hidden_layers") for part in _with_nested(stored.config))
     layers = next((count for count in counts if isinstance(count, int)), 1 << 62)
     for key in plain:
-        if not is_mtp(key, stacks, layers) and not _is_listed(key, listed):
+        if is_mtp(key, stacks, layers) or _is_listed(key, listed):
+            continue
+        module = key.removesuffix(".weight")
+        if not names_modules or any(is_target(target, module) for target in targets):
             yield key
 
 
@@ -156,12 +161,11 @@ def _with_nested(entries: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     yield from (value for value in entries.values() if isinstance(value, dict))
 
 
-def _has_narrow_targets(entry: Mapping[str, Any]) -> bool:
-    """True if a group of compressed-tensors names modules, not a class of them."""
+def _targets(entry: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the targets of all groups of compressed-tensors."""
     groups = entry.get("config_groups")
-    if not isinstance(groups, dict):
-        return False
-    return any("." in str(group.get("targets")) for group in _with_nested(groups))
+    for group in groups.values() if isinstance(groups, dict) else ():
+        yield from targets_of(group) if isinstance(group, dict) else ()
 
 
 def _is_listed(key: str, entries: Iterable[str]) -> bool:
@@ -169,8 +173,8 @@ def _is_listed(key: str, entries: Iterable[str]) -> bool:
     module = key.rpartition(".")[0]
     for entry in entries:
         if entry.startswith("re:"):
-            if re.match(entry[3:], module):
+            if is_target(entry, module):
                 return True
-        elif entry in module or fnmatchcase(module, entry) or fnmatchcase(key, entry):
+        elif entry and (entry in module or fnmatchcase(module, entry) or fnmatchcase(key, entry)):
             return True
     return False

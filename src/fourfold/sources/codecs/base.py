@@ -22,7 +22,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from fourfold.errors import SourceError
+from fourfold.errors import DamagedError
 from fourfold.formats.registry import Registry
 from fourfold.storage.safetensors_header import COMPUTE_DTYPES, TORCH_DTYPES, TensorInfo, nbytes_of
 from fourfold.storage.source import FP8Weight, Slab
@@ -33,6 +33,7 @@ ReadRows = Callable[[str, int, int], torch.Tensor]
 FLOAT_DTYPES = {str(TORCH_DTYPES[name]).removeprefix("torch."): name for name in COMPUTE_DTYPES}
 """The dtypes that weights can be presented in, by PyTorch's name: `bfloat16` → `BF16`."""
 
+REMEDY = "Download the checkpoint again, or give the BF16 one."
 
 QUANTIZED_TWICE = (
     "weights that were quantized to 4 bits lose again; start from the checkpoint that they were "
@@ -185,10 +186,10 @@ def in_dtype(info: TensorInfo, dtype: str) -> TensorInfo:
 
 
 def positive_scale(name: str, scale: torch.Tensor) -> float:
-    """Return a scalar scale; `SourceError` unless it is positive and finite."""
+    """Return a scalar scale; `DamagedError` unless it is positive and finite."""
     value = float(scale)
     if not (math.isfinite(value) and value > 0):
-        raise SourceError(
+        raise DamagedError(
             f"{name}: {value}; a scale must be positive and finite. Quantize the model again."
         )
     return value

@@ -14,19 +14,18 @@ groups of modules a weight belongs to. Without it, codes have 4 bits.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
-from fourfold.errors import SourceError
-from fourfold.sources.codecs.base import EncodedWeight, ReadRows, TensorCodec, presented
+from fourfold.errors import DamagedError, SourceError
+from fourfold.layouts.recognition import is_target, targets_of
+from fourfold.sources.codecs.base import REMEDY, EncodedWeight, ReadRows, TensorCodec, presented
 from fourfold.sources.codecs.integers import (
     CHUNK,
     LOSES_AGAIN,
-    REMEDY,
     SCALE_DTYPES,
     check_finite,
     groups_of,
@@ -162,23 +161,20 @@ def _has_integers(group: Any) -> bool:
 
 
 def _packing(group: Mapping[str, Any]) -> Packing:
-    weights, targets = group["weights"], group.get("targets") or ()
+    weights = group["weights"]
     bits, width = weights.get("num_bits"), weights.get("group_size")
     return Packing(
         bits=bits if isinstance(bits, int) and 0 < bits <= 8 else 4,
         group=width if isinstance(width, int) and width > 0 else None,
         is_symmetric=weights.get("symmetric") is not False,
-        targets=tuple(str(target) for target in targets),
+        targets=tuple(targets_of(group)),
         is_stated=True,
     )
 
 
 def _is_target(packing: Packing, linear: str) -> bool:
     """True if a module is named, not only its class."""
-    return any(
-        re.match(target[3:], linear) is not None if target.startswith("re:") else target == linear
-        for target in packing.targets
-    )
+    return any(is_target(target, linear) for target in packing.targets)
 
 
 def _weight(
@@ -253,7 +249,7 @@ def _check_shape(weight: PackedWeight, read: ReadRows) -> None:
         return
     shape = tuple(read(name, 0, 2).tolist())
     if shape != weight.info.shape:
-        raise SourceError(
+        raise DamagedError(
             f"{name}: {list(shape)}, but the codes beside it are those of a weight "
             f"{list(weight.info.shape)}. {REMEDY}"
         )

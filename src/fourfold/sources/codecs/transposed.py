@@ -22,10 +22,9 @@ import torch
 
 from fourfold.errors import SourceError
 from fourfold.layouts.recognition import stated_quantizations
-from fourfold.sources.codecs.base import EncodedWeight, ReadRows, TensorCodec, presented
+from fourfold.sources.codecs.base import REMEDY, EncodedWeight, ReadRows, TensorCodec, presented
 from fourfold.sources.codecs.integers import (
     CHUNK,
-    REMEDY,
     SCALE_DTYPES,
     check_finite,
     groups_of,
