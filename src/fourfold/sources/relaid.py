@@ -19,7 +19,7 @@ from fourfold.errors import SourceError
 from fourfold.formats.base import FORMATS
 from fourfold.formats.scheme import Scheme
 from fourfold.layouts.base import Layout, TensorSpec, layers_of_keys
-from fourfold.sources.codecs.nvfp4 import NVFP4Codec
+from fourfold.sources.codecs.nvfp4 import BLOCK_SCALE, NVFP4Codec, check_block_scales
 from fourfold.sources.decoded import DecodedSource
 from fourfold.storage.safetensors_header import TensorInfo
 from fourfold.storage.source import Bytes, Source, SourceView
@@ -54,12 +54,16 @@ class RelaidSource(SourceView):
         self.origins: dict[str, str] = {}
         self._names: dict[str, str] = {}
         self._numbers: dict[str, Bytes] = {}
+        self._block_scales: set[str] = set()
         self._attention = attention
         self.tensors = {info.key: info for info in self._lay_out(decoded, layout)}
 
     def slab(self, key: str, start: int, stop: int, out: Bytes | None = None) -> torch.Tensor:
         if key in self._names:
-            return self.stored.slab(self._names[key], start, stop, out)
+            rows = self.stored.slab(self._names[key], start, stop, out)
+            if key in self._block_scales:
+                check_block_scales(self._names[key], rows)
+            return rows
         number = self._numbers[key]
         if out is not None:
             out[:] = number
@@ -69,6 +73,8 @@ class RelaidSource(SourceView):
     def read_bytes(self, key: str, start: int, out: Bytes) -> None:
         if key in self._names:
             self.stored.read_bytes(self._names[key], start, out)
+            if key in self._block_scales:
+                check_block_scales(self._names[key], torch.from_numpy(out))
         else:
             out[:] = self._numbers[key][start : start + len(out)]
 
@@ -118,6 +124,8 @@ class RelaidSource(SourceView):
             self.origins[spec.name] = key
             if part in row_parts:
                 self._names[spec.name] = row_parts[part]
+                if row_parts[part] == weight.parts[BLOCK_SCALE]:
+                    self._block_scales.add(spec.name)
                 yield replace(self.stored.tensors[row_parts[part]], key=spec.name)
             else:
                 yield self._number(spec, layout.encode(part, numbers[part]), weight.info)

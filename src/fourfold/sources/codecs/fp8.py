@@ -27,9 +27,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from fourfold.errors import SourceError
+from fourfold.errors import DamagedError, SourceError
 from fourfold.layouts.recognition import stated_quantizations
 from fourfold.sources.codecs.base import (
+    REMEDY,
     EncodedWeight,
     InputRounding,
     ReadRows,
@@ -58,7 +59,6 @@ _INPUT_SCALE = re.compile(
 )
 _CACHE_SCALE = re.compile(r"\.(q|k|v|qkv)_proj\.output_scale$|\.(q|k|v|kv|prob)_scale$")
 _CHUNK = 1 << 22  # codes that are read at a time: few enough to stay in a CPU's cache
-_REMEDY = "Download the checkpoint again, or give the BF16 one."
 
 
 class Kind(Enum):
@@ -177,8 +177,12 @@ def _stated_block_sizes(config: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
             yield from _stated_block_sizes(value)
         elif name in ("weight_block_size", "block_structure"):
             match value.split("x") if isinstance(value, str) else value:
-                case [height, width] if str(height).isdecimal() and str(width).isdecimal():
+                case [height, width] if _is_size(height) and _is_size(width):
                     yield max(1, int(height)), max(1, int(width))
+
+
+def _is_size(value: Any) -> bool:
+    return re.fullmatch(r"[0-9]{1,9}", str(value)) is not None
 
 
 def _rounds_inputs(config: Mapping[str, Any]) -> bool:
@@ -220,7 +224,7 @@ def _scale_of(key: str, tensors: Mapping[str, TensorInfo]) -> TensorInfo:
         names = [f"{stem}.{name}" for name in _LINEAR_SCALES]
     scale = next((tensors[name] for name in names if name in tensors), None)
     if scale is None:
-        raise SourceError(f"{key}: FP8 without {_leaf(names[0])} or {_leaf(names[1])}. {_REMEDY}")
+        raise SourceError(f"{key}: FP8 without {_leaf(names[0])} or {_leaf(names[1])}. {REMEDY}")
     return scale
 
 
@@ -239,7 +243,7 @@ def _grid(codes: TensorInfo, scale: TensorInfo, sizes: tuple[tuple[int, int], ..
             f"{scale.key}: {scale.dtype} {list(scale.shape)} does not fit {_leaf(codes.key)} "
             f"{list(codes.shape)}, neither per tensor or channel nor in blocks of {blocks}. "
             "If its blocks are of another size, state it as weight_block_size in "
-            f"quantization_config of config.json. Else: {_REMEDY[0].lower()}{_REMEDY[1:]}"
+            f"quantization_config of config.json. Else: {REMEDY[0].lower()}{REMEDY[1:]}"
         )
     return Grid(grid.kind, grid.block, scale.numel == 1)
 
@@ -334,5 +338,5 @@ def _multipliers(name: str, scales: torch.Tensor) -> torch.Tensor:
     usable = factors.isfinite() & (factors >= 0)
     if not usable.all():
         value = float(factors[~usable][0])
-        raise SourceError(f"{name}: {value}; a scale must be finite and not negative. {_REMEDY}")
+        raise DamagedError(f"{name}: {value}; a scale must be finite and not negative. {REMEDY}")
     return factors

@@ -13,22 +13,39 @@ from abc import abstractmethod
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
-from fourfold.errors import SourceError
+import torch
+
+from fourfold.errors import DamagedError, SourceError
 from fourfold.formats.nvfp4 import BLOCK_SIZE
 from fourfold.sources.codecs.base import (
     QUANTIZED_TWICE,
+    REMEDY,
     EncodedWeight,
     InputRounding,
     ReadRows,
     TensorCodec,
     presented,
 )
-from fourfold.storage.safetensors_header import TensorInfo
+from fourfold.storage.safetensors_header import FLOATS, TensorInfo
 
 CODES, BLOCK_SCALE, NUMBER = "codes", "block scales", "global scale"
 """The parts of a weight, under which an `EncodedWeight` has its tensors."""
 
+NAN_E4M3 = 0x7F
+
 KV_SCALES = ("k_scale", "v_scale", "q_scale")
+
+
+def check_block_scales(name: str, scales: torch.Tensor) -> None:
+    """Check that block scales in E4M3 are numbers, and not negative.
+
+    Raises:
+        DamagedError: One is not.
+    """
+    codes = scales.view(torch.uint8)
+    if codes.numel() and int(codes.max()) >= NAN_E4M3:  # negative ones follow it
+        value = float(scales.view(torch.float8_e4m3fn)[codes >= NAN_E4M3][0].float())
+        raise DamagedError(f"{name}: {value}; a block scale must be 0 or positive. {REMEDY}")
 
 
 class NVFP4Codec(TensorCodec):
@@ -46,6 +63,18 @@ class NVFP4Codec(TensorCodec):
     @abstractmethod
     def multiplier(self, name: str, read: ReadRows) -> float:
         """Return the scale that the stored number `name` stands for."""
+
+    def read_rows(
+        self, weight: EncodedWeight, start: int, stop: int, read: ReadRows
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read rows of a weight: codes U8 [rows, in/2], and block scales E4M3 [rows, in/16].
+
+        Raises:
+            DamagedError: A block scale is negative or NaN.
+        """
+        codes, block_scales = (read(name, start, stop) for name in self.row_parts(weight))
+        check_block_scales(weight.parts[BLOCK_SCALE], block_scales)
+        return codes, block_scales
 
     def row_parts(self, weight: EncodedWeight) -> tuple[str, str]:
         """Return the stored tensors with codes and block scales."""
@@ -106,6 +135,12 @@ class NVFP4Codec(TensorCodec):
                 "NVFP4. Download the checkpoint again, or quantize the model again."
             )
         of_inputs = f"{stem}.{self.input_leaf}"
+        scale = tensors.get(of_inputs)
+        if scale is not None and (scale.dtype not in FLOATS or scale.numel != 1):
+            raise SourceError(
+                f"{of_inputs}: {scale.dtype} {list(scale.shape)}, where NVFP4 has one float. "
+                f"{REMEDY}"
+            )
         return EncodedWeight(
             presented(codes, f"{stem}.weight", (rows, 2 * half), config),
             dict(zip((CODES, BLOCK_SCALE, NUMBER), names, strict=True)),
