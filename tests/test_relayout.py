@@ -149,7 +149,7 @@ def test_errors_against_what_the_source_was_made_from(
     (role,), (against,) = report.roles, report.reference_roles
     assert role.relative_error < against.relative_error
     assert f"against {original}, which the source was made from" in str(report)
-    with pytest.raises(UnreadableError, match="no weight of this name and shape"):
+    with pytest.raises(UnreadableError, match="no weight of this name, where the output has"):
         fourfold.verify(tmp_path / "out", reference=written("mixtral")[0])
     with pytest.raises(UsageError, match="`reference`: has no effect without `verify`"):
         OutputConfig(reference=original, verify=False)

@@ -576,7 +576,8 @@ def test_alignment(case: Case, tmp_path: Path) -> None:
 def test_every_rule_is_broken_by_a_case() -> None:
     # weight-ruined comes with block-scale-subnormal: test_an_expert_far_below_its_group_is_legal
     broken = {case.rule for case in [*CASES, *ALIGNMENT]} | {rule for rule, *_ in PACKED}
-    assert broken | {"weight-ruined"} == set(RULES)
+    # reference-differs needs a reference: tests/codecs/test_reference.py
+    assert broken | {"weight-ruined", "reference-differs"} == set(RULES)
 
 
 def test_the_documentation_has_the_same_table() -> None:

@@ -246,6 +246,8 @@ _RULES = (
          "values.", "nearly equal experts may have been swapped, or the scales chosen badly"),
     Rule("source-not-finite", _E, "The source's weights are finite.",
          "the source itself gives NaN; nothing can be said of the quantized weight"),
+    Rule("reference-differs", _E, "The reference is what the source was made from.",
+         "the errors against it say nothing of the output; give the right one, without NaN"),
 )  # fmt: skip
 
 RULES: Mapping[str, Rule] = {rule.id: rule for rule in _RULES}
