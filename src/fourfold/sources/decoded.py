@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fourfold.errors import NonFiniteError, SourceError, UsageError
+from fourfold.errors import DamagedError, NonFiniteError, SourceError, UsageError
 from fourfold.formats.kv_cache import KVFormat
 from fourfold.layouts.recognition import without_quantization
 from fourfold.sources.claims import (
@@ -334,6 +334,36 @@ class DecodedSource(SourceView):
         weight = self.weights[key]
         self._codecs[key].decode(weight, start, stop, self.source.slab, out)
         _check_finite(weight, start, out)
+        if len(out) and not (out[0].any() or out.any()):
+            self._check_scales(key, start, stop)
+
+    def _check_scales(self, key: str, start: int, stop: int) -> None:
+        """Check that rows which decode to zeros do so by their codes.
+
+        A row of scales that are too small for their dtype is legal. So the scales of a whole
+        matrix must be 0, or of whole experts.
+
+        Raises:
+            DamagedError: Scales are 0, and codes are not.
+        """
+        weight, zeros = self.weights[key], list[str]()
+        codes, *others = weight.parts.values()
+
+        def read(name: str, first: int, last: int) -> torch.Tensor:
+            rows = self.source.slab(name, first, last)
+            if name not in others or not rows.is_floating_point() or rows.float().any():
+                return rows
+            if len(weight.info.shape) == 2 and self.source.read(name).float().any():
+                return rows
+            zeros.append(name)
+            return torch.ones(rows.shape).to(rows.dtype)
+
+        out = torch.empty((stop - start, *weight.info.shape[1:]))
+        self._codecs[key].decode(weight, start, stop, read, out)
+        if zeros and out.any():
+            raise DamagedError(
+                f"{zeros[0]}: nothing but zeros, while the codes in {codes} are not. {REMEDY}"
+            )
 
     def _place(self, piece: Piece, start: int, slab: torch.Tensor) -> None:
         """Write into `slab`, rows of a fused tensor from `start` on, what it has of a piece."""
