@@ -55,11 +55,27 @@ def quantization_of(config: Mapping[str, Any]) -> str | None:
 
 
 def stated_quantizations(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield what a config.json and the parts of it state about a quantization."""
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+    """Yield what a config.json and the parts of it state about a quantization.
+
+    Raises:
+        SourceError: An entry is no object.
+    """
+    for part in with_nested(config):
         for name in QUANTIZATION_KEYS:
-            if isinstance(part.get(name), dict) and part[name]:
-                yield part[name]
+            stated = part.get(name)
+            if not isinstance(stated, dict | None):
+                raise SourceError(
+                    f"{CONFIG}: {name} holds a JSON {type(stated).__name__}, not an object. "
+                    "Download it again, or remove the entry if the weights are not quantized."
+                )
+            if stated:
+                yield stated
+
+
+def with_nested(entries: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield a configuration and its parts, such as that of the text model."""
+    yield entries
+    yield from (value for value in entries.values() if isinstance(value, dict))
 
 
 def targets_of(group: Mapping[str, Any]) -> list[str]:

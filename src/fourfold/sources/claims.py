@@ -15,7 +15,12 @@ from typing import Any
 
 from fourfold.errors import SourceError
 from fourfold.formats.kv_cache import KVFormat
-from fourfold.layouts.recognition import is_target, stated_quantizations, targets_of
+from fourfold.layouts.recognition import (
+    is_target,
+    stated_quantizations,
+    targets_of,
+    with_nested,
+)
 from fourfold.models.mtp import is_mtp, stack_of
 from fourfold.sources.codecs.base import CODECS, EncodedWeight, TensorCodec
 from fourfold.storage.json_files import read_json
@@ -113,11 +118,11 @@ def _passed_over(stored: Source, claims: Claims) -> Iterator[str]:
 
     MTP layers do not count: tools leave them out without a word.
     """
+    entries = list(quantization_entries(stored))  # a file that cannot be read is an error
     kinds = {_NUMBER.sub("*", key) for key in claims.weights}
     plain = [key for key in claims.left if _NUMBER.sub("*", key) in kinds]
     if not plain:
         return
-    entries = list(quantization_entries(stored))
     if any(entry.get("quantized_layers") for entry in entries):
         return  # it lists what is quantized
     targets = [target for entry in entries for target in _targets(entry)]
@@ -125,7 +130,7 @@ def _passed_over(stored: Source, claims: Claims) -> Iterator[str]:
     lists = (entry.get(name) for entry in entries for name in _LISTS)
     listed = [str(module) for modules in lists if isinstance(modules, list) for module in modules]
     stacks = {stack_of(key) for key in claims.weights}
-    counts = (part.get("num_hidden_layers") for part in _with_nested(stored.config))
+    counts = (part.get("num_hidden_layers") for part in with_nested(stored.config))
     layers = next((count for count in counts if isinstance(count, int)), 1 << 62)
     for key in plain:
         if is_mtp(key, stacks, layers) or _is_listed(key, listed):
@@ -153,12 +158,7 @@ def quantization_entries(stored: Source) -> Iterator[Mapping[str, Any]]:
     """Yield what config.json, its nested parts, and ModelOpt's file say of the quantization."""
     yield from stated_quantizations(stored.config)
     if (stored.folder / HF_QUANT_CONFIG).is_file():
-        yield from _with_nested(read_json(stored.folder / HF_QUANT_CONFIG))
-
-
-def _with_nested(entries: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    yield entries
-    yield from (value for value in entries.values() if isinstance(value, dict))
+        yield from with_nested(read_json(stored.folder / HF_QUANT_CONFIG))
 
 
 def _targets(entry: Mapping[str, Any]) -> Iterator[str]:

@@ -24,6 +24,7 @@ import torch
 
 from fourfold.errors import DamagedError
 from fourfold.formats.registry import Registry
+from fourfold.layouts.recognition import with_nested
 from fourfold.storage.safetensors_header import COMPUTE_DTYPES, TORCH_DTYPES, TensorInfo, nbytes_of
 from fourfold.storage.source import FP8Weight, Slab
 
@@ -174,8 +175,12 @@ def presented(
 
     Its dtype is the one that `config` names, BF16 if that names no floating-point dtype.
     """
-    parts = (config, *(value for value in config.values() if isinstance(value, dict)))
-    names = (str(part[key]) for part in parts for key in ("dtype", "torch_dtype") if key in part)
+    names = (
+        str(part[key])
+        for part in with_nested(config)
+        for key in ("dtype", "torch_dtype")
+        if key in part
+    )
     dtype = next((FLOAT_DTYPES[name] for name in names if name in FLOAT_DTYPES), "BF16")
     return in_dtype(replace(first, key=key, shape=shape), dtype)
 
