@@ -460,7 +460,9 @@ def _foreign(where: str, translation: Translation) -> RecipeError:
 
 def _read(path: Path) -> str:
     if path.exists() and not path.is_file():
-        raise RecipeError(f"{path}: is no file.")
+        raise RecipeError(
+            f"{path}: is a folder or a pipe. Write the recipe into a file, and give its path."
+        )
     try:
         return path.read_text("utf-8")
     except FileNotFoundError:
