@@ -11,7 +11,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -458,6 +458,32 @@ def test_what_other_runs_left_is_removed(hub: Hub, forty: Path, tmp_path: Path) 
     fourfold.quantize(
         NAME, tmp_path / "out", W4A16, runtime=STREAMED, on_event=only(ShardWritten, look)
     )
+
+
+def test_a_fetched_shard_that_was_damaged_is_fetched_again(
+    hub: Hub, forty: Path, expected: Any, tmp_path: Path
+) -> None:
+    commit, out = hub.add(NAME, forty), tmp_path / "out"
+
+    def stop(event: Event) -> None:
+        raise Stop
+
+    def run(on_event: Any = None) -> None:
+        fourfold.quantize(NAME, out, W4A16, runtime=STREAMED, on_event=on_event)
+
+    with pytest.raises(Stop):
+        run(only(ShardWritten, stop))
+    shards = sorted((out / ".fourfold" / "source" / commit).glob("*.safetensors"))
+    assert shards
+    for shard in shards:
+        shard.write_bytes(bytes(shard.stat().st_size))
+    for _ in shards:  # one that somebody waits for ends the run, which can be begun again
+        with suppress(SourceError):
+            run()
+            break
+    else:
+        run()
+    assert tensors_of(out) == tensors_of(expected(W4A16)[1])
 
 
 def test_a_run_without_verification_can_be_verified_when_it_resumes(
