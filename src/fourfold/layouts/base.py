@@ -67,8 +67,11 @@ class Layout(ABC):
 
     # --------------------------------------------------------------------------------- tensors
 
-    def check(self, schemes: Mapping[str, Scheme]) -> None:  # noqa: B027
-        """Raise `PlanError` unless this layout can express the schemes, given by linear weight."""
+    def check(self, schemes: Mapping[str, Scheme], peculiar: Peculiarities) -> None:  # noqa: B027
+        """Raise `PlanError` unless this layout can express the schemes, given by linear weight.
+
+        `peculiar` is what engines do in the model's family.
+        """
 
     def tensors(self, linear: str, shape: tuple[int, int], scheme: Scheme) -> dict[str, TensorSpec]:
         """Return the tensors that one linear weight `[out, in]` becomes, by part."""

@@ -29,7 +29,7 @@ from fourfold.formats.scheme import Scheme
 from fourfold.layouts.base import CheckpointContents, Layout, layers_of_keys
 from fourfold.models import config_groups
 from fourfold.models.config_groups import LIBRARY, LINEAR, head_targets, write_targets
-from fourfold.models.peculiarities import NONE, Peculiarities
+from fourfold.models.peculiarities import Peculiarities
 
 NUMBERS = frozenset({"global_scale", "input_scale"})
 """The parts that are single numbers; they are stored as reciprocals of shape [1]."""
@@ -97,7 +97,7 @@ class CompressedTensors(Layout):
         }
     }
 
-    def check(self, schemes: Mapping[str, Scheme]) -> None:
+    def check(self, schemes: Mapping[str, Scheme], peculiar: Peculiarities) -> None:
         for linear, scheme in schemes.items():
             stored = STORED.get(scheme.weights)
             if stored is None:
@@ -110,14 +110,14 @@ class CompressedTensors(Layout):
                     f"{linear}: the {self.name} layout cannot say {scheme}. Choose activations: "
                     f"none, or {{format: {' | '.join(stored.inputs)}}}."
                 )
-        self._check_groups(schemes)
+        self._check_groups(schemes, peculiar)
 
-    def _check_groups(self, schemes: Mapping[str, Scheme]) -> None:
+    def _check_groups(self, schemes: Mapping[str, Scheme], peculiar: Peculiarities) -> None:
         """Raise `PlanError` unless every reader finds the group of every weight."""
-        targets = {name: group["targets"] for name, group in _groups(schemes).items()}
+        targets = {name: group["targets"] for name, group in _groups(schemes, peculiar).items()}
         names = dict(zip(_linears(schemes), targets, strict=True))
         own = {linear: names[_kind_of(scheme)] for linear, scheme in schemes.items()}
-        for mismatch in config_groups.check(config_groups.Stated(targets, ()), own, ()):
+        for mismatch in config_groups.check(config_groups.Stated(targets, ()), own, (), peculiar):
             raise PlanError(
                 f"{mismatch.engine}: {mismatch.module} would be {mismatch.found}: no targets tell "
                 "the groups of the layout apart. Give it and what is called like it the same "
@@ -164,9 +164,7 @@ class CompressedTensors(Layout):
         return isinstance(entry, Mapping) and entry.get("quant_method") == self.name
 
 
-def _groups(
-    schemes: Mapping[str, Scheme], peculiar: Peculiarities = NONE
-) -> dict[str, dict[str, Any]]:
+def _groups(schemes: Mapping[str, Scheme], peculiar: Peculiarities) -> dict[str, dict[str, Any]]:
     """The groups, in the order in which their weights come. One group alone targets all layers."""
     linears, groups = _linears(schemes), {}
     for number, (kind, names) in enumerate(linears.items()):

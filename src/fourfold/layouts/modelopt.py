@@ -83,7 +83,7 @@ class ModelOpt(Layout):
         "mxfp8": {"codes": CODES, "exponents": BLOCK_SCALE},
     }
 
-    def check(self, schemes: Mapping[str, Scheme]) -> None:
+    def check(self, schemes: Mapping[str, Scheme], peculiar: Peculiarities) -> None:
         for linear, scheme in schemes.items():
             if scheme.weights not in self.suffixes:
                 raise PlanError(

@@ -54,7 +54,7 @@ class Selection:
         self._check_wholeness()
         check_fused(self.chosen.values(), self.schemes)
         check_blocks_of_rows(self.chosen.values(), self.schemes)
-        self.layout.check(self.schemes)
+        self.layout.check(self.schemes, self._peculiar)
         self.modules = {linear.module for linear in self.chosen.values()}
 
     def _check_schemes(self) -> None:

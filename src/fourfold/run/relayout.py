@@ -44,14 +44,14 @@ def plan_relayout(source: Source, name: str) -> Relayout:
     inventory = take_inventory(source)
     attention = [x for x in inventory.linears if x.role is Role.ATTENTION and x.layer is not None]
     view = relaid(source, layout, [linear.name for linear in attention])
-    layout.check(view.schemes)
+    peculiar = peculiarities_of(*inventory.model_types)
+    layout.check(view.schemes, peculiar)
     entries = quantization_entries(view.stored)
     kv_cache = kv_cache_format(entries)
     if kv_cache is not None and kv_cache not in layout.kv_formats:
         raise PlanError(f"the {name} layout cannot state the {kv_cache} KV cache of the source.")
     _check_fused(inventory, view.group_scales)
     kept = [raw for key, raw in inventory.tensors.items() if key not in source.decoded]
-    peculiar = peculiarities_of(*inventory.model_types)
     ignore = layout.ignore(
         list(view.schemes),
         [raw.stem for raw in kept if raw.is_matrix] + list(inventory.tied_linears),
