@@ -200,6 +200,29 @@ def test_a_decoded_source(hub: Hub, tmp_path: Path) -> None:
     assert sum(fetched(hub, tmp_path / "model").values()) < 2 * SHARDS
 
 
+KEPT_FP8 = """
+rules:
+  - {roles: [experts], weights: {format: nvfp4, scale: max}, activations: {format: nvfp4}}
+  - names: ["*.o_proj"]
+    weights: {format: fp8_block, scale: max}
+    activations: {format: fp8_block}
+"""
+
+
+def test_codes_that_are_kept_after_calibration(hub: Hub, tmp_path: Path) -> None:
+    """Calibration reads values, and the layer's jobs its codes, before the shards are deleted."""
+    write_forty(tmp_path / "model", layers=20, experts=4, fp8=True)
+    hub.add(NAME, tmp_path / "model")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(KEPT_FP8)
+    calibration = CalibrationConfig(calib=[ids_file(tmp_path)], calib_seq=16, calib_size=4)
+    fourfold.quantize(tmp_path / "model", tmp_path / "expected", recipe, calibration=calibration)
+    runtime = Runtime(threads=1, keep_source=False)
+    fourfold.quantize(NAME, tmp_path / "out", recipe, calibration=calibration, runtime=runtime)
+    assert tensors_of(tmp_path / "out") == tensors_of(tmp_path / "expected")
+    assert sum(fetched(hub, tmp_path / "model").values()) < 1.2 * SHARDS
+
+
 # ----------------------------------------------------------------------------- little room
 
 

@@ -25,7 +25,7 @@ from fourfold.distributed.ranks import RankFailedError, Ranks
 from fourfold.errors import FourfoldError, SourceChangedError
 from fourfold.events import OnEvent, OutputComplete, Resumed, WritingBegan, ignore
 from fourfold.execution import Backend, ExecutionContext, LinearResult, Scheduler
-from fourfold.planning import CopyPlan, Plan, job_bytes, keys_of
+from fourfold.planning import CopyPlan, Plan, job_bytes, keeps_codes, keys_of
 from fourfold.reporting.card import draw_card
 from fourfold.reporting.page import draw_report
 from fourfold.reporting.summary import summarize
@@ -181,10 +181,14 @@ class Job:
     def _reads(self) -> Iterator[str]:
         """The raw tensors that this rank will read, in order."""
         loads, layers = self.run.loads(self.assignment.statistics), dict[int | None, list[str]]()
+        stored = set[str]()  # whose codes are read, and not the values that calibration holds
         for number in self.assignment.shards:
             shard = self.plan.shards[number]
             keys = layers.setdefault(shard.layer, [])
-            keys += [key for job in shard.jobs for key in keys_of(job)]
+            for job in shard.jobs:
+                keys += keys_of(job)
+                if loads and keeps_codes(self.run.source, job):
+                    stored.update(keys_of(job))
         if not loads:
             yield from chain(*layers.values())
             return
@@ -193,7 +197,7 @@ class Job:
         for layer in sorted({*loads, *layers}, key=lambda layer: layer or 0):
             loaded = dict.fromkeys(loads.get(layer, ()))
             yield from loaded
-            yield from (key for key in layers.get(layer, ()) if key not in loaded)
+            yield from (key for key in layers.get(layer, ()) if key in stored or key not in loaded)
         yield from outside
 
     def _prover(self, file: Path, keys: Iterable[str]) -> Prover:
