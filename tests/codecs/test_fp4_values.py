@@ -212,6 +212,13 @@ def test_a_divisor_that_is_none(divisor: float, message: str, tmp_path: Path) ->
         open_decoded(folder).read(f"{NAME}.weight")
 
 
+def test_a_weight_that_was_scaled_for_its_inputs(tmp_path: Path) -> None:
+    tensors = nvfp4_tensors() | {"pre_quant_scale": torch.ones(WIDTH)}
+    message = rf"^{NAME}\.pre_quant_scale in .*: the weight beside it was scaled for inputs"
+    with pytest.raises(SourceError, match=message):
+        open_decoded(folder_of(tmp_path / "model", named(tensors)))
+
+
 @pytest.mark.parametrize(
     ("scale", "message"),
     [

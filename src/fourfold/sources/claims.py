@@ -76,9 +76,16 @@ def check_none_left(claims: Claims) -> None:
     """Check that every tensor of a quantized weight is claimed.
 
     Raises:
-        SourceError: A tensor belongs to a quantized weight that no codec claims.
+        SourceError: A tensor belongs to a quantized weight that no codec claims, or says that the
+            values of a weight are not those of the model.
     """
     for key, info in claims.left.items():
+        if key.endswith(".pre_quant_scale"):
+            raise SourceError(
+                f"{key} in {info.file.name}: the weight beside it was scaled for inputs that are "
+                "multiplied by this (AWQ, SmoothQuant), which cannot be undone here. Give the BF16 "
+                "checkpoint."
+            )
         if _looks_quantized(info):
             raise SourceError(
                 f"{key} in {info.file.name}: {info.dtype}, of a weight that is not "

@@ -157,6 +157,7 @@ CODECS: Registry[TensorCodec] = Registry(
         "mxfp4": "fourfold.sources.codecs.mxfp4:MXFP4",
         "int4_packed": "fourfold.sources.codecs.int4_packed:INT4Packed",
         "int8_packed": "fourfold.sources.codecs.int4_packed:INT8Packed",
+        "int8_plain": "fourfold.sources.codecs.int8_plain:INT8Plain",
         "int4_awq": "fourfold.sources.codecs.int4_awq:INT4AWQ",
         "int4_gptq": "fourfold.sources.codecs.int4_gptq:INT4GPTQ",
         "int8_gptq": "fourfold.sources.codecs.int4_gptq:INT8GPTQ",

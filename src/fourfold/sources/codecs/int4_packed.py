@@ -81,7 +81,7 @@ class PackedIntegers(TensorCodec):
     def claim(
         self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
     ) -> Mapping[str, EncodedWeight]:
-        packings = list(_packings(config)) or [Packing()]
+        packings = list(packings_in(config)) or [Packing()]
         weights: dict[str, EncodedWeight] = {}
         for key, codes in tensors.items():
             stem, _, leaf = key.rpartition(".")
@@ -146,13 +146,13 @@ def _is_static_scale(key: str, tensors: Mapping[str, TensorInfo]) -> bool:
     return leaf in _KV_SCALES or (leaf in _STATIC and f"{stem}.{CODES}" in tensors)
 
 
-def _packings(config: Mapping[str, Any]) -> Iterator[Packing]:
+def packings_in(config: Mapping[str, Any]) -> Iterator[Packing]:
     """Yield what a configuration says of integer weights, in its nested parts, too."""
     for name, value in config.items():
         if name == "config_groups" and isinstance(value, dict):
             yield from (_packing(group) for group in value.values() if _has_integers(group))
         elif isinstance(value, dict):
-            yield from _packings(value)
+            yield from packings_in(value)
 
 
 def _has_integers(group: Any) -> bool:
