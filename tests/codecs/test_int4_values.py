@@ -326,7 +326,12 @@ BROKEN: list[tuple[Tensors, str]] = [
         packed(ROWS, WIDTH, symmetric=False) | {"weight_g_idx": torch.zeros(8).int()},
         r"weight_g_idx: I32 \[8\] does not fit",
     ),
-    (without(awq_parts(), "scales"), r"down_proj.qweight in .*: I32|down_proj.qzeros in .*: I32"),
+    (
+        without(packed(ROWS, WIDTH, symmetric=False), "weight_shape"),
+        r"weight_shape: missing beside",
+    ),
+    (without(awq_parts(), "scales"), r"scales: missing beside .*qweight"),
+    (without(gptq_parts(), "scales"), r"scales: missing beside .*qweight"),
     (without(awq_parts(), "qzeros"), r"qzeros: missing beside .*qweight"),
     (without(gptq_parts(), "qzeros"), r"qzeros: missing beside .*qweight"),
     (without(gptq_parts(), "qweight"), r"qzeros in .*: I32"),
@@ -342,7 +347,7 @@ BROKEN: list[tuple[Tensors, str]] = [
 def test_what_does_not_fit_is_named(tensors: Tensors, message: str, tmp_path: Path) -> None:
     """Another, whole weight lies beside it."""
     whole = named(packed(ROWS, WIDTH, symmetric=False), "model.layers.1.mlp.down_proj")
-    config = of_scheme(4, 32, symmetric=False) if "weight_shape" in tensors else {}
+    config = of_scheme(4, 32, symmetric=False) if "weight_packed" in tensors else {}
     folder = folder_of(tmp_path / "model", {**named(tensors), **whole}, config)
     with pytest.raises(SourceError, match=message) as raised:
         open_decoded(folder)
@@ -399,10 +404,27 @@ def test_targets_say_which_scheme_a_weight_has(tmp_path: Path) -> None:
         (gptq_parts(), {"quant_method": "gptq", "checkpoint_format": "marlin"}),
         (gptq_parts(), {"quant_method": "gptq", "format": "gptq_p"}),
         (gptq_parts(), {"quant_method": "other"}),
+        (gptq_parts(), {"quant_method": "auto-round", "packing_format": "auto_round:exllamav2"}),
         (packed(ROWS, WIDTH, bits=3, group=None), compressed(scheme(3, None, True))),
     ],
 )
-def test_forms_that_are_not_known(tensors: Tensors, stated: dict[str, Any], tmp_path: Path) -> None:
-    folder = folder_of(tmp_path / "model", named(tensors), {"quantization_config": stated})
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_forms_that_are_not_known(
+    tensors: Tensors, stated: dict[str, Any], is_nested: bool, tmp_path: Path
+) -> None:
+    config: dict[str, Any] = {"quantization_config": stated}
+    config = {"text_config": config} if is_nested else config
+    folder = folder_of(tmp_path / "model", named(tensors), config)
     with pytest.raises(SourceError, match="holds no quantized weights that can be decoded"):
         open_decoded(folder)
+
+
+@pytest.mark.parametrize("name", ["checkpoint_format", "format"])
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_the_form_of_zeros_is_found(name: str, is_nested: bool, tmp_path: Path) -> None:
+    """Zeros of `gptq_v2` are stored as they are, which no shape shows."""
+    tensors = gptq(*parts(0), torch.arange(WIDTH) // 32, bits=4, less=0)
+    config: dict[str, Any] = {"quantization_config": {"quant_method": "gptq", name: "gptq_v2"}}
+    config = {"text_config": config} if is_nested else config
+    wanted = dequantized_gptq(tensors, bits=4, more=0).T.bfloat16()
+    assert torch.equal(decoded(folder_of(tmp_path / "model", named(tensors), config)), wanted)

@@ -88,8 +88,11 @@ class PackedIntegers(TensorCodec):
             if leaf != CODES or codes.dtype != "I32":
                 continue
             weight = _weight(stem, codes, tensors, packings, config)
-            if weight.bits == self.bits:
-                weights[f"{stem}.weight"] = weight
+            if weight.bits != self.bits:
+                continue
+            if SHAPE not in weight.parts:
+                raise SourceError(f"{stem}.{SHAPE}: missing beside {key}. {REMEDY}")
+            weights[f"{stem}.weight"] = weight
         return weights
 
     def decode(
@@ -244,9 +247,7 @@ def _check_parts(
 
 def _check_shape(weight: PackedWeight, read: ReadRows) -> None:
     """The last word of a row may hold fewer codes than it could, which headers do not show."""
-    name = weight.parts.get(SHAPE)
-    if name is None:
-        return
+    name = weight.parts[SHAPE]
     shape = tuple(read(name, 0, 2).tolist())
     if shape != weight.info.shape:
         raise DamagedError(
