@@ -262,6 +262,22 @@ def test_weights_in_nvfp4_are_quantized_again(
     assert "lose again" in "".join(result.plan.notes)
 
 
+def test_block_scales_that_are_all_zero(written: Written, tmp_path: Path) -> None:
+    """They are not carried on into another layout, unless the codes are 0, too."""
+    copy_of(written("qwen3_moe")[0], tmp_path / "source")
+    encode(tmp_path / "source", tmp_path / "encoded", NVFP4, nvfp4_packed)
+    name = "model.layers.1.mlp.experts.2.up_proj"
+
+    def clear(part: str) -> Callable[[Tensors], object]:
+        return lambda tensors: tensors[f"{name}.{part}"].view(torch.uint8).zero_()
+
+    change_tensors(tmp_path / "encoded", clear("weight_scale"))
+    with pytest.raises(DamagedError, match=rf"^{name}\.weight_scale: nothing but zeros"):
+        fourfold.convert(tmp_path / "encoded", tmp_path / "out", layout="modelopt")
+    change_tensors(tmp_path / "encoded", clear("weight_packed"))
+    fourfold.convert(tmp_path / "encoded", tmp_path / "out", layout="modelopt")
+
+
 def test_nvfp4_keeps_its_codes_in_the_other_layout(written: Written, tmp_path: Path) -> None:
     copy_of(written("qwen3_moe")[0], tmp_path / "source")
     encode(tmp_path / "source", tmp_path / "encoded", NVFP4, nvfp4_packed)

@@ -61,8 +61,7 @@ class RelaidSource(SourceView):
     def slab(self, key: str, start: int, stop: int, out: Bytes | None = None) -> torch.Tensor:
         if key in self._names:
             rows = self.stored.slab(self._names[key], start, stop, out)
-            if key in self._block_scales:
-                check_block_scales(self._names[key], rows)
+            self._check(key, rows)
             return rows
         number = self._numbers[key]
         if out is not None:
@@ -73,10 +72,16 @@ class RelaidSource(SourceView):
     def read_bytes(self, key: str, start: int, out: Bytes) -> None:
         if key in self._names:
             self.stored.read_bytes(self._names[key], start, out)
-            if key in self._block_scales:
-                check_block_scales(self._names[key], torch.from_numpy(out))
+            self._check(key, torch.from_numpy(out))
         else:
             out[:] = self._numbers[key][start : start + len(out)]
+
+    def _check(self, key: str, stored: torch.Tensor) -> None:
+        """Raise `DamagedError` for block scales that cannot be."""
+        if key in self._block_scales:
+            check_block_scales(self._names[key], stored)
+            if not stored.view(torch.uint8).any():
+                self.source.read(self.origins[key])  # an error, unless the codes are 0, too
 
     def will_need(self, key: str, start: int, stop: int) -> None:
         if key in self._names:
