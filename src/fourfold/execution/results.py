@@ -100,7 +100,7 @@ def finish_group(
             numbers |= dict.fromkeys(FORMATS[scheme.activations].input_parts(), inputs.scale)
         tensors = layout.tensors(linear.name, linear.shape, scheme)
         for part, number in numbers.items():
-            file.write(tensors[part].name, layout.encode(part, number))
+            file.write(tensors[part].name, layout.encode(part, number, scheme))
         of_weight = figures[linear.name]
         if linear.name in lost:
             of_weight = of_weight.or_lost()

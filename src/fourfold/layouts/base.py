@@ -89,8 +89,8 @@ class Layout(ABC):
         """Return dtype and shape of a part in a checkpoint, given those that the format has."""
         return spec
 
-    def encode(self, part: str, value: float) -> np.ndarray[Any, Any]:
-        """Return a scale that is a single number, such as a global scale, as it is stored."""
+    def encode(self, part: str, value: float, scheme: Scheme) -> np.ndarray[Any, Any]:
+        """Return a scale of a weight in `scheme` that is a single number, as it is stored."""
         import numpy as np
 
         return np.array([value], dtype=np.float32)

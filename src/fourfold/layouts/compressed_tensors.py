@@ -127,8 +127,8 @@ class CompressedTensors(Layout):
     def encoded(self, part: str, spec: tuple[str, tuple[int, ...]]) -> tuple[str, tuple[int, ...]]:
         return ("F32", (1,)) if part in NUMBERS else spec
 
-    def encode(self, part: str, value: float) -> np.ndarray[Any, Any]:
-        number = super().encode(part, value)
+    def encode(self, part: str, value: float, scheme: Scheme) -> np.ndarray[Any, Any]:
+        number = super().encode(part, value, scheme)
         return 1 / number if part in NUMBERS else number
 
     def is_leftover(self, name: str, dtype: str) -> bool:

@@ -133,7 +133,8 @@ class RelaidSource(SourceView):
                     self._block_scales.add(spec.name)
                 yield replace(self.stored.tensors[row_parts[part]], key=spec.name)
             else:
-                yield self._number(spec, layout.encode(part, numbers[part]), weight.info)
+                number = layout.encode(part, numbers[part], scheme)
+                yield self._number(spec, number, weight.info)
 
     def _kv_scales(self, decoded: DecodedSource, layout: Layout) -> Iterator[TensorInfo]:
         """The scales of calibrated FP8 KV caches, by the names of the layout."""
