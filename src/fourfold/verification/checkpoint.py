@@ -32,7 +32,7 @@ from fourfold.storage.json_files import read_config, read_json, why_no_folder
 from fourfold.storage.names import INDEX
 from fourfold.storage.open_files import OpenFiles, read_full
 from fourfold.storage.safetensors_header import TensorInfo, read_header
-from fourfold.verification.fp8 import FP8Linear, fp8_linear
+from fourfold.verification.fp8 import LEAVES, FP8Linear, fp8_linear
 from fourfold.verification.readers import reader_of
 from fourfold.verification.readers.base import (
     BLOCK_SCALE,
@@ -286,22 +286,26 @@ def _find_linears(
     tensors: Mapping[str, TensorInfo], reader: LayoutReader
 ) -> tuple[dict[str, QuantizedLinear], dict[str, FP8Linear]]:
     """The NVFP4 linears, and those in FP8."""
-    part_of = {leaf: part for part, leaf in reader.leaves.items()}
-    parts: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
+    leaves = {*reader.leaves.values(), *LEAVES}
+    found: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
     for name, info in tensors.items():
         stem, _, leaf = name.rpartition(".")
-        if leaf in part_of:
-            parts[stem][part_of[leaf]] = info
+        if leaf in leaves:
+            found[stem][leaf] = info
     linears: dict[str, QuantizedLinear] = {}
     fp8: dict[str, FP8Linear] = {}
-    for name in sorted(parts):
-        own = parts[name]
-        is_packed = own.keys() != {WEIGHT} or own[WEIGHT].dtype == "U8"
+    for name in sorted(found):
+        own = found[name]
+        if own.keys() == {WEIGHT} and own[WEIGHT].dtype != "U8":
+            continue
         algo = reader.quant.algo_of(name)
-        if is_packed and algo is not None and "FP8" in algo and WEIGHT in own:
-            fp8[name] = fp8_linear(name, own, algo)
-        elif is_packed:
-            linears[name] = QuantizedLinear(name, own, algo)
+        is_packed = reader.leaves[WEIGHT] in own
+        if WEIGHT in own and (not is_packed or "FP8" in (algo or "")):
+            parts = {leaf: own[leaf] for leaf in LEAVES if leaf in own}
+            fp8[name] = fp8_linear(name, parts, algo, reader.fp8)
+        else:
+            parts = {part: own[leaf] for part, leaf in reader.leaves.items() if leaf in own}
+            linears[name] = QuantizedLinear(name, parts, algo)
     return linears, fp8
 
 
