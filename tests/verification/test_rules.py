@@ -536,6 +536,7 @@ MIXED = [
     mixed("weight-error", put(f"{O}.weight", with_nan), with_source=True, label="NaN"),
     mixed("input-scale-missing", drop(f"{O}.input_scale")),
     mixed("fp8-tensors", scalar(f"{O}.input_scale", 1.0), "MXFP8", "an input scale"),
+    mixed("tensor-unexpected", scalar(f"{O}.weight_scale_2", 1.0), label="a global scale"),
     mixed("input-scale-shape", put(f"{O}.input_scale", lambda t: t.repeat(2))),
     mixed("input-scale-nan", scalar(f"{O}.input_scale", float("nan"))),
     mixed("group-input-scale-differs", scalar(f"{Q}.input_scale", 0.5)),
