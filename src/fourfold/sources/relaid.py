@@ -19,12 +19,11 @@ from fourfold.errors import SourceError
 from fourfold.formats.base import FORMATS
 from fourfold.formats.scheme import Scheme
 from fourfold.layouts.base import Layout, TensorSpec, layers_of_keys
-from fourfold.sources.codecs.nvfp4 import BLOCK_SCALE, NVFP4Codec, check_block_scales
+from fourfold.sources.codecs.base import StoredParts
+from fourfold.sources.codecs.nvfp4 import BLOCK_SCALE, check_block_scales
 from fourfold.sources.decoded import DecodedSource
 from fourfold.storage.safetensors_header import TensorInfo
 from fourfold.storage.source import Bytes, Source, SourceView
-
-NVFP4 = "nvfp4"
 
 
 class RelaidSource(SourceView):
@@ -102,39 +101,33 @@ class RelaidSource(SourceView):
                 self._names[key] = self.origins[key] = key
                 yield info
                 continue
-            if not isinstance(codec, NVFP4Codec):
+            parts = codec.stored_parts(decoded.weights[key], self.stored.slab)
+            if parts is None:
                 raise SourceError(
                     f"{key} in {info.file.name}: {codec.title}, which is not carried over to "
                     "another layout. Use `fourfold quantize`."
                 )
-            yield from self._parts(key, codec, decoded, layout)
+            yield from self._parts(key, parts, decoded, layout)
         yield from self._kv_scales(decoded, layout)
 
     def _parts(
-        self, key: str, codec: NVFP4Codec, decoded: DecodedSource, layout: Layout
+        self, key: str, parts: StoredParts, decoded: DecodedSource, layout: Layout
     ) -> Iterator[TensorInfo]:
-        weight, linear = decoded.weights[key], key.removesuffix(".weight")
-        fmt = FORMATS[NVFP4]
-        input_scale = codec.input_scale(weight, self.stored.slab)
-        scheme = Scheme(NVFP4, "max", None if input_scale is None else NVFP4)
-        group_scale = codec.global_scale(weight, self.stored.slab)
-        self.schemes[linear], self.group_scales[linear] = scheme, group_scale
-        assert fmt.group_part is not None
-        numbers = {fmt.group_part: group_scale}
-        if input_scale is not None:
-            numbers |= dict.fromkeys(fmt.input_parts(), input_scale)
-        rows, width = weight.info.shape
-        row_parts = dict(zip(fmt.row_parts((rows, width)), codec.row_parts(weight), strict=True))
+        info, linear = decoded.weights[key].info, key.removesuffix(".weight")
+        self.schemes[linear] = scheme = parts.scheme
+        group_part = FORMATS[scheme.weights].group_part
+        if group_part is not None:
+            self.group_scales[linear] = parts.numbers[group_part]
+        rows, width = info.shape
         for part, spec in layout.tensors(linear, (rows, width), scheme).items():
             self.origins[spec.name] = key
-            if part in row_parts:
-                self._names[spec.name] = row_parts[part]
-                if row_parts[part] == weight.parts[BLOCK_SCALE]:
+            if part in parts.rows:
+                self._names[spec.name] = parts.rows[part]
+                if parts.rows[part] == decoded.weights[key].parts.get(BLOCK_SCALE):
                     self._block_scales.add(spec.name)
-                yield replace(self.stored.tensors[row_parts[part]], key=spec.name)
+                yield replace(self.stored.tensors[parts.rows[part]], key=spec.name)
             else:
-                number = layout.encode(part, numbers[part], scheme)
-                yield self._number(spec, number, weight.info)
+                yield self._number(spec, layout.encode(part, parts.numbers[part], scheme), info)
 
     def _kv_scales(self, decoded: DecodedSource, layout: Layout) -> Iterator[TensorInfo]:
         """The scales of calibrated FP8 KV caches, by the names of the layout."""

@@ -24,6 +24,7 @@ import torch
 
 from fourfold.errors import DamagedError
 from fourfold.formats.registry import Registry
+from fourfold.formats.scheme import Scheme
 from fourfold.layouts.recognition import with_nested
 from fourfold.storage.safetensors_header import COMPUTE_DTYPES, TORCH_DTYPES, TensorInfo, nbytes_of
 from fourfold.storage.source import FP8Weight, Slab
@@ -69,6 +70,16 @@ class InputRounding(NamedTuple):
     """A name in `FORMATS`."""
     scale: float | None
     """The scale that the checkpoint stores; None if engines choose it for each input."""
+
+
+class StoredParts(NamedTuple):
+    """A weight whose stored tensors are those of a format here."""
+
+    scheme: Scheme
+    rows: Mapping[str, str]
+    """The stored tensors with the format's row parts, of the same bytes."""
+    numbers: Mapping[str, float]
+    """The parts of weight and inputs that are single numbers."""
 
 
 class TensorCodec(ABC):
@@ -122,6 +133,10 @@ class TensorCodec(ABC):
 
     def fp8(self, weight: EncodedWeight, read: ReadRows) -> FP8Weight | None:
         """Return the codes and scales of a matrix in FP8; None for any other weight."""
+        return None
+
+    def stored_parts(self, weight: EncodedWeight, read: ReadRows) -> StoredParts | None:
+        """Return a weight's tensors as the parts of a format; None if no format here has them."""
         return None
 
     def hidden(self, tensors: Mapping[str, TensorInfo]) -> Collection[str]:

@@ -17,12 +17,15 @@ import torch
 
 from fourfold.errors import DamagedError, SourceError
 from fourfold.formats.nvfp4 import BLOCK_SIZE
+from fourfold.formats.nvfp4 import format as nvfp4
+from fourfold.formats.scheme import Scheme
 from fourfold.sources.codecs.base import (
     QUANTIZED_TWICE,
     REMEDY,
     EncodedWeight,
     InputRounding,
     ReadRows,
+    StoredParts,
     TensorCodec,
     presented,
 )
@@ -91,6 +94,15 @@ class NVFP4Codec(TensorCodec):
     def input_rounding(self, weight: EncodedWeight, read: ReadRows) -> InputRounding | None:
         scale = self.input_scale(weight, read)
         return None if scale is None else InputRounding("nvfp4", scale)
+
+    def stored_parts(self, weight: EncodedWeight, read: ReadRows) -> StoredParts:
+        rows = dict(zip((nvfp4.CODES, nvfp4.BLOCK_SCALE), self.row_parts(weight), strict=True))
+        numbers = {nvfp4.GLOBAL_SCALE: self.global_scale(weight, read)}
+        input_scale = self.input_scale(weight, read)
+        if input_scale is None:
+            return StoredParts(Scheme("nvfp4", "max"), rows, numbers)
+        numbers[nvfp4.INPUT_SCALE] = input_scale
+        return StoredParts(Scheme("nvfp4", "max", "nvfp4"), rows, numbers)
 
     def hidden(self, tensors: Mapping[str, TensorInfo]) -> Collection[str]:
         return [key for key in tensors if key.rpartition(".")[2] in KV_SCALES]
