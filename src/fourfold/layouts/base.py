@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from fourfold.errors import PlanError
 from fourfold.formats.base import FORMATS, Spec
 from fourfold.formats.kv_cache import KVFormat
 from fourfold.formats.registry import Registry
@@ -139,6 +140,16 @@ class Layout(ABC):
     @abstractmethod
     def recognizes(self, config: Mapping[str, Any]) -> bool:
         """True if a config.json is that of a checkpoint in this layout."""
+
+
+def check_some_nvfp4(schemes: Mapping[str, Scheme]) -> None:
+    """Raise `PlanError` unless some of the weights are NVFP4."""
+    if not any(scheme.weights == "nvfp4" for scheme in schemes.values()):
+        linear, scheme = next(iter(schemes.items()))
+        raise PlanError(
+            f"{linear} would be {scheme}, and no weight NVFP4. Quantize some of them to "
+            "weights: {format: nvfp4}."
+        )
 
 
 def layers_of_keys(linears: Iterable[str]) -> dict[str, str]:

@@ -115,6 +115,8 @@ def fp8_linear(
         fault = f"stored in FP8, while the configuration says {algo or 'nothing'}"
         return FP8Linear(name, parts, algo, None, None, fault)
     fits = scale is not None and len(weight.shape) == 2 and weight.dtype == "F8_E4M3"
+    is_exponent = scale is not None and scale.dtype in ("U8", "F8_E8M0")
+    fits = fits and is_exponent == (known.codec == "mxfp8")
     if not fits or scale is None or scale.shape not in known.scales(*weight.shape):
         shapes = ", ".join(f"{part} {x.dtype} {list(x.shape)}" for part, x in parts.items())
         return FP8Linear(name, parts, algo, None, None, f"{shapes}: not {algo}")

@@ -101,7 +101,8 @@ class FP8Codec(TensorCodec):
     def claim(
         self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
     ) -> Mapping[str, EncodedWeight]:
-        sizes = tuple(_stated_block_sizes(config)) or (DEFAULT_BLOCK,)
+        stated = tuple(_stated_block_sizes(config))
+        sizes = stated or (DEFAULT_BLOCK,)
         rounds_inputs = _rounds_inputs(config)
         weights: dict[str, EncodedWeight] = {}
         for key, codes in tensors.items():
@@ -115,7 +116,7 @@ class FP8Codec(TensorCodec):
                     {CODES: key, SCALE: scale.key},
                     grid=grid,
                     is_rounded_to_scale=scale.key.endswith("weight_scale"),
-                    inputs=_inputs(codes, scale, grid) if rounds_inputs else None,
+                    inputs=_inputs(codes, scale, grid, bool(stated)) if rounds_inputs else None,
                     static_scale=_static_scale_of(key, tensors),
                 )
         return weights
@@ -193,12 +194,13 @@ def _rounds_inputs(config: Mapping[str, Any]) -> bool:
     return not fp8 or any(group.get("input_activations") for group in fp8)
 
 
-def _inputs(codes: TensorInfo, scale: TensorInfo, grid: Grid) -> str | None:
+def _inputs(codes: TensorInfo, scale: TensorInfo, grid: Grid, states_blocks: bool) -> str | None:
     """The format that engines round inputs to, if the checkpoint stores no scale for them; None if
     no format here has groups of that width."""
     if grid.kind is Kind.MX:
         return "mxfp8"
     is_named_block = scale.key.endswith("_inv") or len(scale.shape) == len(codes.shape) + 2
+    is_named_block |= states_blocks and scale.shape == (1, 1)
     is_one_block = is_named_block and codes.shape[-1] <= DEFAULT_BLOCK[1]
     if grid.kind is Kind.CHANNEL and not is_one_block:
         return "fp8_channel"
