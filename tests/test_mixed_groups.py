@@ -2,11 +2,12 @@
 """FP8 beside NVFP4 in the compressed-tensors layout, against the library that owns it.
 
 The library's presets, its dequantizer and transformers' loader read what fourfold writes; the
-tensors are those of the other layout.
+tensors are those of the other layout, and conversions between the two keep codes and scales.
 """
 
 from __future__ import annotations
 
+import json
 from importlib.resources import files
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from transformers import (
 import fourfold
 from conftest import Written
 from families import FAMILIES, quiet, read_back
-from fourfold.errors import PlanError
+from fourfold.errors import PlanError, SourceError
 from jobs import assert_same, start
 from nvfp4_folders import Tensors, changed, tensors_of
 from test_compressed_tensors import same, stated
@@ -254,6 +255,59 @@ def test_load_rounds_inputs_as_for_the_other_layout(name: str, moe: Path, tmp_pa
 
 
 # ---------------------------------------------------------------------------------- whole runs
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_convert_there_and_back(name: str, moe: Path, tmp_path: Path) -> None:
+    """FP8 comes back bit for bit, and NVFP4 but for the rounding of reciprocals."""
+    first = quantized(moe, tmp_path, name, layout="modelopt")
+    fourfold.convert(first, tmp_path / "there", layout="compressed-tensors")
+    direct = quantized(moe, tmp_path, name)
+    there, ours = tensors_of(tmp_path / "there"), tensors_of(direct)
+    assert there.keys() == ours.keys()
+    for key, tensor in ours.items():
+        assert there[key].shape == tensor.shape
+        assert same(there[key], tensor), key
+    assert stated(tmp_path / "there") == stated(direct)
+    assert not fourfold.verify(tmp_path / "there", source=moe).findings
+    fourfold.convert(tmp_path / "there", tmp_path / "back", layout="modelopt")
+    back, before = tensors_of(tmp_path / "back"), tensors_of(first)
+    assert back.keys() == before.keys()
+    for key, tensor in before.items():
+        assert back[key].shape == tensor.shape
+        if key.endswith("weight_scale_2"):
+            torch.testing.assert_close(back[key], tensor, rtol=2e-7, atol=0)
+        else:
+            assert same(back[key], tensor), key
+    assert json.loads((tmp_path / "back/hf_quant_config.json").read_text()) == json.loads(
+        (first / "hf_quant_config.json").read_text()
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("fp8_channel", "16-bit scales"), ("fp8_channel", "a static scale"), ("mxfp8", "no inputs")],
+)
+def test_convert_says_what_it_cannot_keep(name: str, what: str, moe: Path, tmp_path: Path) -> None:
+    """Others write FP8 that no format here has as it is."""
+    attention = "model.layers.0.self_attn.q_proj"
+
+    def edit(tensors: Tensors) -> None:
+        scale = tensors.get(f"{attention}.weight_scale")
+        if scale is not None and what == "16-bit scales":
+            tensors[f"{attention}.weight_scale"] = scale.bfloat16()
+        elif scale is not None and what == "a static scale":
+            tensors[f"{attention}.input_scale"] = torch.ones(1)
+
+    out = changed(quantized(moe, tmp_path, name), tmp_path / "changed", edit)
+    if what == "no inputs":
+        config = json.loads((out / "config.json").read_text())
+        for group in config["quantization_config"]["config_groups"].values():
+            group["input_activations"] = None
+        (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SourceError, match=r"FP8.*, which is not carried over to another layout"):
+        fourfold.convert(out, tmp_path / "out", layout="modelopt")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_a_killed_run_and_ranks_write(moe: Path, tmp_path: Path) -> None:

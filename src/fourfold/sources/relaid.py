@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """An NVFP4 checkpoint with its tensors named and encoded as another layout does.
 
-Codes and block scales are the same bytes in every layout. The scales that are single numbers are
-encoded anew: compressed-tensors stores reciprocals.
+Codes and the scales of blocks and channels are the same bytes in every layout, in a shape of its
+own. The scales that are single numbers are encoded anew: for NVFP4, compressed-tensors stores
+reciprocals.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import numpy as np
 import torch
 
 from fourfold.errors import SourceError
-from fourfold.formats.base import FORMATS
 from fourfold.formats.scheme import Scheme
 from fourfold.layouts.base import Layout, TensorSpec, layers_of_keys
 from fourfold.sources.codecs.base import StoredParts
@@ -31,7 +31,7 @@ class RelaidSource(SourceView):
 
     Attributes:
         schemes: The scheme of every quantized linear weight, by name.
-        group_scales: Their global scales.
+        group_scales: The global scales of those in NVFP4.
         stored: The checkpoint as it lies on disk.
         origins: The weight or other tensor of the decoded checkpoint that each tensor belongs to.
     """
@@ -44,7 +44,7 @@ class RelaidSource(SourceView):
         `attention` names the linear layers of the decoder's attention modules.
 
         Raises:
-            SourceError: It holds weights that are quantized in another form.
+            SourceError: It holds weights that no format here has as they are stored.
         """
         super().__init__(decoded)
         self.stored = decoded.source
@@ -58,14 +58,15 @@ class RelaidSource(SourceView):
         self.tensors = {info.key: info for info in self._lay_out(decoded, layout)}
 
     def slab(self, key: str, start: int, stop: int, out: Bytes | None = None) -> torch.Tensor:
+        info = self.tensors[key]
         if key in self._names:
             rows = self.stored.slab(self._names[key], start, stop, out)
             self._check(key, rows)
-            return rows
+            is_same = (rows.dtype, rows.shape[1:]) == (info.torch_dtype, info.shape[1:])
+            return rows if is_same else rows.view(info.torch_dtype).view(-1, *info.shape[1:])
         number = self._numbers[key]
         if out is not None:
             out[:] = number
-        info = self.tensors[key]
         return torch.from_numpy(number.copy()).view(info.torch_dtype).view(info.shape)
 
     def read_bytes(self, key: str, start: int, out: Bytes) -> None:
@@ -115,9 +116,8 @@ class RelaidSource(SourceView):
     ) -> Iterator[TensorInfo]:
         info, linear = decoded.weights[key].info, key.removesuffix(".weight")
         self.schemes[linear] = scheme = parts.scheme
-        group_part = FORMATS[scheme.weights].group_part
-        if group_part is not None:
-            self.group_scales[linear] = parts.numbers[group_part]
+        if scheme.weights == "nvfp4":  # FP8 weights that are fused are rescaled
+            self.group_scales[linear] = parts.numbers["global_scale"]
         rows, width = info.shape
         for part, spec in layout.tensors(linear, (rows, width), scheme).items():
             self.origins[spec.name] = key
@@ -125,7 +125,8 @@ class RelaidSource(SourceView):
                 self._names[spec.name] = parts.rows[part]
                 if parts.rows[part] == decoded.weights[key].parts.get(BLOCK_SCALE):
                     self._block_scales.add(spec.name)
-                yield replace(self.stored.tensors[parts.rows[part]], key=spec.name)
+                stored = self.stored.tensors[parts.rows[part]]
+                yield replace(stored, key=spec.name, dtype=spec.dtype, shape=spec.shape)
             else:
                 yield self._number(spec, layout.encode(part, parts.numbers[part], scheme), info)
 
@@ -180,7 +181,7 @@ def relaid(source: Source, layout: Layout, attention: Collection[str] = ()) -> R
     """Present an open NVFP4 checkpoint in another layout.
 
     Raises:
-        SourceError: It is not one, or not all of its quantized weights are in NVFP4.
+        SourceError: It is not one, or a layout cannot have a quantized weight as it is stored.
     """
     if not isinstance(source, DecodedSource):
         raise SourceError(

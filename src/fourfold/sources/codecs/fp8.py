@@ -28,12 +28,15 @@ from typing import Any, ClassVar
 import torch
 
 from fourfold.errors import DamagedError, SourceError
+from fourfold.formats.base import FORMATS
+from fourfold.formats.scheme import Scheme
 from fourfold.layouts.recognition import stated_quantizations
 from fourfold.sources.codecs.base import (
     REMEDY,
     EncodedWeight,
     InputRounding,
     ReadRows,
+    StoredParts,
     TensorCodec,
     positive_scale,
     presented,
@@ -85,6 +88,7 @@ class EncodedFP8(EncodedWeight):
     """One FP8 weight."""
 
     grid: Grid
+    scale: TensorInfo
     is_rounded_to_scale: bool
     """True if the product is rounded to the scale's dtype before it is rounded to the weight's."""
     inputs: str | None
@@ -115,6 +119,7 @@ class FP8Codec(TensorCodec):
                     presented(codes, key, codes.shape, config),
                     {CODES: key, SCALE: scale.key},
                     grid=grid,
+                    scale=scale,
                     is_rounded_to_scale=scale.key.endswith("weight_scale"),
                     inputs=_inputs(codes, scale, grid, bool(stated)) if rounds_inputs else None,
                     static_scale=_static_scale_of(key, tensors),
@@ -154,6 +159,24 @@ class FP8Codec(TensorCodec):
             return read(weight.parts[CODES], start, stop).view(torch.uint8)
 
         return FP8Weight(weight.grid.block, codes, scales)
+
+    def stored_parts(self, weight: EncodedWeight, read: ReadRows) -> StoredParts | None:
+        assert isinstance(weight, EncodedFP8)
+        rounding, shape = self.input_rounding(weight, read), weight.info.shape
+        if rounding is None or len(shape) != 2:
+            return None
+        fmt, rows = FORMATS[rounding.format], {"codes": weight.parts[CODES]}
+        ((part, (dtype, of_scales)),) = (x for x in fmt.parts(shape).items() if x[0] not in rows)
+        stored = weight.scale.dtype.replace("F8_E8M0", "U8")
+        if (stored, weight.scale.numel) != (dtype, math.prod(of_scales)):
+            return None
+        scale = rounding.scale
+        numbers = {} if scale is None else dict.fromkeys(fmt.input_parts(), scale)
+        if part == fmt.group_part:
+            numbers[part] = positive_scale(weight.scale.key, read(weight.scale.key, 0, 1))
+        else:
+            rows[part] = weight.scale.key
+        return StoredParts(Scheme(fmt.name, "max", fmt.name), rows, numbers)
 
     def hidden(self, tensors: Mapping[str, TensorInfo]) -> Collection[str]:
         return [key for key in tensors if _is_static_scale(key, tensors)]
