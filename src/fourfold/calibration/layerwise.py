@@ -69,7 +69,6 @@ class Calibration:
         ranks: Ranks | None = None,
         saved: SavedActivations | None = None,
         on_event: OnEvent = ignore,
-        quantized: Callable[[int], Source] | None = None,
     ) -> None:
         """Build the model; nothing is read or run yet.
 
@@ -84,14 +83,16 @@ class Calibration:
             saved: Where the outputs of finished layers are stored, for a run that resumes.
             on_event: Called with a `BatchCalibrated` for every batch of every layer, and with a
                 `LayerCalibrated` for every layer.
-            quantized: Propagates quantized inputs: returns a source of the dequantized weights of
-                a layer after `units` has yielded it, under the names of `source`. Later layers
-                then read what the quantized layer computes. None: they read what the layers of
-                `source` compute.
         """
-        self.threads, self.quantized = threads, quantized
+        self.threads = threads
         self.ranks = ranks or Ranks()
         self.batches = data.batches[self.ranks.rank :: self.ranks.size]
+        self._calls = [*self.batches]
+        if plan.is_sequential:  # copies, since what a call reads is moved away while it waits
+            self._calls += [
+                Batch(batch.input_ids.clone(), batch.attention_mask.clone())
+                for batch in self.batches
+            ]
         self.plan, self.data, self.saved, self.on_event = plan, data, saved, on_event
         dtype = torch.float32 if plan.computes_in_float32 else None
         self.streamed = StreamedModel(source, device=device, dtype=dtype, head=False)
@@ -112,11 +113,6 @@ class Calibration:
             self.sequential = SequentialLayers(
                 plan, self.streamed, self.scales, self.ranks, len(data.batches)
             )
-
-    @property
-    def _calls(self) -> Sequence[Batch]:
-        """The batch of each call: those of the source, and of the quantized stream if there is."""
-        return [*self.batches] * (2 if self.sequential is not None else 1)
 
     def _new_store(self, limit: int | None, scratch: Path | None) -> ActivationStore:
         """Keep activations in memory if they surely fit there."""
@@ -205,7 +201,7 @@ class Calibration:
 
             def resume(number: int) -> None:
                 self.ranks.check()
-                observers.see(self.batches[number % count].attention_mask)
+                observers.see(self._calls[number].attention_mask)
                 if number < count:
                     progress.begin_batch(number)
 
@@ -226,7 +222,6 @@ class Calibration:
                 on_resume=resume,
                 on_layer=enter,
                 keep_embeddings=reads_text_twice(runnable(model)),
-                replacement=self.quantized,
                 second=sequential,
                 saved=self.saved,
                 on_skipped=lambda: self._taken(observers),
@@ -285,8 +280,7 @@ class Calibration:
             self._on_observed(unit, statistics)
         if self.saved is not None and unit is not None:
             # Replayed layers store their outputs after their statistics: keep one layer more.
-            is_replayed = self.quantized is not None or self.sequential is not None
-            self.saved.finished(unit - 1 if is_replayed else unit)
+            self.saved.finished(unit if self.sequential is None else unit - 1)
         return unit
 
     def _call(self, observers: Observers, batch: Batch, model: Any) -> None:

@@ -14,10 +14,10 @@ whole model in memory. It may pass the layers several times (`generate`). Only o
 moment, in the caller's own thread: an exception ends the run where it is raised. System threads
 would each keep a pool of workers in OpenMP and an arena in malloc; a greenlet takes a few kB.
 
-**Propagation of quantized inputs.** With `replacement`, each layer runs twice. First its module
-runs on copies of the paused calls' arguments, for what observes it; the layer is handed to the
-caller, who quantizes it; then the replaced weights are loaded, and the calls pass the layer. Later
-layers thus read what the replaced layers compute.
+**A second stream.** With `second`, half of the calls pass each layer with other weights. First the
+layer's module runs on copies of the first calls' arguments, for what observes it. The layer is
+handed to the caller, who may run it again on copies of any call's arguments, with any weights. Then
+the first calls pass the layer, and the others with theirs.
 
 All calls share one thread's state of PyTorch: a call must not pause inside `torch.autocast` or a
 mode that it has entered outside of the model.
@@ -156,7 +156,6 @@ class StreamedModel:
         on_resume: Callable[[int], object] = lambda _: None,
         on_layer: Callable[[int, Pass], object] = lambda *_: None,
         keep_embeddings: bool = True,
-        replacement: Callable[[int], Source] | None = None,
         second: SecondStream | None = None,
         saved: SavedActivations | None = None,
         on_skipped: Callable[[], object] = lambda: None,
@@ -164,16 +163,15 @@ class StreamedModel:
         """Make all calls; yield each layer's index when it has run and before it is freed.
 
         Args:
-            calls: What to run; each is called with the model.
+            calls: What to run; each is called with the model. Two calls must not share a tensor,
+                which may be moved away while one of them waits.
             store: Where the activations of paused calls are kept; by default in memory.
             on_resume: Called with a call's index whenever the call, or its layer, runs.
             on_layer: Called with a layer's index before it runs, and why it does.
             keep_embeddings: Whether embeddings stay loaded after the first layer.
-            replacement: Returns the source of a layer's weights after the layer was yielded, under
-                the names of this model's source. None: the calls pass the layer as it is.
             second: Calls that pass each layer with other weights than the first ones do. The module
                 runs on copies of the first ones' arguments, the layer is yielded, and then all
-                calls pass it. Not with `replacement`.
+                calls pass it.
             saved: Where the outputs of finished layers are stored, and read from by a run that
                 resumes; the first index that is yielded is then `saved.first`.
             on_skipped: Called after the calls passed the finished layers without computing them,
@@ -181,8 +179,8 @@ class StreamedModel:
         """
         with ExitStack() as stack:
             store = store or ActivationStore()
-            keeps_inputs = replacement is not None or second is not None
-            running = self._running = _Running(self, calls, store, on_resume, saved, keeps_inputs)
+            running = _Running(self, calls, store, on_resume, saved, second is not None)
+            self._running = running
             stack.callback(self.free, None)
             stack.callback(running.end)
             running.attach(stack)
@@ -199,29 +197,17 @@ class StreamedModel:
                 for layer in range(len(self.layers)):
                     if running.before(layer):
                         if second is None:
-                            yield from self._run_layer(running, layer, on_layer, replacement)
+                            yield from self._run_layer(running, layer, on_layer)
                         else:
                             yield from self._run_both(running, layer, on_layer, second)
 
     def _run_layer(
-        self,
-        running: _Running,
-        layer: int,
-        on_layer: Callable[[int, Pass], object],
-        replacement: Callable[[int], Source] | None,
+        self, running: _Running, layer: int, on_layer: Callable[[int, Pass], object]
     ) -> Generator[int]:
         self.load(layer)
         on_layer(layer, Pass.FIRST)
-        if replacement is None:
-            running.pass_layer(layer)
-            yield layer
-        else:
-            running.run_module(layer)
-            yield layer
-            free_parameters(self.layers[layer])
-            self.load(layer, replacement(layer))
-            on_layer(layer, Pass.REPLAY)
-            running.pass_layer(layer)
+        running.pass_layer(layer, running.before(layer))
+        yield layer
         self.free(layer)
 
     def _run_both(
@@ -285,7 +271,7 @@ class Pass(Enum):
 
     FIRST = "first"
     REPLAY = "replay"
-    """Once more, with the replaced weights."""
+    """Once more, because it has run by itself before."""
     SECOND = "second"
     """For the second stream, with its own weights."""
 
@@ -343,21 +329,20 @@ class _Running:
         """The calls that are paused before a layer."""
         return [number for number, paused in self.waiting.items() if paused == layer]
 
-    def pass_layer(self, layer: int, calls: Iterable[int] | None = None) -> None:
-        """Let every call that is paused before a layer continue to its next pause, one by one; or
-        only some calls."""
-        for number in self.before(layer) if calls is None else calls:
+    def pass_layer(self, layer: int, calls: Iterable[int]) -> None:
+        """Let calls that are paused before a layer continue to their next pause, one by one."""
+        for number in calls:
             del self.waiting[number]
             self.store.fetch(number)
             self.inputs.pop(number, None)
             self._switch(number)
 
-    def run_module(self, layer: int, calls: Iterable[int] | None = None) -> None:
-        """Run a layer's module on copies of the arguments of all calls that pause before it; or
-        only of some. It may end early, by `EnoughError`."""
-        for number in self.before(layer) if calls is None else calls:
-            self.on_resume(number)
+    def run_module(self, layer: int, calls: Iterable[int]) -> None:
+        """Run a layer's module on copies of the arguments of calls that pause before it. It may end
+        early, by `EnoughError`."""
+        for number in calls:
             self.store.fetch(number)
+            self.on_resume(number)
             args, kwargs = copied(self.inputs[number])
             self.runs_module = True
             try:
