@@ -91,14 +91,18 @@ class OpenedModel:
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
+        towers: bool = True,
     ) -> None:
-        """Build the model; a tensor without a place in it is a `ModelError`."""
+        """Build the model; a tensor without a place in it is a `ModelError`.
+
+        `towers`: also for vision and audio, which text does not need.
+        """
         self.source = source
         self.inventory: Inventory = take_inventory(source)
         _check_known(source, self.inventory)
         for note in agreement_notes(source, self.inventory):
             warnings.warn(f"{source.folder}: {note}", stacklevel=2)
-        self.streamed = StreamedModel(source, device=device, dtype=dtype, towers=True)
+        self.streamed = StreamedModel(source, device=device, dtype=dtype, towers=towers)
         self.model = self.streamed.model
         _take_generation_config(self.model, source.folder)
 

@@ -189,6 +189,42 @@ class DecodedEntry(_Entry):
     tensors: Count
 
 
+class EvaluationEntry(_Entry):
+    """The checkpoint beside its source on a text, as `fourfold eval --record` measured it.
+
+    KL in nats a token; shares from 0 to 1.
+    """
+
+    source: str
+    """The name of its folder, or on the hub."""
+    text: str
+    """The name of the file or dataset."""
+    text_digest: str
+    """SHA-256 of the token ids."""
+    windows: Count
+    length: Count
+    """Tokens of a window."""
+    compared: Count
+    """How many of the source's likeliest tokens were compared one by one at each position."""
+    vocabulary: Count
+    rest: float
+    """The mean probability of all other tokens, which were compared as one."""
+    source_perplexity: float
+    simulated: bool
+    """True if the inputs of linear layers were rounded."""
+    kv_cache: str | None
+    """The format that keys and values were rounded to."""
+    kl: float
+    kl_interval: tuple[float, float] | None
+    """95 %, by a bootstrap over windows; None for a single window."""
+    kl_median: float
+    kl_p90: float
+    kl_p99: float
+    top1: float
+    top5: float
+    perplexity: float
+
+
 class QuantSummary(_Entry):
     """The contents of `quant_summary.json`, its keys in the order in which they are written."""
 
@@ -207,6 +243,8 @@ class QuantSummary(_Entry):
     non_finite: tuple[NonFiniteEntry, ...] = ()
     decoded_from: tuple[DecodedEntry, ...] = ()
     """These three are written only if there are any."""
+    evaluation: EvaluationEntry | None = None
+    """Written by `fourfold eval --record`."""
     files: tuple[str, ...] = ()
     """Every file of the checkpoint."""
     shards: tuple[ShardEntry, ...] = ()
