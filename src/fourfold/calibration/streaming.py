@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
 from enum import Enum
@@ -49,7 +49,7 @@ from fourfold.calibration.saved_activations import SavedActivations
 from fourfold.calibration.stream import EnoughError
 from fourfold.distributed.machine import cache_few_kernels, give_back_memory
 from fourfold.errors import ModelError
-from fourfold.models.internals import Conversion, LazyTensor, build_model, load_tensors
+from fourfold.models.internals import LazyTensor, build_model, load_tensors
 from fourfold.models.module_tree import ModuleTree, describe
 from fourfold.models.roles import TOWER
 from fourfold.models.ties import tie
@@ -91,6 +91,7 @@ class StreamedModel:
         dtype: torch.dtype | None = None,
         towers: bool = False,
         head: bool = True,
+        late_head: bool = False,
     ) -> None:
         """Build the model without its weights.
 
@@ -101,6 +102,8 @@ class StreamedModel:
             towers: Whether to load vision and audio towers, which text does not need.
             head: Whether calls need the output embeddings. If not, they are not loaded; if they
                 are tied to the input embeddings, they are freed with those.
+            late_head: Whether to load the output embeddings with the last layer instead of the
+                first tensors, for calls that pass the layers once. Tied ones are there anyway.
         """
         cache_few_kernels()
         self.held = CachedTensors(source)
@@ -112,8 +115,9 @@ class StreamedModel:
         _move_buffers(self.model, self.device)
         self.tree: ModuleTree = describe(self.model)
         self.layers = tuple(self.model.get_submodule(path) for path in self.tree.layers)
-        skipped = () if head or self.tree.tied else self.tree.heads
-        self._keys = _keys_of_units(self.tree, self.tree.conversion, source, towers, skipped)
+        heads = () if self.tree.tied else self.tree.heads
+        skipped, late = () if head else heads, heads if late_head else ()
+        self._keys = _keys_of_units(self.tree, source, towers, skipped, late)
 
     def keys_of(self, layer: int | None) -> Sequence[str]:
         """Return the raw tensors of a layer; None: those of the non-layer tensors."""
@@ -485,15 +489,25 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
 
 
 def _keys_of_units(
-    tree: ModuleTree, conversion: Conversion, source: Source, towers: bool, skipped: Iterable[str]
+    tree: ModuleTree,
+    source: Source,
+    towers: bool,
+    skipped: Collection[str],
+    late: Collection[str],
 ) -> Mapping[int | None, Sequence[str]]:
-    """Raw keys by the decoder layer that they are loaded with; None for the non-layer tensors."""
+    """Raw keys by the decoder layer that they are loaded with; None for the non-layer tensors.
+
+    Modules that are `skipped` are left out; those that are `late` come with the last layer.
+    """
     units: dict[int | None, list[str]] = defaultdict(list)
     for key in source.tensors:
-        target = conversion.place(key).target
-        if target is None or target.rpartition(".")[0] in skipped:
+        target = tree.conversion.place(key).target
+        module = "" if target is None else target.rpartition(".")[0]
+        if target is None or module in skipped:
             continue
-        if towers or not TOWER.search(target):
+        if module in late and tree.layers:
+            units[len(tree.layers) - 1].append(key)
+        elif towers or not TOWER.search(target):
             units[_layer_of(target, tree.layers)].append(key)
     return units
 

@@ -11,7 +11,6 @@ compared with the source before a weight is read.
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -21,6 +20,8 @@ from pathlib import Path
 
 import torch
 
+from fourfold.calibration.encoding import Encoder
+from fourfold.calibration.padding import pad_ids
 from fourfold.config import EvaluationConfig
 from fourfold.errors import UsageError
 from fourfold.evaluation.evaluated import Evaluation, ModelFigures
@@ -94,7 +95,7 @@ def evaluate(
     with ExitStack() as stack:
         opening = partial(_opened, source, tree, simulate_activations, trust_remote_code)
         candidates = [stack.enter_context(opening(out)) for out in outs]
-        windows = read_windows(config, source, tree)
+        windows = read_windows(config, _encoder(source, tree), tree.max_positions)
         kept = min(config.top, tree.vocab_size)
         options = {"kept": kept, "dtype": dtype, "device": torch.device(device).type}
         identity = identity_of(source, windows, **options) if config.cache else None
@@ -126,6 +127,11 @@ def evaluate(
             from_cache=from_cache,
             seconds=time.perf_counter() - begun,
         )
+
+
+def _encoder(source: Source, tree: ModuleTree) -> Encoder:
+    trusted, pads = source.trust_remote_code, pad_ids(source.config)
+    return Encoder(source.folder, tree.vocab_size, trusted, source.tokenizer_hint, pads)
 
 
 @contextmanager
@@ -181,9 +187,8 @@ def _reference(
             return reference, True
         predictor.models += 1
         with writing_reference(file, windows, kept) as writer:
-            model = OpenedModel(source, dtype=DTYPE, device=predictor.device, towers=False)
+            model = OpenedModel(source, dtype=DTYPE, device=predictor.device, reads_text_once=True)
             predictor.run("source", model, writer.add)
-        gc.collect()
     return Reference(file), False
 
 
@@ -191,7 +196,7 @@ def _measure(candidate: _Candidate, reference: Reference, predictor: Predictor) 
     """Run a checkpoint on all windows."""
     checkpoint, measured = candidate.checkpoint, Measured()
     kv_cache: KVFormat | None = None
-    opened = OpenedModel(checkpoint, dtype=DTYPE, device=predictor.device, towers=False)
+    opened = OpenedModel(checkpoint, dtype=DTYPE, device=predictor.device, reads_text_once=True)
     with ExitStack() as stack:
         if candidate.simulates:
             simulation = stack.enter_context(opened.simulate_activations(checkpoint))
@@ -203,7 +208,6 @@ def _measure(candidate: _Candidate, reference: Reference, predictor: Predictor) 
             measured.add(candidate.name, window, reference[window], logits_WV, tokens_W)
 
         predictor.run(checkpoint.folder.name, opened, measure)
-    gc.collect()
     rounds_inputs = candidate.simulates and bool(checkpoint.input_roundings)
     return _Outcome(candidate.name, measured, rounds_inputs, kv_cache)
 

@@ -17,13 +17,10 @@ from torch import Tensor
 
 from fourfold.calibration.data import pack
 from fourfold.calibration.encoding import Encoder
-from fourfold.calibration.padding import pad_ids
 from fourfold.calibration.readers import Corpus, open_corpora
 from fourfold.config import EvaluationConfig
 from fourfold.errors import CalibrationError, UsageError
-from fourfold.models.module_tree import ModuleTree
 from fourfold.storage.names import storable
-from fourfold.storage.source import Source
 
 DEFAULT_LENGTH = 2048
 DEFAULT_WINDOWS = 32
@@ -49,14 +46,21 @@ class Windows:
         return hashlib.sha256(shape + self.ids_NW.numpy().astype("<i8").tobytes()).hexdigest()
 
 
-def read_windows(config: EvaluationConfig, source: Source, tree: ModuleTree) -> Windows:
-    """Read the text with the tokenizer of `source`, whose module tree is `tree`.
+def read_windows(
+    config: EvaluationConfig, encoder: Encoder, max_positions: int | None = None
+) -> Windows:
+    """Read the text that `config` names.
+
+    Args:
+        config: The text, and how many windows of which length.
+        encoder: Of the model that the text is for.
+        max_positions: The longest sequence that the model takes; None if it has no limit.
 
     Raises:
         CalibrationError: The text cannot be read, does not fit the model, or is too short.
         UsageError: A window would be longer than the model takes, or no window is asked for.
     """
-    length = _length(config, tree.max_positions)
+    length = _length(config, max_positions)
     count = config.windows
     if config.tokens is not None:
         count = config.tokens // length
@@ -66,9 +70,6 @@ def read_windows(config: EvaluationConfig, source: Source, tree: ModuleTree) -> 
                 "`length`."
             )
     needed = length * (count or DEFAULT_WINDOWS)
-    pads = pad_ids(source.config)
-    trusted, hint = source.trust_remote_code, source.tokenizer_hint
-    encoder = Encoder(source.folder, tree.vocab_size, trusted, hint, pads)
     [corpus] = open_corpora([str(config.text)], needed * LONGEST_TOKEN)
     documents = list(_documents(corpus, encoder, needed))
     windows = pack(documents, length, encoder.first)[: count or DEFAULT_WINDOWS]
