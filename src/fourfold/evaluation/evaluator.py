@@ -40,7 +40,6 @@ from fourfold.evaluation.reference import (
     default_folder,
     find_reference,
     identity_of,
-    locked,
     writing_reference,
 )
 from fourfold.evaluation.simulated_activations import check_rounded, is_rounded
@@ -181,14 +180,13 @@ def _reference(
     source: Source, windows: Windows, kept: int, file: Path, predictor: Predictor
 ) -> tuple[Reference, bool]:
     """Return the source's predictions, and True if they were in the cache."""
-    with locked(file):
-        reference = find_reference(file, windows, kept)
-        if reference is not None:
-            return reference, True
-        predictor.models += 1
-        with writing_reference(file, windows, kept) as writer:
-            model = OpenedModel(source, dtype=DTYPE, device=predictor.device, reads_text_once=True)
-            predictor.run("source", model, writer.add)
+    reference = find_reference(file, windows, kept)
+    if reference is not None:
+        return reference, True
+    predictor.models += 1
+    with writing_reference(file, windows, kept) as writer:
+        model = OpenedModel(source, dtype=DTYPE, device=predictor.device, reads_text_once=True)
+        predictor.run("source", model, writer.add)
     return Reference(file), False
 
 

@@ -26,17 +26,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fourfold.errors import ModelError
 from fourfold.evaluation.windows import Windows
-from fourfold.storage.atomic import partial_of
 from fourfold.storage.disk import check_disk, writing
 from fourfold.storage.safetensors_header import TORCH_DTYPES, nbytes_of
 from fourfold.storage.shard_file import ShardFile
 from fourfold.storage.source import Source
+from fourfold.storage.temporary import TemporaryFolder
 
 VERSION = 1
 """Raised when the file's contents mean something else."""
@@ -120,15 +119,19 @@ class ReferenceWriter:
     """Writes the predictions of the source into a file, window by window."""
 
     def __init__(self, file: Path, windows: Windows, kept: int) -> None:
-        """Create the file under a temporary name; `finish` gives it its own.
+        """Create the file in a temporary folder beside its place, where `finish` puts it.
 
         Raises:
             ResourceError: The disk has no room for it.
+            OutputError: The folder cannot be written.
         """
         self.file, self.ids_NW = file, windows.ids_NW
         self.specs = _specs(windows.ids_NW.shape, kept)
         check_disk(file.parent, sum(nbytes_of(*spec) for spec in self.specs.values()))
-        self._shard = ShardFile(file, self.specs)
+        with writing(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self._folder = TemporaryFolder(file.parent)
+        self._shard = ShardFile(self._folder.path / file.name, self.specs)
 
     def add(self, window: int, logits_WV: Tensor) -> None:
         """Write what the source predicts for a window."""
@@ -143,13 +146,15 @@ class ReferenceWriter:
             self._shard.write(name, tensor.contiguous().numpy(), window * row)
 
     def finish(self) -> None:
-        """Give the file its name."""
+        """Put the file, which is whole, into its place."""
         self._shard.finish()
+        with writing(self.file):
+            self._shard.path.replace(self.file)
 
     def close(self) -> None:
-        """Remove the file if it is not finished."""
+        """Remove what is not finished."""
         self._shard.close()
-        partial_of(self.file).unlink(missing_ok=True)
+        self._folder.remove()
 
 
 def check_finite(model: str, window: int, logits_WV: Tensor) -> None:
@@ -195,19 +200,6 @@ def find_reference(file: Path, windows: Windows, kept: int) -> Reference | None:
     specs = _specs(windows.ids_NW.shape, kept)
     is_whole = reference.shapes == {name: shape for name, (_, shape) in specs.items()}
     return reference if is_whole else None
-
-
-@contextmanager
-def locked(file: Path) -> Iterator[None]:
-    """Let one process at a time look for, and write, the predictions of a source."""
-    with writing(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(file.with_suffix(".lock"))
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @contextmanager
