@@ -4,6 +4,7 @@ every kind, and refuses what it cannot compare before a model runs."""
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shutil
@@ -128,6 +129,20 @@ def test_a_source_that_is_open(outputs: Pair, cache: Path, tmp_path: Path) -> No
         assert found.models[0].kl == named.models[0].kl
         assert (found.cache is None) is (source.model is not None)
         source.close()
+
+
+def test_what_cannot_be_simulated_is_a_warning(written: Written, tmp_path: Path) -> None:
+    source, out, data = written("deepseek_v3")[0], tmp_path / "out", tmp_path / "ids.jsonl"
+    data.write_text(json.dumps({"input_ids": [*range(3, 67)]}))
+    calibration = fourfold.CalibrationConfig(data, calib_size=2, calib_seq=32)
+    recipe = "nvfp4_experts_only_mse-fp8_cast_kv"
+    fourfold.quantize(source, out, recipe, calibration=calibration)
+    options = fourfold.EvaluationConfig(data, length=32, cache=tmp_path / "cache")
+    with pytest.warns(fourfold.FourfoldWarning, match="the latent cache of MLA is not simulated"):
+        found = fourfold.evaluate(source, out, options)
+    assert found.models[0].simulated
+    assert found.models[0].kv_cache is None
+    assert found.windows == 2
 
 
 # --- what is refused, before a model runs -------------------------------------------------

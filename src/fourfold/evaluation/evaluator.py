@@ -12,6 +12,7 @@ compared with the source before a weight is read.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ from fourfold.evaluation.reference import (
 )
 from fourfold.evaluation.simulated_activations import check_rounded, is_rounded
 from fourfold.evaluation.windows import Windows, read_windows
-from fourfold.events import OnEvent, ignore
+from fourfold.events import OnEvent, WarningIssued, ignore
 from fourfold.formats.kv_cache import KVFormat
 from fourfold.models.module_tree import ModuleTree, build_tree
 from fourfold.sources.decoded import DecodedSource, open_decoded
@@ -185,8 +186,7 @@ def _reference(
         return reference, True
     predictor.models += 1
     with writing_reference(file, windows, kept) as writer:
-        model = OpenedModel(source, dtype=DTYPE, device=predictor.device, reads_text_once=True)
-        predictor.run("source", model, writer.add)
+        predictor.run("source", _model(source, predictor), writer.add)
     return Reference(file), False
 
 
@@ -194,10 +194,11 @@ def _measure(candidate: _Candidate, reference: Reference, predictor: Predictor) 
     """Run a checkpoint on all windows."""
     checkpoint, measured = candidate.checkpoint, Measured()
     kv_cache: KVFormat | None = None
-    opened = OpenedModel(checkpoint, dtype=DTYPE, device=predictor.device, reads_text_once=True)
+    opened = _model(checkpoint, predictor)
     with ExitStack() as stack:
         if candidate.simulates:
-            simulation = stack.enter_context(opened.simulate_activations(checkpoint))
+            with _as_events(predictor.on_event):
+                simulation = stack.enter_context(opened.simulate_activations(checkpoint))
             if (states := simulation.sites.kv_cache) is not None:
                 kv_cache = states.format
 
@@ -208,6 +209,21 @@ def _measure(candidate: _Candidate, reference: Reference, predictor: Predictor) 
         predictor.run(checkpoint.folder.name, opened, measure)
     rounds_inputs = candidate.simulates and bool(checkpoint.input_roundings)
     return _Outcome(candidate.name, measured, rounds_inputs, kv_cache)
+
+
+def _model(source: Source, predictor: Predictor) -> OpenedModel:
+    with _as_events(predictor.on_event):
+        return OpenedModel(source, dtype=DTYPE, device=predictor.device, reads_text_once=True)
+
+
+@contextmanager
+def _as_events(on_event: OnEvent) -> Iterator[None]:
+    """Issue Python's warnings as events, which the command shows as it shows its own."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for warning in caught:
+        on_event(WarningIssued(str(warning.message)))
 
 
 def _figures(outcome: _Outcome, first_N: Floats | None) -> ModelFigures:
