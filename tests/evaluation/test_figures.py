@@ -22,7 +22,7 @@ from fourfold.evaluation.figures import (
     perplexity,
     ratio_interval,
 )
-from fourfold.evaluation.reference import ELEMENTS, predict
+from fourfold.evaluation.reference import ELEMENTS, Prediction, predict
 
 W, V = 40, 57
 
@@ -38,6 +38,10 @@ def near(theirs: Tensor, noise: float, seed: int = 9) -> Tensor:
 TOKENS = torch.randint(0, V, (W,), generator=torch.Generator().manual_seed(5))
 
 
+def predicted(logits_WV: Tensor, ids_WK: Tensor | None = None, top: int = V) -> Prediction:
+    return predict("source", 0, logits_WV, TOKENS, ids_WK, top)
+
+
 def plain_kl(logits_p: Tensor, logits_q: Tensor) -> Tensor:
     logp, logq = (torch.log_softmax(x.double(), -1) for x in (logits_p, logits_q))
     return (logp.exp() * (logp - logq)).sum(-1)
@@ -45,7 +49,7 @@ def plain_kl(logits_p: Tensor, logits_q: Tensor) -> Tensor:
 
 def measured(logits_p: Tensor, logits_q: Tensor, top: int = V) -> Measured:
     result = Measured()
-    result.add("OUT", 0, predict(logits_p, TOKENS, None, top), logits_q, TOKENS)
+    result.add("OUT", 0, predicted(logits_p, top=top), logits_q, TOKENS)
     return result
 
 
@@ -67,8 +71,8 @@ def test_the_likeliest_tokens_give_a_lower_bound(top: int, seed: int, noise: flo
     """It misses the divergence among the others, times their probability, and nothing else."""
     p = logits(seed)
     q = near(p, noise)
-    kept = predict(p, TOKENS, None, top)
-    bound = divergence(kept, predict(q, TOKENS, kept.ids_WK, 0))
+    kept = predicted(p, top=top)
+    bound = divergence(kept, predicted(q, kept.ids_WK))
     is_kept = torch.zeros(W, V, dtype=torch.bool).scatter(1, kept.ids_WK.long(), True)
     hidden = torch.tensor(-math.inf)
     among = plain_kl_of_others(p.where(~is_kept, hidden), q.where(~is_kept, hidden))
@@ -103,21 +107,26 @@ def test_perplexity_is_that_of_cross_entropy() -> None:
 def test_a_large_vocabulary_is_taken_in_pieces() -> None:
     """Of 9 million tokens, a row at a time."""
     wide = torch.randn(3, ELEMENTS // 2 + 1, generator=torch.Generator().manual_seed(0))
-    together = predict(wide, torch.tensor([4, 5, 6]), None, 5)
+    together = predict("source", 0, wide, torch.tensor([4, 5, 6]), None, 5)
     for number, row in enumerate(wide):
-        alone = predict(row[None].repeat(2, 1), torch.tensor([4, 5 + number]), None, 5)
+        twice, tokens = row[None].repeat(2, 1), torch.tensor([4, 5 + number])
+        alone = predict("source", 0, twice, tokens, None, 5)
         assert together.ids_WK[number].tolist() == row.topk(5).indices.tolist()
         assert torch.equal(together.log_probs_WK[number], alone.log_probs_WK[0])
         assert torch.equal(together.rest_W[number], alone.rest_W[0])
         assert float(together.nll_W[number]) == (float(alone.nll_W[0]) if number < 2 else 0.0)
 
 
+@pytest.mark.parametrize("top", [V, 5])
+@pytest.mark.parametrize("token", [0, 7, V - 1])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_logits_that_are_not_finite_are_an_error(value: float) -> None:
+def test_logits_that_are_not_finite_are_an_error(value: float, token: int, top: int) -> None:
     q = logits(1)
-    q[3, 7] = value
+    q[3, token] = value
     with pytest.raises(ModelError, match="OUT: predicts NaN or Inf in window 0"):
-        measured(logits(1), q)
+        measured(logits(1), q, top)
+    with pytest.raises(ModelError, match="source: predicts NaN or Inf in window 0"):
+        predicted(q, top=top)
 
 
 def test_tokens_that_no_model_predicts_do_not_matter() -> None:

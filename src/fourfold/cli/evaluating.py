@@ -100,7 +100,7 @@ def evaluate(
     log_file: LogFile = None,
     as_json: Json = False,
 ) -> None:
-    """Measure OUT beside the model that it was made from: KL, agreement, perplexity.
+    """Measure OUT beside its source: KL, agreement, perplexity.
 
     Models run layer by layer, so none of them has to fit into memory.
     """

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from fourfold.errors import ModelError
-from fourfold.evaluation.reference import Prediction, check_finite, predict
+from fourfold.evaluation.reference import Prediction, predict
 
 Floats = npt.NDArray[np.float64]
 Interval = tuple[float, float]
@@ -70,8 +70,7 @@ class Measured:
         Raises:
             ModelError: They are not finite, or rule out a token that the source expects.
         """
-        check_finite(name, window, logits_WV)
-        model = predict(logits_WV, tokens_W, reference.ids_WK, 0)
+        model = predict(name, window, logits_WV, tokens_W, reference.ids_WK)
         kl_W = divergence(reference, model)
         if not bool(torch.isfinite(kl_W).all()):
             raise ModelError(

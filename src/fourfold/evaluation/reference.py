@@ -58,8 +58,26 @@ class Prediction:
     """float32: −ln P of the token that follows; 0 at the last position, which none follows."""
 
 
-def predict(logits_WV: Tensor, tokens_W: Tensor, ids_WK: Tensor | None, top: int) -> Prediction:
-    """Return what logits say of the tokens in `ids_WK`; None for their own `top` likeliest."""
+def predict(
+    model: str,
+    window: int,
+    logits_WV: Tensor,
+    tokens_W: Tensor,
+    ids_WK: Tensor | None,
+    top: int = 0,
+) -> Prediction:
+    """Return what a model's logits for a window say of the tokens in `ids_WK`.
+
+    Args:
+        model, window: For messages.
+        logits_WV: The logits.
+        tokens_W: The tokens of the window.
+        ids_WK: The tokens to look at; None for the `top` likeliest ones.
+        top: How many that are.
+
+    Raises:
+        ModelError: The logits hold NaN or Inf. −Inf marks tokens that a model never predicts.
+    """
     following_W = torch.cat([tokens_W[1:], tokens_W[-1:]]).to(logits_WV.device)
     rows = max(1, ELEMENTS // logits_WV.shape[-1])
     parts = []
@@ -69,10 +87,16 @@ def predict(logits_WV: Tensor, tokens_W: Tensor, ids_WK: Tensor | None, top: int
             ids_RK = logp_RV.topk(min(top, logp_RV.shape[-1])).indices
         else:
             ids_RK = ids_WK[start : start + rows].long().to(logits_WV.device)
-        rest_R = logp_RV.exp().scatter(-1, ids_RK, 0.0).sum(-1)
         nll_R = -logp_RV.gather(-1, following_W[start : start + rows, None])[:, 0]
-        parts.append((ids_RK.int(), logp_RV.gather(-1, ids_RK), rest_R, nll_R))
+        logp_RK = logp_RV.gather(-1, ids_RK)
+        rest_R = logp_RV.exp_().scatter_(-1, ids_RK, 0.0).sum(-1)
+        parts.append((ids_RK.int(), logp_RK, rest_R, nll_R))
     ids_WK, log_probs_WK, rest_W, nll_W = (torch.cat(x).cpu() for x in zip(*parts, strict=True))
+    if bool(torch.isnan(log_probs_WK).any() | torch.isnan(rest_W).any()):  # of any logit in a row
+        raise ModelError(
+            f"{model}: predicts NaN or Inf in window {window}. `fourfold verify` and `fourfold "
+            "inspect` name weights and scales that are not finite."
+        )
     nll_W[-1] = 0.0
     return Prediction(ids_WK, log_probs_WK, rest_W, nll_W)
 
@@ -136,8 +160,7 @@ class ReferenceWriter:
     def add(self, window: int, logits_WV: Tensor) -> None:
         """Write what the source predicts for a window."""
         kept = self.specs["ids"][1][-1]
-        check_finite("the source", window, logits_WV)
-        prediction = predict(logits_WV, self.ids_NW[window], None, kept)
+        prediction = predict("the source", window, logits_WV, self.ids_NW[window], None, kept)
         for (name, (dtype, shape)), tensor in zip(
             self.specs.items(), vars(prediction).values(), strict=True
         ):
@@ -155,15 +178,6 @@ class ReferenceWriter:
         """Remove what is not finished."""
         self._shard.close()
         self._folder.remove()
-
-
-def check_finite(model: str, window: int, logits_WV: Tensor) -> None:
-    """Raise `ModelError` for NaN and Inf; −Inf marks tokens that a model never predicts."""
-    if bool(torch.isnan(logits_WV).any()) or bool(torch.isposinf(logits_WV).any()):
-        raise ModelError(
-            f"{model}: predicts NaN or Inf in window {window}. `fourfold verify` and `fourfold "
-            "inspect` name weights and scales that are not finite."
-        )
 
 
 # --- the cache ----------------------------------------------------------------------------
