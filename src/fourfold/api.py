@@ -440,6 +440,11 @@ def evaluate(
     """
     if isinstance(text, EvaluationConfig):
         config = text
+        if (length, windows, cache) != (None, None, True):
+            raise UsageError(
+                "`length`, `windows` and `cache` have no effect beside an EvaluationConfig. Give "
+                "them to it."
+            )
     else:
         config = EvaluationConfig(text, length, windows, cache=cache)
     wanted = "a quantized checkpoint's folder, or a list of them"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import fourfold
 from fourfold.embedded import model_dir
-from fourfold.errors import OutputError
+from fourfold.errors import OutputError, SourceError
 from fourfold.evaluation.evaluated import Evaluation
 from fourfold.evaluation.reference import default_folder
 
@@ -126,6 +126,14 @@ def test_a_run_that_fails_leaves_no_file(outputs: Pair, tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         fourfold.evaluate(source, outputs[0], options, on_event=stop)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_predictions_of_a_source_that_changes_are_not_kept(outputs: Pair, tmp_path: Path) -> None:
+    source = shutil.copytree(model_dir(), tmp_path / "source")
+    options = options_for(tmp_path / "cache")
+    with pytest.raises(SourceError, match="changed while it was read"):
+        fourfold.evaluate(source, outputs[0], options, on_event=lambda _: touch(source))
     assert list((tmp_path / "cache").iterdir()) == []
 
 

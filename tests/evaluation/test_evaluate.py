@@ -172,6 +172,8 @@ def test_no_checkpoint(outputs: Pair, tmp_path: Path) -> None:
     check_refused(SourceError, "nowhere: no such folder", source, tmp_path / "nowhere")
     check_refused(SourceError, "holds no quantized weights that can be", source, model_dir())
     check_refused(UsageError, "`outs` is empty", source)
+    with pytest.raises(UsageError, match="have no effect beside an EvaluationConfig"):
+        fourfold.evaluate(source, outputs[0], options_for(tmp_path), windows=3)
     with pytest.raises(UsageError, match=re.escape("`outs=7`: give a quantized checkpoint's")):
         fourfold.evaluate(source, 7, "text.txt")  # type: ignore[arg-type]
     with pytest.raises(SourceError, match="nowhere: no such folder"):

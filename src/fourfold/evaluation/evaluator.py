@@ -97,8 +97,9 @@ def evaluate(
         candidates = [stack.enter_context(opening(out)) for out in outs]
         windows = read_windows(config, _encoder(source, tree), tree.max_positions)
         kept = min(config.top, tree.vocab_size)
+        keeps = config.cache is not False
         options = {"kept": kept, "dtype": dtype, "device": torch.device(device).type}
-        identity = identity_of(source, windows, **options) if config.cache else None
+        identity = identity_of(source, windows, **options) if keeps else None
         folder = stack.enter_context(_folder(config, is_kept=identity is not None))
         file = folder / f"{identity or 'source'}.safetensors"
         memory = config.activation_memory
@@ -114,10 +115,8 @@ def evaluate(
             length=windows.ids_NW.shape[1],
             compared=kept,
             vocabulary=tree.vocab_size,
-            rest=mean([float(reference[n].rest_W.double().mean()) for n in range(len(reference))]),
-            perplexity=perplexity(
-                [float(reference[n].nll_W[:-1].double().mean()) for n in range(len(reference))]
-            ),
+            rest=float(reference.rest_NW.double().mean()),
+            perplexity=perplexity(reference.nll_NW[:, :-1].double().mean(-1).tolist()),
             models=tuple(
                 _figures(outcome, first if number else None)
                 for number, outcome in enumerate(outcomes)
@@ -187,6 +186,7 @@ def _reference(
     predictor.models += 1
     with writing_reference(file, windows, kept) as writer:
         predictor.run("source", _model(source, predictor), writer.add)
+        source.check_unchanged()
     return Reference(file), False
 
 

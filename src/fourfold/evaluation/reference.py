@@ -114,8 +114,17 @@ class Reference:
         """The predictions for a window."""
         return Prediction(*(self._slices[name][window] for name in self._slices))
 
-    def __len__(self) -> int:
-        return int(self._slices["nll"].get_shape()[0])
+    @property
+    def rest_NW(self) -> Tensor:
+        """`Prediction.rest_W` of all windows."""
+        rest: Tensor = self._slices["rest"][:]
+        return rest
+
+    @property
+    def nll_NW(self) -> Tensor:
+        """`Prediction.nll_W` of all windows."""
+        nll: Tensor = self._slices["nll"][:]
+        return nll
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
