@@ -7,6 +7,7 @@ there: `fourfold.load` runs it, with inputs rounded for W4A4, and plain hooks su
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from families import FAMILIES, Truth, quiet, read_back
 from fourfold.algorithms import ALGORITHMS, Figures, Weight
 from fourfold.algorithms.gptq_joint import GPTQJoint
 from fourfold.calibration.data import load_calibration
-from fourfold.calibration.sequential import stages_of
+from fourfold.calibration.sequential import confirmed_part, stages_of
 from fourfold.errors import FourfoldError, RecipeError, UsageError
 from fourfold.formats.base import FORMATS, WeightFormat
 from fourfold.models.inventory import LinearWeight
@@ -29,6 +30,7 @@ from fourfold.planning import make_plan
 from fourfold.planning.rows import observed_site
 from fourfold.recipes import Recipe
 from fourfold.sources.opening import open_model
+from fourfold.statistics import STATISTICS, Site
 from jobs import assert_same, flat, ids_file, start
 
 Written = Callable[[str], tuple[Path, Truth]]
@@ -40,6 +42,7 @@ calibration: {{propagate: quantized, asymmetric: {asymmetric}}}
 quantize_if_present: [experts, shared_experts, mlp, attention, linear_attention]
 """
 W4A4 = "{format: nvfp4}"
+STATISTIC: Any = STATISTICS["second_moment"]
 
 
 @dataclass(frozen=True)
@@ -253,3 +256,67 @@ def test_saved_statistics_are_refused(written: Written, tmp_path: Path) -> None:
             "nvfp4_experts_only_best",
             **flat(statistics=first.out / "calibration.safetensors"),
         )
+
+
+def test_the_part_that_held_out_batches_confirm(written: Written, tmp_path: Path) -> None:
+    """It is written for each weight: 0 where no input can have moved, and a resumed run has it."""
+    model, options = written("qwen3_moe")[0], options_of(tmp_path)
+    recipe = recipe_in(tmp_path, activations=W4A4, asymmetric="auto")
+    result = fourfold.quantize(model, tmp_path / "out", recipe, **options)
+    assert result.clean, result.report
+    parts = {entry.name: entry.asymmetric for entry in result.linears}
+    assert set(parts.values()) <= {0.0, 0.25, 0.5, 1.0}
+    summary = json.loads((tmp_path / "out" / "quant_summary.json").read_text())
+    assert {entry["name"]: entry["asymmetric"] for entry in summary["linears"]} == parts
+    by_site: dict[str, set[float | None]] = {}
+    for linear in result.plan.linears:
+        by_site.setdefault(observed_site(linear), set()).add(parts[linear.name])
+    assert all(len(of_site) == 1 for of_site in by_site.values())
+
+
+def moments(x: Tensor, moved: Tensor) -> dict[str, Tensor]:
+    state = STATISTIC.new(site := Site("a site", x.shape[1])) | STATISTIC.new_cross(site)
+    STATISTIC.update(state, x, None)
+    STATISTIC.update_cross(state, x, moved, None)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("confirmed", "part"), [(1.02, 1.0), (0.9, 0.5), (0.3, 0.25), (0.2, 0.0), (-1.0, 0.0)]
+)
+def test_the_part_is_what_the_prediction_is_worth(confirmed: float, part: float) -> None:
+    """On held-out rows the change is `confirmed` times what it was on the others."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4096, 32, generator=generator)
+    change = torch.randn(32, 32, generator=generator) / 50
+    train = moments(x, x @ change)
+    # The ridge takes 1/1.05 of the prediction, so the best part is 1.05 times as large.
+    held_out = moments(x, confirmed / 1.05 * (x @ change))
+    assert confirmed_part(["second_moment"], train, held_out) == part
+
+
+def test_inputs_that_do_not_move_have_no_part() -> None:
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    still = moments(x, torch.zeros_like(x))
+    assert confirmed_part(["second_moment"], still, still) == 0
+    nothing = moments(x[:0], x[:0])
+    assert confirmed_part(["second_moment"], nothing, nothing) == 0
+
+
+def test_a_weight_keeps_most_of_itself() -> None:
+    """Inputs of rank 1 leave all but one direction to chance; damping keeps codes near there."""
+    generator = torch.Generator().manual_seed(0)
+    w_OI = torch.randn(32, 128, generator=generator)
+    x = torch.randn(8, 1, generator=generator) @ torch.randn(1, 128, generator=generator)
+    state = STATISTIC.new(Site("a site", 128))
+    STATISTIC.update(state, x, None)
+    fmt = FORMATS["nvfp4"]
+    out = {
+        part: torch.empty(32, nbytes // 32, dtype=torch.uint8)
+        for part, nbytes in {"codes": 32 * 64, "block_scale": 32 * 8}.items()
+    }
+    weight = Weight("a weight", w_OI, out, STATISTIC.finish(state))
+    for damping in (0.0001, 0.01):
+        _, (figures,) = GPTQJoint(damping=damping, descent=1).quantize([weight], fmt)
+        assert figures.relative_error <= 0.3
+        assert figures.damping is None or figures.damping > damping

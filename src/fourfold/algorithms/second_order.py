@@ -86,6 +86,8 @@ class SecondOrder(Algorithm):
             attempt = replace(attempt, damping=max(10 * attempt.damping, 0.01))
             plain = [replace(weight, asymmetric=0.0) for weight in weights]
             group_scale, figures = attempt._quantize(plain, fmt)
+            for of_weight in figures:
+                of_weight.damping = attempt.damping
         return group_scale, figures
 
     def _quantize(
@@ -95,7 +97,9 @@ class SecondOrder(Algorithm):
         moments: dict[int, Moment] = {}
         for weight in weights:
             amax = fmt.amax(weight.matrix_OI, name=weight.name)
-            figures.append(Figures(amax))
+            is_known = any(name.endswith(".cross") for name in weight.statistics)
+            asymmetric = weight.asymmetric if is_known else None
+            figures.append(Figures(amax, asymmetric=asymmetric))
             source = weight.statistics.get(OWN, weight.statistics.get(POOLED))
             assert source is not None
             moment = moments.get(source.data_ptr()) or self._moment(weight.statistics)

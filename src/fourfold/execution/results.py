@@ -51,6 +51,10 @@ class LinearResult:
     """The repair of a weight or an input that its format cannot hold; see `repairs`."""
     exact: bool = False
     """True if the weight was cast without loss: the codes are those of the source."""
+    asymmetric: float | None = None
+    """The part of the change of its inputs that it makes up for; None if that is not known."""
+    damping: float | None = None
+    """The damping of its inputs' second moment, where it had to be more than the recipe's."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LinearResult:
@@ -120,6 +124,8 @@ def finish_group(
                 sum_sq_w=of_weight.sum_sq_w,
                 repair=FLOOR_SCALES if linear.name in lost else inputs.repair,
                 exact=exact,
+                asymmetric=of_weight.asymmetric,
+                damping=of_weight.damping,
             )
         )
     return results

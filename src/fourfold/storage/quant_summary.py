@@ -178,6 +178,12 @@ class LinearEntry(_Entry):
     """The weight's dtype in the source."""
     exact: bool = False
     """True if the codes are those of the source, which is quantized. Written only if it is."""
+    asymmetric: float | None = None
+    """The part of the change of its inputs that the weight makes up for. Written only where layers
+    were quantized on what quantized layers compute."""
+    damping: float | None = None
+    """The damping of its inputs' second moment. Written only where it had to be more than the
+    recipe's, because the weight would have lost more than 30 % of itself."""
     raw: RawRegion | None = None
     """The weight's place in the source; None if it was a tensor of its own."""
 
