@@ -60,6 +60,17 @@ def test_the_same_layout_has_the_same_bytes(quantized: Path, tmp_path: Path) -> 
     assert report.clean, str(report)
 
 
+@pytest.mark.parametrize("family", ["dbrx", "granitemoe", "step3p7"])
+def test_experts_that_transformers_knows_stacked_alone(
+    family: str, written: Written, tmp_path: Path
+) -> None:
+    source = written(family)[0]
+    fourfold.quantize(source, tmp_path / "out", RECIPE)
+    fourfold.convert(tmp_path / "out", tmp_path / "other", layout="compressed-tensors")
+    report = fourfold.verify(tmp_path / "other", source=source)
+    assert report.clean, str(report)
+
+
 def test_another_layout_has_the_same_codes(
     written: Written, tmp_path: Path, other_layout: str
 ) -> None:

@@ -15,6 +15,7 @@ from fourfold.models.inventory_builder import take_inventory
 from fourfold.models.peculiarities import peculiarities_of
 from fourfold.models.roles import Role
 from fourfold.sources.claims import kv_cache_format, quantization_entries
+from fourfold.sources.decoded import as_source_was
 from fourfold.sources.relaid import RelaidSource, relaid
 from fourfold.storage.source import Source
 
@@ -41,7 +42,8 @@ def plan_relayout(source: Source, name: str) -> Relayout:
     if name not in LAYOUTS:
         raise UsageError(f"`layout={name}`: no such layout. Give {' or '.join(LAYOUTS)}.")
     layout = LAYOUTS[name]
-    inventory = take_inventory(source)
+    whole = as_source_was(source)
+    inventory = take_inventory(whole)
     attention = [x for x in inventory.linears if x.role is Role.ATTENTION and x.layer is not None]
     view = relaid(source, layout, [linear.name for linear in attention])
     peculiar = peculiarities_of(*inventory.model_types)
@@ -51,14 +53,16 @@ def plan_relayout(source: Source, name: str) -> Relayout:
     if kv_cache is not None and kv_cache not in layout.kv_formats:
         raise PlanError(f"the {name} layout cannot state the {kv_cache} KV cache of the source.")
     _check_fused(inventory, view.group_scales)
-    kept = [raw for key, raw in inventory.tensors.items() if key not in source.decoded]
+    kept = [raw for key, raw in inventory.tensors.items() if key not in whole.decoded]
     ignore = layout.ignore(
         list(view.schemes),
         [raw.stem for raw in kept if raw.is_matrix] + list(inventory.tied_linears),
         peculiar,
     )
+    raw_keys = {f"{linear.name}.weight": linear.region.key for linear in inventory.linears}
+    origins = {key: raw_keys.get(origin, origin) for key, origin in view.origins.items()}
     tensors = {
-        key: replace(inventory.tensors[view.origins[key]], info=info)
+        key: replace(inventory.tensors[origins[key]], info=info)
         for key, info in view.tensors.items()
     }
     contents = CheckpointContents(view.schemes, ignore, kv_cache, peculiar)

@@ -110,6 +110,16 @@ def decoded_to_quantize(stored: Source) -> Source:
     return DecodedSource(stored, claims)
 
 
+def as_source_was(source: Source) -> Source:
+    """Present a decoded checkpoint that fourfold wrote with the fused tensors of its source."""
+    summary = find_summary(source.folder) if isinstance(source, DecodedSource) else None
+    if not isinstance(source, DecodedSource) or summary is None:
+        return source
+    whole = DecodedSource(source.source, claim(source.source), summary=summary)
+    whole.trust_remote_code = source.trust_remote_code
+    return whole
+
+
 class DecodedSource(SourceView):
     """A quantized checkpoint, decoded while it is read. Safe for many threads.
 
