@@ -23,6 +23,8 @@ from fourfold.models.peculiarities import NONE, Peculiarities
 if TYPE_CHECKING:
     import numpy as np
 
+    from fourfold.layouts.stacks import Stack
+
 
 class TensorSpec(NamedTuple):
     """A tensor of a checkpoint: its name, dtype (as safetensors names it) and shape."""
@@ -62,6 +64,8 @@ class Layout(ABC):
     v_scale: ClassVar[str] = "v_scale"
     kv_scale: ClassVar[Spec] = ("F32", ())
     """Dtype and shape of a scale of keys or values."""
+    only_converts: ClassVar[bool] = False
+    """True if `convert` writes it, from a checkpoint in another layout, and `quantize` does not."""
     needs_kv_scales: ClassVar[bool] = False
     """True if scales of 1 are written for a KV cache that is not calibrated: a reader takes another
     number for a missing one."""
@@ -85,6 +89,15 @@ class Layout(ABC):
             part: TensorSpec(f"{linear}.{names[part]}", *self.encoded(part, spec))
             for part, spec in specs.items()
         }
+
+    def stacks(self, config: Mapping[str, Any]) -> tuple[Stack, ...]:
+        """Return how the experts of a config.json's family are stacked, instead of having tensors
+        of their own; empty if they are not.
+
+        Raises:
+            PlanError: This layout is not for that family.
+        """
+        return ()
 
     def encoded(self, part: str, spec: tuple[str, tuple[int, ...]]) -> tuple[str, tuple[int, ...]]:
         """Return dtype and shape of a part in a checkpoint, given those that the format has."""

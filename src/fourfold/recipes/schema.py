@@ -314,6 +314,11 @@ class Recipe(_Strict):
             raise ValueError("name at least one role under quantize")
         if self.rules and all(rule.keep for rule in self.rules):
             raise ValueError("rules: all of them keep; add a rule that quantizes")
+        if LAYOUTS[self.layout].only_converts:
+            raise ValueError(
+                f"layout: {self.layout} is made of a finished checkpoint. Leave layout out, and "
+                f"then run `fourfold convert OUT STACKED --layout {self.layout}`"
+            )
         _check_scale_group(self.weights, frozenset((*self.quantize, *self.quantize_if_present)))
         if self.calibration.propagate == "quantized" and not self._reads_inputs:
             raise ValueError(

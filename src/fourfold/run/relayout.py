@@ -16,7 +16,8 @@ from fourfold.models.peculiarities import peculiarities_of
 from fourfold.models.roles import Role
 from fourfold.sources.claims import kv_cache_format, quantization_entries
 from fourfold.sources.decoded import as_source_was
-from fourfold.sources.relaid import RelaidSource, relaid
+from fourfold.sources.relaid import relaid
+from fourfold.sources.stacking import StackingSource
 from fourfold.storage.source import Source
 
 
@@ -24,7 +25,7 @@ from fourfold.storage.source import Source
 class Relayout:
     """A checkpoint as another layout has it, and what its configuration files must say."""
 
-    source: RelaidSource
+    source: Source
     inventory: Inventory
     quantization_config: Mapping[str, Any]
     config_files: Mapping[str, Mapping[str, Any]]
@@ -59,15 +60,17 @@ def plan_relayout(source: Source, name: str) -> Relayout:
         [raw.stem for raw in kept if raw.is_matrix] + list(inventory.tied_linears),
         peculiar,
     )
+    stacks = layout.stacks(source.config)
+    shown = StackingSource(view, stacks) if stacks else view
     raw_keys = {f"{linear.name}.weight": linear.region.key for linear in inventory.linears}
-    origins = {key: raw_keys.get(origin, origin) for key, origin in view.origins.items()}
+    origins = {key: raw_keys.get(origin, origin) for key, origin in shown.origins.items()}
     tensors = {
         key: replace(inventory.tensors[origins[key]], info=info)
-        for key, info in view.tensors.items()
+        for key, info in shown.tensors.items()
     }
     contents = CheckpointContents(view.schemes, ignore, kv_cache, peculiar)
     return Relayout(
-        view,
+        shown,
         replace(inventory, tensors=tensors),
         layout.quantization_config(contents),
         layout.config_files(contents),
