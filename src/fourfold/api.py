@@ -325,8 +325,8 @@ def convert(
         out: The folder to write.
         hf_config: The folder with the Hugging Face configuration and tokenizer.
         dtype: As in `plan`.
-        layout: The name of the layout to write an NVFP4 checkpoint in: "modelopt" or
-            "compressed-tensors".
+        layout: The name of the layout to write an NVFP4 checkpoint in: "modelopt",
+            "modelopt-stacked" or "compressed-tensors".
         threads: Worker threads; by default one for each core.
         shards: Files that a decoder layer is cut into, at least.
         overwrite: True starts over if an unfinished run has left something in `out`.

@@ -247,8 +247,8 @@ def convert(
     layout: Annotated[
         str | None,
         typer.Option(
-            help="Keep the codes of an NVFP4 checkpoint, in this layout: modelopt or "
-            "compressed-tensors."
+            help="Keep the codes of an NVFP4 checkpoint, in this layout: modelopt, "
+            "modelopt-stacked or compressed-tensors."
         ),
     ] = None,
     threads: Threads = None,

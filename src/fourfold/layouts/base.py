@@ -184,6 +184,7 @@ def layers_of_keys(linears: Iterable[str]) -> dict[str, str]:
 LAYOUTS: Registry[Layout] = Registry(
     {
         "modelopt": "fourfold.layouts.modelopt:ModelOpt",
+        "modelopt-stacked": "fourfold.layouts.stacked:StackedModelOpt",
         "compressed-tensors": "fourfold.layouts.compressed_tensors:CompressedTensors",
     }
 )

@@ -316,8 +316,8 @@ class Recipe(_Strict):
             raise ValueError("rules: all of them keep; add a rule that quantizes")
         if LAYOUTS[self.layout].only_converts:
             raise ValueError(
-                f"layout: {self.layout} is made of a finished checkpoint. Leave layout out, and "
-                f"then run `fourfold convert OUT STACKED --layout {self.layout}`"
+                f"layout: {self.layout} is made of a finished checkpoint. Leave layout out here, "
+                f"and run `fourfold convert` with `layout={self.layout}` then"
             )
         _check_scale_group(self.weights, frozenset((*self.quantize, *self.quantize_if_present)))
         if self.calibration.propagate == "quantized" and not self._reads_inputs:

@@ -165,7 +165,7 @@ def _counts(
 ) -> Counts:
     sound: list[Linear] = [*checkpoint.sound, *(x for x in checkpoint.fp8.values() if x.is_sound)]
     return Counts(
-        tensors=len(checkpoint.tensors),
+        tensors=len(checkpoint.stored),
         quantized_linears=len(checkpoint.quantized),
         quantized_weights=sum(outs * ins for outs, ins in (q.shape for q in sound)),
         unquantized_linears=len(checkpoint.kept),

@@ -166,6 +166,7 @@ class MXFP4Codec(TensorCodec):
 
 CODECS: Registry[TensorCodec] = Registry(
     {
+        "nvfp4_stacked": "fourfold.sources.codecs.nvfp4_stacked:StackedNVFP4",
         "modelopt_nvfp4": "fourfold.sources.codecs.modelopt_nvfp4:ModelOptNVFP4",
         "nvfp4_packed": "fourfold.sources.codecs.nvfp4_packed:NVFP4Packed",
         "mxfp4_gpt_oss": "fourfold.sources.codecs.mxfp4_gpt_oss:MXFP4GptOss",
