@@ -127,9 +127,14 @@ class StreamedModel:
         """Return the bytes of a layer's tensors in the source; None: of the non-layer tensors."""
         return sum(self.held.tensors[key].nbytes for key in self._keys[layer])
 
-    def load(self, layer: int | None, source: Source | None = None) -> None:
-        """Load a decoder layer, or for None the non-layer tensors, from `source` or the model's."""
-        keys = self._keys[layer]
+    def load(
+        self, layer: int | None, source: Source | None = None, keys: Collection[str] | None = None
+    ) -> None:
+        """Load a decoder layer, or for None the non-layer tensors, from `source` or the model's.
+
+        `keys`: the raw tensors to load, all of those that a parameter is made of; None for all.
+        """
+        keys = [key for key in self._keys[layer] if keys is None or key in keys]
         if source is None:
             for key in keys:  # in the order of the files; the conversion has another
                 self.held.read(key)
