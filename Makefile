@@ -5,7 +5,7 @@
 #   make lint      ruff, mypy and the order of imports
 #   make bench     the figures in the README
 #   make test-gpu, make bench-gpu: the same of the GPU kernels, on a machine with a CUDA device
-#   make engines   tiny checkpoints of every family in vLLM's CPU build (docs/support.md)
+#   make engines   tiny checkpoints of every family in vLLM's CPU build (docs/engines-vllm.md)
 
 PYTHON ?= python3
 # Installed first and alone: a looser range may bring gigabytes of another build.

@@ -8,7 +8,9 @@ weights are dequantized by `dequantize_to_dtype`, and under W4A4 inputs are roun
 
 from __future__ import annotations
 
+import sys
 from typing import Any
+from unittest.mock import MagicMock
 
 import torch
 import torch.nn.functional as F
@@ -157,6 +159,19 @@ def without_gate(check: Any) -> Any:
     return post_init
 
 
+CUTLASS = ("", ".cute", ".cute.nvgpu", ".cute.nvgpu.common", ".cute.nvgpu.cpasync", ".cute.runtime")
+CUTLASS += (".cutlass_dsl", "._mlir", "._mlir.dialects", ".pipeline", ".utils")
+
+
+def without_cuda() -> None:
+    """Let models for CUDA alone be imported and built, to load their weights and not run them."""
+    names = [f"cutlass{name}" for name in CUTLASS]
+    for name in (*names, "cuda", "cuda.bindings", "cuda.bindings.driver"):
+        sys.modules.setdefault(name, MagicMock())
+    torch.cuda.Stream = torch.cuda.Event = MagicMock()
+    modelopt.init_fp8_linear_kernel = modelopt.init_mxfp8_linear_kernel = no_kernel
+
+
 def install() -> None:
     """Replace what vLLM lacks on a CPU in this process, and allow float32 with NVFP4."""
     cpu_router.CPURouter._compute_routing = biased(cpu_router.CPURouter._compute_routing)
@@ -164,7 +179,7 @@ def install() -> None:
     modelopt.init_nvfp4_linear_kernel = linear_kernel
     modelopt.select_nvfp4_moe_backend = moe_backend
     for config in (modelopt.ModelOptNvFp4Config, modelopt.ModelOptMixedPrecisionConfig):
-        config.get_supported_act_dtypes = lambda self: [torch.float32]
+        config.get_supported_act_dtypes = lambda self: [torch.float32, torch.bfloat16]
     # vLLM looks at a model's class in a new process each, which takes longer than all the rest.
     _LazyRegisteredModel.inspect_model_cls = lambda self: _ModelInfo.from_model_cls(
         self.load_model_cls()

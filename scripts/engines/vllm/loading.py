@@ -46,8 +46,9 @@ def dequantize(weight: Tensor, scale: Tensor, scale_2: Tensor | None) -> Tensor:
     return values * blocks.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
 
 
-def checkpoint_matrices(folder: Path) -> tuple[Tensors, Tensors, set[float]]:
-    """Return the quantized linears, all other matrices, and the input scales of a checkpoint."""
+def read_checkpoint(folder: Path) -> tuple[Tensors, Tensors, set[str], set[float]]:
+    """Return a checkpoint's quantized linears and other matrices, the names of its vectors as
+    `_tail` has them, and its input scales."""
     tensors: Tensors = {}
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     for name in sorted(set(index["weight_map"].values())):
@@ -65,10 +66,12 @@ def checkpoint_matrices(folder: Path) -> tuple[Tensors, Tensors, set[float]]:
                 quantized[stem] = dequantize(tensor, scale, scale_2)
         elif tensor.ndim > 1 and tensor.is_floating_point() and "scale" not in key:
             others[key] = tensor.float()
-            if key.endswith("A_log"):  # which vLLM turns into A as it loads
-                others[f"-exp({key})"] = -tensor.float().exp()
+        if key.endswith("A_log"):  # which vLLM keeps as a column, or as A
+            others[f"{key}, a column"] = tensor.float().reshape(-1, 1)
+            others[f"-exp({key})"] = -tensor.float().exp().reshape(-1, tensor.shape[-1])
+    vectors = {_tail(key) for key, tensor in tensors.items() if tensor.ndim < 2}
     inputs = {float(x) for key, x in tensors.items() if key.endswith(".input_scale")}
-    return quantized, others, inputs
+    return quantized, others, vectors, inputs
 
 
 def engine_matrices(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
@@ -124,12 +127,14 @@ def faults(model: nn.Module, folder: Path, before: Tensors) -> tuple[list[str], 
     Return what is wrong, and the vectors that are not in the checkpoint, which get back what they
     had before.
     """
-    found, kept = _unloaded(model, before, unread=_unread_scales(model, folder))
-    quantized, others, inputs = checkpoint_matrices(folder)
+    quantized, others, vectors, inputs = read_checkpoint(folder)
+    found, kept = _unloaded(model, before, vectors, unread=_unread_scales(model, folder))
     known = _rows_of({**others, **quantized})
     placed: set[tuple[str, bytes]] = set()
+    seen: set[bytes] = set()
     for name, matrix, is_quantized in engine_matrices(model):
         rows = [] if matrix.isnan().any() else _fingerprints(matrix)
+        seen |= set(rows)
         strange = sum(row not in known for row in rows)
         if strange:
             found.append(f"{name}: {strange} of {len(rows)} rows are not in the checkpoint")
@@ -144,6 +149,11 @@ def faults(model: nn.Module, folder: Path, before: Tensors) -> tuple[list[str], 
         missing = sum((name, row) not in placed for row in _fingerprints(matrix))
         if missing:
             found.append(f"{name}: {missing} of {len(matrix)} rows have no place in the engine")
+    for name, matrix in others.items():  # the engine may have no module for them, or a whole one
+        rows = _fingerprints(matrix)
+        missing = sum(row not in seen for row in rows)
+        if 0 < missing < len(rows):
+            found.append(f"{name}: {missing} of {len(rows)} rows have no place in the engine")
     for name, parameter in model.named_parameters():
         scales = parameter.data.flatten().tolist() if name.endswith("input_scale") else []
         if not inputs.issuperset(scale for scale in scales if scale == scale):
@@ -151,14 +161,17 @@ def faults(model: nn.Module, folder: Path, before: Tensors) -> tuple[list[str], 
     return found, kept
 
 
-def _unloaded(model: nn.Module, before: Tensors, unread: set[str]) -> tuple[list[str], list[str]]:
+def _unloaded(
+    model: nn.Module, before: Tensors, vectors: set[str], unread: set[str]
+) -> tuple[list[str], list[str]]:
     """Return the parameters that hold NaN, and the vectors that did and were given back."""
     found, kept = [], []
     for name, parameter in model.named_parameters():
         nan = parameter.data.float().isnan()
         if name not in before or name in unread or not nan.any():
             continue
-        if nan.all() and parameter.ndim < 2 and "scale" not in name:
+        is_vector = parameter.ndim < 2 and "scale" not in name
+        if is_vector and nan.all() and _tail(name) not in vectors:
             parameter.data.copy_(before[name])
             kept.append(name)
         else:
@@ -177,6 +190,13 @@ def _unread_scales(model: nn.Module, folder: Path) -> set[str]:
         for name, _ in module.named_parameters(recurse=False)
         if name.endswith("input_scale")
     }
+
+
+def _tail(name: str) -> str:
+    """What a vector is called in its layer, by whatever modules it lies in."""
+    parts = name.split(".")
+    count = 2 if parts[-1] in ("weight", "bias") else 1
+    return ".".join([*_numbers(name), *parts[-count:]])
 
 
 def _numbers(name: str) -> list[str]:

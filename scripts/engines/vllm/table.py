@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,19 +18,31 @@ ALIKE = 1e-3
 """Log-probabilities that differ less differ by the order in which an engine adds."""
 
 
+RECIPES = ("w4a16_nvfp4_experts_only", "w4a16_nvfp4_default", "nvfp4_experts_only")
+
+
 def main() -> None:
-    results = [json.loads(file.read_text()) for file in sorted(Path(sys.argv[1]).glob("*/*.json"))]
+    found = [json.loads(file.read_text()) for file in sorted(Path(sys.argv[1]).glob("*/*.json"))]
+    results = [result for result in found if "family" in result]
     by_family: dict[str, dict[str, Any]] = defaultdict(dict)
     for result in results:
-        if "family" in result:
-            by_family[result["family"]][result["recipe"]] = result
-    recipes = sorted({recipe for row in by_family.values() for recipe in row}, reverse=True)
-    heads = ["family", *(f"`{recipe}`" for recipe in recipes), "remark"]
-    print("|".join(["", *(f" {head} " for head in heads), ""]))
-    print("|---" * len(heads) + "|")
-    for family, row in sorted(by_family.items()):
-        cells = [family, *(cell(row.get(recipe)) for recipe in recipes), remark(row)]
-        print("|".join(["", *(f" {text} " for text in cells), ""]))
+        by_family[result["family"]][result["recipe"]] = result
+    rows = [
+        [family, *(cell(row.get(recipe)) for recipe in RECIPES), remark(row)]
+        for family, row in sorted(by_family.items())
+    ]
+    print_table(["Family", *(f"`{recipe}`" for recipe in RECIPES), "Remark"], rows)
+    others = [result for result in results if result["recipe"] not in RECIPES]
+    print()
+    print_table(
+        ["Family", "Mixed recipe", "Result"],
+        [[result["family"], f"`{result['recipe']}`", cell(result)] for result in others],
+    )
+
+
+def print_table(heads: list[str], rows: list[list[str]]) -> None:
+    for cells in (heads, ["---"] * len(heads), *rows):
+        print(f"| {' | '.join(cells)} |")
 
 
 def cell(result: Mapping[str, Any] | None) -> str:
@@ -40,15 +53,18 @@ def cell(result: Mapping[str, Any] | None) -> str:
         return "**not exact**"
     if (difference := result["difference"]) is None:
         return "exact"
+    if result["dtype"] == "bfloat16":
+        return f"exact, BF16: median {result['median']:.0e}"
     return f"exact, {difference:.0e}" if difference < ALIKE else f"exact, **{difference:.0e}**"
 
 
 def remark(row: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the causes of failures, each once."""
-    causes = dict.fromkeys(result["cause"] for result in row.values() if result["cause"])
-    kept = dict.fromkeys(name for result in row.values() for name in result["kept"])
-    notes = [cause.replace("|", "\\|") for cause in causes]
-    return "; ".join([*notes, *([f"not in the checkpoint: {len(kept)} vectors"] if kept else [])])
+    usual = [row[recipe] for recipe in RECIPES if recipe in row]
+    causes = dict.fromkeys(result["cause"] for result in usual if result["cause"])
+    kept = dict.fromkeys(name for result in usual for name in result["kept"])
+    notes = [textwrap.shorten(cause.replace("|", "\\|"), 120) for cause in causes]
+    return "; ".join([*notes, *(f"not in the checkpoint: `{name}`" for name in kept)])
 
 
 if __name__ == "__main__":
