@@ -129,7 +129,13 @@ def faults(model: nn.Module, folder: Path, before: Tensors) -> tuple[list[str], 
     """
     quantized, others, vectors, inputs = read_checkpoint(folder)
     found, kept = _unloaded(model, before, vectors, unread=_unread_scales(model, folder))
+    return [*found, *_misplaced(model, quantized, others), *_strange_scales(model, inputs)], kept
+
+
+def _misplaced(model: nn.Module, quantized: Tensors, others: Tensors) -> list[str]:
+    """Return what is wrong with the matrices."""
     known = _rows_of({**others, **quantized})
+    found: list[str] = []
     placed: set[tuple[str, bytes]] = set()
     seen: set[bytes] = set()
     for name, matrix, is_quantized in engine_matrices(model):
@@ -139,26 +145,28 @@ def faults(model: nn.Module, folder: Path, before: Tensors) -> tuple[list[str], 
         if strange:
             found.append(f"{name}: {strange} of {len(rows)} rows are not in the checkpoint")
         elif is_quantized:
-            homes = [
-                (row, [n for n in known[row] if _numbers(n) == _numbers(name)]) for row in rows
-            ]
-            placed |= {(n, row) for row, names in homes for n in names}
-            if any(not names for _, names in homes):
+            homes = [[n for n in known[row] if _numbers(n) == _numbers(name)] for row in rows]
+            placed |= {(n, row) for row, names in zip(rows, homes, strict=True) for n in names}
+            if not all(homes):
                 found.append(f"{name}: has rows of another layer or expert")
-    for name, matrix in quantized.items():
-        missing = sum((name, row) not in placed for row in _fingerprints(matrix))
-        if missing:
-            found.append(f"{name}: {missing} of {len(matrix)} rows have no place in the engine")
-    for name, matrix in others.items():  # the engine may have no module for them, or a whole one
+    for name, matrix in {**quantized, **others}.items():
         rows = _fingerprints(matrix)
-        missing = sum(row not in seen for row in rows)
-        if 0 < missing < len(rows):
+        if name in quantized:
+            missing = sum((name, row) not in placed for row in rows)
+        else:  # the engine may have no module for it
+            missing = sum(row not in seen for row in rows) % len(rows)
+        if missing:
             found.append(f"{name}: {missing} of {len(rows)} rows have no place in the engine")
-    for name, parameter in model.named_parameters():
-        scales = parameter.data.flatten().tolist() if name.endswith("input_scale") else []
-        if not inputs.issuperset(scale for scale in scales if scale == scale):
-            found.append(f"{name}: input scales that are not in the checkpoint")
-    return found, kept
+    return found
+
+
+def _strange_scales(model: nn.Module, inputs: set[float]) -> list[str]:
+    return [
+        f"{name}: input scales that are not in the checkpoint"
+        for name, parameter in model.named_parameters()
+        if name.endswith("input_scale")
+        and not inputs.issuperset(x for x in parameter.data.flatten().tolist() if x == x)
+    ]
 
 
 def _unloaded(
