@@ -119,7 +119,7 @@ def test_hostile_recipes_end_at_once(text: str, tmp_path: Path) -> None:
 def test_a_folder_or_pipe_is_no_recipe(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.yaml")
     for path in (tmp_path, tmp_path / "pipe.yaml"):
-        with pytest.raises(fourfold.RecipeError, match="is no file"):
+        with pytest.raises(fourfold.RecipeError, match=r"is a folder or a pipe\. Write the recipe"):
             Recipe.load(path)
 
 

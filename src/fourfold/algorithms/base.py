@@ -15,6 +15,7 @@ There are two kinds.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -23,9 +24,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from fourfold.formats.base import WeightFormat
 from fourfold.formats.registry import Registry
+from fourfold.formats.scheme import Scheme
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from fourfold.statistics import Site
 
 
 @dataclass(slots=True)
@@ -38,6 +42,10 @@ class Figures:
     """Σ(w − ŵ)²."""
     sum_sq_w: float = 0.0
     """Σw²."""
+    asymmetric: float | None = None
+    """The part of the change of its inputs that it makes up for; None if that is not known."""
+    damping: float | None = None
+    """The damping, where it had to be more than the recipe's."""
 
     @property
     def relative_error(self) -> float:
@@ -47,7 +55,7 @@ class Figures:
     def or_lost(self) -> Figures:
         """Return these, or those of a weight that became 0 if its energy underflowed to 0."""
         energy = self.sum_sq_w or self.amax**2
-        return Figures(self.amax, self.sum_sq_err or energy, energy)
+        return dataclasses.replace(self, sum_sq_err=self.sum_sq_err or energy, sum_sq_w=energy)
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,8 @@ class Weight:
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
     """Statistics of the weight's inputs, by name: what `Algorithm.needs` asks for. For a routed
     expert they are of the rows that were routed to it."""
+    asymmetric: float = 0.0
+    """The part of the change of its inputs that the weight is to make up for."""
 
 
 class Algorithm(ABC):
@@ -70,6 +80,10 @@ class Algorithm(ABC):
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
     """Names of the statistics of the inputs that `quantize` reads from `Weight.statistics`."""
+
+    def needs_at(self, site: Site) -> frozenset[str]:
+        """Return those of `needs` that `quantize` reads where the inputs arrive at a site."""
+        return self.needs
 
     def supports(self, fmt: WeightFormat) -> bool:
         """True if this algorithm can quantize to a format."""
@@ -124,6 +138,25 @@ ALGORITHMS: Registry[Algorithm] = Registry(
     {
         "max": "fourfold.algorithms.max_scale:MaxScale",
         "mse": "fourfold.algorithms.mse_scale:MSEScale",
+        "gptq_joint": "fourfold.algorithms.gptq_joint:GPTQJoint",
     }
 )
 """The algorithms by name, which is what a recipe's `weights.scale` says."""
+
+
+def fields_of(algorithm: Algorithm) -> frozenset[str]:
+    """Return the names of an algorithm's options."""
+    if not dataclasses.is_dataclass(algorithm):
+        return frozenset()
+    return frozenset(field.name for field in dataclasses.fields(algorithm))
+
+
+def algorithm_of(scheme: Scheme) -> Algorithm:
+    """Return the algorithm of a scheme, with the scheme's options.
+
+    An algorithm with options is a frozen dataclass; they are its fields.
+    """
+    algorithm = ALGORITHMS[scheme.algorithm]
+    if not scheme.options:
+        return algorithm
+    return dataclasses.replace(algorithm, **dict(scheme.options))  # type: ignore[type-var]

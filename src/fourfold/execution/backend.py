@@ -9,7 +9,7 @@ from itertools import product
 
 import torch
 
-from fourfold.algorithms.base import ALGORITHMS, RowwiseAlgorithm
+from fourfold.algorithms.base import RowwiseAlgorithm, algorithm_of
 from fourfold.errors import UsageError
 from fourfold.execution import streams
 from fourfold.execution.streams import BufferPool, is_out_of_memory
@@ -137,9 +137,8 @@ def _choices(
     schemes: Iterable[Scheme], dtypes: Iterable[torch.dtype]
 ) -> Iterator[tuple[WeightFormat, str, torch.dtype]]:
     """The formats whose kernels will run, each with a way to choose scales and a dtype."""
-    pairs = dict.fromkeys((scheme.weights, scheme.algorithm) for scheme in schemes)
-    for (fmt, name), dtype in product(pairs, dtypes):
-        algorithm = ALGORITHMS[name]
+    algorithms = dict.fromkeys((scheme.weights, algorithm_of(scheme)) for scheme in schemes)
+    for (fmt, algorithm), dtype in product(algorithms, dtypes):
         if isinstance(algorithm, RowwiseAlgorithm):
             yield FORMATS[fmt], algorithm.scale, dtype
 

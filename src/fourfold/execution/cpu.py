@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fourfold.algorithms.base import ALGORITHMS, Figures, RowwiseAlgorithm, Weight
+from fourfold.algorithms.base import Figures, RowwiseAlgorithm, Weight, algorithm_of
 from fourfold.execution.buffers import Arena
 from fourfold.execution.context import ExecutionContext
 from fourfold.execution.results import LinearResult, finish_group, row_tensors
@@ -62,7 +62,7 @@ class CPUKernels:
 
 def cpu_kernels(context: ExecutionContext, group: ScaleGroup) -> CPUKernels:
     """Return the kernels of the CPU for a group whose algorithm works row by row."""
-    algorithm = ALGORITHMS[group.scheme.algorithm]
+    algorithm = algorithm_of(group.scheme)
     assert isinstance(algorithm, RowwiseAlgorithm)
     return CPUKernels(FORMATS[group.scheme.weights], algorithm.scale, context.computing)
 
@@ -127,7 +127,7 @@ class _Group:
         self.context, self.source = context, context.source
         self.file, self.group, self.arena = file, group, arena
         self.format = FORMATS[group.scheme.weights]
-        self.algorithm = ALGORITHMS[group.scheme.algorithm]
+        self.algorithm = algorithm_of(group.scheme)
         self.slabs: dict[tuple[str, int, int], torch.Tensor] = {}
         is_rowwise = isinstance(self.algorithm, RowwiseAlgorithm)
         self.is_held = not is_rowwise or job_bytes(group) <= context.plan.limits.group_bytes
@@ -203,14 +203,15 @@ class _Group:
         """Hand the whole group to an algorithm that needs to see it at once."""
         linears = self.group.linears
         pieces = [piece for linear in linears for piece in self._pieces(linear)]
-        needs, scales = self.algorithm.needs, self.context.scales
-        assert scales or not needs, "a plan with such an algorithm needs calibration"
+        scales = self.context.scales
+        assert scales or not self.algorithm.needs, "such an algorithm needs calibration"
         weights = [
             Weight(
                 linear.name,
                 self._load(piece),
                 self._buffers(linear.shape),
-                scales.statistics_of(linear, needs) if scales and needs else {},
+                scales.statistics_of(linear) if scales and self.algorithm.needs else {},
+                scales.asymmetry_of(linear) if scales else 0.0,
             )
             for linear, piece in zip(linears, pieces, strict=True)
         ]

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from fourfold.algorithms.base import ALGORITHMS, RowwiseAlgorithm
+from fourfold.algorithms.base import RowwiseAlgorithm, algorithm_of
 from fourfold.execution.buffers import ALIGNMENT, Arena, on_host
 from fourfold.execution.cpu import slab_bytes
 from fourfold.formats.base import FORMATS, WeightFormat
@@ -69,7 +69,7 @@ class Need:
 
 def can_batch(group: ScaleGroup) -> bool:
     """True if a scale group can be quantized on a GPU, together with others."""
-    is_rowwise = isinstance(ALGORITHMS[group.scheme.algorithm], RowwiseAlgorithm)
+    is_rowwise = isinstance(algorithm_of(group.scheme), RowwiseAlgorithm)
     return is_rowwise and FORMATS[group.scheme.weights].has_batches
 
 

@@ -27,6 +27,9 @@ class Scheme:
     amax: InputAmax = "max"
     """The origin of the scale of the inputs."""
 
+    options: tuple[tuple[str, float], ...] = ()
+    """Settings of the algorithm that are not its defaults, by name."""
+
     @property
     def has_input_scale(self) -> bool:
         """True if the checkpoint stores a scale for the inputs."""

@@ -124,6 +124,8 @@ _NEMO = _stacks(
     *(rf"(?P<stem>.*\.experts)\.{name}" for name in ("gate_and_up_projs", "down_projs"))
 )
 
+_STACKED = "they are read stacked, in W4A4: convert OUT to the layout modelopt-stacked"
+
 DEFAULT = Family(
     _GATE_UP_DOWN,
     _NO_ENGINE,
@@ -221,7 +223,7 @@ _TABLE: dict[str, Family] = {
         _GATE_UP_DOWN,
         _NO_ENGINE,
         _INKLING,
-        remark="NVFP4 is read stacked: w13_weight, .scale, .scale2, .input_amax",
+        remark=_STACKED,
     ),
     "inkling2": Family(_GATE_UP_DOWN, _NO_ENGINE, _INKLING),
     "jetmoe": Family(_GATE_UP_DOWN, _NO_ENGINE, _JETMOE),
@@ -229,7 +231,7 @@ _TABLE: dict[str, Family] = {
         _GATE_UP_DOWN,
         _NO_ENGINE,
         _GATE_UP_STACK,
-        remark="NVFP4 is read stacked: w13_weight, w13_weight_scale, w13_weight_scale_2 [E, 2]",
+        remark=_STACKED,
     ),
     "nemo_speechlm": Family(
         ExpertNames(None, "up_proj", "down_proj"),

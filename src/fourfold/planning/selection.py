@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from functools import cached_property
 
-from fourfold.algorithms.base import ALGORITHMS
+from fourfold.algorithms.base import algorithm_of
 from fourfold.errors import PlanError, RecipeError
 from fourfold.formats.base import FORMATS
 from fourfold.layouts.base import LAYOUTS
@@ -54,13 +54,13 @@ class Selection:
         self._check_wholeness()
         check_fused(self.chosen.values(), self.schemes)
         check_blocks_of_rows(self.chosen.values(), self.schemes)
-        self.layout.check(self.schemes)
+        self.layout.check(self.schemes, self._peculiar)
         self.modules = {linear.module for linear in self.chosen.values()}
 
     def _check_schemes(self) -> None:
         for scheme in dict.fromkeys(self.schemes.values()):
             fmt, inputs = FORMATS[scheme.weights], scheme.activations
-            if not ALGORITHMS[scheme.algorithm].supports(fmt):
+            if not algorithm_of(scheme).supports(fmt):
                 raise RecipeError(
                     f"recipe {self.recipe.name}: {scheme.algorithm} does not quantize to "
                     f"{fmt.title}. Choose another scale under weights."

@@ -46,7 +46,7 @@ from pydantic import (
     model_validator,
 )
 
-from fourfold.algorithms.base import ALGORITHMS
+from fourfold.algorithms.base import ALGORITHMS, algorithm_of, fields_of
 from fourfold.errors import RecipeError
 from fourfold.formats.base import FORMATS
 from fourfold.formats.kv_cache import KVFormat
@@ -101,6 +101,35 @@ class Weights(_Strict):
     scale_group: Literal["expert", "layer"] = "expert"
     """Which routed experts' weights share a group scale: the gate and up of each expert, or the
     gates and ups of all experts of a layer (and likewise their downs)."""
+    descent: Annotated[int, Field(ge=0, le=16)] | None = None
+    """Sweeps in which codes and scales are chosen again, each given all others."""
+    range: Literal[256, 448] | None = None
+    """The block scale of the largest block, which the group scale leaves room for."""
+    pooled: bool | None = None
+    """Whether all experts of a module share one second moment of the inputs of gate and up; by
+    default where moments of their own would take much memory."""
+    damping: Annotated[float, Field(ge=0, le=10)] | None = None
+    """The part of its mean diagonal that is added to a second moment."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Weights:
+        if self.options:
+            known = fields_of(ALGORITHMS[self.scale])
+            for name, _ in self.options:
+                if name not in known:
+                    raise ValueError(f"{name} has no effect with scale: {self.scale}; remove it")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = handler(self)
+        return {key: value for key, value in data.items() if value is not None}
+
+    @property
+    def options(self) -> tuple[tuple[str, float], ...]:
+        """The algorithm's settings that are given."""
+        values = {name: getattr(self, name) for name in ("descent", "range", "pooled", "damping")}
+        return tuple((name, value) for name, value in values.items() if value is not None)
 
 
 class Headroom(_Strict):
@@ -164,6 +193,30 @@ class Calibration(_Strict):
 
     all_experts: bool = False
     """Show every token to every expert, for statistics; the output stays the routed one."""
+    propagate: Literal["source", "quantized"] = "source"
+    """What each layer reads: what the layers of the source compute, or the quantized ones."""
+    asymmetric: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The part of the change of a weight's inputs that its codes make up for; `auto`: what
+    held-out batches of the calibration data confirm."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Calibration:
+        if self.asymmetric and self.propagate == "source":
+            raise ValueError(
+                "asymmetric has no effect without propagate: quantized; inputs do not change"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = handler(self)
+        unused = () if self.propagate == "quantized" else ("propagate", "asymmetric")
+        return {key: value for key, value in data.items() if key not in unused}
+
+    @property
+    def streams(self) -> int:
+        """How often each text runs through the model."""
+        return 2 if self.propagate == "quantized" else 1
 
 
 def _check_scale_group(weights: Weights, roles: frozenset[str]) -> None:
@@ -216,22 +269,21 @@ class Rule(_Strict):
         """The scheme of the weights that the rule quantizes."""
         weights, activations = self.weights, self.activations
         if activations == "none":
-            return Scheme(weights.format, weights.scale)
+            return Scheme(weights.format, weights.scale, options=weights.options)
         return Scheme(
             weights.format,
             weights.scale,
             activations.format,
             activations.headroom,
             activations.origin,
+            weights.options,
         )
 
     @property
     def observes_inputs(self) -> bool:
         """True if calibration must measure the inputs of the weights that the rule quantizes."""
         scheme = self.scheme
-        return not self.keep and (
-            scheme.observes_inputs or bool(ALGORITHMS[scheme.algorithm].needs)
-        )
+        return not self.keep and (scheme.observes_inputs or bool(algorithm_of(scheme).needs))
 
 
 _RULE_KEYS = ("weights", "activations", "quantize", "quantize_if_present", "keep")
@@ -262,7 +314,17 @@ class Recipe(_Strict):
             raise ValueError("name at least one role under quantize")
         if self.rules and all(rule.keep for rule in self.rules):
             raise ValueError("rules: all of them keep; add a rule that quantizes")
+        if LAYOUTS[self.layout].only_converts:
+            raise ValueError(
+                f"layout: {self.layout} is made of a finished checkpoint. Leave layout out here, "
+                f"and run `fourfold convert` with `layout={self.layout}` then"
+            )
         _check_scale_group(self.weights, frozenset((*self.quantize, *self.quantize_if_present)))
+        if self.calibration.propagate == "quantized" and not self._reads_inputs:
+            raise ValueError(
+                "calibration.propagate: quantized has no effect on algorithms that do not look at "
+                "inputs; choose another scale under weights, such as gptq_joint"
+            )
         if self.calibration.all_experts and not self.observes_inputs:
             raise ValueError(
                 "calibration.all_experts: only where activations are quantized and calibrated"
@@ -293,6 +355,11 @@ class Recipe(_Strict):
     def schemes(self) -> tuple[Scheme, ...]:
         """The schemes of all rules that quantize, each once."""
         return tuple(dict.fromkeys(rule.scheme for rule in self.all_rules if not rule.keep))
+
+    @property
+    def _reads_inputs(self) -> bool:
+        """True if an algorithm reads statistics of inputs."""
+        return any(algorithm_of(scheme).needs for scheme in self.schemes)
 
     @property
     def observes_inputs(self) -> bool:
@@ -398,7 +465,9 @@ def _foreign(where: str, translation: Translation) -> RecipeError:
 
 def _read(path: Path) -> str:
     if path.exists() and not path.is_file():
-        raise RecipeError(f"{path}: is no file.")
+        raise RecipeError(
+            f"{path}: is a folder or a pipe. Write the recipe into a file, and give its path."
+        )
     try:
         return path.read_text("utf-8")
     except FileNotFoundError:

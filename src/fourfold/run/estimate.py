@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fourfold.algorithms.base import ALGORITHMS, Weight
+from fourfold.algorithms.base import Weight, algorithm_of
 from fourfold.distributed.machine import choose_device, threads_available
 from fourfold.execution.backend import uses_device
 from fourfold.formats import dispatch
@@ -116,7 +116,7 @@ def _search_speed(plan: Plan, threads: int) -> float | None:
     for linear in plan.linears:
         numels[plan.scheme_of(linear), linear.dtype] += linear.shape[0] * linear.shape[1]
     (scheme, dtype), _ = numels.most_common(1)[0]
-    algorithm, fmt = ALGORITHMS[scheme.algorithm], FORMATS[scheme.weights]
+    algorithm, fmt = algorithm_of(scheme), FORMATS[scheme.weights]
     on_device = uses_device(dispatch.choice_for_weights(torch.device(choose_device("auto"))))
     if on_device or algorithm.needs:
         return None

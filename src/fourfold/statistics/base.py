@@ -93,6 +93,14 @@ class Statistic(ABC):
         operation = torch.maximum if self.reduction == "max" else torch.add
         return {name: operation(tensor, second[name]) for name, tensor in first.items()}
 
+    def finish(self, state: State) -> State:
+        """Return what algorithms read of a state that all rows have reached, of all ranks."""
+        return state
+
+    def of_expert(self, state: State, expert: int) -> State:
+        """Return the part of a finished state that is of one expert."""
+        return {name: tensor[expert] for name, tensor in state.items()}
+
     def nbytes(self, site: Site) -> int:
         """Return the bytes of a state."""
         return sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.shapes(site).values())

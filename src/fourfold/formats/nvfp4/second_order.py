@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NVFP4 codes that lose the least in the outputs of a linear weight, by its inputs' second moment.
+
+A weight W [out, in] whose inputs x have the second moment H = Σ x·xᵀ/n loses, with values Q in
+place of targets T (which are W, unless the inputs are not those of the source),
+
+    L = Σ over rows of (t − q)·H·(t − q)ᵀ.
+
+**Rounding with compensation** (GPTQ). H' is H with a multiple of its mean diagonal added, and its
+blocks of 16 columns in the order of falling energy. With H'⁻¹ = UᵀU, U upper triangular, columns
+are rounded from first to last, and those behind make up for what a column loses:
+
+    q_i = round(t_i)    e_i = (t_i − q_i)/U_ii    t_j −= e_i·U_ij for j > i.
+
+Σe² is then L itself. So the scale of a block can be **chosen jointly** with its codes: round the 16
+columns under each candidate scale, and keep the one with the smallest Σe² of the block, which is
+the loss if the columns behind compensate as well as real numbers can.
+
+**Descent.** Given all other blocks, the best real values of block b are
+
+    t = q_b − ((Q − T)·H')_b·(H'_bb)⁻¹.
+
+Its scale and codes are chosen again for that target under H'_bb, and are kept only if the loss is
+smaller. After a sweep over all blocks, the group scale takes its best value,
+S·Σ⟨T, Q⟩_H'/Σ⟨Q, Q⟩_H'. Neither step ever raises L.
+
+**Precision.** U is from one Cholesky factorization: of H' with its columns reversed, H' = R·Rᵀ with
+R upper triangular, so U = R⁻¹, a triangular solve. It is in float32, as all that follows; where
+float32 finds H' not positive definite, in float64.
+
+Shapes: O outputs, I inputs, B blocks of inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fourfold.formats.nvfp4 import joint_cpu
+
+BLOCK = 16
+TILE = 128
+"""Columns that are rounded before those behind them are updated, by a matrix product."""
+
+
+class Moment:
+    """The second moment of a weight's inputs, damped, in the order in which blocks are rounded."""
+
+    def __init__(self, moment_II: Tensor, damping: float) -> None:
+        """Damp and order a second moment `[I, I]`. One that is all 0 stands for equal inputs."""
+        h_II = moment_II.float()
+        mean = h_II.diagonal().mean()
+        if not bool(mean > 0):
+            h_II, mean = torch.eye(len(h_II)), torch.tensor(1.0)
+        energy_B = h_II.diagonal().view(-1, BLOCK).sum(dim=1)
+        order_B = energy_B.argsort(descending=True, stable=True)
+        self.order_I = (order_B[:, None] * BLOCK + torch.arange(BLOCK)).flatten()
+        self.h_II = h_II[self.order_I][:, self.order_I].contiguous()
+        self.h_II.diagonal().add_(damping * mean)
+
+    @cached_property
+    def factor_II(self) -> Tensor:
+        """U, upper triangular, with H'⁻¹ = UᵀU."""
+        return inverse_factor(self.h_II)
+
+    @cached_property
+    def blocks_BKK(self) -> Tensor:
+        """The blocks on the diagonal of H', float32 `[B, 16, 16]`."""
+        count = len(self.h_II) // BLOCK
+        view = self.h_II.view(count, BLOCK, count, BLOCK)
+        return view.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+
+    @cached_property
+    def block_inverses_BKK(self) -> Tensor:
+        """The inverses of `blocks_BKK`."""
+        factors = self.block_factors_BKK
+        return factors.mT @ factors
+
+    @cached_property
+    def block_factors_BKK(self) -> Tensor:
+        """U of each block on the diagonal."""
+        return inverse_factor(self.blocks_BKK)
+
+
+def inverse_factor(h: Tensor) -> Tensor:
+    """Return the upper triangular U with H⁻¹ = UᵀU, for matrices `[..., I, I]`."""
+    eye = torch.eye(h.shape[-1], dtype=h.dtype)
+    lower, info = torch.linalg.cholesky_ex(h.flip(-1, -2))
+    if bool(info.any()) or not bool(torch.isfinite(lower).all()):
+        if h.dtype == torch.float64:
+            raise ArithmeticError("a damped second moment is not positive definite")
+        return inverse_factor(h.double()).to(h.dtype)
+    factor: Tensor = torch.linalg.solve_triangular(lower.flip(-1, -2), eye, upper=True)
+    return factor.contiguous()
+
+
+@dataclass
+class Rounded:
+    """A weight while its codes are chosen. Columns are in the order of its moment."""
+
+    target_OI: Tensor
+    """float32."""
+    moment: Moment
+    codes_OI: Tensor = field(init=False)
+    """uint8, one code in each byte."""
+    scales_OB: Tensor = field(init=False)
+    """uint8, E4M3."""
+    values_OI: Tensor = field(init=False)
+    """float32: what codes and scales stand for."""
+
+    def __post_init__(self) -> None:
+        self.target_OI = self.target_OI[:, self.moment.order_I].contiguous()
+        rows, width = self.target_OI.shape
+        self.codes_OI = torch.empty(rows, width, dtype=torch.uint8)
+        self.scales_OB = torch.empty(rows, width // BLOCK, dtype=torch.uint8)
+        self.values_OI = torch.empty(rows, width)
+
+    def round(self, group_scale: float, scales_OB: Tensor | None = None) -> None:
+        """Round with compensation; scales are chosen jointly, unless they are given."""
+        running_OI, factor_II = self.target_OI.clone(), self.moment.factor_II
+        if scales_OB is not None:
+            order_B = self.moment.order_I[::BLOCK] // BLOCK
+            self.scales_OB.copy_(scales_OB[:, order_B])
+        width = running_OI.shape[1]
+        for start in range(0, width, TILE):
+            stop = min(start + TILE, width)
+            tile_OW = running_OI[:, start:stop].contiguous()
+            codes, values, errors = _like(tile_OW, torch.uint8), _like(tile_OW), _like(tile_OW)
+            scales = self.scales_OB[:, start // BLOCK : stop // BLOCK].contiguous()
+            joint_cpu.round_tile(
+                tile_OW.numpy(),
+                factor_II[start:stop, start:stop].contiguous().numpy(),
+                np.float32(group_scale),
+                scales_OB is not None,
+                codes.numpy(),
+                scales.numpy(),
+                values.numpy(),
+                errors.numpy(),
+            )
+            self.codes_OI[:, start:stop] = codes
+            self.values_OI[:, start:stop] = values
+            self.scales_OB[:, start // BLOCK : stop // BLOCK] = scales
+            running_OI[:, stop:] -= errors @ factor_II[start:stop, stop:]
+
+    def improve(self, group_scale: float) -> int:
+        """Sweep once over all blocks; return how many blocks of rows changed."""
+        gradient_OI = (self.values_OI - self.target_OI) @ self.moment.h_II
+        changed, width = 0, gradient_OI.shape[1]
+        for start in range(0, width, TILE):
+            stop = min(start + TILE, width)
+            tile_OW = gradient_OI[:, start:stop].contiguous()
+            changes_OW = torch.zeros_like(tile_OW)
+            for first in range(start, stop, BLOCK):
+                inside = slice(first - start, first - start + BLOCK)
+                changes = self._improve_block(first // BLOCK, tile_OW[:, inside], group_scale)
+                if changes is not None:
+                    changed += int(changes.ne(0).any(dim=1).sum())
+                    changes_OW[:, inside] = changes
+                    tile_OW += changes @ self.moment.h_II[first : first + BLOCK, start:stop]
+            gradient_OI[:, stop:] += changes_OW @ self.moment.h_II[start:stop, stop:]
+        return changed
+
+    def _improve_block(self, block: int, gradient_OK: Tensor, group_scale: float) -> Tensor | None:
+        columns = slice(block * BLOCK, (block + 1) * BLOCK)
+        values = self.values_OI[:, columns].contiguous()
+        codes = self.codes_OI[:, columns].contiguous()
+        scales = self.scales_OB[:, block].contiguous()
+        target = values - gradient_OK @ self.moment.block_inverses_BKK[block]
+        changes = torch.empty_like(values)
+        count = joint_cpu.improve_block(
+            target.numpy(),
+            self.moment.block_factors_BKK[block].numpy(),
+            np.float32(group_scale),
+            codes.numpy(),
+            scales.numpy(),
+            values.numpy(),
+            changes.numpy(),
+        )
+        if not count:
+            return None
+        self.values_OI[:, columns] = values
+        self.codes_OI[:, columns] = codes
+        self.scales_OB[:, block] = scales
+        return changes
+
+    def loss(self) -> float:
+        """Return L under the damped moment."""
+        difference_OI = self.values_OI - self.target_OI
+        return float(((difference_OI @ self.moment.h_II) * difference_OI).sum(dtype=torch.float64))
+
+    def products(self) -> tuple[float, float]:
+        """Return ⟨T, Q⟩ and ⟨Q, Q⟩ under the damped moment."""
+        weighted_OI = self.values_OI @ self.moment.h_II
+        return tuple(  # type: ignore[return-value]
+            float((weighted_OI * matrix).sum(dtype=torch.float64))
+            for matrix in (self.target_OI, self.values_OI)
+        )
+
+    def pack(self, codes: Tensor, block_scale: Tensor) -> None:
+        """Fill the buffers of the row parts, uint8 `[O, I/2]` and `[O, B]`, in the weight's own
+        order of columns."""
+        unpacked_OI = torch.empty_like(self.codes_OI)
+        unpacked_OI[:, self.moment.order_I] = self.codes_OI
+        codes.copy_(unpacked_OI[:, ::2] | unpacked_OI[:, 1::2] << 4)
+        block_scale[:, self.moment.order_I[::BLOCK] // BLOCK] = self.scales_OB
+
+
+def descend(weights: Sequence[Rounded], group_scale: float, sweeps: int) -> float:
+    """Sweep over the weights of a scale group; return the group scale, which changes, too."""
+    for _ in range(sweeps):
+        changed = sum(weight.improve(group_scale) for weight in weights)
+        products = [weight.products() for weight in weights]
+        num, den = (sum(column) for column in zip(*products, strict=True))
+        if num > 0 and den > 0:
+            better = float(np.float32(group_scale * num / den))
+            for weight in weights:
+                weight.values_OI *= better / group_scale
+            group_scale = better
+        if not changed:
+            break
+    return group_scale
+
+
+def _like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
