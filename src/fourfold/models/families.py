@@ -191,7 +191,6 @@ _TABLE: dict[str, Family] = {
     # One tensor per expert on disk, without a gate.
     "nemotron_h": Family(ExpertNames(None, "up_proj", "down_proj"), _ALL_ENGINES, parent="mixer"),
     # Stacked on disk, and read one by one.
-    "aria": Family(_GATE_UP_DOWN, _VLLM, _ARIA),
     "diffusion_gemma": Family(_GATE_UP_DOWN, _VLLM, _GATE_UP_STACK, parent=_A_LAYER),
     "gemma4": Family(_GATE_UP_DOWN, _ALL_ENGINES, _GATE_UP_STACK, parent=_A_LAYER),
     "granitemoe": Family(_GATE_UP_DOWN, _VLLM_SGLANG, _GRANITE, parent=_SPARSE),
@@ -207,6 +206,12 @@ _TABLE: dict[str, Family] = {
     "step3p7": Family(_GATE_UP_DOWN, _VLLM, _STEP, parent="moe"),
     "zaya": Family(_GATE_UP_DOWN, _VLLM, _GATE_UP_STACK),
     # Stacked on disk, and no engine reads NVFP4 experts one by one.
+    "aria": Family(
+        _GATE_UP_DOWN,
+        _NO_ENGINE,
+        _ARIA,
+        remark="vLLM takes gate_proj and up_proj of one expert for stacked ones",
+    ),
     "dbrx": Family(ExpertNames("w1", "v1", "w2"), _NO_ENGINE, _DBRX, parent="ffn"),
     "gpt_oss": Family(
         _GATE_UP_DOWN,
