@@ -27,7 +27,8 @@ BUILTIN = [
 
 
 def test_builtin_recipes() -> None:
-    others = ("_rest", "_gptq", "_best")  # tests/test_mixed.py, tests/calibration/test_sequential.py
+    # The others: tests/test_mixed.py and tests/calibration/test_sequential.py.
+    others = ("_rest", "_gptq", "_best")
     assert [name for name in builtin_names() if not name.endswith(others)] == BUILTIN
     for name in BUILTIN:
         recipe = fourfold.Recipe.load(name)
