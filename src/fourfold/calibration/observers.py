@@ -98,6 +98,8 @@ class Observers:
             shown = self.stream.round(site.name, x)
             if is_routed and rows.is_counted:
                 self.stream.record(site.name, RecordedRows(shown, experts, rows.tokens))
+                if rows.is_whole:
+                    self.stream.check()
             return shown
         for statistic, state in self._states_of(site, x.device, rows.product):
             if self._applies(statistic, rows, is_routed):

@@ -64,12 +64,17 @@ class Stream:
         Raises:
             EnoughError: All that is recorded has been seen.
         """
-        if site in self.later_sites and self.recorded.keys() >= set(self.recorded_sites):
-            raise EnoughError
+        if site in self.later_sites:
+            self.check()
         rounding = self.roundings.get(site)
         if rounding is None:
             return x
         return FORMATS[rounding.format].round_activations(x, rounding.scale)
+
+    def check(self) -> None:
+        """Raise `EnoughError` if something is recorded, and all of it has been seen."""
+        if self.recorded_sites and self.recorded.keys() >= set(self.recorded_sites):
+            raise EnoughError
 
     def record(self, site: str, rows: RecordedRows) -> None:
         """Keep rows, if they are of a site that is recorded."""
