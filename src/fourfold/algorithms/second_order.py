@@ -14,16 +14,19 @@ Shapes: O outputs, I inputs, E experts.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fourfold.algorithms.base import Algorithm, Figures, Weight
+from fourfold.errors import ObservationError
 from fourfold.formats import nvfp4
 from fourfold.formats.base import WeightFormat
 from fourfold.formats.nvfp4.format import BLOCK_SCALE, CODES, NVFP4
@@ -72,12 +75,22 @@ class SecondOrder(Algorithm):
             figures.append(Figures(amax))
             source = weight.statistics.get(OWN, weight.statistics.get(POOLED))
             assert source is not None
+            if not bool(torch.isfinite(source.diagonal()).all()):
+                raise ObservationError(
+                    f"{weight.name}: its inputs are so large that the sum of their squares is not "
+                    "finite in float32. Leave the weight as it is, with a keep pattern."
+                )
             moment = moments.get(source.data_ptr()) or self._moment(weight.statistics)
             moments[source.data_ptr()] = moment
             rounded.append(Rounded(weight.matrix_OI.float(), moment))
         largest = max(float(x.target_OI.abs().max()) for x in rounded)
-        group_scale = nvfp4.global_scale(largest * 448 / self.range)
-        group_scale = self.choose(rounded, group_scale)
+        room = min(largest * 448 / self.range, torch.finfo(torch.float32).max)
+        group_scale = nvfp4.global_scale(room)
+        unit = 2.0 ** math.frexp(group_scale)[1]  # squares of what is divided by it are finite
+        for chosen in rounded:
+            chosen.target_OI /= unit
+        group_scale = self.choose(rounded, group_scale / unit) * unit
+        group_scale = min(max(group_scale, nvfp4.GLOBAL_SCALE_MIN), nvfp4.GLOBAL_SCALE_MAX)
         for weight, chosen, of_weight in zip(weights, rounded, figures, strict=True):
             chosen.pack(weight.out[CODES], weight.out[BLOCK_SCALE])
             error, energy = fmt.error(weight.matrix_OI, weight.out, group_scale)

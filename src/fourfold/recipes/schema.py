@@ -108,7 +108,7 @@ class Weights(_Strict):
     pooled: bool | None = None
     """Whether all experts of a module share one second moment of the inputs of gate and up; by
     default where moments of their own would take much memory."""
-    damping: Annotated[float, Field(ge=0, le=10)] | None = None
+    damping: Annotated[float, Field(ge=0.001, le=10)] | None = None
     """The part of its mean diagonal that is added to a second moment."""
 
     @model_validator(mode="after")

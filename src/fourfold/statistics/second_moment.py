@@ -5,9 +5,12 @@ F64 `[I, I]` or `[E, I, I]`, and I64 `[]` or `[E]` (`second_moment.rows`). `pool
 same of all experts of a module together: `[I, I]` whatever E is.
 
 **Order.** The product of the rows that arrive together is one matrix product in float32, the same
-whoever computes it. These are added in float64, whose 53 bits hold sums of 24-bit numbers without
-rounding while they differ by less than 2²² in size; so a sum is the same in any order, and the
-statistics of a run are those of a run on any number of ranks that share out its batches.
+whoever computes it. It is rounded to multiples of 2⁻²² times a power of two near its mean diagonal:
+far less than the damping of a moment (`formats.nvfp4.second_order`). So rounded, products are added
+in float64. Its 53 bits hold their sum without rounding, and the sum is the same in any order, while
+it is below 2³¹ times the smallest of their mean diagonals: a channel may have 2¹² times the mean
+energy, and there may be 2¹⁹ products of like energy. The statistics of a run are then those of a
+run on any number of ranks that share out its batches.
 
 Shapes: R rows, I input features, E experts, K experts of a row.
 """
@@ -81,9 +84,12 @@ def _mean(moment: Tensor, rows: Tensor) -> Tensor:
 
 
 def gram(rows: Tensor) -> Tensor:
-    """Return Σ x·xᵀ of rows `[R, I]`, as float64."""
+    """Return Σ x·xᵀ of rows `[R, I]`, float64, rounded as the head of this file says."""
     x_RI = rows.float()
-    return (x_RI.T @ x_RI).double()
+    product_II = (x_RI.T @ x_RI).double()
+    # A sum with 1.5·2³⁰ times a power of two has no bits below 2⁻²² times that power.
+    shift = 1.5 * 2.0**30 * product_II.diagonal().mean().frexp().exponent.double().exp2()
+    return (product_II + shift) - shift
 
 
 def by_expert(experts: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,7 @@ Shapes: O outputs, I inputs, B blocks of inputs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -41,7 +42,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fourfold.formats.nvfp4 import joint_cpu
+from fourfold.formats.nvfp4 import e2m1, joint_cpu
 
 BLOCK = 16
 TILE = 128
@@ -52,11 +53,19 @@ class Moment:
     """The second moment of a weight's inputs, damped, in the order in which blocks are rounded."""
 
     def __init__(self, moment_II: Tensor, damping: float) -> None:
-        """Damp and order a second moment `[I, I]`. One that is all 0 stands for equal inputs."""
-        h_II = moment_II.float()
-        mean = h_II.diagonal().mean()
-        if not bool(mean > 0):
-            h_II, mean = torch.eye(len(h_II)), torch.tensor(1.0)
+        """Damp and order a second moment `[I, I]`, times a power of two that brings its mean
+        diagonal near 1. One that is all 0 stands for equal inputs.
+
+        Args:
+            moment_II: Finite.
+            damping: At least 0.001: less may leave a moment of few rows singular in float32.
+        """
+        mean = float(moment_II.diagonal().double().mean())
+        if mean > 0:
+            unit = 2.0 ** -math.frexp(mean)[1]
+            h_II, mean = (moment_II.double() * unit).float(), mean * unit
+        else:
+            h_II, mean = torch.eye(len(moment_II)), 1.0
         energy_B = h_II.diagonal().view(-1, BLOCK).sum(dim=1)
         order_B = energy_B.argsort(descending=True, stable=True)
         self.order_I = (order_B[:, None] * BLOCK + torch.arange(BLOCK)).flatten()
@@ -189,9 +198,14 @@ class Rounded:
         return changes
 
     def loss(self) -> float:
-        """Return L under the damped moment."""
-        difference_OI = self.values_OI - self.target_OI
-        return float(((difference_OI @ self.moment.h_II) * difference_OI).sum(dtype=torch.float64))
+        """Return L under the damped moment, in float64."""
+        return self.loss_and_reach()[0]
+
+    def loss_and_reach(self) -> tuple[float, float]:
+        """Return L, and twice the bound n·2⁻⁵³·|Q − T|·|H'|·|Q − T|ᵀ for the rounding in it."""
+        d_OI, h_II = self.values_OI.double() - self.target_OI.double(), self.moment.h_II.double()
+        size = float(((d_OI.abs() @ h_II.abs()) * d_OI.abs()).sum())
+        return float(((d_OI @ h_II) * d_OI).sum()), 4 * len(h_II) * 2.0**-53 * size
 
     def products(self) -> tuple[float, float]:
         """Return ⟨T, Q⟩ and ⟨Q, Q⟩ under the damped moment."""
@@ -200,6 +214,11 @@ class Rounded:
             float((weighted_OI * matrix).sum(dtype=torch.float64))
             for matrix in (self.target_OI, self.values_OI)
         )
+
+    def rescale(self, group_scale: float) -> None:
+        """Let codes and scales stand for what they do under another group scale."""
+        step_OB = self.scales_OB.view(torch.float8_e4m3fn).float() * group_scale
+        self.values_OI = e2m1.decode(self.codes_OI) * step_OB.repeat_interleave(BLOCK, dim=1)
 
     def pack(self, codes: Tensor, block_scale: Tensor) -> None:
         """Fill the buffers of the row parts, uint8 `[O, I/2]` and `[O, B]`, in the weight's own
@@ -210,20 +229,50 @@ class Rounded:
         block_scale[:, self.moment.order_I[::BLOCK] // BLOCK] = self.scales_OB
 
 
-def descend(weights: Sequence[Rounded], group_scale: float, sweeps: int) -> float:
-    """Sweep over the weights of a scale group; return the group scale, which changes, too."""
+def descend(
+    weights: Sequence[Rounded], group_scale: float, sweeps: int, *, is_checked: bool = False
+) -> float:
+    """Sweep over the weights of a scale group; return the group scale, which changes, too.
+
+    Args:
+        is_checked: Assert after each step that L has not grown. It costs products in float64.
+    """
+    check = _Check(weights) if is_checked else None
     for _ in range(sweeps):
         changed = sum(weight.improve(group_scale) for weight in weights)
-        products = [weight.products() for weight in weights]
-        num, den = (sum(column) for column in zip(*products, strict=True))
-        if num > 0 and den > 0:
-            better = float(np.float32(group_scale * num / den))
-            for weight in weights:
-                weight.values_OI *= better / group_scale
-            group_scale = better
+        if check:
+            check.step()
+        group_scale = _best_scale(weights, group_scale)
+        if check:
+            check.step()
         if not changed:
             break
     return group_scale
+
+
+class _Check:
+    """Asserts that L does not grow, but by what float64 rounds it."""
+
+    def __init__(self, weights: Sequence[Rounded]) -> None:
+        self.weights, self.least = weights, math.inf
+        self.step()
+
+    def step(self) -> None:
+        losses, reaches = zip(*(weight.loss_and_reach() for weight in self.weights), strict=True)
+        assert sum(losses) <= self.least + sum(reaches), (sum(losses), self.least)
+        self.least = sum(losses)
+
+
+def _best_scale(weights: Sequence[Rounded], group_scale: float) -> float:
+    """Take the group scale of the least loss, unless its gain would be lost in rounding."""
+    products = [weight.products() for weight in weights]
+    num, den = (sum(column) for column in zip(*products, strict=True))
+    if not (num > 0 and den > 0 and abs(num / den - 1) > 2.0**-10):
+        return group_scale
+    better = float(np.float32(group_scale * num / den))
+    for weight in weights:
+        weight.rescale(better)
+    return better
 
 
 def _like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
