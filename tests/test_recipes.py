@@ -80,6 +80,8 @@ def test_yaml_comes_back(name: str, tmp_path: Path) -> None:
         ("keep: 3\nquantize: [mlp]", ["keep: a list is expected, not 3"]),
         ("weights: {scale: mse, descent: 1}\nquantize: [mlp]", ["descent", "scale: mse", "remove"]),
         ("weights: {range: 256}\nquantize: [mlp]", ["range has no effect with scale: mse"]),
+        ("weights: {scale: four_over_six, damping: 1}\nquantize: [mlp]", ["damping", "no effect"]),
+        ("weights: {scale: local_hessian, descent: 1}\nquantize: [mlp]", ["descent", "no effect"]),
         ("weights: {scale: gptq_joint, sweeps: 1}\nquantize: [mlp]", ["weights.sweeps"]),
         (
             "weights: {scale: gptq_joint, descent: 17}\nquantize: [mlp]",

@@ -15,6 +15,7 @@ import fourfold
 from executing import assert_same_shards
 from families import Truth
 from fourfold.events import Resumed, ShardWritten
+from fourfold.recipes import Recipe
 from jobs import MODEL, assert_same, flat, ids_file, only, start
 
 Written = Callable[[str], tuple[Path, Truth]]
@@ -25,13 +26,23 @@ ROLES = "quantize_if_present: [experts, shared_experts, mlp, attention]"
 def options_for(folder: Path, weights: str, **options: Any) -> dict[str, Any]:
     recipe = folder / "recipe.yaml"
     recipe.write_text(f"weights: {{{weights}}}\n{ROLES}\n")
-    data = {"calib": [ids_file(folder)], "calib_seq": 24, "batch_size": 3}
+    data: dict[str, Any] = {"calib": [ids_file(folder)], "calib_seq": 24, "batch_size": 3}
+    if not Recipe.load(recipe).needs_calibration:
+        data = {}
     return {"recipe": recipe, "threads": 1, **data, **options}
 
 
-@pytest.mark.parametrize("name", [MODEL, "deepseek_v3"])
-def test_the_output_is_clean_for_any_threads(name: str, written: Written, tmp_path: Path) -> None:
-    options = options_for(tmp_path, "scale: gptq_joint, descent: 1")
+RUNS = [
+    *((MODEL, scale) for scale in ("four_over_six", "mse_weighted", "local_hessian", "gptq")),
+    *((name, "gptq_joint, descent: 1") for name in (MODEL, "deepseek_v3")),
+]
+
+
+@pytest.mark.parametrize(("name", "scale"), RUNS)
+def test_the_output_is_clean_for_any_threads(
+    name: str, scale: str, written: Written, tmp_path: Path
+) -> None:
+    options = options_for(tmp_path, f"scale: {scale}")
     for threads in (1, 2):
         result = fourfold.quantize(
             written(name)[0], tmp_path / str(threads), **flat(**options | {"threads": threads})

@@ -8,10 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from fourfold.algorithms import Weight
 from fourfold.algorithms.second_order import shrunk
-from fourfold.statistics import PooledMoment, SecondMoment, Site, State
+from fourfold.statistics import (
+    MomentBlocks,
+    MomentDiagonal,
+    PooledMoment,
+    SecondMoment,
+    Site,
+    State,
+)
 
 LINEAR, EXPERTS = Site("a.q_proj", 48), Site("a.experts.gate_up", 48, 4)
+ALL = [SecondMoment(), PooledMoment(), MomentBlocks(), MomentDiagonal()]
 Batch = tuple[Tensor, Tensor | None]
 
 
@@ -39,7 +48,7 @@ def state_of(statistic: SecondMoment, site: Site, seen: list[Batch]) -> State:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("site", [LINEAR, EXPERTS], ids=["linear", "experts"])
-@pytest.mark.parametrize("statistic", [SecondMoment(), PooledMoment()], ids=lambda x: x.name)
+@pytest.mark.parametrize("statistic", ALL, ids=lambda x: x.name)
 def test_the_same_for_any_ranks(statistic: SecondMoment, site: Site, dtype: torch.dtype) -> None:
     seen = batches(site, dtype=dtype)
     alone = state_of(statistic, site, seen)
@@ -82,21 +91,45 @@ def _number_of(experts: Tensor, number: int) -> Tensor:
     return (experts == number).nonzero(as_tuple=True)[0]
 
 
+def weight_with(statistics: State) -> Weight:
+    return Weight("w", torch.ones(1, 48), {}, statistics)
+
+
+@pytest.mark.parametrize("site", [LINEAR, EXPERTS], ids=["linear", "experts"])
+def test_parts_are_those_of_the_whole(site: Site) -> None:
+    """Sums of small whole numbers are exact."""
+    seen = [(rows.clamp(-3, 3).round(), experts) for rows, experts in batches(site)]
+    whole, blocks, diagonal = (
+        statistic.finish(state_of(statistic, site, seen))
+        for statistic in (SecondMoment(), MomentBlocks(), MomentDiagonal())
+    )
+    for end in ("", ".rows", ".pool")[: 2 if site.experts is None else 3]:
+        moment = whole[f"second_moment{end}"]
+        if end == ".rows":
+            assert torch.equal(blocks[f"second_moment_blocks{end}"], moment)
+            assert torch.equal(diagonal[f"second_moment_diagonal{end}"], moment)
+            continue
+        wanted = torch.stack([moment[..., i : i + 16, i : i + 16] for i in (0, 16, 32)], dim=-3)
+        assert torch.equal(blocks[f"second_moment_blocks{end}"], wanted)
+        energy = moment.diagonal(dim1=-2, dim2=-1)
+        assert torch.equal(diagonal[f"second_moment_diagonal{end}"], energy)
+
+
 def test_an_expert_without_rows_has_the_pool() -> None:
     finished = SecondMoment().finish(state_of(SecondMoment(), EXPERTS, batches(EXPERTS)))
     assert [bool(rows) for rows in finished["second_moment.rows"]] == [True, True, True, False]
     pool = finished["second_moment.pool"]
-    assert torch.equal(shrunk(SecondMoment().of_expert(finished, 3)), pool)
+    assert torch.equal(shrunk(weight_with(SecondMoment().of_expert(finished, 3))), pool)
     few = {"second_moment": 3 * pool, "second_moment.rows": torch.tensor(64),
            "second_moment.pool": pool}  # fmt: skip
-    torch.testing.assert_close(shrunk(few), 2 * pool)
+    torch.testing.assert_close(shrunk(weight_with(few)), 2 * pool)
     rows = finished["second_moment.rows"].double()
     total = (finished["second_moment"].double() * rows[:, None, None]).sum(dim=0)
     torch.testing.assert_close(total / rows.sum(), pool.double(), rtol=2e-7, atol=1e-6)
 
 
 @pytest.mark.parametrize("site", [LINEAR, EXPERTS], ids=["linear", "experts"])
-@pytest.mark.parametrize("statistic", [SecondMoment(), PooledMoment()], ids=lambda x: x.name)
+@pytest.mark.parametrize("statistic", ALL, ids=lambda x: x.name)
 def test_what_no_row_reached_is_zero(statistic: SecondMoment, site: Site) -> None:
     zeros = [(torch.zeros(7, site.width), None if site.experts is None else torch.zeros(7).long())]
     for seen in ([], zeros):

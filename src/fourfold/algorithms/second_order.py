@@ -14,9 +14,8 @@ Shapes: O outputs, I inputs, E experts.
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import ClassVar
@@ -29,6 +28,7 @@ from fourfold.algorithms.base import Algorithm, Figures, Weight
 from fourfold.errors import ObservationError
 from fourfold.formats import nvfp4
 from fourfold.formats.base import WeightFormat
+from fourfold.formats.nvfp4.block_scales import group_scale_and_unit
 from fourfold.formats.nvfp4.format import BLOCK_SCALE, CODES, NVFP4
 from fourfold.formats.nvfp4.second_order import Moment, Rounded
 from fourfold.statistics import PooledMoment, SecondMoment, Site
@@ -73,20 +73,12 @@ class SecondOrder(Algorithm):
         for weight in weights:
             amax = fmt.amax(weight.matrix_OI, name=weight.name)
             figures.append(Figures(amax))
-            source = weight.statistics.get(OWN, weight.statistics.get(POOLED))
-            assert source is not None
-            if not bool(torch.isfinite(source.diagonal()).all()):
-                raise ObservationError(
-                    f"{weight.name}: its inputs are so large that the sum of their squares is not "
-                    "finite in float32. Leave the weight as it is, with a keep pattern."
-                )
-            moment = moments.get(source.data_ptr()) or self._moment(weight.statistics)
+            source = weight.statistics[OWN if OWN in weight.statistics else POOLED]
+            moment = moments.get(source.data_ptr()) or self._moment(weight)
             moments[source.data_ptr()] = moment
             rounded.append(Rounded(weight.matrix_OI.float(), moment))
         largest = max(float(x.target_OI.abs().max()) for x in rounded)
-        room = min(largest * 448 / self.range, torch.finfo(torch.float32).max)
-        group_scale = nvfp4.global_scale(room)
-        unit = 2.0 ** math.frexp(group_scale)[1]  # squares of what is divided by it are finite
+        group_scale, unit = group_scale_and_unit(largest, self.range)
         for chosen in rounded:
             chosen.target_OI /= unit
         group_scale = self.choose(rounded, group_scale / unit) * unit
@@ -101,10 +93,10 @@ class SecondOrder(Algorithm):
     def choose(self, weights: Sequence[Rounded], group_scale: float) -> float:
         """Choose codes and scales of the weights of a scale group; return its group scale."""
 
-    def _moment(self, statistics: Mapping[str, Tensor]) -> Moment:
+    def _moment(self, weight: Weight) -> Moment:
         """The damped moment of a weight's inputs; the one of a pool is made once."""
-        if POOLED in statistics:
-            pool = statistics[POOLED]
+        if POOLED in weight.statistics:
+            pool = _finite(weight.statistics[POOLED], weight.name)
             with _POOLS_LOCK:
                 shared = _POOLS.get(pool)
                 if shared is None or shared[0] != self.damping:
@@ -112,7 +104,7 @@ class SecondOrder(Algorithm):
                     shared[1].factor_II  # noqa: B018 - made here, once
                     _POOLS[pool] = shared
                 return shared[1]
-        return Moment(shrunk(statistics), self.damping)
+        return Moment(shrunk(weight), self.damping)
 
 
 STATISTIC = SecondMoment()
@@ -122,10 +114,23 @@ _POOLS: MutableMapping[Tensor, tuple[float, Moment]] = WeakTensorKeyDictionary()
 _POOLS_LOCK = Lock()
 
 
-def shrunk(statistics: Mapping[str, Tensor], name: str = OWN) -> Tensor:
-    """Return the mean of a weight's own rows and, for an expert, some of those of all experts."""
-    own, pool = statistics[name], statistics.get(f"{name}.pool")
-    if pool is None:
-        return own
-    rows = float(statistics[f"{OWN}.rows"])
-    return (rows * own + POOL_ROWS * pool) / (rows + POOL_ROWS)
+def shrunk(weight: Weight, name: str = OWN) -> Tensor:
+    """Return the moment `name` of a weight's own rows and, for an expert, of some of the pool's.
+
+    Raises:
+        ObservationError: It is not finite.
+    """
+    own, pool = weight.statistics[name], weight.statistics.get(f"{name}.pool")
+    if pool is not None:
+        rows = float(weight.statistics[f"{name}.rows"])
+        own = (rows * own + POOL_ROWS * pool) / (rows + POOL_ROWS)
+    return _finite(own, weight.name)
+
+
+def _finite(moment: Tensor, name: str) -> Tensor:
+    if not bool(torch.isfinite(moment).all()):
+        raise ObservationError(
+            f"{name}: its inputs are so large that the sum of their squares is not finite in "
+            "float32. Leave the weight as it is, with a keep pattern."
+        )
+    return moment

@@ -2,7 +2,8 @@
 """`second_moment`: Σ x·xᵀ of the inputs, and how many rows it is a sum of.
 
 F64 `[I, I]` or `[E, I, I]`, and I64 `[]` or `[E]` (`second_moment.rows`). `pooled_moment` is the
-same of all experts of a module together: `[I, I]` whatever E is.
+same of all experts of a module together: `[I, I]` whatever E is. `second_moment_blocks` and
+`second_moment_diagonal` are parts of it: `[I/16, 16, 16]` and `[I]`, or these for each expert.
 
 **Order.** The product of the rows that arrive together is one matrix product in float32, the same
 whoever computes it. It is rounded to multiples of 2⁻²² times a power of two near its mean diagonal:
@@ -12,7 +13,7 @@ it is below 2³¹ times the smallest of their mean diagonals: a channel may have
 energy, and there may be 2¹⁹ products of like energy. The statistics of a run are then those of a
 run on any number of ranks that share out its batches.
 
-Shapes: R rows, I input features, E experts, K experts of a row.
+Shapes: R rows, I input features, B blocks of them, K features of a block, E experts.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from torch import Tensor
 
 from fourfold.statistics.base import Reduction, Site, State, Statistic
 
+BLOCK = 16
+
 
 class SecondMoment(Statistic):
     """The sum of the outer products of the rows that reached a site, for each expert."""
@@ -31,9 +34,19 @@ class SecondMoment(Statistic):
     name = "second_moment"
     reduction: Reduction = "sum"
 
+    def shape(self, width: int) -> tuple[int, ...]:
+        """Return the shape of the moment of one expert, or of a linear layer."""
+        return width, width
+
+    def product(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sum over rows `[R, I]`, and its diagonal, float64."""
+        x_RI = rows.float()
+        product_II = (x_RI.T @ x_RI).double()
+        return product_II, product_II.diagonal()
+
     def shapes(self, site: Site) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
         return {
-            self.name: (torch.float64, (*site.lead, site.width, site.width)),
+            self.name: (torch.float64, (*site.lead, *self.shape(site.width))),
             f"{self.name}.rows": (torch.int64, site.lead),
         }
 
@@ -52,13 +65,13 @@ class SecondMoment(Statistic):
     def update(self, state: State, rows: Tensor, experts: Tensor | None) -> None:
         moment, count = state[self.name], state[f"{self.name}.rows"]
         if experts is None:
-            moment += gram(rows)
+            moment += _on_grid(*self.product(rows))
             count += len(rows)
             return
         number_R, row_R = by_expert(experts)
         for number in torch.unique(number_R).tolist():
             chosen = rows[row_R[number_R == number]]
-            moment[number] += gram(chosen)
+            moment[number] += _on_grid(*self.product(chosen))
             count[number] += len(chosen)
 
 
@@ -79,25 +92,51 @@ class PooledMoment(SecondMoment):
         super().update(state, rows, None)
 
 
+class MomentBlocks(SecondMoment):
+    """The blocks of 16×16 on the diagonal of the second moment."""
+
+    name = "second_moment_blocks"
+
+    def shape(self, width: int) -> tuple[int, ...]:
+        return width // BLOCK, BLOCK, BLOCK
+
+    def product(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        x_BRK = rows.float().reshape(len(rows), -1, BLOCK).transpose(0, 1)
+        product_BKK = (x_BRK.mT @ x_BRK).double()
+        return product_BKK, product_BKK.diagonal(dim1=1, dim2=2)
+
+
+class MomentDiagonal(SecondMoment):
+    """The diagonal of the second moment: the energy of each input."""
+
+    name = "second_moment_diagonal"
+
+    def shape(self, width: int) -> tuple[int, ...]:
+        return (width,)
+
+    def product(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        energy_I = rows.double().square().sum(dim=0)
+        return energy_I, energy_I
+
+
 def _mean(moment: Tensor, rows: Tensor) -> Tensor:
-    return (moment / rows.clamp(min=1)[..., None, None]).float()
+    counts = rows.clamp(min=1).view(*rows.shape, *(1 for _ in moment.shape[rows.ndim :]))
+    return (moment / counts).float()
 
 
-def gram(rows: Tensor) -> Tensor:
-    """Return Σ x·xᵀ of rows `[R, I]`, float64, rounded as the head of this file says."""
-    x_RI = rows.float()
-    product_II = (x_RI.T @ x_RI).double()
+def _on_grid(product: Tensor, diagonal: Tensor) -> Tensor:
+    """Round a product as the head of this file says."""
     # A sum with 1.5·2³⁰ times a power of two has no bits below 2⁻²² times that power.
-    shift = 1.5 * 2.0**30 * product_II.diagonal().mean().frexp().exponent.double().exp2()
-    return (product_II + shift) - shift
+    shift = 1.5 * 2.0**30 * diagonal.mean().frexp().exponent.double().exp2()
+    return (product + shift) - shift
 
 
 def by_expert(experts: Tensor) -> tuple[Tensor, Tensor]:
     """Return number and row of every pair of a row and an expert that reads it.
 
     Args:
-        experts: int64 `[R]` or `[R, K]`; negative entries are no experts.
+        experts: int64 `[R]` or `[R, experts of a row]`; negative entries are no experts.
     """
-    pairs_RK = experts if experts.ndim == 2 else experts[:, None]
-    row_R, column_R = (pairs_RK >= 0).nonzero(as_tuple=True)
-    return pairs_RK[row_R, column_R], row_R
+    pairs = experts if experts.ndim == 2 else experts[:, None]
+    row_R, column_R = (pairs >= 0).nonzero(as_tuple=True)
+    return pairs[row_R, column_R], row_R

@@ -37,7 +37,7 @@ _CODES = np.array([0, 1, 2, 3, 4, 0, 5, 0, 6, 0, 0, 0, 7], dtype=np.uint8)
 
 
 @contract
-def _grid(x: Any) -> Any:
+def grid(x: Any) -> Any:
     """The value of E2M1 nearest to a magnitude; `sweep.py`, part 5."""
     c = x * _SPLIT
     c = c if c > _SPLIT else _SPLIT
@@ -46,7 +46,7 @@ def _grid(x: Any) -> Any:
 
 
 @contract
-def _signed(q: Any, x: Any) -> Any:
+def signed(q: Any, x: Any) -> Any:
     return q if x >= _ZERO else -q
 
 
@@ -83,8 +83,8 @@ def _try_candidates(
         inverse = _ONE / factor[at + k, at + k]
         for c in range(CANDIDATES):
             x = get(lanes, BLOCK * k + c)
-            q = _grid(abs(x) * get(lanes, _INVERSE + c)) * get(lanes, _STEP + c)
-            error = (x - _signed(q, x)) * inverse
+            q = grid(abs(x) * get(lanes, _INVERSE + c)) * get(lanes, _STEP + c)
+            error = (x - signed(q, x)) * inverse
             put(lanes, _ERROR + c, error)
             put(lanes, _LOSS + c, get(lanes, _LOSS + c) + error * error)
         for j in range(k + 1, BLOCK):
@@ -109,10 +109,10 @@ def _round_block(
     inverse_step = _ONE / step
     for k in range(BLOCK):
         x = targets[row, start + k]
-        q = _grid(abs(x) * inverse_step)
+        q = grid(abs(x) * inverse_step)
         code = _CODES[np.int64(q * f32(2))]
         codes[row, start + k] = code if x >= _ZERO else u8(code | u8(8))
-        value = _signed(q * step, x)
+        value = signed(q * step, x)
         values[row, start + k] = value
         error = (x - value) * (_ONE / factor[at + k, at + k])
         errors[row, start + k] = error

@@ -42,7 +42,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fourfold.formats.nvfp4 import e2m1, joint_cpu
+from fourfold.formats.nvfp4 import block_scales, e2m1, joint_cpu
 
 BLOCK = 16
 TILE = 128
@@ -155,6 +155,14 @@ class Rounded:
             self.values_OI[:, start:stop] = values
             self.scales_OB[:, start // BLOCK : stop // BLOCK] = scales
             running_OI[:, stop:] -= errors @ factor_II[start:stop, stop:]
+
+    def static_scales(self, group_scale: float) -> Tensor:
+        """Return the scales of the least loss of each block by itself, `[O, B]`, in the weight's
+        own order, for `round`."""
+        scales_OB = torch.empty_like(self.scales_OB)
+        chosen_OB = block_scales.by_form(self.target_OI, self.moment.blocks_BKK, group_scale)
+        scales_OB[:, self.moment.order_I[::BLOCK] // BLOCK] = chosen_OB
+        return scales_OB
 
     def improve(self, group_scale: float) -> int:
         """Sweep once over all blocks; return how many blocks of rows changed."""
