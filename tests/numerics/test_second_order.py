@@ -21,7 +21,8 @@ from fourfold.errors import ObservationError
 from fourfold.formats import nvfp4
 from fourfold.formats.nvfp4 import reference, second_order_reference
 from fourfold.formats.nvfp4.format import BLOCK_SCALE, CODES, NVFP4
-from fourfold.formats.nvfp4.second_order import Moment, Rounded, descend, inverse_factor
+from fourfold.formats.nvfp4.inverse_factor import inverse_factor
+from fourfold.formats.nvfp4.second_order import Moment, Rounded, descend
 from fourfold.formats.nvfp4.second_order_reference import Choice
 
 from .second_moments import MOMENTS, WEIGHTS, gaussian, ordinary
@@ -104,7 +105,7 @@ def test_what_each_step_is_worth(seed: int) -> None:
 
 
 @pytest.mark.parametrize("name", MOMENTS)
-@pytest.mark.parametrize("width", [16, 144, 400])
+@pytest.mark.parametrize("width", [16, 64, 80, 144, 400, 592])
 def test_the_factor(name: str, width: int) -> None:
     """UᵀU·H' is the identity, and U is that of float64, both within what float32 can do: n·u times
     the condition of H'."""
@@ -114,8 +115,22 @@ def test_the_factor(name: str, width: int) -> None:
     assert torch.equal(factor_II, factor_II.triu())
     residual_II = factor_II.T @ factor_II @ h_II - torch.eye(width)
     assert residual_II.norm(2) < reach
-    exact_II = inverse_factor(h_II)
+    lower_II = torch.linalg.cholesky(h_II.flip(0, 1)).flip(0, 1)
+    exact_II = torch.linalg.solve_triangular(lower_II, torch.eye(width).double(), upper=True)
     assert (factor_II - exact_II).norm() < reach * exact_II.norm()
+
+
+def test_the_factor_of_what_float32_cannot_tell_from_singular() -> None:
+    """It is found in float64, and what is not positive definite there, either, is an error."""
+    x_RI = torch.randn(400, 300, generator=torch.Generator().manual_seed(0))
+    x_RI[:, 150:] = x_RI[:, :150] + 1e-4 * x_RI[:, 150:]
+    h_II = (x_RI.double().T @ x_RI.double() / 400).float()
+    assert int(torch.linalg.cholesky_ex(h_II).info) > 0
+    factor_II = inverse_factor(h_II.double() + 1e-6 * torch.eye(300))
+    assert torch.isfinite(inverse_factor(h_II + 1e-6 * torch.eye(300))).all()
+    assert torch.isfinite(factor_II).all()
+    with pytest.raises(ArithmeticError):
+        inverse_factor(-torch.eye(300))
 
 
 Case = tuple[str, str, int, int, float]

@@ -3,7 +3,8 @@
 
 F64 `[I, I]` or `[E, I, I]`, and I64 `[]` or `[E]` (`second_moment.rows`). `pooled_moment` is the
 same of all experts of a module together: `[I, I]` whatever E is. `second_moment_blocks` and
-`second_moment_diagonal` are parts of it: `[I/16, 16, 16]` and `[I]`, or these for each expert.
+`second_moment_diagonal` are parts of it: `[I/16, 16, 16]` and `[I]`, or these for each expert. A
+state has the lower half of a matrix alone; what `finish` returns is whole.
 
 **Order.** The product of the rows that arrive together is one matrix product in float32, the same
 whoever computes it. It is rounded to multiples of 2⁻²² times a power of two near its mean diagonal:
@@ -26,6 +27,8 @@ from torch import Tensor
 from fourfold.statistics.base import Reduction, Site, State, Statistic
 
 BLOCK = 16
+COLUMNS = 256
+"""Columns of a product that are computed at once."""
 
 
 class SecondMoment(Statistic):
@@ -38,11 +41,28 @@ class SecondMoment(Statistic):
         """Return the shape of the moment of one expert, or of a linear layer."""
         return width, width
 
-    def product(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the sum over rows `[R, I]`, and its diagonal, float64."""
+    def add(self, moment: Tensor, rows: Tensor) -> None:
+        """Add the sum over rows `[R, I]` to a moment of `shape`, in place.
+
+        Of a matrix the lower half alone is computed, in blocks of columns; the rest is undefined.
+        """
         x_RI = rows.float()
-        product_II = (x_RI.T @ x_RI).double()
-        return product_II, product_II.diagonal()
+        width = x_RI.shape[1]
+        product_II = torch.empty(width, width, device=rows.device)
+        for start in range(0, width, COLUMNS):
+            stop = min(start + COLUMNS, width)
+            torch.mm(x_RI[:, start:].T, x_RI[:, start:stop], out=product_II[start:, start:stop])
+        shift = _shift(product_II.diagonal())
+        if rows.device.type == "cpu":
+            from fourfold.statistics import moment_cpu
+
+            moment_cpu.add_lower(moment.numpy(), product_II.numpy(), float(shift))
+        else:
+            moment += ((product_II.double() + shift) - shift).tril()
+
+    def whole(self, mean: Tensor) -> Tensor:
+        """Return a moment with what `add` leaves undefined."""
+        return mean.tril() + mean.tril(-1).mT
 
     def shapes(self, site: Site) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
         return {
@@ -53,10 +73,16 @@ class SecondMoment(Statistic):
     def finish(self, state: State) -> State:
         """Return means in place of sums, float32; for experts also that of all rows (`.pool`)."""
         moment, rows = state[self.name], state[f"{self.name}.rows"]
-        means = {self.name: _mean(moment, rows), f"{self.name}.rows": rows}
-        if rows.ndim:
-            means[f"{self.name}.pool"] = _mean(moment.sum(dim=0), rows.sum())
-        return means
+        if not rows.ndim:
+            return {self.name: self._mean(moment, rows), f"{self.name}.rows": rows}
+        means = torch.empty(moment.shape, device=moment.device)
+        for number, mean in enumerate(means):
+            mean.copy_(self._mean(moment[number], rows[number]))
+        pool = self._mean(moment.sum(dim=0), rows.sum())
+        return {self.name: means, f"{self.name}.rows": rows, f"{self.name}.pool": pool}
+
+    def _mean(self, moment: Tensor, rows: Tensor) -> Tensor:
+        return self.whole((moment / rows.clamp(min=1)).float())
 
     def of_expert(self, state: State, expert: int) -> State:
         pool = f"{self.name}.pool"
@@ -65,13 +91,13 @@ class SecondMoment(Statistic):
     def update(self, state: State, rows: Tensor, experts: Tensor | None) -> None:
         moment, count = state[self.name], state[f"{self.name}.rows"]
         if experts is None:
-            moment += _on_grid(*self.product(rows))
+            self.add(moment, rows)
             count += len(rows)
             return
         number_R, row_R = by_expert(experts)
         for number in torch.unique(number_R).tolist():
             chosen = rows[row_R[number_R == number]]
-            moment[number] += _on_grid(*self.product(chosen))
+            self.add(moment[number], chosen)
             count[number] += len(chosen)
 
 
@@ -100,10 +126,14 @@ class MomentBlocks(SecondMoment):
     def shape(self, width: int) -> tuple[int, ...]:
         return width // BLOCK, BLOCK, BLOCK
 
-    def product(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def add(self, moment: Tensor, rows: Tensor) -> None:
         x_BRK = rows.float().reshape(len(rows), -1, BLOCK).transpose(0, 1)
         product_BKK = (x_BRK.mT @ x_BRK).double()
-        return product_BKK, product_BKK.diagonal(dim1=1, dim2=2)
+        shift = _shift(product_BKK.diagonal(dim1=1, dim2=2))
+        moment += (product_BKK + shift) - shift
+
+    def whole(self, mean: Tensor) -> Tensor:
+        return mean
 
 
 class MomentDiagonal(SecondMoment):
@@ -114,21 +144,21 @@ class MomentDiagonal(SecondMoment):
     def shape(self, width: int) -> tuple[int, ...]:
         return (width,)
 
-    def product(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def add(self, moment: Tensor, rows: Tensor) -> None:
         energy_I = rows.double().square().sum(dim=0)
-        return energy_I, energy_I
+        shift = _shift(energy_I)
+        moment += (energy_I + shift) - shift
+
+    def whole(self, mean: Tensor) -> Tensor:
+        return mean
 
 
-def _mean(moment: Tensor, rows: Tensor) -> Tensor:
-    counts = rows.clamp(min=1).view(*rows.shape, *(1 for _ in moment.shape[rows.ndim :]))
-    return (moment / counts).float()
+def _shift(diagonal: Tensor) -> Tensor:
+    """Return the number that a product is rounded with, as the head of this file says.
 
-
-def _on_grid(product: Tensor, diagonal: Tensor) -> Tensor:
-    """Round a product as the head of this file says."""
-    # A sum with 1.5·2³⁰ times a power of two has no bits below 2⁻²² times that power.
-    shift = 1.5 * 2.0**30 * diagonal.mean().frexp().exponent.double().exp2()
-    return (product + shift) - shift
+    A sum with 1.5·2³⁰ times a power of two has no bits below 2⁻²² times that power.
+    """
+    return 1.5 * 2.0**30 * diagonal.double().mean().frexp().exponent.double().exp2()
 
 
 def by_expert(experts: Tensor) -> tuple[Tensor, Tensor]:

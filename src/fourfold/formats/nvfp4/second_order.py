@@ -24,9 +24,8 @@ Its scale and codes are chosen again for that target under H'_bb, and are kept o
 smaller. After a sweep over all blocks, the group scale takes its best value,
 S·Σ⟨T, Q⟩_H'/Σ⟨Q, Q⟩_H'. Neither step ever raises L.
 
-**Precision.** U is from one Cholesky factorization: of H' with its columns reversed, H' = R·Rᵀ with
-R upper triangular, so U = R⁻¹, a triangular solve. It is in float32, as all that follows; where
-float32 finds H' not positive definite, in float64.
+**Precision.** U (`inverse_factor`) is in float32, as all that follows; where float32 finds H' not
+positive definite, in float64.
 
 Shapes: O outputs, I inputs, B blocks of inputs.
 """
@@ -43,6 +42,7 @@ import torch
 from torch import Tensor
 
 from fourfold.formats.nvfp4 import block_scales, e2m1, joint_cpu
+from fourfold.formats.nvfp4.inverse_factor import inverse_factor
 
 BLOCK = 16
 TILE = 128
@@ -94,18 +94,6 @@ class Moment:
     def block_factors_BKK(self) -> Tensor:
         """U of each block on the diagonal."""
         return inverse_factor(self.blocks_BKK)
-
-
-def inverse_factor(h: Tensor) -> Tensor:
-    """Return the upper triangular U with H⁻¹ = UᵀU, for matrices `[..., I, I]`."""
-    eye = torch.eye(h.shape[-1], dtype=h.dtype)
-    lower, info = torch.linalg.cholesky_ex(h.flip(-1, -2))
-    if bool(info.any()) or not bool(torch.isfinite(lower).all()):
-        if h.dtype == torch.float64:
-            raise ArithmeticError("a damped second moment is not positive definite")
-        return inverse_factor(h.double()).to(h.dtype)
-    factor: Tensor = torch.linalg.solve_triangular(lower.flip(-1, -2), eye, upper=True)
-    return factor.contiguous()
 
 
 @dataclass
