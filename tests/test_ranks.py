@@ -114,16 +114,26 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def options_of(recipe: str, folder: Path, samples: int = 9) -> tuple[list[object], dict[str, Any]]:
     """The same options for the command line and for Python; two samples make a batch."""
-    line: list[object] = ["-r", recipe, "--threads", 1]
-    given: dict[str, Any] = {"recipe": recipe, "threads": 1}
-    if recipe == W4A4:
+    name: str | Path = recipe
+    if recipe == JOINT:
+        name = folder / "joint.yaml"
+        name.write_text(JOINT)
+    line: list[object] = ["-r", name, "--threads", 1]
+    given: dict[str, Any] = {"recipe": name, "threads": 1}
+    if recipe != W4A16:
         ids = ids_file(folder)
         line += ["--calib", ids, "--calib-seq", 24, "--calib-size", samples, "--batch-size", 2]
         given |= {"calib": [ids], "calib_seq": 24, "calib_size": samples, "batch_size": 2}
     return line, given
 
 
+JOINT = """
+weights: {scale: gptq_joint, descent: 1}
+quantize_if_present: [experts, shared_experts, mlp, attention]
+"""
+
 RUNS = [
+    (JOINT, 2),  # its statistics are sums, of other batches on each rank
     (W4A4, 3),  # two batches: one rank has none
     pytest.param(W4A16, 2, marks=pytest.mark.slow),
     pytest.param(W4A4, 2, marks=pytest.mark.slow),
