@@ -36,6 +36,9 @@ BLOCK = CANDIDATES = 16
 BELOW = 3
 """Candidates are the E4M3 bytes from 3 below that of max scales to 12 above it."""
 
+LEAST_GAIN = np.float32(1 - 2.0**-18)
+"""A block is changed only if its loss falls below this part of it; rounding reaches less far."""
+
 LANES = 64
 ROWS = LANES // CANDIDATES
 
@@ -270,7 +273,7 @@ def improve_block(
         _round_lanes(f, factor, 0)
         for r in range(min(ROWS, rows - row)):
             lane, here = _best(f, r), row + r
-            if get(f, _LOSS + lane) < old_losses[here] * f32(1 - 2.0**-18):
+            if get(f, _LOSS + lane) < old_losses[here] * LEAST_GAIN:
                 first = _first_byte(targets, here, 0, group_scale)
                 scales[here] = first + lane - CANDIDATES * r
                 _store(f, lane, codes, values, here, 0)

@@ -48,6 +48,9 @@ BLOCK = 16
 TILE = 128
 """Columns that are rounded before those behind them are updated, by a matrix product."""
 
+LEAST_SCALE_GAIN = 2.0**-10
+"""A group scale is changed only by a larger part of it; the gain of less is lost in rounding."""
+
 
 class Moment:
     """The second moment of a weight's inputs, damped, in the order in which blocks are rounded."""
@@ -263,7 +266,7 @@ def _best_scale(weights: Sequence[Rounded], group_scale: float) -> float:
     """Take the group scale of the least loss, unless its gain would be lost in rounding."""
     products = [weight.products() for weight in weights]
     num, den = (sum(column) for column in zip(*products, strict=True))
-    if not (num > 0 and den > 0 and abs(num / den - 1) > 2.0**-10):
+    if not (num > 0 and den > 0 and abs(num / den - 1) > LEAST_SCALE_GAIN):
         return group_scale
     better = float(np.float32(group_scale * num / den))
     for weight in weights:

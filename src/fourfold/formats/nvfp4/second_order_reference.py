@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fourfold.formats.nvfp4 import e2m1, e4m3
-from fourfold.formats.nvfp4.joint_cpu import BELOW, BLOCK, CANDIDATES
+from fourfold.formats.nvfp4.joint_cpu import BELOW, BLOCK, CANDIDATES, LEAST_GAIN
 
 _U = 2.0**-23
 _MIDPOINTS = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], dtype=torch.float64)
@@ -151,7 +151,7 @@ def sweep(
         before = _blank(running.t)
         for k in range(BLOCK):
             _put(before, running, k, factor_KK, inverse_KK, old_OK[:, None, k])
-        gain_O = before.loss_OC[:, 0] * (1 - 2.0**-18) - trial.loss_OC[every, best_O]
+        gain_O = before.loss_OC[:, 0] * float(LEAST_GAIN) - trial.loss_OC[every, best_O]
         unsure_O = before.reach_OC[:, 0] + trial.reach_OC[every, best_O]
         is_same_O = (trial.values_OCK[every, best_O].float() == old_OK.float()).all(dim=1)
         is_same_O &= bytes_OC[every, best_O] == start.scales_OB[:, block]
