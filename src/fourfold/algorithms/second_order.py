@@ -128,7 +128,8 @@ def shrunk(weight: Weight, name: str = OWN) -> Tensor:
 
 
 def _finite(moment: Tensor, name: str) -> Tensor:
-    if not bool(torch.isfinite(moment).all()):
+    bounds = moment.diagonal() if moment.ndim == 2 else moment
+    if not bool(torch.isfinite(bounds).all()):
         raise ObservationError(
             f"{name}: its inputs are so large that the sum of their squares is not finite in "
             "float32. Leave the weight as it is, with a keep pattern."

@@ -60,8 +60,16 @@ class SecondMoment(Statistic):
         else:
             moment += ((product_II.double() + shift) - shift).tril()
 
-    def whole(self, mean: Tensor) -> Tensor:
-        """Return a moment with what `add` leaves undefined."""
+    def mean(self, moment: Tensor, rows: Tensor) -> Tensor:
+        """Return a moment that is a sum over so many rows as their mean, float32, whole."""
+        count = rows.clamp(min=1)
+        if moment.device.type == "cpu":
+            from fourfold.statistics import moment_cpu
+
+            mean = torch.empty(moment.shape)
+            moment_cpu.whole_mean(moment.numpy(), float(count), mean.numpy())
+            return mean
+        mean = (moment / count).float()
         return mean.tril() + mean.tril(-1).mT
 
     def shapes(self, site: Site) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -74,15 +82,12 @@ class SecondMoment(Statistic):
         """Return means in place of sums, float32; for experts also that of all rows (`.pool`)."""
         moment, rows = state[self.name], state[f"{self.name}.rows"]
         if not rows.ndim:
-            return {self.name: self._mean(moment, rows), f"{self.name}.rows": rows}
+            return {self.name: self.mean(moment, rows), f"{self.name}.rows": rows}
         means = torch.empty(moment.shape, device=moment.device)
         for number, mean in enumerate(means):
-            mean.copy_(self._mean(moment[number], rows[number]))
-        pool = self._mean(moment.sum(dim=0), rows.sum())
+            mean.copy_(self.mean(moment[number], rows[number]))
+        pool = self.mean(moment.sum(dim=0), rows.sum())
         return {self.name: means, f"{self.name}.rows": rows, f"{self.name}.pool": pool}
-
-    def _mean(self, moment: Tensor, rows: Tensor) -> Tensor:
-        return self.whole((moment / rows.clamp(min=1)).float())
 
     def of_expert(self, state: State, expert: int) -> State:
         pool = f"{self.name}.pool"
@@ -132,8 +137,8 @@ class MomentBlocks(SecondMoment):
         shift = _shift(product_BKK.diagonal(dim1=1, dim2=2))
         moment += (product_BKK + shift) - shift
 
-    def whole(self, mean: Tensor) -> Tensor:
-        return mean
+    def mean(self, moment: Tensor, rows: Tensor) -> Tensor:
+        return (moment / rows.clamp(min=1)).float()
 
 
 class MomentDiagonal(SecondMoment):
@@ -149,8 +154,8 @@ class MomentDiagonal(SecondMoment):
         shift = _shift(energy_I)
         moment += (energy_I + shift) - shift
 
-    def whole(self, mean: Tensor) -> Tensor:
-        return mean
+    def mean(self, moment: Tensor, rows: Tensor) -> Tensor:
+        return (moment / rows.clamp(min=1)).float()
 
 
 def _shift(diagonal: Tensor) -> Tensor:

@@ -65,14 +65,16 @@ class Moment:
         """
         mean = float(moment_II.diagonal().double().mean())
         if mean > 0:
-            unit = 2.0 ** -math.frexp(mean)[1]
-            h_II, mean = (moment_II.double() * unit).float(), mean * unit
+            unit = 2.0 ** max(-126, min(-math.frexp(mean)[1], 126))
+            h_II, mean = moment_II.float() * unit, mean * unit
         else:
             h_II, mean = torch.eye(len(moment_II)), 1.0
         energy_B = h_II.diagonal().view(-1, BLOCK).sum(dim=1)
         order_B = energy_B.argsort(descending=True, stable=True)
         self.order_I = (order_B[:, None] * BLOCK + torch.arange(BLOCK)).flatten()
-        self.h_II = h_II[self.order_I][:, self.order_I].contiguous()
+        h_BKBK = h_II.reshape(len(order_B), BLOCK, len(order_B), BLOCK)
+        h_BKBK = h_BKBK.index_select(0, order_B).index_select(2, order_B)
+        self.h_II = h_BKBK.view_as(h_II)
         self.h_II.diagonal().add_(damping * mean)
 
     @cached_property

@@ -29,9 +29,9 @@ class MomentBatch:
         """See `second_order.Moment`."""
         count, width, _ = moment_NII.shape
         mean_N = moment_NII.diagonal(dim1=1, dim2=2).double().mean(dim=1)
-        unit_N = (-mean_N.frexp().exponent).double().exp2()
+        unit_N = (-mean_N.frexp().exponent).clamp(-126, 126).double().exp2()
         eye_II = torch.eye(width, device=moment_NII.device)
-        h_NII = (moment_NII.double() * unit_N[:, None, None]).float()
+        h_NII = moment_NII.float() * unit_N.float()[:, None, None]
         h_NII = torch.where(mean_N[:, None, None] > 0, h_NII, eye_II)
         mean_N = torch.where(mean_N > 0, mean_N * unit_N, 1)
         energy_NB = h_NII.diagonal(dim1=1, dim2=2).reshape(count, -1, BLOCK).sum(dim=2)
