@@ -41,13 +41,13 @@ EXPERTS = "w4a16_nvfp4_experts_only_mse"
 
 def test_public_names() -> None:
     assert set(fourfold.__all__) == {
-        "CalibrationConfig", "CalibrationError", "Converted", "Event", "Finding", "FourfoldError",
-        "FourfoldWarning",
+        "CalibrationConfig", "CalibrationError", "Converted", "Evaluation", "EvaluationConfig",
+        "Event", "Finding", "FourfoldError", "FourfoldWarning",
         "Generation", "Merged", "ModelError", "NonFiniteError", "ObservationError", "OutputConfig",
         "OutputError", "Plan", "PlanError", "Recipe", "RecipeError", "Report", "ResourceError",
         "Result", "Runtime", "SourceError", "Statistics", "UnreadableError", "UsageError",
-        "WeightLostError", "__version__", "convert", "generate", "load", "merge", "plan",
-        "quantize", "verify",
+        "WeightLostError", "__version__", "convert", "evaluate", "generate", "load", "merge",
+        "plan", "quantize", "verify",
     }  # fmt: skip
     for name in fourfold.__all__:
         assert getattr(fourfold, name) is not None

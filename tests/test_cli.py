@@ -65,7 +65,7 @@ def test_help_imports_little_and_cuts_nothing_short() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    commands = "quantize plan verify convert inspect summary recipes demo"
+    commands = "quantize plan verify convert eval inspect summary recipes demo"
     assert all(command in done.stdout for command in commands.split())
     assert "..." not in done.stdout.partition("Commands:")[2]
 

@@ -158,14 +158,28 @@ def test_a_folder_that_is_converted_in_part(
         name: x for name, x in load_file(file).items() if name not in (f"{key}_q", f"{key}_s")
     }
     save_file({**tensors, key: value}, file, metadata={"format": "pt"})
-    with pytest.raises(SourceError, match=rf"{key} in .*: BF16, while other weights of its kind"):
-        fourfold.plan(tmp_path / "encoded", RECIPE)
     config_file = tmp_path / "encoded" / "config.json"
     config = json.loads(config_file.read_text())
+
+    def plan(**stated: object) -> fourfold.Plan:
+        quantization = config["quantization_config"] | stated
+        config_file.write_text(json.dumps(config | {"quantization_config": quantization}))
+        return fourfold.plan(tmp_path / "encoded", RECIPE)
+
+    for stated in (
+        {},
+        {"ignore": [""]},
+        {"quantized_layers": None},
+        {"config_groups": {"group_0": {"targets": ["Linear"]}}},
+        {"config_groups": {"group_0": {"targets": [r"re:.*\.experts\..*"]}}},
+    ):
+        with pytest.raises(SourceError, match=rf"{key} in .*: BF16, while other weights of its"):
+            plan(**stated)
     for entry in ("layers.1.mlp.experts.3.down_proj", r"re:.*\.experts\.3\.down_proj$", "*.3.*"):
-        config["quantization_config"]["ignore"] = [entry]
-        config_file.write_text(json.dumps(config))
-        assert fourfold.plan(tmp_path / "encoded", RECIPE).linears
+        assert plan(ignore=[entry]).linears
+    assert plan(config_groups={"group_0": {"targets": [r"re:.*\.experts\.[0-2]\..*"]}}).linears
+    with pytest.raises(SourceError, match=r"^config\.json: re:\( in quantization_config is no reg"):
+        plan(ignore=["re:("])
 
 
 def test_a_part_that_is_left_over(codec: GroupedInt8, written: Written, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from fourfold.formats.scheme import Scheme
 from fourfold.layouts import LAYOUTS
 from fourfold.layouts.base import CheckpointContents
 from fourfold.models.inventory_builder import take_inventory
+from fourfold.models.peculiarities import NONE, peculiarities_of
 from fourfold.sources.decoded import open_decoded
 from jobs import assert_same, flat, ids_file, start, start_command
 from nvfp4_folders import tensors_of
@@ -190,11 +191,14 @@ def test_groups_that_no_targets_tell_apart() -> None:
     """One of the parts that engines fuse is in another group; `plan` says so in other words."""
     names = [f"model.layers.1.self_attn.{last}" for last in ("q_proj", "k_proj", "v_proj")]
     layout, scheme = LAYOUTS["compressed-tensors"], Scheme("nvfp4", "max")
-    layout.check(dict.fromkeys(names, scheme))
+    alike, other = dict.fromkeys(names, scheme), replace(scheme, activations="nvfp4")
+    layout.check(alike, NONE)
     with pytest.raises(PlanError, match="no targets tell the groups of the layout apart"):
-        layout.check(
-            dict.fromkeys(names, scheme) | {names[0]: replace(scheme, activations="nvfp4")}
-        )
+        layout.check(alike | {names[0]: other}, NONE)
+    gated = alike | {"model.layers.1.self_attn.gate_proj": other}
+    layout.check(gated, NONE)
+    with pytest.raises(PlanError, match="no targets tell the groups of the layout apart"):
+        layout.check(gated, peculiarities_of("beam"))  # whose engines fuse the gate, too
 
 
 def test_names_that_begin_otherwise_are_told_apart() -> None:
@@ -202,7 +206,7 @@ def test_names_that_begin_otherwise_are_told_apart() -> None:
     names = [f"{stack}.0.mlp.experts.0.up_proj" for stack in ("model.layers", "mtp.layers")]
     scheme = Scheme("nvfp4", "max")
     schemes = {names[0]: scheme, names[1]: replace(scheme, activations="nvfp4")}
-    LAYOUTS["compressed-tensors"].check(schemes)
+    LAYOUTS["compressed-tensors"].check(schemes, NONE)
     config = LAYOUTS["compressed-tensors"].quantization_config(
         CheckpointContents(schemes, [], None)
     )

@@ -118,6 +118,7 @@ STAY = {
     "glm5_next": r"layers\.\d+\.self_attn\.\w+_proj(_with_mqa)?$",
     "jamba": r"\.mamba\.(in|x|dt|out)_proj$",
     "lfm2_moe": r"\.conv\.in_proj$",
+    "minimax_m3_vl": r"language_model.*\.self_attn\.[qkv]_proj$",
     "qwen3_next": r"\.self_attn\.[qkv]_proj$",
     "qwen4_exp": r"\.self_attn\.[qkv]_proj$",
 }

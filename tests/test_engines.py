@@ -255,7 +255,7 @@ def test_every_stack_names_its_experts_module() -> None:
 
 def test_the_support_page_shows_the_whole_table() -> None:
     page = Path(__file__).parents[1] / "docs" / "support.md"
-    pattern = r"^\| ([\w-]+) \|.*\| (.+?) \| (?:ran|read|assumed): .*$"
+    pattern = r"^\| ([\w-]+) \|.*\| (.+?) \| (?:ran|loaded|tried|read|assumed): .*$"
     rows = re.findall(pattern, page.read_text(), re.MULTILINE)
     short = {"vLLM": "vLLM", "SGLang": "SGLang", "TensorRT-LLM": "TRT-LLM"}
     assert rows
@@ -263,6 +263,23 @@ def test_the_support_page_shows_the_whole_table() -> None:
         family = FAMILIES[name]
         assert engines == (", ".join(short[e] for e in family.readers) or "**none**"), name
     assert {id(FAMILIES[name]) for name, _ in rows} == {id(f) for f in FAMILIES.values()}
+
+
+def test_the_support_page_claims_what_the_scripts_found() -> None:
+    """A row says that vLLM ran or loaded a family only if docs/engines-vllm.md shows it."""
+    docs = Path(__file__).parents[1] / "docs"
+    claims = re.findall(
+        r"^\| ([\w-]+) \|.*\| (.+?) \| (ran|loaded): vLLM 0\.32\.0",
+        (docs / "support.md").read_text(),
+        re.MULTILINE,
+    )
+    pattern = r"^\| (\w+) \| ([^`|]+) \|"
+    results = dict(re.findall(pattern, (docs / "engines-vllm.md").read_text(), re.MULTILINE))
+    assert len(claims) > 40
+    for name, engines, claim in claims:
+        reads = "vLLM" in engines and name != "laguna"
+        assert results[name].startswith("exact") is reads, name
+        assert ("," in results[name]) is (claim == "ran" and reads), name
 
 
 # -------------------------------------------------------------------------------- properties

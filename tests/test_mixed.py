@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import Qwen3_5MoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import fourfold
 from conftest import Written
+from families.configs import OVERRIDES, tiny_config
 from fourfold.config import CalibrationConfig
 from fourfold.recipes import builtin_names
 from jobs import assert_same, flat, ids_file, start
@@ -133,6 +134,31 @@ def test_families_with_other_modules(written: Written, tmp_path: Path) -> None:
     formats = {(x.role.value, result.plan.scheme_of(x).weights) for x in result.plan.linears}
     assert ("experts", "nvfp4") in formats
     assert {("linear_attention", "mxfp8"), ("shared_experts", "mxfp8")} <= formats
+
+
+def test_narrow_layers_that_engines_fuse_stay(tmp_path: Path) -> None:
+    """Qwen3.5's `in_proj_a` and `in_proj_b` have an output for each head: less than a block."""
+    sizes = {
+        "hidden_size": 128, "head_dim": 32, "num_key_value_heads": 4, "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64, "shared_expert_intermediate_size": 128,
+    }  # fmt: skip
+    config = tiny_config("qwen3_5_moe_text", OVERRIDES["qwen3_5_moe_text"] | sizes)
+    Qwen3_5MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    recipe = "w4a16_nvfp4_experts_mse-fp8_block_rest"
+    plan = fourfold.plan(tmp_path / "source", recipe)
+    formats = {x.name.rpartition(".")[2]: plan.scheme_of(x).weights for x in plan.linears}
+    assert formats["in_proj_qkv"] == formats["in_proj_z"] == formats["out_proj"] == "fp8_block"
+    kept = {
+        row.key: row.reason for row in plan.rows if row.key.endswith(("_a.weight", "_b.weight"))
+    }
+    assert len(kept) == 4
+    assert all("blocks of rows" in reason for reason in kept.values())
+    assert fourfold.quantize(tmp_path / "source", tmp_path / "out", recipe).clean
+    named = tmp_path / "named.yaml"
+    rule = "weights: {format: fp8_block, scale: max}, activations: {format: fp8_block}"
+    named.write_text(f"rules:\n- {{names: ['*in_proj_[ab]'], {rule}}}\n- {{roles: [experts]}}\n")
+    with pytest.raises(fourfold.PlanError, match="4 and 4 outputs are no multiples of 128"):
+        fourfold.plan(tmp_path / "source", named)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from fourfold.events import (
     ShardWritten,
     TokenGenerated,
     WarningIssued,
+    WindowEvaluated,
     WritingBegan,
 )
 from fourfold.run.progress import ProgressDisplay, default_display
@@ -103,6 +104,7 @@ def test_every_event_is_shown() -> None:
         OutputComplete(Path("out")),
         BytesVerified(20, 40),
         TokenGenerated("source", 1, 3),
+        WindowEvaluated("out", 1, 3, 16, 24),
     ]
     text = shown((20.0 * number, event) for number, event in enumerate(events))
     assert "calibrating on 8 samples of 32 tokens from ids.jsonl" in text
@@ -112,6 +114,7 @@ def test_every_event_is_shown() -> None:
     assert "warning: slower kernels" in text
     assert "verifying: 20 B of 40 B" in text
     assert "source: token 1/3" in text
+    assert "evaluating: out · layer 2/3" in text
 
 
 def test_two_minutes_leave_readable_lines() -> None:

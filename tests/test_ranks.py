@@ -112,6 +112,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTEST_FOLDER", str(tmp_path))
 
 
+SEQUENTIAL = "nvfp4_default_best"
+
+
 def options_of(recipe: str, folder: Path, samples: int = 9) -> tuple[list[object], dict[str, Any]]:
     """The same options for the command line and for Python; two samples make a batch."""
     name: str | Path = recipe
@@ -135,7 +138,9 @@ quantize_if_present: [experts, shared_experts, mlp, attention]
 RUNS = [
     (JOINT, 2),  # its statistics are sums, of other batches on each rank
     (W4A4, 3),  # two batches: one rank has none
+    (SEQUENTIAL, 2),
     pytest.param(W4A16, 2, marks=pytest.mark.slow),
+    pytest.param(SEQUENTIAL, 4, marks=pytest.mark.slow),
     pytest.param(W4A4, 2, marks=pytest.mark.slow),
     pytest.param(W4A16, 3, marks=pytest.mark.slow),
     pytest.param(W4A16, 4, marks=pytest.mark.slow),
@@ -157,6 +162,17 @@ def test_the_bytes_of_one_rank(recipe: str, ranks: int, written: Written, tmp_pa
     assert fourfold.quantize(model, tmp_path / "one", **flat(**given)).clean
     fourfold.merge([tmp_path / "out"], tmp_path / "merged")
     assert_same(tmp_path / "merged", tmp_path / "one")
+
+
+def test_sequential_calibration_needs_a_batch_for_each_rank(
+    written: Written, tmp_path: Path
+) -> None:
+    line, _ = options_of(SEQUENTIAL, tmp_path, samples=3)
+    arguments = ["quantize", written(MODEL)[0], tmp_path / "out", *line]
+    processes = on_ranks(arguments, ranks=3)
+    assert [code for code, *_ in processes] == [2, 2, 2]
+    assert "2 batches of calibration data for 3 ranks" in " ".join(processes[0][2].split())
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

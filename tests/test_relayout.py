@@ -60,6 +60,17 @@ def test_the_same_layout_has_the_same_bytes(quantized: Path, tmp_path: Path) -> 
     assert report.clean, str(report)
 
 
+@pytest.mark.parametrize("family", ["dbrx", "granitemoe", "step3p7"])
+def test_experts_that_transformers_knows_stacked_alone(
+    family: str, written: Written, tmp_path: Path
+) -> None:
+    source = written(family)[0]
+    fourfold.quantize(source, tmp_path / "out", RECIPE)
+    fourfold.convert(tmp_path / "out", tmp_path / "other", layout="compressed-tensors")
+    report = fourfold.verify(tmp_path / "other", source=source)
+    assert report.clean, str(report)
+
+
 def test_another_layout_has_the_same_codes(
     written: Written, tmp_path: Path, other_layout: str
 ) -> None:
@@ -149,7 +160,7 @@ def test_errors_against_what_the_source_was_made_from(
     (role,), (against,) = report.roles, report.reference_roles
     assert role.relative_error < against.relative_error
     assert f"against {original}, which the source was made from" in str(report)
-    with pytest.raises(UnreadableError, match="no weight of this name and shape"):
+    with pytest.raises(UnreadableError, match="no weight of this name, where the output has"):
         fourfold.verify(tmp_path / "out", reference=written("mixtral")[0])
     with pytest.raises(UsageError, match="`reference`: has no effect without `verify`"):
         OutputConfig(reference=original, verify=False)

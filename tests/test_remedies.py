@@ -90,6 +90,20 @@ def test_a_configuration_that_is_stale(model: Path) -> None:
     assert "remove its quantization_config" in text
 
 
+@pytest.mark.parametrize("stated", [["fp8"], "fp8", 8, [], False])
+def test_a_quantization_that_is_no_object(stated: object, model: Path) -> None:
+    kind = type(stated).__name__
+    change_config(model, quantization_config=stated)
+    assert f"config.json: quantization_config holds a JSON {kind}, not an object" in message(model)
+
+
+def test_modelopts_file_that_is_broken(model: Path, tmp_path: Path) -> None:
+    """Beside weights that are quantized, it is not passed over."""
+    fourfold.quantize(model, tmp_path / "out", "w4a16_nvfp4_experts_only")
+    (tmp_path / "out" / "hf_quant_config.json").write_text('{"quantization": ')
+    assert "hf_quant_config.json: not valid JSON" in message(tmp_path / "out")
+
+
 def packed(dtype: torch.dtype, old: str, new: str, *more: str) -> Callable[[Tensors], Tensors]:
     """Experts' weights as another tool stores them, with tensors of more names beside them."""
 

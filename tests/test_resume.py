@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ import pytest
 
 import fourfold
 from families import Truth
-from fourfold.events import BytesQuantized, Event, PlanMade, Resumed, ShardWritten
+from fourfold.events import BytesQuantized, BytesVerified, Event, PlanMade, Resumed, ShardWritten
 from fourfold.sources.safetensors import SafetensorsFolder
 from fourfold.storage.output import OutputFolder
 from fourfold.storage.run_state import RunState
@@ -550,6 +551,22 @@ def test_a_checkpoint_about_to_be_replaced(job, written: Written, tmp_path: Path
     assert number > 3
     fourfold.quantize(model, out, **flat(**options))
     assert_same(out, unbroken)
+
+
+def test_a_run_that_is_stopped_while_it_verifies(job, written: Written, tmp_path: Path) -> None:
+    """The checkpoint is whole; the same call says how to make up for the verification."""
+    options = job(W4A16)[0] | {"verify": True}
+    model, out = written(MODEL)[0], tmp_path / "out"
+
+    def stop(_: BytesVerified) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fourfold.quantize(model, out, **flat(on_event=only(BytesVerified, stop), **options))
+    remedy = re.escape("`fourfold verify`, with `source=MODEL`. Choose another folder, or give")
+    with pytest.raises(fourfold.OutputError, match=rf"not empty .* while it verified.*{remedy}"):
+        fourfold.quantize(model, out, **flat(**options))
+    assert fourfold.verify(out, source=model).clean
 
 
 def test_the_rest_of_a_state_beside_a_checkpoint(job, written: Written, tmp_path: Path) -> None:

@@ -35,9 +35,10 @@ from fourfold.errors import (
 )
 
 if TYPE_CHECKING:
-    from fourfold.api import convert, generate, load, merge, plan, quantize, verify
+    from fourfold.api import convert, evaluate, generate, load, merge, plan, quantize, verify
     from fourfold.calibration.statistics import Statistics
-    from fourfold.config import CalibrationConfig, OutputConfig, Runtime
+    from fourfold.config import CalibrationConfig, EvaluationConfig, OutputConfig, Runtime
+    from fourfold.evaluation.evaluated import Evaluation
     from fourfold.evaluation.generation import Generation
     from fourfold.events import Event
     from fourfold.planning import Plan
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
 _LAZY = {
     "CalibrationConfig": "fourfold.config",
     "Converted": "fourfold.run.convert",
+    "Evaluation": "fourfold.evaluation.evaluated",
+    "EvaluationConfig": "fourfold.config",
     "Event": "fourfold.events",
     "Finding": "fourfold.verification",
     "Generation": "fourfold.evaluation.generation",
@@ -62,6 +65,7 @@ _LAZY = {
     "Runtime": "fourfold.config",
     "Statistics": "fourfold.calibration.statistics",
     "convert": "fourfold.api",
+    "evaluate": "fourfold.api",
     "generate": "fourfold.api",
     "load": "fourfold.api",
     "merge": "fourfold.api",
@@ -74,6 +78,8 @@ __all__ = [
     "CalibrationConfig",
     "CalibrationError",
     "Converted",
+    "Evaluation",
+    "EvaluationConfig",
     "Event",
     "Finding",
     "FourfoldError",
@@ -100,6 +106,7 @@ __all__ = [
     "WeightLostError",
     "__version__",
     "convert",
+    "evaluate",
     "generate",
     "load",
     "merge",

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The functions of the library: arguments in, results out.
 
-    plan ─▶ quantize ─▶ verify ─▶ load, generate
+    plan ─▶ quantize ─▶ verify ─▶ load, generate, evaluate
                  └────▶ merge            convert
 
 `quantize` is the pipeline on one screen; each step is a module of `run`.
@@ -20,6 +20,7 @@ from fourfold.calibration.live import ForwardLoop
 from fourfold.calibration.statistics import Statistics
 from fourfold.config import (
     CalibrationConfig,
+    EvaluationConfig,
     OutputConfig,
     Runtime,
     check_type,
@@ -27,14 +28,16 @@ from fourfold.config import (
 )
 from fourfold.distributed.machine import choose_device, peak_resident
 from fourfold.errors import ResourceError, UsageError
-from fourfold.evaluation import generation
+from fourfold.evaluation import evaluator, generation
 from fourfold.evaluation.continuation import Sampling
+from fourfold.evaluation.evaluated import Evaluation
 from fourfold.evaluation.generation import Generation
 from fourfold.evaluation.loading import load
 from fourfold.events import OnEvent
 from fourfold.layouts import marker_files
 from fourfold.planning import Plan, make_plan
 from fourfold.recipes import DEFAULT_RECIPE, Recipe
+from fourfold.reporting.recording import entry_of, note_evaluation
 from fourfold.run import convert as conversion
 from fourfold.run import merge as merging
 from fourfold.run.convert import Converted
@@ -50,13 +53,14 @@ from fourfold.run.strategies import Observation, choose_run
 from fourfold.run.verify_written import verify_written
 from fourfold.sources.opening import Model, job_ranks, opened
 from fourfold.storage.output import OutputFolder
+from fourfold.storage.quant_summary import read_summary
 from fourfold.storage.source import Source
 from fourfold.verification import Report, verifier
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["convert", "generate", "load", "merge", "plan", "quantize", "verify"]
+__all__ = ["convert", "evaluate", "generate", "load", "merge", "plan", "quantize", "verify"]
 
 
 def plan(
@@ -321,8 +325,8 @@ def convert(
         out: The folder to write.
         hf_config: The folder with the Hugging Face configuration and tokenizer.
         dtype: As in `plan`.
-        layout: The name of the layout to write an NVFP4 checkpoint in: "modelopt" or
-            "compressed-tensors".
+        layout: The name of the layout to write an NVFP4 checkpoint in: "modelopt",
+            "modelopt-stacked" or "compressed-tensors".
         threads: Worker threads; by default one for each core.
         shards: Files that a decoder layer is cut into, at least.
         overwrite: True starts over if an unfinished run has left something in `out`.
@@ -390,6 +394,87 @@ def generate(
             trust_remote_code=trust_remote_code,
             on_event=run,
         )
+
+
+def evaluate(
+    source: str | Path | Source,
+    outs: str | Path | Sequence[str | Path],
+    text: str | Path | EvaluationConfig,
+    *,
+    length: int | None = None,
+    windows: int | None = None,
+    simulate_activations: bool | None = None,
+    cache: str | Path | bool = True,
+    record: bool = False,
+    device: str = "auto",
+    hf_config: str | Path | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    progress: bool | None = None,
+    on_event: OnEvent | None = None,
+) -> Evaluation:
+    """Measure quantized checkpoints beside their source: KL divergence, agreement, perplexity.
+
+    Models run layer by layer, so none of them has to fit into memory.
+
+    Args:
+        source: The checkpoint that the others were made from: any that `quantize` reads from disk
+            or from the hub, or an open `Source`.
+        outs: One checkpoint that `load` can read, or several; the first is what the others are
+            compared with.
+        text: A file or dataset to measure on; or an `EvaluationConfig`, with further options.
+        length: Tokens of a window; see `EvaluationConfig`.
+        windows: The number of windows; see `EvaluationConfig`.
+        simulate_activations: Round activations as engines do; by default if they round any.
+        cache: The folder for predictions of the source, True for the default one, or False; see
+            `EvaluationConfig`.
+        record: Write the figures into the summary, report and model card of each checkpoint.
+        device: cpu, cuda, cuda:N or auto.
+        hf_config, dtype, trust_remote_code, progress, on_event: As in `quantize`.
+
+    Raises:
+        UsageError: The options make no sense, the text is too short, or a checkpoint is one of
+            another model.
+        SourceError, ModelError: A checkpoint cannot be read or run.
+        ResourceError, OutputError: There is no room for the predictions of the source.
+    """
+    if isinstance(text, EvaluationConfig):
+        config = text
+        if (length, windows, cache) != (None, None, True):
+            raise UsageError(
+                "`length`, `windows` and `cache` have no effect beside an EvaluationConfig. Give "
+                "them to it."
+            )
+    else:
+        config = EvaluationConfig(text, length, windows, cache=cache)
+    wanted = "a quantized checkpoint's folder, or a list of them"
+    check_type("outs", outs, str | Path | Sequence, wanted)
+    folders = [outs] if isinstance(outs, str | Path) else list(outs)
+    for folder in folders:
+        check_type("outs", folder, str | Path, wanted)
+    if not folders:
+        raise UsageError(f"`outs` is empty: give {wanted}.")
+    with (
+        session(progress, on_event) as run,
+        opened(source, hf_config, trust_remote_code=trust_remote_code, dtype=dtype) as original,
+    ):
+        if record:
+            for folder in folders:
+                read_summary(folder)  # an error before the models run
+        evaluation = evaluator.evaluate(
+            original,
+            folders,
+            config,
+            simulate_activations=simulate_activations,
+            device=choose_device(device),
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            on_event=run,
+        )
+        if record:
+            for folder, figures in zip(folders, evaluation.models, strict=True):
+                note_evaluation(Path(folder).expanduser(), entry_of(evaluation, figures), run)
+        return evaluation
 
 
 def _load_recipe(recipe: str | Path | Recipe) -> Recipe:

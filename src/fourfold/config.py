@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options of a run as objects: what to calibrate on, where to compute, what to write.
+"""The options of a run as objects: what to calibrate on, where to compute, what to write, and what
+to measure it on.
 
     fourfold.quantize(
         model,
@@ -195,6 +196,42 @@ class OutputConfig:
         check_type("preview", self.preview, bool | str, "True, False or a text")
         if isinstance(self.preview, str) and not self.preview.strip():
             raise UsageError("`preview`: the prompt is empty. Give a text, or True for a sample.")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """The text that models are measured on, and how much of what the source predicts is kept."""
+
+    text: str | Path
+    """A file (text, JSONL, Parquet) or a dataset of the hub (`org/name[:config][:split]`)."""
+    length: int | None = None
+    """Tokens of a window. By default 2048, or what the model takes if that is less."""
+    windows: int | None = None
+    """The number of windows. By default up to 32, as many as the text has."""
+    tokens: int | None = None
+    """The number of tokens instead, rounded down to whole windows."""
+    top: int = 4096
+    """How many of the source's likeliest tokens are compared one by one; the others count as one.
+    A smaller vocabulary is compared as a whole."""
+    cache: str | Path | bool = True
+    """The folder in which predictions of the source are kept for later runs; True for
+    `fourfold/evaluation` in the user's cache folder. False keeps them for this run only."""
+    activation_memory: int | None = None
+    """Bytes of hidden states that are kept in memory; what exceeds it waits in a file. By default
+    half of what is free."""
+
+    def __post_init__(self) -> None:
+        check_type("text", self.text, str | Path, "a file or the name of a dataset")
+        _check_whole("length", self.length, least=2)
+        _check_whole("windows", self.windows, least=1)
+        _check_whole("tokens", self.tokens, least=1)
+        _check_whole("top", self.top, least=5)
+        _check_whole("activation_memory", self.activation_memory, least=0)
+        check_type("cache", self.cache, str | Path | bool, "a folder, True or False")
+        if not str(self.text):
+            raise UsageError("`text` is empty: give a file or the name of a dataset.")
+        if self.windows is not None and self.tokens is not None:
+            raise UsageError("give `windows` or `tokens`, not both.")
 
 
 def check_type(name: str, value: object, wanted: Any, described: str) -> None:

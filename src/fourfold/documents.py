@@ -337,6 +337,58 @@ class GenerationDocument(Document):
     """The number of tokens that both texts begin with."""
 
 
+class ModelFiguresEntry(_Part):
+    """A quantized checkpoint beside its source. KL in nats a token; shares from 0 to 1."""
+
+    model: str
+    simulated: bool
+    """True if the inputs of its linear layers were rounded."""
+    kv_cache: str | None
+    """The format that its keys and values were rounded to."""
+    kl: float
+    """Mean KL(source ‖ model) over all positions."""
+    kl_interval: tuple[float, float] | None
+    """Its 95 % interval, by a bootstrap over windows; None for a single window."""
+    kl_median: float
+    kl_p90: float
+    kl_p99: float
+    top1: float
+    """Share of positions where both rank the same token first."""
+    top5: float
+    """Share of the source's five likeliest tokens that are among the model's five."""
+    perplexity: float
+    ratio: float | None
+    """KL divided by that of the first checkpoint; None for the first, or if that is 0."""
+    ratio_interval: tuple[float, float] | None
+
+
+class EvaluationDocument(Document):
+    """The result of `fourfold eval --json`, `Evaluation.to_dict()`."""
+
+    kind: Literal["evaluation"] = "evaluation"
+    source: str
+    text: str
+    text_digest: str
+    """SHA-256 of the token ids."""
+    windows: int
+    length: int
+    """Tokens of a window."""
+    compared: int
+    """How many of the source's likeliest tokens were compared one by one at each position."""
+    vocabulary: int
+    rest: float
+    """The mean probability of all other tokens, which were compared as one."""
+    perplexity: float
+    """Of the source."""
+    models: list[ModelFiguresEntry]
+    cache: str | None
+    """The file that keeps the source's predictions; None if none was kept."""
+    cache_bytes: int
+    from_cache: bool
+    """True if an earlier run wrote it, so that the source was not run."""
+    seconds: float
+
+
 class RecipesDocument(Document):
     """The built-in recipes by name, `fourfold recipes --json`; or one of them."""
 
@@ -391,6 +443,7 @@ DOCUMENTS: Mapping[str, type[Document]] = {
         ConversionDocument,
         InspectionDocument,
         GenerationDocument,
+        EvaluationDocument,
         RecipesDocument,
         GuideDocument,
         ErrorDocument,

@@ -6,7 +6,8 @@
     │   ├── RecipeError           a recipe: unknown name, key, role; a pattern without a match
     │   └── CalibrationError      `calib`: missing, malformed, too little; ids the model lacks
     ├── SourceError               the checkpoint that is read: folder, index, shard, header, config
-    │   ├── NonFiniteError        a weight that holds NaN or Inf
+    │   ├── DamagedError          a value that no such checkpoint has: a negative scale, an index
+    │   │   └── NonFiniteError    a weight that holds NaN or Inf
     │   ├── SourceChangedError    a file that is not as it was when the run began
     │   └── UnreadableError       exit code 2: what should be verified is no NVFP4 checkpoint
     ├── ModelError                an architecture that cannot be taken apart
@@ -57,10 +58,14 @@ class SourceError(FourfoldError):
     """The checkpoint that is read is missing, broken or unsafe."""
 
 
-class NonFiniteError(SourceError):
-    """A weight holds NaN or Inf."""
+class DamagedError(SourceError):
+    """A tensor of the source holds values that it cannot have."""
 
     resumable = False
+
+
+class NonFiniteError(DamagedError):
+    """A weight holds NaN or Inf."""
 
 
 class SourceChangedError(SourceError):

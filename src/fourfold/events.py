@@ -176,6 +176,20 @@ class TokenGenerated(Event):
     """The largest number of tokens that it may generate."""
 
 
+@dataclass(frozen=True)
+class WindowEvaluated(Event):
+    """A window of text has passed a decoder layer of a model that is measured."""
+
+    model: str
+    """"source", or the name of the checkpoint's folder."""
+    layer: int
+    """From 0."""
+    layers: int
+    windows_done: int
+    """Of all models, each counted once for each layer that it has passed."""
+    windows_total: int
+
+
 OnEvent = Callable[[Event], None]
 """A callback that receives every event."""
 

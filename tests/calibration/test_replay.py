@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Propagation of quantized inputs: later layers read what the quantized layers compute.
+"""Two streams: half of the calls pass each layer as the source has it, half the quantized one.
 
-The judge is the whole dequantized model, run by transformers. What a layer is given while it is
-observed, and what it gives after it was replaced, must be the same there, bit for bit.
+The judges are the whole models, run by transformers: of the source, and dequantized. What layers
+are given and give in each stream must be the same there, bit for bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,10 @@ from torch import Tensor, nn
 import fourfold
 from families import quiet
 from fourfold.calibration.activations import ActivationStore
-from fourfold.calibration.data import Batch, CalibrationData
 from fourfold.calibration.kv_cache import recording_cache
-from fourfold.calibration.layerwise import Calibration
 from fourfold.calibration.parking import Parking
-from fourfold.calibration.streaming import Pass, StreamedModel
+from fourfold.calibration.streaming import LayerWeights, Pass, StreamedModel
 from fourfold.models.internals import runnable
-from fourfold.planning import make_plan
-from fourfold.recipes import Recipe
 from fourfold.sources.decoded import open_decoded
 from fourfold.sources.safetensors import open_source
 
@@ -100,9 +97,22 @@ WAYS = [
 ]
 
 
+@dataclass
+class Second:
+    """Half of the calls: they pass each layer with the weights of another checkpoint."""
+
+    streamed: StreamedModel
+    decoded: Any
+    calls: range
+
+    def weights(self, layer: int) -> LayerWeights:
+        self.streamed.load(layer, self.decoded)
+        return self.streamed.weights(layer)
+
+
 @pytest.mark.parametrize(("make_store", "has_cache"), WAYS)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_replay_is_the_dequantized_model(
+def test_each_stream_is_a_whole_model(
     name: str,
     make_store: Callable[[], ActivationStore],
     has_cache: bool,
@@ -112,65 +122,36 @@ def test_the_replay_is_the_dequantized_model(
     if has_cache and name in NO_CACHE:
         pytest.skip(NO_CACHE[name])
     source, decoded = open_source(written(name)[0]), open_decoded(quantized(name))
-    with quiet():
-        reference = StreamedModel(decoded).load_all()
     streamed = StreamedModel(source)
     layers, batches = streamed.tree.layers, batches_of(runnable(streamed.model))
-    wanted = Trace(reference, layers)
-    with torch.no_grad():
-        for number, batch in enumerate(batches):
-            call(wanted, number, batch, has_cache, reference)
+    count = len(batches)
+    copies = [{name: tensor.clone() for name, tensor in batch.items()} for batch in batches]
+    wanted = []
+    for checkpoint in (source, decoded):
+        with quiet():
+            reference = StreamedModel(checkpoint).load_all()
+        trace = Trace(reference, layers)
+        with torch.no_grad():
+            for number, batch in enumerate(batches):
+                call(trace, number, batch, has_cache, reference)
+        wanted.append(trace)
     found = Trace(streamed.model, layers)
     passes: list[tuple[int, Pass]] = []
     steps = streamed.run(
-        [partial(call, found, n, batch, has_cache) for n, batch in enumerate(batches)],
+        [partial(call, found, n, batch, has_cache) for n, batch in enumerate([*batches, *copies])],
         store=make_store(),
         on_resume=lambda number: setattr(found, "batch", number),
         on_layer=lambda layer, why: passes.append((layer, why)),
-        replacement=lambda _: decoded,
+        second=Second(streamed, decoded, range(count, 2 * count)),
     )
     assert list(steps) == list(range(len(layers)))
     assert passes == [(n, why) for n in range(len(layers)) for why in Pass]
-    assert found.outputs.keys() == wanted.outputs.keys()
-    for key, output in wanted.outputs.items():
-        assert torch.equal(found.outputs[key], output), key
-    for key, tensors in wanted.inputs.items():
-        assert len(found.inputs[key]) == len(tensors)
-        assert all(map(torch.equal, found.inputs[key], tensors)), key
+    for first, trace in zip((0, count), wanted, strict=True):
+        for (number, path), output in trace.outputs.items():
+            key = first + number, path
+            assert torch.equal(found.outputs[key], output), key
+            tensors = trace.inputs[number, path]
+            assert len(found.inputs[key]) == len(tensors)
+            assert all(map(torch.equal, found.inputs[key], tensors)), key
     source.close()
     decoded.close()
-
-
-def test_statistics_are_of_the_source_s_layer(written: Any, quantized: Any, tmp_path: Path) -> None:
-    """A layer reads what its quantized predecessors compute; what is observed in it is its own."""
-    folder, out = written("qwen3_moe")[0], quantized("qwen3_moe")
-    source, decoded = open_source(folder), open_decoded(out)
-    plan = make_plan(source, Recipe.load("nvfp4_default_mse-fp8_kv"))
-    ids = [batch["input_ids"] for batch in batches_of(runnable(StreamedModel(source).model))]
-    batches = tuple(Batch(each, torch.ones_like(each)) for each in ids)
-    data = CalibrationData(batches, "", 6, 24, 1, "random", False)
-    plain, propagated = (
-        Calibration(plan, source, data, quantized=quantized_layer)
-        for quantized_layer in (None, lambda _: decoded)
-    )
-    replaced = Calibration(plan, decoded, data)
-    for calibration in (plain, propagated, replaced):
-        assert list(calibration.units()) == [0, 1, 2, None]
-
-    statistics = propagated.statistics
-    assert statistics.sites.keys() == plain.statistics.sites.keys()
-    for site, state in statistics.sites.items():
-        if ".layers.0." in site:  # nothing before it is quantized
-            assert all(torch.equal(state[x], plain.statistics.sites[site][x]) for x in state)
-        if "tokens" in state and "gate_up" in site:
-            assert state["tokens"].sum() == plain.statistics.sites[site]["tokens"].sum()
-    amaxes = [
-        {path: x.amax for path, x in run.statistics.linears.items() if "layers.0" not in path}
-        for run in (plain, propagated, replaced)
-    ]  # of attention alone, which is not quantized
-    assert amaxes[1] == amaxes[2] != amaxes[0]
-    experts = [
-        calibration.statistics.experts["model.layers.1.mlp.experts"].down_amax
-        for calibration in (propagated, replaced)
-    ]
-    assert not torch.equal(*experts), "the layer was observed with its own weights"

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fourfold
+from fourfold.sources.decoded import DecodedSource
 from jobs import ids_file
 from nvfp4_folders import tensors_of
 
@@ -89,6 +90,18 @@ def folder_of(folder: Path, tensors: Tensors, config: Mapping[str, Any] | None =
 def bits(tensor: Tensor) -> Tensor:
     """The bytes of a tensor, as which NaN and the sign of zero count, too."""
     return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def as_stored(
+    source: DecodedSource, key: str, start: int = 0, stop: int | None = None
+) -> torch.Tensor:
+    """What a codec makes of some rows, with the NaN and Inf that a source refuses."""
+    info, codec = source.tensors[key], source.codec_of(key)
+    stop = info.rows if stop is None else stop
+    out = torch.empty((stop - start, *info.shape[1:]), dtype=info.torch_dtype)
+    assert codec is not None
+    codec.decode(source.weights[key], start, stop, source.source.slab, out)
+    return out
 
 
 def quantize_both(folder: Path, encoded: Path, out: Path, recipe: str) -> fourfold.Result:

@@ -29,6 +29,7 @@ from encoding import (
     is_linear,
     quantize_both,
 )
+from fourfold.errors import DamagedError
 from fourfold.formats import nvfp4
 from jobs import ids_file
 from nvfp4_folders import tensors_of
@@ -212,21 +213,42 @@ def test_experts_in_mxfp4_one_by_one(written: Written, tmp_path: Path, recipe: s
 
 
 @pytest.mark.parametrize(
-    ("config", "encoder", "nan"), [(MXFP4, packed(flat), 0xFF), (NVFP4, nvfp4_packed, 0x7F)]
+    ("config", "encoder", "scale", "message"),
+    [
+        (
+            MXFP4,
+            packed(flat),
+            0xFF,
+            r"\.weight in .*: 32 NaN or Inf in row 5, decoded to BF16 from",
+        ),
+        (NVFP4, nvfp4_packed, 0x7F, r"\.weight_scale: nan; a block scale must be 0 or positive"),
+        (NVFP4, nvfp4_packed, 0xFF, r"\.weight_scale: nan; a block scale must be 0 or positive"),
+        (NVFP4, nvfp4_packed, 0xB8, r"\.weight_scale: -1\.0; a block scale must be 0 or positive"),
+    ],
 )
-def test_a_scale_that_is_nan_is_found(
-    config: dict[str, str], encoder: Encoder, nan: int, written: Written, tmp_path: Path
+def test_a_scale_that_is_none(
+    config: dict[str, str],
+    encoder: Encoder,
+    scale: int,
+    message: str,
+    written: Written,
+    tmp_path: Path,
 ) -> None:
+    """Neither `quantize` nor `convert`, also into another layout, carries it on."""
     copy_of(written("qwen3_moe")[0], tmp_path / "source")
     encode(tmp_path / "source", tmp_path / "encoded", config, encoder)
     name = "model.layers.1.mlp.experts.2.up_proj"
 
     def spoil(tensors: Tensors) -> None:
-        tensors[f"{name}.weight_scale"].view(torch.uint8)[5, 1] = nan
+        tensors[f"{name}.weight_scale"].view(torch.uint8)[5, 1] = scale
 
     change_tensors(tmp_path / "encoded", spoil)
-    with pytest.raises(fourfold.NonFiniteError, match=rf"{name}\.weight in .*: nan at \[5, "):
+    with pytest.raises(DamagedError, match=f"^{name}{message}"):
         fourfold.quantize(tmp_path / "encoded", tmp_path / "out", W4A16)
+    for layout in (None, "modelopt") if config is NVFP4 else (None,):
+        with pytest.raises(DamagedError, match=f"^{name}{message}"):
+            fourfold.convert(tmp_path / "encoded", tmp_path / "out", layout=layout)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("recipe", [W4A16, W4A4])
@@ -238,6 +260,22 @@ def test_weights_in_nvfp4_are_quantized_again(
     encode(tmp_path / "source", tmp_path / "encoded", NVFP4, nvfp4_packed)
     result = quantize_both(tmp_path / "source", tmp_path / "encoded", tmp_path / "out", recipe)
     assert "lose again" in "".join(result.plan.notes)
+
+
+def test_block_scales_that_are_all_zero(written: Written, tmp_path: Path) -> None:
+    """They are not carried on into another layout, unless the codes are 0, too."""
+    copy_of(written("qwen3_moe")[0], tmp_path / "source")
+    encode(tmp_path / "source", tmp_path / "encoded", NVFP4, nvfp4_packed)
+    name = "model.layers.1.mlp.experts.2.up_proj"
+
+    def clear(part: str) -> Callable[[Tensors], object]:
+        return lambda tensors: tensors[f"{name}.{part}"].view(torch.uint8).zero_()
+
+    change_tensors(tmp_path / "encoded", clear("weight_scale"))
+    with pytest.raises(DamagedError, match=rf"^{name}\.weight_scale: nothing but zeros"):
+        fourfold.convert(tmp_path / "encoded", tmp_path / "out", layout="modelopt")
+    change_tensors(tmp_path / "encoded", clear("weight_packed"))
+    fourfold.convert(tmp_path / "encoded", tmp_path / "out", layout="modelopt")
 
 
 def test_nvfp4_keeps_its_codes_in_the_other_layout(written: Written, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from encoding import Tensors, bits, folder_of
+from encoding import Tensors, as_stored, bits, folder_of
 from fourfold.errors import SourceError
 from fourfold.sources.decoded import open_decoded
 
@@ -104,7 +104,7 @@ def test_gpt_oss_with_every_code_and_exponent(dtype: torch.dtype, tmp_path: Path
     tensors = {f"{key}_blocks": blocks, f"{key}_scales": scales}
     source = open_decoded(folder_of(tmp_path / "model", tensors), dtype=dtype)
     wanted = convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16).to(dtype)
-    assert torch.equal(bits(source.read(key)), bits(wanted))
+    assert torch.equal(bits(as_stored(source, key)), bits(wanted))
     source.close()
 
 
@@ -199,7 +199,34 @@ def test_gpt_oss_without_its_scales(tmp_path: Path) -> None:
         open_decoded(folder_of(tmp_path / "other", tensors))
 
 
-def test_a_divisor_that_is_none(tmp_path: Path) -> None:
-    folder = folder_of(tmp_path / "model", named(nvfp4_tensors(divisor=0.0)))
-    with pytest.raises(SourceError, match=r"weight_global_scale: 0\.0; a scale must be"):
+@pytest.mark.parametrize(
+    ("divisor", "message"),
+    [
+        (0.0, r"0\.0; a scale must be positive"),
+        (1e-40, r"9\.99995e-41; its reciprocal is infinite"),
+    ],
+)
+def test_a_divisor_that_is_none(divisor: float, message: str, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "model", named(nvfp4_tensors(divisor=divisor)))
+    with pytest.raises(SourceError, match=rf"weight_global_scale: {message}"):
         open_decoded(folder).read(f"{NAME}.weight")
+
+
+def test_a_weight_that_was_scaled_for_its_inputs(tmp_path: Path) -> None:
+    tensors = nvfp4_tensors() | {"pre_quant_scale": torch.ones(WIDTH)}
+    message = rf"^{NAME}\.pre_quant_scale in .*: the weight beside it was scaled for inputs"
+    with pytest.raises(SourceError, match=message):
+        open_decoded(folder_of(tmp_path / "model", named(tensors)))
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        (torch.ones(2), r"F32 \[2\], where NVFP4 has one float"),
+        (torch.ones(1, dtype=torch.int32), r"I32 \[1\], where NVFP4 has one float"),
+    ],
+)
+def test_a_scale_of_inputs_that_is_none(scale: Tensor, message: str, tmp_path: Path) -> None:
+    tensors = nvfp4_tensors() | {"input_global_scale": scale}
+    with pytest.raises(SourceError, match=rf"^{NAME}\.input_global_scale: {message}"):
+        open_decoded(folder_of(tmp_path / "model", named(tensors)))

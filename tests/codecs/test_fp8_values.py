@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
-from encoding import Tensors, bits, change_tensors, folder_of
-from fourfold.errors import SourceError
+from encoding import Tensors, as_stored, bits, change_tensors, folder_of
+from fourfold.errors import NonFiniteError, SourceError
 from fourfold.sources.codecs import CODECS
 from fourfold.sources.decoded import open_decoded
 from fourfold.sources.safetensors import open_source
@@ -71,7 +71,7 @@ def decoded(
     source = open_decoded(folder, dtype=dtype)
     try:
         start, stop, _ = rows.indices(source.tensors[key].rows)
-        return source.slab(key, start, stop).clone()
+        return as_stored(source, key, start, stop)
     finally:
         source.close()
 
@@ -274,6 +274,29 @@ def test_only_the_rows_that_are_needed_are_read(tmp_path: Path) -> None:
     source.close()
 
 
+def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    """The rows of the whole tensor are named, and what FP16 cannot hold has a remedy."""
+    codes = codes_of(20, 32).view(torch.uint8)
+    codes[11, 3] = 0x7F
+    folder = folder_of(
+        tmp_path / "nan",
+        {
+            "linear.weight": codes.view(torch.float8_e4m3fn),
+            "linear.weight_scale": torch.tensor(1000.0),
+        },
+    )
+    source = open_decoded(folder)
+    with pytest.raises(NonFiniteError, match=r"^linear\.weight in .*: 1 NaN or Inf in row 11, "):
+        source.slab("linear.weight", 10, 20)
+    assert source.slab("linear.weight", 12, 20).isfinite().all()
+    source.close()
+    source = open_decoded(folder, dtype=torch.float16)
+    remedy = r"decoded to F16 from .*\. If they are too large for it, set dtype in config\.json to"
+    with pytest.raises(NonFiniteError, match=remedy):
+        source.slab("linear.weight", 12, 20)
+    source.close()
+
+
 def test_nan_codes_decode_to_nan(tmp_path: Path) -> None:
     codes = torch.tensor([[0x7F, 0xFF, 0x38, 0xB8]], dtype=torch.uint8).view(torch.float8_e4m3fn)
     tensors = {"linear.weight": codes, "linear.weight_scale": torch.tensor(2.0)}
@@ -350,6 +373,14 @@ def test_a_block_size_that_does_not_fit_is_named(tmp_path: Path) -> None:
     config = {"quantization_config": {"weight_block_size": [64, 64]}}
     with pytest.raises(SourceError, match=r"blocks of 64×64\. If its blocks are of another size"):
         open_decoded(folder_of(tmp_path / "folder", BLOCKS, config))
+
+
+@pytest.mark.parametrize("size", ["9" * 5000, "٣", -128, 1.5, None])
+def test_a_block_size_that_is_none(size: object, tmp_path: Path) -> None:
+    """It is passed over, as if nothing were stated."""
+    config = {"quantization_config": {"weight_block_size": [size, size]}}
+    plain = decoded(tmp_path, BLOCKS, key="a.weight")
+    assert same(decoded(tmp_path, BLOCKS, config, key="a.weight"), plain)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from encoding import Tensors, bits, folder_of
+from encoding import Tensors, as_stored, bits, folder_of
 from fourfold.errors import SourceError
 from fourfold.sources.decoded import open_decoded
 from integers import (
@@ -44,7 +44,7 @@ def named(tensors: Tensors, name: str = NAME) -> Tensors:
 def decoded(folder: Path, dtype: torch.dtype | None = None) -> Tensor:
     source = open_decoded(folder, dtype=dtype)
     try:
-        return source.read(KEY).clone()
+        return as_stored(source, KEY)
     finally:
         source.close()
 
@@ -326,7 +326,12 @@ BROKEN: list[tuple[Tensors, str]] = [
         packed(ROWS, WIDTH, symmetric=False) | {"weight_g_idx": torch.zeros(8).int()},
         r"weight_g_idx: I32 \[8\] does not fit",
     ),
-    (without(awq_parts(), "scales"), r"down_proj.qweight in .*: I32|down_proj.qzeros in .*: I32"),
+    (
+        without(packed(ROWS, WIDTH, symmetric=False), "weight_shape"),
+        r"weight_shape: missing beside",
+    ),
+    (without(awq_parts(), "scales"), r"scales: missing beside .*qweight"),
+    (without(gptq_parts(), "scales"), r"scales: missing beside .*qweight"),
     (without(awq_parts(), "qzeros"), r"qzeros: missing beside .*qweight"),
     (without(gptq_parts(), "qzeros"), r"qzeros: missing beside .*qweight"),
     (without(gptq_parts(), "qweight"), r"qzeros in .*: I32"),
@@ -342,7 +347,7 @@ BROKEN: list[tuple[Tensors, str]] = [
 def test_what_does_not_fit_is_named(tensors: Tensors, message: str, tmp_path: Path) -> None:
     """Another, whole weight lies beside it."""
     whole = named(packed(ROWS, WIDTH, symmetric=False), "model.layers.1.mlp.down_proj")
-    config = of_scheme(4, 32, symmetric=False) if "weight_shape" in tensors else {}
+    config = of_scheme(4, 32, symmetric=False) if "weight_packed" in tensors else {}
     folder = folder_of(tmp_path / "model", {**named(tensors), **whole}, config)
     with pytest.raises(SourceError, match=message) as raised:
         open_decoded(folder)
@@ -353,6 +358,7 @@ SPOILED: list[tuple[Tensors, str, Callable[[Tensor], object], str]] = [
     (packed(ROWS, WIDTH), "weight_scale", lambda x: x[3, 1].fill_(torch.nan), "weight_scale: nan"),
     (awq_parts(), "scales", lambda x: x[3, 1].fill_(torch.inf), "scales: inf; a scale must"),
     (gptq_parts(), "g_idx", lambda x: x[5].fill_(6), "g_idx: names groups beyond the 6"),
+    (gptq_parts(), "g_idx", lambda x: x[5].fill_(-1), "g_idx: names groups beyond the 6"),
 ]
 
 
@@ -366,6 +372,30 @@ def test_values_that_cannot_be(
         decoded(folder_of(tmp_path / "model", named(spoiled)))
 
 
+def stated_twice(targets: object) -> dict[str, Any]:
+    """Two groups that only their targets tell apart: of 4 bits and 64 columns, and of 8 and 32."""
+    config = compressed(scheme(4, 64, True))
+    other = compressed(scheme(8, 32, True))["config_groups"]["group_0"]
+    config["config_groups"]["group_1"] = other | {"targets": targets}
+    return {"quantization_config": config}
+
+
+def test_targets_say_which_scheme_a_weight_has(tmp_path: Path) -> None:
+    """Where the shapes fit several; what is no list of targets says nothing."""
+    tensors = packed(ROWS, WIDTH, bits=8, group=32)
+    wide = packed(ROWS, 2 * WIDTH, bits=4, group=64)
+    assert tensors["weight_packed"].shape == wide["weight_packed"].shape
+    assert tensors["weight_scale"].shape == wide["weight_scale"].shape
+    for number, targets in enumerate((["re:.*down_proj"], [NAME])):
+        folder = folder_of(tmp_path / str(number), named(tensors), stated_twice(targets))
+        assert torch.equal(decoded(folder), decompressed(tensors, scheme(8, 32, True)))
+    folder = folder_of(tmp_path / "5", named(wide), stated_twice(5))
+    assert torch.equal(decoded(folder), decompressed(wide, scheme(4, 64, True)))
+    folder = folder_of(tmp_path / "(", named(tensors), stated_twice(["re:("]))
+    with pytest.raises(SourceError, match=r"^config\.json: re:\( in quantization_config is no reg"):
+        open_decoded(folder)
+
+
 @pytest.mark.parametrize(
     ("tensors", "stated"),
     [
@@ -374,10 +404,27 @@ def test_values_that_cannot_be(
         (gptq_parts(), {"quant_method": "gptq", "checkpoint_format": "marlin"}),
         (gptq_parts(), {"quant_method": "gptq", "format": "gptq_p"}),
         (gptq_parts(), {"quant_method": "other"}),
+        (gptq_parts(), {"quant_method": "auto-round", "packing_format": "auto_round:exllamav2"}),
         (packed(ROWS, WIDTH, bits=3, group=None), compressed(scheme(3, None, True))),
     ],
 )
-def test_forms_that_are_not_known(tensors: Tensors, stated: dict[str, Any], tmp_path: Path) -> None:
-    folder = folder_of(tmp_path / "model", named(tensors), {"quantization_config": stated})
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_forms_that_are_not_known(
+    tensors: Tensors, stated: dict[str, Any], is_nested: bool, tmp_path: Path
+) -> None:
+    config: dict[str, Any] = {"quantization_config": stated}
+    config = {"text_config": config} if is_nested else config
+    folder = folder_of(tmp_path / "model", named(tensors), config)
     with pytest.raises(SourceError, match="holds no quantized weights that can be decoded"):
         open_decoded(folder)
+
+
+@pytest.mark.parametrize("name", ["checkpoint_format", "format"])
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_the_form_of_zeros_is_found(name: str, is_nested: bool, tmp_path: Path) -> None:
+    """Zeros of `gptq_v2` are stored as they are, which no shape shows."""
+    tensors = gptq(*parts(0), torch.arange(WIDTH) // 32, bits=4, less=0)
+    config: dict[str, Any] = {"quantization_config": {"quant_method": "gptq", name: "gptq_v2"}}
+    config = {"text_config": config} if is_nested else config
+    wanted = dequantized_gptq(tensors, bits=4, more=0).T.bfloat16()
+    assert torch.equal(decoded(folder_of(tmp_path / "model", named(tensors), config)), wanted)

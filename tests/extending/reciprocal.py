@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from fourfold.formats.scheme import Scheme
 from fourfold.layouts.base import LAYOUTS, CheckpointContents, Layout
 from fourfold.models.peculiarities import Peculiarities
 from fourfold.verification.checkpoint import Checkpoint
@@ -48,8 +49,8 @@ class Reciprocal(Layout):
     def encoded(self, part: str, spec: tuple[str, tuple[int, ...]]) -> tuple[str, tuple[int, ...]]:
         return ("F32", (1,)) if part in ("global_scale", "input_scale") else spec
 
-    def encode(self, part: str, value: float) -> np.ndarray[Any, Any]:
-        return 1 / super().encode(part, value)
+    def encode(self, part: str, value: float, scheme: Scheme) -> np.ndarray[Any, Any]:
+        return 1 / super().encode(part, value, scheme)
 
     def is_leftover(self, name: str, dtype: str) -> bool:
         return ".packed_" in name

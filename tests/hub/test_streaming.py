@@ -11,7 +11,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +198,29 @@ def test_a_decoded_source(hub: Hub, tmp_path: Path) -> None:
     assert result.report is not None
     assert result.report.clean
     assert sum(fetched(hub, tmp_path / "model").values()) < 2 * SHARDS
+
+
+KEPT_FP8 = """
+rules:
+  - {roles: [experts], weights: {format: nvfp4, scale: max}, activations: {format: nvfp4}}
+  - names: ["*.o_proj"]
+    weights: {format: fp8_block, scale: max}
+    activations: {format: fp8_block}
+"""
+
+
+def test_codes_that_are_kept_after_calibration(hub: Hub, tmp_path: Path) -> None:
+    """Calibration reads values, and the layer's jobs its codes, before the shards are deleted."""
+    write_forty(tmp_path / "model", layers=20, experts=4, fp8=True)
+    hub.add(NAME, tmp_path / "model")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(KEPT_FP8)
+    calibration = CalibrationConfig(calib=[ids_file(tmp_path)], calib_seq=16, calib_size=4)
+    fourfold.quantize(tmp_path / "model", tmp_path / "expected", recipe, calibration=calibration)
+    runtime = Runtime(threads=1, keep_source=False)
+    fourfold.quantize(NAME, tmp_path / "out", recipe, calibration=calibration, runtime=runtime)
+    assert tensors_of(tmp_path / "out") == tensors_of(tmp_path / "expected")
+    assert sum(fetched(hub, tmp_path / "model").values()) < 1.2 * SHARDS
 
 
 # ----------------------------------------------------------------------------- little room
@@ -458,6 +481,32 @@ def test_what_other_runs_left_is_removed(hub: Hub, forty: Path, tmp_path: Path) 
     fourfold.quantize(
         NAME, tmp_path / "out", W4A16, runtime=STREAMED, on_event=only(ShardWritten, look)
     )
+
+
+def test_a_fetched_shard_that_was_damaged_is_fetched_again(
+    hub: Hub, forty: Path, expected: Any, tmp_path: Path
+) -> None:
+    commit, out = hub.add(NAME, forty), tmp_path / "out"
+
+    def stop(event: Event) -> None:
+        raise Stop
+
+    def run(on_event: Any = None) -> None:
+        fourfold.quantize(NAME, out, W4A16, runtime=STREAMED, on_event=on_event)
+
+    with pytest.raises(Stop):
+        run(only(ShardWritten, stop))
+    shards = sorted((out / ".fourfold" / "source" / commit).glob("*.safetensors"))
+    assert shards
+    for shard in shards:
+        shard.write_bytes(bytes(shard.stat().st_size))
+    for _ in shards:  # one that somebody waits for ends the run, which can be begun again
+        with suppress(SourceError):
+            run()
+            break
+    else:
+        run()
+    assert tensors_of(out) == tensors_of(expected(W4A16)[1])
 
 
 def test_a_run_without_verification_can_be_verified_when_it_resumes(

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fourfold.algorithms import Weight
 from fourfold.algorithms.second_order import shrunk
 from fourfold.statistics import (
     MomentBlocks,
     MomentDiagonal,
+    Moments,
     PooledMoment,
     SecondMoment,
     Site,
@@ -39,7 +39,7 @@ def batches(site: Site, number: int = 40, dtype: torch.dtype = torch.float32) ->
     return made
 
 
-def state_of(statistic: SecondMoment, site: Site, seen: list[Batch]) -> State:
+def state_of(statistic: Moments, site: Site, seen: list[Batch]) -> State:
     state = statistic.new(site)
     for rows, experts in seen:
         statistic.update(state, rows, experts)
@@ -49,7 +49,7 @@ def state_of(statistic: SecondMoment, site: Site, seen: list[Batch]) -> State:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("site", [LINEAR, EXPERTS], ids=["linear", "experts"])
 @pytest.mark.parametrize("statistic", ALL, ids=lambda x: x.name)
-def test_the_same_for_any_ranks(statistic: SecondMoment, site: Site, dtype: torch.dtype) -> None:
+def test_the_same_for_any_ranks(statistic: Moments, site: Site, dtype: torch.dtype) -> None:
     seen = batches(site, dtype=dtype)
     alone = state_of(statistic, site, seen)
     for ranks in (2, 3, 40):
@@ -61,6 +61,33 @@ def test_the_same_for_any_ranks(statistic: SecondMoment, site: Site, dtype: torc
             assert merged.keys() == alone.keys()
             for name, tensor in alone.items():
                 assert torch.equal(merged[name], tensor)
+
+
+@pytest.mark.parametrize("site", [LINEAR, EXPERTS], ids=["linear", "experts"])
+def test_cross_moments(site: Site) -> None:
+    """They are Σ (x − x̂)·x̂ᵀ, whole, the same in any order of batches."""
+    statistic, seen = SecondMoment(), batches(site)
+    states = []
+    for order in (1, -1):
+        state = statistic.new(site) | statistic.new_cross(site)
+        for rows, experts in seen[::order]:
+            statistic.update(state, rows, experts)
+            statistic.update_cross(state, rows, rows.roll(1, dims=1) / 100, experts)
+        states.append(state)
+    assert torch.equal(*(state["second_moment.cross"] for state in states))
+    rows, experts = zip(*seen, strict=True)
+    x_RI = torch.cat(rows).double()
+    if site.experts is not None:
+        x_RI = x_RI[_number_of(torch.cat(experts), 1)]
+    finished = statistic.finish(states[0])
+    own = finished if site.experts is None else statistic.of_expert(finished, 1)
+    wanted = (x_RI.roll(1, dims=1) / 100).T @ x_RI / len(x_RI)
+    torch.testing.assert_close(
+        own["second_moment.cross"].double(),
+        wanted,
+        rtol=1e-5,
+        atol=1e-6 * float(wanted.abs().max()),
+    )
 
 
 @pytest.mark.parametrize("site", [LINEAR, EXPERTS], ids=["linear", "experts"])
@@ -91,10 +118,6 @@ def _number_of(experts: Tensor, number: int) -> Tensor:
     return (experts == number).nonzero(as_tuple=True)[0]
 
 
-def weight_with(statistics: State) -> Weight:
-    return Weight("w", torch.ones(1, 48), {}, statistics)
-
-
 @pytest.mark.parametrize("site", [LINEAR, EXPERTS], ids=["linear", "experts"])
 def test_parts_are_those_of_the_whole(site: Site) -> None:
     """Sums of small whole numbers are exact."""
@@ -119,10 +142,10 @@ def test_an_expert_without_rows_has_the_pool() -> None:
     finished = SecondMoment().finish(state_of(SecondMoment(), EXPERTS, batches(EXPERTS)))
     assert [bool(rows) for rows in finished["second_moment.rows"]] == [True, True, True, False]
     pool = finished["second_moment.pool"]
-    assert torch.equal(shrunk(weight_with(SecondMoment().of_expert(finished, 3))), pool)
+    assert torch.equal(shrunk(SecondMoment().of_expert(finished, 3)), pool)
     few = {"second_moment": 3 * pool, "second_moment.rows": torch.tensor(64),
            "second_moment.pool": pool}  # fmt: skip
-    torch.testing.assert_close(shrunk(weight_with(few)), 2 * pool)
+    torch.testing.assert_close(shrunk(few), 2 * pool)
     rows = finished["second_moment.rows"].double()
     total = (finished["second_moment"].double() * rows[:, None, None]).sum(dim=0)
     torch.testing.assert_close(total / rows.sum(), pool.double(), rtol=2e-7, atol=1e-6)
@@ -130,7 +153,7 @@ def test_an_expert_without_rows_has_the_pool() -> None:
 
 @pytest.mark.parametrize("site", [LINEAR, EXPERTS], ids=["linear", "experts"])
 @pytest.mark.parametrize("statistic", ALL, ids=lambda x: x.name)
-def test_what_no_row_reached_is_zero(statistic: SecondMoment, site: Site) -> None:
+def test_what_no_row_reached_is_zero(statistic: Moments, site: Site) -> None:
     zeros = [(torch.zeros(7, site.width), None if site.experts is None else torch.zeros(7).long())]
     for seen in ([], zeros):
         finished = statistic.finish(state_of(statistic, site, seen))

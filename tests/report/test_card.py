@@ -315,5 +315,9 @@ def test_the_other_layout_has_fewer_readers_and_other_commands() -> None:
     assert "trtllm-serve" not in text
     assert "TensorRT-LLM does not read this layout" in text
     assert "leaves out the global\nscales of experts" in text
+    raw["linears"] = [x for x in raw["linears"] if x["role"] != "experts"]
+    assert "CompressedTensorsConfig(dequantize=True)" in card(raw)
+    raw["linears"] = [raw["linears"][0], *({**x, "format": "fp8"} for x in raw["linears"][1:])]
+    assert "but not with `dequantize=True`" in card(raw)
     assert "- compressed-tensors" in text
     assert "trtllm-serve" in card(document())

@@ -27,12 +27,36 @@ def widen(tensors: dict[str, torch.Tensor]) -> None:
         tensors[name] = tensor.float()
 
 
+def jitter(tensors: dict[str, torch.Tensor]) -> None:
+    """Digits that BF16 does not have."""
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.float() * (1 + 2**-12)
+
+
 def bf16_config(folder: Path, to: Path) -> Path:
     """The Hugging Face folder without weights, and with a dtype of BF16."""
     to.mkdir()
     config = json.loads((folder / "config.json").read_text()) | {"dtype": "bfloat16"}
     (to / "config.json").write_text(json.dumps(config))
     return to
+
+
+def test_it_is_measured_as_it_is_read(
+    made: Callable[..., tuple[Path, Path]], tmp_path: Path
+) -> None:
+    """In FP32 it is another model, whose predictions are not those that were kept."""
+    wide, folder = made("qwen3_moe", jitter)
+    hf, data = bf16_config(folder, tmp_path / "hf"), tmp_path / "ids.jsonl"
+    data.write_text(json.dumps({"input_ids": [*range(3, 67)]}))
+    fourfold.quantize(wide, tmp_path / "out", W4A16, hf_config=hf, dtype="bfloat16")
+    options = fourfold.EvaluationConfig(data, length=32, cache=tmp_path / "cache")
+    found, exact = (
+        fourfold.evaluate(wide, tmp_path / "out", options, hf_config=hf, dtype=dtype)
+        for dtype in ("bfloat16", None)
+    )
+    assert not exact.from_cache
+    assert found.models[0].kl != exact.models[0].kl
+    assert found.perplexity != exact.perplexity
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "qwen3_5_moe_text"])

@@ -42,6 +42,10 @@ class Figures:
     """Σ(w − ŵ)²."""
     sum_sq_w: float = 0.0
     """Σw²."""
+    asymmetric: float | None = None
+    """The part of the change of its inputs that it makes up for; None if that is not known."""
+    damping: float | None = None
+    """The damping, where it had to be more than the recipe's."""
 
     @property
     def relative_error(self) -> float:
@@ -51,7 +55,7 @@ class Figures:
     def or_lost(self) -> Figures:
         """Return these, or those of a weight that became 0 if its energy underflowed to 0."""
         energy = self.sum_sq_w or self.amax**2
-        return Figures(self.amax, self.sum_sq_err or energy, energy)
+        return dataclasses.replace(self, sum_sq_err=self.sum_sq_err or energy, sum_sq_w=energy)
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ class Weight:
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
     """Statistics of the weight's inputs, by name: what `Algorithm.needs` asks for. For a routed
     expert they are of the rows that were routed to it."""
+    asymmetric: float = 0.0
+    """The part of the change of its inputs that the weight is to make up for."""
 
 
 class Algorithm(ABC):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fourfold.algorithms.base import Weight
 from fourfold.algorithms.block_scales import BlockScales
-from fourfold.algorithms.second_order import shrunk
+from fourfold.algorithms.second_order import finite, shrunk
 from fourfold.formats.nvfp4.block_scales import by_form, damped
 from fourfold.statistics import MomentBlocks
 
@@ -26,5 +26,5 @@ class LocalHessian(BlockScales):
     """The part of its mean diagonal that is added to a moment."""
 
     def choose(self, w_OI: Tensor, weight: Weight, group_scale: float) -> Tensor:
-        h_BKK = damped(shrunk(weight, MomentBlocks.name), self.damping)
-        return by_form(w_OI, h_BKK, group_scale)
+        h_BKK = finite(shrunk(weight.statistics, MomentBlocks.name), weight.name)
+        return by_form(w_OI, damped(h_BKK, self.damping), group_scale)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fourfold.algorithms.base import Weight
 from fourfold.algorithms.block_scales import BlockScales
-from fourfold.algorithms.second_order import shrunk
+from fourfold.algorithms.second_order import finite, shrunk
 from fourfold.formats.nvfp4.block_scales import by_energy
 from fourfold.statistics import MomentDiagonal
 
@@ -22,4 +22,5 @@ class MSEWeighted(BlockScales):
     needs = frozenset({MomentDiagonal.name})
 
     def choose(self, w_OI: Tensor, weight: Weight, group_scale: float) -> Tensor:
-        return by_energy(w_OI, shrunk(weight, MomentDiagonal.name), group_scale)
+        energy_I = finite(shrunk(weight.statistics, MomentDiagonal.name), weight.name)
+        return by_energy(w_OI, energy_I, group_scale)

@@ -9,14 +9,19 @@ all experts. An expert without a row has the pool, and if no row reached any, al
 alike. Gate and up of all experts may share the pool itself (`pooled`): they read the same tokens,
 and one matrix is factored in place of one for each expert.
 
+Inputs that only reach a part of the input space leave the rest of a weight to chance: codes may
+move far from it where calibration saw nothing. A weight that loses more than 30 % of itself is
+quantized again with more damping, for its own inputs as they are, until it does not. With the most
+damping, codes are close to those of the smallest squared error of the weight.
+
 Shapes: O outputs, I inputs, E experts.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import MutableMapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
 from threading import Lock
 from typing import ClassVar
 
@@ -30,13 +35,20 @@ from fourfold.formats import nvfp4
 from fourfold.formats.base import WeightFormat
 from fourfold.formats.nvfp4.block_scales import group_scale_and_unit
 from fourfold.formats.nvfp4.format import BLOCK_SCALE, CODES, NVFP4
-from fourfold.formats.nvfp4.second_order import Moment, Rounded
+from fourfold.formats.nvfp4.second_order import Moment, Rounded, coarse
 from fourfold.statistics import PooledMoment, SecondMoment, Site
 
 OWN, POOLED = SecondMoment.name, PooledMoment.name
 
 POOL_ROWS = 64
 """Rows that the mean over all experts counts for, beside an expert's own."""
+
+RIDGE = 0.05
+"""The part of its mean diagonal that is added to a moment that is inverted for a target."""
+
+MOST_ERROR, MOST_DAMPING = 0.3, 10.0
+"""A weight whose own relative error exceeds the first is quantized again with ten times as much
+damping, up to the second."""
 
 LARGE = 1 << 30
 """Bytes of second moments at one site beyond which gate and up of its experts share one."""
@@ -68,20 +80,38 @@ class SecondOrder(Algorithm):
     def quantize(
         self, weights: Sequence[Weight], fmt: WeightFormat
     ) -> tuple[float | None, list[Figures]]:
+        group_scale, figures = self._quantize(weights, fmt)
+        attempt = self
+        while attempt.damping < MOST_DAMPING and any(
+            x.relative_error > MOST_ERROR for x in figures
+        ):
+            attempt = replace(attempt, damping=max(10 * attempt.damping, 0.01))
+            plain = [replace(weight, asymmetric=0.0) for weight in weights]
+            group_scale, figures = attempt._quantize(plain, fmt)
+            for of_weight in figures:
+                of_weight.damping = attempt.damping
+        return group_scale, figures
+
+    def _quantize(
+        self, weights: Sequence[Weight], fmt: WeightFormat
+    ) -> tuple[float | None, list[Figures]]:
         figures, rounded = [], []
         moments: dict[int, Moment] = {}
         for weight in weights:
             amax = fmt.amax(weight.matrix_OI, name=weight.name)
-            figures.append(Figures(amax))
+            is_known = any(name.endswith(".cross") for name in weight.statistics)
+            asymmetric = weight.asymmetric if is_known else None
+            figures.append(Figures(amax, asymmetric=asymmetric))
             source = weight.statistics[OWN if OWN in weight.statistics else POOLED]
-            moment = moments.get(source.data_ptr()) or self._moment(weight)
+            finite(source, weight.name)
+            moment = moments.get(source.data_ptr()) or self._moment(weight.statistics)
             moments[source.data_ptr()] = moment
-            rounded.append(Rounded(weight.matrix_OI.float(), moment))
+            rounded.append(Rounded(target(weight), moment))
         largest = max(float(x.target_OI.abs().max()) for x in rounded)
         group_scale, unit = group_scale_and_unit(largest, self.range)
         for chosen in rounded:
             chosen.target_OI /= unit
-        group_scale = self.choose(rounded, group_scale / unit) * unit
+        group_scale = self.choose(rounded, coarse(group_scale / unit)) * unit
         group_scale = min(max(group_scale, nvfp4.GLOBAL_SCALE_MIN), nvfp4.GLOBAL_SCALE_MAX)
         for weight, chosen, of_weight in zip(weights, rounded, figures, strict=True):
             chosen.pack(weight.out[CODES], weight.out[BLOCK_SCALE])
@@ -93,41 +123,67 @@ class SecondOrder(Algorithm):
     def choose(self, weights: Sequence[Rounded], group_scale: float) -> float:
         """Choose codes and scales of the weights of a scale group; return its group scale."""
 
-    def _moment(self, weight: Weight) -> Moment:
+    def _moment(self, statistics: Mapping[str, Tensor]) -> Moment:
         """The damped moment of a weight's inputs; the one of a pool is made once."""
-        if POOLED in weight.statistics:
-            pool = _finite(weight.statistics[POOLED], weight.name)
+        if POOLED in statistics:
+            pool = statistics[POOLED]
             with _POOLS_LOCK:
-                shared = _POOLS.get(pool)
-                if shared is None or shared[0] != self.damping:
-                    shared = self.damping, Moment(pool, self.damping)
-                    shared[1].factor_II  # noqa: B018 - made here, once
-                    _POOLS[pool] = shared
-                return shared[1]
-        return Moment(shrunk(weight), self.damping)
+                by_damping = _POOLS.setdefault(pool, {})
+                if self.damping not in by_damping:
+                    by_damping[self.damping] = Moment(pool, self.damping)
+                    by_damping[self.damping].factor_II  # noqa: B018 - made here, once
+                return by_damping[self.damping]
+        return Moment(shrunk(statistics), self.damping)
+
+
+def target(weight: Weight) -> Tensor:
+    """Return the real values that the codes of a weight approximate, float32 `[O, I]`.
+
+    They are the weight's own, unless its inputs have moved from x to x̂. What that costs in the
+    outputs is W·(x − x̂), and its best estimate from x̂ is W·C·H⁻¹·x̂ with C = Σ (x − x̂)·x̂ᵀ. A part
+    of it, `asymmetric`, is added to the weight.
+    """
+    w_OI = weight.matrix_OI.float()
+    name = OWN if OWN in weight.statistics else POOLED
+    if not weight.asymmetric or f"{name}.cross" not in weight.statistics:
+        return w_OI
+    k_II = prediction(weight.statistics, name)
+    return w_OI if k_II is None else w_OI + weight.asymmetric * (w_OI @ k_II)
+
+
+def prediction(statistics: Mapping[str, Tensor], name: str) -> Tensor | None:
+    """Return K = C·(H + a ridge)⁻¹, `[I, I]`, which predicts x − x̂ as K·x̂; None without rows."""
+    h_II, c_II = (shrunk(statistics, x) for x in (name, f"{name}.cross"))
+    mean = h_II.diagonal().mean()
+    if not bool(mean > 0):
+        return None
+    ridged_II = h_II + RIDGE * mean * torch.eye(len(h_II))
+    k_II: Tensor = torch.linalg.solve(ridged_II, c_II, left=False)
+    return k_II
 
 
 STATISTIC = SecondMoment()
 
-_POOLS: MutableMapping[Tensor, tuple[float, Moment]] = WeakTensorKeyDictionary()
-"""The prepared moments of pools, by the pool."""
+_POOLS: MutableMapping[Tensor, dict[float, Moment]] = WeakTensorKeyDictionary()
+"""The prepared moments of pools, by the pool and the damping."""
 _POOLS_LOCK = Lock()
 
 
-def shrunk(weight: Weight, name: str = OWN) -> Tensor:
-    """Return the moment `name` of a weight's own rows and, for an expert, of some of the pool's.
+def shrunk(statistics: Mapping[str, Tensor], name: str = OWN) -> Tensor:
+    """Return the mean of a weight's own rows and, for an expert, some of those of all experts."""
+    own, pool = statistics[name], statistics.get(f"{name}.pool")
+    if pool is None:
+        return own
+    rows = float(statistics[f"{name.partition('.')[0]}.rows"])
+    return (rows * own + POOL_ROWS * pool) / (rows + POOL_ROWS)
+
+
+def finite(moment: Tensor, name: str) -> Tensor:
+    """Return the moment of a weight's inputs.
 
     Raises:
         ObservationError: It is not finite.
     """
-    own, pool = weight.statistics[name], weight.statistics.get(f"{name}.pool")
-    if pool is not None:
-        rows = float(weight.statistics[f"{name}.rows"])
-        own = (rows * own + POOL_ROWS * pool) / (rows + POOL_ROWS)
-    return _finite(own, weight.name)
-
-
-def _finite(moment: Tensor, name: str) -> Tensor:
     bounds = moment.diagonal() if moment.ndim == 2 else moment
     if not bool(torch.isfinite(bounds).all()):
         raise ObservationError(

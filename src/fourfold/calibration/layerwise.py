@@ -31,10 +31,11 @@ from fourfold.calibration.reading import (
 )
 from fourfold.calibration.saved_activations import SavedActivations
 from fourfold.calibration.scales import ActivationScales, model_summary
+from fourfold.calibration.sequential import SequentialLayers
 from fourfold.calibration.statistics import Statistics, data_summary, reduced
 from fourfold.calibration.streaming import Pass, StreamedModel
 from fourfold.distributed.ranks import Ranks
-from fourfold.errors import ModelError
+from fourfold.errors import ModelError, UsageError
 from fourfold.events import BatchCalibrated, LayerCalibrated, OnEvent, ignore
 from fourfold.models.internals import runnable
 from fourfold.planning import Plan
@@ -68,7 +69,6 @@ class Calibration:
         ranks: Ranks | None = None,
         saved: SavedActivations | None = None,
         on_event: OnEvent = ignore,
-        quantized: Callable[[int], Source] | None = None,
     ) -> None:
         """Build the model; nothing is read or run yet.
 
@@ -83,25 +83,41 @@ class Calibration:
             saved: Where the outputs of finished layers are stored, for a run that resumes.
             on_event: Called with a `BatchCalibrated` for every batch of every layer, and with a
                 `LayerCalibrated` for every layer.
-            quantized: Propagates quantized inputs: returns a source of the dequantized weights of
-                a layer after `units` has yielded it, under the names of `source`. Later layers
-                then read what the quantized layer computes. None: they read what the layers of
-                `source` compute.
         """
-        self.threads, self.quantized = threads, quantized
+        self.threads = threads
         self.ranks = ranks or Ranks()
         self.batches = data.batches[self.ranks.rank :: self.ranks.size]
+        self._calls = [*self.batches]
+        if plan.is_sequential:  # copies, since what a call reads is moved away while it waits
+            self._calls += [
+                Batch(batch.input_ids.clone(), batch.attention_mask.clone())
+                for batch in self.batches
+            ]
         self.plan, self.data, self.saved, self.on_event = plan, data, saved, on_event
-        self.streamed = StreamedModel(source, device=device, head=False)
+        dtype = torch.float32 if plan.computes_in_float32 else None
+        self.streamed = StreamedModel(source, device=device, dtype=dtype, head=False)
         self.store = self._new_store(activation_memory, scratch)
         all_experts = plan.recipe.calibration.all_experts
         summary = data_summary(data, all_experts=all_experts)
         self.statistics = Statistics(summary, model=model_summary(plan))
         self.scales = ActivationScales(plan, self.statistics)
+        self.sequential: SequentialLayers | None = None
+        """What quantizes the layers one after the other, if the recipe propagates their outputs."""
+        if plan.recipe.calibration.propagate == "quantized":
+            if len(data.batches) < self.ranks.size:
+                raise UsageError(
+                    f"recipe {plan.recipe.name}: {len(data.batches)} batches of calibration data "
+                    f"for {self.ranks.size} ranks; each needs one. Use fewer ranks, more samples, "
+                    "or a smaller `batch_size`."
+                )
+            self.sequential = SequentialLayers(
+                plan, self.streamed, self.scales, self.ranks, len(data.batches)
+            )
 
     def _new_store(self, limit: int | None, scratch: Path | None) -> ActivationStore:
         """Keep activations in memory if they surely fit there."""
         elements = sum(batch.input_ids.numel() for batch in self.batches)
+        elements *= self.plan.recipe.calibration.streams
         likely = LIKELY_BYTES * elements * self.plan.inventory.hidden_size
         on_cpu = self.streamed.device.type == "cpu"
         if on_cpu and (limit is None or likely <= limit):
@@ -158,8 +174,14 @@ class Calibration:
                         "such models cannot be calibrated layer by layer."
                     )
                 done.add(layer)
-                yield self._merge(layer, statistics)
+                self._merge(layer, statistics)
+                is_skipped = self.saved is not None and layer < self.saved.first
+                if self.sequential is not None and not is_skipped:
+                    self.sequential.quantize_layer(layer, self._observers)
+                yield layer
                 self.scales.drop_large()
+                if self.sequential is not None:
+                    self.sequential.done()
         for layer in sorted(set(layers) - done):
             yield self._complete(layer, self._new_statistics())
         yield self._merge(None, self._last)
@@ -172,26 +194,35 @@ class Calibration:
                 stack.callback(torch.set_num_threads, torch.get_num_threads())
                 torch.set_num_threads(self.threads)
             observers = stack.enter_context(observing(self.plan, model, tree))
+            self._observers, sequential = observers, self.sequential
+            count = len(self.batches)
             stack.enter_context(ending_at_the_head(model))
             self._layer, progress = 0, _Progress(self.batches, len(tree.layers), self.on_event)
 
             def resume(number: int) -> None:
                 self.ranks.check()
-                progress.begin_batch(number)
-                observers.see(self.batches[number].attention_mask)
+                observers.see(self._calls[number].attention_mask)
+                if number < count:
+                    progress.begin_batch(number)
 
             def enter(layer: int, why: Pass) -> None:
                 self._layer = layer
-                progress.begin_layer(None if why is Pass.REPLAY else layer)
+                progress.begin_layer(layer if why is Pass.FIRST else None)
                 observers.ignored = tree.layers[layer] if why is Pass.REPLAY else None
+                observers.stream = None
+                if why is Pass.FIRST:
+                    observers.order.clear()
+                if why is Pass.SECOND:
+                    assert sequential is not None
+                    observers.stream = sequential.stream(layer)
 
             steps = self.streamed.run(
-                [partial(self._call, observers, batch) for batch in self.batches],
+                [partial(self._call, observers, batch) for batch in self._calls],
                 store=self.store,
                 on_resume=resume,
                 on_layer=enter,
                 keep_embeddings=reads_text_twice(runnable(model)),
-                replacement=self.quantized,
+                second=sequential,
                 saved=self.saved,
                 on_skipped=lambda: self._taken(observers),
             )
@@ -249,7 +280,7 @@ class Calibration:
             self._on_observed(unit, statistics)
         if self.saved is not None and unit is not None:
             # Replayed layers store their outputs after their statistics: keep one layer more.
-            self.saved.finished(unit if self.quantized is None else unit - 1)
+            self.saved.finished(unit if self.sequential is None else unit - 1)
         return unit
 
     def _call(self, observers: Observers, batch: Batch, model: Any) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fourfold.calibration.statistics import Statistics
+from fourfold.calibration.stream import RecordedRows, Stream
 from fourfold.errors import ObservationError
 from fourfold.models.expert_hooks import Rows, watch_experts
 from fourfold.models.experts import ExpertsModule
@@ -58,6 +59,10 @@ class Observers:
         """True for the tokens of the current call that are not padding; None if none is."""
         self.mask_shape = torch.Size()
         """[B, S] of the current call, if it has padding."""
+        self.order: list[str] = []
+        """The sites that were observed since `take`, in the order in which they were first."""
+        self.stream: Stream | None = None
+        """What stands in place of the statistics, while the model is run for something else."""
         self.ignored: str | None = None
         """The path of a module whose inside is not observed, while its layer is replayed."""
 
@@ -89,6 +94,13 @@ class Observers:
             counts &= is_text_R[:, None] if experts.ndim == 2 else is_text_R
         site = Site(f"{rows.path}.{rows.product}", x.shape[-1], num_experts)
         experts = experts.masked_fill(~counts, -1)
+        if self.stream is not None:
+            shown = self.stream.round(site.name, x)
+            if is_routed and rows.is_counted:
+                self.stream.record(site.name, RecordedRows(shown, experts, rows.tokens))
+                if rows.is_whole:
+                    self.stream.check()
+            return shown
         for statistic, state in self._states_of(site, x.device, rows.product):
             if self._applies(statistic, rows, is_routed):
                 statistic.update(state, x, experts)
@@ -104,15 +116,20 @@ class Observers:
         counts_routing = statistic.is_routing or not self.all_experts
         return rows.is_counted and is_routed == counts_routing
 
-    def _see_linear(self, path: str, _: nn.Module, args: Any, kwargs: Any) -> None:
+    def _see_linear(self, path: str, _: nn.Module, args: Any, kwargs: Any) -> Any:
         if self._is_ignored(path):
-            return
+            return None
         x: Tensor = (args[0] if args else kwargs["input"]).detach()
+        if self.stream is not None:
+            shown = self.stream.round(path, x)
+            self.stream.record(path, RecordedRows(self._without_padding(shown)))
+            return ((shown, *args[1:]), kwargs) if args else (args, kwargs | {"input": shown})
         rows = self._without_padding(x)
         if not len(rows):
-            return
+            return None
         for statistic, state in self._states_of(Site(path, x.shape[-1]), x.device):
             statistic.update(state, rows, None)
+        return None
 
     def _without_padding(self, x: Tensor) -> Tensor:
         """The rows `[R, I]` of a linear layer's input, without padding where tokens are known."""
@@ -145,6 +162,8 @@ class Observers:
         self, site: Site, device: torch.device, product: str | None = None
     ) -> Iterator[tuple[Statistic, State]]:
         """Each statistic that is collected at a site, and its state, which is made if need be."""
+        if site.name not in self.states:
+            self.order.append(site.name)
         for name in SMALL if self.wanted is None else self.wanted.get(site.name, ()):
             statistic = STATISTICS[name]
             if product is None or statistic.products is None or product in statistic.products:

@@ -21,6 +21,7 @@ from fourfold.models.expert_hooks import unwatchable
 from fourfold.models.internals import output_embeddings, runnable
 from fourfold.models.module_tree import ModuleTree
 from fourfold.planning import Plan
+from fourfold.statistics import KEPT
 
 
 @contextmanager
@@ -30,7 +31,10 @@ def observing(plan: Plan, model: Any, tree: ModuleTree) -> Iterator[Observers]:
     Raises:
         PlanError: The recipe shows every token to every expert, and a class of experts cannot.
     """
-    modules = {linear.module for linear in plan.observed}
+    modules, statistics = {linear.module for linear in plan.observed}, plan.statistics
+    if plan.recipe.calibration.propagate == "quantized":
+        modules |= {linear.module for linear in plan.linears if plan.scheme_of(linear).activations}
+        statistics = {site: names & KEPT for site, names in statistics.items()}
     experts = {path: tree.experts[path] for path in sorted(modules & tree.experts.keys())}
     linears = sorted(modules - experts.keys())
     all_experts = plan.recipe.calibration.all_experts
@@ -39,9 +43,7 @@ def observing(plan: Plan, model: Any, tree: ModuleTree) -> Iterator[Observers]:
             f"{without[0]}: calibration.all_experts is not possible for a "
             f"{type(model.get_submodule(without[0])).__name__}. Leave it out of the recipe."
         )
-    observers = Observers(
-        model, experts, linears, all_experts=all_experts, statistics=plan.statistics
-    )
+    observers = Observers(model, experts, linears, all_experts=all_experts, statistics=statistics)
     with observers.attached():
         yield observers
 

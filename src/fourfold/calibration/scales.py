@@ -35,7 +35,7 @@ from fourfold.models.expert_hooks import Product
 from fourfold.models.inventory import LinearWeight
 from fourfold.models.names import SINGLE_EXPERT, natural
 from fourfold.planning import KVScales, Plan
-from fourfold.statistics import BLOCK_AMAXES, KEPT, STATISTICS, State
+from fourfold.statistics import BLOCK_AMAXES, KEPT, STATISTICS, State, statistic_of
 from fourfold.statistics.block_amaxes import percentile
 from fourfold.storage.names import STATISTICS as FILE
 
@@ -57,6 +57,9 @@ class ActivationScales:
 
     def __init__(self, plan: Plan, statistics: Statistics) -> None:
         self.plan, self.statistics = plan, statistics
+        self.asymmetry: dict[str, float] = {}
+        """The part of the change of its inputs that the weights of a site make up for, where it
+        was chosen by what held-out texts confirm."""
         self._lock = threading.Lock()
         self._states: dict[tuple[str, str, int], State] = {}
         """Finished states, by site and statistic."""
@@ -108,6 +111,12 @@ class ActivationScales:
             amax = histogram_amax(self._block_amaxes(site), amax)
         return FORMATS[scheme.activations].input_scale(amax)
 
+    def scale_of(self, linear: LinearWeight) -> float:
+        """Return the stored scale of a linear weight's inputs."""
+        if not self.plan.scheme_of(linear).observes_inputs:
+            return CONSTANT_INPUT_SCALE
+        return self.input_scale(linear.input_site)
+
     def _block_amaxes(self, site: str) -> Tensor:
         """The histogram of an input site; of experts that are modules of their own, their sum."""
         names = {self.plan.site_of(linear, BLOCK_AMAXES) for linear in self.plan.sites[site]}
@@ -137,8 +146,18 @@ class ActivationScales:
         tensors: dict[str, Tensor] = {}
         for name in self.plan.algorithm_needs(linear):
             statistic, state = STATISTICS[name], self._finished(linear, name)
-            tensors |= state if linear.expert is None else statistic.of_expert(state, linear.expert)
+            has_experts = self.plan.site(linear, name).experts is not None
+            number = linear.expert if has_experts else None
+            tensors |= state if number is None else statistic.of_expert(state, number)
         return tensors
+
+    def asymmetry_of(self, linear: LinearWeight) -> float:
+        """Return the part of the change of its inputs that a weight makes up for."""
+        stated = self.plan.recipe.calibration.asymmetric
+        if stated != "auto":
+            return stated
+        sites = (self.plan.site(linear, name).name for name in self.plan.algorithm_needs(linear))
+        return max((self.asymmetry.get(site, 0.0) for site in sites), default=0.0)
 
     def _finished(self, linear: LinearWeight, name: str) -> State:
         """A statistic's finished state at the site of a linear weight."""
@@ -147,8 +166,11 @@ class ActivationScales:
         key = site.name, name, id(collected)
         with self._lock:
             if key not in self._states:
-                state = {key: collected[key] for key in statistic.shapes(site) if key in collected}
+                state = {key: x for key, x in collected.items() if statistic_of(key) is statistic}
                 self._states[key] = statistic.finish(state or statistic.new(site))
+                if name not in KEPT:  # the sums are not needed any more
+                    for part in state:
+                        del collected[part]
             return self._states[key]
 
     def unreached(self, layers: Container[int | None] | None = None) -> dict[str, list[int]]:

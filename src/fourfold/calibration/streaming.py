@@ -14,10 +14,10 @@ whole model in memory. It may pass the layers several times (`generate`). Only o
 moment, in the caller's own thread: an exception ends the run where it is raised. System threads
 would each keep a pool of workers in OpenMP and an arena in malloc; a greenlet takes a few kB.
 
-**Propagation of quantized inputs.** With `replacement`, each layer runs twice. First its module
-runs on copies of the paused calls' arguments, for what observes it; the layer is handed to the
-caller, who quantizes it; then the replaced weights are loaded, and the calls pass the layer. Later
-layers thus read what the replaced layers compute.
+**A second stream.** With `second`, half of the calls pass each layer with other weights. First the
+layer's module runs on copies of the first calls' arguments, for what observes it. The layer is
+handed to the caller, who may run it again on copies of any call's arguments, with any weights. Then
+the first calls pass the layer, and the others with theirs.
 
 All calls share one thread's state of PyTorch: a call must not pause inside `torch.autocast` or a
 mode that it has entered outside of the model.
@@ -30,13 +30,13 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
 from enum import Enum
 from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -46,9 +46,10 @@ from torch import nn
 from fourfold.calibration.activations import ActivationStore
 from fourfold.calibration.parking import held_by_model, tensors_in
 from fourfold.calibration.saved_activations import SavedActivations
+from fourfold.calibration.stream import EnoughError
 from fourfold.distributed.machine import cache_few_kernels, give_back_memory
 from fourfold.errors import ModelError
-from fourfold.models.internals import Conversion, LazyTensor, build_model, load_tensors
+from fourfold.models.internals import LazyTensor, build_model, load_tensors
 from fourfold.models.module_tree import ModuleTree, describe
 from fourfold.models.roles import TOWER
 from fourfold.models.ties import tie
@@ -65,6 +66,19 @@ FAULTS = (
 Call = Callable[[Any], Any]
 """Something that calls the model, as often as it likes."""
 
+LayerWeights = Sequence[tuple[nn.Module, str, nn.Parameter]]
+"""The parameters of a layer: each with the module that has it, and its name there."""
+
+
+class SecondStream(Protocol):
+    """Half of the calls of a run, which pass each layer with other weights."""
+
+    calls: range
+    """The numbers of these calls."""
+
+    def weights(self, layer: int) -> LayerWeights:
+        """Return the layer's parameters for these calls, after the layer was yielded."""
+
 
 class StreamedModel:
     """A checkpoint's model on the meta device; its layers are loaded when they are needed."""
@@ -77,6 +91,7 @@ class StreamedModel:
         dtype: torch.dtype | None = None,
         towers: bool = False,
         head: bool = True,
+        late_head: bool = False,
     ) -> None:
         """Build the model without its weights.
 
@@ -87,6 +102,8 @@ class StreamedModel:
             towers: Whether to load vision and audio towers, which text does not need.
             head: Whether calls need the output embeddings. If not, they are not loaded; if they
                 are tied to the input embeddings, they are freed with those.
+            late_head: Whether to load the output embeddings with the last layer instead of the
+                first tensors, for calls that pass the layers once. Tied ones are there anyway.
         """
         cache_few_kernels()
         self.held = CachedTensors(source)
@@ -98,8 +115,9 @@ class StreamedModel:
         _move_buffers(self.model, self.device)
         self.tree: ModuleTree = describe(self.model)
         self.layers = tuple(self.model.get_submodule(path) for path in self.tree.layers)
-        skipped = () if head or self.tree.tied else self.tree.heads
-        self._keys = _keys_of_units(self.tree, self.tree.conversion, source, towers, skipped)
+        heads = () if self.tree.tied else self.tree.heads
+        skipped, late = () if head else heads, heads if late_head else ()
+        self._keys = _keys_of_units(self.tree, source, towers, skipped, late)
 
     def keys_of(self, layer: int | None) -> Sequence[str]:
         """Return the raw tensors of a layer; None: those of the non-layer tensors."""
@@ -109,9 +127,14 @@ class StreamedModel:
         """Return the bytes of a layer's tensors in the source; None: of the non-layer tensors."""
         return sum(self.held.tensors[key].nbytes for key in self._keys[layer])
 
-    def load(self, layer: int | None, source: Source | None = None) -> None:
-        """Load a decoder layer, or for None the non-layer tensors, from `source` or the model's."""
-        keys = self._keys[layer]
+    def load(
+        self, layer: int | None, source: Source | None = None, keys: Collection[str] | None = None
+    ) -> None:
+        """Load a decoder layer, or for None the non-layer tensors, from `source` or the model's.
+
+        `keys`: the raw tensors to load, all of those that a parameter is made of; None for all.
+        """
+        keys = [key for key in self._keys[layer] if keys is None or key in keys]
         if source is None:
             for key in keys:  # in the order of the files; the conversion has another
                 self.held.read(key)
@@ -142,20 +165,22 @@ class StreamedModel:
         on_resume: Callable[[int], object] = lambda _: None,
         on_layer: Callable[[int, Pass], object] = lambda *_: None,
         keep_embeddings: bool = True,
-        replacement: Callable[[int], Source] | None = None,
+        second: SecondStream | None = None,
         saved: SavedActivations | None = None,
         on_skipped: Callable[[], object] = lambda: None,
     ) -> Generator[int]:
         """Make all calls; yield each layer's index when it has run and before it is freed.
 
         Args:
-            calls: What to run; each is called with the model.
+            calls: What to run; each is called with the model. Two calls must not share a tensor,
+                which may be moved away while one of them waits.
             store: Where the activations of paused calls are kept; by default in memory.
             on_resume: Called with a call's index whenever the call, or its layer, runs.
             on_layer: Called with a layer's index before it runs, and why it does.
             keep_embeddings: Whether embeddings stay loaded after the first layer.
-            replacement: Returns the source of a layer's weights after the layer was yielded, under
-                the names of this model's source. None: the calls pass the layer as it is.
+            second: Calls that pass each layer with other weights than the first ones do. The module
+                runs on copies of the first ones' arguments, the layer is yielded, and then all
+                calls pass it.
             saved: Where the outputs of finished layers are stored, and read from by a run that
                 resumes; the first index that is yielded is then `saved.first`.
             on_skipped: Called after the calls passed the finished layers without computing them,
@@ -163,7 +188,8 @@ class StreamedModel:
         """
         with ExitStack() as stack:
             store = store or ActivationStore()
-            running = _Running(self, calls, store, on_resume, saved, replacement is not None)
+            running = _Running(self, calls, store, on_resume, saved, second is not None)
+            self._running = running
             stack.callback(self.free, None)
             stack.callback(running.end)
             running.attach(stack)
@@ -179,28 +205,56 @@ class StreamedModel:
             while running.waiting:
                 for layer in range(len(self.layers)):
                     if running.before(layer):
-                        yield from self._run_layer(running, layer, on_layer, replacement)
+                        if second is None:
+                            yield from self._run_layer(running, layer, on_layer)
+                        else:
+                            yield from self._run_both(running, layer, on_layer, second)
 
     def _run_layer(
+        self, running: _Running, layer: int, on_layer: Callable[[int, Pass], object]
+    ) -> Generator[int]:
+        self.load(layer)
+        on_layer(layer, Pass.FIRST)
+        running.pass_layer(layer, running.before(layer))
+        yield layer
+        self.free(layer)
+
+    def _run_both(
         self,
         running: _Running,
         layer: int,
         on_layer: Callable[[int, Pass], object],
-        replacement: Callable[[int], Source] | None,
+        second: SecondStream,
     ) -> Generator[int]:
         self.load(layer)
+        first = [number for number in running.before(layer) if number not in second.calls]
         on_layer(layer, Pass.FIRST)
-        if replacement is None:
-            running.pass_layer(layer)
-            yield layer
-        else:
-            running.run_module(layer)
-            yield layer
-            free_parameters(self.layers[layer])
-            self.load(layer, replacement(layer))
-            on_layer(layer, Pass.REPLAY)
-            running.pass_layer(layer)
+        running.run_module(layer, first)
+        yield layer
+        on_layer(layer, Pass.REPLAY)
+        running.pass_layer(layer, first)
+        on_layer(layer, Pass.SECOND)
+        self.use(second.weights(layer))
+        running.pass_layer(layer, [x for x in running.before(layer) if x in second.calls])
         self.free(layer)
+
+    def weights(self, layer: int) -> LayerWeights:
+        """Return the parameters that a layer has now."""
+        return [
+            (owner, name, parameter)
+            for owner in self.layers[layer].modules()
+            for name, parameter in owner._parameters.items()
+            if parameter is not None
+        ]
+
+    def use(self, weights: LayerWeights) -> None:
+        """Give a layer parameters that `weights` returned before."""
+        for owner, name, parameter in weights:
+            owner._parameters[name] = parameter
+
+    def run_again(self, layer: int, call: int) -> None:
+        """Run a layer's module on copies of the arguments of a call that waits before it."""
+        self._running.run_module(layer, [call])
 
     def _skip_finished(self, running: _Running, saved: SavedActivations) -> None:
         """Start every call behind the finished layers, if that is exact; otherwise start over."""
@@ -226,7 +280,9 @@ class Pass(Enum):
 
     FIRST = "first"
     REPLAY = "replay"
-    """Once more, with the replaced weights."""
+    """Once more, because it has run by itself before."""
+    SECOND = "second"
+    """For the second stream, with its own weights."""
 
 
 class _Running:
@@ -282,23 +338,24 @@ class _Running:
         """The calls that are paused before a layer."""
         return [number for number, paused in self.waiting.items() if paused == layer]
 
-    def pass_layer(self, layer: int) -> None:
-        """Let every call that is paused before a layer continue to its next pause, one by one."""
-        for number in self.before(layer):
+    def pass_layer(self, layer: int, calls: Iterable[int]) -> None:
+        """Let calls that are paused before a layer continue to their next pause, one by one."""
+        for number in calls:
             del self.waiting[number]
             self.store.fetch(number)
             self.inputs.pop(number, None)
             self._switch(number)
 
-    def run_module(self, layer: int) -> None:
-        """Run a layer's module on copies of the arguments of all calls that pause before it."""
-        for number in self.before(layer):
-            self.on_resume(number)
+    def run_module(self, layer: int, calls: Iterable[int]) -> None:
+        """Run a layer's module on copies of the arguments of calls that pause before it. It may end
+        early, by `EnoughError`."""
+        for number in calls:
             self.store.fetch(number)
+            self.on_resume(number)
             args, kwargs = copied(self.inputs[number])
             self.runs_module = True
             try:
-                with self._explaining(), torch.no_grad():
+                with self._explaining(), torch.no_grad(), suppress(EnoughError):
                     self.layers[layer](*args, **kwargs)
             finally:
                 self.runs_module = False
@@ -437,15 +494,25 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
 
 
 def _keys_of_units(
-    tree: ModuleTree, conversion: Conversion, source: Source, towers: bool, skipped: Iterable[str]
+    tree: ModuleTree,
+    source: Source,
+    towers: bool,
+    skipped: Collection[str],
+    late: Collection[str],
 ) -> Mapping[int | None, Sequence[str]]:
-    """Raw keys by the decoder layer that they are loaded with; None for the non-layer tensors."""
+    """Raw keys by the decoder layer that they are loaded with; None for the non-layer tensors.
+
+    Modules that are `skipped` are left out; those that are `late` come with the last layer.
+    """
     units: dict[int | None, list[str]] = defaultdict(list)
     for key in source.tensors:
-        target = conversion.place(key).target
-        if target is None or target.rpartition(".")[0] in skipped:
+        target = tree.conversion.place(key).target
+        module = "" if target is None else target.rpartition(".")[0]
+        if target is None or module in skipped:
             continue
-        if towers or not TOWER.search(target):
+        if module in late and tree.layers:
+            units[len(tree.layers) - 1].append(key)
+        elif towers or not TOWER.search(target):
             units[_layer_of(target, tree.layers)].append(key)
     return units
 

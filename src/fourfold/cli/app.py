@@ -7,20 +7,17 @@ that is also why typer shows the help without rich.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fourfold._version import __version__
-from fourfold.cli import showing, terminal
+from fourfold.cli import evaluating, showing, terminal
+from fourfold.cli.beginning import begun, say_at_once
 from fourfold.cli.help import Command, Commands
-from fourfold.cli.log import log
 from fourfold.cli.options import (
     ActivationMemory,
     BatchSize,
@@ -45,6 +42,7 @@ from fourfold.cli.options import (
     Seed,
     Shards,
     ShowData,
+    Simulate,
     SourceModel,
     Statistics,
     Strict,
@@ -57,7 +55,6 @@ from fourfold.cli.terminal import print_json, show, show_result
 from fourfold.config import CalibrationConfig, OutputConfig, Runtime
 from fourfold.distributed.launcher import launch
 from fourfold.errors import UsageError
-from fourfold.storage.units import printable
 
 if TYPE_CHECKING:
     from fourfold.run.merge import Merged
@@ -75,38 +72,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 command = partial(app.command, cls=Command)
-
-
-@contextmanager
-def _begun(
-    what: str,
-    *,
-    quiet: bool,
-    log_file: Path | None,
-    verbose: bool = False,
-    show_data: bool = False,
-) -> Iterator[dict[str, Any]]:
-    """Say what begins, on a terminal at once, and show the progress of a call of the API.
-
-    Yields the arguments for that call. Within, PyTorch can be imported, which takes a while.
-    """
-    if log_file is not None:
-        log.open(log_file)
-    heading = _say_at_once(what, quiet=quiet)
-    if launch().rank == 0:
-        log.write(heading)
-    from fourfold.cli.progress import CommandDisplay
-
-    with CommandDisplay(heading, quiet=quiet, verbose=verbose, show_data=show_data) as display:
-        yield {"progress": False, "on_event": display}
-
-
-def _say_at_once(what: str, *, quiet: bool) -> str:
-    """Say on a terminal what begins; return the line."""
-    heading = printable(f"fourfold {__version__}: {what}")
-    if sys.stderr.isatty() and not quiet and launch().rank == 0:
-        print(heading, file=sys.stderr, flush=True)
-    return heading
 
 
 @app.callback(invoke_without_command=True)
@@ -168,9 +133,9 @@ def quantize(
         statistics=calibration,
         activation_memory=in_bytes("--activation-memory", activation_memory),
     )
-    begun = f"quantizing {model} into {out}, recipe {recipe}"
-    with _begun(
-        begun,
+    what = f"quantizing {model} into {out}, recipe {recipe}"
+    with begun(
+        what,
         quiet=quiet or as_json,
         log_file=log_file,
         verbose=verbose,
@@ -220,7 +185,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show what quantize would do to every tensor, and what it takes."""
-    _say_at_once(f"planning {model}, recipe {recipe}", quiet=as_json)
+    say_at_once(f"planning {model}, recipe {recipe}", quiet=as_json)
     from fourfold import api
     from fourfold.cli.tables import plain_text, plan_text
     from fourfold.run.estimate import estimate
@@ -250,8 +215,8 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Verify OUT tensor by tensor. Exit code 0: clean, 1: an error was found, 2: not readable."""
-    begun = f"verifying {out}"
-    with _begun(begun, quiet=quiet or as_json, log_file=log_file) as progress:
+    what = f"verifying {out}"
+    with begun(what, quiet=quiet or as_json, log_file=log_file) as progress:
         from fourfold import api
 
         report = api.verify(
@@ -282,8 +247,8 @@ def convert(
     layout: Annotated[
         str | None,
         typer.Option(
-            help="Keep the codes of an NVFP4 checkpoint, in this layout: modelopt or "
-            "compressed-tensors."
+            help="Keep the codes of an NVFP4 checkpoint, in this layout: modelopt, "
+            "modelopt-stacked or compressed-tensors."
         ),
     ] = None,
     threads: Threads = None,
@@ -302,8 +267,8 @@ def convert(
     What was written is compared with MODEL, byte for byte. If a run was stopped, the same command
     resumes it.
     """
-    begun = f"converting {model} into {out}"
-    with _begun(begun, quiet=quiet or as_json, log_file=log_file) as progress:
+    what = f"converting {model} into {out}"
+    with begun(what, quiet=quiet or as_json, log_file=log_file) as progress:
         from fourfold import api
 
         converted = api.convert(
@@ -346,8 +311,8 @@ def merge(
     """
     if len(folders) < 2:
         raise UsageError("give the folders to join, and then OUT.")
-    begun = f"merging {len(folders) - 1} folders into {folders[-1]}"
-    with _begun(begun, quiet=quiet or as_json, log_file=log_file) as progress:
+    what = f"merging {len(folders) - 1} folders into {folders[-1]}"
+    with begun(what, quiet=quiet or as_json, log_file=log_file) as progress:
         from fourfold import api
 
         result = api.merge(
@@ -370,6 +335,7 @@ def _conclude(result: Result | Merged, as_json: bool) -> None:
         raise typer.Exit(1)
 
 
+command("eval")(evaluating.evaluate)
 for shows in (showing.inspect, showing.summary, showing.report, showing.recipes, showing.schema):
     command()(shows)
 
@@ -384,8 +350,8 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Quantize the embedded model, offline, and show the effect."""
-    begun = f"quantizing the embedded model into {out}, recipe {recipe}"
-    with _begun(begun, quiet=quiet or as_json, log_file=log_file) as progress:
+    what = f"quantizing the embedded model into {out}, recipe {recipe}"
+    with begun(what, quiet=quiet or as_json, log_file=log_file) as progress:
         from fourfold import api
         from fourfold.embedded import model_dir
         from fourfold.evaluation.demo import demonstrate, is_demo_output
@@ -414,14 +380,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="How many tokens to generate, at most.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Random seed for sampling.")] = 0,
-    simulate_activations: Annotated[
-        bool | None,
-        typer.Option(
-            "--simulate-activations/--weights-only",
-            help="Also round activations and the KV cache; by default as OUT says.",
-            show_default=False,
-        ),
-    ] = None,
+    simulate_activations: Simulate = None,
     stream: Annotated[
         bool | None,
         typer.Option(
@@ -439,8 +398,8 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Let OUT and its source continue a prompt, side by side."""
-    begun = f"continuing a prompt with {out}"
-    with _begun(begun, quiet=quiet or as_json, log_file=log_file) as progress:
+    what = f"continuing a prompt with {out}"
+    with begun(what, quiet=quiet or as_json, log_file=log_file) as progress:
         from fourfold import api
 
         written = api.generate(

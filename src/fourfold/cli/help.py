@@ -39,6 +39,10 @@ _EXAMPLES: Mapping[str, Sequence[str]] = {
     ),
     "schema": ("fourfold schema quantization",),
     "demo": ("fourfold demo demo-out --recipe nvfp4_default_mse-fp8_kv",),
+    "eval": (
+        "fourfold eval MODEL OUT --text wiki.test.raw",
+        "fourfold eval MODEL OUT OUT2 --text chats.jsonl --length 4096 --windows 64",
+    ),
     "generate": ('fourfold generate OUT --prompt "import os" --source MODEL',),
 }
 """By command."""

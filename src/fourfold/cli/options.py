@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from fourfold.cli.help import CALIBRATION, MACHINE, OUTPUT
-from fourfold.config import CalibrationConfig, OutputConfig, Runtime
+from fourfold.config import CalibrationConfig, EvaluationConfig, OutputConfig, Runtime
 from fourfold.errors import UsageError
 
 Model = Annotated[
@@ -127,6 +127,15 @@ SourceModel = Annotated[
     str | None, typer.Option("--source", "-s", help="The checkpoint that OUT was made from.")
 ]
 
+Simulate = Annotated[
+    bool | None,
+    typer.Option(
+        "--simulate-activations/--weights-only",
+        help="Also round activations and the KV cache; by default as OUT says.",
+        show_default=False,
+    ),
+]
+
 # Of quantize alone.
 Calib = Annotated[
     list[str] | None,
@@ -214,7 +223,7 @@ ActivationMemory = Annotated[
 _ARGUMENTS = (
     *(
         field.name
-        for config in (CalibrationConfig, Runtime, OutputConfig)
+        for config in (CalibrationConfig, EvaluationConfig, Runtime, OutputConfig)
         for field in fields(config)
     ),
     *("hf_config", "recipe", "source", "trust_remote_code", "dtype"),
@@ -222,6 +231,7 @@ _ARGUMENTS = (
 _OPTIONS = {name: f"--{name.replace('_', '-')}" for name in _ARGUMENTS} | {
     "statistics": "--calibration",
     "verify": "--no-verify",
+    "outs": "OUT",
     "out": "OUT",
     "model": "MODEL",
     "to_json": "--json",

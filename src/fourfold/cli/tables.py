@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from rich.console import Group, RenderableType
+from rich.console import Group, JustifyMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -15,6 +15,7 @@ from fourfold.cli.terminal import console, has_width
 from fourfold.storage.units import aligned, fitted
 
 if TYPE_CHECKING:
+    from fourfold.evaluation.evaluated import Evaluation
     from fourfold.evaluation.generation import Generation
     from fourfold.evaluation.inspection import Inspection
     from fourfold.planning import Plan
@@ -85,6 +86,21 @@ def generation_table(generation: Generation) -> RenderableType:
     table.add_row(*(Text(text) for _, _, text in generation.columns()))
     remark = Text(as_options(generation.remark), style="dim")
     return Group(Text(generation.visible_prompt), Text(), table, Text(), remark)
+
+
+def evaluation_table(evaluation: Evaluation) -> RenderableType:
+    """The figures of all checkpoints, each in a column."""
+    if not has_width():
+        return Text(str(evaluation))
+    table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="bold")
+    heads, *rows = evaluation.rows()
+    for number, head in enumerate(heads):
+        justify: JustifyMethod = "right" if number else "left"
+        table.add_column(Text(head), overflow="fold", justify=justify)
+    for row in rows:
+        table.add_row(*map(Text, row), style="bold" if row[0] == "KL" else None)
+    remarks = Text(as_options("\n".join(evaluation.remarks)), style="dim")
+    return Group(Text(evaluation.headline), Text(), table, Text(), remarks)
 
 
 def recipes_entry(recipe: Recipe) -> Text:

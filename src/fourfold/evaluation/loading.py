@@ -91,14 +91,25 @@ class OpenedModel:
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
+        reads_text_once: bool = False,
     ) -> None:
-        """Build the model; a tensor without a place in it is a `ModelError`."""
+        """Build the model; a tensor without a place in it is a `ModelError`.
+
+        reads_text_once: True for calls that pass the layers once, with text alone: towers of vision
+            and audio are left out, and the head is loaded with the last layer.
+        """
         self.source = source
         self.inventory: Inventory = take_inventory(source)
         _check_known(source, self.inventory)
         for note in agreement_notes(source, self.inventory):
             warnings.warn(f"{source.folder}: {note}", stacklevel=2)
-        self.streamed = StreamedModel(source, device=device, dtype=dtype, towers=True)
+        self.streamed = StreamedModel(
+            source,
+            device=device,
+            dtype=dtype,
+            towers=not reads_text_once,
+            late_head=reads_text_once,
+        )
         self.model = self.streamed.model
         _take_generation_config(self.model, source.folder)
 

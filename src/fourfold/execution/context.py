@@ -16,11 +16,12 @@ from fourfold.storage.output import OutputFolder
 from fourfold.storage.source import Source
 
 if TYPE_CHECKING:
+    from fourfold.execution.ahead import GroupsAhead
     from fourfold.execution.streams import BufferPool
     from fourfold.verification.evidence import Prover
 
 
-@dataclass(frozen=True)
+@dataclass
 class ExecutionContext:
     """A plan, and everything that is needed to execute it."""
 
@@ -42,11 +43,13 @@ class ExecutionContext:
     prover: Callable[[Path, Iterable[str]], Prover] | None = None
     """Makes what compares each tensor with the source as soon as it is written, given a shard under
     its temporary name and the raw tensors that it is made from; None if that can wait."""
+    ahead: GroupsAhead | None = None
+    """The groups that are quantized before their shard is written; None if there are none."""
     computing: threading.Semaphore = field(init=False)
     """Held by threads while they compute on the CPU."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "computing", threading.Semaphore(self.threads))
+        self.computing = threading.Semaphore(self.threads)
 
     @property
     def workers(self) -> int:

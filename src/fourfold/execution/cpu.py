@@ -211,6 +211,7 @@ class _Group:
                 self._load(piece),
                 self._buffers(linear.shape),
                 scales.statistics_of(linear) if scales and self.algorithm.needs else {},
+                scales.asymmetry_of(linear) if scales else 0.0,
             )
             for linear, piece in zip(linears, pieces, strict=True)
         ]

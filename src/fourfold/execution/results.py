@@ -51,6 +51,10 @@ class LinearResult:
     """The repair of a weight or an input that its format cannot hold; see `repairs`."""
     exact: bool = False
     """True if the weight was cast without loss: the codes are those of the source."""
+    asymmetric: float | None = None
+    """The part of the change of its inputs that it makes up for; None if that is not known."""
+    damping: float | None = None
+    """The damping of its inputs' second moment, where it had to be more than the recipe's."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LinearResult:
@@ -100,7 +104,7 @@ def finish_group(
             numbers |= dict.fromkeys(FORMATS[scheme.activations].input_parts(), inputs.scale)
         tensors = layout.tensors(linear.name, linear.shape, scheme)
         for part, number in numbers.items():
-            file.write(tensors[part].name, layout.encode(part, number))
+            file.write(tensors[part].name, layout.encode(part, number, scheme))
         of_weight = figures[linear.name]
         if linear.name in lost:
             of_weight = of_weight.or_lost()
@@ -120,6 +124,8 @@ def finish_group(
                 sum_sq_w=of_weight.sum_sq_w,
                 repair=FLOOR_SCALES if linear.name in lost else inputs.repair,
                 exact=exact,
+                asymmetric=of_weight.asymmetric,
+                damping=of_weight.damping,
             )
         )
     return results

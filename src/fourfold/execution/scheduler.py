@@ -264,11 +264,14 @@ class _Worker:
         groups = [job for job in jobs if isinstance(job, ScaleGroup)]
         results, inexact = [], []
         for group in groups:
-            cast = self.cpu.cast(file, group)
-            if cast is None:
+            ahead = self.context.ahead
+            done = None if ahead is None else ahead.write(file, group)
+            if done is None:
+                done = self.cpu.cast(file, group)
+            if done is None:
                 inexact.append(group)
             else:
-                results += cast
+                results += done
         results += self.backend.run(file, inexact)
         self.advance(sum(map(job_bytes, groups)))
         return results

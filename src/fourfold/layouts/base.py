@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from fourfold.errors import PlanError
 from fourfold.formats.base import FORMATS, Spec
 from fourfold.formats.kv_cache import KVFormat
 from fourfold.formats.registry import Registry
@@ -21,6 +22,8 @@ from fourfold.models.peculiarities import NONE, Peculiarities
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from fourfold.layouts.stacks import Stack
 
 
 class TensorSpec(NamedTuple):
@@ -61,14 +64,19 @@ class Layout(ABC):
     v_scale: ClassVar[str] = "v_scale"
     kv_scale: ClassVar[Spec] = ("F32", ())
     """Dtype and shape of a scale of keys or values."""
+    only_converts: ClassVar[bool] = False
+    """True if `convert` writes it, from a checkpoint in another layout, and `quantize` does not."""
     needs_kv_scales: ClassVar[bool] = False
     """True if scales of 1 are written for a KV cache that is not calibrated: a reader takes another
     number for a missing one."""
 
     # --------------------------------------------------------------------------------- tensors
 
-    def check(self, schemes: Mapping[str, Scheme]) -> None:  # noqa: B027
-        """Raise `PlanError` unless this layout can express the schemes, given by linear weight."""
+    def check(self, schemes: Mapping[str, Scheme], peculiar: Peculiarities) -> None:  # noqa: B027
+        """Raise `PlanError` unless this layout can express the schemes, given by linear weight.
+
+        `peculiar` is what engines do in the model's family.
+        """
 
     def tensors(self, linear: str, shape: tuple[int, int], scheme: Scheme) -> dict[str, TensorSpec]:
         """Return the tensors that one linear weight `[out, in]` becomes, by part."""
@@ -82,12 +90,21 @@ class Layout(ABC):
             for part, spec in specs.items()
         }
 
+    def stacks(self, config: Mapping[str, Any]) -> tuple[Stack, ...]:
+        """Return how the experts of a config.json's family are stacked, instead of having tensors
+        of their own; empty if they are not.
+
+        Raises:
+            PlanError: This layout is not for that family.
+        """
+        return ()
+
     def encoded(self, part: str, spec: tuple[str, tuple[int, ...]]) -> tuple[str, tuple[int, ...]]:
         """Return dtype and shape of a part in a checkpoint, given those that the format has."""
         return spec
 
-    def encode(self, part: str, value: float) -> np.ndarray[Any, Any]:
-        """Return a scale that is a single number, such as a global scale, as it is stored."""
+    def encode(self, part: str, value: float, scheme: Scheme) -> np.ndarray[Any, Any]:
+        """Return a scale of a weight in `scheme` that is a single number, as it is stored."""
         import numpy as np
 
         return np.array([value], dtype=np.float32)
@@ -138,6 +155,16 @@ class Layout(ABC):
         """True if a config.json is that of a checkpoint in this layout."""
 
 
+def check_some_nvfp4(schemes: Mapping[str, Scheme]) -> None:
+    """Raise `PlanError` unless some of the weights are NVFP4."""
+    if not any(scheme.weights == "nvfp4" for scheme in schemes.values()):
+        linear, scheme = next(iter(schemes.items()))
+        raise PlanError(
+            f"{linear} would be {scheme}, and no weight NVFP4. Quantize some of them to "
+            "weights: {format: nvfp4}."
+        )
+
+
 def layers_of_keys(linears: Iterable[str]) -> dict[str, str]:
     """Return the linear layer that computes the keys, by attention module.
 
@@ -157,6 +184,7 @@ def layers_of_keys(linears: Iterable[str]) -> dict[str, str]:
 LAYOUTS: Registry[Layout] = Registry(
     {
         "modelopt": "fourfold.layouts.modelopt:ModelOpt",
+        "modelopt-stacked": "fourfold.layouts.stacked:StackedModelOpt",
         "compressed-tensors": "fourfold.layouts.compressed_tensors:CompressedTensors",
     }
 )

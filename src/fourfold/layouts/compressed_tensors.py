@@ -7,13 +7,18 @@
     <linear>.input_global_scale   F32      [1]           W4A4 only: (6·448) / largest input
     <attention>.k_scale, .v_scale F32      [1]           calibrated FP8 KV cache: amax / 448
 
-A value is code · (block scale / weight_global_scale). `config.json` gets one more key,
-`quantization_config`, and is otherwise the source's; there is no other configuration file. Every
-kind of scheme is a group of `config_groups`; the targets of several groups are explicit.
+    FP8   <linear>.weight F8_E4M3 [out, in], .weight_scale F32: [1] with .input_scale F32 [1],
+          [out, 1] for channels, [⌈out/128⌉, in/128] for blocks; U8 [out, in/32] for MXFP8
+
+A value is code · (block scale / weight_global_scale), in FP8 code · scale: reciprocals belong to
+NVFP4 alone. `config.json` gets one more key, `quantization_config`, and is otherwise the source's;
+there is no other configuration file. Every kind of scheme is a group of `config_groups`; the
+targets of several groups are explicit.
 """
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,27 +29,17 @@ import numpy as np
 
 from fourfold._version import __version__
 from fourfold.errors import PlanError
-from fourfold.formats.base import FORMATS
+from fourfold.formats.base import Spec
 from fourfold.formats.scheme import Scheme
-from fourfold.layouts.base import CheckpointContents, Layout, layers_of_keys
+from fourfold.layouts.base import CheckpointContents, Layout, check_some_nvfp4, layers_of_keys
 from fourfold.models import config_groups
 from fourfold.models.config_groups import LIBRARY, LINEAR, head_targets, write_targets
-from fourfold.models.peculiarities import NONE, Peculiarities
-
-NUMBERS = frozenset({"global_scale", "input_scale"})
-"""The parts that are single numbers; they are stored as reciprocals of shape [1]."""
+from fourfold.models.peculiarities import Peculiarities
 
 _LEFTOVER = re.compile(
     r"(_amax|_quantizer(\..*)?|\.weight_scale_2|\.input_scale|\.pre_quant_scale"
     r"|\.weight_zero_point|\.weight_shape|\.weight_g_idx)$"
 )
-_FP8_CACHE = {
-    "num_bits": 8,
-    "type": "float",
-    "symmetric": True,
-    "strategy": "tensor",
-    "dynamic": False,
-}
 
 
 @dataclass(frozen=True)
@@ -53,30 +48,42 @@ class Stored:
 
     format: str
     weights: Mapping[str, Any]
-    inputs: Mapping[str, Mapping[str, Any]]
-    """By the format that activations are rounded to."""
+    inputs: Mapping[str | None, Mapping[str, Any] | None]
+    """By the format that activations are rounded to; None for 16 bits."""
 
 
-def _nvfp4(**more: Any) -> dict[str, Any]:
-    return {
-        "num_bits": 4,
-        "type": "float",
-        "symmetric": True,
-        "group_size": FORMATS["nvfp4"].block,
-        "strategy": "tensor_group",
-        "scale_dtype": "torch.float8_e4m3fn",
-        **more,
-    }
+def _float(num_bits: int, **more: Any) -> dict[str, Any]:
+    return {"num_bits": num_bits, "type": "float", "symmetric": True, **more}
 
+
+_FP4 = _float(
+    4, group_size=16, strategy="tensor_group", scale_dtype="torch.float8_e4m3fn", dynamic=False
+)
+_TENSOR = _float(8, strategy="tensor", dynamic=False)
+_MX = _float(8, group_size=32, strategy="group", scale_dtype="torch.uint8", dynamic=False)
 
 STORED: Mapping[str, Stored] = {
     "nvfp4": Stored(
         "nvfp4-pack-quantized",
-        _nvfp4(dynamic=False),
-        {"nvfp4": _nvfp4(dynamic="local", observer="static_minmax")},
-    )
+        _FP4,
+        {None: None, "nvfp4": {**_FP4, "dynamic": "local", "observer": "static_minmax"}},
+    ),
+    "fp8": Stored("float-quantized", _TENSOR, {"fp8": {**_TENSOR, "observer": "static_minmax"}}),
+    "fp8_channel": Stored(
+        "float-quantized",
+        _float(8, strategy="channel", dynamic=False),
+        {"fp8_channel": _float(8, strategy="token", dynamic=True)},
+    ),
+    "fp8_block": Stored(
+        "float-quantized",
+        _float(8, strategy="block", block_structure=[128, 128], dynamic=False),
+        {"fp8_block": _float(8, group_size=128, strategy="group", dynamic=True)},
+    ),
+    "mxfp8": Stored("mxfp8-quantized", _MX, {"mxfp8": {**_MX, "dynamic": True}}),
 }
-"""By weight format."""
+"""By weight format: the presets of the library."""
+
+_SCALED = {"codes": "weight", "scale": "weight_scale"}
 
 Kind = tuple[str, str | None]
 """The formats of weights and activations, which make a group."""
@@ -94,10 +101,14 @@ class CompressedTensors(Layout):
             "block_scale": "weight_scale",
             "global_scale": "weight_global_scale",
             "input_scale": "input_global_scale",
-        }
+        },
+        "fp8": {**_SCALED, "input_scale": "input_scale"},
+        "fp8_channel": _SCALED,
+        "fp8_block": _SCALED,
+        "mxfp8": {"codes": "weight", "exponents": "weight_scale"},
     }
 
-    def check(self, schemes: Mapping[str, Scheme]) -> None:
+    def check(self, schemes: Mapping[str, Scheme], peculiar: Peculiarities) -> None:
         for linear, scheme in schemes.items():
             stored = STORED.get(scheme.weights)
             if stored is None:
@@ -105,31 +116,35 @@ class CompressedTensors(Layout):
                     f"{linear}: the {self.name} layout has no names for {scheme.weights} weights. "
                     f"Choose weights: {{format: {' | '.join(STORED)}}}."
                 )
-            if scheme.activations is not None and scheme.activations not in stored.inputs:
+            if scheme.activations not in stored.inputs:
+                none = "none, or " if None in stored.inputs else ""
                 raise PlanError(
-                    f"{linear}: the {self.name} layout cannot say {scheme}. Choose activations: "
-                    f"none, or {{format: {' | '.join(stored.inputs)}}}."
+                    f"{linear}: the {self.name} layout cannot say {scheme}. "
+                    f"Choose activations: {none}{{format: {scheme.weights}}}."
                 )
-        self._check_groups(schemes)
+        check_some_nvfp4(schemes)
+        self._check_groups(schemes, peculiar)
 
-    def _check_groups(self, schemes: Mapping[str, Scheme]) -> None:
+    def _check_groups(self, schemes: Mapping[str, Scheme], peculiar: Peculiarities) -> None:
         """Raise `PlanError` unless every reader finds the group of every weight."""
-        targets = {name: group["targets"] for name, group in _groups(schemes).items()}
+        targets = {name: group["targets"] for name, group in _groups(schemes, peculiar).items()}
         names = dict(zip(_linears(schemes), targets, strict=True))
         own = {linear: names[_kind_of(scheme)] for linear, scheme in schemes.items()}
-        for mismatch in config_groups.check(config_groups.Stated(targets, ()), own, ()):
+        for mismatch in config_groups.check(config_groups.Stated(targets, ()), own, (), peculiar):
             raise PlanError(
                 f"{mismatch.engine}: {mismatch.module} would be {mismatch.found}: no targets tell "
                 "the groups of the layout apart. Give it and what is called like it the same "
                 "weights and activations in the recipe."
             )
 
-    def encoded(self, part: str, spec: tuple[str, tuple[int, ...]]) -> tuple[str, tuple[int, ...]]:
-        return ("F32", (1,)) if part in NUMBERS else spec
+    def encoded(self, part: str, spec: Spec) -> Spec:
+        """As it is, but for single numbers [1], and scales of channels [out, 1]."""
+        dtype, shape = spec
+        return dtype, (*shape, 1) if len(shape) < 2 else shape
 
-    def encode(self, part: str, value: float) -> np.ndarray[Any, Any]:
-        number = super().encode(part, value)
-        return 1 / number if part in NUMBERS else number
+    def encode(self, part: str, value: float, scheme: Scheme) -> np.ndarray[Any, Any]:
+        number = super().encode(part, value, scheme)
+        return 1 / number if scheme.weights == "nvfp4" else number
 
     def is_leftover(self, name: str, dtype: str) -> bool:
         return bool(_LEFTOVER.search(name))
@@ -154,7 +169,7 @@ class CompressedTensors(Layout):
             "quantization_status": "compressed",
             "config_groups": groups,
             "ignore": list(contents.ignore),
-            "kv_cache_scheme": None if contents.kv_cache is None else dict(_FP8_CACHE),
+            "kv_cache_scheme": None if contents.kv_cache is None else dict(_TENSOR),
             "global_compression_ratio": None,
             "producer": {"name": "fourfold", "version": __version__},
         }
@@ -164,9 +179,7 @@ class CompressedTensors(Layout):
         return isinstance(entry, Mapping) and entry.get("quant_method") == self.name
 
 
-def _groups(
-    schemes: Mapping[str, Scheme], peculiar: Peculiarities = NONE
-) -> dict[str, dict[str, Any]]:
+def _groups(schemes: Mapping[str, Scheme], peculiar: Peculiarities) -> dict[str, dict[str, Any]]:
     """The groups, in the order in which their weights come. One group alone targets all layers."""
     linears, groups = _linears(schemes), {}
     for number, (kind, names) in enumerate(linears.items()):
@@ -179,8 +192,8 @@ def _groups(
             targets = write_targets(names, others, peculiar)
         groups[f"group_{number}"] = {
             "targets": targets,
-            "weights": dict(stored.weights),
-            "input_activations": None if kind[1] is None else dict(stored.inputs[kind[1]]),
+            "weights": copy.deepcopy(stored.weights),
+            "input_activations": copy.deepcopy(stored.inputs[kind[1]]),
             "output_activations": None,
             "format": stored.format,
         }

@@ -26,7 +26,7 @@ from fourfold.errors import PlanError
 from fourfold.formats.base import FORMATS, Spec
 from fourfold.formats.kv_cache import KVFormat
 from fourfold.formats.scheme import Scheme
-from fourfold.layouts.base import CheckpointContents, Layout, layers_of_keys
+from fourfold.layouts.base import CheckpointContents, Layout, check_some_nvfp4, layers_of_keys
 from fourfold.models.engines import write_ignore
 from fourfold.models.peculiarities import Peculiarities
 
@@ -83,7 +83,7 @@ class ModelOpt(Layout):
         "mxfp8": {"codes": CODES, "exponents": BLOCK_SCALE},
     }
 
-    def check(self, schemes: Mapping[str, Scheme]) -> None:
+    def check(self, schemes: Mapping[str, Scheme], peculiar: Peculiarities) -> None:
         for linear, scheme in schemes.items():
             if scheme.weights not in self.suffixes:
                 raise PlanError(
@@ -96,12 +96,7 @@ class ModelOpt(Layout):
                     f"{linear}: the ModelOpt layout cannot say {scheme}. "
                     f"Choose activations: {none}{{format: {scheme.weights}}}."
                 )
-        if not any(scheme.weights == "nvfp4" for scheme in schemes.values()):
-            linear, scheme = next(iter(schemes.items()))
-            raise PlanError(
-                f"{linear} would be {scheme}, and no weight NVFP4. Quantize some of them to "
-                "weights: {format: nvfp4}."
-            )
+        check_some_nvfp4(schemes)
 
     def encoded(self, part: str, spec: Spec) -> Spec:
         """As it is, but for the scales of 128×128 blocks, which have dimensions for the block."""

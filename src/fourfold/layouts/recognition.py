@@ -7,6 +7,7 @@ config.json. The configuration and the files beside it only give the format its 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -54,11 +55,49 @@ def quantization_of(config: Mapping[str, Any]) -> str | None:
 
 
 def stated_quantizations(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield what a config.json and the parts of it state about a quantization."""
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+    """Yield what a config.json and the parts of it state about a quantization.
+
+    Raises:
+        SourceError: An entry is no object.
+    """
+    for part in with_nested(config):
         for name in QUANTIZATION_KEYS:
-            if isinstance(part.get(name), dict) and part[name]:
-                yield part[name]
+            stated = part.get(name)
+            if not isinstance(stated, dict | None):
+                raise SourceError(
+                    f"{CONFIG}: {name} holds a JSON {type(stated).__name__}, not an object. "
+                    "Download it again, or remove the entry if the weights are not quantized."
+                )
+            if stated:
+                yield stated
+
+
+def with_nested(entries: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield a configuration and its parts, such as that of the text model."""
+    yield entries
+    yield from (value for value in entries.values() if isinstance(value, dict))
+
+
+def targets_of(group: Mapping[str, Any]) -> list[str]:
+    """Return what a group of compressed-tensors quantizes: classes, modules, and `re:` patterns."""
+    targets = group.get("targets")
+    return [str(target) for target in targets] if isinstance(targets, list) else []
+
+
+def is_target(target: str, module: str) -> bool:
+    """True if a target of compressed-tensors, or an entry of its `ignore`, names a module.
+
+    Raises:
+        SourceError: It is no regular expression, though it begins as one.
+    """
+    if not target.startswith("re:"):
+        return target == module
+    try:
+        return re.match(target[3:], module) is not None
+    except re.error as error:
+        raise SourceError(
+            f"{CONFIG}: {target} in quantization_config is no regular expression: {error}. Mend it."
+        ) from error
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -114,12 +114,6 @@ class Groups:
         """Return the groups of a configuration."""
         return cls({name: Entries(own) for name, own in targets.items()}, Entries(ignore))
 
-    def of_linear(self, linear: str) -> str | None:
-        """Return the group of one linear layer as the library finds it; None if there is none."""
-        if self.ignore.naming(linear):
-            return None
-        return self.naming(linear) or self.of_class(linear)
-
     def naming(self, name: str) -> str | None:
         """Return the first group with a target that is `name` or matches it, or None."""
         groups = (group for group, entries in self.targets.items() if entries.naming(name))

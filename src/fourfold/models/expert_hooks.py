@@ -59,6 +59,8 @@ class Rows:
     is_counted: bool
     """True for exactly one call per row and product: gate and up may be computed separately, from
     the same rows."""
+    is_whole: bool = False
+    """True if these are the rows of all experts, so that no other call has any of this product."""
 
 
 class Watch(Protocol):
@@ -129,11 +131,15 @@ def _watched(
         path, routed = paths[id(module)], first is None
         expert_R, token_R = _row_order(kind, index_TK)
         every_T, begin = torch.arange(len(hidden_TH), device=hidden_TH.device), first or 0
-        rows = Rows(path, Product.GATE_UP, hidden_TH, index_TK, every_T + begin, tokens, True)
+        rows = Rows(
+            path, Product.GATE_UP, hidden_TH, index_TK, every_T + begin, tokens, True, routed
+        )
         shown_TH = watch(rows, is_routed=routed)
 
         def inner(inner_RI: Tensor) -> Tensor:
-            rows = Rows(path, Product.DOWN, inner_RI, expert_R, token_R + begin, tokens, True)
+            rows = Rows(
+                path, Product.DOWN, inner_RI, expert_R, token_R + begin, tokens, True, routed
+            )
             return watch(rows, is_routed=routed)
 
         return default(_Proxy(module, inner), shown_TH, index_TK, weights_TK)

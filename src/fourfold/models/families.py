@@ -124,6 +124,8 @@ _NEMO = _stacks(
     *(rf"(?P<stem>.*\.experts)\.{name}" for name in ("gate_and_up_projs", "down_projs"))
 )
 
+_STACKED = "they are read stacked, in W4A4: convert OUT to the layout modelopt-stacked"
+
 DEFAULT = Family(
     _GATE_UP_DOWN,
     _NO_ENGINE,
@@ -189,7 +191,6 @@ _TABLE: dict[str, Family] = {
     # One tensor per expert on disk, without a gate.
     "nemotron_h": Family(ExpertNames(None, "up_proj", "down_proj"), _ALL_ENGINES, parent="mixer"),
     # Stacked on disk, and read one by one.
-    "aria": Family(_GATE_UP_DOWN, _VLLM, _ARIA),
     "diffusion_gemma": Family(_GATE_UP_DOWN, _VLLM, _GATE_UP_STACK, parent=_A_LAYER),
     "gemma4": Family(_GATE_UP_DOWN, _ALL_ENGINES, _GATE_UP_STACK, parent=_A_LAYER),
     "granitemoe": Family(_GATE_UP_DOWN, _VLLM_SGLANG, _GRANITE, parent=_SPARSE),
@@ -205,6 +206,12 @@ _TABLE: dict[str, Family] = {
     "step3p7": Family(_GATE_UP_DOWN, _VLLM, _STEP, parent="moe"),
     "zaya": Family(_GATE_UP_DOWN, _VLLM, _GATE_UP_STACK),
     # Stacked on disk, and no engine reads NVFP4 experts one by one.
+    "aria": Family(
+        _GATE_UP_DOWN,
+        _NO_ENGINE,
+        _ARIA,
+        remark="vLLM takes gate_proj and up_proj of one expert for stacked ones",
+    ),
     "dbrx": Family(ExpertNames("w1", "v1", "w2"), _NO_ENGINE, _DBRX, parent="ffn"),
     "gpt_oss": Family(
         _GATE_UP_DOWN,
@@ -216,7 +223,7 @@ _TABLE: dict[str, Family] = {
         _GATE_UP_DOWN,
         _NO_ENGINE,
         _INKLING,
-        remark="NVFP4 is read stacked: w13_weight, .scale, .scale2, .input_amax",
+        remark=_STACKED,
     ),
     "inkling2": Family(_GATE_UP_DOWN, _NO_ENGINE, _INKLING),
     "jetmoe": Family(_GATE_UP_DOWN, _NO_ENGINE, _JETMOE),
@@ -224,7 +231,7 @@ _TABLE: dict[str, Family] = {
         _GATE_UP_DOWN,
         _NO_ENGINE,
         _GATE_UP_STACK,
-        remark="NVFP4 is read stacked: w13_weight, w13_weight_scale, w13_weight_scale_2 [E, 2]",
+        remark=_STACKED,
     ),
     "nemo_speechlm": Family(
         ExpertNames(None, "up_proj", "down_proj"),

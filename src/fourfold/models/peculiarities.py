@@ -161,6 +161,13 @@ _TABLE: Mapping[str, Peculiarities] = {
         kept={r"\.conv\.in_proj$": "SGLang does not load this layer's global scale"},
         renamed={Engine.SGLANG: (((r"\.feed_forward\.w2$", ".feed_forward.down_proj"),),)},
     ),
+    "minimax_m3_vl": Peculiarities(
+        kept={
+            r"\.self_attn\.[qkv]_proj$": (
+                "vLLM has q, k and v in one module with the indexer, which stays unquantized"
+            )
+        }
+    ),
     "mistral_large4": Peculiarities(
         # As for axk2. vLLM never quantizes a vision tower.
         renamed={

@@ -17,6 +17,7 @@ from fourfold.planning.rows import (
     is_fp8,
     is_mxfp4,
     job_bytes,
+    keeps_codes,
     keys_of,
     slabs_of,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "is_fp8",
     "is_mxfp4",
     "job_bytes",
+    "keeps_codes",
     "keys_of",
     "lay_out",
     "make_plan",

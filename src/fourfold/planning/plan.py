@@ -57,6 +57,9 @@ from fourfold.storage.side_files import SideFiles, describe
 from fourfold.storage.source import Source
 from fourfold.storage.units import size
 
+FLOAT32_ELEMENTS = 1 << 28
+"""Elements of a decoder layer up to which sequential calibration computes in float32."""
+
 NO_KV_SCALES = (
     "no attention layer here has a k_proj that engines know a KV scale for (MLA's latent cache, "
     "Wqkv): they take 1.0, and there is nothing to calibrate"
@@ -196,7 +199,7 @@ class Plan(Shown, CopyPlan):
     def _site(self, linear: LinearWeight, name: str) -> Site:
         experts = None
         if linear.expert is not None:
-            experts = self.inventory.experts_counts[linear.module]
+            experts = self.inventory.experts_counts.get(linear.module)  # None in an MTP layer
         return Site(name, linear.shape[1], experts)
 
     def _statistics_memory(self) -> int:
@@ -209,7 +212,9 @@ class Plan(Shown, CopyPlan):
                 small += nbytes
             else:
                 large[layer] += nbytes
-        return small + max(large.values(), default=0)
+        # Sums are float64, and float32 when an algorithm reads them; cross moments come on top.
+        copies = 1.5 * (2 if self.recipe.calibration.asymmetric else 1)
+        return small + int(copies * max(large.values(), default=0))
 
     @property
     def needs_calibration(self) -> bool:
@@ -258,7 +263,8 @@ class Plan(Shown, CopyPlan):
         """Bytes that running the model takes besides activations.
 
         They are the non-layer tensors, a layer three times (as it lies on disk, as transformers
-        holds it, and in between while it is loaded), and the statistics.
+        holds it, and in between while it is loaded), and the statistics. Where quantized layers
+        are run, too, transformers holds a layer twice.
         """
         if not self.needs_calibration:
             return 0
@@ -266,8 +272,34 @@ class Plan(Shown, CopyPlan):
         for raw in self.inventory.tensors.values():
             if raw.role not in {Role.VISION, Role.MTP}:
                 sizes[raw.layer] += raw.info.nbytes
-        layers = [size for layer, size in sizes.items() if layer is not None]
-        return sizes[None] + 3 * max(layers, default=0) + self._statistics_memory()
+        layer = max((size for layer, size in sizes.items() if layer is not None), default=0)
+        copies = 3 * layer
+        if self.is_sequential:
+            copies = layer + 3 * (self._layer_elements * 4 if self.computes_in_float32 else layer)
+        return sizes[None] + copies + self._statistics_memory()
+
+    @property
+    def is_sequential(self) -> bool:
+        """True if each part of a layer is quantized on what the parts before it compute."""
+        return self.needs_calibration and self.recipe.calibration.propagate == "quantized"
+
+    @property
+    def computes_in_float32(self) -> bool:
+        """True if calibration runs the model in float32, whatever its weights have.
+
+        Values of codes are not rounded to 16 bits then, which costs 4 % of KL where one layer's
+        errors are to be made up for by the next. A large layer would take too much memory.
+        """
+        return self.is_sequential and self._layer_elements <= FLOAT32_ELEMENTS
+
+    @cached_property
+    def _layer_elements(self) -> int:
+        """The number of elements of the largest decoder layer."""
+        sizes: Counter[int | None] = Counter()
+        for raw in self.inventory.tensors.values():
+            if raw.layer is not None and raw.role not in {Role.VISION, Role.MTP}:
+                sizes[raw.layer] += raw.info.numel
+        return max(sizes.values(), default=0)
 
     @property
     def _reports(self) -> Sequence[str]:

@@ -107,6 +107,11 @@ def is_fp8(source: Source, group: ScaleGroup) -> bool:
     return True
 
 
+def keeps_codes(source: Source, job: Job) -> bool:
+    """True if a job reads a group's stored codes, which it keeps if they are exact."""
+    return isinstance(job, ScaleGroup) and (is_mxfp4(source, job) or is_fp8(source, job))
+
+
 def job_bytes(job: Job) -> int:
     """Return the bytes of the source that a job reads."""
     match job:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
@@ -45,7 +46,7 @@ def rules_of_linears(recipe: Recipe, inventory: Inventory) -> dict[str, Rule]:
     """Return the first rule that matches, by the name of the linear weight.
 
     A pattern, or a whole rule, that matches nothing is a `RecipeError`. What an engine cannot load
-    quantized in this family is kept unless a rule names it.
+    quantized in this family, or in this format, is kept unless a rule names it.
     """
     peculiar = peculiarities_of(*inventory.model_types)
     present = {role for role, count in inventory.roles.items() if count}
@@ -54,12 +55,15 @@ def rules_of_linears(recipe: Recipe, inventory: Inventory) -> dict[str, Rule]:
         if rule.all_roles and not rule.all_roles & present:
             continue  # all of them optional
         label = f"recipe {recipe.name}: " + (f"rule {number}: " if recipe.rules else "")
-        is_broad = not rule.keep and not rule.names
-        linears = [
-            linear
-            for linear in inventory.linears
-            if _has_role(rule, linear) and not (is_broad and peculiar.kept_because(linear.name))
-        ]
+        linears = [linear for linear in inventory.linears if _has_role(rule, linear)]
+        if not rule.keep and not rule.names:
+            uneven = _uneven(linears, FORMATS[rule.weights.format].row_block)
+            linears = [
+                linear
+                for linear in linears
+                if not peculiar.kept_because(linear.name)
+                and (linear.expert is not None or linear.scale_group not in uneven)
+            ]
         names = _matching(rule, [linear.name for linear in linears], label)
         left = [name for name in names if name not in decided]
         if recipe.rules and not left:
@@ -125,18 +129,28 @@ def check_blocks_of_rows(linears: Iterable[LinearWeight], schemes: Mapping[str, 
 
     One weight of a fused layer may end within a block: the last one, as DeepSeek's kv_a_proj.
     """
-    uneven: dict[str, LinearWeight] = {}
+    by_format: dict[str, list[LinearWeight]] = defaultdict(list)
     for linear in linears:
-        fmt = FORMATS[schemes[linear.name].weights]
-        if linear.shape[0] % fmt.row_block == 0:
-            continue
-        other = uneven.setdefault(linear.scale_group, linear)
-        if other is not linear:
+        by_format[schemes[linear.name].weights].append(linear)
+    for name, members in by_format.items():
+        fmt = FORMATS[name]
+        for one, other in _uneven(members, fmt.row_block).values():
             raise PlanError(
-                f"{other.name} and {linear.name}: engines fuse them, and {other.shape[0]} and "
-                f"{linear.shape[0]} outputs are no multiples of {fmt.row_block}, as {fmt.title} "
+                f"{one.name} and {other.name}: engines fuse them, and {one.shape[0]} and "
+                f"{other.shape[0]} outputs are no multiples of {fmt.row_block}, as {fmt.title} "
                 "needs. Choose another format for them, or keep all that engines fuse with them."
             )
+
+
+def _uneven(
+    linears: Iterable[LinearWeight], row_block: int
+) -> dict[str, tuple[LinearWeight, LinearWeight]]:
+    """Return the scale groups in which two weights or more end within a block: the first two."""
+    ends: dict[str, list[LinearWeight]] = defaultdict(list)
+    for linear in linears:
+        if linear.shape[0] % row_block:
+            ends[linear.scale_group].append(linear)
+    return {group: (one[0], one[1]) for group, one in ends.items() if len(one) > 1}
 
 
 def _differ(one: LinearWeight, other: LinearWeight, why: str) -> str:

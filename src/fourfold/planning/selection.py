@@ -54,7 +54,7 @@ class Selection:
         self._check_wholeness()
         check_fused(self.chosen.values(), self.schemes)
         check_blocks_of_rows(self.chosen.values(), self.schemes)
-        self.layout.check(self.schemes)
+        self.layout.check(self.schemes, self._peculiar)
         self.modules = {linear.module for linear in self.chosen.values()}
 
     def _check_schemes(self) -> None:
@@ -215,6 +215,9 @@ class Selection:
         if not linears:
             return "not a linear weight" if raw.role is not Role.MTP else "MTP"
         why = kept_because(raw.stem) or self._peculiar.kept_because(raw.stem)
+        broad = (rule for rule in self.recipe.all_rules if not rule.keep and not rule.names)
+        if why is None and any(raw.role in rule.all_roles for rule in broad):
+            return "engines fuse it with others, and blocks of rows would reach over two of them"
         return why or f"role {raw.role} is not in the recipe"
 
 

@@ -193,6 +193,30 @@ class Calibration(_Strict):
 
     all_experts: bool = False
     """Show every token to every expert, for statistics; the output stays the routed one."""
+    propagate: Literal["source", "quantized"] = "source"
+    """What each layer reads: what the layers of the source compute, or the quantized ones."""
+    asymmetric: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The part of the change of a weight's inputs that its codes make up for; `auto`: what
+    held-out batches of the calibration data confirm."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Calibration:
+        if self.asymmetric and self.propagate == "source":
+            raise ValueError(
+                "asymmetric has no effect without propagate: quantized; inputs do not change"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = handler(self)
+        unused = () if self.propagate == "quantized" else ("propagate", "asymmetric")
+        return {key: value for key, value in data.items() if key not in unused}
+
+    @property
+    def streams(self) -> int:
+        """How often each text runs through the model."""
+        return 2 if self.propagate == "quantized" else 1
 
 
 def _check_scale_group(weights: Weights, roles: frozenset[str]) -> None:
@@ -290,7 +314,17 @@ class Recipe(_Strict):
             raise ValueError("name at least one role under quantize")
         if self.rules and all(rule.keep for rule in self.rules):
             raise ValueError("rules: all of them keep; add a rule that quantizes")
+        if LAYOUTS[self.layout].only_converts:
+            raise ValueError(
+                f"layout: {self.layout} is made of a finished checkpoint. Leave layout out here, "
+                f"and run `fourfold convert` with `layout={self.layout}` then"
+            )
         _check_scale_group(self.weights, frozenset((*self.quantize, *self.quantize_if_present)))
+        if self.calibration.propagate == "quantized" and not self._reads_inputs:
+            raise ValueError(
+                "calibration.propagate: quantized has no effect on algorithms that do not look at "
+                "inputs; choose another scale under weights, such as gptq_joint"
+            )
         if self.calibration.all_experts and not self.observes_inputs:
             raise ValueError(
                 "calibration.all_experts: only where activations are quantized and calibrated"
@@ -321,6 +355,11 @@ class Recipe(_Strict):
     def schemes(self) -> tuple[Scheme, ...]:
         """The schemes of all rules that quantize, each once."""
         return tuple(dict.fromkeys(rule.scheme for rule in self.all_rules if not rule.keep))
+
+    @property
+    def _reads_inputs(self) -> bool:
+        """True if an algorithm reads statistics of inputs."""
+        return any(algorithm_of(scheme).needs for scheme in self.schemes)
 
     @property
     def observes_inputs(self) -> bool:
@@ -426,7 +465,9 @@ def _foreign(where: str, translation: Translation) -> RecipeError:
 
 def _read(path: Path) -> str:
     if path.exists() and not path.is_file():
-        raise RecipeError(f"{path}: is no file.")
+        raise RecipeError(
+            f"{path}: is a folder or a pipe. Write the recipe into a file, and give its path."
+        )
     try:
         return path.read_text("utf-8")
     except FileNotFoundError:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fourfold.errors import OutputError
+from fourfold.reporting.quality import quality_rows, quality_text
 from fourfold.reporting.serving import Served, serve_commands
 from fourfold.reporting.table import select
 from fourfold.reporting.text import clipped, figure, integer, plural, runs
@@ -124,6 +125,12 @@ def draw_report(summary: QuantSummary, warn: Callable[[str], None]) -> str | Non
         return None
 
 
+def redraw_report(folder: Path, summary: QuantSummary) -> None:
+    """Draw the page in `folder` again, if there is one of ours; it keeps its verification."""
+    if (verified := _noted(folder / REPORT)) is not None:
+        FileWriter(folder).write_text(REPORT, render_report(summary, verified=verified))
+
+
 def note_in_report(folder: Path, report: Report) -> None:
     """Put the result of today's verification into the page in `folder`, if there is one."""
     if _noted(folder / REPORT) is None:
@@ -191,6 +198,7 @@ def render_report(summary: QuantSummary, *, verified: str | None = None) -> str:
         recipe=_recipe(summary),
         tiles=_tiles(summary),
         roles=_roles(summary.roles),
+        quality=_quality(summary),
         errors=_spreads("role", linears, attrgetter("role"), attrgetter("relative_error")),
         error_map=_error_map(linears),
         tokens_map=_tokens_map(summary.experts),
@@ -246,6 +254,13 @@ def _tiles(summary: QuantSummary) -> list[tuple[str, str, str]]:
     unreached = plural(summary.calibration.unreached_experts, "expert")
     tokens = plural(summary.calibration.tokens, "token")
     return [*tiles, ("Calibration", tokens, f"{unreached} without a token")]
+
+
+def _quality(summary: QuantSummary) -> tuple[str, Table] | None:
+    """What was measured of the model, and the figures."""
+    if (entry := summary.evaluation) is None:
+        return None
+    return quality_text(entry), Table(("figure", "value"), quality_rows(entry))
 
 
 def _roles(entries: Sequence[RoleEntry]) -> Table:

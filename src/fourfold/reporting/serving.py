@@ -3,7 +3,8 @@
 
 The model card, the closing lines of `quantize` and docs/serving.md say what stands here.
 
-Versions: vLLM 0.33.0, SGLang 0.5.23, TensorRT-LLM's public source, llama.cpp as of October 2026.
+Versions: vLLM 0.33.0, SGLang 0.5.23, TensorRT-LLM's public source, llama.cpp as of October 2026
+(`scripts/engines/llama_cpp.py` runs it).
 Their loaders have taken fourfold's outputs on a CPU (docs/support.md says which); what they do on
 each GPU was read in their source and issues, and not run.
 """
@@ -107,10 +108,11 @@ class Experts(StrEnum):
 
 _USED = (
     "qwen3_moe", "qwen3_next", "qwen3_5_moe", "gemma4", "nemotron_h", "hy_v3", "cohere2_moe",
+    "deepseek_v32", "glm_moe_dsa",
 )  # fmt: skip
 _IGNORED = (
-    "glm4_moe", "deepseek_v2", "deepseek_v3", "qwen2_moe", "olmoe", "minimax_m2", "granitemoe",
-    "ernie4_5_moe", "afmoe", "laguna", "solar_open",
+    "glm4_moe", "glm4_moe_lite", "deepseek_v2", "deepseek_v3", "qwen2_moe", "olmoe", "minimax_m2",
+    "granitemoe", "ernie4_5_moe", "exaone_moe", "afmoe", "laguna", "solar_open",
 )  # fmt: skip
 EXPERTS_IN_LLAMA_CPP: Mapping[str, Experts] = {
     **dict.fromkeys(_USED, Experts.USED),

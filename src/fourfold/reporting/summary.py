@@ -162,8 +162,9 @@ def _linear(result: LinearResult, linear: LinearWeight, scheme: Scheme) -> Linea
     place = {} if _is_whole(linear) else {"raw": _raw(linear.region)}
     figures = asdict(result)
     del figures["sum_sq_err"], figures["sum_sq_w"], figures["repair"]
-    if not figures["exact"]:
-        del figures["exact"]
+    for name in ("exact", "asymmetric", "damping"):
+        if figures[name] is None or figures[name] is False:
+            del figures[name]
     figures |= {"format": scheme.weights, "dtype": linear.dtype}
     figures["relative_error"] = float(f"{result.relative_error:.4g}")
     return LinearEntry.model_validate({**figures, **place})

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from fourfold.distributed.ranks import RankFailedError, Ranks
 from fourfold.errors import FourfoldError, SourceChangedError
 from fourfold.events import OnEvent, OutputComplete, Resumed, WritingBegan, ignore
 from fourfold.execution import Backend, ExecutionContext, LinearResult, Scheduler
-from fourfold.planning import CopyPlan, Plan, job_bytes, keys_of
+from fourfold.planning import CopyPlan, Plan, job_bytes, keeps_codes, keys_of
 from fourfold.reporting.card import draw_card
 from fourfold.reporting.page import draw_report
 from fourfold.reporting.summary import summarize
@@ -126,6 +127,23 @@ class Job:
                     threads=self.backend.threads,
                 )
 
+        if self.run.quantizes_ahead is not None:
+            self.assignment = self._without_unfinished_layers()
+
+    def _without_unfinished_layers(self) -> Assignment:
+        """Forget statistics from the first layer on that is not written: it must run again, to be
+        quantized, and the layers behind it read what it computes."""
+        finished = set(self.assignment.finished)
+        left = [s.layer for n, s in enumerate(self.plan.shards) if n not in finished]
+        first = min((layer for layer in left if layer is not None), default=None)
+        if first is None:
+            return self.assignment
+        kept: dict[int | None, Statistics] = {}
+        for layer, statistics in self.assignment.statistics.items():
+            if layer is not None and layer < first:
+                kept[layer] = statistics
+        return replace(self.assignment, statistics=kept)
+
     def _execute(self, on_event: OnEvent) -> None:
         """Quantize and write the shards of this rank, as the strategy makes them available."""
         context = ExecutionContext(
@@ -140,6 +158,8 @@ class Job:
             strict=self.strict,
             prover=self._prover if self.proves else None,
         )
+        if self.run.quantizes_ahead is not None:
+            self.run.quantizes_ahead(context)
         source = self.run.source
         source.fetching.expect(source.stored_keys(self._reads()))
         finished = (self.plan.shards[number] for number in self.assignment.finished)
@@ -153,16 +173,22 @@ class Job:
                 with self.source.agreeing():
                     if self.run.is_writer:
                         scheduler.run(shards)
+                    if context.ahead is not None:  # a run that resumes needs whole layers
+                        scheduler.finish()
             with self.source.agreeing():
                 scheduler.finish()
 
     def _reads(self) -> Iterator[str]:
         """The raw tensors that this rank will read, in order."""
         loads, layers = self.run.loads(self.assignment.statistics), dict[int | None, list[str]]()
+        stored = set[str]()  # whose codes are read, and not the values that calibration holds
         for number in self.assignment.shards:
             shard = self.plan.shards[number]
             keys = layers.setdefault(shard.layer, [])
-            keys += [key for job in shard.jobs for key in keys_of(job)]
+            for job in shard.jobs:
+                keys += keys_of(job)
+                if loads and keeps_codes(self.run.source, job):
+                    stored.update(keys_of(job))
         if not loads:
             yield from chain(*layers.values())
             return
@@ -171,7 +197,7 @@ class Job:
         for layer in sorted({*loads, *layers}, key=lambda layer: layer or 0):
             loaded = dict.fromkeys(loads.get(layer, ()))
             yield from loaded
-            yield from (key for key in layers.get(layer, ()) if key not in loaded)
+            yield from (key for key in layers.get(layer, ()) if key in stored or key not in loaded)
         yield from outside
 
     def _prover(self, file: Path, keys: Iterable[str]) -> Prover:

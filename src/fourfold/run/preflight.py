@@ -21,10 +21,12 @@ from fourfold.run.resume import calibration_threads, shards_per_layer
 from fourfold.run.session import Session
 from fourfold.run.strategies import Observation
 from fourfold.run.warm_up import warming_up
+from fourfold.sources.opening import opened
 from fourfold.storage.disk import check_disk
 from fourfold.storage.output import OutputFolder
 from fourfold.storage.source import Source
 from fourfold.storage.units import size
+from fourfold.verification.reference import check_reference
 
 
 def prepare(
@@ -48,6 +50,11 @@ def prepare(
     with warming_up(recipe, source, observation.device) as warm_up:
         plan = make_plan(source, recipe, parts=parts)
         check_placed(source, plan.inventory)
+        if output.reference is not None and ranks.rank == 0:
+            shapes = {linear.name: linear.shape for linear in plan.linears}
+            trusted = source.trust_remote_code
+            with opened(output.reference, trust_remote_code=trusted) as reference:
+                check_reference(reference, shapes)
         plan = replace(
             plan, notes=(*plan.notes, *_settle(source, plan, folder, ranks, runtime, output))
         )

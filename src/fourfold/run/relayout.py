@@ -15,7 +15,9 @@ from fourfold.models.inventory_builder import take_inventory
 from fourfold.models.peculiarities import peculiarities_of
 from fourfold.models.roles import Role
 from fourfold.sources.claims import kv_cache_format, quantization_entries
-from fourfold.sources.relaid import RelaidSource, relaid
+from fourfold.sources.decoded import as_source_was
+from fourfold.sources.relaid import relaid
+from fourfold.sources.stacking import StackingSource
 from fourfold.storage.source import Source
 
 
@@ -23,7 +25,7 @@ from fourfold.storage.source import Source
 class Relayout:
     """A checkpoint as another layout has it, and what its configuration files must say."""
 
-    source: RelaidSource
+    source: Source
     inventory: Inventory
     quantization_config: Mapping[str, Any]
     config_files: Mapping[str, Mapping[str, Any]]
@@ -41,29 +43,34 @@ def plan_relayout(source: Source, name: str) -> Relayout:
     if name not in LAYOUTS:
         raise UsageError(f"`layout={name}`: no such layout. Give {' or '.join(LAYOUTS)}.")
     layout = LAYOUTS[name]
-    inventory = take_inventory(source)
+    whole = as_source_was(source)
+    inventory = take_inventory(whole)
     attention = [x for x in inventory.linears if x.role is Role.ATTENTION and x.layer is not None]
     view = relaid(source, layout, [linear.name for linear in attention])
-    layout.check(view.schemes)
+    peculiar = peculiarities_of(*inventory.model_types)
+    layout.check(view.schemes, peculiar)
     entries = quantization_entries(view.stored)
     kv_cache = kv_cache_format(entries)
     if kv_cache is not None and kv_cache not in layout.kv_formats:
         raise PlanError(f"the {name} layout cannot state the {kv_cache} KV cache of the source.")
     _check_fused(inventory, view.group_scales)
-    kept = [raw for key, raw in inventory.tensors.items() if key not in source.decoded]
-    peculiar = peculiarities_of(*inventory.model_types)
+    kept = [raw for key, raw in inventory.tensors.items() if key not in whole.decoded]
     ignore = layout.ignore(
         list(view.schemes),
         [raw.stem for raw in kept if raw.is_matrix] + list(inventory.tied_linears),
         peculiar,
     )
+    stacks = layout.stacks(source.config)
+    shown = StackingSource(view, stacks) if stacks else view
+    raw_keys = {f"{linear.name}.weight": linear.region.key for linear in inventory.linears}
+    origins = {key: raw_keys.get(origin, origin) for key, origin in shown.origins.items()}
     tensors = {
-        key: replace(inventory.tensors[view.origins[key]], info=info)
-        for key, info in view.tensors.items()
+        key: replace(inventory.tensors[origins[key]], info=info)
+        for key, info in shown.tensors.items()
     }
     contents = CheckpointContents(view.schemes, ignore, kv_cache, peculiar)
     return Relayout(
-        view,
+        shown,
         replace(inventory, tensors=tensors),
         layout.quantization_config(contents),
         layout.config_files(contents),

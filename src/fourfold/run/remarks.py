@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Container, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from fourfold.algorithms.base import algorithm_of
 from fourfold.calibration.scales import ActivationScales
 from fourfold.errors import ObservationError
 from fourfold.execution import LinearResult
@@ -64,10 +65,19 @@ def unreached_remark(
     number = sum(map(len, unreached.values()))
     total = scales.plan.expert_count
     count = plural(number, "expert") if layers is not None else f"{number:,} of {total:,} experts"
+    schemes = [scales.plan.scheme_of(linear) for linear in scales.plan.observed]
+    borrowed = [
+        name
+        for name, is_borrowed in (
+            ("the input scales", any(scheme.observes_inputs for scheme in schemes)),
+            ("the second moments", any(algorithm_of(scheme).needs for scheme in schemes)),
+        )
+        if is_borrowed
+    ]
     where = [f"{path}: {runs(experts)}" for path, experts in unreached.items()]
     return (
-        f"{count} saw no calibration token ({_listed(where, '; ')}), so the input scales are "
-        "those of the layer's other experts. Give more text or other text (`calib`, "
+        f"{count} saw no calibration token ({_listed(where, '; ')}), so {' and '.join(borrowed)} "
+        "are those of the layer's other experts. Give more text or other text (`calib`, "
         "`calib_size`), or set calibration: {all_experts: true} in the recipe."
     )
 

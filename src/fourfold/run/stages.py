@@ -17,6 +17,7 @@ from fourfold.events import (
     BytesVerified,
     Event,
     TokenGenerated,
+    WindowEvaluated,
 )
 from fourfold.storage.units import size
 
@@ -93,6 +94,10 @@ class Stages:
             case TokenGenerated(model, done, total):
                 stage = self._stage(model, done, total)
                 stage.unit, stage.position = "tokens", f"token {done}/{total}"
+            case WindowEvaluated(model, layer, layers, done, total):
+                stage = self._stage("evaluating", done, total)
+                stage.unit, stage.passes = "windows", max(1, layers)
+                stage.position = f"{model} · layer {layer + 1}/{layers}"
             case _:
                 return None
         if stage.unit == "B":

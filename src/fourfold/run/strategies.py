@@ -28,11 +28,14 @@ from fourfold.calibration.statistics import Statistics
 from fourfold.config import CalibrationConfig
 from fourfold.distributed.machine import memory_available
 from fourfold.distributed.ranks import Ranks
-from fourfold.errors import ResourceError
+from fourfold.errors import ResourceError, UsageError
 from fourfold.events import DataLoaded, OnEvent, ignore
+from fourfold.execution.ahead import GroupsAhead
+from fourfold.execution.context import ExecutionContext
 from fourfold.planning import Plan
 from fourfold.recipes import Recipe
 from fourfold.run.remarks import check_reached
+from fourfold.statistics import KEPT
 from fourfold.storage.disk import free_bytes
 from fourfold.storage.output import OutputFolder
 from fourfold.storage.source import Source
@@ -99,6 +102,8 @@ class Run:
     None those that are read before; given the statistics of an earlier run."""
     identity: Mapping[str, Any] = field(default_factory=dict)
     """The settings that the output's bytes depend on, besides source, recipe and plan."""
+    quantizes_ahead: Callable[[ExecutionContext], None] | None = None
+    """Takes what executes the plan, if calibration quantizes layers itself; None if not."""
     is_writer: bool = True
     """True if this process writes. Other ranks of a sharded model only take part."""
     sample: Sequence[int] = ()
@@ -134,6 +139,12 @@ def streamed(plan: Plan, calibration: Calibration, *, strict: bool = False) -> R
         "device": calibration.streamed.device.type,
         "threads": calibration.threads or torch.get_num_threads(),
     }
+
+    def quantizes_ahead(context: ExecutionContext) -> None:
+        assert calibration.sequential is not None
+        context.ahead = GroupsAhead(context, calibration.ranks)
+        calibration.sequential.quantizer = context.ahead
+
     sample = calibration.data.first
     return Run(
         calibration.held,
@@ -141,6 +152,7 @@ def streamed(plan: Plan, calibration: Calibration, *, strict: bool = False) -> R
         steps,
         calibration.loads,
         identity,
+        quantizes_ahead if calibration.sequential is not None else None,
         sample=sample,
     )
 
@@ -179,6 +191,7 @@ def _choose_run(
         scales = ActivationScales(plan, statistics)
         scales.check_fit()
     if source.model is not None and plan.needs_calibration and scales is None:
+        _check_small(plan)
         with source.agreeing():
             loop = observation.forward_loop or _data(plan, source, observation)
         scales = observe_live(plan, source, loop, observation.on_event)
@@ -196,7 +209,9 @@ def _choose_run(
     data, device = _data(plan, source, observation), observation.device
     beside = source.fetching.scratch_bytes
     has_room = _check_spill(plan, data, limit, out.folder, ranks, beside)
-    batches = range(ranks.rank, len(data.batches), ranks.size)
+    streams = range(plan.recipe.calibration.streams)
+    total = len(data.batches)
+    calls = [total * x + n for x in streams for n in range(ranks.rank, total, ranks.size)]
     calibration = Calibration(
         plan,
         source,
@@ -204,12 +219,23 @@ def _choose_run(
         device=device,
         activation_memory=limit,
         scratch=out.folder,
-        saved=SavedActivations(out.state.activations, batches, device) if has_room else None,
+        saved=SavedActivations(out.state.activations, calls, device) if has_room else None,
         threads=observation.threads,
         ranks=ranks,
         on_event=observation.on_event,
     )
     return streamed(plan, calibration, strict=observation.strict)
+
+
+def _check_small(plan: Plan) -> None:
+    """Raise `UsageError` for a recipe that needs more than a whole model's statistics may take."""
+    large = {name for linear in plan.observed for name in plan.needs_of(linear)} - KEPT
+    if large or plan.is_sequential:
+        why = "quantizes layer by layer" if plan.is_sequential else f"measures {min(large)}"
+        raise UsageError(
+            f"recipe {plan.recipe.name}: {why}, which is not possible with a model in memory. Save "
+            "the model with `save_pretrained`, and quantize the folder."
+        )
 
 
 def _check_spill(
@@ -226,6 +252,7 @@ def _check_spill(
     """
     mine = data.batches[ranks.rank :: ranks.size]
     elements = sum(batch.input_ids.numel() for batch in mine) * plan.inventory.hidden_size
+    elements *= plan.recipe.calibration.streams
     spill = max(0, 4 * elements - limit) * ranks.local_size
     needed, free = plan.nbytes_after + spill + beside, free_bytes(scratch)
     if spill and needed > free:

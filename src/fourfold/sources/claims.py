@@ -15,7 +15,12 @@ from typing import Any
 
 from fourfold.errors import SourceError
 from fourfold.formats.kv_cache import KVFormat
-from fourfold.layouts.recognition import stated_quantizations
+from fourfold.layouts.recognition import (
+    is_target,
+    stated_quantizations,
+    targets_of,
+    with_nested,
+)
 from fourfold.models.mtp import is_mtp, stack_of
 from fourfold.sources.codecs.base import CODECS, EncodedWeight, TensorCodec
 from fourfold.storage.json_files import read_json
@@ -71,9 +76,16 @@ def check_none_left(claims: Claims) -> None:
     """Check that every tensor of a quantized weight is claimed.
 
     Raises:
-        SourceError: A tensor belongs to a quantized weight that no codec claims.
+        SourceError: A tensor belongs to a quantized weight that no codec claims, or says that the
+            values of a weight are not those of the model.
     """
     for key, info in claims.left.items():
+        if key.endswith(".pre_quant_scale"):
+            raise SourceError(
+                f"{key} in {info.file.name}: the weight beside it was scaled for inputs that are "
+                "multiplied by this (AWQ, SmoothQuant), which cannot be undone here. Give the BF16 "
+                "checkpoint."
+            )
         if _looks_quantized(info):
             raise SourceError(
                 f"{key} in {info.file.name}: {info.dtype}, of a weight that is not "
@@ -113,20 +125,25 @@ def _passed_over(stored: Source, claims: Claims) -> Iterator[str]:
 
     MTP layers do not count: tools leave them out without a word.
     """
+    entries = list(quantization_entries(stored))  # a file that cannot be read is an error
     kinds = {_NUMBER.sub("*", key) for key in claims.weights}
     plain = [key for key in claims.left if _NUMBER.sub("*", key) in kinds]
     if not plain:
         return
-    entries = list(quantization_entries(stored))
-    if any("quantized_layers" in entry or _has_narrow_targets(entry) for entry in entries):
+    if any(entry.get("quantized_layers") for entry in entries):
         return  # it lists what is quantized
+    targets = [target for entry in entries for target in _targets(entry)]
+    names_modules = any("." in target for target in targets)  # and not classes alone
     lists = (entry.get(name) for entry in entries for name in _LISTS)
     listed = [str(module) for modules in lists if isinstance(modules, list) for module in modules]
     stacks = {stack_of(key) for key in claims.weights}
-    counts = (part.get("num_hidden_layers") for part in _with_nested(stored.config))
+    counts = (part.get("num_hidden_layers") for part in with_nested(stored.config))
     layers = next((count for count in counts if isinstance(count, int)), 1 << 62)
     for key in plain:
-        if not is_mtp(key, stacks, layers) and not _is_listed(key, listed):
+        if is_mtp(key, stacks, layers) or _is_listed(key, listed):
+            continue
+        module = key.removesuffix(".weight")
+        if not names_modules or any(is_target(target, module) for target in targets):
             yield key
 
 
@@ -148,20 +165,14 @@ def quantization_entries(stored: Source) -> Iterator[Mapping[str, Any]]:
     """Yield what config.json, its nested parts, and ModelOpt's file say of the quantization."""
     yield from stated_quantizations(stored.config)
     if (stored.folder / HF_QUANT_CONFIG).is_file():
-        yield from _with_nested(read_json(stored.folder / HF_QUANT_CONFIG))
+        yield from with_nested(read_json(stored.folder / HF_QUANT_CONFIG))
 
 
-def _with_nested(entries: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    yield entries
-    yield from (value for value in entries.values() if isinstance(value, dict))
-
-
-def _has_narrow_targets(entry: Mapping[str, Any]) -> bool:
-    """True if a group of compressed-tensors names modules, not a class of them."""
+def _targets(entry: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the targets of all groups of compressed-tensors."""
     groups = entry.get("config_groups")
-    if not isinstance(groups, dict):
-        return False
-    return any("." in str(group.get("targets")) for group in _with_nested(groups))
+    for group in groups.values() if isinstance(groups, dict) else ():
+        yield from targets_of(group) if isinstance(group, dict) else ()
 
 
 def _is_listed(key: str, entries: Iterable[str]) -> bool:
@@ -169,8 +180,8 @@ def _is_listed(key: str, entries: Iterable[str]) -> bool:
     module = key.rpartition(".")[0]
     for entry in entries:
         if entry.startswith("re:"):
-            if re.match(entry[3:], module):
+            if is_target(entry, module):
                 return True
-        elif entry in module or fnmatchcase(module, entry) or fnmatchcase(key, entry):
+        elif entry and (entry in module or fnmatchcase(module, entry) or fnmatchcase(key, entry)):
             return True
     return False

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fourfold.errors import SourceError, UsageError
+from fourfold.errors import DamagedError, NonFiniteError, SourceError, UsageError
 from fourfold.formats.kv_cache import KVFormat
 from fourfold.layouts.recognition import without_quantization
 from fourfold.sources.claims import (
@@ -37,6 +37,8 @@ from fourfold.sources.claims import (
     quantization_entries,
 )
 from fourfold.sources.codecs.base import (
+    REMEDY,
+    EncodedWeight,
     InputRounding,
     MXFP4Codec,
     TensorCodec,
@@ -45,7 +47,8 @@ from fourfold.sources.codecs.base import (
 )
 from fourfold.sources.pieces import Piece, pieces_of
 from fourfold.sources.safetensors import open_source
-from fourfold.storage.names import CARD, REPORT, STATISTICS, SUMMARY
+from fourfold.storage.names import CARD, CONFIG, REPORT, STATISTICS, SUMMARY
+from fourfold.storage.non_finite import find_non_finite
 from fourfold.storage.quant_summary import QuantSummary, find_summary
 from fourfold.storage.safetensors_header import COMPUTE_DTYPES, DTYPE_NAMES, TensorInfo
 from fourfold.storage.side_files import SideFiles
@@ -105,6 +108,16 @@ def decoded_to_quantize(stored: Source) -> Source:
     check_none_left(claims)
     check_converted_whole(stored, claims)
     return DecodedSource(stored, claims)
+
+
+def as_source_was(source: Source) -> Source:
+    """Present a decoded checkpoint that fourfold wrote with the fused tensors of its source."""
+    summary = find_summary(source.folder) if isinstance(source, DecodedSource) else None
+    if not isinstance(source, DecodedSource) or summary is None:
+        return source
+    whole = DecodedSource(source.source, claim(source.source), summary=summary)
+    whole.trust_remote_code = source.trust_remote_code
+    return whole
 
 
 class DecodedSource(SourceView):
@@ -328,7 +341,39 @@ class DecodedSource(SourceView):
                 raise _misfit(self.folder, key, text)
 
     def _decode(self, key: str, start: int, stop: int, out: torch.Tensor) -> None:
-        self._codecs[key].decode(self.weights[key], start, stop, self.source.slab, out)
+        weight = self.weights[key]
+        self._codecs[key].decode(weight, start, stop, self.source.slab, out)
+        _check_finite(weight, start, out)
+        if len(out) and not (out[0].any() or out.any()):
+            self._check_scales(key, start, stop)
+
+    def _check_scales(self, key: str, start: int, stop: int) -> None:
+        """Check that rows which decode to zeros do so by their codes.
+
+        A row of scales that are too small for their dtype is legal. So the scales of a whole
+        matrix must be 0, or of whole experts.
+
+        Raises:
+            DamagedError: Scales are 0, and codes are not.
+        """
+        weight, zeros = self.weights[key], list[str]()
+        codes, *others = weight.parts.values()
+
+        def read(name: str, first: int, last: int) -> torch.Tensor:
+            rows = self.source.slab(name, first, last)
+            if name not in others or not rows.is_floating_point() or rows.float().any():
+                return rows
+            if len(weight.info.shape) == 2 and self.source.read(name).float().any():
+                return rows
+            zeros.append(name)
+            return torch.ones(rows.shape).to(rows.dtype)
+
+        out = torch.empty((stop - start, *weight.info.shape[1:]))
+        self._codecs[key].decode(weight, start, stop, read, out)
+        if zeros and out.any():
+            raise DamagedError(
+                f"{zeros[0]}: nothing but zeros, while the codes in {codes} are not. {REMEDY}"
+            )
 
     def _place(self, piece: Piece, start: int, slab: torch.Tensor) -> None:
         """Write into `slab`, rows of a fused tensor from `start` on, what it has of a piece."""
@@ -348,6 +393,28 @@ class DecodedSource(SourceView):
         if part.shape != target.shape:  # some columns of a transposed weight
             part = part.narrow(1, piece.first_dimension.index(rows[0]), len(rows))
         target.copy_(part)
+
+
+def _check_finite(weight: EncodedWeight, start: int, rows: torch.Tensor) -> None:
+    """Check that decoded rows, from `start` on, hold neither NaN nor Inf.
+
+    Raises:
+        NonFiniteError: They do.
+    """
+    info, dtype = weight.info, DTYPE_NAMES[rows.dtype]
+    data, row = rows.view(torch.uint8).reshape(-1).numpy(), rows[:1].nbytes
+    bad = find_non_finite(info.key, data, dtype, row, start * row)
+    if bad is None:
+        return
+    remedy = REMEDY
+    if dtype == "F16":
+        remedy = (
+            f'If they are too large for it, set dtype in {CONFIG} to "bfloat16"; else: {REMEDY}'
+        )
+    raise NonFiniteError(
+        f"{info.key} in {info.file.name}: {bad}, decoded to {dtype} from "
+        f"{', '.join(weight.parts.values())}. {remedy}"
+    )
 
 
 def _misfit(folder: Path, name: str, what: str) -> SourceError:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """An NVFP4 checkpoint with its tensors named and encoded as another layout does.
 
-Codes and block scales are the same bytes in every layout. The scales that are single numbers are
-encoded anew: compressed-tensors stores reciprocals.
+Codes and the scales of blocks and channels are the same bytes in every layout, in a shape of its
+own. The scales that are single numbers are encoded anew: for NVFP4, compressed-tensors stores
+reciprocals.
 """
 
 from __future__ import annotations
@@ -16,15 +17,13 @@ import numpy as np
 import torch
 
 from fourfold.errors import SourceError
-from fourfold.formats.base import FORMATS
 from fourfold.formats.scheme import Scheme
 from fourfold.layouts.base import Layout, TensorSpec, layers_of_keys
-from fourfold.sources.codecs.nvfp4 import NVFP4Codec
+from fourfold.sources.codecs.base import StoredParts
+from fourfold.sources.codecs.nvfp4 import BLOCK_SCALE, check_block_scales
 from fourfold.sources.decoded import DecodedSource
 from fourfold.storage.safetensors_header import TensorInfo
 from fourfold.storage.source import Bytes, Source, SourceView
-
-NVFP4 = "nvfp4"
 
 
 class RelaidSource(SourceView):
@@ -32,7 +31,7 @@ class RelaidSource(SourceView):
 
     Attributes:
         schemes: The scheme of every quantized linear weight, by name.
-        group_scales: Their global scales.
+        group_scales: The global scales of those in NVFP4.
         stored: The checkpoint as it lies on disk.
         origins: The weight or other tensor of the decoded checkpoint that each tensor belongs to.
     """
@@ -45,7 +44,7 @@ class RelaidSource(SourceView):
         `attention` names the linear layers of the decoder's attention modules.
 
         Raises:
-            SourceError: It holds weights that are quantized in another form.
+            SourceError: It holds weights that no format here has as they are stored.
         """
         super().__init__(decoded)
         self.stored = decoded.source
@@ -54,23 +53,35 @@ class RelaidSource(SourceView):
         self.origins: dict[str, str] = {}
         self._names: dict[str, str] = {}
         self._numbers: dict[str, Bytes] = {}
+        self._block_scales: set[str] = set()
         self._attention = attention
         self.tensors = {info.key: info for info in self._lay_out(decoded, layout)}
 
     def slab(self, key: str, start: int, stop: int, out: Bytes | None = None) -> torch.Tensor:
+        info = self.tensors[key]
         if key in self._names:
-            return self.stored.slab(self._names[key], start, stop, out)
+            rows = self.stored.slab(self._names[key], start, stop, out)
+            self._check(key, rows)
+            is_same = (rows.dtype, rows.shape[1:]) == (info.torch_dtype, info.shape[1:])
+            return rows if is_same else rows.view(info.torch_dtype).view(-1, *info.shape[1:])
         number = self._numbers[key]
         if out is not None:
             out[:] = number
-        info = self.tensors[key]
         return torch.from_numpy(number.copy()).view(info.torch_dtype).view(info.shape)
 
     def read_bytes(self, key: str, start: int, out: Bytes) -> None:
         if key in self._names:
             self.stored.read_bytes(self._names[key], start, out)
+            self._check(key, torch.from_numpy(out))
         else:
             out[:] = self._numbers[key][start : start + len(out)]
+
+    def _check(self, key: str, stored: torch.Tensor) -> None:
+        """Raise `DamagedError` for block scales that cannot be."""
+        if key in self._block_scales:
+            check_block_scales(self._names[key], stored)
+            if not stored.view(torch.uint8).any():
+                self.source.read(self.origins[key])  # an error, unless the codes are 0, too
 
     def will_need(self, key: str, start: int, stop: int) -> None:
         if key in self._names:
@@ -91,36 +102,33 @@ class RelaidSource(SourceView):
                 self._names[key] = self.origins[key] = key
                 yield info
                 continue
-            if not isinstance(codec, NVFP4Codec):
+            parts = codec.stored_parts(decoded.weights[key], self.stored.slab)
+            if parts is None:
                 raise SourceError(
                     f"{key} in {info.file.name}: {codec.title}, which is not carried over to "
                     "another layout. Use `fourfold quantize`."
                 )
-            yield from self._parts(key, codec, decoded, layout)
+            yield from self._parts(key, parts, decoded, layout)
         yield from self._kv_scales(decoded, layout)
 
     def _parts(
-        self, key: str, codec: NVFP4Codec, decoded: DecodedSource, layout: Layout
+        self, key: str, parts: StoredParts, decoded: DecodedSource, layout: Layout
     ) -> Iterator[TensorInfo]:
-        weight, linear = decoded.weights[key], key.removesuffix(".weight")
-        fmt = FORMATS[NVFP4]
-        input_scale = codec.input_scale(weight, self.stored.slab)
-        scheme = Scheme(NVFP4, "max", None if input_scale is None else NVFP4)
-        group_scale = codec.global_scale(weight, self.stored.slab)
-        self.schemes[linear], self.group_scales[linear] = scheme, group_scale
-        assert fmt.group_part is not None
-        numbers = {fmt.group_part: group_scale}
-        if input_scale is not None:
-            numbers |= dict.fromkeys(fmt.input_parts(), input_scale)
-        rows, width = weight.info.shape
-        row_parts = dict(zip(fmt.row_parts((rows, width)), codec.row_parts(weight), strict=True))
+        info, linear = decoded.weights[key].info, key.removesuffix(".weight")
+        self.schemes[linear] = scheme = parts.scheme
+        if scheme.weights == "nvfp4":  # FP8 weights that are fused are rescaled
+            self.group_scales[linear] = parts.numbers["global_scale"]
+        rows, width = info.shape
         for part, spec in layout.tensors(linear, (rows, width), scheme).items():
             self.origins[spec.name] = key
-            if part in row_parts:
-                self._names[spec.name] = row_parts[part]
-                yield replace(self.stored.tensors[row_parts[part]], key=spec.name)
+            if part in parts.rows:
+                self._names[spec.name] = parts.rows[part]
+                if parts.rows[part] == decoded.weights[key].parts.get(BLOCK_SCALE):
+                    self._block_scales.add(spec.name)
+                stored = self.stored.tensors[parts.rows[part]]
+                yield replace(stored, key=spec.name, dtype=spec.dtype, shape=spec.shape)
             else:
-                yield self._number(spec, layout.encode(part, numbers[part]), weight.info)
+                yield self._number(spec, layout.encode(part, parts.numbers[part], scheme), info)
 
     def _kv_scales(self, decoded: DecodedSource, layout: Layout) -> Iterator[TensorInfo]:
         """The scales of calibrated FP8 KV caches, by the names of the layout."""
@@ -173,7 +181,7 @@ def relaid(source: Source, layout: Layout, attention: Collection[str] = ()) -> R
     """Present an open NVFP4 checkpoint in another layout.
 
     Raises:
-        SourceError: It is not one, or not all of its quantized weights are in NVFP4.
+        SourceError: It is not one, or a layout cannot have a quantized weight as it is stored.
     """
     if not isinstance(source, DecodedSource):
         raise SourceError(

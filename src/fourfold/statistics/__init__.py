@@ -14,6 +14,7 @@ from fourfold.statistics.block_amaxes import BlockAmaxes
 from fourfold.statistics.second_moment import (
     MomentBlocks,
     MomentDiagonal,
+    Moments,
     PooledMoment,
     SecondMoment,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "BlockAmaxes",
     "MomentBlocks",
     "MomentDiagonal",
+    "Moments",
     "PooledMoment",
     "Reduction",
     "SecondMoment",

@@ -19,6 +19,7 @@ Shapes: R rows, I input features, B blocks of them, K features of a block, E exp
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 
 import torch
@@ -31,46 +32,22 @@ COLUMNS = 256
 """Columns of a product that are computed at once."""
 
 
-class SecondMoment(Statistic):
-    """The sum of the outer products of the rows that reached a site, for each expert."""
+class Moments(Statistic):
+    """A sum of products of rows, for each expert, and the number of rows."""
 
-    name = "second_moment"
     reduction: Reduction = "sum"
 
+    @abstractmethod
     def shape(self, width: int) -> tuple[int, ...]:
-        """Return the shape of the moment of one expert, or of a linear layer."""
-        return width, width
+        """Return the shape of the sum of one expert, or of a linear layer."""
 
+    @abstractmethod
     def add(self, moment: Tensor, rows: Tensor) -> None:
-        """Add the sum over rows `[R, I]` to a moment of `shape`, in place.
-
-        Of a matrix the lower half alone is computed, in blocks of columns; the rest is undefined.
-        """
-        x_RI = rows.float()
-        width = x_RI.shape[1]
-        product_II = torch.empty(width, width, device=rows.device)
-        for start in range(0, width, COLUMNS):
-            stop = min(start + COLUMNS, width)
-            torch.mm(x_RI[:, start:].T, x_RI[:, start:stop], out=product_II[start:, start:stop])
-        shift = _shift(product_II.diagonal())
-        if rows.device.type == "cpu":
-            from fourfold.statistics import moment_cpu
-
-            moment_cpu.add_lower(moment.numpy(), product_II.numpy(), float(shift))
-        else:
-            moment += ((product_II.double() + shift) - shift).tril()
+        """Add the products of rows `[R, I]` to a sum of `shape`, in place."""
 
     def mean(self, moment: Tensor, rows: Tensor) -> Tensor:
-        """Return a moment that is a sum over so many rows as their mean, float32, whole."""
-        count = rows.clamp(min=1)
-        if moment.device.type == "cpu":
-            from fourfold.statistics import moment_cpu
-
-            mean = torch.empty(moment.shape)
-            moment_cpu.whole_mean(moment.numpy(), float(count), mean.numpy())
-            return mean
-        mean = (moment / count).float()
-        return mean.tril() + mean.tril(-1).mT
+        """Return the mean of a sum over so many rows, float32."""
+        return _mean(moment, rows)
 
     def shapes(self, site: Site) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
         return {
@@ -79,19 +56,24 @@ class SecondMoment(Statistic):
         }
 
     def finish(self, state: State) -> State:
-        """Return means in place of sums, float32; for experts also that of all rows (`.pool`)."""
-        moment, rows = state[self.name], state[f"{self.name}.rows"]
-        if not rows.ndim:
-            return {self.name: self.mean(moment, rows), f"{self.name}.rows": rows}
-        means = torch.empty(moment.shape, device=moment.device)
-        for number, mean in enumerate(means):
-            mean.copy_(self.mean(moment[number], rows[number]))
-        pool = self.mean(moment.sum(dim=0), rows.sum())
-        return {self.name: means, f"{self.name}.rows": rows, f"{self.name}.pool": pool}
+        """Return means in place of sums, float32; for experts also those of all rows (`.pool`)."""
+        rows = state[f"{self.name}.rows"]
+        means = {f"{self.name}.rows": rows}
+        for name, total in state.items():
+            if not total.is_floating_point():
+                continue
+            of = self.mean if name == self.name else _mean
+            if not rows.ndim:
+                means[name] = of(total, rows)
+                continue
+            means[name] = torch.empty(total.shape, device=total.device)
+            for number, mean in enumerate(means[name]):
+                mean.copy_(of(total[number], rows[number]))
+            means[f"{name}.pool"] = of(total.sum(dim=0), rows.sum())
+        return means
 
     def of_expert(self, state: State, expert: int) -> State:
-        pool = f"{self.name}.pool"
-        return {name: x if name == pool else x[expert] for name, x in state.items()}
+        return {name: x if name.endswith(".pool") else x[expert] for name, x in state.items()}
 
     def update(self, state: State, rows: Tensor, experts: Tensor | None) -> None:
         moment, count = state[self.name], state[f"{self.name}.rows"]
@@ -106,6 +88,58 @@ class SecondMoment(Statistic):
             count[number] += len(chosen)
 
 
+class SecondMoment(Moments):
+    """The sum of the outer products of the rows that reached a site, for each expert."""
+
+    name = "second_moment"
+
+    def shape(self, width: int) -> tuple[int, ...]:
+        return width, width
+
+    def add(self, moment: Tensor, rows: Tensor) -> None:
+        x_RI = rows.float()
+        width = x_RI.shape[1]
+        product_II = torch.empty(width, width, device=rows.device)
+        for start in range(0, width, COLUMNS):
+            stop = min(start + COLUMNS, width)
+            torch.mm(x_RI[:, start:].T, x_RI[:, start:stop], out=product_II[start:, start:stop])
+        shift = _shift(product_II.diagonal().double().mean())
+        if rows.device.type == "cpu":
+            from fourfold.statistics import moment_cpu
+
+            moment_cpu.add_lower(moment.numpy(), product_II.numpy(), float(shift))
+        else:
+            moment += ((product_II.double() + shift) - shift).tril()
+
+    def mean(self, moment: Tensor, rows: Tensor) -> Tensor:
+        if moment.device.type == "cpu":
+            from fourfold.statistics import moment_cpu
+
+            mean = torch.empty(moment.shape)
+            moment_cpu.whole_mean(moment.numpy(), float(rows.clamp(min=1)), mean.numpy())
+            return mean
+        mean = _mean(moment, rows)
+        return mean.tril() + mean.tril(-1).mT
+
+    def new_cross(self, site: Site) -> State:
+        """Return the cross moment of a site that no row has reached."""
+        dtype, shape = self.shapes(site)[self.name]
+        return {f"{self.name}.cross": torch.zeros(shape, dtype=dtype)}
+
+    def update_cross(
+        self, state: State, rows: Tensor, differences: Tensor, experts: Tensor | None
+    ) -> None:
+        """Accumulate Σ (x − x̂)·x̂ᵀ, given rows x̂ as `update` is, and the differences x − x̂."""
+        cross = state[f"{self.name}.cross"]
+        if experts is None:
+            _add_cross(cross, differences, rows)
+            return
+        number_R, row_R = by_expert(experts)
+        for number in torch.unique(number_R).tolist():
+            chosen = row_R[number_R == number]
+            _add_cross(cross[number], differences[chosen], rows[chosen])
+
+
 class PooledMoment(SecondMoment):
     """The sum of the outer products of all rows, whichever expert reads them."""
 
@@ -117,13 +151,21 @@ class PooledMoment(SecondMoment):
     def of_expert(self, state: State, expert: int) -> State:
         return state
 
+    def update_cross(
+        self, state: State, rows: Tensor, differences: Tensor, experts: Tensor | None
+    ) -> None:
+        if experts is not None and experts.ndim == 1:
+            row_R = by_expert(experts)[1]
+            rows, differences = rows[row_R], differences[row_R]
+        super().update_cross(state, rows, differences, None)
+
     def update(self, state: State, rows: Tensor, experts: Tensor | None) -> None:
         if experts is not None:
             rows = rows[by_expert(experts)[1]] if experts.ndim == 1 else rows
         super().update(state, rows, None)
 
 
-class MomentBlocks(SecondMoment):
+class MomentBlocks(Moments):
     """The blocks of 16×16 on the diagonal of the second moment."""
 
     name = "second_moment_blocks"
@@ -134,14 +176,11 @@ class MomentBlocks(SecondMoment):
     def add(self, moment: Tensor, rows: Tensor) -> None:
         x_BRK = rows.float().reshape(len(rows), -1, BLOCK).transpose(0, 1)
         product_BKK = (x_BRK.mT @ x_BRK).double()
-        shift = _shift(product_BKK.diagonal(dim1=1, dim2=2))
+        shift = _shift(product_BKK.diagonal(dim1=1, dim2=2).mean())
         moment += (product_BKK + shift) - shift
 
-    def mean(self, moment: Tensor, rows: Tensor) -> Tensor:
-        return (moment / rows.clamp(min=1)).float()
 
-
-class MomentDiagonal(SecondMoment):
+class MomentDiagonal(Moments):
     """The diagonal of the second moment: the energy of each input."""
 
     name = "second_moment_diagonal"
@@ -151,19 +190,28 @@ class MomentDiagonal(SecondMoment):
 
     def add(self, moment: Tensor, rows: Tensor) -> None:
         energy_I = rows.double().square().sum(dim=0)
-        shift = _shift(energy_I)
+        shift = _shift(energy_I.mean())
         moment += (energy_I + shift) - shift
 
-    def mean(self, moment: Tensor, rows: Tensor) -> Tensor:
-        return (moment / rows.clamp(min=1)).float()
+
+def _add_cross(cross_II: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add leftᵀ·right of rows `[R, I]`, whole, rounded as moments are, by the energies of both."""
+    product_II = (left.float().T @ right.float()).double()
+    energies = left.double().square().sum() * right.double().square().sum()
+    shift = _shift(energies.sqrt() / left.shape[1])
+    cross_II += (product_II + shift) - shift
 
 
-def _shift(diagonal: Tensor) -> Tensor:
+def _mean(total: Tensor, rows: Tensor) -> Tensor:
+    return (total / rows.clamp(min=1)).float()
+
+
+def _shift(energy: Tensor) -> Tensor:
     """Return the number that a product is rounded with, as the head of this file says.
 
     A sum with 1.5·2³⁰ times a power of two has no bits below 2⁻²² times that power.
     """
-    return 1.5 * 2.0**30 * diagonal.double().mean().frexp().exponent.double().exp2()
+    return 1.5 * 2.0**30 * energy.frexp().exponent.double().exp2()
 
 
 def by_expert(experts: Tensor) -> tuple[Tensor, Tensor]:

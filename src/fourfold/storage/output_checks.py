@@ -45,8 +45,14 @@ def check_contents(out: Path, state: RunState, *, overwrite: bool) -> None:
     run = state.run
     is_whole = run is None or ("identity" not in run and CONFIG in present)
     if is_whole and not overwrite:
+        is_finished = CONFIG in present and SUMMARY in present
+        hint = (
+            "If its run was stopped while it verified, make up for that: `fourfold verify`, with "
+            "`source=MODEL`. "
+        )
         raise OutputError(
-            f"{out}: not empty ({others[0]}, …). Choose another folder, or give `overwrite=True`."
+            f"{out}: not empty ({others[0]}, …). {hint if is_finished else ''}Choose another "
+            "folder, or give `overwrite=True`."
         )
 
 

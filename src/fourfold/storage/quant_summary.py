@@ -178,6 +178,12 @@ class LinearEntry(_Entry):
     """The weight's dtype in the source."""
     exact: bool = False
     """True if the codes are those of the source, which is quantized. Written only if it is."""
+    asymmetric: float | None = None
+    """The part of the change of its inputs that the weight makes up for. Written only where layers
+    were quantized on what quantized layers compute."""
+    damping: float | None = None
+    """The damping of its inputs' second moment. Written only where it had to be more than the
+    recipe's, because the weight would have lost more than 30 % of itself."""
     raw: RawRegion | None = None
     """The weight's place in the source; None if it was a tensor of its own."""
 
@@ -187,6 +193,42 @@ class DecodedEntry(_Entry):
 
     form: str
     tensors: Count
+
+
+class EvaluationEntry(_Entry):
+    """The checkpoint beside its source on a text, as `fourfold eval --record` measured it.
+
+    KL in nats a token; shares from 0 to 1.
+    """
+
+    source: str
+    """The name of its folder, or on the hub."""
+    text: str
+    """The name of the file or dataset."""
+    text_digest: str
+    """SHA-256 of the token ids."""
+    windows: Count
+    length: Count
+    """Tokens of a window."""
+    compared: Count
+    """How many of the source's likeliest tokens were compared one by one at each position."""
+    vocabulary: Count
+    rest: float
+    """The mean probability of all other tokens, which were compared as one."""
+    source_perplexity: float
+    simulated: bool
+    """True if the inputs of linear layers were rounded."""
+    kv_cache: str | None
+    """The format that keys and values were rounded to."""
+    kl: float
+    kl_interval: tuple[float, float] | None
+    """95 %, by a bootstrap over windows; None for a single window."""
+    kl_median: float
+    kl_p90: float
+    kl_p99: float
+    top1: float
+    top5: float
+    perplexity: float
 
 
 class QuantSummary(_Entry):
@@ -207,6 +249,8 @@ class QuantSummary(_Entry):
     non_finite: tuple[NonFiniteEntry, ...] = ()
     decoded_from: tuple[DecodedEntry, ...] = ()
     """These three are written only if there are any."""
+    evaluation: EvaluationEntry | None = None
+    """Written by `fourfold eval --record`."""
     files: tuple[str, ...] = ()
     """Every file of the checkpoint."""
     shards: tuple[ShardEntry, ...] = ()

@@ -11,11 +11,11 @@ _present: set[Path] = set()
 
 
 class TemporaryFolder:
-    """A new folder under TMPDIR, until `remove`."""
+    """A new folder under TMPDIR, or under `parent`, until `remove`."""
 
-    def __init__(self) -> None:
+    def __init__(self, parent: Path | None = None) -> None:
         """Raises `OSError` if it cannot be made."""
-        self.path = Path(tempfile.mkdtemp(prefix="fourfold-"))
+        self.path = Path(tempfile.mkdtemp(prefix="fourfold-", dir=parent))
         _present.add(self.path)
 
     def remove(self) -> None:

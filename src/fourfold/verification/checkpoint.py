@@ -14,7 +14,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -32,7 +32,8 @@ from fourfold.storage.json_files import read_config, read_json, why_no_folder
 from fourfold.storage.names import INDEX
 from fourfold.storage.open_files import OpenFiles, read_full
 from fourfold.storage.safetensors_header import TensorInfo, read_header
-from fourfold.verification.fp8 import FP8Linear, fp8_linear
+from fourfold.storage.source import read_rounded
+from fourfold.verification.fp8 import LEAVES, FP8Linear, fp8_linear
 from fourfold.verification.readers import reader_of
 from fourfold.verification.readers.base import (
     BLOCK_SCALE,
@@ -41,6 +42,7 @@ from fourfold.verification.readers.base import (
     LayoutReader,
     QuantConfig,
 )
+from fourfold.verification.readers.stacked import unstack
 
 NVFP4 = FORMATS["nvfp4"]
 
@@ -115,6 +117,7 @@ class Checkpoint:
     reader: LayoutReader
     files: Files
     tensors: Mapping[str, TensorInfo]
+    """By name; of stacked experts, each expert's own."""
     linears: Mapping[str, QuantizedLinear] = field(default_factory=dict)
     fp8: Mapping[str, FP8Linear] = field(default_factory=dict)
     """The FP8 linears of a mixed checkpoint."""
@@ -124,6 +127,10 @@ class Checkpoint:
     def __post_init__(self) -> None:
         self._files = OpenFiles(lambda file: os.open(file, os.O_RDONLY | os.O_CLOEXEC))
         self._scalars: dict[str, float] = {}
+        self.stored = self.tensors
+        """The tensors as the files hold them."""
+        self._unstacked = unstack(self.tensors, self.model_types)
+        self.tensors = self._unstacked.tensors
         self.quant: QuantConfig = self.reader.quant
         self.linears, self.fp8 = _find_linears(self.tensors, self.reader)
         self.kept = frozenset(_find_kept(self.tensors)) - self.quantized
@@ -162,10 +169,26 @@ class Checkpoint:
 
     def read(self, name: str, start: int, out: np.ndarray[Any, Any]) -> None:
         """Fill `out` (uint8) with bytes of a tensor, from byte `start` on."""
+        if name in self._unstacked.strides:
+            read_rows = partial(self._read_apart, name)
+            read_rounded(read_rows, self.tensors[name].row_bytes, start, out)
+        else:
+            self._read(name, self.tensors[name].start + start, out)
+
+    def _read_apart(self, name: str, first: int, last: int, out: np.ndarray[Any, Any]) -> None:
+        """Read rows whose bytes do not follow each other in the file."""
+        info, (row, byte) = self.tensors[name], self._unstacked.strides[name]
+        shape = last - first, info.row_bytes
+        around = np.empty((shape[0] - 1) * row + (shape[1] - 1) * byte + 1, dtype=np.uint8)
+        self._read(name, info.start + first * row, around)
+        out[:] = np.lib.stride_tricks.as_strided(around, shape, (row, byte)).reshape(-1)
+
+    def _read(self, name: str, position: int, out: np.ndarray[Any, Any]) -> None:
+        """Fill `out` with bytes of the file that holds a tensor."""
         info = self.tensors[name]
         try:
             with self._files.descriptor(info.file) as descriptor:
-                count = read_full(descriptor, out.data, info.start + start)
+                count = read_full(descriptor, out.data, position)
         except OSError as error:
             raise read_error(info.file, error, name) from error
         if count < len(out):
@@ -187,7 +210,8 @@ class Checkpoint:
             info = self.tensors[name]
             buffer = np.empty(info.nbytes, dtype=np.uint8)
             self.read(name, 0, buffer)
-            self._scalars[name] = float(torch.from_numpy(buffer).view(info.torch_dtype).float())
+            value = float(torch.from_numpy(buffer).view(info.torch_dtype).float())
+            self._scalars[name] = value / self._unstacked.divisors.get(name, 1.0)
         return self._scalars[name]
 
     def scale(self, linear: QuantizedLinear, part: str) -> float:
@@ -214,9 +238,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     config = read_config(folder)
     reader = reader_of(folder, config)
     files = _find_files(folder)
-    tensors = _read_tensors(files)
-    _check_apart(folder, tensors)
-    return Checkpoint(folder, config, reader, files, tensors)
+    checkpoint = Checkpoint(folder, config, reader, files, _read_tensors(files))
+    _check_apart(folder, checkpoint.tensors)
+    return checkpoint
 
 
 def _check_apart(folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
@@ -227,9 +251,9 @@ def _check_apart(folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
         stem = re.sub(r"[._]weight(_packed)?$", "", name)
         if is_stacked and any(scale.startswith(stem) for scale in scales):
             raise UnreadableError(
-                f"{folder}: {name}: NVFP4 experts stacked in one tensor {list(info.shape)}, as "
-                "NVIDIA's exports of Llama 4 have them. That is outside of what verify judges, "
-                "which is one linear for each expert; the engine that it was made for may read it."
+                f"{folder}: {name}: NVFP4 experts stacked in one tensor {list(info.shape)}, in a "
+                "family whose stacks no engine is known to read. That is outside of what verify "
+                "judges; the engine that it was made for may read it."
             )
 
 
@@ -286,22 +310,26 @@ def _find_linears(
     tensors: Mapping[str, TensorInfo], reader: LayoutReader
 ) -> tuple[dict[str, QuantizedLinear], dict[str, FP8Linear]]:
     """The NVFP4 linears, and those in FP8."""
-    part_of = {leaf: part for part, leaf in reader.leaves.items()}
-    parts: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
+    leaves = {*reader.leaves.values(), *LEAVES}
+    found: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
     for name, info in tensors.items():
         stem, _, leaf = name.rpartition(".")
-        if leaf in part_of:
-            parts[stem][part_of[leaf]] = info
+        if leaf in leaves:
+            found[stem][leaf] = info
     linears: dict[str, QuantizedLinear] = {}
     fp8: dict[str, FP8Linear] = {}
-    for name in sorted(parts):
-        own = parts[name]
-        is_packed = own.keys() != {WEIGHT} or own[WEIGHT].dtype == "U8"
+    for name in sorted(found):
+        own = found[name]
+        if own.keys() == {WEIGHT} and own[WEIGHT].dtype != "U8":
+            continue
         algo = reader.quant.algo_of(name)
-        if is_packed and algo is not None and "FP8" in algo and WEIGHT in own:
-            fp8[name] = fp8_linear(name, own, algo)
-        elif is_packed:
-            linears[name] = QuantizedLinear(name, own, algo)
+        is_packed = reader.leaves[WEIGHT] in own
+        if WEIGHT in own and (not is_packed or "FP8" in (algo or "")):
+            parts = {leaf: own[leaf] for leaf in LEAVES if leaf in own}
+            fp8[name] = fp8_linear(name, parts, algo, reader.fp8)
+        else:
+            parts = {part: own[leaf] for part, leaf in reader.leaves.items() if leaf in own}
+            linears[name] = QuantizedLinear(name, parts, algo)
     return linears, fp8
 
 

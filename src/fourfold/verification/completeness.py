@@ -15,7 +15,7 @@ from itertools import islice
 
 from fourfold.models.names import EXPERT_LINEAR, LAYER_TENSOR
 from fourfold.verification.checkpoint import Checkpoint
-from fourfold.verification.readers.base import BLOCK_SCALE, GLOBAL_SCALE, INPUT_SCALE, KV_SCALES
+from fourfold.verification.readers.base import KV_SCALES
 from fourfold.verification.rules import Finding, finding
 
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -106,8 +106,7 @@ def check_siblings(checkpoint: Checkpoint) -> Iterator[Finding]:
 def _layer_tensors(checkpoint: Checkpoint) -> Iterator[str]:
     """Every tensor except scales. A quantized linear counts by its weight, even if missing."""
     reader = checkpoint.reader
-    scales = {reader.leaves[part] for part in (BLOCK_SCALE, GLOBAL_SCALE, INPUT_SCALE)}
-    scales.update(KV_SCALES)
+    scales = {*reader.scales, *KV_SCALES}
     for name in checkpoint.tensors:
         stem, _, leaf = name.rpartition(".")
         of_linear = stem in checkpoint.linears and leaf != "bias"

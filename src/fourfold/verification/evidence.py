@@ -120,12 +120,12 @@ class Prover:
 def digest_of(comparison: Comparison, infos: Iterable[TensorInfo]) -> str:
     """Return the digest of the bytes of some tensors of the checkpoint, one after the other."""
     digest = xxhash.xxh3_128()
-    for _, piece in _pieces(comparison, infos):
+    for _, piece in _stored_bytes(comparison, infos):
         digest.update(piece)
     return digest.hexdigest()
 
 
-def _pieces(comparison: Comparison, infos: Iterable[TensorInfo]) -> Iterator[tuple[int, Any]]:
+def _stored_bytes(comparison: Comparison, infos: Iterable[TensorInfo]) -> Iterator[tuple[int, Any]]:
     """The bytes of tensors of the checkpoint in pieces, and where in its tensor each begins."""
     buffers = comparison.workers.buffers
     for info in infos:
@@ -220,7 +220,7 @@ class ProvenComparison(Comparison):
     def _is_same_copy(self, proven: _Proven) -> tuple[bool, list[NonFinite]]:
         """Whether a copied tensor has the bytes that were compared, and its NaN and Inf."""
         digest, (info,), non_finite = xxhash.xxh3_128(), proven.infos, []
-        for start, piece in _pieces(self, proven.infos):
+        for start, piece in _stored_bytes(self, proven.infos):
             digest.update(piece)
             entry = find_non_finite(info.key, piece, info.dtype, info.row_bytes, start)
             non_finite += [] if entry is None else [entry]

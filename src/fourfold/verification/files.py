@@ -12,7 +12,7 @@ from fourfold.verification.rules import Finding, finding
 
 def check_index(checkpoint: Checkpoint) -> Iterator[Finding]:
     """The index and the shards hold the same names."""
-    files, tensors = checkpoint.files, checkpoint.tensors
+    files, tensors = checkpoint.files, checkpoint.stored
     if files.weight_map is None:
         if len(files.shards) > 1:
             yield finding("index-missing", INDEX, f"{len(files.shards)} files, no index")
@@ -30,7 +30,7 @@ def check_index(checkpoint: Checkpoint) -> Iterator[Finding]:
 def check_total_size(checkpoint: Checkpoint) -> Iterator[Finding]:
     """The index's total_size is the sum of the tensors."""
     stated = checkpoint.files.total_size
-    actual = sum(info.nbytes for info in checkpoint.tensors.values())
+    actual = sum(info.nbytes for info in checkpoint.stored.values())
     if stated is not None and stated != actual:
         yield finding("index-total-size", INDEX, f"{stated:,} bytes stated, {actual:,} found")
 

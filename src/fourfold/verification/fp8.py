@@ -28,12 +28,13 @@ if TYPE_CHECKING:
 BOUND = 0.1
 E4M3_MAX = 448.0
 
-WEIGHT, SCALE, INPUT_SCALE = "weight", "weight_scale", "input_scale"
+WEIGHT, SCALE, INPUT_SCALE = LEAVES = "weight", "weight_scale", "input_scale"
+"""The last names of a linear's tensors."""
 
 
 @dataclass(frozen=True, slots=True)
 class Algo:
-    """An FP8 algorithm, as `quantized_layers` names it."""
+    """An FP8 algorithm, by the name that `quantized_layers` has for it."""
 
     codec: str
     has_input_scale: bool
@@ -66,7 +67,7 @@ class FP8Linear:
     name: str
     parts: Mapping[str, TensorInfo]
     """By the last name: weight, weight_scale, input_scale."""
-    algo: str
+    algo: str | None
     weight: EncodedWeight | None
     """The weight as a codec reads it; None if its tensors do not allow that."""
     codec: TensorCodec | None
@@ -98,12 +99,24 @@ class FP8Linear:
         return out
 
 
-def fp8_linear(name: str, parts: Mapping[str, TensorInfo], algo: str) -> FP8Linear:
-    """Describe the linear `name`, whose algorithm is `algo`, by its tensors."""
-    known, weight, scale = ALGOS.get(algo), parts[WEIGHT], parts.get(SCALE)
+def fp8_linear(
+    name: str, parts: Mapping[str, TensorInfo], algo: str | None, algos: Mapping[str, Algo]
+) -> FP8Linear:
+    """Describe the linear `name` by its tensors.
+
+    Args:
+        name: The linear's name.
+        parts: Its tensors by their last names; there is a weight.
+        algo: Its algorithm, as the configuration states it.
+        algos: The algorithms that the layout has.
+    """
+    known, weight, scale = algos.get(algo or ""), parts[WEIGHT], parts.get(SCALE)
     if known is None:
-        return FP8Linear(name, parts, algo, None, None, f"{algo} is not known here")
+        fault = f"stored in FP8, while the configuration says {algo or 'nothing'}"
+        return FP8Linear(name, parts, algo, None, None, fault)
     fits = scale is not None and len(weight.shape) == 2 and weight.dtype == "F8_E4M3"
+    is_exponent = scale is not None and scale.dtype in ("U8", "F8_E8M0")
+    fits = fits and is_exponent == (known.codec == "mxfp8")
     if not fits or scale is None or scale.shape not in known.scales(*weight.shape):
         shapes = ", ".join(f"{part} {x.dtype} {list(x.shape)}" for part, x in parts.items())
         return FP8Linear(name, parts, algo, None, None, f"{shapes}: not {algo}")
@@ -120,14 +133,14 @@ def fp8_linear(name: str, parts: Mapping[str, TensorInfo], algo: str) -> FP8Line
 def check_linears(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Each has the tensors, shapes and scales of its algorithm."""
     for linear in checkpoint.fp8.values():
-        if linear.weight is None:
+        if linear.weight is None or linear.algo is None:
             yield finding("fp8-tensors", linear.name, linear.fault)
             continue
-        algo, columns = ALGOS[linear.algo], linear.shape[1]
+        algo, columns = checkpoint.reader.fp8[linear.algo], linear.shape[1]
         if columns % algo.multiple:
             text = f"input dimension {columns}, not a multiple of {algo.multiple} ({linear.algo})"
             yield finding("input-alignment", linear.parts[WEIGHT].key, text)
-        yield from _input_scale(checkpoint, linear)
+        yield from _input_scale(checkpoint, linear, is_wanted=algo.has_input_scale)
         scale = checkpoint.rows(linear.parts[SCALE].key)
         is_byte = scale.dtype == torch.uint8
         values = (scale.view(torch.float8_e8m0fnu) if is_byte else scale).float()
@@ -138,16 +151,19 @@ def check_linears(checkpoint: Checkpoint) -> Iterator[Finding]:
     yield from _fused(checkpoint)
 
 
-def _input_scale(checkpoint: Checkpoint, linear: FP8Linear) -> Iterator[Finding]:
-    info, is_wanted = linear.parts.get(INPUT_SCALE), ALGOS[linear.algo].has_input_scale
-    name = f"{linear.name}.{INPUT_SCALE}"
+def _input_scale(
+    checkpoint: Checkpoint, linear: FP8Linear, *, is_wanted: bool
+) -> Iterator[Finding]:
+    info, name = linear.parts.get(INPUT_SCALE), f"{linear.name}.{INPUT_SCALE}"
     if info is None:
         if is_wanted:
             yield finding("input-scale-missing", name, f"missing ({linear.algo})")
     elif not is_wanted:
         yield finding("fp8-tensors", name, f"there is one ({linear.algo})")
     elif info.numel != 1:
-        yield finding("input-scale-shape", name, f"shape {list(info.shape)}, should be []")
+        yield finding(
+            "input-scale-shape", name, f"shape {list(info.shape)}, should hold one number"
+        )
     elif not 0 < (value := checkpoint.scalar(name)) < math.inf:
         yield finding("input-scale-nan", name, f"{value:g}")
 

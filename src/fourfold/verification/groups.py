@@ -12,7 +12,7 @@ from fourfold.models.fusion import KEEP_ALWAYS, fuse
 from fourfold.models.names import EXPERT_LINEAR
 from fourfold.models.peculiarities import Peculiarities
 from fourfold.verification.checkpoint import DOWN, Checkpoint
-from fourfold.verification.readers.base import GLOBAL_SCALE, INPUT_SCALE, MIXED
+from fourfold.verification.readers.base import GLOBAL_SCALE, INPUT_SCALE
 from fourfold.verification.rules import Finding, finding
 
 Group = tuple[str, ...]
@@ -113,8 +113,7 @@ _RULES = {
 def check_ignore(checkpoint: Checkpoint, embeddings: frozenset[str] = frozenset()) -> list[Finding]:
     """Judge the ignore list under the matching of each engine.
 
-    Linears that engines build unquantized whatever the checkpoint says need no entry. Nor does any
-    linear under MIXED_PRECISION, where `quantized_layers` names those that are quantized, nor do
+    Linears that engines build unquantized whatever the checkpoint says need no entry. Nor do
     `embeddings`, whose names may not show what they are.
     """
     always = re.compile("|".join(KEEP_ALWAYS))
@@ -126,8 +125,6 @@ def check_ignore(checkpoint: Checkpoint, embeddings: frozenset[str] = frozenset(
         rule = _RULES[mismatch.found]
         if mismatch.expected is Verdict.MIXED:
             continue  # `check_partial` has a finding for it
-        if checkpoint.quant.algo == MIXED and rule == "ignore-lacks-unquantized":
-            continue
         is_refused = rule == "ignore-refused" and mismatch.pattern is not None
         place = mismatch.pattern if is_refused else mismatch.module
         by_place[rule, str(place)].append(mismatch)

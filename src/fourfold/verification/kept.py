@@ -30,7 +30,7 @@ class _Piece:
 
 def pieces_to_read(checkpoint: Checkpoint) -> list[_Piece]:
     """Return the pieces of every tensor of floats that is no part of a quantized linear."""
-    scales = {*checkpoint.reader.leaves.values(), *KV_SCALES} - {"weight"}
+    scales = {*checkpoint.reader.scales, *KV_SCALES}
     return [
         _Piece(info, start, min(CHUNK_BYTES, info.nbytes - start))
         for name, info in checkpoint.tensors.items()

@@ -15,7 +15,7 @@ from fourfold.models.regions import Region, whole
 from fourfold.storage.safetensors_header import TensorInfo
 from fourfold.verification.checkpoint import Checkpoint, QuantizedLinear
 from fourfold.verification.fp8 import FP8Linear
-from fourfold.verification.readers.base import KV_SCALES, PARTS, WEIGHT
+from fourfold.verification.readers.base import KV_SCALES, WEIGHT
 from fourfold.verification.rules import Finding, finding
 
 Linear = QuantizedLinear | FP8Linear
@@ -88,7 +88,7 @@ class Matching:
         self._pair(self._linears[linear.name], linear.region, linear.role)
 
     def _claim(self, packed: str) -> None:
-        self._claimed.update(self.checkpoint.tensor_name(packed, part) for part in PARTS)
+        self._claimed.update(info.key for info in self._linears[packed].parts.values())
 
     def _pair(self, packed: Linear, region: Region, role: str) -> None:
         if not packed.is_sound:
@@ -141,15 +141,15 @@ class Matching:
         self.findings.append(finding("tensor-lost", name, text))
 
     def _extra(self) -> Iterator[Finding]:
-        leaves = self.checkpoint.reader.leaves
         for name in sorted(self.checkpoint.tensors.keys() - self._claimed):
             stem, _, leaf = name.rpartition(".")
             if leaf in KV_SCALES:
                 continue
-            if leaf in leaves.values() and stem in self._packed:
-                if leaf == leaves[WEIGHT]:
+            info = self.checkpoint.tensors[name]
+            parts = self._linears[stem].parts if stem in self._linears else {}
+            if info in parts.values():
+                if info == parts.get(WEIGHT):
                     yield finding("tensor-extra", stem, "a quantized linear, not in the source")
                 continue
-            info = self.checkpoint.tensors[name]
             why = "its parts are there, too" if name in self.source else "not in the source"
             yield finding("tensor-extra", name, f"{info.dtype} {list(info.shape)}, {why}")

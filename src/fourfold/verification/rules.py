@@ -77,14 +77,17 @@ _RULES = (
          "vLLM and SGLang choose another loader, which fails on the scales or reads them wrongly"),
     Rule("quant-algo", _E, "quant_algo is NVFP4, W4A16_NVFP4 or MIXED_PRECISION.",
          "vLLM, SGLang and TensorRT-LLM refuse the checkpoint or look for other tensors"),
-    Rule("group-size", _E, "group_size is 16, wherever it stands.",
+    Rule("group-size", _E, "group_size is 16, wherever it stands; in the compressed-tensors layout "
+         "32 for MXFP8, and 128 for the inputs of FP8 blocks.",
          "block scales are read with the wrong stride, or refused"),
     Rule("config-groups", _E, "config_groups describe what quant_algo says: 4-bit float weights; "
-         "4-bit float activations under NVFP4, none under W4A16_NVFP4.",
+         "4-bit float activations under NVFP4, none under W4A16_NVFP4; in the compressed-tensors "
+         "layout, what the format of the group needs.",
          "vLLM and compressed-tensors readers build other layers than the tensors need"),
-    Rule("config-format", _E, "In the compressed-tensors layout the format of a group of NVFP4 "
-         "weights is nvfp4-pack-quantized.",
-         "SGLang refuses it; transformers unpacks the codes as those of another format"),
+    Rule("config-format", _E, "In the compressed-tensors layout the format of a group is "
+         "nvfp4-pack-quantized, float-quantized (FP8) or mxfp8-quantized, as its weights are; that "
+         "of the whole is the same, or mixed-precision where the groups differ.",
+         "SGLang refuses it; transformers reads the codes as those of another format"),
     Rule("config-status", _E, "In the compressed-tensors layout quantization_status is "
          "compressed.", "transformers builds layers with other parameters, and does not load them"),
     Rule("config-targets", _E, "In the compressed-tensors layout every reader finds a quantized "
@@ -246,6 +249,8 @@ _RULES = (
          "values.", "nearly equal experts may have been swapped, or the scales chosen badly"),
     Rule("source-not-finite", _E, "The source's weights are finite.",
          "the source itself gives NaN; nothing can be said of the quantized weight"),
+    Rule("reference-differs", _E, "The reference is what the source was made from.",
+         "the errors against it say nothing of the output; give the right one, without NaN"),
 )  # fmt: skip
 
 RULES: Mapping[str, Rule] = {rule.id: rule for rule in _RULES}

@@ -11,6 +11,7 @@ from fourfold.models.families import family_of
 from fourfold.models.names import EXPERT_LINEAR
 from fourfold.storage.safetensors_header import FLOATS, TensorInfo
 from fourfold.verification.checkpoint import DOWN, NVFP4, Checkpoint, QuantizedLinear, block_scales
+from fourfold.verification.fp8 import LEAVES
 from fourfold.verification.readers.base import (
     BLOCK_SCALE,
     GLOBAL_SCALE,
@@ -102,10 +103,15 @@ def check_alignment(checkpoint: Checkpoint) -> Iterator[Finding]:
 def check_unexpected(checkpoint: Checkpoint) -> Iterator[Finding]:
     """Every tensor is one that the layout has."""
     reader = checkpoint.reader
-    allowed = {*reader.leaves.values(), *KV_SCALES, "bias"}
     for name in sorted(checkpoint.tensors):
         stem, _, leaf = name.rpartition(".")
-        if (stem in checkpoint.linears and leaf not in allowed) or reader.leftover.search(name):
+        if stem in checkpoint.fp8:
+            is_allowed = leaf in (*LEAVES, *KV_SCALES, "bias")
+        else:
+            is_allowed = not reader.leftover.search(name)
+            if stem in checkpoint.linears:
+                is_allowed &= leaf in (*reader.leaves.values(), *KV_SCALES, "bias")
+        if not is_allowed:
             info = checkpoint.tensors[name]
             yield finding("tensor-unexpected", name, f"{info.dtype} {list(info.shape)}")
 

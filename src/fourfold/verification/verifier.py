@@ -10,15 +10,14 @@ Memory is a few buffers per thread, whatever the model's size.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fourfold.errors import FourfoldError, SourceError, UnreadableError
+from fourfold.errors import FourfoldError, UnreadableError
 from fourfold.events import OnEvent, ignore
 from fourfold.models.inventory import Inventory
 from fourfold.models.inventory_builder import take_inventory
@@ -28,10 +27,11 @@ from fourfold.storage.names import CONFIG
 from fourfold.storage.source import Source
 from fourfold.verification import completeness, files, fp8, groups, kept, structure, values
 from fourfold.verification.checkpoint import Checkpoint, open_checkpoint
-from fourfold.verification.compare import Comparison, LinearError
+from fourfold.verification.compare import LinearError
 from fourfold.verification.evidence import Evidence, ProvenComparison
 from fourfold.verification.match import Linear, Matching
 from fourfold.verification.readers.base import BLOCK_SCALE, INPUT_SCALE, KV_SCALES, WEIGHT
+from fourfold.verification.reference import check_reference, judge_reference, reference_errors
 from fourfold.verification.report import Counts, Report
 from fourfold.verification.rules import RULES, Finding, Severity, finding
 from fourfold.verification.streaming import Workers
@@ -65,21 +65,28 @@ def verify(
     """
     workers = Workers(threads, on_event)
     try:
-        with closing(open_checkpoint(Path(out).expanduser())) as checkpoint:
-            trusted = trust_remote_code
+        with closing(open_checkpoint(Path(out).expanduser())) as checkpoint, ExitStack() as stack:
+            trusted, reference_source = trust_remote_code, None
+            if reference is not None:  # before anything is read
+                reference_source = stack.enter_context(opened(reference, trust_remote_code=trusted))
+                reference_inventory = check_reference(reference_source, _shapes(checkpoint))
             if source is None:
                 report = _verify(checkpoint, None, None, workers, {})
             else:
                 with opened(source, hf_config, trust_remote_code=trusted, dtype=dtype) as original:
                     inventory = take_inventory(original)
                     report = _verify(checkpoint, original, inventory, workers, evidence or {})
-            if reference is None:
+            if reference_source is None:
                 return report
-            with opened(reference, trust_remote_code=trusted) as original:
-                errors = _reference_errors(checkpoint, original, workers)
-                return replace(
-                    report, reference=str(original.place), reference_errors=_by_name(errors)
-                )
+            errors = reference_errors(checkpoint, reference_source, reference_inventory, workers)
+            place = str(reference_source.place)
+            findings = [*report.findings, *judge_reference(errors, place)]
+            return replace(
+                report,
+                findings=tuple(sorted(findings, key=_order)),
+                reference=place,
+                reference_errors=_by_name(errors),
+            )
     except FourfoldError as error:
         raise UnreadableError(str(error)) from error
 
@@ -135,20 +142,10 @@ def _by_name(errors: Iterable[LinearError]) -> tuple[LinearError, ...]:
     return tuple(sorted(errors, key=lambda error: error.name))
 
 
-def _reference_errors(
-    checkpoint: Checkpoint, reference: Source, workers: Workers
-) -> list[LinearError]:
-    """The error of each quantized weight against that of another checkpoint of the model."""
-    matching = Matching(checkpoint, reference.tensors, take_inventory(reference))
-    missing = checkpoint.linears.keys() - {pair.linear.name for pair in matching.pairs}
-    if missing:
-        raise SourceError(
-            f"{reference.place}: {min(missing)}: no weight of this name and shape "
-            f"({len(missing):,} in all). Give as `reference` the checkpoint that the source was "
-            "quantized from."
-        )
-    workers.total = workers.done + sum(math.prod(pair.linear.shape) * 2 for pair in matching.pairs)
-    return Comparison(checkpoint, reference, workers).errors(matching.pairs)
+def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
+    """The shape [out, in] of each quantized weight that can be read."""
+    linears: list[Linear] = [*checkpoint.linears.values(), *checkpoint.fp8.values()]
+    return {linear.name: linear.shape for linear in linears if linear.is_sound}
 
 
 def _order(breach: Finding) -> tuple[bool, int, str, str]:
@@ -168,7 +165,7 @@ def _counts(
 ) -> Counts:
     sound: list[Linear] = [*checkpoint.sound, *(x for x in checkpoint.fp8.values() if x.is_sound)]
     return Counts(
-        tensors=len(checkpoint.tensors),
+        tensors=len(checkpoint.stored),
         quantized_linears=len(checkpoint.quantized),
         quantized_weights=sum(outs * ins for outs, ins in (q.shape for q in sound)),
         unquantized_linears=len(checkpoint.kept),

@@ -23,6 +23,7 @@ from fourfold.formats.nvfp4.simd import (
     LANES,
     as_bits,
     as_float,
+    bf16_bits,
     e4m3_byte,
     entry_point,
     exact,
@@ -127,14 +128,6 @@ def _value(byte: Any) -> Any:
 
 
 @exact
-def _bf16(x: Any) -> Any:
-    """The bf16 bits of a float32, to the nearest even; NaN stays NaN."""
-    bits = as_bits(x)
-    rounded = u32(u32(bits + u32(0x7FFF) + ((bits >> u32(16)) & u32(1))) >> u32(16))
-    return u16(rounded if x == x else u32(0x7FC0))
-
-
-@exact
 def _spread(scales: Any, width: int, columns: int, row: Any) -> None:
     """Give each of `width` columns the scale of its block in `row`."""
     for block in range(scales.size):
@@ -152,7 +145,7 @@ def _to_bf16(codes: Any, scales: Any, out: Any, first: int, height: int, width: 
             last = (first + row) // height
             _spread(scales[last], width, columns, scale)
         for column in range(columns):
-            out[row, column] = _bf16(_value(u32(codes[row, column])) * scale[column])
+            out[row, column] = u16(bf16_bits(_value(u32(codes[row, column])) * scale[column]))
 
 
 @entry_point

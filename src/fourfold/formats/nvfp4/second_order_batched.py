@@ -121,9 +121,9 @@ class RoundedBatch:
         den_N = (weighted_NOI * self.values_NOI).sum(dim=(1, 2), dtype=torch.float64)
         ratio_N = num_N / den_N
         moves_N = (num_N > 0) & (den_N > 0) & ((ratio_N - 1).abs() > LEAST_SCALE_GAIN)
-        self.group_scale_N = torch.where(
-            moves_N, (self.group_scale_N.double() * ratio_N).float(), self.group_scale_N
-        )
+        mantissa_N, exponent_N = (self.group_scale_N.double() * ratio_N).frexp()
+        better_N = ((mantissa_N * 4096).round() / 4096).ldexp(exponent_N).float()
+        self.group_scale_N = torch.where(moves_N, better_N, self.group_scale_N)
         scale_NOB = _SCALES.to(ratio_N.device)[self.scales_NOB.long()]
         step_NOB = scale_NOB * self.group_scale_N[:, None, None]
         self.values_NOI = e2m1.decode(self.codes_NOI) * step_NOB.repeat_interleave(BLOCK, dim=2)

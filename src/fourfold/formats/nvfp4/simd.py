@@ -32,6 +32,7 @@ from fourfold.formats.nvfp4.sweep import BFLOAT16, FLOAT32
 
 BLOCK_SIZE = 16
 LANES = 64
+TILE, LINE = 64, 16  # rows and columns of what is transposed at a time
 
 
 # Rows of the scratch buffer, as offsets.
@@ -50,7 +51,8 @@ STAGE_SIZE = 8 * LANES  # uint64: the raw words of 64 blocks of the widest dtype
 f32, u32, u64 = np.float32, np.uint32, np.uint64
 
 _TWO_M9, _TWO_M24 = f32(2.0**-9), f32(2.0**-24)
-_SIX, _INF = f32(6), f32(np.inf)
+_SIX, _INF, _HALF = f32(6), f32(np.inf), f32(0.5)
+_TWICE_E2M1 = u32(0xC8643210)  # nibble c is twice the magnitude of code c
 _EXPONENT, _ONE_BITS, _ROUNDER = u32(0x7F800000), u32(0x3F800000), u32(22 << 23 | 0x400000)
 _E4M3_NORMAL, _E4M3_ROUNDER = u32(121 << 23), u32(20 << 23 | 0x400000)
 
@@ -179,6 +181,35 @@ def e2m1_code(x: Any) -> Any:
     rounder = u32(exponent + _ROUNDER)
     count = u32(as_bits(x + as_float(rounder)) - rounder)
     return u32(count + u32(u32(exponent - _ONE_BITS) >> u32(22)))
+
+
+@exact
+def e2m1_value(word: Any, k: int) -> Any:
+    """The float32 value of E2M1 code k of a word of eight."""
+    nibble = u32(word >> u32(4 * k))
+    twice = u32(u32(_TWICE_E2M1 >> u32((nibble & u32(7)) << u32(2))) & u32(15))
+    q = f32(np.int32(twice)) * _HALF
+    return as_float(u32(as_bits(q) | u32((nibble & u32(8)) << u32(28))))
+
+
+@exact
+def bf16_bits(x: Any) -> Any:
+    """The bf16 bits (uint32) of a float32, to the nearest even; NaN stays NaN."""
+    bits = as_bits(x)
+    rounded = u32(u32(bits + u32(0x7FFF) + ((bits >> u32(16)) & u32(1))) >> u32(16))
+    return u32(rounded if x == x else u32(0x7FC0))
+
+
+@exact
+def load_tile(words: Any, row: int, column: int, rows: int, columns: int, tile: Any) -> None:
+    """Fill `tile`, uint32 [LINE, TILE] in one row, with some words of a matrix, transposed.
+
+    A row of the matrix gives one line of a CPU's cache.
+    """
+    for r in range(rows):
+        line = words[row + r, column : column + columns]
+        for c in range(columns):
+            put(tile, c * TILE + r, u32(get(line, c)))
 
 
 @exact

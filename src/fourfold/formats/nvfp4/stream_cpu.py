@@ -20,6 +20,8 @@ from fourfold.formats.nvfp4.simd import (
     STAGE_SIZE,
     as_bits,
     as_float,
+    bf16_bits,
+    e2m1_value,
     entry_point,
     exact,
     get,
@@ -33,8 +35,6 @@ from fourfold.formats.nvfp4.sweep import FLOAT32
 
 f32, u32, u64 = np.float32, np.uint32, np.uint64
 
-_HALF = f32(0.5)
-_TWICE_E2M1 = u32(0xC8643210)  # nibble c is 2·q of code c
 _CODES_LOW = SIGN_LOW - 2 * LANES  # rows of the search that these passes use for the packed codes
 _CODES_HIGH = SIGN_LOW - LANES
 _SCALE = SIGN_LOW - 3 * LANES
@@ -55,30 +55,13 @@ def _load_codes(f: Any, codes: int, scales: int, blocks: int, values: Any, scale
 
 
 @exact
-def _value(word: Any, k: int) -> Any:
-    """The float32 value of E2M1 code k of a word of eight."""
-    nibble = u32(word >> u32(4 * k))
-    twice = u32(u32(_TWICE_E2M1 >> u32((nibble & u32(7)) << u32(2))) & u32(15))
-    q = f32(np.int32(twice)) * _HALF
-    return as_float(u32(as_bits(q) | u32((nibble & u32(8)) << u32(28))))
-
-
-@exact
 def _dequantize_lanes(f: Any) -> None:
     for lane in range(LANES):
         m = get(f, _SCALE + lane)
         low, high = as_bits(get(f, _CODES_LOW + lane)), as_bits(get(f, _CODES_HIGH + lane))
         for k in range(8):
-            put(f, k * LANES + lane, _value(low, k) * m)
-            put(f, (k + 8) * LANES + lane, _value(high, k) * m)
-
-
-@exact
-def _bf16(x: Any) -> Any:
-    """The bf16 bits of a float32, to the nearest even; NaN stays NaN."""
-    bits = as_bits(x)
-    rounded = u32(u32(bits + u32(0x7FFF) + ((bits >> u32(16)) & u32(1))) >> u32(16))
-    return u64(rounded if x == x else u32(0x7FC0))
+            put(f, k * LANES + lane, e2m1_value(low, k) * m)
+            put(f, (k + 8) * LANES + lane, e2m1_value(high, k) * m)
 
 
 @exact
@@ -86,9 +69,10 @@ def _words_bf16(f: Any, raw: Any) -> None:
     for lane in range(LANES):
         for j in range(4):
             row = 4 * j * LANES + lane
-            low = _bf16(get(f, row)) | (_bf16(get(f, row + LANES)) << u64(16))
-            high = _bf16(get(f, row + 2 * LANES)) | (_bf16(get(f, row + 3 * LANES)) << u64(16))
-            put(raw, j * LANES + lane, low | (high << u64(32)))
+            low = bf16_bits(get(f, row)) | (bf16_bits(get(f, row + LANES)) << u32(16))
+            third, fourth = get(f, row + 2 * LANES), get(f, row + 3 * LANES)
+            high = bf16_bits(third) | (bf16_bits(fourth) << u32(16))
+            put(raw, j * LANES + lane, u64(u32(low)) | (u64(u32(high)) << u64(32)))
 
 
 @exact
@@ -137,7 +121,7 @@ def _squares(f: Any, sums: Any) -> None:
         for k in range(8):  # the xor leaves q negative where its sign is not that of w
             a = np.float64(get(f, k * LANES + lane))
             b = np.float64(get(f, (k + 8) * LANES + lane))
-            d, e = a - np.float64(_value(low, k)) * m, b - np.float64(_value(high, k)) * m
+            d, e = a - np.float64(e2m1_value(low, k)) * m, b - np.float64(e2m1_value(high, k)) * m
             error += d * d + e * e
             energy += a * a + b * b
         put(sums, lane, get(sums, lane) + error)

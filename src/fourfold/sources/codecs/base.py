@@ -22,8 +22,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from fourfold.errors import SourceError
+from fourfold.errors import DamagedError
 from fourfold.formats.registry import Registry
+from fourfold.formats.scheme import Scheme
+from fourfold.layouts.recognition import with_nested
 from fourfold.storage.safetensors_header import COMPUTE_DTYPES, TORCH_DTYPES, TensorInfo, nbytes_of
 from fourfold.storage.source import FP8Weight, Slab
 
@@ -33,6 +35,7 @@ ReadRows = Callable[[str, int, int], torch.Tensor]
 FLOAT_DTYPES = {str(TORCH_DTYPES[name]).removeprefix("torch."): name for name in COMPUTE_DTYPES}
 """The dtypes that weights can be presented in, by PyTorch's name: `bfloat16` → `BF16`."""
 
+REMEDY = "Download the checkpoint again, or give the BF16 one."
 
 QUANTIZED_TWICE = (
     "weights that were quantized to 4 bits lose again; start from the checkpoint that they were "
@@ -67,6 +70,16 @@ class InputRounding(NamedTuple):
     """A name in `FORMATS`."""
     scale: float | None
     """The scale that the checkpoint stores; None if engines choose it for each input."""
+
+
+class StoredParts(NamedTuple):
+    """A weight whose stored tensors are those of a format here."""
+
+    scheme: Scheme
+    rows: Mapping[str, str]
+    """The stored tensors with the format's row parts, of the same bytes."""
+    numbers: Mapping[str, float]
+    """The parts of weight and inputs that are single numbers."""
 
 
 class TensorCodec(ABC):
@@ -122,6 +135,10 @@ class TensorCodec(ABC):
         """Return the codes and scales of a matrix in FP8; None for any other weight."""
         return None
 
+    def stored_parts(self, weight: EncodedWeight, read: ReadRows) -> StoredParts | None:
+        """Return a weight's tensors as the parts of a format; None if no format here has them."""
+        return None
+
     def hidden(self, tensors: Mapping[str, TensorInfo]) -> Collection[str]:
         """Return further tensors that exist for quantization only, such as scales of KV caches."""
         return ()
@@ -149,12 +166,14 @@ class MXFP4Codec(TensorCodec):
 
 CODECS: Registry[TensorCodec] = Registry(
     {
+        "nvfp4_stacked": "fourfold.sources.codecs.nvfp4_stacked:StackedNVFP4",
         "modelopt_nvfp4": "fourfold.sources.codecs.modelopt_nvfp4:ModelOptNVFP4",
         "nvfp4_packed": "fourfold.sources.codecs.nvfp4_packed:NVFP4Packed",
         "mxfp4_gpt_oss": "fourfold.sources.codecs.mxfp4_gpt_oss:MXFP4GptOss",
         "mxfp4": "fourfold.sources.codecs.mxfp4:MXFP4",
         "int4_packed": "fourfold.sources.codecs.int4_packed:INT4Packed",
         "int8_packed": "fourfold.sources.codecs.int4_packed:INT8Packed",
+        "int8_plain": "fourfold.sources.codecs.int8_plain:INT8Plain",
         "int4_awq": "fourfold.sources.codecs.int4_awq:INT4AWQ",
         "int4_gptq": "fourfold.sources.codecs.int4_gptq:INT4GPTQ",
         "int8_gptq": "fourfold.sources.codecs.int4_gptq:INT8GPTQ",
@@ -173,8 +192,12 @@ def presented(
 
     Its dtype is the one that `config` names, BF16 if that names no floating-point dtype.
     """
-    parts = (config, *(value for value in config.values() if isinstance(value, dict)))
-    names = (str(part[key]) for part in parts for key in ("dtype", "torch_dtype") if key in part)
+    names = (
+        str(part[key])
+        for part in with_nested(config)
+        for key in ("dtype", "torch_dtype")
+        if key in part
+    )
     dtype = next((FLOAT_DTYPES[name] for name in names if name in FLOAT_DTYPES), "BF16")
     return in_dtype(replace(first, key=key, shape=shape), dtype)
 
@@ -185,10 +208,10 @@ def in_dtype(info: TensorInfo, dtype: str) -> TensorInfo:
 
 
 def positive_scale(name: str, scale: torch.Tensor) -> float:
-    """Return a scalar scale; `SourceError` unless it is positive and finite."""
+    """Return a scalar scale; `DamagedError` unless it is positive and finite."""
     value = float(scale)
     if not (math.isfinite(value) and value > 0):
-        raise SourceError(
+        raise DamagedError(
             f"{name}: {value}; a scale must be positive and finite. Quantize the model again."
         )
     return value

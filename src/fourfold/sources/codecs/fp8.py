@@ -27,12 +27,16 @@ from typing import Any, ClassVar
 
 import torch
 
-from fourfold.errors import SourceError
+from fourfold.errors import DamagedError, SourceError
+from fourfold.formats.base import FORMATS
+from fourfold.formats.scheme import Scheme
 from fourfold.layouts.recognition import stated_quantizations
 from fourfold.sources.codecs.base import (
+    REMEDY,
     EncodedWeight,
     InputRounding,
     ReadRows,
+    StoredParts,
     TensorCodec,
     positive_scale,
     presented,
@@ -58,7 +62,6 @@ _INPUT_SCALE = re.compile(
 )
 _CACHE_SCALE = re.compile(r"\.(q|k|v|qkv)_proj\.output_scale$|\.(q|k|v|kv|prob)_scale$")
 _CHUNK = 1 << 22  # codes that are read at a time: few enough to stay in a CPU's cache
-_REMEDY = "Download the checkpoint again, or give the BF16 one."
 
 
 class Kind(Enum):
@@ -85,6 +88,7 @@ class EncodedFP8(EncodedWeight):
     """One FP8 weight."""
 
     grid: Grid
+    scale: TensorInfo
     is_rounded_to_scale: bool
     """True if the product is rounded to the scale's dtype before it is rounded to the weight's."""
     inputs: str | None
@@ -101,7 +105,8 @@ class FP8Codec(TensorCodec):
     def claim(
         self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
     ) -> Mapping[str, EncodedWeight]:
-        sizes = tuple(_stated_block_sizes(config)) or (DEFAULT_BLOCK,)
+        stated = tuple(_stated_block_sizes(config))
+        sizes = stated or (DEFAULT_BLOCK,)
         rounds_inputs = _rounds_inputs(config)
         weights: dict[str, EncodedWeight] = {}
         for key, codes in tensors.items():
@@ -114,8 +119,9 @@ class FP8Codec(TensorCodec):
                     presented(codes, key, codes.shape, config),
                     {CODES: key, SCALE: scale.key},
                     grid=grid,
+                    scale=scale,
                     is_rounded_to_scale=scale.key.endswith("weight_scale"),
-                    inputs=_inputs(codes, scale, grid) if rounds_inputs else None,
+                    inputs=_inputs(codes, scale, grid, bool(stated)) if rounds_inputs else None,
                     static_scale=_static_scale_of(key, tensors),
                 )
         return weights
@@ -154,6 +160,24 @@ class FP8Codec(TensorCodec):
 
         return FP8Weight(weight.grid.block, codes, scales)
 
+    def stored_parts(self, weight: EncodedWeight, read: ReadRows) -> StoredParts | None:
+        assert isinstance(weight, EncodedFP8)
+        rounding, shape = self.input_rounding(weight, read), weight.info.shape
+        if rounding is None or len(shape) != 2:
+            return None
+        fmt, rows = FORMATS[rounding.format], {"codes": weight.parts[CODES]}
+        ((part, (dtype, of_scales)),) = (x for x in fmt.parts(shape).items() if x[0] not in rows)
+        stored = weight.scale.dtype.replace("F8_E8M0", "U8")
+        if (stored, weight.scale.numel) != (dtype, math.prod(of_scales)):
+            return None
+        scale = rounding.scale
+        numbers = {} if scale is None else dict.fromkeys(fmt.input_parts(), scale)
+        if part == fmt.group_part:
+            numbers[part] = positive_scale(weight.scale.key, read(weight.scale.key, 0, 1))
+        else:
+            rows[part] = weight.scale.key
+        return StoredParts(Scheme(fmt.name, "max", fmt.name), rows, numbers)
+
     def hidden(self, tensors: Mapping[str, TensorInfo]) -> Collection[str]:
         return [key for key in tensors if _is_static_scale(key, tensors)]
 
@@ -177,8 +201,12 @@ def _stated_block_sizes(config: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
             yield from _stated_block_sizes(value)
         elif name in ("weight_block_size", "block_structure"):
             match value.split("x") if isinstance(value, str) else value:
-                case [height, width] if str(height).isdecimal() and str(width).isdecimal():
+                case [height, width] if _is_size(height) and _is_size(width):
                     yield max(1, int(height)), max(1, int(width))
+
+
+def _is_size(value: Any) -> bool:
+    return re.fullmatch(r"[0-9]{1,9}", str(value)) is not None
 
 
 def _rounds_inputs(config: Mapping[str, Any]) -> bool:
@@ -189,12 +217,13 @@ def _rounds_inputs(config: Mapping[str, Any]) -> bool:
     return not fp8 or any(group.get("input_activations") for group in fp8)
 
 
-def _inputs(codes: TensorInfo, scale: TensorInfo, grid: Grid) -> str | None:
+def _inputs(codes: TensorInfo, scale: TensorInfo, grid: Grid, states_blocks: bool) -> str | None:
     """The format that engines round inputs to, if the checkpoint stores no scale for them; None if
     no format here has groups of that width."""
     if grid.kind is Kind.MX:
         return "mxfp8"
     is_named_block = scale.key.endswith("_inv") or len(scale.shape) == len(codes.shape) + 2
+    is_named_block |= states_blocks and scale.shape == (1, 1)
     is_one_block = is_named_block and codes.shape[-1] <= DEFAULT_BLOCK[1]
     if grid.kind is Kind.CHANNEL and not is_one_block:
         return "fp8_channel"
@@ -220,7 +249,7 @@ def _scale_of(key: str, tensors: Mapping[str, TensorInfo]) -> TensorInfo:
         names = [f"{stem}.{name}" for name in _LINEAR_SCALES]
     scale = next((tensors[name] for name in names if name in tensors), None)
     if scale is None:
-        raise SourceError(f"{key}: FP8 without {_leaf(names[0])} or {_leaf(names[1])}. {_REMEDY}")
+        raise SourceError(f"{key}: FP8 without {_leaf(names[0])} or {_leaf(names[1])}. {REMEDY}")
     return scale
 
 
@@ -239,7 +268,7 @@ def _grid(codes: TensorInfo, scale: TensorInfo, sizes: tuple[tuple[int, int], ..
             f"{scale.key}: {scale.dtype} {list(scale.shape)} does not fit {_leaf(codes.key)} "
             f"{list(codes.shape)}, neither per tensor or channel nor in blocks of {blocks}. "
             "If its blocks are of another size, state it as weight_block_size in "
-            f"quantization_config of config.json. Else: {_REMEDY[0].lower()}{_REMEDY[1:]}"
+            f"quantization_config of config.json. Else: {REMEDY[0].lower()}{REMEDY[1:]}"
         )
     return Grid(grid.kind, grid.block, scale.numel == 1)
 
@@ -334,5 +363,5 @@ def _multipliers(name: str, scales: torch.Tensor) -> torch.Tensor:
     usable = factors.isfinite() & (factors >= 0)
     if not usable.all():
         value = float(factors[~usable][0])
-        raise SourceError(f"{name}: {value}; a scale must be finite and not negative. {_REMEDY}")
+        raise DamagedError(f"{name}: {value}; a scale must be finite and not negative. {REMEDY}")
     return factors

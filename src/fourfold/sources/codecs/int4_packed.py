@@ -14,19 +14,18 @@ groups of modules a weight belongs to. Without it, codes have 4 bits.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
-from fourfold.errors import SourceError
-from fourfold.sources.codecs.base import EncodedWeight, ReadRows, TensorCodec, presented
+from fourfold.errors import DamagedError, SourceError
+from fourfold.layouts.recognition import is_target, targets_of
+from fourfold.sources.codecs.base import REMEDY, EncodedWeight, ReadRows, TensorCodec, presented
 from fourfold.sources.codecs.integers import (
     CHUNK,
     LOSES_AGAIN,
-    REMEDY,
     SCALE_DTYPES,
     check_finite,
     groups_of,
@@ -82,15 +81,18 @@ class PackedIntegers(TensorCodec):
     def claim(
         self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
     ) -> Mapping[str, EncodedWeight]:
-        packings = list(_packings(config)) or [Packing()]
+        packings = list(packings_in(config)) or [Packing()]
         weights: dict[str, EncodedWeight] = {}
         for key, codes in tensors.items():
             stem, _, leaf = key.rpartition(".")
             if leaf != CODES or codes.dtype != "I32":
                 continue
             weight = _weight(stem, codes, tensors, packings, config)
-            if weight.bits == self.bits:
-                weights[f"{stem}.weight"] = weight
+            if weight.bits != self.bits:
+                continue
+            if SHAPE not in weight.parts:
+                raise SourceError(f"{stem}.{SHAPE}: missing beside {key}. {REMEDY}")
+            weights[f"{stem}.weight"] = weight
         return weights
 
     def decode(
@@ -147,13 +149,13 @@ def _is_static_scale(key: str, tensors: Mapping[str, TensorInfo]) -> bool:
     return leaf in _KV_SCALES or (leaf in _STATIC and f"{stem}.{CODES}" in tensors)
 
 
-def _packings(config: Mapping[str, Any]) -> Iterator[Packing]:
+def packings_in(config: Mapping[str, Any]) -> Iterator[Packing]:
     """Yield what a configuration says of integer weights, in its nested parts, too."""
     for name, value in config.items():
         if name == "config_groups" and isinstance(value, dict):
             yield from (_packing(group) for group in value.values() if _has_integers(group))
         elif isinstance(value, dict):
-            yield from _packings(value)
+            yield from packings_in(value)
 
 
 def _has_integers(group: Any) -> bool:
@@ -162,23 +164,20 @@ def _has_integers(group: Any) -> bool:
 
 
 def _packing(group: Mapping[str, Any]) -> Packing:
-    weights, targets = group["weights"], group.get("targets") or ()
+    weights = group["weights"]
     bits, width = weights.get("num_bits"), weights.get("group_size")
     return Packing(
         bits=bits if isinstance(bits, int) and 0 < bits <= 8 else 4,
         group=width if isinstance(width, int) and width > 0 else None,
         is_symmetric=weights.get("symmetric") is not False,
-        targets=tuple(str(target) for target in targets),
+        targets=tuple(targets_of(group)),
         is_stated=True,
     )
 
 
 def _is_target(packing: Packing, linear: str) -> bool:
     """True if a module is named, not only its class."""
-    return any(
-        re.match(target[3:], linear) is not None if target.startswith("re:") else target == linear
-        for target in packing.targets
-    )
+    return any(is_target(target, linear) for target in packing.targets)
 
 
 def _weight(
@@ -248,12 +247,10 @@ def _check_parts(
 
 def _check_shape(weight: PackedWeight, read: ReadRows) -> None:
     """The last word of a row may hold fewer codes than it could, which headers do not show."""
-    name = weight.parts.get(SHAPE)
-    if name is None:
-        return
+    name = weight.parts[SHAPE]
     shape = tuple(read(name, 0, 2).tolist())
     if shape != weight.info.shape:
-        raise SourceError(
+        raise DamagedError(
             f"{name}: {list(shape)}, but the codes beside it are those of a weight "
             f"{list(weight.info.shape)}. {REMEDY}"
         )

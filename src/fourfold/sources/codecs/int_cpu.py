@@ -17,7 +17,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fourfold.formats.nvfp4.simd import as_bits, as_float, entry_point, exact, get, put
+from fourfold.formats.nvfp4.simd import (
+    LINE,
+    TILE,
+    as_bits,
+    as_float,
+    bf16_bits,
+    entry_point,
+    exact,
+    get,
+    load_tile,
+    put,
+)
 
 f32, u8, u16, u32 = np.float32, np.uint8, np.uint16, np.uint32
 
@@ -26,7 +37,6 @@ _ROUNDING = {torch.float32: _NONE, torch.bfloat16: _BF16, torch.float16: _F16}
 _MIN_NORMAL_F16, _MAX_F16, _INF = f32(2.0**-14), f32(65520), f32(np.inf)
 _TWO_24 = f32(2.0**24)
 _HALF = f32(0.5)  # float32 numbers from here to 1 lie 2⁻²⁴ apart, as subnormal fp16 numbers do
-_TILE, _LINE = 64, 16
 _SHIFTS = np.array([0, 16, 4, 20, 8, 24, 12, 28], dtype=np.uint32)
 
 Groups = npt.NDArray[np.int32]
@@ -75,14 +85,6 @@ def unpack_awq(words: torch.Tensor, out: torch.Tensor) -> None:
 def unpack_gptq(words: torch.Tensor, out: torch.Tensor, *, bits: int) -> None:
     """Spread words [inputs·bits/32, outputs] over U8 codes [outputs, inputs]."""
     _unpack_gptq(words.numpy(), bits, out.numpy())
-
-
-@exact
-def _bf16(x: Any) -> Any:
-    """The bf16 bits of a float32, to the nearest even; NaN stays NaN."""
-    bits = as_bits(x)
-    rounded = u32(u32(bits + u32(0x7FFF) + ((bits >> u32(16)) & u32(1))) >> u32(16))
-    return u16(rounded if x == x else u32(0x7FC0))
 
 
 @exact
@@ -148,7 +150,7 @@ def _multiply(values: Any, zero: Any, scale: Any, rounding: int) -> None:
         put(values, column, value)
     if rounding == _BF16:
         for column in range(values.size):
-            bits = u32(u32(_bf16(get(values, column))) << u32(16))
+            bits = u32(bf16_bits(get(values, column)) << u32(16))
             put(values, column, as_float(bits))
     elif rounding == _F16:
         for column in range(values.size):
@@ -186,7 +188,7 @@ def _to_16_bits(
                 put(line, column, _f16_bits(get(value, column)))
         else:
             for column in range(columns):
-                put(line, column, _bf16(get(value, column)))
+                put(line, column, u16(bf16_bits(get(value, column))))
 
 
 @entry_point
@@ -203,44 +205,35 @@ def _to_float32(
         )
 
 
-@exact
-def _load_tile(words: Any, row: int, column: int, rows: int, columns: int, tile: Any) -> None:
-    """Fill `tile` with some words, transposed. A row of a tile is one line of a CPU's cache."""
-    for r in range(rows):
-        line = words[row + r, column : column + columns]
-        for c in range(columns):
-            put(tile, c * _TILE + r, u32(get(line, c)))
-
-
 @entry_point
 def _unpack_awq(words: Any, out: Any) -> None:
     inputs, count = words.shape
-    tile = np.empty(_TILE * _LINE, np.uint32)
-    for row in range(0, inputs, _TILE):
-        rows = min(_TILE, inputs - row)
-        for column in range(0, count, _LINE):
-            columns = min(_LINE, count - column)
-            _load_tile(words, row, column, rows, columns, tile)
+    tile = np.empty(TILE * LINE, np.uint32)
+    for row in range(0, inputs, TILE):
+        rows = min(TILE, inputs - row)
+        for column in range(0, count, LINE):
+            columns = min(LINE, count - column)
+            load_tile(words, row, column, rows, columns, tile)
             for c in range(columns):
                 for place in range(8):
                     line, shift = out[8 * (column + c) + place, row : row + rows], _SHIFTS[place]
                     for r in range(rows):
-                        put(line, r, u8((get(tile, c * _TILE + r) >> shift) & u32(15)))
+                        put(line, r, u8((get(tile, c * TILE + r) >> shift) & u32(15)))
 
 
 @entry_point
 def _unpack_gptq(words: Any, bits: int, out: Any) -> None:
     count, outputs = words.shape
-    tile, mask, codes = np.empty(_TILE * _LINE, np.uint32), u32((1 << bits) - 1), 32 // bits
-    for row in range(0, count, _TILE):
-        rows = min(_TILE, count - row)
-        for column in range(0, outputs, _LINE):
-            columns = min(_LINE, outputs - column)
-            _load_tile(words, row, column, rows, columns, tile)
+    tile, mask, codes = np.empty(TILE * LINE, np.uint32), u32((1 << bits) - 1), 32 // bits
+    for row in range(0, count, TILE):
+        rows = min(TILE, count - row)
+        for column in range(0, outputs, LINE):
+            columns = min(LINE, outputs - column)
+            load_tile(words, row, column, rows, columns, tile)
             for c in range(columns):
                 line = out[column + c, codes * row : codes * (row + rows)]
                 for r in range(rows):
-                    word = get(tile, c * _TILE + r)
+                    word = get(tile, c * TILE + r)
                     for place in range(codes):
                         code = u8((word >> u32(bits * place)) & mask)
                         put(line, codes * r + place, code)

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import torch
 
-from fourfold.errors import SourceError
+from fourfold.errors import DamagedError
+from fourfold.sources.codecs.base import REMEDY
 
 CHUNK = 1 << 20
 """Codes that are read at a time: few enough to stay in a CPU's cache."""
-
-REMEDY = "Download the checkpoint again, or give the BF16 one."
 
 LOSES_AGAIN = (
     "weights that were quantized to 4 bits lose again; start from the checkpoint that they were "
@@ -28,23 +27,23 @@ SCALE_DTYPES = ("BF16", "F16", "F32")
 
 
 def check_finite(name: str, scales: torch.Tensor) -> None:
-    """Raise `SourceError` unless all scales are finite. Some tools store negative ones."""
+    """Raise `DamagedError` unless all scales are finite. Some tools store negative ones."""
     if not scales.isfinite().all():
         value = float(scales[~scales.isfinite()][0])
-        raise SourceError(f"{name}: {value}; a scale must be finite. {REMEDY}")
+        raise DamagedError(f"{name}: {value}; a scale must be finite. {REMEDY}")
 
 
 def groups_of(name: str, index: torch.Tensor, width: int, count: int) -> torch.Tensor:
     """Return the group of each column in I32; empty if they lie one after the other.
 
     Raises:
-        SourceError: A column belongs to none of the `count` groups.
+        DamagedError: A column belongs to none of the `count` groups.
     """
     ordered = torch.arange(len(index)) // width
-    if (index == -1).any() or torch.equal(index.long(), ordered):  # −1: was never set
+    if (index == -1).all() or torch.equal(index.long(), ordered):  # −1: was never set
         return torch.empty(0, dtype=torch.int32)
     if int(index.min()) < 0 or int(index.max()) >= count:
-        raise SourceError(f"{name}: names groups beyond the {count} that there are. {REMEDY}")
+        raise DamagedError(f"{name}: names groups beyond the {count} that there are. {REMEDY}")
     return index.int().contiguous()
 
 

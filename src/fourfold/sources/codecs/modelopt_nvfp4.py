@@ -28,7 +28,7 @@ class ModelOptNVFP4(NVFP4Codec):
     def decode(
         self, weight: EncodedWeight, start: int, stop: int, read: ReadRows, out: torch.Tensor
     ) -> None:
-        codes, block_scale = (read(name, start, stop) for name in self.row_parts(weight))
+        codes, block_scale = self.read_rows(weight, start, stop, read)
         global_scale = self.global_scale(weight, read)
         if out.dtype == torch.float16:
             out.copy_(nvfp4.dequantize(codes, block_scale, global_scale))

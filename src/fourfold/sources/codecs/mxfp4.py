@@ -16,14 +16,13 @@ import torch
 
 from fourfold.errors import SourceError
 from fourfold.formats import mxfp4
-from fourfold.sources.codecs.base import EncodedWeight, MXFP4Codec, ReadRows, presented
+from fourfold.sources.codecs.base import REMEDY, EncodedWeight, MXFP4Codec, ReadRows, presented
 from fourfold.storage.safetensors_header import TensorInfo
 
 CODES, SCALE = "codes", "scale"
 
 _EXPONENTS = ("U8", "F8_E8M0")
 _BYTES = ("U8", "I8")
-_REMEDY = "Download the checkpoint again, or give the BF16 one."
 
 
 class MXFP4(MXFP4Codec):
@@ -79,7 +78,7 @@ def _weight(
         raise SourceError(
             f"{scale.key}: {scale.dtype} {list(scale.shape)} does not fit the codes "
             f"{codes.dtype} {list(codes.shape)}: MXFP4 has a scale for {mxfp4.BLOCK} codes of a "
-            f"row. {_REMEDY}"
+            f"row. {REMEDY}"
         )
     info = presented(codes, f"{stem}.weight", (rows, 2 * half), config)
     return EncodedWeight(info, {CODES: codes.key, SCALE: scale.key})

@@ -16,13 +16,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fourfold.formats.nvfp4.simd import as_bits, as_float, entry_point, exact, get, put
+from fourfold.formats.nvfp4.simd import (
+    LINE,
+    TILE,
+    as_bits,
+    e2m1_value,
+    entry_point,
+    exact,
+    get,
+    load_tile,
+    put,
+)
 
 f32, u16, u32 = np.float32, np.uint16, np.uint32
 
-_TWICE_E2M1 = u32(0xC8643210)  # nibble c is twice the magnitude of code c
-_HALF = f32(0.5)
-_TILE, _LINE = 64, 16
 _WORDS = 4  # words of a block of 32 codes
 
 
@@ -45,24 +52,6 @@ def decode_transposed(
 
 
 @exact
-def _value(word: Any, place: int, scale: Any) -> Any:
-    """The float32 value of a code of a word."""
-    nibble = u32(word >> u32(4 * place))
-    twice = u32(u32(_TWICE_E2M1 >> u32((nibble & u32(7)) << u32(2))) & u32(15))
-    magnitude = f32(f32(np.int32(twice)) * _HALF) * scale
-    return as_float(u32(as_bits(magnitude) | u32((nibble & u32(8)) << u32(28))))
-
-
-@exact
-def _load_tile(words: Any, row: int, column: int, rows: int, columns: int, tile: Any) -> None:
-    """Fill `tile` with some words, transposed. A row of a tile is one line of a CPU's cache."""
-    for r in range(rows):
-        line = words[row + r, column : column + columns]
-        for c in range(columns):
-            put(tile, c * _TILE + r, get(line, c))
-
-
-@exact
 def _load_scales(exponents: Any, scales: Any, row: int, block: int, rows: int, scale: Any) -> None:
     for r in range(rows):
         put(scale, r, scales[exponents[row + r, block]])
@@ -71,17 +60,17 @@ def _load_scales(exponents: Any, scales: Any, row: int, block: int, rows: int, s
 @entry_point
 def _decode(words: Any, exponents: Any, scales: Any, out: Any) -> None:
     outputs, count = words.shape
-    tile, scale = np.empty(_TILE * _LINE, np.uint32), np.empty(_TILE, np.float32)
-    for row in range(0, outputs, _TILE):
-        rows = min(_TILE, outputs - row)
-        for column in range(0, count, _LINE):
-            columns = min(_LINE, count - column)
-            _load_tile(words, row, column, rows, columns, tile)
+    tile, scale = np.empty(TILE * LINE, np.uint32), np.empty(TILE, np.float32)
+    for row in range(0, outputs, TILE):
+        rows = min(TILE, outputs - row)
+        for column in range(0, count, LINE):
+            columns = min(LINE, count - column)
+            load_tile(words, row, column, rows, columns, tile)
             for c in range(columns):
                 if c % _WORDS == 0:
                     _load_scales(exponents, scales, row, (column + c) // _WORDS, rows, scale)
                 for place in range(8):
                     line = out[8 * (column + c) + place, row : row + rows]
                     for r in range(rows):
-                        value = _value(get(tile, c * _TILE + r), place, get(scale, r))
+                        value = e2m1_value(get(tile, c * TILE + r), place) * get(scale, r)
                         put(line, r, u16(as_bits(value) >> u32(16)))

@@ -13,22 +13,42 @@ from abc import abstractmethod
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
-from fourfold.errors import SourceError
+import torch
+
+from fourfold.errors import DamagedError, SourceError
 from fourfold.formats.nvfp4 import BLOCK_SIZE
+from fourfold.formats.nvfp4 import format as nvfp4
+from fourfold.formats.scheme import Scheme
 from fourfold.sources.codecs.base import (
     QUANTIZED_TWICE,
+    REMEDY,
     EncodedWeight,
     InputRounding,
     ReadRows,
+    StoredParts,
     TensorCodec,
     presented,
 )
-from fourfold.storage.safetensors_header import TensorInfo
+from fourfold.storage.safetensors_header import FLOATS, TensorInfo
 
 CODES, BLOCK_SCALE, NUMBER = "codes", "block scales", "global scale"
 """The parts of a weight, under which an `EncodedWeight` has its tensors."""
 
+NAN_E4M3 = 0x7F
+
 KV_SCALES = ("k_scale", "v_scale", "q_scale")
+
+
+def check_block_scales(name: str, scales: torch.Tensor) -> None:
+    """Check that block scales in E4M3 are numbers, and not negative.
+
+    Raises:
+        DamagedError: One is not.
+    """
+    codes = scales.view(torch.uint8)
+    if codes.numel() and int(codes.max()) >= NAN_E4M3:  # negative ones follow it
+        value = float(scales.view(torch.float8_e4m3fn)[codes >= NAN_E4M3][0].float())
+        raise DamagedError(f"{name}: {value}; a block scale must be 0 or positive. {REMEDY}")
 
 
 class NVFP4Codec(TensorCodec):
@@ -47,6 +67,18 @@ class NVFP4Codec(TensorCodec):
     def multiplier(self, name: str, read: ReadRows) -> float:
         """Return the scale that the stored number `name` stands for."""
 
+    def read_rows(
+        self, weight: EncodedWeight, start: int, stop: int, read: ReadRows
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read rows of a weight: codes U8 [rows, in/2], and block scales E4M3 [rows, in/16].
+
+        Raises:
+            DamagedError: A block scale is negative or NaN.
+        """
+        codes, block_scales = (read(name, start, stop) for name in self.row_parts(weight))
+        check_block_scales(weight.parts[BLOCK_SCALE], block_scales)
+        return codes, block_scales
+
     def row_parts(self, weight: EncodedWeight) -> tuple[str, str]:
         """Return the stored tensors with codes and block scales."""
         return weight.parts[CODES], weight.parts[BLOCK_SCALE]
@@ -62,6 +94,15 @@ class NVFP4Codec(TensorCodec):
     def input_rounding(self, weight: EncodedWeight, read: ReadRows) -> InputRounding | None:
         scale = self.input_scale(weight, read)
         return None if scale is None else InputRounding("nvfp4", scale)
+
+    def stored_parts(self, weight: EncodedWeight, read: ReadRows) -> StoredParts:
+        rows = dict(zip((nvfp4.CODES, nvfp4.BLOCK_SCALE), self.row_parts(weight), strict=True))
+        numbers = {nvfp4.GLOBAL_SCALE: self.global_scale(weight, read)}
+        input_scale = self.input_scale(weight, read)
+        if input_scale is None:
+            return StoredParts(Scheme("nvfp4", "max"), rows, numbers)
+        numbers[nvfp4.INPUT_SCALE] = input_scale
+        return StoredParts(Scheme("nvfp4", "max", "nvfp4"), rows, numbers)
 
     def hidden(self, tensors: Mapping[str, TensorInfo]) -> Collection[str]:
         return [key for key in tensors if key.rpartition(".")[2] in KV_SCALES]
@@ -106,6 +147,12 @@ class NVFP4Codec(TensorCodec):
                 "NVFP4. Download the checkpoint again, or quantize the model again."
             )
         of_inputs = f"{stem}.{self.input_leaf}"
+        scale = tensors.get(of_inputs)
+        if scale is not None and (scale.dtype not in FLOATS or scale.numel != 1):
+            raise SourceError(
+                f"{of_inputs}: {scale.dtype} {list(scale.shape)}, where NVFP4 has one float. "
+                f"{REMEDY}"
+            )
         return EncodedWeight(
             presented(codes, f"{stem}.weight", (rows, 2 * half), config),
             dict(zip((CODES, BLOCK_SCALE, NUMBER), names, strict=True)),

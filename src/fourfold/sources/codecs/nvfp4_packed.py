@@ -15,9 +15,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from fourfold.errors import DamagedError
 from fourfold.formats.nvfp4 import BLOCK_SIZE
-from fourfold.sources.codecs.base import EncodedWeight, ReadRows, positive_scale
+from fourfold.sources.codecs.base import REMEDY, EncodedWeight, ReadRows, positive_scale
 from fourfold.sources.codecs.nvfp4 import NUMBER, NVFP4Codec
+
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 class NVFP4Packed(NVFP4Codec):
@@ -33,10 +36,18 @@ class NVFP4Packed(NVFP4Codec):
     ) -> None:
         from fourfold.sources.codecs import e2m1
 
-        codes, block_scale = (read(name, start, stop) for name in self.row_parts(weight))
-        divisor = positive_scale(weight.parts[NUMBER], read(weight.parts[NUMBER], 0, 1))
+        codes, block_scale = self.read_rows(weight, start, stop, read)
+        divisor = _divisor(weight.parts[NUMBER], read)
         table = e2m1.E4M3 / np.float32(divisor)
         e2m1.decode(codes, block_scale.view(torch.uint8), table, out, block=BLOCK_SIZE)
 
     def multiplier(self, name: str, read: ReadRows) -> float:
-        return float(np.float32(1) / np.float32(positive_scale(name, read(name, 0, 1))))
+        return float(np.float32(1) / np.float32(_divisor(name, read)))
+
+
+def _divisor(name: str, read: ReadRows) -> float:
+    """A stored number, whose reciprocal must be a float32, too."""
+    divisor = positive_scale(name, read(name, 0, 1))
+    if 1 / divisor > FLOAT32_MAX:
+        raise DamagedError(f"{name}: {divisor:.6g}; its reciprocal is infinite. {REMEDY}")
+    return divisor

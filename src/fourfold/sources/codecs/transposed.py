@@ -22,10 +22,9 @@ import torch
 
 from fourfold.errors import SourceError
 from fourfold.layouts.recognition import stated_quantizations
-from fourfold.sources.codecs.base import EncodedWeight, ReadRows, TensorCodec, presented
+from fourfold.sources.codecs.base import REMEDY, EncodedWeight, ReadRows, TensorCodec, presented
 from fourfold.sources.codecs.integers import (
     CHUNK,
-    REMEDY,
     SCALE_DTYPES,
     check_finite,
     groups_of,
@@ -148,9 +147,15 @@ def _zero_offset(codec: TransposedIntegers, config: Mapping[str, Any]) -> int | 
 def _is_stored_so(
     codec: TransposedIntegers, codes: TensorInfo, tensors: Mapping[str, TensorInfo]
 ) -> bool:
-    """By the outputs, which the scales show; and the bits of a code, which the zeros show."""
+    """By the outputs, which the scales show; and the bits of a code, which the zeros show.
+
+    Raises:
+        SourceError: There are zeros, but no scales.
+    """
     stem = codes.key.rpartition(".")[0]
     scales, zeros = (tensors.get(f"{stem}.{part}") for part in (SCALES, ZEROS))
+    if scales is None and zeros is not None and codes.dtype == "I32":
+        raise SourceError(f"{stem}.{SCALES}: missing beside {codes.key}. {REMEDY}")
     if codes.dtype != "I32" or len(codes.shape) != 2 or scales is None or len(scales.shape) != 2:
         return False
     outputs = codes.shape[1] * codec.outputs_per_word

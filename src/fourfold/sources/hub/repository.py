@@ -62,8 +62,8 @@ class Repository:
     commit: str
     files: Mapping[str, HubFile]
     """By the path in the repository."""
-    asked: str | None = None
-    """The revision that was asked for, if any."""
+    requested: str | None = None
+    """The revision that was requested, if any."""
 
     @classmethod
     def find(cls, name: str, revision: str | None) -> Repository:
@@ -113,7 +113,7 @@ class Repository:
         from huggingface_hub import hf_hub_download
 
         with suppress(SourceError):  # nothing else depends on it
-            self._asked(CONFIG, lambda: hf_hub_download(self.name, CONFIG, revision=self.asked))
+            self._asked(CONFIG, lambda: hf_hub_download(self.name, CONFIG, revision=self.requested))
 
     def download(self, file: str, **options: Any) -> Path:
         """Return a file in the hub's cache, to which it is fetched if it is not there.

@@ -282,13 +282,21 @@ class HubFetching(Fetching):
         else:
             path = self.transfers.to_cache(name)
             self.window.kept.add(name)
+        try:
+            self._check_planned(name, path)
+        except SourceError:
+            if name not in self.window.kept:  # an earlier run's: let the next one fetch it again
+                self._drop(name, path)
+            raise
+        return path
+
+    def _check_planned(self, name: str, path: Path) -> None:
         header = read_header(path, self.files.stamps)
         planned = {key: (x.dtype, x.shape, x.start) for key, x in self.shards[name].items()}
         if {key: (x.dtype, x.shape, x.start) for key, x in header.items()} != planned:
             raise SourceError(
                 f"{path}: holds other tensors than the hub has. Remove it, and start again."
             )
-        return path
 
     def _drop(self, name: str, path: Path) -> None:
         self.files.forget(path)
@@ -315,8 +323,9 @@ class HubFiles(SourceFiles):
             super().read(path, position, out, name)
 
     def will_need(self, file: Path, start: int, stop: int) -> None:
-        path = self._fetching.window.path_of(self._name(file))
-        if path is not None:
+        shard, window = self._name(file), self._fetching.window
+        path = window.path_of(shard)
+        if path is not None and shard in window.kept:  # another may be deleted meanwhile
             super().will_need(path, start, stop)
 
     def _name(self, file: Path) -> str:

@@ -5,8 +5,8 @@
     FOLDER/shard.safetensors.part     one that is on its way; a later run continues it
     FOLDER/shard.safetensors.lock     locked, shared, by every process that needs the shard
 
-A transfer that breaks is continued where it broke, after a pause that grows, until it breaks
-`ATTEMPTS` times without a byte between.
+A transfer that breaks is continued where it broke, after a pause that grows. It fails once it
+breaks `ATTEMPTS` times in a row without bringing a byte.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from fourfold.sources.hub.repository import BROKEN_DISK, Repository, explained, 
 from fourfold.storage.disk import writing
 
 ATTEMPTS = 5
+"""Attempts in a row that bring nothing, after which a transfer fails."""
+
 PAUSE = 0.5
 """Seconds before the second attempt; each further pause is twice as long."""
 
@@ -120,7 +122,7 @@ class Transfers:
         return os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
     def _retried(self, file: str, fetch: Callable[[], Path], partial: Path | None = None) -> Path:
-        """Call `fetch` until it succeeds. An attempt that brought bytes does not count."""
+        """Call `fetch` until it succeeds. An attempt that brings bytes begins the count anew."""
         failures = 0
         while True:
             before = _size_of(partial)
@@ -140,7 +142,7 @@ class Transfers:
                     cause = " ".join(str(error).split())[:200] or type(error).__name__
                     raise SourceError(
                         f"{self.repository.name}: {file}: cannot be fetched, after {ATTEMPTS} "
-                        f"attempts: {cause}. The same command resumes."
+                        f"attempts in a row: {cause}. The same command resumes."
                     ) from error
                 self.stopped.wait(PAUSE * 2 ** (failures - 1))
 

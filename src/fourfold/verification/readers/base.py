@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fourfold.models.engines import Mismatch, check
+from fourfold.models.engines import Mismatch, Verdict, check
 from fourfold.models.peculiarities import Peculiarities
+from fourfold.verification.fp8 import ALGOS, LEAVES, Algo
 from fourfold.verification.rules import Finding
 
 if TYPE_CHECKING:
@@ -61,7 +62,9 @@ class LayoutReader(ABC):
     """Reads one checkpoint in one layout."""
 
     leaves: ClassVar[Mapping[str, str]]
-    """Part → the last part of its tensor's name."""
+    """Part → the last part of its tensor's name, of a linear in NVFP4."""
+    fp8: ClassVar[Mapping[str, Algo]] = ALGOS
+    """The algorithms of linears in FP8, whose tensors are called alike in every layout."""
     leftover: ClassVar[re.Pattern[str]]
     """Tensors of quantizers and of other layouts, which no loader of this layout expects."""
     number: ClassVar[tuple[int, ...]] = ()
@@ -97,9 +100,18 @@ class LayoutReader(ABC):
     ) -> list[Mismatch]:
         """Return the modules that an engine would not treat as the checkpoint needs.
 
-        The arguments are those of `fourfold.models.engines.check`.
+        The arguments are those of `fourfold.models.engines.check`. Under `MIXED` engines quantize
+        what the configuration lists, so that no other linear needs an entry in the ignore list.
         """
-        return check(self.quant.ignore, quantized, unquantized, peculiar)
+        mismatches = check(self.quant.ignore, quantized, unquantized, peculiar)
+        if self.quant.algo != MIXED:
+            return mismatches
+        return [mismatch for mismatch in mismatches if mismatch.found is not Verdict.QUANTIZED]
+
+    @property
+    def scales(self) -> frozenset[str]:
+        """The last names of the scales of quantized linears."""
+        return frozenset({*self.leaves.values(), *LEAVES}) - {self.leaves[WEIGHT], WEIGHT}
 
     def scale(self, part: str, value: float) -> float:
         """Return the factor that a stored global or input scale stands for."""

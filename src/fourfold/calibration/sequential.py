@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantize the parts of a layer one after the other, each on what the parts before it compute.
+
+    q, k, v  →  o  →  gate, up of all experts  →  down of all experts
+
+Each of these is a **stage**: weights that read activations which no other weight of the stage has
+changed. Before a stage is quantized, the texts run through the layer twice: as the source computes,
+and as the layers and stages that are quantized already do, with inputs rounded as engines round
+them. From both come, for inputs x of the source and x̂ of the quantized stream,
+
+    H = Σ x̂·x̂ᵀ    and    C = Σ (x − x̂)·x̂ᵀ,
+
+the second moment that algorithms minimize, and the cross moment that tells them how far the inputs
+have moved (`algorithms.second_order`).
+
+The rows of one batch are in memory at a time. Sums are those of `statistics.second_moment`: they do
+not depend on how ranks share out the batches.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from fourfold.algorithms.second_order import prediction
+from fourfold.calibration.observers import Observers
+from fourfold.calibration.scales import ActivationScales
+from fourfold.calibration.statistics import Sites, reduced
+from fourfold.calibration.stream import RecordedRows, Rounding, Stream, differences
+from fourfold.calibration.streaming import LayerWeights, StreamedModel
+from fourfold.distributed.ranks import Ranks
+from fourfold.models.inventory import LinearWeight
+from fourfold.models.roles import Role
+from fourfold.planning import Plan, ScaleGroup
+from fourfold.planning.rows import observed_site
+from fourfold.statistics import STATISTICS, Site, State
+from fourfold.statistics.second_moment import SecondMoment
+from fourfold.storage.source import Source
+
+PARTS = (0.0, 0.25, 0.5, 1.0)
+"""The parts of the change of inputs that `asymmetric: auto` chooses from."""
+
+HELD_OUT = 8
+"""One of so many batches is held out for that choice."""
+
+MLP_ROLES = frozenset({Role.EXPERTS, Role.SHARED_EXPERTS, Role.MLP})
+
+
+class Quantizer(Protocol):
+    """Quantizes scale groups when calibration asks for it."""
+
+    def quantize(self, groups: Sequence[ScaleGroup]) -> None:
+        """Quantize some groups."""
+
+    def source(self, source: Source) -> Source:
+        """Return a view of a source in which these groups have their quantized values."""
+
+    def clear(self) -> None:
+        """Forget the groups of a layer, which is written."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Scale groups that are quantized at the same time."""
+
+    groups: tuple[ScaleGroup, ...]
+
+    @property
+    def linears(self) -> list[LinearWeight]:
+        """The linear weights of the stage."""
+        return [linear for group in self.groups for linear in group.linears]
+
+
+class SequentialLayers:
+    """Quantizes layer after layer of a streamed model."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        streamed: StreamedModel,
+        scales: ActivationScales,
+        ranks: Ranks,
+        batches: int,
+    ) -> None:
+        """Prepare for a number of batches, which all ranks together have.
+
+        Of this rank's calls, the first half are the source's stream, the others the quantized one.
+        """
+        self.plan, self.streamed, self.scales, self.ranks = plan, streamed, scales, ranks
+        self.batches = range(ranks.rank, batches, ranks.size)
+        self.held_out = frozenset(
+            range(batches)[HELD_OUT - 1 :: HELD_OUT] or range(1, batches)[-1:]
+        )
+        self.calls = range(len(self.batches), 2 * len(self.batches))
+        self.asymmetric = plan.recipe.calibration.asymmetric
+        self.quantizer: Quantizer | None = None
+        """Set before the first layer."""
+        self._groups: dict[int | None, list[ScaleGroup]] = defaultdict(list)
+        for group in plan.groups:
+            self._groups[group.linears[0].layer].append(group)
+        self._quantized: dict[int, LayerWeights] = {}
+
+    def stream(self, layer: int) -> Stream:
+        """Return what rounds the inputs of a layer in the quantized stream."""
+        return Stream(self._roundings(layer))
+
+    def weights(self, layer: int) -> LayerWeights:
+        """Return the parameters of a layer with its quantized values, and forget them."""
+        return self._quantized.pop(layer)
+
+    def quantize_layer(self, layer: int, observers: Observers) -> None:
+        """Quantize a layer, stage by stage. Its statistics are complete, and it is loaded."""
+        assert self.quantizer is not None
+        if not self.streamed.held.fetching.is_transient:
+            self.streamed.held.release()  # the disk has them; memory is for moments
+        source = quantized = self.streamed.weights(layer)
+        orders = self.ranks.gather(observers.order)  # a rank may lack sites that no token reached
+        order = list(dict.fromkeys(site for of_rank in orders for site in of_rank))
+        stages = stages_of(self._groups[layer], order)
+        for number, stage in enumerate(stages):
+            later = {
+                observed_site(linear)
+                for other in stages[number + 1 :]
+                for linear in other.linears
+                if linear.expert is None
+            }
+            states = self._measure(stage, later, layer, observers, (source, quantized))
+            for site, state in states.items():
+                self.scales.statistics.sites.setdefault(site, {}).update(state)
+            self.quantizer.quantize(stage.groups)
+            self.scales.drop_large()
+            self.streamed.use(quantized)
+            keys = {linear.region.key for linear in stage.linears}
+            self.streamed.load(layer, self.quantizer.source(self.streamed.held.source), keys)
+            quantized = self.streamed.weights(layer)
+        self.streamed.use(source)
+        self._quantized[layer] = quantized
+
+    def done(self) -> None:
+        """Forget a layer that is written."""
+        assert self.quantizer is not None
+        self.quantizer.clear()
+
+    def _measure(
+        self,
+        stage: Stage,
+        later: Collection[str],
+        layer: int,
+        observers: Observers,
+        weights: tuple[LayerWeights, LayerWeights],
+    ) -> Sites:
+        """The moments that the algorithms of a stage need, of all ranks."""
+        sites: dict[Site, set[str]] = defaultdict(set)
+        for linear in stage.linears:
+            for name in self.plan.algorithm_needs(linear):
+                sites[self.plan.site(linear, name)].add(name)
+        if not sites:
+            return {}
+        names = frozenset(site.name for site in sites)
+        source, quantized = weights
+        is_split = self.asymmetric == "auto"
+        halves = [
+            {site: self._new(site, sites[site]) for site in sites} for _ in range(1 + is_split)
+        ]
+        for call, batch in enumerate(self.batches):
+            stream = Stream(self._roundings(layer), names, later)
+            self._run(layer, len(self.batches) + call, observers, stream, quantized)
+            twin = Stream({}, names, later)
+            if self.asymmetric:
+                self._run(layer, call, observers, twin, source)
+            states = halves[-1 if batch in self.held_out else 0]
+            for site, needs in sites.items():
+                of_source = twin.recorded[site.name]
+                self._add(states[site], site, needs, stream.recorded[site.name], of_source)
+        sums = [
+            reduced(self.ranks, {site.name: state for site, state in states.items()})
+            for states in halves
+        ]
+        for site, needs in sites.items() if is_split else ():
+            of_site = [half[site.name] for half in sums]
+            self.scales.asymmetry[site.name] = confirmed_part(needs, *of_site)
+            sums[0][site.name] = {name: x + of_site[1][name] for name, x in of_site[0].items()}
+        return sums[0]
+
+    def _new(self, site: Site, needs: set[str]) -> State:
+        state: State = {}
+        for name in needs:
+            statistic = STATISTICS[name]
+            state |= statistic.new(site)
+            if self.asymmetric and isinstance(statistic, SecondMoment):
+                state |= statistic.new_cross(site)
+        return state
+
+    def _add(
+        self,
+        state: State,
+        site: Site,
+        needs: set[str],
+        rows: list[RecordedRows],
+        of_source: list[RecordedRows],
+    ) -> None:
+        moved: Sequence[Tensor | None] = [None] * len(rows)
+        if self.asymmetric:
+            moved = differences(rows, of_source, by_expert=site.name.endswith(".down"))
+        for name in needs:
+            statistic = STATISTICS[name]
+            for recorded, difference in zip(rows, moved, strict=True):
+                statistic.update(state, recorded.rows_RI, recorded.experts)
+                if difference is not None and isinstance(statistic, SecondMoment):
+                    statistic.update_cross(state, recorded.rows_RI, difference, recorded.experts)
+
+    def _run(
+        self, layer: int, call: int, observers: Observers, stream: Stream, weights: LayerWeights
+    ) -> None:
+        self.streamed.use(weights)
+        observers.stream = stream
+        self.streamed.run_again(layer, call)
+        observers.stream = None
+
+    def _roundings(self, layer: int) -> Mapping[str, Rounding]:
+        """How inputs are rounded in a layer, by site."""
+        roundings: dict[str, Rounding] = {}
+        for group in self._groups[layer]:
+            scheme = group.scheme
+            if scheme.activations is None:
+                continue
+            for linear in group.linears:
+                scale = self.scales.scale_of(linear) if scheme.has_input_scale else None
+                roundings[observed_site(linear)] = Rounding(scheme.activations, scale)
+        return roundings
+
+
+def confirmed_part(needs: Iterable[str], train: State, held_out: State) -> float:
+    """Return how much of the change of its inputs the weights of a site are to make up for.
+
+    The change x − x̂ is predicted as K·x̂, K = C·H⁻¹ of the training texts. On held-out texts the
+    squared error of α·K·x̂ is smallest at α = tr(C·Kᵀ)/tr(K·H·Kᵀ), with their C and H. The largest
+    of 0, ¼, ½ and 1 that is not above it is returned: below it the error falls as α grows, so the
+    part is never worse than 0 there.
+
+    Args:
+        needs: The statistics of the site.
+        train, held_out: Their sums over both parts of the texts, with cross moments.
+    """
+    confirmed = predicted = 0.0
+    for name in needs:
+        statistic = STATISTICS[name]
+        if not isinstance(statistic, SecondMoment):
+            continue
+        states = [statistic.finish(state) for state in (train, held_out)]
+        rows = states[1][f"{name}.rows"]
+        for number in range(rows.numel()):
+            is_expert = rows.ndim > 0
+            mine, theirs = (statistic.of_expert(x, number) if is_expert else x for x in states)
+            k_II = prediction(mine, name)
+            if k_II is None:
+                continue
+            weight = float(rows.flatten()[number])
+            confirmed += weight * float((theirs[f"{name}.cross"] * k_II).sum())
+            predicted += weight * float(((k_II @ theirs[name]) * k_II).sum())
+    part = confirmed / predicted if predicted > 0 else 0.0
+    return max(x for x in PARTS if x <= max(part, 0.0))
+
+
+def stages_of(groups: Sequence[ScaleGroup], order: Sequence[str]) -> list[Stage]:
+    """Return the stages of a layer.
+
+    Args:
+        groups: The layer's scale groups.
+        order: The sites of the layer in the order in which its module first calls them.
+
+    A stage is one activation, as q, k and v read it. The MLPs and experts of a layer make two: all
+    that read its hidden states, and all that read what those compute.
+    """
+    places = {site: place for place, site in enumerate(order)}
+    linears = [linear for group in groups for linear in group.linears]
+
+    def place(linear: LinearWeight) -> int:
+        return places.get(observed_site(linear), len(places))
+
+    def first(key: Callable[[LinearWeight], str]) -> dict[str, int]:
+        firsts: dict[str, int] = {}
+        for linear in linears:
+            firsts[key(linear)] = min(firsts.get(key(linear), len(places)), place(linear))
+        return firsts
+
+    of_input, of_parent = first(lambda x: x.input_site), first(_parent)
+    mlp = min((place(x) for x in linears if x.role in MLP_ROLES), default=0)
+    stages: dict[tuple[int, bool], list[ScaleGroup]] = defaultdict(list)
+    for group in groups:
+        linear = group.linears[0]
+        if linear.role in MLP_ROLES:
+            is_second = of_input[linear.input_site] > of_parent[_parent(linear)]
+            stages[mlp, is_second].append(group)
+        else:
+            stages[of_input[linear.input_site], False].append(group)
+    return [Stage(tuple(stages[key])) for key in sorted(stages)]
+
+
+def _parent(linear: LinearWeight) -> str:
+    """The module that holds a linear layer, or the experts module."""
+    return linear.module if linear.expert is not None else linear.module.rpartition(".")[0]

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scale groups that are quantized before their shard is written.
+
+A layer whose later weights depend on its earlier ones cannot be quantized in the order of its
+shards. Its groups are quantized in the order that calibration asks for, into memory; the shards
+take their bytes from here, and calibration takes their values to run the quantized layer.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from fourfold.distributed.ranks import Ranks
+from fourfold.execution.buffers import Arena
+from fourfold.execution.context import ExecutionContext
+from fourfold.execution.cpu import CPUBackend
+from fourfold.execution.results import LinearResult
+from fourfold.formats.base import FORMATS
+from fourfold.models.inventory import LinearWeight
+from fourfold.planning import Plan, ScaleGroup
+from fourfold.storage.safetensors_header import nbytes_of
+from fourfold.storage.shard_file import ShardFile
+from fourfold.storage.source import Bytes, Source, SourceView
+
+SEPARATOR = ":"
+
+
+@dataclass
+class _Quantized:
+    """What a group has become: its results, and the bytes of its tensors by name."""
+
+    results: list[LinearResult]
+    tensors: Mapping[str, Bytes]
+
+
+@dataclass
+class GroupsAhead:
+    """Quantizes groups of one layer at a time, and keeps them until their shards are written."""
+
+    context: ExecutionContext
+    ranks: Ranks
+    _groups: dict[str, _Quantized] = field(default_factory=dict)
+    _schemes: dict[str, ScaleGroup] = field(default_factory=dict)
+    """By linear weight, the group that it belongs to."""
+
+    def quantize(self, groups: Sequence[ScaleGroup]) -> None:
+        """Quantize some groups; ranks share them out and exchange the results."""
+        mine = groups[self.ranks.rank :: self.ranks.size]
+        with ThreadPoolExecutor(self.context.threads) as pool, one_thread_each():
+            quantized = dict(zip((x.name for x in mine), pool.map(self._one, mine), strict=True))
+        self._groups |= self._exchanged(quantized)
+        self._schemes |= {linear.name: group for group in groups for linear in group.linears}
+
+    def _exchanged(self, mine: Mapping[str, _Quantized]) -> dict[str, _Quantized]:
+        """The groups of all ranks, given those of this one."""
+        if self.ranks.size == 1:
+            return dict(mine)
+        results = {name: [asdict(x) for x in group.results] for name, group in mine.items()}
+        sent = {
+            f"{name}{SEPARATOR}{tensor}": torch.from_numpy(data)
+            for name, group in mine.items()
+            for tensor, data in group.tensors.items()
+        }
+        tensors: dict[str, dict[str, Bytes]] = defaultdict(dict)
+        for key, data in self.ranks.reduce(sent, "max").items():  # others count as zeros
+            name, _, tensor = key.partition(SEPARATOR)
+            tensors[name][tensor] = data.numpy()
+        return {
+            name: _Quantized([*map(LinearResult.from_dict, dicts)], tensors[name])
+            for of_rank in self.ranks.gather(results)
+            for name, dicts in of_rank.items()
+        }
+
+    def _one(self, group: ScaleGroup) -> _Quantized:
+        backend, file = CPUBackend(self.context, Arena()), _Memory(self._plan, group)
+        results = backend.cast(file, group)
+        if results is None:
+            results = backend.quantize(file, group)
+        return _Quantized(results, file.tensors)
+
+    def write(self, file: ShardFile, group: ScaleGroup) -> list[LinearResult] | None:
+        """Write a group that is quantized already; None if it is not."""
+        quantized = self._groups.get(group.name)
+        if quantized is None:
+            return None
+        for name, data in quantized.tensors.items():
+            file.write(name, data)
+        return quantized.results
+
+    def clear(self) -> None:
+        """Forget all groups: their layer is written."""
+        self._groups.clear()
+        self._schemes.clear()
+
+    def has(self, linear: LinearWeight) -> bool:
+        """True if a linear weight is quantized already."""
+        return linear.name in self._schemes
+
+    def values(self, linear: LinearWeight) -> torch.Tensor:
+        """Return what a linear weight has become, float32 `[out, in]`."""
+        group = self._schemes[linear.name]
+        fmt, tensors = FORMATS[group.scheme.weights], self._groups[group.name].tensors
+        specs = self._plan.layout.tensors(linear.name, linear.shape, group.scheme)
+        parts = {
+            part: torch.from_numpy(tensors[specs[part].name]).view(spec[1][0], -1)
+            for part, spec in fmt.row_parts(linear.shape).items()
+        }
+        result = next(x for x in self._groups[group.name].results if x.name == linear.name)
+        values_OI = torch.empty(linear.shape)
+        fmt.dequantize(parts, result.global_scale, values_OI)
+        return values_OI
+
+    def source(self, source: Source) -> Source:
+        """Return a view of a source in which these weights have their quantized values."""
+        return _Replaced(source, self, self._plan.inventory.linears_by_key)
+
+    @property
+    def _plan(self) -> Plan:
+        assert isinstance(self.context.plan, Plan)
+        return self.context.plan
+
+
+class _Memory(ShardFile):
+    """Takes the bytes of a group's tensors in place of a file."""
+
+    def __init__(self, plan: Plan, group: ScaleGroup) -> None:
+        self.tensors: dict[str, Bytes] = {}
+        for linear in group.linears:
+            for spec in plan.layout.tensors(linear.name, linear.shape, group.scheme).values():
+                size = nbytes_of(spec.dtype, spec.shape)
+                self.tensors[spec.name] = np.zeros(size, dtype=np.uint8)
+
+    def write(self, name: str, data: Any, offset: int = 0) -> None:
+        flat = np.frombuffer(memoryview(data).cast("B"), dtype=np.uint8)
+        self.tensors[name][offset : offset + len(flat)] = flat
+
+
+class _Replaced(SourceView):
+    """A source in which some linear weights have the values of their codes."""
+
+    def __init__(
+        self,
+        source: Source,
+        ahead: GroupsAhead,
+        linears: Mapping[str, Sequence[LinearWeight]],
+    ) -> None:
+        super().__init__(source)
+        self._ahead, self._linears = ahead, linears
+
+    def read(self, key: str) -> torch.Tensor:
+        tensor = self.source.read(key)
+        linears = [x for x in self._linears.get(key, ()) if self._ahead.has(x)]
+        if not linears:
+            return tensor
+        tensor = tensor.to(torch.float32, copy=True)  # 16 bits would round the values
+        for linear in linears:
+            start, stop = linear.region.slab
+            linear.region.view(tensor[start:stop]).copy_(self._ahead.values(linear))
+        return tensor
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Let PyTorch compute on the calling thread alone, in threads that are started inside.
+
+    Groups are quantized side by side, one in each thread; and sums do not depend on the number of
+    threads then.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
