@@ -117,8 +117,12 @@ SEQUENTIAL = "nvfp4_default_best"
 
 def options_of(recipe: str, folder: Path, samples: int = 9) -> tuple[list[object], dict[str, Any]]:
     """The same options for the command line and for Python; two samples make a batch."""
-    line: list[object] = ["-r", recipe, "--threads", 1]
-    given: dict[str, Any] = {"recipe": recipe, "threads": 1}
+    name: str | Path = recipe
+    if recipe == JOINT:
+        name = folder / "joint.yaml"
+        name.write_text(JOINT)
+    line: list[object] = ["-r", name, "--threads", 1]
+    given: dict[str, Any] = {"recipe": name, "threads": 1}
     if recipe != W4A16:
         ids = ids_file(folder)
         line += ["--calib", ids, "--calib-seq", 24, "--calib-size", samples, "--batch-size", 2]
@@ -126,7 +130,13 @@ def options_of(recipe: str, folder: Path, samples: int = 9) -> tuple[list[object
     return line, given
 
 
+JOINT = """
+weights: {scale: gptq_joint, descent: 1}
+quantize_if_present: [experts, shared_experts, mlp, attention]
+"""
+
 RUNS = [
+    (JOINT, 2),  # its statistics are sums, of other batches on each rank
     (W4A4, 3),  # two batches: one rank has none
     (SEQUENTIAL, 2),
     pytest.param(W4A16, 2, marks=pytest.mark.slow),

@@ -79,6 +79,28 @@ def test_yaml_comes_back(name: str, tmp_path: Path) -> None:
         ("calibration: {all_experts: 1}\nquantize: [mlp]", ["all_experts"]),
         ("calibration: {all_experts: true}\nquantize: [mlp]", ["all_experts", "activations"]),
         ("keep: 3\nquantize: [mlp]", ["keep: a list is expected, not 3"]),
+        ("weights: {scale: mse, descent: 1}\nquantize: [mlp]", ["descent", "scale: mse", "remove"]),
+        ("weights: {range: 256}\nquantize: [mlp]", ["range has no effect with scale: mse"]),
+        ("weights: {scale: four_over_six, damping: 1}\nquantize: [mlp]", ["damping", "no effect"]),
+        ("weights: {scale: local_hessian, descent: 1}\nquantize: [mlp]", ["descent", "no effect"]),
+        ("weights: {scale: gptq_joint, sweeps: 1}\nquantize: [mlp]", ["weights.sweeps"]),
+        (
+            "weights: {scale: gptq_joint, descent: 17}\nquantize: [mlp]",
+            ["descent: Input", "to 16"],
+        ),
+        ("weights: {scale: gptq_joint, descent: 1.5}\nquantize: [mlp]", ["descent", "integer"]),
+        (
+            "weights: {scale: gptq_joint, descent: -1}\nquantize: [mlp]",
+            ["descent: Input", "to 0"],
+        ),
+        (
+            "weights: {scale: gptq_joint, range: 300}\nquantize: [mlp]",
+            ["weights.range", "300"],
+        ),
+        ("weights: {scale: gptq_joint, damping: 0}\nquantize: [mlp]", ["damping", "0.001"]),
+        ("weights: {scale: gptq_joint, damping: .nan}\nquantize: [mlp]", ["weights.damping", "10"]),
+        ("weights: {scale: gptq_joint, damping: .inf}\nquantize: [mlp]", ["damping", "10"]),
+        ("weights: {scale: gptq_joint, pooled: 1}\nquantize: [mlp]", ["weights.pooled", "boolean"]),
     ],
 )
 def test_what_is_wrong_is_named(text: str, words: list[str], tmp_path: Path) -> None:
@@ -88,6 +110,7 @@ def test_what_is_wrong_is_named(text: str, words: list[str], tmp_path: Path) -> 
         Recipe.load(file)
     for word in ["mine.yaml", *words]:
         assert word in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
     assert len(str(caught.value).splitlines()) == 1
     assert caught.value.exit_code == 2
 

@@ -138,6 +138,10 @@ ALGORITHMS: Registry[Algorithm] = Registry(
     {
         "max": "fourfold.algorithms.max_scale:MaxScale",
         "mse": "fourfold.algorithms.mse_scale:MSEScale",
+        "four_over_six": "fourfold.algorithms.four_over_six:FourOverSix",
+        "mse_weighted": "fourfold.algorithms.mse_weighted:MSEWeighted",
+        "local_hessian": "fourfold.algorithms.local_hessian:LocalHessian",
+        "gptq": "fourfold.algorithms.gptq:GPTQ",
         "gptq_joint": "fourfold.algorithms.gptq_joint:GPTQJoint",
     }
 )

@@ -30,10 +30,12 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fourfold.algorithms.base import Algorithm, Figures, Weight
+from fourfold.errors import ObservationError
 from fourfold.formats import nvfp4
 from fourfold.formats.base import WeightFormat
+from fourfold.formats.nvfp4.block_scales import group_scale_and_unit
 from fourfold.formats.nvfp4.format import BLOCK_SCALE, CODES, NVFP4
-from fourfold.formats.nvfp4.second_order import Moment, Rounded
+from fourfold.formats.nvfp4.second_order import Moment, Rounded, coarse
 from fourfold.statistics import PooledMoment, SecondMoment, Site
 
 OWN, POOLED = SecondMoment.name, PooledMoment.name
@@ -100,14 +102,17 @@ class SecondOrder(Algorithm):
             is_known = any(name.endswith(".cross") for name in weight.statistics)
             asymmetric = weight.asymmetric if is_known else None
             figures.append(Figures(amax, asymmetric=asymmetric))
-            source = weight.statistics.get(OWN, weight.statistics.get(POOLED))
-            assert source is not None
+            source = weight.statistics[OWN if OWN in weight.statistics else POOLED]
+            finite(source, weight.name)
             moment = moments.get(source.data_ptr()) or self._moment(weight.statistics)
             moments[source.data_ptr()] = moment
             rounded.append(Rounded(target(weight), moment))
         largest = max(float(x.target_OI.abs().max()) for x in rounded)
-        group_scale = nvfp4.global_scale(largest * 448 / self.range)
-        group_scale = self.choose(rounded, group_scale)
+        group_scale, unit = group_scale_and_unit(largest, self.range)
+        for chosen in rounded:
+            chosen.target_OI /= unit
+        group_scale = self.choose(rounded, coarse(group_scale / unit)) * unit
+        group_scale = min(max(group_scale, nvfp4.GLOBAL_SCALE_MIN), nvfp4.GLOBAL_SCALE_MAX)
         for weight, chosen, of_weight in zip(weights, rounded, figures, strict=True):
             chosen.pack(weight.out[CODES], weight.out[BLOCK_SCALE])
             error, energy = fmt.error(weight.matrix_OI, weight.out, group_scale)
@@ -169,5 +174,20 @@ def shrunk(statistics: Mapping[str, Tensor], name: str = OWN) -> Tensor:
     own, pool = statistics[name], statistics.get(f"{name}.pool")
     if pool is None:
         return own
-    rows = float(statistics[f"{OWN}.rows"])
+    rows = float(statistics[f"{name.partition('.')[0]}.rows"])
     return (rows * own + POOL_ROWS * pool) / (rows + POOL_ROWS)
+
+
+def finite(moment: Tensor, name: str) -> Tensor:
+    """Return the moment of a weight's inputs.
+
+    Raises:
+        ObservationError: It is not finite.
+    """
+    bounds = moment.diagonal() if moment.ndim == 2 else moment
+    if not bool(torch.isfinite(bounds).all()):
+        raise ObservationError(
+            f"{name}: its inputs are so large that the sum of their squares is not finite in "
+            "float32. Leave the weight as it is, with a keep pattern."
+        )
+    return moment

@@ -2,7 +2,7 @@
 """Recipes: which linear weights are quantized, and how. Short YAML, checked when it is read.
 
     description: NVFP4 W4A16 for routed experts, MSE-chosen block scales
-    weights:     {format: nvfp4, scale: mse}   # scale: max | mse; scale_group: expert | layer
+    weights:     {format: nvfp4, scale: mse}   # scale: max | mse | …; scale_group: expert | layer
     activations: none                          # W4A16; or {format: nvfp4, amax: max} (W4A4);
                                                # amax: max | constant | histogram | {headroom: 2}
     kv_cache:    none                          # or {format: fp8, scale: cast | calibrated},
@@ -108,7 +108,7 @@ class Weights(_Strict):
     pooled: bool | None = None
     """Whether all experts of a module share one second moment of the inputs of gate and up; by
     default where moments of their own would take much memory."""
-    damping: Annotated[float, Field(ge=0, le=10)] | None = None
+    damping: Annotated[float, Field(ge=0.001, le=10)] | None = None
     """The part of its mean diagonal that is added to a second moment."""
 
     @model_validator(mode="after")

@@ -11,12 +11,26 @@ This package lies below `planning`, which counts the memory that statistics take
 from fourfold.statistics.amax import Amax
 from fourfold.statistics.base import Reduction, Site, State, Statistic
 from fourfold.statistics.block_amaxes import BlockAmaxes
-from fourfold.statistics.second_moment import PooledMoment, SecondMoment
+from fourfold.statistics.second_moment import (
+    MomentBlocks,
+    MomentDiagonal,
+    Moments,
+    PooledMoment,
+    SecondMoment,
+)
 from fourfold.statistics.tokens import Tokens
 
 STATISTICS: dict[str, Statistic] = {
     statistic.name: statistic
-    for statistic in (Amax(), Tokens(), BlockAmaxes(), SecondMoment(), PooledMoment())
+    for statistic in (
+        Amax(),
+        Tokens(),
+        BlockAmaxes(),
+        SecondMoment(),
+        PooledMoment(),
+        MomentBlocks(),
+        MomentDiagonal(),
+    )
 }
 """Every statistic, by the name with which an algorithm asks for it."""
 
@@ -41,6 +55,9 @@ __all__ = [
     "STATISTICS",
     "Amax",
     "BlockAmaxes",
+    "MomentBlocks",
+    "MomentDiagonal",
+    "Moments",
     "PooledMoment",
     "Reduction",
     "SecondMoment",

@@ -24,15 +24,15 @@ Its scale and codes are chosen again for that target under H'_bb, and are kept o
 smaller. After a sweep over all blocks, the group scale takes its best value,
 S·Σ⟨T, Q⟩_H'/Σ⟨Q, Q⟩_H'. Neither step ever raises L.
 
-**Precision.** U is from one Cholesky factorization: of H' with its columns reversed, H' = R·Rᵀ with
-R upper triangular, so U = R⁻¹, a triangular solve. It is in float32, as all that follows; where
-float32 finds H' not positive definite, in float64.
+**Precision.** U (`inverse_factor`) is in float32, as all that follows; where float32 finds H' not
+positive definite, in float64.
 
 Shapes: O outputs, I inputs, B blocks of inputs.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -41,26 +41,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fourfold.formats.nvfp4 import joint_cpu
+from fourfold.formats.nvfp4 import block_scales, e2m1, joint_cpu
+from fourfold.formats.nvfp4.inverse_factor import inverse_factor
 
 BLOCK = 16
 TILE = 128
 """Columns that are rounded before those behind them are updated, by a matrix product."""
+
+LEAST_SCALE_GAIN = 2.0**-10
+"""A group scale is changed only by a larger part of it; the gain of less is lost in rounding."""
 
 
 class Moment:
     """The second moment of a weight's inputs, damped, in the order in which blocks are rounded."""
 
     def __init__(self, moment_II: Tensor, damping: float) -> None:
-        """Damp and order a second moment `[I, I]`. One that is all 0 stands for equal inputs."""
-        h_II = moment_II.float()
-        mean = h_II.diagonal().mean()
-        if not bool(mean > 0):
-            h_II, mean = torch.eye(len(h_II)), torch.tensor(1.0)
+        """Damp and order a second moment `[I, I]`, times a power of two that brings its mean
+        diagonal near 1. One that is all 0 stands for equal inputs.
+
+        Args:
+            moment_II: Finite.
+            damping: At least 0.001: less may leave a moment of few rows singular in float32.
+        """
+        mean = float(moment_II.diagonal().double().mean())
+        if mean > 0:
+            unit = 2.0 ** max(-126, min(-math.frexp(mean)[1], 126))
+            h_II, mean = moment_II.float() * unit, mean * unit
+        else:
+            h_II, mean = torch.eye(len(moment_II)), 1.0
         energy_B = h_II.diagonal().view(-1, BLOCK).sum(dim=1)
         order_B = energy_B.argsort(descending=True, stable=True)
         self.order_I = (order_B[:, None] * BLOCK + torch.arange(BLOCK)).flatten()
-        self.h_II = h_II[self.order_I][:, self.order_I].contiguous()
+        h_BKBK = h_II.reshape(len(order_B), BLOCK, len(order_B), BLOCK)
+        h_BKBK = h_BKBK.index_select(0, order_B).index_select(2, order_B)
+        self.h_II = h_BKBK.view_as(h_II)
         self.h_II.diagonal().add_(damping * mean)
 
     @cached_property
@@ -85,18 +99,6 @@ class Moment:
     def block_factors_BKK(self) -> Tensor:
         """U of each block on the diagonal."""
         return inverse_factor(self.blocks_BKK)
-
-
-def inverse_factor(h: Tensor) -> Tensor:
-    """Return the upper triangular U with H⁻¹ = UᵀU, for matrices `[..., I, I]`."""
-    eye = torch.eye(h.shape[-1], dtype=h.dtype)
-    lower, info = torch.linalg.cholesky_ex(h.flip(-1, -2))
-    if bool(info.any()) or not bool(torch.isfinite(lower).all()):
-        if h.dtype == torch.float64:
-            raise ArithmeticError("a damped second moment is not positive definite")
-        return inverse_factor(h.double()).to(h.dtype)
-    factor: Tensor = torch.linalg.solve_triangular(lower.flip(-1, -2), eye, upper=True)
-    return factor.contiguous()
 
 
 @dataclass
@@ -147,6 +149,14 @@ class Rounded:
             self.scales_OB[:, start // BLOCK : stop // BLOCK] = scales
             running_OI[:, stop:] -= errors @ factor_II[start:stop, stop:]
 
+    def static_scales(self, group_scale: float) -> Tensor:
+        """Return the scales of the least loss of each block by itself, `[O, B]`, in the weight's
+        own order, for `round`."""
+        scales_OB = torch.empty_like(self.scales_OB)
+        chosen_OB = block_scales.by_form(self.target_OI, self.moment.blocks_BKK, group_scale)
+        scales_OB[:, self.moment.order_I[::BLOCK] // BLOCK] = chosen_OB
+        return scales_OB
+
     def improve(self, group_scale: float) -> int:
         """Sweep once over all blocks; return how many blocks of rows changed."""
         gradient_OI = (self.values_OI - self.target_OI) @ self.moment.h_II
@@ -189,9 +199,14 @@ class Rounded:
         return changes
 
     def loss(self) -> float:
-        """Return L under the damped moment."""
-        difference_OI = self.values_OI - self.target_OI
-        return float(((difference_OI @ self.moment.h_II) * difference_OI).sum(dtype=torch.float64))
+        """Return L under the damped moment, in float64."""
+        return self.loss_and_reach()[0]
+
+    def loss_and_reach(self) -> tuple[float, float]:
+        """Return L, and twice the bound n·2⁻⁵³·|Q − T|·|H'|·|Q − T|ᵀ for the rounding in it."""
+        d_OI, h_II = self.values_OI.double() - self.target_OI.double(), self.moment.h_II.double()
+        size = float(((d_OI.abs() @ h_II.abs()) * d_OI.abs()).sum())
+        return float(((d_OI @ h_II) * d_OI).sum()), 4 * len(h_II) * 2.0**-53 * size
 
     def products(self) -> tuple[float, float]:
         """Return ⟨T, Q⟩ and ⟨Q, Q⟩ under the damped moment."""
@@ -200,6 +215,11 @@ class Rounded:
             float((weighted_OI * matrix).sum(dtype=torch.float64))
             for matrix in (self.target_OI, self.values_OI)
         )
+
+    def rescale(self, group_scale: float) -> None:
+        """Let codes and scales stand for what they do under another group scale."""
+        step_OB = self.scales_OB.view(torch.float8_e4m3fn).float() * group_scale
+        self.values_OI = e2m1.decode(self.codes_OI) * step_OB.repeat_interleave(BLOCK, dim=1)
 
     def pack(self, codes: Tensor, block_scale: Tensor) -> None:
         """Fill the buffers of the row parts, uint8 `[O, I/2]` and `[O, B]`, in the weight's own
@@ -210,20 +230,60 @@ class Rounded:
         block_scale[:, self.moment.order_I[::BLOCK] // BLOCK] = self.scales_OB
 
 
-def descend(weights: Sequence[Rounded], group_scale: float, sweeps: int) -> float:
-    """Sweep over the weights of a scale group; return the group scale, which changes, too."""
+def descend(
+    weights: Sequence[Rounded], group_scale: float, sweeps: int, *, is_checked: bool = False
+) -> float:
+    """Sweep over the weights of a scale group; return the group scale, which changes, too.
+
+    Args:
+        is_checked: Assert after each step that L has not grown. It costs products in float64.
+    """
+    check = _Check(weights) if is_checked else None
     for _ in range(sweeps):
         changed = sum(weight.improve(group_scale) for weight in weights)
-        products = [weight.products() for weight in weights]
-        num, den = (sum(column) for column in zip(*products, strict=True))
-        if num > 0 and den > 0:
-            better = float(np.float32(group_scale * num / den))
-            for weight in weights:
-                weight.values_OI *= better / group_scale
-            group_scale = better
+        if check:
+            check.step()
+        group_scale = _best_scale(weights, group_scale)
+        if check:
+            check.step()
         if not changed:
             break
     return group_scale
+
+
+class _Check:
+    """Asserts that L does not grow, but by what float64 rounds it."""
+
+    def __init__(self, weights: Sequence[Rounded]) -> None:
+        self.weights, self.least = weights, math.inf
+        self.step()
+
+    def step(self) -> None:
+        losses, reaches = zip(*(weight.loss_and_reach() for weight in self.weights), strict=True)
+        assert sum(losses) <= self.least + sum(reaches), (sum(losses), self.least)
+        self.least = sum(losses)
+
+
+def _best_scale(weights: Sequence[Rounded], group_scale: float) -> float:
+    """Take the group scale of the least loss, unless its gain would be lost in rounding."""
+    products = [weight.products() for weight in weights]
+    num, den = (sum(column) for column in zip(*products, strict=True))
+    if not (num > 0 and den > 0 and abs(num / den - 1) > LEAST_SCALE_GAIN):
+        return group_scale
+    better = coarse(group_scale * num / den)
+    for weight in weights:
+        weight.rescale(better)
+    return better
+
+
+def coarse(scale: float) -> float:
+    """Return a group scale to 12 bits.
+
+    Unlike codes, it would show the last bit of everything that it is computed from. It loses
+    2⁻²⁶ of ⟨Q, Q⟩ at most, where the smallest change that is made gains 2⁻²⁰.
+    """
+    mantissa, exponent = math.frexp(scale)
+    return math.ldexp(round(mantissa * 4096) / 4096, exponent)
 
 
 def _like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
