@@ -244,10 +244,14 @@ def test_nvfp4_experts_and_fp8_attention_are_rounded_each_in_its_way(
 
 def test_blocks_do_not_reach_over_weights_that_engines_fuse(tmp_path: Path) -> None:
     file = tmp_path / "blocks.yaml"
-    text = "weights: {format: fp8_block, scale: max}\nquantize: [attention]\nlayout: plain\n"
-    file.write_text(text)
+    weights = "weights: {format: fp8_block, scale: max}"
+    names = '["*.q_proj", "*.k_proj", "*.v_proj"]'
+    file.write_text(f"rules:\n  - {{names: {names}, {weights}}}\nlayout: plain\n")
     with pytest.raises(fourfold.PlanError, match=r"k_proj and .*v_proj: engines fuse .* 64 "):
         fourfold.plan(model_dir(), file)
+    file.write_text(f"{weights}\nquantize: [attention]\nlayout: plain\n")  # no rule names them
+    names = {linear.name for linear in fourfold.plan(model_dir(), file).linears}
+    assert names == {f"model.layers.{layer}.self_attn.o_proj" for layer in range(4)}
 
 
 def test_tensor_parallel_ranks_hold_whole_blocks(model: Path, tmp_path: Path) -> None:

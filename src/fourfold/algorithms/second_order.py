@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from threading import Lock
 from typing import ClassVar
@@ -80,23 +81,24 @@ class SecondOrder(Algorithm):
     def quantize(
         self, weights: Sequence[Weight], fmt: WeightFormat
     ) -> tuple[float | None, list[Figures]]:
-        group_scale, figures = self._quantize(weights, fmt)
-        attempt = self
-        while attempt.damping < MOST_DAMPING and any(
-            x.relative_error > MOST_ERROR for x in figures
-        ):
+        attempt, figures = self, list[Figures]()
+        while True:
+            with suppress(ArithmeticError):  # the moment is singular, or nearly so
+                group_scale, figures = attempt._quantize(weights, fmt)
+                is_near = all(x.relative_error <= MOST_ERROR for x in figures)
+                if is_near or attempt.damping >= MOST_DAMPING:
+                    break
             attempt = replace(attempt, damping=max(10 * attempt.damping, 0.01))
-            plain = [replace(weight, asymmetric=0.0) for weight in weights]
-            group_scale, figures = attempt._quantize(plain, fmt)
-            for of_weight in figures:
-                of_weight.damping = attempt.damping
+            weights = [replace(weight, asymmetric=0.0) for weight in weights]
+        for of_weight in figures if attempt is not self else ():
+            of_weight.damping = attempt.damping
         return group_scale, figures
 
     def _quantize(
         self, weights: Sequence[Weight], fmt: WeightFormat
     ) -> tuple[float | None, list[Figures]]:
         figures, rounded = [], []
-        moments: dict[int, Moment] = {}
+        prepared: dict[int, tuple[Moment, Tensor | None]] = {}
         for weight in weights:
             amax = fmt.amax(weight.matrix_OI, name=weight.name)
             is_known = any(name.endswith(".cross") for name in weight.statistics)
@@ -104,9 +106,10 @@ class SecondOrder(Algorithm):
             figures.append(Figures(amax, asymmetric=asymmetric))
             source = weight.statistics[OWN if OWN in weight.statistics else POOLED]
             finite(source, weight.name)
-            moment = moments.get(source.data_ptr()) or self._moment(weight.statistics)
-            moments[source.data_ptr()] = moment
-            rounded.append(Rounded(target(weight), moment))
+            if source.data_ptr() not in prepared:
+                prepared[source.data_ptr()] = self._prepare(weight)
+            moment, k_II = prepared[source.data_ptr()]
+            rounded.append(Rounded(target(weight, k_II), moment))
         largest = max(float(x.target_OI.abs().max()) for x in rounded)
         group_scale, unit = group_scale_and_unit(largest, self.range)
         for chosen in rounded:
@@ -123,31 +126,45 @@ class SecondOrder(Algorithm):
     def choose(self, weights: Sequence[Rounded], group_scale: float) -> float:
         """Choose codes and scales of the weights of a scale group; return its group scale."""
 
-    def _moment(self, statistics: Mapping[str, Tensor]) -> Moment:
-        """The damped moment of a weight's inputs; the one of a pool is made once."""
-        if POOLED in statistics:
-            pool = statistics[POOLED]
-            with _POOLS_LOCK:
-                by_damping = _POOLS.setdefault(pool, {})
-                if self.damping not in by_damping:
-                    by_damping[self.damping] = Moment(pool, self.damping)
-                    by_damping[self.damping].factor_II  # noqa: B018 - made here, once
-                return by_damping[self.damping]
-        return Moment(shrunk(statistics), self.damping)
+    def _prepare(self, weight: Weight) -> tuple[Moment, Tensor | None]:
+        """The damped moment of a weight's inputs, and what predicts how they have moved, where that
+        is wanted. Those of a pool are made once."""
+        statistics = weight.statistics
+        if POOLED not in statistics:
+            k_II = prediction(statistics, OWN) if is_moved(weight, OWN) else None
+            return Moment(shrunk(statistics), self.damping), k_II
+        pool = statistics[POOLED]
+        with _POOLS_LOCK:
+            moments, predictions = _POOLS.setdefault(pool, ({}, {}))
+            if self.damping not in moments:
+                moment = Moment(pool, self.damping)
+                moment.factor_II  # noqa: B018 - made here, once
+                moments[self.damping] = moment
+            k_II = None
+            if is_moved(weight, POOLED):
+                if POOLED not in predictions:
+                    predictions[POOLED] = prediction(statistics, POOLED)
+                k_II = predictions[POOLED]
+            return moments[self.damping], k_II
 
 
-def target(weight: Weight) -> Tensor:
+def is_moved(weight: Weight, name: str) -> bool:
+    """True if a weight is to make up for how its inputs have moved."""
+    return weight.asymmetric > 0 and f"{name}.cross" in weight.statistics
+
+
+def target(weight: Weight, k_II: Tensor | None) -> Tensor:
     """Return the real values that the codes of a weight approximate, float32 `[O, I]`.
 
     They are the weight's own, unless its inputs have moved from x to x̂. What that costs in the
     outputs is W·(x − x̂), and its best estimate from x̂ is W·C·H⁻¹·x̂ with C = Σ (x − x̂)·x̂ᵀ. A part
     of it, `asymmetric`, is added to the weight.
+
+    Args:
+        weight: The weight.
+        k_II: C·H⁻¹, as `prediction` returns it; None if the inputs have not moved.
     """
     w_OI = weight.matrix_OI.float()
-    name = OWN if OWN in weight.statistics else POOLED
-    if not weight.asymmetric or f"{name}.cross" not in weight.statistics:
-        return w_OI
-    k_II = prediction(weight.statistics, name)
     return w_OI if k_II is None else w_OI + weight.asymmetric * (w_OI @ k_II)
 
 
@@ -164,8 +181,10 @@ def prediction(statistics: Mapping[str, Tensor], name: str) -> Tensor | None:
 
 STATISTIC = SecondMoment()
 
-_POOLS: MutableMapping[Tensor, dict[float, Moment]] = WeakTensorKeyDictionary()
-"""The prepared moments of pools, by the pool and the damping."""
+_Prepared = tuple[dict[float, Moment], dict[str, Tensor | None]]
+
+_POOLS: MutableMapping[Tensor, _Prepared] = WeakTensorKeyDictionary()
+"""By pool: its moments, by the damping, and what predicts how its inputs have moved."""
 _POOLS_LOCK = Lock()
 
 

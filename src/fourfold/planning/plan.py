@@ -212,9 +212,16 @@ class Plan(Shown, CopyPlan):
                 small += nbytes
             else:
                 large[layer] += nbytes
-        # Sums are float64, and float32 when an algorithm reads them; cross moments come on top.
-        copies = 1.5 * (2 if self.recipe.calibration.asymmetric else 1)
-        return small + int(copies * max(large.values(), default=0))
+        return small + int(self._copies_of_large * max(large.values(), default=0))
+
+    @property
+    def _copies_of_large(self) -> float:
+        """How often large statistics are in memory, in float64. In sequential calibration there are
+        cross moments, held-out sums, and means in float32 beside the sums."""
+        asymmetric = self.recipe.calibration.asymmetric
+        if not self.is_sequential:
+            return 1
+        return 6 if asymmetric == "auto" else 3 if asymmetric else 1.5
 
     @property
     def needs_calibration(self) -> bool:
