@@ -201,7 +201,10 @@ def test_threads_change_no_byte(written: Written, tmp_path: Path) -> None:
         assert file.read_bytes() == (tmp_path / "out2" / file.name).read_bytes(), file.name
 
 
-@pytest.mark.parametrize("killed_at", [40, 70, 100, 120, 140, 160])
+@pytest.mark.parametrize(
+    "killed_at",
+    [40, 120, *(pytest.param(number, marks=pytest.mark.slow) for number in (70, 100, 140, 160))],
+)
 def test_a_killed_run_resumes_to_the_same_bytes(
     killed_at: int, written: Written, tmp_path: Path
 ) -> None:

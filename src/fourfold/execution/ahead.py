@@ -9,9 +9,8 @@ take their bytes from here, and calibration takes their values to run the quanti
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -23,6 +22,7 @@ from fourfold.execution.buffers import Arena
 from fourfold.execution.context import ExecutionContext
 from fourfold.execution.cpu import CPUBackend
 from fourfold.execution.results import LinearResult
+from fourfold.execution.threads import one_thread_each
 from fourfold.formats.base import FORMATS
 from fourfold.models.inventory import LinearWeight
 from fourfold.planning import Plan, ScaleGroup
@@ -165,18 +165,3 @@ class _Replaced(SourceView):
             start, stop = linear.region.slab
             linear.region.view(tensor[start:stop]).copy_(self._ahead.values(linear))
         return tensor
-
-
-@contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Let PyTorch compute on the calling thread alone, in threads that are started inside.
-
-    Groups are quantized side by side, one in each thread; and sums do not depend on the number of
-    threads then.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -18,12 +18,14 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, astuple, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
+from fourfold.algorithms.base import RowwiseAlgorithm, algorithm_of
 from fourfold.errors import NonFiniteError
 from fourfold.events import BytesCopied, BytesQuantized, ShardWritten
 from fourfold.execution.buffers import Arena
@@ -32,6 +34,7 @@ from fourfold.execution.cpu import CPUBackend
 from fourfold.execution.gpu import GPUBackend
 from fourfold.execution.results import LinearResult
 from fourfold.execution.streams import Need, can_batch, need_of
+from fourfold.execution.threads import one_thread_each
 from fourfold.models.inventory import ExpertBias, RawTensor
 from fourfold.models.roles import Role
 from fourfold.planning import Job, KVScales, Plan, ScaleGroup, job_bytes, keys_of, slabs_of
@@ -98,7 +101,9 @@ class Scheduler:
         """
         wanted = self.shards if shards is None else sorted(set(self.shards).intersection(shards))
         self._jobs = self._jobs_of(wanted)
-        with ThreadPoolExecutor(len(self._workers), thread_name_prefix="quantize") as pool:
+        threads = one_thread_each() if self._has_whole_groups else nullcontext()
+        workers = ThreadPoolExecutor(len(self._workers), thread_name_prefix="quantize")
+        with threads, workers as pool:
             futures = [pool.submit(self._work, worker) for worker in self._workers]
             try:
                 for future in futures:
@@ -111,6 +116,13 @@ class Scheduler:
         for future in self._syncing:
             if future.done():
                 future.result()
+
+    @property
+    def _has_whole_groups(self) -> bool:
+        """True if an algorithm computes with whole groups, by PyTorch's matrix products."""
+        groups = self.plan.groups if isinstance(self.plan, Plan) else ()
+        schemes = {group.scheme for group in groups}
+        return any(not isinstance(algorithm_of(x), RowwiseAlgorithm) for x in schemes)
 
     def finish(self) -> None:
         """Wait until every shard is on the disk. Raises what went wrong there."""
