@@ -111,7 +111,7 @@ class Calibration:
                     "or a smaller `batch_size`."
                 )
             self.sequential = SequentialLayers(
-                plan, self.streamed, self.scales, self.ranks, len(data.batches)
+                plan, self.streamed, self.scales, self.ranks, len(data.batches), self._saw_batch
             )
 
     def _new_store(self, limit: int | None, scratch: Path | None) -> ActivationStore:
@@ -251,6 +251,13 @@ class Calibration:
 
     def _new_statistics(self) -> Statistics:
         return Statistics(self.statistics.data, model=self.statistics.model)
+
+    def _saw_batch(self, layer: int, call: int) -> None:
+        """Say that a stage of a layer, which has been observed, has seen a batch."""
+        tokens = sum(int(batch.attention_mask.sum()) for batch in self.batches)
+        layers = len(self.streamed.tree.layers)
+        counts = call + 1, len(self.batches), (layer + 1) * tokens, layers * tokens
+        self.on_event(BatchCalibrated(layer, layers, *counts))
 
     def _merge(self, unit: int | None, statistics: Statistics) -> int | None:
         """Merge a layer's statistics over the ranks, and add them to those of the run."""

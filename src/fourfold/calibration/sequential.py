@@ -85,11 +85,14 @@ class SequentialLayers:
         scales: ActivationScales,
         ranks: Ranks,
         batches: int,
+        on_batch: Callable[[int, int], object] = lambda *_: None,
     ) -> None:
         """Prepare for a number of batches, which all ranks together have.
 
         Of this rank's calls, the first half are the source's stream, the others the quantized one.
+        `on_batch` is called with a layer and a call's number whenever a stage has seen its texts.
         """
+        self.on_batch = on_batch
         self.plan, self.streamed, self.scales, self.ranks = plan, streamed, scales, ranks
         self.batches = range(ranks.rank, batches, ranks.size)
         self.held_out = frozenset(
@@ -176,8 +179,9 @@ class SequentialLayers:
             for site, needs in sites.items():
                 of_source = twin.recorded[site.name]
                 self._add(states[site], site, needs, stream.recorded[site.name], of_source)
+            self.on_batch(layer, call)
         sums = [
-            reduced(self.ranks, {site.name: state for site, state in states.items()})
+            reduced(self.ranks, {site.name: on_cpu(state) for site, state in states.items()})
             for states in halves
         ]
         for site, needs in sites.items() if is_split else ():
@@ -190,9 +194,9 @@ class SequentialLayers:
         state: State = {}
         for name in needs:
             statistic = STATISTICS[name]
-            state |= statistic.new(site)
+            state |= statistic.new(site, self.streamed.device)
             if self.asymmetric and isinstance(statistic, SecondMoment):
-                state |= statistic.new_cross(site)
+                state |= statistic.new_cross(site, self.streamed.device)
         return state
 
     def _add(
@@ -232,6 +236,11 @@ class SequentialLayers:
                 scale = self.scales.scale_of(linear) if scheme.has_input_scale else None
                 roundings[observed_site(linear)] = Rounding(scheme.activations, scale)
         return roundings
+
+
+def on_cpu(state: State) -> State:
+    """Return a state whose tensors are on the CPU."""
+    return {name: tensor.cpu() for name, tensor in state.items()}
 
 
 def confirmed_part(needs: Iterable[str], train: State, held_out: State) -> float:

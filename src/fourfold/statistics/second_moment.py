@@ -121,10 +121,10 @@ class SecondMoment(Moments):
         mean = _mean(moment, rows)
         return mean.tril() + mean.tril(-1).mT
 
-    def new_cross(self, site: Site) -> State:
+    def new_cross(self, site: Site, device: torch.device | str = "cpu") -> State:
         """Return the cross moment of a site that no row has reached."""
         dtype, shape = self.shapes(site)[self.name]
-        return {f"{self.name}.cross": torch.zeros(shape, dtype=dtype)}
+        return {f"{self.name}.cross": torch.zeros(shape, dtype=dtype, device=device)}
 
     def update_cross(
         self, state: State, rows: Tensor, differences: Tensor, experts: Tensor | None
