@@ -30,6 +30,10 @@ COSTS: Mapping[str, Cost] = {
     "nvfp4_experts_only_mse-constant_inputs": Cost(1.05e-2, 0.960),
     "nvfp4_experts_only_mse-fp8_cast_kv": Cost(1.34e-2, 0.953),
     "nvfp4_default_mse-fp8_kv": Cost(2.60e-2, 0.936),
+    "w4a16_nvfp4_experts_only_best": Cost(1.92e-3, 0.985),
+    "w4a16_nvfp4_default_best": Cost(3.54e-3, 0.978),
+    "nvfp4_experts_only_best": Cost(7.86e-3, 0.965),
+    "nvfp4_default_best": Cost(1.69e-2, 0.949),
 }
 """By recipe, as benchmarks/quality.py measures them."""
 
@@ -49,6 +53,11 @@ _NO_FP4_UNITS = (
         "no FP4 units: W4A4 would run with 16-bit activations, too",
     ),
     Advice("the smallest files", "w4a16_nvfp4_default_mse", "attention in 4 bits, too"),
+    Advice(
+        "the best quality",
+        "w4a16_nvfp4_experts_only_best",
+        "codes are chosen with calibration data, layer after layer: much slower",
+    ),
 )
 _FP4_UNITS = (
     Advice(
@@ -72,6 +81,11 @@ _FP4_UNITS = (
         "the MLPs are most of it, and attention stays as it is",
     ),
     Advice("the smallest files", "nvfp4_default_mse-fp8_kv", "everything in 4 bits; check quality"),
+    Advice(
+        "the best quality",
+        "nvfp4_experts_only_best",
+        "codes are chosen with calibration data, layer after layer: much slower",
+    ),
 )
 
 GUIDE: Mapping[tuple[Hardware, ...], Sequence[Advice]] = {
