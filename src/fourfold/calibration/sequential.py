@@ -118,8 +118,10 @@ class SequentialLayers:
     def quantize_layer(self, layer: int, observers: Observers) -> None:
         """Quantize a layer, stage by stage. Its statistics are complete, and it is loaded."""
         assert self.quantizer is not None
-        if not self.streamed.held.fetching.is_transient:
-            self.streamed.held.release()  # the disk has them; memory is for moments
+        raw: Source = self.streamed.held
+        if not raw.fetching.is_transient:  # they are on the disk; memory is for moments
+            self.streamed.held.release()
+            raw = self.streamed.held.source
         source = quantized = self.streamed.weights(layer)
         orders = self.ranks.gather(observers.order)  # a rank may lack sites that no token reached
         order = list(dict.fromkeys(site for of_rank in orders for site in of_rank))
@@ -138,7 +140,7 @@ class SequentialLayers:
             self.scales.drop_large()
             self.streamed.use(quantized)
             keys = {linear.region.key for linear in stage.linears}
-            self.streamed.load(layer, self.quantizer.source(self.streamed.held.source), keys)
+            self.streamed.load(layer, self.quantizer.source(raw), keys)
             quantized = self.streamed.weights(layer)
         self.streamed.use(source)
         self._quantized[layer] = quantized
