@@ -231,6 +231,11 @@ def test_a_killed_run_resumes_to_the_same_bytes(
         ),
         ("weights: {scale: mse, descent: 2}\nquantize: [experts]", "descent has no effect with"),
         ("weights: {scale: gptq_joint, range: 300}\nquantize: [experts]", "range"),
+        (
+            "weights: {scale: gptq_joint}\n"
+            "calibration: {propagate: quantized, asymmetric: 2}\nquantize: [experts]",
+            "calibration.asymmetric: Input should be less than or equal to 1",
+        ),
     ],
 )
 def test_recipes_that_make_no_sense(text: str, message: str, tmp_path: Path) -> None:

@@ -482,10 +482,10 @@ def _explain(error: ValidationError) -> str:
     same = [entry for entry in errors if entry["loc"][:1] == errors[0]["loc"][:1]]
     # Of a union, the branch that got furthest; an unknown key explains a missing one, and a check
     # of several keys more than that none of them is `none`.
-    ranks = {"extra_forbidden": 2, "value_error": 1}
+    ranks = {"extra_forbidden": 2, "value_error": 1, "less_than_equal": 1, "greater_than_equal": 1}
     first = max(same, key=lambda entry: (len(entry["loc"]), ranks.get(entry["type"], 0)))
     # Of unions, and validated models: not keys.
-    branches = ("KVCache", "Activations", "Headroom", "literal[", "function-after[")
+    branches = ("KVCache", "Activations", "Headroom", "literal[", "function-after[", "constrained-")
     parts = [part for part in map(str, first["loc"]) if not part.startswith(branches)]
     where, value = ".".join(parts), first.get("input")
     match first["type"]:
