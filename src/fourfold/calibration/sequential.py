@@ -186,10 +186,12 @@ class SequentialLayers:
             reduced(self.ranks, {site.name: on_cpu(state) for site, state in states.items()})
             for states in halves
         ]
+        del halves, states
         for site, needs in sites.items() if is_split else ():
-            of_site = [half[site.name] for half in sums]
-            self.scales.asymmetry[site.name] = confirmed_part(needs, *of_site)
-            sums[0][site.name] = {name: x + of_site[1][name] for name, x in of_site[0].items()}
+            train, held_out = sums[0][site.name], sums[1].pop(site.name)
+            self.scales.asymmetry[site.name] = confirmed_part(needs, train, held_out)
+            for name, tensor in train.items():
+                tensor += held_out[name]
         return sums[0]
 
     def _new(self, site: Site, needs: set[str]) -> State:
@@ -262,12 +264,14 @@ def confirmed_part(needs: Iterable[str], train: State, held_out: State) -> float
         statistic = STATISTICS[name]
         if not isinstance(statistic, SecondMoment):
             continue
-        states = [statistic.finish(state) for state in (train, held_out)]
-        rows = states[1][f"{name}.rows"]
+        rows = held_out[f"{name}.rows"]
+        pool = statistic.pool(train) if rows.ndim else {}
         for number in range(rows.numel()):
-            is_expert = rows.ndim > 0
-            mine, theirs = (statistic.of_expert(x, number) if is_expert else x for x in states)
-            k_II = prediction(mine, name)
+            mine, theirs = (  # of one expert after the other: all of them take much memory
+                statistic.finish({x: y[number] if rows.ndim else y for x, y in state.items()})
+                for state in (train, held_out)
+            )
+            k_II = prediction(mine | pool, name)
             if k_II is None:
                 continue
             weight = float(rows.flatten()[number])

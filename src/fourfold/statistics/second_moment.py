@@ -69,8 +69,16 @@ class Moments(Statistic):
             means[name] = torch.empty(total.shape, device=total.device)
             for number, mean in enumerate(means[name]):
                 mean.copy_(of(total[number], rows[number]))
-            means[f"{name}.pool"] = of(total.sum(dim=0), rows.sum())
-        return means
+        return means | self.pool(state) if rows.ndim else means
+
+    def pool(self, state: State) -> State:
+        """Return the means over the rows of all experts, given the sums of each."""
+        rows = state[f"{self.name}.rows"].sum()
+        return {
+            f"{name}.pool": (self.mean if name == self.name else _mean)(total.sum(dim=0), rows)
+            for name, total in state.items()
+            if total.is_floating_point()
+        }
 
     def of_expert(self, state: State, expert: int) -> State:
         return {name: x if name.endswith(".pool") else x[expert] for name, x in state.items()}
