@@ -221,7 +221,7 @@ class Plan(Shown, CopyPlan):
         asymmetric = self.recipe.calibration.asymmetric
         if not self.is_sequential:
             return 1
-        return 6 if asymmetric == "auto" else 3 if asymmetric else 1.5
+        return 4 if asymmetric == "auto" else 3 if asymmetric else 1.5
 
     @property
     def needs_calibration(self) -> bool:
@@ -282,7 +282,7 @@ class Plan(Shown, CopyPlan):
         layer = max((size for layer, size in sizes.items() if layer is not None), default=0)
         copies = 3 * layer
         if self.is_sequential:
-            copies = layer + 3 * (self._layer_elements * 4 if self.computes_in_float32 else layer)
+            copies = layer + 2 * (self._layer_elements * 4 if self.computes_in_float32 else layer)
         return sizes[None] + copies + self._statistics_memory()
 
     @property
