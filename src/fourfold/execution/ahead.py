@@ -123,6 +123,11 @@ class GroupsAhead:
         return _Replaced(source, self, self._plan.inventory.linears_by_key)
 
     @property
+    def computes_in_float32(self) -> bool:
+        """True if calibration runs the model in float32."""
+        return self._plan.computes_in_float32
+
+    @property
     def _plan(self) -> Plan:
         assert isinstance(self.context.plan, Plan)
         return self.context.plan
@@ -160,7 +165,9 @@ class _Replaced(SourceView):
         linears = [x for x in self._linears.get(key, ()) if self._ahead.has(x)]
         if not linears:
             return tensor
-        tensor = tensor.to(torch.float32, copy=True)  # 16 bits would round the values
+        # 16 bits round the values, which a model that computes in them does anyway.
+        dtype = torch.float32 if self._ahead.computes_in_float32 else tensor.dtype
+        tensor = tensor.to(dtype, copy=True)
         for linear in linears:
             start, stop = linear.region.slab
             linear.region.view(tensor[start:stop]).copy_(self._ahead.values(linear))
