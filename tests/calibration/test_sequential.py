@@ -23,6 +23,7 @@ from fourfold.algorithms import ALGORITHMS, Figures, Weight
 from fourfold.algorithms.gptq_joint import GPTQJoint
 from fourfold.calibration.data import load_calibration
 from fourfold.calibration.sequential import confirmed_part, stages_of
+from fourfold.calibration.stream import RecordedRows, differences
 from fourfold.errors import FourfoldError, RecipeError, UsageError
 from fourfold.formats.base import FORMATS, WeightFormat
 from fourfold.models.inventory import LinearWeight
@@ -328,3 +329,29 @@ def test_a_weight_keeps_most_of_itself() -> None:
         _, (figures,) = GPTQJoint(damping=damping, descent=1).quantize([weight], fmt)
         assert figures.relative_error <= 0.3
         assert figures.damping is None or figures.damping > damping
+
+
+def test_no_damping_makes_a_moment_of_what_is_none() -> None:
+    """The search for a damping ends: such a matrix is the second moment of no inputs."""
+    indefinite = torch.full((32, 32), 100.0).fill_diagonal_(1.0)
+    out = {"codes": torch.empty(4, 16, dtype=torch.uint8), "block_scale": torch.empty(4, 2)}
+    statistics = {"second_moment": indefinite, "second_moment.rows": torch.tensor(5)}
+    weight = Weight("a weight", torch.ones(4, 32), out, statistics)
+    with pytest.raises(ArithmeticError, match="not positive definite"):
+        GPTQJoint().quantize([weight], FORMATS["nvfp4"])
+
+
+@pytest.mark.parametrize("by_expert", [False, True])
+def test_rows_of_two_streams_meet_by_token_and_expert(by_expert: bool) -> None:
+    def rows(values: Sequence[float], experts: Sequence[int], tokens: Sequence[int]) -> Any:
+        x_RI = torch.tensor(values)[:, None].expand(-1, 16).bfloat16()
+        return RecordedRows(x_RI, torch.tensor(experts), torch.tensor(tokens))
+
+    own = [rows([1, 2, 3], [0, 1, 0], [7, 7, 8])]
+    other = [rows([6], [1], [7]), rows([10], [1], [8])]
+    (moved,) = differences(own, other, by_expert=by_expert)
+    # Of a token that the other stream gave to another expert, only the input is the same.
+    assert moved[:, 0].tolist() == ([0, 4, 0] if by_expert else [5, 4, 7])
+    assert differences([], other, by_expert=by_expert) == []
+    (nothing,) = differences(own, [], by_expert=by_expert)
+    assert not nothing.any()

@@ -81,15 +81,16 @@ class SecondOrder(Algorithm):
     def quantize(
         self, weights: Sequence[Weight], fmt: WeightFormat
     ) -> tuple[float | None, list[Figures]]:
-        attempt, figures = self, list[Figures]()
-        while True:
+        attempt = self
+        while attempt.damping < MOST_DAMPING:
             with suppress(ArithmeticError):  # the moment is singular, or nearly so
                 group_scale, figures = attempt._quantize(weights, fmt)
-                is_near = all(x.relative_error <= MOST_ERROR for x in figures)
-                if is_near or attempt.damping >= MOST_DAMPING:
+                if all(x.relative_error <= MOST_ERROR for x in figures):
                     break
-            attempt = replace(attempt, damping=max(10 * attempt.damping, 0.01))
+            attempt = replace(attempt, damping=min(10 * attempt.damping, MOST_DAMPING))
             weights = [replace(weight, asymmetric=0.0) for weight in weights]
+        else:
+            group_scale, figures = attempt._quantize(weights, fmt)
         for of_weight in figures if attempt is not self else ():
             of_weight.damping = attempt.damping
         return group_scale, figures

@@ -30,13 +30,15 @@ from fourfold.algorithms.second_order import prediction
 from fourfold.calibration.observers import Observers
 from fourfold.calibration.scales import ActivationScales
 from fourfold.calibration.statistics import Sites, reduced
-from fourfold.calibration.stream import RecordedRows, Rounding, Stream, differences
+from fourfold.calibration.stream import RecordedRows, Stream, differences
 from fourfold.calibration.streaming import LayerWeights, StreamedModel
 from fourfold.distributed.ranks import Ranks
 from fourfold.models.inventory import LinearWeight
+from fourfold.models.names import SINGLE_EXPERT
 from fourfold.models.roles import Role
 from fourfold.planning import Plan, ScaleGroup
 from fourfold.planning.rows import observed_site
+from fourfold.sources.codecs.base import InputRounding
 from fourfold.statistics import STATISTICS, Site, State
 from fourfold.statistics.second_moment import SecondMoment
 from fourfold.storage.source import Source
@@ -212,6 +214,8 @@ class SequentialLayers:
         of_source: list[RecordedRows],
     ) -> None:
         moved: Sequence[Tensor | None] = [None] * len(rows)
+        if SINGLE_EXPERT.search(site.name):  # the streams may route other tokens to it
+            of_source = []
         if self.asymmetric:
             moved = differences(rows, of_source, by_expert=site.name.endswith(".down"))
         for name in needs:
@@ -229,16 +233,16 @@ class SequentialLayers:
         self.streamed.run_again(layer, call)
         observers.stream = None
 
-    def _roundings(self, layer: int) -> Mapping[str, Rounding]:
+    def _roundings(self, layer: int) -> Mapping[str, InputRounding]:
         """How inputs are rounded in a layer, by site."""
-        roundings: dict[str, Rounding] = {}
+        roundings: dict[str, InputRounding] = {}
         for group in self._groups[layer]:
             scheme = group.scheme
             if scheme.activations is None:
                 continue
             for linear in group.linears:
                 scale = self.scales.scale_of(linear) if scheme.has_input_scale else None
-                roundings[observed_site(linear)] = Rounding(scheme.activations, scale)
+                roundings[observed_site(linear)] = InputRounding(scheme.activations, scale)
         return roundings
 
 

@@ -19,16 +19,7 @@ import torch
 from torch import Tensor
 
 from fourfold.formats.base import FORMATS
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """How the inputs at a site are rounded."""
-
-    format: str
-    """A name in `FORMATS`."""
-    scale: float | None
-    """The stored scale of the inputs; None if engines choose all scales."""
+from fourfold.sources.codecs.base import InputRounding
 
 
 @dataclass(frozen=True)
@@ -50,7 +41,7 @@ class EnoughError(Exception):
 class Stream:
     """What a layer's module does with its inputs while it runs, besides computing."""
 
-    roundings: Mapping[str, Rounding] = field(default_factory=dict)
+    roundings: Mapping[str, InputRounding] = field(default_factory=dict)
     """By site."""
     recorded_sites: Collection[str] = ()
     """The sites whose rows are kept."""
@@ -92,7 +83,7 @@ def differences(
         other: Those of the other stream, from the same texts.
         by_expert: True if the rows of a token differ between its experts.
     """
-    if not other:
+    if not own or not other:
         return [torch.zeros_like(x.rows_RI, dtype=torch.float32) for x in own]
     if own[0].experts is None:
         pairs = zip(own, other, strict=True)
