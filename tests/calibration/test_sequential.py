@@ -355,3 +355,23 @@ def test_rows_of_two_streams_meet_by_token_and_expert(by_expert: bool) -> None:
     assert differences([], other, by_expert=by_expert) == []
     (nothing,) = differences(own, [], by_expert=by_expert)
     assert not nothing.any()
+
+
+@pytest.mark.parametrize("propagate", ["source", "quantized"])
+def test_a_head_is_quantized_for_its_inputs(
+    propagate: str, written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    algorithm = Recording()
+    monkeypatch.setitem(ALGORITHMS, "recording", algorithm)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"weights: {{scale: recording}}\ncalibration: {{propagate: {propagate}}}\n"
+        "quantize: [experts, lm_head]"
+    )
+    options = options_of(tmp_path)
+    result = fourfold.quantize(written("qwen3_moe")[0], tmp_path / "out", recipe, **options)
+    assert result.clean, result.report
+    (rows,) = {
+        int(seen["second_moment.rows"]) for name, seen in algorithm.seen.items() if "head" in name
+    }
+    assert rows == 8 * 24

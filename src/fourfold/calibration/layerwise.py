@@ -163,7 +163,6 @@ class Calibration:
         if self._kept.keys() >= {*layers, None}:
             for unit in (*layers, None):
                 yield self._complete(unit, self._kept[unit])
-                self.scales.drop_large()
             return
         done: set[int] = set()
         with closing(self._layers() if self.batches else self._layers_of_others()) as passes:
@@ -179,12 +178,14 @@ class Calibration:
                 if self.sequential is not None and not is_skipped:
                     self.sequential.quantize_layer(layer, self._observers)
                 yield layer
-                self.scales.drop_large()
+                # What lies behind the layers is quantized last, and may be observed already.
+                self.scales.drop_large(self.streamed.tree.layers[layer])
                 if self.sequential is not None:
                     self.sequential.done()
         for layer in sorted(set(layers) - done):
             yield self._complete(layer, self._new_statistics())
         yield self._merge(None, self._last)
+        self.scales.drop_large()
 
     def _layers(self) -> Generator[tuple[int, Statistics]]:
         """Each layer that the data passes, loaded, with the statistics of this rank's batches."""
@@ -287,7 +288,7 @@ class Calibration:
             self._on_observed(unit, statistics)
         if self.saved is not None and unit is not None:
             # Replayed layers store their outputs after their statistics: keep one layer more.
-            self.saved.finished(unit if self.sequential is None else unit - 1)
+            self.saved.finished(unit - 1 if self.plan.repeats_layers else unit)
         return unit
 
     def _call(self, observers: Observers, batch: Batch, model: Any) -> None:

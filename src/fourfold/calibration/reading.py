@@ -34,7 +34,11 @@ def observing(plan: Plan, model: Any, tree: ModuleTree) -> Iterator[Observers]:
     modules, statistics = {linear.module for linear in plan.observed}, plan.statistics
     if plan.recipe.calibration.propagate == "quantized":
         modules |= {linear.module for linear in plan.linears if plan.scheme_of(linear).activations}
-        statistics = {site: names & KEPT for site, names in statistics.items()}
+        layers = tuple(f"{layer}." for layer in tree.layers)
+        statistics = {  # those of layers are measured before each stage
+            site: names & KEPT if site.startswith(layers) else names
+            for site, names in statistics.items()
+        }
     experts = {path: tree.experts[path] for path in sorted(modules & tree.experts.keys())}
     linears = sorted(modules - experts.keys())
     all_experts = plan.recipe.calibration.all_experts

@@ -64,9 +64,9 @@ class ActivationScales:
         self._states: dict[tuple[str, str, int], State] = {}
         """Finished states, by site and statistic."""
 
-    def drop_large(self) -> None:
-        """Drop all statistics but those that are kept."""
-        self.statistics.drop_large()
+    def drop_large(self, module: str = "") -> None:
+        """Drop all statistics but those that are kept, of sites inside a module, or everywhere."""
+        self.statistics.drop_large(module)
         self._states.clear()
 
     def amax(self, site: str) -> float:
@@ -167,6 +167,11 @@ class ActivationScales:
         with self._lock:
             if key not in self._states:
                 state = {key: x for key, x in collected.items() if statistic_of(key) is statistic}
+                if not state and name not in KEPT and self.tokens(linear):
+                    raise ObservationError(
+                        f"{linear.name}: tokens reached it, and its {name} was not measured. "
+                        "This is a defect of fourfold; please report it."
+                    )
                 self._states[key] = statistic.finish(state or statistic.new(site))
                 if name not in KEPT:  # the sums are not needed any more
                     for part in state:

@@ -139,7 +139,7 @@ class SequentialLayers:
             for site, state in states.items():
                 self.scales.statistics.sites.setdefault(site, {}).update(state)
             self.quantizer.quantize(stage.groups)
-            self.scales.drop_large()
+            self.scales.drop_large(self.streamed.tree.layers[layer])
             self.streamed.use(quantized)
             keys = {linear.region.key for linear in stage.linears}
             self.streamed.load(layer, self.quantizer.source(raw), keys)

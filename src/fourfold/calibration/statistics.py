@@ -170,9 +170,11 @@ class Statistics:
         """Return the statistics at some sites, given their `summaries`."""
         return cls(DataSummary(**summaries["data"]), sites, ModelSummary(**summaries["model"]))
 
-    def drop_large(self) -> None:
-        """Drop all statistics but those that are kept."""
+    def drop_large(self, module: str = "") -> None:
+        """Drop all statistics but those that are kept, of sites inside a module, or everywhere."""
         for site, state in self.sites.items():
+            if module and not site.startswith(f"{module}."):
+                continue
             kept = {name: x for name, x in state.items() if statistic_of(name).name in KEPT}
             self.sites[site] = kept
 

@@ -2,7 +2,8 @@
 """A store of statistics: one safetensors file for each layer.
 
 An unfinished run keeps its statistics here, so that a run that resumes does not observe a layer
-again. Unlike `calibration.safetensors`, a file holds every statistic, also large ones.
+again. Large statistics are not stored, since they may take more room than the model: a layer whose
+algorithms read them is observed again unless it is written.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fourfold.calibration.statistics import Sites, Statistics
+from fourfold.statistics import KEPT, statistic_of
 from fourfold.storage.atomic import partial_of, sync
 
 NON_LAYER = "non-layer"
@@ -32,12 +34,16 @@ class StatisticsStore:
         self.folder = folder
 
     def save(self, layer: int | None, statistics: Statistics) -> None:
-        """Store a layer's statistics. After a crash the file is there and complete, or absent."""
+        """Store a layer's statistics, of those that are kept.
+
+        After a crash the file is there and complete, or absent.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {
             f"{site}{SEPARATOR}{name}": tensor.contiguous()
             for site, state in statistics.sites.items()
             for name, tensor in state.items()
+            if statistic_of(name).name in KEPT
         }
         file = self.folder / f"{NON_LAYER if layer is None else f'layer-{layer:05d}'}.safetensors"
         partial = partial_of(file)

@@ -285,6 +285,12 @@ class Plan(Shown, CopyPlan):
             copies = layer + 2 * (self._layer_elements * 4 if self.computes_in_float32 else layer)
         return sizes[None] + copies + self._statistics_memory()
 
+    @cached_property
+    def repeats_layers(self) -> bool:
+        """True if a layer that is observed but not written must run again in a resumed run: what
+        its algorithms read is not stored."""
+        return self.is_sequential or any(name not in KEPT for _, name in self._measured)
+
     @property
     def is_sequential(self) -> bool:
         """True if each part of a layer is quantized on what the parts before it compute."""

@@ -127,17 +127,23 @@ class Job:
                     threads=self.backend.threads,
                 )
 
-        if self.run.quantizes_ahead is not None:
+        if self._repeats_layers:
             self.assignment = self._without_unfinished_layers()
+
+    @property
+    def _repeats_layers(self) -> bool:
+        return isinstance(self.plan, Plan) and self.plan.repeats_layers
 
     def _without_unfinished_layers(self) -> Assignment:
         """Forget statistics from the first layer on that is not written: it must run again, to be
-        quantized, and the layers behind it read what it computes."""
+        quantized, and the layers behind it read what it computes. A head reads the last layer."""
+        assert isinstance(self.plan, Plan)
         finished = set(self.assignment.finished)
         left = [s.layer for n, s in enumerate(self.plan.shards) if n not in finished]
-        first = min((layer for layer in left if layer is not None), default=None)
-        if first is None:
+        if not left:
             return self.assignment
+        last = len(self.plan.inventory.layer_paths) - 1
+        first = min((layer for layer in left if layer is not None), default=last)
         kept: dict[int | None, Statistics] = {}
         for layer, statistics in self.assignment.statistics.items():
             if layer is not None and layer < first:
@@ -173,7 +179,7 @@ class Job:
                 with self.source.agreeing():
                     if self.run.is_writer:
                         scheduler.run(shards)
-                    if context.ahead is not None:  # a run that resumes needs whole layers
+                    if self._repeats_layers:  # a run that resumes needs whole layers
                         scheduler.finish()
             with self.source.agreeing():
                 scheduler.finish()
