@@ -68,8 +68,7 @@ def moment_steps(width: int, rows: int) -> Steps:
 def weight_steps(outputs: int, width: int) -> Steps:
     """Every way to choose scales and codes of a weight, without the factor of its moment."""
     x_RI = inputs(2 * width, width)
-    moment = Moment(x_RI.T @ x_RI / len(x_RI), 0.01)
-    moment.factor_II, moment.block_inverses_BKK  # noqa: B018 - made here, once
+    moment = Moment(x_RI.T @ x_RI / len(x_RI), 0.01).prepare()
     w_OI = torch.randn(outputs, width, generator=torch.Generator().manual_seed(1)) * 0.02
     group_scale, unit = block_scales.group_scale_and_unit(float(w_OI.abs().max()), 256)
     w_OI, group_scale = w_OI / unit, group_scale / unit

@@ -20,7 +20,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fourfold.formats.base import WeightFormat
 from fourfold.formats.registry import Registry
@@ -80,6 +80,12 @@ class Algorithm(ABC):
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()
     """Names of the statistics of the inputs that `quantize` reads from `Weight.statistics`."""
+
+    def with_options(self, options: Mapping[str, float]) -> Algorithm:
+        """Return this algorithm with other options, which are the fields of a frozen dataclass."""
+        fields: Any = self
+        changed: Algorithm = dataclasses.replace(fields, **options)
+        return changed
 
     def needs_at(self, site: Site) -> frozenset[str]:
         """Return those of `needs` that `quantize` reads where the inputs arrive at a site."""
@@ -156,11 +162,6 @@ def fields_of(algorithm: Algorithm) -> frozenset[str]:
 
 
 def algorithm_of(scheme: Scheme) -> Algorithm:
-    """Return the algorithm of a scheme, with the scheme's options.
-
-    An algorithm with options is a frozen dataclass; they are its fields.
-    """
+    """Return the algorithm of a scheme, with the scheme's options."""
     algorithm = ALGORITHMS[scheme.algorithm]
-    if not scheme.options:
-        return algorithm
-    return dataclasses.replace(algorithm, **dict(scheme.options))  # type: ignore[type-var]
+    return algorithm.with_options(dict(scheme.options)) if scheme.options else algorithm

@@ -138,9 +138,7 @@ class SecondOrder(Algorithm):
         with _POOLS_LOCK:
             moments, predictions = _POOLS.setdefault(pool, ({}, {}))
             if self.damping not in moments:
-                moment = Moment(pool, self.damping)
-                moment.factor_II  # noqa: B018 - made here, once
-                moments[self.damping] = moment
+                moments[self.damping] = Moment(pool, self.damping).prepare()
             k_II = None
             if is_moved(weight, POOLED):
                 if POOLED not in predictions:

@@ -77,6 +77,12 @@ class Moment:
         self.h_II = h_BKBK.view_as(h_II)
         self.h_II.diagonal().add_(damping * mean)
 
+    def prepare(self) -> Moment:
+        """Compute the factors now, so that threads that share the moment find them; return it."""
+        for name in ("factor_II", "block_factors_BKK", "block_inverses_BKK"):
+            getattr(self, name)
+        return self
+
     @cached_property
     def factor_II(self) -> Tensor:
         """U, upper triangular, with H'⁻¹ = UᵀU."""
