@@ -148,6 +148,16 @@ def start_command(
     return Script(before + COMMAND, *arguments, environment=environment)
 
 
+def settle_threads() -> None:
+    """Let this thread make PyTorch's threads anew, which a fork has lost.
+
+    Two threads that need them first, at the same time, end in "Invalid thread pool!".
+    """
+    import torch
+
+    torch.set_num_threads(torch.get_num_threads())
+
+
 def _run_script(code: str, words: list[str], environment: Mapping[str, str], outputs: Path) -> None:
     for number, name in ((1, "stdout"), (2, "stderr")):
         file = os.open(outputs / name, os.O_WRONLY | os.O_CREAT)
@@ -157,6 +167,7 @@ def _run_script(code: str, words: list[str], environment: Mapping[str, str], out
     os.environ.update(environment)
     tempfile.tempdir = None  # TMPDIR may be another
     sys.argv = words
+    settle_threads()
     try:
         exec(compile(code, "<script>", "exec"), {"__name__": "__main__"})
     except KeyboardInterrupt:  # the interpreter ends so, too

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jobs import processes
+from jobs import processes, settle_threads
 
 
 def run_on_ranks(size: int, function: Callable[..., None], *arguments: Any) -> None:
     """Call `function(rank, *arguments)` on each of several ranks, which are processes."""
     ranks = [
-        processes().Process(target=function, args=(rank, *arguments), daemon=True)
+        processes().Process(target=_on_rank, args=(function, rank, *arguments), daemon=True)
         for rank in range(size)
     ]
     for process in ranks:
@@ -24,6 +24,11 @@ def run_on_ranks(size: int, function: Callable[..., None], *arguments: Any) -> N
     for process in ranks:
         process.join(150)
     assert [process.exitcode for process in ranks] == [0] * size
+
+
+def _on_rank(function: Callable[..., None], rank: int, *arguments: Any) -> None:
+    settle_threads()
+    function(rank, *arguments)
 
 
 def leave_together(size: int, folder: Path) -> NoReturn:
