@@ -22,7 +22,8 @@ the loss if the columns behind compensate as well as real numbers can.
 
 Its scale and codes are chosen again for that target under H'_bb, and are kept only if the loss is
 smaller. After a sweep over all blocks, the group scale takes its best value,
-S·Σ⟨T, Q⟩_H'/Σ⟨Q, Q⟩_H'. Neither step ever raises L.
+S·Σ⟨T, Q⟩_H'/Σ⟨Q, Q⟩_H'. Neither step raises L, but for rounding in float32; a sweep that does, by
+float64, is taken back.
 
 **Precision.** U (`inverse_factor`) is in float32, as all that follows; where float32 finds H' not
 positive definite, in float64.
@@ -204,15 +205,33 @@ class Rounded:
         self.scales_OB[:, block] = scales
         return changes
 
-    def loss(self) -> float:
-        """Return L under the damped moment, in float64."""
-        return self.loss_and_reach()[0]
+    def loss(self, values_OI: Tensor | None = None) -> float:
+        """Return L under the damped moment, in float64, also for other values than its own."""
+        values_OI = self.values_OI if values_OI is None else values_OI
+        d_OI = values_OI.double() - self.target_OI.double()
+        return float(((d_OI @ self.moment.h_II.double()) * d_OI).sum())
+
+    def quick_loss(self) -> tuple[float, float]:
+        """Return L from a product in float32, and a bound that its rounding hardly reaches:
+        4·2⁻²⁴·(Σ |q − t|·√H'_ii)², summed over rows."""
+        d_OI, h_II = self.values_OI - self.target_OI, self.moment.h_II
+        loss = float(((d_OI @ h_II) * d_OI).sum(dtype=torch.float64))
+        sizes_O = d_OI.abs() @ h_II.diagonal().sqrt()
+        return loss, 2.0**-22 * float(sizes_O.double().square().sum())
 
     def loss_and_reach(self) -> tuple[float, float]:
         """Return L, and twice the bound n·2⁻⁵³·|Q − T|·|H'|·|Q − T|ᵀ for the rounding in it."""
         d_OI, h_II = self.values_OI.double() - self.target_OI.double(), self.moment.h_II.double()
         size = float(((d_OI.abs() @ h_II.abs()) * d_OI.abs()).sum())
-        return float(((d_OI @ h_II) * d_OI).sum()), 4 * len(h_II) * 2.0**-53 * size
+        return self.loss(), 4 * len(h_II) * 2.0**-53 * size
+
+    def chosen(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return copies of codes, scales and values."""
+        return self.codes_OI.clone(), self.scales_OB.clone(), self.values_OI.clone()
+
+    def choose_again(self, chosen: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Take codes, scales and values that `chosen` has returned."""
+        self.codes_OI, self.scales_OB, self.values_OI = chosen
 
     def products(self) -> tuple[float, float]:
         """Return ⟨T, Q⟩ and ⟨Q, Q⟩ under the damped moment."""
@@ -242,19 +261,41 @@ def descend(
     """Sweep over the weights of a scale group; return the group scale, which changes, too.
 
     Args:
-        is_checked: Assert after each step that L has not grown. It costs products in float64.
+        is_checked: Assert after each sweep that L has not grown.
     """
     check = _Check(weights) if is_checked else None
+    least = _quick_loss(weights) if sweeps else (0.0, 0.0)
     for _ in range(sweeps):
+        before, scale_before = [weight.chosen() for weight in weights], group_scale
         changed = sum(weight.improve(group_scale) for weight in weights)
-        if check:
-            check.step()
         group_scale = _best_scale(weights, group_scale)
+        loss = _quick_loss(weights)
+        if least[0] - loss[0] <= least[1] + loss[1] and not _has_fallen(weights, before):
+            for weight, chosen in zip(weights, before, strict=True):
+                weight.choose_again(chosen)
+            return scale_before
+        least = loss
         if check:
             check.step()
         if not changed:
             break
     return group_scale
+
+
+def _quick_loss(weights: Sequence[Rounded]) -> tuple[float, float]:
+    losses, reaches = zip(*(weight.quick_loss() for weight in weights), strict=True)
+    return sum(losses), sum(reaches)
+
+
+def _has_fallen(
+    weights: Sequence[Rounded], before: Sequence[tuple[Tensor, Tensor, Tensor]]
+) -> bool:
+    """Return whether L, in float64, is less than it was. Where H' is nearly singular, float32 may
+    take rounding for a gain."""
+    losses = (
+        weight.loss(values_OI) for weight, (*_, values_OI) in zip(weights, before, strict=True)
+    )
+    return sum(weight.loss() for weight in weights) < sum(losses)
 
 
 class _Check:
