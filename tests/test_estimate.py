@@ -4,9 +4,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 import fourfold
+from fourfold.embedded import model_dir
+from fourfold.planning.work import calibration_operations
 from fourfold.run.estimate import Estimate, estimate
 from test_cli import run  # noqa: F401  # a fixture
 
@@ -29,9 +34,19 @@ def test_what_was_not_measured_is_left_out() -> None:
     assert nothing.seconds == 0
     assert "not estimated" in str(nothing)
     assert nothing.to_dict()["weights_per_second"] is None
-    disk = Estimate(BILLION, BILLION, 1, None, BILLION, runs_model=True)
+    disk = Estimate(BILLION, BILLION, 1, None, BILLION, operations=1e12)
     assert "thread" not in str(disk)
     assert str(disk).endswith("calibration, which runs the model, comes on top")
+    assert disk.to_dict()["without_calibration"]
+
+
+def test_calibration_is_counted_beside_the_search() -> None:
+    plain = Estimate(100 * BILLION, 100 * BILLION, 2, 0.5 * BILLION, 1.0 * BILLION)
+    counted = replace(plain, operations=60e12, operations_per_second=100e9)
+    assert counted.seconds == plain.seconds + 600
+    assert "calibration on 65,536 tokens is about 10 min of it, with 100 GFLOP/s" in str(counted)
+    assert counted.to_dict()["calibration_seconds"] == 600
+    assert not counted.to_dict()["without_calibration"]
 
 
 def test_a_plan_is_measured(written, tmp_path: Path) -> None:
@@ -41,8 +56,40 @@ def test_a_plan_is_measured(written, tmp_path: Path) -> None:
     assert measured.nbytes == plan.nbytes + plan.nbytes_after
     assert measured.weights_per_second is not None
     assert measured.weights_per_second > 1000
-    assert not measured.runs_model
-    assert estimate(fourfold.plan(written("qwen3_moe")[0], "nvfp4_experts_only")).runs_model
+    assert measured.calibration_seconds is None
+
+
+@pytest.mark.parametrize("recipe", ["nvfp4_experts_only", "nvfp4_default_best"])
+def test_a_plan_with_calibration_is_measured(written, recipe: str) -> None:
+    measured = estimate(fourfold.plan(written("qwen3_moe")[0], recipe), threads=1)
+    assert measured.weights_per_second is not None
+    assert measured.weights_per_second > 1000
+    assert measured.calibration_seconds is not None
+    assert measured.calibration_seconds > 0
+
+
+def test_operations_are_those_of_the_products() -> None:
+    """Counted by hand for a model that everyone can check."""
+    plan = fourfold.plan(model_dir(), "nvfp4_default_gptq")
+    config = json.loads((model_dir() / "config.json").read_text())
+    width, heads, key_heads = (
+        config[x] for x in ("hidden_size", "num_attention_heads", "num_key_value_heads")
+    )
+    inner, experts, routed = (
+        config[x] for x in ("moe_intermediate_size", "num_experts", "num_experts_per_tok")
+    )
+    head = config["head_dim"]
+    attention = 2 * width * head * (heads + key_heads)
+    model = 2 * (attention + experts * width + routed * 3 * width * inner)
+    moments = 1.5 * (width**2 + (heads * head) ** 2 + routed * (width**2 + inner**2))
+    factors = 4 / 3 * (width**3 + (heads * head) ** 3 + experts * (width**3 + inner**3))
+    layers = config["num_hidden_layers"]
+    assert calibration_operations(plan, 1000) == pytest.approx(
+        layers * (1000 * (model + moments) + factors)
+    )
+    sequential = fourfold.plan(model_dir(), "nvfp4_default_best")
+    assert calibration_operations(sequential, 1000) > 3 * calibration_operations(plan, 1000)
+    assert calibration_operations(fourfold.plan(model_dir()), 1000) == 0
 
 
 def test_where_it_is_shown(run, written, terminal) -> None:  # noqa: F811

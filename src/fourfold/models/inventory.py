@@ -105,6 +105,8 @@ class Inventory:
     vocab_size: int
     hidden_size: int
     max_positions: int | None
+    experts_per_token: int
+    """The number of routed experts that read a token; 0 if the config does not say."""
 
     @cached_property
     def linears_by_key(self) -> Mapping[str, tuple[LinearWeight, ...]]:

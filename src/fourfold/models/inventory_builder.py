@@ -115,6 +115,7 @@ class _Builder:
             vocab_size=self.tree.vocab_size,
             hidden_size=self.tree.hidden_size,
             max_positions=self.tree.max_positions,
+            experts_per_token=self.tree.experts_per_token,
         )
 
     # ------------------------------------------------------------------------------ parameters

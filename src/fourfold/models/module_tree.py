@@ -69,6 +69,8 @@ class ModuleTree:
     """Columns of that embedding."""
     max_positions: int | None
     """The longest input in tokens, as the config states it."""
+    experts_per_token: int
+    """The number of routed experts that read a token; 0 if the config does not say."""
     conversion: Conversion
 
     @property
@@ -122,8 +124,17 @@ def describe(model: Any) -> ModuleTree:
         vocab_size=rows or int(getattr(text_config, "vocab_size", 0) or 0),
         hidden_size=columns or int(getattr(text_config, "hidden_size", 0) or 0),
         max_positions=getattr(text_config, "max_position_embeddings", None),
+        experts_per_token=_experts_per_token(text_config),
         conversion=conversion_of(model),
     )
+
+
+def _experts_per_token(text_config: Any) -> int:
+    for name in ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts", "moe_k"):
+        count = getattr(text_config, name, None)
+        if isinstance(count, int):
+            return count
+    return 0
 
 
 def _linears(model: Any, modules: Mapping[str, Any]) -> dict[str, LinearModule]:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long a plan will take: its weights and bytes, at the speed of this machine now.
 
-A fraction of a second is spent on a sample of the search and of the disk. Reading, searching and
-writing overlap, so the slower of the two counts; the verification reads both sides again.
+A second at most is spent on samples of the search, of a matrix product and of the disk. Reading,
+searching and writing overlap, so the slower of the two counts; the verification reads both sides
+again. Calibration comes on top: it is counted in operations of matrix products (`planning.work`),
+for as many tokens as it reads by default.
 """
 
 from __future__ import annotations
@@ -16,18 +18,29 @@ from typing import Any
 
 import torch
 
-from fourfold.algorithms.base import Weight, algorithm_of
+from fourfold.algorithms.base import Algorithm, Weight, algorithm_of
+from fourfold.calibration.data import DEFAULT_SEQ, DEFAULT_SIZE
 from fourfold.distributed.machine import choose_device, threads_available
 from fourfold.execution.backend import uses_device
+from fourfold.execution.threads import one_thread_each
 from fourfold.formats import dispatch
 from fourfold.formats.base import FORMATS
 from fourfold.formats.scheme import Scheme
 from fourfold.planning import Plan
+from fourfold.planning.work import calibration_operations
+from fourfold.statistics import STATISTICS, Site
 from fourfold.storage.safetensors_header import TORCH_DTYPES, nbytes_of
 from fourfold.storage.units import size
 
 SAMPLE = (64, 4096)
 """The weight that is quantized again and again: small enough for the cache, as pieces are."""
+SAMPLE_WITH_DATA = (256, 1024)
+"""The same for an algorithm that reads statistics of the inputs."""
+PRODUCT = (1024, 2048, 1024)
+"""Rows, columns and outputs of a matrix product like those of calibration."""
+
+TOKENS = DEFAULT_SIZE * DEFAULT_SEQ
+"""Tokens that calibration reads, if the data has as many."""
 
 SEARCH_SECONDS, DISK_SECONDS = 0.1, 0.25
 PIECE = 1 << 22
@@ -45,20 +58,29 @@ class Estimate:
     """Bytes that are read and written."""
     threads: int
     weights_per_second: float | None
-    """With all threads; None if not measured: a GPU quantizes, or an algorithm needs data."""
+    """With all threads; None if not measured: a GPU quantizes."""
     bytes_per_second: float | None
     """None if it was not measured: the files are too small, or no files."""
-    runs_model: bool = False
-    """True if the model is run for calibration, which no estimate covers."""
+    operations: float = 0.0
+    """Operations of matrix products in calibration; 0 if the model is not run."""
+    operations_per_second: float | None = None
+    """With all threads; None if not measured."""
     fetches: bool = False
-    """True if shards have to be fetched, which no estimate covers either."""
+    """True if shards have to be fetched, which no estimate covers."""
 
     @property
     def seconds(self) -> float:
         """The whole time, the verification included."""
         searching = self.weights / self.weights_per_second if self.weights_per_second else 0.0
         copying = self.nbytes / self.bytes_per_second if self.bytes_per_second else 0.0
-        return max(searching, copying) + copying
+        calibrating = self.calibration_seconds or 0.0
+        return max(searching + calibrating, copying) + copying
+
+    @property
+    def calibration_seconds(self) -> float | None:
+        """The time in which the model runs and its moments are summed; None if not measured."""
+        speed = self.operations_per_second
+        return self.operations / speed if self.operations and speed else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -67,7 +89,8 @@ class Estimate:
             "threads": self.threads,
             "weights_per_second": self.weights_per_second and round(self.weights_per_second),
             "bytes_per_second": self.bytes_per_second and round(self.bytes_per_second),
-            "without_calibration": self.runs_model,
+            "calibration_seconds": self.calibration_seconds and round(self.calibration_seconds, 1),
+            "without_calibration": self._leaves_out_calibration,
             "without_fetching": self.fetches,
         }
 
@@ -84,9 +107,19 @@ class Estimate:
         if not speeds:
             return "time: not estimated; no speed could be measured"
         text = f"time {_duration(self.seconds)}, verified: measured now are {' and '.join(speeds)}"
-        if self.runs_model:
+        if self._leaves_out_calibration:
             text += "; calibration, which runs the model, comes on top"
+        elif self.calibration_seconds is not None:
+            speed = (self.operations_per_second or 0.0) / 1e9
+            text += (
+                f"; calibration on {TOKENS:,} tokens is {_duration(self.calibration_seconds)} of "
+                f"it, with {speed:,.0f} GFLOP/s"
+            )
         return f"{text}; fetching the shards comes on top" if self.fetches else text
+
+    @property
+    def _leaves_out_calibration(self) -> bool:
+        return bool(self.operations) and self.operations_per_second is None
 
 
 def _duration(seconds: float) -> str:
@@ -105,7 +138,8 @@ def estimate(plan: Plan, threads: int | None = None) -> Estimate:
         threads=threads,
         weights_per_second=_search_speed(plan, threads),
         bytes_per_second=_disk_speed(plan),
-        runs_model=plan.needs_calibration,
+        operations=calibration_operations(plan, TOKENS),
+        operations_per_second=_product_speed(plan, threads),
         fetches=plan.fetches,
     )
 
@@ -117,18 +151,19 @@ def _search_speed(plan: Plan, threads: int) -> float | None:
         numels[plan.scheme_of(linear), linear.dtype] += linear.shape[0] * linear.shape[1]
     (scheme, dtype), _ = numels.most_common(1)[0]
     algorithm, fmt = algorithm_of(scheme), FORMATS[scheme.weights]
-    on_device = uses_device(dispatch.choice_for_weights(torch.device(choose_device("auto"))))
-    if on_device or algorithm.needs:
+    if uses_device(dispatch.choice_for_weights(torch.device(choose_device("auto")))):
         return None
-    values = torch.randn(SAMPLE, generator=torch.Generator().manual_seed(0)) / 50
+    shape = SAMPLE_WITH_DATA if algorithm.needs else SAMPLE
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0)) / 50
+    statistics = _sample_statistics(algorithm, shape[1])
 
     def quantize(seconds: float) -> int:
         """Quantize the sample until the time is over; returns how many times."""
         buffers = {
             part: torch.empty(nbytes_of(*spec), dtype=torch.uint8).view(spec[1][0], -1)
-            for part, spec in fmt.row_parts(SAMPLE).items()
+            for part, spec in fmt.row_parts(shape).items()
         }
-        sample = [Weight("a sample", values.to(TORCH_DTYPES[dtype]), buffers)]
+        sample = [Weight("a sample", values.to(TORCH_DTYPES[dtype]), buffers, statistics)]
         count, end = 0, time.perf_counter() + seconds
         while not count or time.perf_counter() < end:
             algorithm.quantize(sample, fmt)
@@ -136,10 +171,37 @@ def _search_speed(plan: Plan, threads: int) -> float | None:
         return count
 
     quantize(0)  # compiles the kernels, or loads them
-    with ThreadPoolExecutor(threads) as pool:
+    with one_thread_each(), ThreadPoolExecutor(threads) as pool:
         began = time.perf_counter()
         count = sum(pool.map(quantize, [SEARCH_SECONDS] * threads))
         return count * values.numel() / (time.perf_counter() - began)
+
+
+def _sample_statistics(algorithm: Algorithm, width: int) -> dict[str, torch.Tensor]:
+    """The statistics of random inputs that an algorithm reads. Experts share a moment, so that the
+    time for its factor, which is counted by itself, is spent once."""
+    site = Site("a sample.gate_up", width, experts=1 << 20)
+    rows_RI = torch.randn(2 * width, width, generator=torch.Generator().manual_seed(1))
+    state: dict[str, torch.Tensor] = {}
+    for name in algorithm.needs_at(site):
+        statistic = STATISTICS[name]
+        sums = statistic.new(Site("a sample", width))
+        statistic.update(sums, rows_RI, None)
+        state |= statistic.finish(sums)
+    return state
+
+
+def _product_speed(plan: Plan, threads: int) -> float | None:
+    """Operations a second of a matrix product in float32; None where nothing is calibrated."""
+    if not plan.needs_calibration or choose_device("auto") != "cpu":
+        return None
+    rows, columns, outputs = PRODUCT
+    x, w = torch.randn(rows, columns), torch.randn(columns, outputs)
+    count, began = 0, time.perf_counter()
+    while not count or time.perf_counter() < began + SEARCH_SECONDS:
+        x @ w
+        count += 1
+    return 2 * count * rows * columns * outputs / (time.perf_counter() - began)
 
 
 def _disk_speed(plan: Plan) -> float | None:
