@@ -249,6 +249,30 @@ def test_other_recipes_with_activations(
     check_scales(plans[0], tmp_path / "out", recipe, result)
 
 
+NO_KV = {name for name, (_, words) in UNCALIBRATED.items() if words == "no keys and values"}
+
+
+@pytest.mark.parametrize("name", mostly_slow(x for x in FAMILIES if x not in UNCUT))
+def test_codes_by_calibration(name: str, written: Written, calib: Path, tmp_path: Path) -> None:
+    """Layer after layer, codes and scales chosen with calibration data, activations rounded."""
+    out, recipe = tmp_path / "out", "nvfp4_default_best"
+    plans: list[Plan] = []
+    options = {
+        "calib": [calib], "calib_size": 9, "calib_seq": 24, "batch_size": 3, "threads": 1,
+        "on_event": only(PlanMade, lambda event: plans.append(event.plan)),
+    }  # fmt: skip
+    if name in UNCALIBRATED.keys() - NO_KV:
+        error, words = UNCALIBRATED[name]
+        with pytest.raises(error, match=words):
+            fourfold.quantize(written(name)[0], out, recipe, **flat(**options))
+        assert not out.exists()
+        return
+    result = fourfold.quantize(written(name)[0], out, recipe, **flat(**options))
+    assert result.clean, str(result.report)
+    check_output(name, written, out, result)
+    check_scales(plans[0], out, recipe, result)
+
+
 def roles_of(inventory: Inventory) -> dict[str, list[str]]:
     """Role → names of its linear weights, numbers as `*`; experts' by their module alone."""
     by_role: dict[str, set[str]] = defaultdict(set)

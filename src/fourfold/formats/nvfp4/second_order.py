@@ -34,6 +34,7 @@ Shapes: O outputs, I inputs, B blocks of inputs.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -256,12 +257,17 @@ class Rounded:
 
 
 def descend(
-    weights: Sequence[Rounded], group_scale: float, sweeps: int, *, is_checked: bool = False
+    weights: Sequence[Rounded],
+    group_scale: float,
+    sweeps: int,
+    *,
+    is_checked: bool = sys.flags.dev_mode,
 ) -> float:
     """Sweep over the weights of a scale group; return the group scale, which changes, too.
 
     Args:
-        is_checked: Assert after each sweep that L has not grown.
+        is_checked: Assert after each sweep that L has not grown, which costs two products in
+            float64. True in Python's development mode (`python -X dev`).
     """
     check = _Check(weights) if is_checked else None
     least = _quick_loss(weights) if sweeps else (0.0, 0.0)
