@@ -22,6 +22,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
+from filelock import FileLock
+
 from fourfold.config import CalibrationConfig, OutputConfig, Runtime
 from fourfold.events import Event
 
@@ -146,6 +149,20 @@ def start_command(
 ) -> Script:
     """Begin `fourfold ARGUMENTS`, after Python code that the process runs first."""
     return Script(before + COMMAND, *arguments, environment=environment)
+
+
+def once(base: pytest.TempPathFactory, name: str, fill: Callable[[Path], object]) -> Path:
+    """Return a folder that the first of the processes which run the tests has filled."""
+    root = base.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    folder, done = root / name, root / f"{name} is filled"
+    with FileLock(root / f"{name}.lock"):
+        if not done.exists():
+            folder.mkdir()
+            fill(folder)
+            done.touch()
+    return folder
 
 
 def settle_threads() -> None:

@@ -79,10 +79,10 @@ RANK = """
 import os, signal, sys, threading
 import torch
 from torch.distributed import TCPStore
-from fourfold.distributed.ranks import RankGroup
+from fourfold.distributed.ranks import RankGroup, RankTimeouts
 rank, port = int(sys.argv[1]), int(sys.argv[2])
 store = TCPStore("127.0.0.1", port, 3, rank == 0)
-together = RankGroup(store, rank, 3)
+together = RankGroup(store, rank, 3, timeouts=RankTimeouts(silence=8))
 with together.joined():
     while True:
         together.reduce({"a": torch.ones(1 << 20)}, "sum")

@@ -569,6 +569,7 @@ def test_folders_that_cannot_be(name: str) -> None:
     assert "ive a checkpoint's folder" in message
 
 
+@pytest.mark.slow
 def test_a_few_thousand_tensors(tmp_path: Path) -> None:
     count = write_many(tmp_path / "model", layers=3, experts=300)
     assert count > 2700

@@ -204,7 +204,7 @@ def test_threads_change_no_byte(written: Written, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "killed_at",
-    [40, 120, *(pytest.param(number, marks=pytest.mark.slow) for number in (70, 100, 140, 160))],
+    [120, *(pytest.param(number, marks=pytest.mark.slow) for number in (40, 70, 100, 140, 160))],
 )
 def test_a_killed_run_resumes_to_the_same_bytes(
     killed_at: int, written: Written, tmp_path: Path

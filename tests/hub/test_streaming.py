@@ -408,6 +408,7 @@ def test_transfers_that_break_and_arrive_damaged(
     assert {name for name, start in hub.ranges} >= {names[4]}
 
 
+@pytest.mark.slow
 def test_a_shard_that_always_arrives_damaged(hub: Hub, forty: Path, tmp_path: Path) -> None:
     hub.add(NAME, forty)
     name = sorted(sizes_of(forty))[20]
@@ -425,6 +426,7 @@ def test_a_shard_that_always_arrives_damaged(hub: Hub, forty: Path, tmp_path: Pa
     assert sum(fetched(hub, forty).values()) < SHARDS - 10
 
 
+@pytest.mark.slow
 def test_a_hub_that_goes_away(hub: Hub, forty: Path, expected: Any, tmp_path: Path) -> None:
     """After some attempts, one line says that the same command resumes, and it does."""
     hub.add(NAME, forty)

@@ -112,6 +112,7 @@ def digest_of_all_families():
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="compiles for a plain x86-64")
+@pytest.mark.slow
 def test_the_same_bytes_without_fma_and_wide_vectors():
     code = f"from {__name__} import digest_of_all_families as d; print(d())"
     environment = {**os.environ, "NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": ""}

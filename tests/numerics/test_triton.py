@@ -173,6 +173,7 @@ def test_max_scales(dtype):
         check(blocks_of(FAMILIES, 300, scale, dtype, 7).view(1, -1), [scale], sweep.MAX)
 
 
+@pytest.mark.slow
 def test_the_full_search_agrees():
     weight = blocks_of(NAMES, 60, 3.3e-4, torch.bfloat16, 8).view(1, -1)
     pruned, full = by_triton(weight, [3.3e-4]), by_triton(weight, [3.3e-4], sweep.MSE_FULL)

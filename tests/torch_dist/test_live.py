@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 import fourfold
-from jobs import flat
+from jobs import flat, once
 
 from .core_jobs import Case, Ranks, run_ranks
 from .test_logits import CASES, HYBRID, SEQUENTIAL, digests
@@ -50,9 +50,8 @@ class Job:
 
 def launch(case: Case, jobs: Mapping[str, Job], folder: Path) -> Path:
     """Save the model of `case` on one rank; then load it and quantize it, job by job."""
-    folder.mkdir(parents=True, exist_ok=True)
     hf = folder / "hf"
-    hf.mkdir()
+    hf.mkdir(parents=True)
     (hf / "config.json").write_text(json.dumps(case.config()))
     (folder / "layers.yaml").write_text(LAYERS)
     common = {"hf": case.config(), "options": case.options}
@@ -124,9 +123,12 @@ SPOILED = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("live")
+    return once(tmp_path_factory, "live on two ranks", launch_two_ranks)
+
+
+def launch_two_ranks(folder: Path) -> None:
     rows = [[(7 * row + 3 * n) % 90 + 3 for n in range(20)] for row in range(12)]
     lines = [json.dumps({"input_ids": row}) + "\n" for row in rows]
     (folder / "ids.jsonl").write_text("".join(lines))
@@ -137,7 +139,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Ranks(tp=2, ep=2), given={**CALIBRATED, "calib": [str(folder / "ids.jsonl")]}
         ),
     }
-    return launch(IN_BF16, {**spread, **SPOILED}, folder)
+    launch(IN_BF16, {**spread, **SPOILED}, folder)
 
 
 def test_the_bytes_are_those_of_the_checkpoint(two_ranks: Path) -> None:
