@@ -129,7 +129,10 @@ class SecondOrder(StackableAlgorithm):
             attempts = attempt_with(algorithm, list(waiting.values()))
             for number, attempt in zip(list(waiting), attempts, strict=True):
                 if attempt is None and is_last:
-                    raise ArithmeticError(f"{waiting[number][0].name}: its moment is singular")
+                    raise ArithmeticError(
+                        f"{waiting[number][0].name}: the damped second moment of its inputs is not "
+                        "positive definite"
+                    )
                 if attempt is None:
                     continue
                 if is_last or all(x.relative_error <= MOST_ERROR for x in attempt[1]):
