@@ -185,7 +185,8 @@ class Observers:
 
 
 def _finite(site: str, tensor: Tensor) -> Tensor:
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    # Least and largest, which are NaN if any is: `isfinite` would copy a tensor that may be large.
+    if tensor.is_floating_point() and not all(map(torch.isfinite, tensor.aminmax())):
         raise ObservationError(
             f"{site}: NaN or Inf among the activations. "
             "Is the checkpoint damaged, or does the model overflow in its dtype?"
