@@ -13,6 +13,8 @@ Shapes: N groups, O outputs, I inputs.
 
 from __future__ import annotations
 
+import weakref
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,6 +23,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fourfold.algorithms import Weight
 from fourfold.algorithms.gptq import GPTQ
@@ -196,6 +200,68 @@ def test_a_singular_moment_is_damped_more(device: str) -> None:
     )
     (_, on_cpu) = GPTQJoint().quantize(copies([weights])[0], NVFP4())
     assert on_cpu[0].damping == figures[0].damping
+
+
+class Allocated(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations have returned and that are still in use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = self.now = 0
+        self._users: Counter[int] = Counter()
+        """By address of its memory, the number of tensors that have it."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in tensors_in((args, kwargs))}
+        for tensor in tensors_in(result):
+            memory = tensor.untyped_storage()
+            address, nbytes = memory.data_ptr(), memory.nbytes()
+            if address not in self._users and address in given:
+                continue  # it was there before
+            if not self._users[address]:
+                self.now += nbytes
+                self.most = max(self.most, self.now)
+            self._users[address] += 1
+            weakref.finalize(tensor, self._drop, address, nbytes)
+        return result
+
+    def _drop(self, address: int, nbytes: int) -> None:
+        self._users[address] -= 1
+        if not self._users[address]:
+            del self._users[address]
+            self.now -= nbytes
+
+
+def tensors_in(nested: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(nested) if isinstance(x, Tensor)]
+
+
+@pytest.mark.parametrize("outputs", [(16, 16), (400, 400)])
+@pytest.mark.parametrize("algorithm", [GPTQJoint(descent=1), GPTQ(descent=1)], ids=repr)
+def test_the_memory_that_is_stated(algorithm: SecondOrder, outputs: tuple[int, int]) -> None:
+    """Of operations; what libraries take inside of one is a part of the rest of the estimate."""
+    rng = np.random.default_rng(7)
+    groups = [
+        [replace(x, asymmetric=0.5) for x in group(rng, moved(rng), outputs)] for _ in range(3)
+    ]
+    with Allocated() as allocated:
+        algorithm.quantize_stack(groups, NVFP4(), torch.device("cpu"))
+    stated = len(groups) * algorithm.stack_bytes(sum(outputs), WIDTH)
+    assert 0.4 * stated < allocated.most < 0.9 * stated
+
+
+@pytest.mark.gpu
+def test_the_memory_that_is_stated_on_a_gpu() -> None:
+    rng = np.random.default_rng(7)
+    groups = [group(rng, own(rng), (400, 400)) for _ in range(40)]
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    GPTQJoint(descent=1).quantize_stack(groups, NVFP4(), torch.device("cuda"))
+    taken = torch.cuda.max_memory_allocated() - before
+    assert taken < len(groups) * GPTQJoint().stack_bytes(800, WIDTH)
 
 
 def test_nan_is_an_error_that_names_the_weight() -> None:

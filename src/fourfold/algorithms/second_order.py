@@ -55,10 +55,12 @@ MOST_ERROR, MOST_DAMPING = 0.3, 10.0
 """A weight whose own relative error exceeds the first is quantized again with ten times as much
 damping, up to the second."""
 
-MATRICES_OF_MOMENT, MATRICES_OF_WEIGHT, BYTES_OF_ROW = 10, 14, 1 << 13
-"""What a group takes on a device: as many float32 matrices of the size of its moment, while that is
-factored or its inputs' change is predicted, and of its weights; and bytes for the candidates of a
-row."""
+WHILE_FACTORED, FACTORED = 10, 3
+"""Float32 matrices of the size of a group's moment on a device: while it is factored, or the change
+of its inputs predicted; and then."""
+
+OF_WEIGHTS, BYTES_OF_ROW = 10, 5 << 10
+"""Matrices of the size of a group's weights there, and bytes for the candidates of a row."""
 
 LARGE = 1 << 30
 """Bytes of second moments at one site beyond which gate and up of its experts share one."""
@@ -113,8 +115,9 @@ class SecondOrder(StackableAlgorithm):
         return self._until_close(groups, attempt_with)
 
     def stack_bytes(self, rows: int, width: int) -> int:
-        of_moment = MATRICES_OF_MOMENT * 4 * width * width
-        return of_moment + rows * (MATRICES_OF_WEIGHT * 4 * width + BYTES_OF_ROW)
+        of_moment, of_weights = 4 * width * width, 4 * rows * width
+        then = FACTORED * of_moment + OF_WEIGHTS * of_weights + BYTES_OF_ROW * rows
+        return max(WHILE_FACTORED * of_moment, then)
 
     def _until_close(
         self,

@@ -52,7 +52,7 @@ largest. Each step takes some 10 µs to launch, which a stack shares out."""
 
 STACK_PART_OF_HOST = 8
 """The host takes at most this part of a stack: up to 4.6 bytes for each weight and its codes, where
-the device takes 56 and more."""
+the device takes 40 and more."""
 
 OVERHEAD = 8 * ALIGNMENT
 """Bytes for each linear weight, at most, for alignment, its scale and its figures."""
