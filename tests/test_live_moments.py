@@ -150,9 +150,13 @@ def test_moments_that_do_not_fit_are_refused(written: Written, tmp_path: Path) -
     assert plan.statistics_memory(pooled=True) == shared.calibration_memory < needed
 
 
-@pytest.mark.parametrize("reads", ["loop", "data"])
+READS = ["loop", pytest.param("padding", marks=pytest.mark.slow), "data"]
+
+
+@pytest.mark.parametrize("reads", READS)
 def test_sharded_by_fsdp2_over_two_ranks(reads: str, written: Written, tmp_path: Path) -> None:
-    """Moments are summed over the ranks' loops; of data that all of them read they count once."""
+    """Moments are summed over the ranks' loops, also if all that the first rank reads is padding;
+    of data that all of them read they count once."""
     folder, ids = written("qwen3_moe")[0], ids_file(tmp_path)
     recipe = recipe_in(tmp_path, f"weights: {{scale: gptq_joint}}\n{ROLES}")
     fourfold.quantize(folder, tmp_path / "streamed", recipe,
@@ -175,8 +179,12 @@ def run_rank(rank: int, reads: str, folder: Path, tmp_path: Path) -> None:
         fully_shard(layer)
     fully_shard(model)
     options = flat(calib=[tmp_path / "ids.jsonl"], threads=1, **SIZES)
+    mine = batches = batches_of(folder, tmp_path / "ids.jsonl")
     if reads == "loop":
-        mine = batches_of(folder, tmp_path / "ids.jsonl")[rank::2]
+        mine = batches[rank::2]
+    if reads == "padding" and rank == 0:
+        mine = tuple(Batch(x.input_ids, torch.zeros_like(x.attention_mask)) for x in batches)
+    if reads != "data":
         options = {"forward_loop": loop_over(mine), "runtime": Runtime(threads=1)}
     problem = ""
     try:
