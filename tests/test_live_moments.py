@@ -150,6 +150,23 @@ def test_moments_that_do_not_fit_are_refused(written: Written, tmp_path: Path) -
     assert plan.statistics_memory(pooled=True) == shared.calibration_memory < needed
 
 
+def test_a_run_without_room_does_not_call_the_model(
+    written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned(written, tmp_path, "scale: gptq_joint")
+    model, _ = read_back(FAMILIES["qwen3_moe"], written("qwen3_moe")[0])
+    room = plan.memory(1) + plan.statistics_memory(pooled=True)
+    monkeypatch.setattr("fourfold.run.preflight.memory_available", lambda: room)
+    calls: list[Any] = []
+    with pytest.raises(fourfold.ResourceError, match="statistics of the inputs of all layers"):
+        fourfold.quantize(
+            model, tmp_path / "out", tmp_path / "recipe.yaml",
+            forward_loop=calls.append, runtime=Runtime(threads=1, device="cpu"),
+        )  # fmt: skip
+    assert calls == []
+    assert not (tmp_path / "out").exists()
+
+
 READS = ["loop", pytest.param("padding", marks=pytest.mark.slow), "data"]
 
 
