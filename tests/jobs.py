@@ -52,7 +52,8 @@ def processes() -> Any:
     """The context of multiprocessing whose processes are forked from the warm one."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["warm_jobs"])
-    with mock.patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parent)):
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, paths))):
         forkserver.ensure_running()
     return context
 

@@ -149,10 +149,11 @@ class Runtime:
 
     device: str = "auto"
     """The device that quantizes and runs the model for calibration: cpu, cuda, cuda:N, or auto,
-    which takes a GPU if there is one. Quantized weights do not depend on it."""
+    which takes a GPU if there is one. Quantized weights do not depend on it, but for those whose
+    algorithm reads second moments of the inputs."""
     device_memory: int | None = None
-    """Bytes of the device that quantization may take. By default up to 1 GiB, and no more than half
-    of what is free."""
+    """Bytes of the device that quantization may take. By default up to 1 GiB, and 8 GiB for
+    algorithms that read second moments, but no more than half of what is free."""
     threads: int | None = None
     """Worker threads; by default one for each core. The output does not depend on it, but for the
     rounding of the matrix products in a calibration."""

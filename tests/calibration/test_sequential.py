@@ -250,7 +250,7 @@ def test_a_model_in_memory_is_refused(written: Written, tmp_path: Path) -> None:
     with quiet():
         model, _ = read_back(FAMILIES["qwen3_moe"], written("qwen3_moe")[0])
     options = flat(calib=[ids_file(tmp_path)], calib_seq=24, calib_size=8)
-    with pytest.raises(UsageError, match="not possible with a model in memory"):
+    with pytest.raises(UsageError, match="use `propagate: source`"):
         fourfold.quantize(model, tmp_path / "out", "nvfp4_experts_only_best", **options)
     assert not (tmp_path / "out").exists()
 

@@ -160,3 +160,16 @@ def test_what_no_row_reached_is_zero(statistic: Moments, site: Site) -> None:
         for name, tensor in finished.items():
             assert not tensor.any() or name.endswith(".rows")
             assert torch.isfinite(tensor).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("statistic", ALL, ids=lambda statistic: statistic.name)
+def test_sums_on_the_cpu_of_rows_on_a_gpu(statistic: Moments) -> None:
+    """They are those on the GPU, since products are computed there in either case."""
+    on_cpu, on_gpu = statistic.new(EXPERTS), statistic.new(EXPERTS, "cuda")
+    for rows, experts in batches(EXPERTS, dtype=torch.bfloat16):
+        assert experts is not None
+        for state in (on_cpu, on_gpu):
+            statistic.update(state, rows.cuda(), experts.cuda())
+    assert on_cpu.keys() == on_gpu.keys()
+    assert all(torch.equal(tensor, on_gpu[key].cpu()) for key, tensor in on_cpu.items())

@@ -5,9 +5,11 @@ An algorithm quantizes one **scale group** at a time: the weights that engines f
 one group scale. It names the statistics of the inputs that it needs; calibration measures them,
 and nothing is measured that no algorithm of the plan asks for.
 
-There are two kinds.
+There are three kinds.
 
 - A plain `Algorithm` is given the weights of the group whole, with buffers for their parts.
+- A `StackableAlgorithm` can also be given many groups of one shape, to quantize them side by side
+  on a GPU. Their codes may differ from those of `quantize` where rounding decides.
 - A `RowwiseAlgorithm` chooses each row's scales and codes from that row and the group scale alone,
   by one of the ways that the format's kernels know. Such weights are read and quantized in pieces
   where a group is large, and many at a time on a GPU; the bytes are those of `quantize`.
@@ -27,6 +29,7 @@ from fourfold.formats.registry import Registry
 from fourfold.formats.scheme import Scheme
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from fourfold.statistics import Site
@@ -110,6 +113,39 @@ class Algorithm(ABC):
 
         Raises:
             NonFiniteError: A weight holds NaN or Inf.
+        """
+
+
+class StackableAlgorithm(Algorithm):
+    """Quantizes scale groups whole, also many of one shape side by side on a device."""
+
+    @abstractmethod
+    def quantize_stack(
+        self, groups: Sequence[Sequence[Weight]], fmt: WeightFormat, device: torch.device
+    ) -> list[tuple[float | None, list[Figures]]]:
+        """Quantize scale groups side by side.
+
+        Args:
+            groups: The weights of each group, in the memory of the CPU, as `quantize` is given
+                them. All groups have the same numbers of rows and inputs, and the weights of a
+                group have the same inputs.
+            fmt: The format to quantize to.
+            device: The device that computes.
+
+        Returns:
+            For each group, what `quantize` returns.
+
+        Raises:
+            NonFiniteError: A weight holds NaN or Inf.
+        """
+
+    @abstractmethod
+    def stack_bytes(self, rows: int, width: int) -> int:
+        """Return an estimate of the device's memory that a group takes in a stack.
+
+        Args:
+            rows: Outputs of all weights of the group.
+            width: Inputs of each.
         """
 
 

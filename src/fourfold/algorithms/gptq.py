@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from fourfold.algorithms.second_order import SecondOrder
 from fourfold.formats.nvfp4.second_order import Rounded, descend
+from fourfold.formats.nvfp4.second_order_batched import RoundedBatch
 
 
 @dataclass(frozen=True)
@@ -23,3 +24,7 @@ class GPTQ(SecondOrder):
         for weight in weights:
             weight.round(group_scale, weight.static_scales(group_scale))
         return descend(weights, group_scale, self.descent)
+
+    def choose_stack(self, batch: RoundedBatch) -> None:
+        batch.round(batch.static_scales())
+        batch.descend(self.descent)

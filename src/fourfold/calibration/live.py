@@ -4,9 +4,11 @@
     quantize(model, OUT, recipe, forward_loop=lambda model: [model(**batch) for batch in data])
 
 The observers are those of the streamed run and see the same activations, so the same data gives the
-same bytes. Ranks that share a sharded model each run their own part of the data; amaxes are then
-reduced by maximum and counts by sum. Afterwards one layer after the other is gathered in memory,
-and rank 0 writes it.
+same bytes. The whole model runs at once, so the statistics of all layers are in memory together.
+
+Ranks that share a sharded model each run their own part of the data; amaxes are then reduced by
+maximum, counts and moments by sum. Afterwards one layer after the other is gathered in memory, and
+rank 0 writes it: it alone has the moments.
 """
 
 from __future__ import annotations
@@ -27,7 +29,14 @@ from fourfold.calibration.observers import Observers
 from fourfold.calibration.padding import pad_ids, text_mask
 from fourfold.calibration.reading import ending_at_the_head, observing, read_batch
 from fourfold.calibration.scales import ActivationScales, model_summary
-from fourfold.calibration.statistics import DataSummary, Statistics, data_summary, merged
+from fourfold.calibration.statistics import (
+    DataSummary,
+    Sites,
+    Statistics,
+    data_summary,
+    is_kept,
+    merged,
+)
 from fourfold.errors import ObservationError
 from fourfold.events import BatchCalibrated, OnEvent, ignore
 from fourfold.models.internals import runnable
@@ -36,6 +45,9 @@ from fourfold.storage.source import Source
 
 ForwardLoop = Callable[[Any], object]
 """Calls the model on calibration data, any number of times."""
+
+PIECE = 1 << 21
+"""Elements of a moment that ranks exchange at a time."""
 
 
 def held_layers(plan: Plan, source: Source) -> Iterator[int | None]:
@@ -71,12 +83,50 @@ def observe_live(
     with source.agreeing():
         statistics = _observed(plan, source, forward_loop, on_event)
     if source.is_sharded:
-        all_ranks: list[Statistics] = source.gather(statistics)
-        has_read_the_same = len({rank.data.digest for rank in all_ranks}) == 1
-        statistics = all_ranks[0] if has_read_the_same else merged(all_ranks)
+        statistics = _of_all_ranks(source, statistics)
     scales = ActivationScales(plan, statistics)
     scales.check_all()
     return scales
+
+
+def _of_all_ranks(source: Source, mine: Statistics) -> Statistics:
+    """Merge what the ranks that share a model have seen; rank 0 alone gets the large statistics."""
+    large: Sites = {
+        site: {name: tensor for name, tensor in state.items() if not is_kept(name)}
+        for site, state in mine.sites.items()
+    }
+    mine.drop_large()
+    all_ranks: list[Statistics] = source.gather(mine)
+    if len({rank.data.digest for rank in all_ranks}) == 1:  # they have read the same
+        statistics = all_ranks[0]
+    else:
+        statistics = merged(all_ranks)
+        _sum_up(source, large)
+    for site, state in large.items() if source.rank == 0 else ():
+        statistics.sites[site] |= state
+    return statistics
+
+
+def _sum_up(source: Source, large: Sites) -> None:
+    """Add the sums of all ranks to those of rank 0, a piece at a time; ranks may lack some."""
+    mine = {(site, name): x for site, state in large.items() for name, x in state.items()}
+    layouts: dict[tuple[str, str], tuple[torch.Size, torch.dtype]] = {}
+    for of_rank in source.gather({key: (x.shape, x.dtype) for key, x in mine.items()}):
+        layouts |= of_rank
+    for site, name in sorted(layouts):
+        shape, dtype = layouts[site, name]
+        if source.rank == 0 and (site, name) not in mine:
+            mine[site, name] = torch.zeros(shape, dtype=dtype)
+            large.setdefault(site, {})[name] = mine[site, name]
+        sums = mine[site, name].view(-1) if (site, name) in mine else None
+        for start in range(0, shape.numel(), PIECE):
+            part = slice(start, start + PIECE)
+            # A copy, because a view would be sent with all that it is a view of.
+            pieces = source.gather(None if sums is None else sums[part].clone())
+            if source.rank == 0 and sums is not None:
+                for of_rank in pieces[1:]:
+                    if of_rank is not None:
+                        sums[part] += of_rank
 
 
 def _observed(
@@ -84,8 +134,12 @@ def _observed(
 ) -> Statistics:
     """Return the statistics of this process."""
     calls = _SeenCalls()
+    # Of data that all ranks read, one of them needs to see everything.
+    large = source.rank == 0 or not isinstance(forward_loop, CalibrationData)
     with evaluating(source.model), ExitStack() as stack:
-        observers = stack.enter_context(observing(plan, source.model, source.module_tree))
+        observers = stack.enter_context(
+            observing(plan, source.model, source.module_tree, large=large)
+        )
         stack.enter_context(_watching_calls(plan, source, observers, calls))
         if isinstance(forward_loop, CalibrationData):
             _read(source, forward_loop, on_event)

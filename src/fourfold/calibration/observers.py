@@ -2,7 +2,8 @@
 """Observers: hooks that update statistics with what linear layers, experts and caches read.
 
 They change nothing that the model computes. Statistics are accumulated on the model's own device
-and moved to the CPU once, when a layer is done. Rows of padding are left out wherever it is known
+and moved to the CPU once, when a layer is done; the large ones of a model in memory, which has all
+layers at a time, are accumulated on the CPU. Rows of padding are left out wherever it is known
 which token a row belongs to.
 
 Shapes: B samples of a call, S tokens of a sample, T = B·S tokens, R rows, I input features,
@@ -24,7 +25,7 @@ from fourfold.calibration.stream import RecordedRows, Stream
 from fourfold.errors import ObservationError
 from fourfold.models.expert_hooks import Rows, watch_experts
 from fourfold.models.experts import ExpertsModule
-from fourfold.statistics import SMALL, STATISTICS, Site, State, Statistic
+from fourfold.statistics import KEPT, SMALL, STATISTICS, Site, State, Statistic
 
 
 class Observers:
@@ -38,6 +39,7 @@ class Observers:
         *,
         all_experts: bool = False,
         statistics: Mapping[str, Collection[str]] | None = None,
+        large_on_cpu: bool = False,
     ) -> None:
         """Prepare to observe a model; `attached` does it.
 
@@ -49,10 +51,12 @@ class Observers:
                 to. Token counts stay those of the router.
             statistics: Names of the statistics to collect, by site name; by default `SMALL` at
                 every site.
+            large_on_cpu: Whether all statistics but `KEPT` are summed up on the CPU, for a model
+                that leaves no room for them on its own device.
         """
         self.model, self.all_experts = model, all_experts
         self.layouts, self.linears = dict(experts), tuple(linears)
-        self.wanted = statistics
+        self.wanted, self.large_on_cpu = statistics, large_on_cpu
         self.states: dict[str, State] = {}
         """By site name, the tensors of all its statistics."""
         self.mask_T: Tensor | None = None
@@ -169,7 +173,8 @@ class Observers:
             if product is None or statistic.products is None or product in statistic.products:
                 states, shapes = self.states.setdefault(site.name, {}), statistic.shapes(site)
                 if not shapes.keys() <= states.keys():
-                    states |= statistic.new(site, device)
+                    on_cpu = self.large_on_cpu and name not in KEPT
+                    states |= statistic.new(site, "cpu" if on_cpu else device)
                 yield statistic, {tensor: states[tensor] for tensor in shapes}
 
     def take(self, statistics: Statistics) -> None:
@@ -180,7 +185,8 @@ class Observers:
 
 
 def _finite(site: str, tensor: Tensor) -> Tensor:
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    # Least and largest, which are NaN if any is: `isfinite` would copy a tensor that may be large.
+    if tensor.is_floating_point() and not all(map(torch.isfinite, tensor.aminmax())):
         raise ObservationError(
             f"{site}: NaN or Inf among the activations. "
             "Is the checkpoint damaged, or does the model overflow in its dtype?"

@@ -25,8 +25,12 @@ from fourfold.statistics import KEPT
 
 
 @contextmanager
-def observing(plan: Plan, model: Any, tree: ModuleTree) -> Iterator[Observers]:
+def observing(
+    plan: Plan, model: Any, tree: ModuleTree, *, large: bool = True
+) -> Iterator[Observers]:
     """Attach observers to a model at every site that the plan observes.
+
+    `large`: False to leave out the statistics that are dropped with their layer.
 
     Raises:
         PlanError: The recipe shows every token to every expert, and a class of experts cannot.
@@ -39,6 +43,8 @@ def observing(plan: Plan, model: Any, tree: ModuleTree) -> Iterator[Observers]:
             site: names & KEPT if site.startswith(layers) else names
             for site, names in statistics.items()
         }
+    if not large:
+        statistics = {site: names & KEPT for site, names in statistics.items()}
     experts = {path: tree.experts[path] for path in sorted(modules & tree.experts.keys())}
     linears = sorted(modules - experts.keys())
     all_experts = plan.recipe.calibration.all_experts
@@ -47,7 +53,14 @@ def observing(plan: Plan, model: Any, tree: ModuleTree) -> Iterator[Observers]:
             f"{without[0]}: calibration.all_experts is not possible for a "
             f"{type(model.get_submodule(without[0])).__name__}. Leave it out of the recipe."
         )
-    observers = Observers(model, experts, linears, all_experts=all_experts, statistics=statistics)
+    observers = Observers(
+        model,
+        experts,
+        linears,
+        all_experts=all_experts,
+        statistics=statistics,
+        large_on_cpu=plan.is_live,
+    )
     with observers.attached():
         yield observers
 

@@ -173,10 +173,8 @@ class Statistics:
     def drop_large(self, module: str = "") -> None:
         """Drop all statistics but those that are kept, of sites inside a module, or everywhere."""
         for site, state in self.sites.items():
-            if module and not site.startswith(f"{module}."):
-                continue
-            kept = {name: x for name, x in state.items() if statistic_of(name).name in KEPT}
-            self.sites[site] = kept
+            if not module or site.startswith(f"{module}."):
+                self.sites[site] = {name: x for name, x in state.items() if is_kept(name)}
 
     def save(self, file: Path) -> None:
         """Write the statistics that are kept; the same statistics give the same bytes."""
@@ -190,7 +188,7 @@ class Statistics:
             _name_in_file(site, name, tensor): tensor
             for site, state in sorted(self.sites.items())
             for name, tensor in sorted(state.items())
-            if statistic_of(name).name in KEPT
+            if is_kept(name)
         }
         head = json.dumps(self.summaries, ensure_ascii=False, sort_keys=True)
         # One key only: safetensors writes several in random order.
@@ -226,6 +224,11 @@ class Statistics:
         if head is None:
             raise ValueError(f"it is no {FORMAT!r}")
         return cls.of(json.loads(head), _sites_in_file(tensors))
+
+
+def is_kept(tensor: str) -> bool:
+    """True if a tensor of a state belongs to a statistic that is kept, by the tensor's name."""
+    return statistic_of(tensor).name in KEPT
 
 
 def reduced(ranks: Ranks, sites: Sites) -> Sites:

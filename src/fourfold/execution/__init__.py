@@ -6,6 +6,7 @@ scheduler  hands jobs to workers, which copy tensors and hand scale groups to a 
 cpu, gpu   the two backends that quantize scale groups
 backend    which of the two it is, and why
 streams    a worker's stream and buffers on a GPU, and what happens if memory runs out
+stacks     scale groups that a GPU quantizes whole, side by side
 buffers    memory that is used again for each job
 results    figures of a linear weight, and the single numbers written beside its codes
 context    what all workers share

@@ -22,6 +22,8 @@ from fourfold.execution.buffers import Arena
 from fourfold.execution.context import ExecutionContext
 from fourfold.execution.cpu import CPUBackend
 from fourfold.execution.results import LinearResult
+from fourfold.execution.stacks import StackBackend, stacks_of
+from fourfold.execution.streams import can_stack
 from fourfold.execution.threads import one_thread_each
 from fourfold.formats.base import FORMATS
 from fourfold.models.inventory import LinearWeight
@@ -53,9 +55,11 @@ class GroupsAhead:
 
     def quantize(self, groups: Sequence[ScaleGroup]) -> None:
         """Quantize some groups; ranks share them out and exchange the results."""
-        mine = groups[self.ranks.rank :: self.ranks.size]
+        mine = self._portions(groups)[self.ranks.rank :: self.ranks.size]
+        quantized: dict[str, _Quantized] = {}
         with ThreadPoolExecutor(self.context.threads) as pool, one_thread_each():
-            quantized = dict(zip((x.name for x in mine), pool.map(self._one, mine), strict=True))
+            for of_portion in pool.map(self._together, mine):
+                quantized |= of_portion
         self._groups |= self._exchanged(quantized)
         self._schemes |= {linear.name: group for group in groups for linear in group.linears}
 
@@ -79,12 +83,32 @@ class GroupsAhead:
             for name, dicts in of_rank.items()
         }
 
-    def _one(self, group: ScaleGroup) -> _Quantized:
-        backend, file = CPUBackend(self.context, Arena()), _Memory(self._plan, group)
-        results = backend.cast(file, group)
-        if results is None:
-            results = backend.quantize(file, group)
-        return _Quantized(results, file.tensors)
+    def _portions(self, groups: Sequence[ScaleGroup]) -> list[list[ScaleGroup]]:
+        """The groups that are quantized at a time: each alone, or a stack on a GPU."""
+        pool, plan = self.context.pool, self._plan
+        if pool is None:
+            return [[group] for group in groups]
+        stackable = [group for group in groups if can_stack(plan, group)]
+        alone = [[group] for group in groups if not can_stack(plan, group)]
+        return [*stacks_of(stackable, pool.stack_room), *alone]
+
+    def _together(self, groups: Sequence[ScaleGroup]) -> dict[str, _Quantized]:
+        cpu, pool = CPUBackend(self.context, Arena()), self.context.pool
+        file = _Memory(self._plan, groups)
+        results, inexact = list[LinearResult](), list[ScaleGroup]()
+        for group in groups:
+            exact = cpu.cast(file, group)
+            if exact is None:
+                inexact.append(group)
+            else:
+                results += exact
+        backend = cpu if pool is None else StackBackend(self.context, pool, cpu)
+        results += backend.run(file, inexact)
+        by_name = {result.name: result for result in results}
+        return {
+            group.name: _Quantized([by_name[x.name] for x in group.linears], tensors)
+            for group, tensors in zip(groups, file.tensors, strict=True)
+        }
 
     def write(self, file: ShardFile, group: ScaleGroup) -> list[LinearResult] | None:
         """Write a group that is quantized already; None if it is not."""
@@ -134,18 +158,23 @@ class GroupsAhead:
 
 
 class _Memory(ShardFile):
-    """Takes the bytes of a group's tensors in place of a file."""
+    """Takes the bytes of the tensors of some groups in place of a file."""
 
-    def __init__(self, plan: Plan, group: ScaleGroup) -> None:
-        self.tensors: dict[str, Bytes] = {}
-        for linear in group.linears:
-            for spec in plan.layout.tensors(linear.name, linear.shape, group.scheme).values():
-                size = nbytes_of(spec.dtype, spec.shape)
-                self.tensors[spec.name] = np.zeros(size, dtype=np.uint8)
+    def __init__(self, plan: Plan, groups: Sequence[ScaleGroup]) -> None:
+        self.tensors: list[dict[str, Bytes]] = [
+            {
+                spec.name: np.zeros(nbytes_of(spec.dtype, spec.shape), dtype=np.uint8)
+                for linear in group.linears
+                for spec in plan.layout.tensors(linear.name, linear.shape, group.scheme).values()
+            }
+            for group in groups
+        ]
+        """Of each group, by name."""
+        self._all = {name: data for tensors in self.tensors for name, data in tensors.items()}
 
     def write(self, name: str, data: Any, offset: int = 0) -> None:
         flat = np.frombuffer(memoryview(data).cast("B"), dtype=np.uint8)
-        self.tensors[name][offset : offset + len(flat)] = flat
+        self._all[name][offset : offset + len(flat)] = flat
 
 
 class _Replaced(SourceView):

@@ -12,7 +12,7 @@ import torch
 from fourfold.algorithms.base import RowwiseAlgorithm, algorithm_of
 from fourfold.errors import UsageError
 from fourfold.execution import streams
-from fourfold.execution.streams import BufferPool, is_out_of_memory
+from fourfold.execution.streams import STACK_PART_OF_HOST, BufferPool, is_out_of_memory
 from fourfold.formats import dispatch
 from fourfold.formats.base import FORMATS, WeightFormat
 from fourfold.formats.dispatch import Choice, Kernel
@@ -42,8 +42,10 @@ class Backend:
 
     def memory(self, plan: CopyPlan) -> int:
         """Return an estimate of the host's memory that the job takes, in bytes."""
-        workers = None if self.pool is None else self.pool.count
-        return plan.memory(self.threads, workers) + self.pinned_bytes
+        if self.pool is None:
+            return plan.memory(self.threads)
+        of_stack = self.pool.stack_room // STACK_PART_OF_HOST
+        return plan.memory(self.threads, self.pool.count) + self.pinned_bytes + of_stack
 
     def on_cpu(self, error: Exception) -> Backend:
         """Return the CPU as the backend, because the device's kernels failed at the trial."""
@@ -55,11 +57,15 @@ class Backend:
         """The device, and how much it quantizes at a time."""
         if self.pool is None:
             return f"weights are quantized on the CPU, by {self.threads} threads"
-        return (
+        text = (
             f"weights are quantized on {self.pool.device}, {self.pool.count} batches at a time "
             f"of up to {size(self.pool.room)}: {size(self.pool.nbytes)} there, and "
             f"{size(self.pinned_bytes)} of pinned memory"
         )
+        if self.pool.stack_room:
+            stacks = f"in stacks of up to {size(self.pool.stack_room)}"
+            text += f"; where second moments of the inputs decide, {stacks}"
+        return text
 
 
 def choose_backend(

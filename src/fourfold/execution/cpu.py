@@ -29,6 +29,9 @@ from fourfold.planning import ScaleGroup, is_fp8, is_mxfp4, job_bytes, mxfp4_sca
 from fourfold.storage.safetensors_header import TensorInfo, nbytes_of
 from fourfold.storage.shard_file import ShardFile
 
+QuantizeGroups = Callable[[list[list[Weight]]], Sequence[tuple[float | None, list[Figures]]]]
+"""Fills the buffers of the weights of some scale groups; returns what an algorithm does of each."""
+
 Fill = Callable[[Mapping[str, torch.Tensor]], None]
 """Fills the buffers of row parts."""
 
@@ -84,6 +87,20 @@ class CPUBackend:
         self.arena.reset()
         return _Group(self.context, file, group, self.arena).run(kernels)
 
+    def quantize_together(
+        self, file: ShardFile, groups: Sequence[ScaleGroup], quantize: QuantizeGroups
+    ) -> list[LinearResult]:
+        """Load some groups whole, let `quantize` quantize all of them, and write them."""
+        self.arena.reset()
+        loaded = [_Group(self.context, file, group, self.arena) for group in groups]
+        weights = [group.weights() for group in loaded]
+        results = []
+        for group, of_group, (group_scale, figures) in zip(
+            loaded, weights, quantize(weights), strict=True
+        ):
+            results += group.finish(of_group, group_scale, figures)
+        return results
+
     def cast(self, file: ShardFile, group: ScaleGroup) -> list[LinearResult] | None:
         """Write the source's own codes of a group in MXFP4 or FP8; None unless that is exact."""
         self.arena.reset()
@@ -135,9 +152,11 @@ class _Group:
     def run(self, kernels: CPUKernels | None) -> list[LinearResult]:
         if isinstance(self.algorithm, RowwiseAlgorithm):
             group_scale, figures = self._by_rows(kernels or cpu_kernels(self.context, self.group))
-        else:
-            group_scale, figures = self._whole()
-        return finish_group(self.context, self.file, self.group, group_scale, figures)
+            return finish_group(self.context, self.file, self.group, group_scale, figures)
+        weights = self.weights()
+        with self.context.computing:
+            group_scale, of_weights = self.algorithm.quantize(weights, self.format)
+        return self.finish(weights, group_scale, of_weights)
 
     def cast(self) -> list[LinearResult] | None:
         """Write the codes that the source has, if the format holds the whole group exactly."""
@@ -199,27 +218,30 @@ class _Group:
                 self._write(piece, out)
         return finish_group(self.context, self.file, self.group, group_scale, figures, exact=True)
 
-    def _whole(self) -> tuple[float | None, dict[str, Figures]]:
-        """Hand the whole group to an algorithm that needs to see it at once."""
-        linears = self.group.linears
-        pieces = [piece for linear in linears for piece in self._pieces(linear)]
+    def weights(self) -> list[Weight]:
+        """The whole group, for an algorithm that needs to see it at once."""
         scales = self.context.scales
         assert scales or not self.algorithm.needs, "such an algorithm needs calibration"
-        weights = [
+        return [
             Weight(
                 linear.name,
-                self._load(piece),
+                self._load(_Piece(linear, 0, linear.region.slab)),
                 self._buffers(linear.shape),
                 scales.statistics_of(linear) if scales and self.algorithm.needs else {},
                 scales.asymmetry_of(linear) if scales else 0.0,
             )
-            for linear, piece in zip(linears, pieces, strict=True)
+            for linear in self.group.linears
         ]
-        with self.context.computing:
-            group_scale, figures = self.algorithm.quantize(weights, self.format)
-        for weight, piece in zip(weights, pieces, strict=True):
-            self._write(piece, weight.out)
-        return group_scale, dict(zip((x.name for x in linears), figures, strict=True))
+
+    def finish(
+        self, weights: Sequence[Weight], group_scale: float | None, figures: Sequence[Figures]
+    ) -> list[LinearResult]:
+        """Write the whole group, once an algorithm has filled the buffers of its weights."""
+        linears = self.group.linears
+        for weight, linear in zip(weights, linears, strict=True):
+            self._write(_Piece(linear, 0, linear.region.slab), weight.out)
+        by_name = dict(zip((x.name for x in linears), figures, strict=True))
+        return finish_group(self.context, self.file, self.group, group_scale, by_name)
 
     def _by_rows(self, kernels: CPUKernels) -> tuple[float | None, dict[str, Figures]]:
         pieces = [piece for linear in self.group.linears for piece in self._pieces(linear)]

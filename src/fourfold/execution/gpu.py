@@ -34,6 +34,7 @@ from fourfold.execution.cpu import (
     slab_bytes,
 )
 from fourfold.execution.results import LinearResult, finish_group, row_tensors
+from fourfold.execution.stacks import StackBackend
 from fourfold.execution.streams import (
     BufferPool,
     BufferSet,
@@ -58,11 +59,13 @@ class GPUBackend:
     def __init__(self, context: ExecutionContext, pool: BufferPool, cpu: CPUBackend) -> None:
         self.context, self.pool, self.cpu = context, pool, cpu
         self.buffers = BufferSet(pool.device)
+        self.stacks = StackBackend(context, pool, cpu)
 
     def run(self, file: ShardFile, groups: Sequence[ScaleGroup]) -> list[LinearResult]:
         """Quantize some groups of a shard, in batches that fit."""
-        results = self.cpu.run(file, [group for group in groups if not can_batch(group)])
         waiting = [group for group in groups if can_batch(group)]
+        others = [group for group in groups if not can_batch(group)]
+        results = self.stacks.run(file, others)
         while waiting:
             room = self.pool.room
             needs = accumulate(need_of(group, self.context.source.tensors) for group in waiting)

@@ -9,7 +9,8 @@ slower of disk and cores sets the pace. A worker has one job in memory, so memor
 whatever the model and however slow the disk; the bytes do not depend on the order of work. A full
 shard is synced and renamed by a thread of its own, while the next one is filled.
 
-On a GPU, a worker takes as many scale groups at a time as fit into its buffers there.
+On a GPU, a worker takes as many scale groups at a time as fit into its buffers there, or into a
+stack.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from fourfold.execution.context import ExecutionContext
 from fourfold.execution.cpu import CPUBackend
 from fourfold.execution.gpu import GPUBackend
 from fourfold.execution.results import LinearResult
-from fourfold.execution.streams import Need, can_batch, need_of
+from fourfold.execution.streams import Need, can_batch, can_stack, need_of, stack_bytes
 from fourfold.execution.threads import one_thread_each
 from fourfold.models.inventory import ExpertBias, RawTensor
 from fourfold.models.roles import Role
@@ -162,17 +163,20 @@ class Scheduler:
             pool, need = self.context.pool, self._need_of(jobs[0])
             while pool and need and (item := self._peek()) is not None and item[0] is shard:
                 more = self._need_of(item[1])
-                if more is None or (need + more).room > pool.room:
+                if more is None or not pool.has_room(need + more):
                     break
                 need += more
                 jobs.append(self._ahead.popleft()[1])
             return shard, jobs
 
     def _need_of(self, job: Job) -> Need | None:
-        """The room that a job needs in a GPU's buffers; None if it cannot be part of a batch."""
-        if self.context.pool and isinstance(job, ScaleGroup) and can_batch(job):
+        """The room that a job needs on a GPU; None if it cannot be part of a batch or a stack."""
+        if not self.context.pool or not isinstance(job, ScaleGroup):
+            return None
+        if can_batch(job):
             return need_of(job, self.source.tensors)
-        return None
+        assert isinstance(self.plan, Plan)
+        return Need(stack=stack_bytes(job)) if can_stack(self.plan, job) else None
 
     def _peek(self) -> tuple[_OpenShard, Job] | None:
         """The job that comes next. The system is asked to read ahead for those that follow."""

@@ -13,6 +13,9 @@ wait for Python's lock. That is 1 GiB on the device, and 1 GiB of pinned memory.
 **Out of memory** (another process on the device, a limit of pinned memory): the room is halved for
 all workers, down to a sixteenth, and the batch is done again in smaller ones.
 
+**Stacks** (`stacks`) are no part of these buffers: one is computed at a time, in memory that
+PyTorch allocates.
+
 On a CPU all of it works as well, in ordinary memory and without streams: so tests run it.
 """
 
@@ -28,7 +31,7 @@ from typing import Any
 
 import torch
 
-from fourfold.algorithms.base import RowwiseAlgorithm, algorithm_of
+from fourfold.algorithms.base import RowwiseAlgorithm, StackableAlgorithm, algorithm_of
 from fourfold.execution.buffers import ALIGNMENT, Arena, on_host
 from fourfold.execution.cpu import slab_bytes
 from fourfold.formats.base import FORMATS, WeightFormat
@@ -39,8 +42,17 @@ from fourfold.storage.units import size
 
 ROOM = 1 << 27
 MOST_SETS, FEWEST_SETS = 8, 2
+MAY_DIFFER = "Codes that rounding decides may differ from those of another run."
 HALVINGS = 4
 """The room is halved this many times before groups that do not fit are left to the CPU."""
+
+STACK_BYTES = 1 << 33
+"""Bytes of a device that a stack of scale groups takes at most: dozens of experts, or a few of the
+largest. Each step takes some 10 µs to launch, which a stack shares out."""
+
+STACK_PART_OF_HOST = 8
+"""The host takes at most this part of a stack: up to 4.6 bytes for each weight and its codes, where
+the device takes 40 and more."""
 
 OVERHEAD = 8 * ALIGNMENT
 """Bytes for each linear weight, at most, for alignment, its scale and its figures."""
@@ -54,12 +66,15 @@ class Need:
     device: int = 0
     scratch: int = 0
     """On the device, for one slab at a time whose weights are not contiguous in it."""
+    stack: int = 0
+    """On the device, for groups that are quantized in stacks."""
 
     def __add__(self, other: Need) -> Need:
         return Need(
             self.host + other.host,
             self.device + other.device,
             max(self.scratch, other.scratch),
+            self.stack + other.stack,
         )
 
     @property
@@ -71,6 +86,27 @@ def can_batch(group: ScaleGroup) -> bool:
     """True if a scale group can be quantized on a GPU, together with others."""
     is_rowwise = isinstance(algorithm_of(group.scheme), RowwiseAlgorithm)
     return is_rowwise and FORMATS[group.scheme.weights].has_batches
+
+
+def can_stack(plan: Plan, group: ScaleGroup) -> bool:
+    """True if a scale group can be quantized on a GPU whole, side by side with others of its shape.
+
+    Its weights must read the same inputs, which those of all experts of a layer do not.
+    """
+    inputs = {
+        (plan.site_of(linear, name), linear.expert)
+        for linear in group.linears
+        for name in plan.algorithm_needs(linear)
+    }
+    return isinstance(algorithm_of(group.scheme), StackableAlgorithm) and len(inputs) == 1
+
+
+def stack_bytes(group: ScaleGroup) -> int:
+    """Return the bytes of the device that a scale group takes in a stack."""
+    algorithm = algorithm_of(group.scheme)
+    assert isinstance(algorithm, StackableAlgorithm)
+    rows = sum(linear.shape[0] for linear in group.linears)
+    return algorithm.stack_bytes(rows, group.linears[0].shape[1])
 
 
 def need_of(group: ScaleGroup, tensors: Mapping[str, TensorInfo]) -> Need:
@@ -112,7 +148,9 @@ def _is_contiguous(region: Region, info: TensorInfo) -> bool:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """True if a device or pinned memory had no room; CUDA and Triton only say so in words."""
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+    words = "out of memory", "alloc_failed"  # the latter is cuBLAS's and cuSOLVER's
+    is_said = any(word in str(error).lower() for word in words)
+    return isinstance(error, torch.OutOfMemoryError) or is_said
 
 
 def on_device(device: torch.device, nbytes: int) -> torch.Tensor:
@@ -198,7 +236,7 @@ class BufferPool:
 
         Args:
             device: The device.
-            memory: Bytes of the device, for all sets together.
+            memory: Bytes of the device, for all sets and a stack together.
             workers: More sets than this have no use.
             warn: Called with each warning, once.
         """
@@ -206,6 +244,11 @@ class BufferPool:
         wanted = max(FEWEST_SETS, min(MOST_SETS, memory // ROOM))
         self.count = min(wanted, workers)
         self.room = min(ROOM, memory // self.count)
+        self._memory = memory
+        self.stack_room = min(STACK_BYTES, self.most_for_group)
+        """Bytes that a stack of several groups may take."""
+        self.stacking = threading.Lock()
+        """Held while a stack is computed."""
         self._halvings = HALVINGS
         self._lock = threading.Lock()
         self._warn, self._warned = warn, set[str]()
@@ -223,11 +266,24 @@ class BufferPool:
     def fit(self, plan: Plan) -> None:
         """Take no more room than the groups of a shard can use."""
         tensors = {key: raw.info for key, raw in plan.inventory.tensors.items()}
-        most = 0
+        most = most_in_stacks = 0
         for shard in plan.shards:
-            groups = [job for job in shard.jobs if isinstance(job, ScaleGroup) and can_batch(job)]
-            most = max(most, sum((need_of(group, tensors) for group in groups), Need()).room)
+            groups = [job for job in shard.jobs if isinstance(job, ScaleGroup)]
+            needs = (need_of(group, tensors) for group in groups if can_batch(group))
+            most = max(most, sum(needs, Need()).room)
+            stacks = sum(stack_bytes(group) for group in groups if can_stack(plan, group))
+            most_in_stacks = max(most_in_stacks, stacks)
         self.room = max(1, min(self.room, most))
+        self.stack_room = min(STACK_BYTES, most_in_stacks, self.most_for_group)
+
+    @property
+    def most_for_group(self) -> int:
+        """Bytes of the device that a scale group may take that is quantized whole."""
+        return max(0, self._memory - self.nbytes)
+
+    def has_room(self, need: Need) -> bool:
+        """True if a worker may take groups with this need at a time."""
+        return need.room <= self.room and need.stack <= self.stack_room
 
     def halve(self, room: int) -> bool:
         """Halve the room, because `room` bytes could not be allocated.
@@ -250,10 +306,20 @@ class BufferPool:
         )
         return True
 
-    def leave_to_cpu(self, name: str, why: str) -> None:
-        """Warn that a scale group is quantized on the CPU."""
+    def halve_stacks(self, nbytes: int) -> None:
+        """Allow stacks half of `nbytes` bytes, which could not be allocated."""
+        self.stack_room = nbytes // 2
+        self._warn_once(
+            "stacks",
+            f"{self.device}: out of memory: scale groups are quantized there in stacks of "
+            f"{size(self.stack_room)}, or less if need be. {MAY_DIFFER}",
+        )
+
+    def leave_to_cpu(self, name: str, why: str, *, is_same: bool = True) -> None:
+        """Warn that a scale group is quantized on the CPU; `is_same`: to the same bytes."""
         text = f"{self.device}: {why}: {name}, and others that do not fit, are quantized on the CPU"
-        self._warn_once("cpu", f"{text}. The output is the same.")
+        end = "The output is the same." if is_same else MAY_DIFFER
+        self._warn_once(f"cpu {is_same}", f"{text}. {end}")
 
     def _warn_once(self, kind: str, text: str) -> None:
         with self._lock:

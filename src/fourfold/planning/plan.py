@@ -50,7 +50,7 @@ from fourfold.planning.tensor_parallel import marlin_notes, tensor_parallel
 from fourfold.planning.text import role_lines, tensor_parallel_lines
 from fourfold.recipes import Recipe
 from fourfold.sources.rounded import is_rounded
-from fourfold.statistics import BLOCK_AMAXES, KEPT, SMALL, Site
+from fourfold.statistics import BLOCK_AMAXES, KEPT, SMALL, PooledMoment, SecondMoment, Site
 from fourfold.statistics import STATISTICS as ALL_STATISTICS
 from fourfold.storage.names import CARD, REPORT, SOURCE_CARD, STATISTICS, SUMMARY
 from fourfold.storage.side_files import SideFiles, describe
@@ -77,6 +77,8 @@ class Plan(Shown, CopyPlan):
     quantized."""
     tensor_parallel: Mapping[int, str]
     """Why a checkpoint does not load, by tensor-parallel size; empty if it does."""
+    is_live: bool = False
+    """True if the source is a model in memory: calibration observes all layers at a time."""
 
     @cached_property
     def layout(self) -> Layout:
@@ -202,17 +204,27 @@ class Plan(Shown, CopyPlan):
             experts = self.inventory.experts_counts.get(linear.module)  # None in an MTP layer
         return Site(name, linear.shape[1], experts)
 
-    def _statistics_memory(self) -> int:
-        """Bytes of all statistics that are kept, and of the others of the layer with the most."""
+    def statistics_memory(self, *, pooled: bool = False) -> int:
+        """Return the bytes of all statistics that are kept, and of the others of the layer with the
+        most; of a model in memory, of the others of all layers, and once more that layer's means,
+        which take half as much.
+
+        `pooled`: as if gate and up of all experts of a layer shared one second moment.
+        """
         large: Counter[int | None] = Counter()
         small = 0
         for (site, name), layer in self._measured.items():
+            if pooled and name == SecondMoment.name and site.name.endswith(".gate_up"):
+                name = PooledMoment.name
             nbytes = ALL_STATISTICS[name].nbytes(site)
             if name in KEPT:
                 small += nbytes
             else:
                 large[layer] += nbytes
-        return small + int(self._copies_of_large * max(large.values(), default=0))
+        most = max(large.values(), default=0)
+        if self.is_live:
+            return small + large.total() + most // 2
+        return small + int(self._copies_of_large * most)
 
     @property
     def _copies_of_large(self) -> float:
@@ -271,10 +283,12 @@ class Plan(Shown, CopyPlan):
 
         They are the non-layer tensors, a layer three times (as it lies on disk, as transformers
         holds it, and in between while it is loaded), and the statistics. Where quantized layers
-        are run, too, transformers holds a layer twice.
+        are run, too, transformers holds a layer twice. A model in memory is there already.
         """
         if not self.needs_calibration:
             return 0
+        if self.is_live:
+            return self.statistics_memory()
         sizes: Counter[int | None] = Counter()
         for raw in self.inventory.tensors.values():
             if raw.role not in {Role.VISION, Role.MTP}:
@@ -283,7 +297,7 @@ class Plan(Shown, CopyPlan):
         copies = 3 * layer
         if self.is_sequential:
             copies = layer + 2 * (self._layer_elements * 4 if self.computes_in_float32 else layer)
-        return sizes[None] + copies + self._statistics_memory()
+        return sizes[None] + copies + self.statistics_memory()
 
     @cached_property
     def repeats_layers(self) -> bool:
@@ -459,6 +473,7 @@ def make_plan(
         tensor_parallel=tensor_parallel(quantized, selection.schemes, source.config),
         parts=parts,
         fetches=not source.fetching.is_here,
+        is_live=source.model is not None,
         limits=limits,
     )
 

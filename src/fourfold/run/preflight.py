@@ -68,6 +68,10 @@ def prepare(
         )
         runs_model = observation.config.statistics is None and source.model is None
         check_room(plan, folder, backend, ranks, runs_model=runs_model)
+        if source.model is not None and observation.config.statistics is None:
+            # Each rank of a sharded model measures what its own loop shows it.
+            is_on_all = source.is_sharded and observation.forward_loop is not None
+            check_moments(plan, backend, ranks=launch().local_size if is_on_all else 1)
     session(PlanMade(plan))
     error = warm_up.exception()
     if isinstance(error, Exception) and backend.pool is not None:
@@ -109,6 +113,34 @@ def check_placed(source: Source, inventory: Inventory) -> None:
     """Raise `ModelError` if the source made up names that transformers does not build."""
     unplaced = [key for key in inventory.unknown if inventory.tensors[key].role is not Role.MTP]
     source.check_placed(unplaced, inventory.architecture)
+
+
+def check_moments(
+    plan: Plan, backend: Backend, *, ranks: int = 1, available: int | None = None
+) -> None:
+    """Raise `ResourceError` if the statistics of all layers of a live model do not fit beside it.
+
+    Args:
+        plan: The plan of a model in memory.
+        backend: What quantizes the weights, which takes memory at the same time.
+        ranks: The number of processes of this machine that measure all layers.
+        available: Bytes of free memory; by default those of this machine.
+    """
+    beside = backend.memory(plan)
+    needed = ranks * plan.calibration_memory
+    available = memory_available() if available is None else available
+    if beside + needed <= available:
+        return
+    among = f" on {ranks} ranks" if ranks > 1 else ""
+    remedy = "Save the model with `save_pretrained` and quantize the folder, layer by layer"
+    pooled = ranks * plan.statistics_memory(pooled=True)
+    if pooled < needed and beside + pooled <= available:
+        remedy += f", or set `pooled: true` in the recipe's weights, which takes {size(pooled)}"
+    raise ResourceError(
+        f"recipe {plan.recipe.name}: {size(needed)} of memory are needed{among} for statistics of "
+        f"the inputs of all layers, {size(beside)} to quantize; {size(available)} are available. "
+        f"{remedy}."
+    )
 
 
 def check_room(

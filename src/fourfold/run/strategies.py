@@ -35,7 +35,6 @@ from fourfold.execution.context import ExecutionContext
 from fourfold.planning import Plan
 from fourfold.recipes import Recipe
 from fourfold.run.remarks import check_reached
-from fourfold.statistics import KEPT
 from fourfold.storage.disk import free_bytes
 from fourfold.storage.output import OutputFolder
 from fourfold.storage.source import Source
@@ -163,7 +162,13 @@ def live(
     """Quantize a live model layer by layer; each layer is gathered from its devices or ranks."""
 
     def steps(*_: object) -> Generator[Sequence[int]]:
-        yield from map(plan.shards_of, held_layers(plan, source))
+        for layer in held_layers(plan, source):
+            yield plan.shards_of(layer)
+            if scales is not None and layer is not None:
+                # What lies behind the layers is quantized last, and is observed already.
+                scales.drop_large(plan.inventory.layer_paths[layer])
+        if scales is not None:
+            scales.drop_large()
 
     return Run(source, scales, steps, is_writer=source.rank == 0, sample=sample)
 
@@ -191,7 +196,7 @@ def _choose_run(
         scales = ActivationScales(plan, statistics)
         scales.check_fit()
     if source.model is not None and plan.needs_calibration and scales is None:
-        _check_small(plan)
+        _check_propagation(plan)
         with source.agreeing():
             loop = observation.forward_loop or _data(plan, source, observation)
         scales = observe_live(plan, source, loop, observation.on_event)
@@ -227,14 +232,13 @@ def _choose_run(
     return streamed(plan, calibration, strict=observation.strict)
 
 
-def _check_small(plan: Plan) -> None:
-    """Raise `UsageError` for a recipe that needs more than a whole model's statistics may take."""
-    large = {name for linear in plan.observed for name in plan.needs_of(linear)} - KEPT
-    if large or plan.is_sequential:
-        why = "quantizes layer by layer" if plan.is_sequential else f"measures {min(large)}"
+def _check_propagation(plan: Plan) -> None:
+    """Raise `UsageError` for a recipe that runs each layer again once it is quantized."""
+    if plan.is_sequential:
         raise UsageError(
-            f"recipe {plan.recipe.name}: {why}, which is not possible with a model in memory. Save "
-            "the model with `save_pretrained`, and quantize the folder."
+            f"recipe {plan.recipe.name}: `propagate: quantized` is not possible with a model in "
+            "memory, whose layers run all at a time. Save the model with `save_pretrained` and "
+            "quantize the folder, or use `propagate: source`."
         )
 
 

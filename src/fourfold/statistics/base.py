@@ -74,7 +74,8 @@ class Statistic(ABC):
         """Accumulate rows into a state, in place. Padding has been removed from the rows.
 
         Args:
-            state: What `new` gave, on the device of `rows`.
+            state: What `new` gave, on the device of `rows`; one that is not among `KEPT` may be on
+                the CPU, wherever the rows are.
             rows: `[R, I]`, in the dtype of the model.
             experts: int64 `[R]` or `[R, K]`, the experts that read each row; negative entries
                 count for no expert. None at the site of a linear layer, where every row counts.

@@ -43,7 +43,10 @@ class Moments(Statistic):
 
     @abstractmethod
     def add(self, moment: Tensor, rows: Tensor) -> None:
-        """Add the products of rows `[R, I]` to a sum of `shape`, in place."""
+        """Add the products of rows `[R, I]` to a sum of `shape`, in place.
+
+        Products are computed where the rows are; the sum may be on the CPU all the same.
+        """
 
     def mean(self, moment: Tensor, rows: Tensor) -> Tensor:
         """Return the mean of a sum over so many rows, float32."""
@@ -112,10 +115,10 @@ class SecondMoment(Moments):
             stop = min(start + COLUMNS, width)
             torch.mm(x_RI[:, start:].T, x_RI[:, start:stop], out=product_II[start:, start:stop])
         shift = _shift(product_II.diagonal().double().mean())
-        if rows.device.type == "cpu":
+        if moment.device.type == "cpu":
             from fourfold.statistics import moment_cpu
 
-            moment_cpu.add_lower(moment.numpy(), product_II.numpy(), float(shift))
+            moment_cpu.add_lower(moment.numpy(), product_II.cpu().numpy(), float(shift))
         else:
             moment += ((product_II.double() + shift) - shift).tril()
 
@@ -185,7 +188,7 @@ class MomentBlocks(Moments):
         x_BRK = rows.float().reshape(len(rows), -1, BLOCK).transpose(0, 1)
         product_BKK = (x_BRK.mT @ x_BRK).double()
         shift = _shift(product_BKK.diagonal(dim1=1, dim2=2).mean())
-        moment += (product_BKK + shift) - shift
+        moment += ((product_BKK + shift) - shift).to(moment.device)
 
 
 class MomentDiagonal(Moments):
@@ -199,7 +202,7 @@ class MomentDiagonal(Moments):
     def add(self, moment: Tensor, rows: Tensor) -> None:
         energy_I = rows.double().square().sum(dim=0)
         shift = _shift(energy_I.mean())
-        moment += (energy_I + shift) - shift
+        moment += ((energy_I + shift) - shift).to(moment.device)
 
 
 def _add_cross(cross_II: Tensor, left: Tensor, right: Tensor) -> None:
