@@ -142,7 +142,7 @@ def streamed(plan: Plan, calibration: Calibration, *, strict: bool = False) -> R
 
     def quantizes_ahead(context: ExecutionContext) -> None:
         assert calibration.sequential is not None
-        context.ahead = GroupsAhead(context, calibration.ranks)
+        context.ahead = GroupsAhead(context, calibration.ranks, plan.computes_in_float32)
         calibration.sequential.quantizer = context.ahead
 
     sample = calibration.data.first
