@@ -336,6 +336,7 @@ def _conclude(result: Result | Merged, as_json: bool) -> None:
 
 
 command("eval")(evaluating.evaluate)
+command()(evaluating.sensitivity)
 for shows in (showing.inspect, showing.summary, showing.report, showing.recipes, showing.schema):
     command()(shows)
 
