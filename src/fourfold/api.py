@@ -42,6 +42,7 @@ from fourfold.recipes.budget import CANDIDATES, check_candidates
 from fourfold.reporting.recording import entry_of, note_evaluation
 from fourfold.run import convert as conversion
 from fourfold.run import merge as merging
+from fourfold.run.budget import spend_budget
 from fourfold.run.convert import Converted
 from fourfold.run.job import Job, write_own_files
 from fourfold.run.merge import Merged
@@ -181,12 +182,21 @@ def quantize(
             observation = observation.checked(chosen, source)
             check_preview(output.preview, source)
             with source.agreeing():
+                spent = spend_budget(
+                    chosen, source, folder, ranks, observation, runtime.threads, run
+                )
                 work, backend, observation = prepare(
-                    source, chosen, folder, ranks, observation, runtime, output, run
+                    source, spent.recipe, folder, ranks, observation, runtime, output, run
                 )
             strategy = choose_run(work, source, observation, folder, ranks)
+            strategy = replace(strategy, identity={**strategy.identity, **spent.identity})
             own_files = partial(
-                write_own_files, plan=work, source=source, scales=strategy.scales, warn=run.warn
+                write_own_files,
+                plan=work,
+                source=source,
+                scales=strategy.scales,
+                warn=run.warn,
+                budget=spent.entry,
             )
             job = Job(
                 work,

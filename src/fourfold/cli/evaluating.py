@@ -179,9 +179,10 @@ def sensitivity(
     log_file: LogFile = None,
     as_json: Json = False,
 ) -> None:
-    """Measure what each part of SOURCE costs in each format: KL, that part alone.
+    """Measure what each part of SOURCE costs in each format.
 
     A part is what engines want in one format: weights that they fuse, or all experts of a layer.
+    Its cost is the KL divergence of the model with this part alone in the format.
     """
     memory = in_bytes("--activation-memory", activation_memory)
     config = EvaluationConfig(text, length, windows, tokens, activation_memory=memory)

@@ -65,6 +65,8 @@ class Unit:
             return True
         if all(_scheme(option, group.scheme) == group.scheme for group in self.groups):
             return False
+        if option == W4A16 and not self.is_nvfp4(AS_RECIPE):
+            return False
         fmt = FORMATS[_scheme(option, self.groups[0].scheme).weights]
         return all(x.shape[1] % fmt.block == 0 for x in self.linears) and not blocks_reach_over(
             self.linears, fmt.row_block
@@ -75,6 +77,10 @@ class Unit:
         if option == AS_SOURCE:
             return ()
         return tuple(replace(group, scheme=_scheme(option, group.scheme)) for group in self.groups)
+
+    def is_nvfp4(self, option: str) -> bool:
+        """True if the weights are NVFP4 then."""
+        return any(group.scheme.weights == "nvfp4" for group in self.groups_in(option))
 
     def nbytes(self, option: str) -> int:
         """Return the bytes that the unit takes in a checkpoint."""
