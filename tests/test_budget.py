@@ -42,7 +42,7 @@ quantize: [experts, attention]
 ATTENTION = (
     "weights: {format: nvfp4, scale: mse}\nactivations: {format: nvfp4}\nquantize: [attention]\n"
 )
-"""Quick to measure: eight parts, and small ones."""
+"""Quick to measure: eight components, and small ones."""
 SAMPLES = {"calib_size": 4, "calib_seq": 64, "batch_size": 2}
 CALIBRATION = CalibrationConfig(**SAMPLES)
 LONGER = CalibrationConfig(calib_size=4, calib_seq=256, batch_size=2)
@@ -85,19 +85,19 @@ def test_what_is_chosen_is_what_is_written(run: tuple[fourfold.Result, Events]) 
     result, _ = run
     assert result.clean, str(result.report)
     budget = budget_of(result.out)
-    options = {part.name: part.option for part in budget.parts}
+    options = {component.name: component.option for component in budget.components}
     assert len(options) == 12
     assert set(options.values()) == {"recipe", "fp8"}
     layers = json.loads((result.out / "config.json").read_text())["quantization_config"]
     assert layers["quant_algo"] == "MIXED_PRECISION"
     algorithms = {"recipe": "NVFP4", "fp8": "FP8"}
-    for part in budget.parts:
-        stem = part.name.partition("{")[0]
+    for component in budget.components:
+        stem = component.name.partition("{")[0]
         mine = [x for name, x in layers["quantized_layers"].items() if name.startswith(stem)]
         assert mine
-        if "self_attn.{" not in part.name:  # that begins as o_proj does
-            assert {x["quant_algo"] for x in mine} == {algorithms[part.option]}
-    numel = sum(part.weights for part in budget.parts)
+        if "self_attn.{" not in component.name:  # that begins as o_proj does
+            assert {x["quant_algo"] for x in mine} == {algorithms[component.option]}
+    numel = sum(component.weights for component in budget.components)
     stored = tensors_of(result.out)
     quantized = [name for name in stored if name.rpartition(".")[0] in layers["quantized_layers"]]
     nbytes = sum(stored[name].nbytes for name in quantized)
@@ -113,7 +113,7 @@ def test_the_curve(run: tuple[fourfold.Result, Events]) -> None:
     assert [step.kl for step in curve] == sorted((step.kl for step in curve), reverse=True)
     assert curve[-1].other_kl < curve[0].other_kl
     [spent] = events.of(BudgetSpent)
-    assert (spent.moved, spent.parts) == (len(curve) - 1, 12)
+    assert (spent.moved, spent.components) == (len(curve) - 1, 12)
     assert (spent.bits, spent.kl) == (curve[-1].bits, curve[-1].kl)
 
 
@@ -171,10 +171,10 @@ def test_inputs_in_16_bits_cost_no_bytes(tmp_path: Path) -> None:
     curve = budget_of(tmp_path / "out").curve
     assert len(curve) > 2
     assert curve[-1].bits <= curve[0].bits
-    for part in budget_of(result.out).parts:
-        stem = part.name.partition("{")[0]
+    for component in budget_of(result.out).components:
+        stem = component.name.partition("{")[0]
         inputs = {x.activations for name, x in result.plan.schemes.items() if name.startswith(stem)}
-        assert (None if part.option == "w4a16" else "nvfp4") in inputs
+        assert (None if component.option == "w4a16" else "nvfp4") in inputs
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,10 @@ def test_16_bits_and_sequential_quantization(layout: str, tmp_path: Path) -> Non
     recipe = write_recipe(tmp_path, budget, rules)
     result = fourfold.quantize(model_dir(), tmp_path / "out", recipe, calibration=LONGER)
     assert result.clean, str(result.report)
-    assert {part.option for part in budget_of(result.out).parts} >= {"recipe", "bf16"}
+    assert {component.option for component in budget_of(result.out).components} >= {
+        "recipe",
+        "bf16",
+    }
     ids = torch.arange(40, 90).unsqueeze(0)
     model = fourfold.load(result.out, dtype=torch.float32, simulate_activations=True)
     source = AutoModelForCausalLM.from_pretrained(model_dir(), dtype=torch.float32)

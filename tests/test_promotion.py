@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Proves that parts are promoted in the order of KL for each byte, within the budget, and measured
-again after each round: on made-up tables of what they cost."""
+"""Proves that components are promoted in the order of KL for each byte, within the budget, and
+measured again after each round: on made-up tables of what they cost."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BYTES = {"recipe": 450, "w4a16": 449, "fp8": 800, "bf16": 1600}
 
 @dataclass(frozen=True)
 class Made:
-    """A part of some times 800 weights."""
+    """A component of some times 800 weights."""
 
     name: str
     size: int = 1
@@ -40,7 +40,7 @@ class Made:
 
 @dataclass
 class Table:
-    """KL as a sum of what parts cost; notes what is measured."""
+    """KL as a sum of what components cost; notes what is measured."""
 
     costs: Mapping[str, Mapping[str, float]]
     calls: list[list[dict[str, str]]] = field(default_factory=list)
@@ -53,8 +53,8 @@ class Table:
         return math.fsum(self.costs[name].get(option, 0.0) for name, option in options.items())
 
 
-def run(parts: Sequence[Made], table: Table, *candidates: str, **budget: float) -> list[Step]:
-    return Promotion(parts, candidates, table, **budget).run()
+def run(components: Sequence[Made], table: Table, *candidates: str, **budget: float) -> list[Step]:
+    return Promotion(components, candidates, table, **budget).run()
 
 
 def moved(steps: Sequence[Step]) -> list[tuple[str, str]]:
@@ -63,7 +63,7 @@ def moved(steps: Sequence[Step]) -> list[tuple[str, str]]:
 
 def test_the_most_kl_for_each_byte_comes_first() -> None:
     """`large` saves most, but for each byte less than the others."""
-    parts = [Made("large", 10), Made("b"), Made("c"), Made("d")]
+    components = [Made("large", 10), Made("b"), Made("c"), Made("d")]
     table = Table(
         {
             "large": {"recipe": 0.5, "fp8": 0.1},
@@ -72,7 +72,7 @@ def test_the_most_kl_for_each_byte_comes_first() -> None:
             "d": {"recipe": 0.05, "fp8": 0.04},
         }
     )
-    steps = run(parts, table, "fp8")
+    steps = run(components, table, "fp8")
     assert moved(steps) == [("c", "fp8"), ("b", "fp8"), ("large", "fp8")]  # or none is NVFP4
     assert [step.kl for step in steps] == pytest.approx([0.95, 0.75, 0.66, 0.26])
     assert steps[0].bits == 4.5
@@ -81,13 +81,16 @@ def test_the_most_kl_for_each_byte_comes_first() -> None:
 
 def test_the_budget_is_kept() -> None:
     """The best move does not fit, so that others are made."""
-    parts = [Made("a", 4), Made("b"), Made("c")]
+    components = [Made("a", 4), Made("b"), Made("c")]
     table = Table({name: {"recipe": cost} for name, cost in (("a", 8.0), ("b", 1.0), ("c", 0.9))})
     whole = (4 * 4.5 + 2 * 8) / 6
-    assert moved(run(parts, table, "fp8", bits_per_weight=whole)) == [("b", "fp8"), ("c", "fp8")]
-    less = run(parts, table, "fp8", bits_per_weight=whole - 0.01)
+    assert moved(run(components, table, "fp8", bits_per_weight=whole)) == [
+        ("b", "fp8"),
+        ("c", "fp8"),
+    ]
+    less = run(components, table, "fp8", bits_per_weight=whole - 0.01)
     assert moved(less) == [("b", "fp8")]
-    assert moved(run(parts, table, "fp8", bits_per_weight=4.5)) == []
+    assert moved(run(components, table, "fp8", bits_per_weight=4.5)) == []
 
 
 def test_parts_that_do_not_add_up_are_measured_again() -> None:
@@ -111,7 +114,7 @@ def test_a_move_that_never_helps_is_not_made() -> None:
 
 
 def test_what_looked_useless_is_tried_before_the_end() -> None:
-    """A part that is too bad for anything else to matter hides what the others cost."""
+    """A component that is too bad for anything else to matter hides what the others cost."""
 
     class Hidden(Table):
         def kl(self, options: Options) -> float:
@@ -125,16 +128,16 @@ def test_what_looked_useless_is_tried_before_the_end() -> None:
 
 def test_moves_that_cost_no_bytes() -> None:
     """They come first, and only if they are asked for; later they may become something larger."""
-    parts = [Made("a"), Made("b"), Made("c")]
+    components = [Made("a"), Made("b"), Made("c")]
     costs = {
         "a": {"recipe": 0.5, "w4a16": 0.45, "fp8": 0.01},
         "b": {"recipe": 0.3, "w4a16": 0.2, "fp8": 0.19},
         "c": {},
     }
     free = [("b", "w4a16"), ("a", "w4a16"), ("a", "fp8"), ("b", "fp8")]
-    assert moved(run(parts, Table(costs), "w4a16", "fp8")) == free
-    assert moved(run(parts, Table(costs), "fp8")) == [("a", "fp8"), ("b", "fp8")]
-    steps = run(parts, Table(costs), "w4a16", "fp8", bits_per_weight=4.5)
+    assert moved(run(components, Table(costs), "w4a16", "fp8")) == free
+    assert moved(run(components, Table(costs), "fp8")) == [("a", "fp8"), ("b", "fp8")]
+    steps = run(components, Table(costs), "w4a16", "fp8", bits_per_weight=4.5)
     assert moved(steps) == free[:2]
     assert steps[-1].bits < 4.5
 
@@ -147,9 +150,9 @@ def test_from_one_candidate_to_a_larger_one() -> None:
 
 
 def test_a_part_has_only_its_options() -> None:
-    parts = [Made("a", options=("bf16",)), Made("b")]
+    components = [Made("a", options=("bf16",)), Made("b")]
     costs = {"a": {"recipe": 2.0}, "b": {"recipe": 0.5}}
-    assert moved(run(parts, Table(costs), "fp8", "bf16")) == [("a", "bf16")]
+    assert moved(run(components, Table(costs), "fp8", "bf16")) == [("a", "bf16")]
 
 
 def test_kl_that_is_reached_ends_the_choice() -> None:
@@ -161,7 +164,7 @@ def test_kl_that_is_reached_ends_the_choice() -> None:
 
 
 def test_many_parts_move_several_at_a_time() -> None:
-    """And the whole is measured after each round; the last NVFP4 part stays."""
+    """And the whole is measured after each round; the last NVFP4 component stays."""
     costs = {f"p{number:02}": {"recipe": 1.0 + number} for number in range(48)}
     table = Table(costs)
     steps = run([*map(Made, costs)], table, "fp8")

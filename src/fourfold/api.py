@@ -63,8 +63,8 @@ from fourfold.verification import Report, verifier
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-PARTS_RECIPE = "nvfp4_default_best"
-"""The recipe whose parts `sensitivity` measures by default."""
+COMPONENTS_RECIPE = "nvfp4_default_best"
+"""The recipe whose components `sensitivity` measures by default."""
 
 __all__ = [
     "convert", "evaluate", "generate", "load", "merge", "plan", "quantize", "sensitivity", "verify",
@@ -497,7 +497,7 @@ def evaluate(
 def sensitivity(
     source: str | Path | Source,
     text: str | Path | EvaluationConfig,
-    recipe: str | Path | Recipe = PARTS_RECIPE,
+    recipe: str | Path | Recipe = COMPONENTS_RECIPE,
     *,
     candidates: Sequence[str] = CANDIDATES,
     device: str = "auto",
@@ -508,17 +508,17 @@ def sensitivity(
     progress: bool | None = None,
     on_event: OnEvent | None = None,
 ) -> Sensitivity:
-    """Measure what each part of a model costs in each format: KL to the source, that part alone.
+    """Measure what each component of a model costs in each format: its KL to the source, alone.
 
-    A part is what engines want in one format: weights that they fuse, or all experts of a layer.
-    The model runs layer by layer, so it need not fit into memory.
+    A component is what engines want in one format: weights that they fuse, or all experts of a
+    layer. The model runs layer by layer, so it need not fit into memory.
 
     Args:
         source: The checkpoint, as in `evaluate`.
         text: A file or dataset to measure on; or an `EvaluationConfig`. By default up to 8,192
             tokens in windows of 512, and fewer where the model is large.
         recipe: As in `plan`: what is quantized, and how in the first place.
-        candidates: What parts may become instead, as in a recipe's `budget`.
+        candidates: What components may become instead, as in a recipe's `budget`.
         device: cpu, cuda, cuda:N or auto.
         threads: Threads that quantize; by default one for each core.
         hf_config, dtype, trust_remote_code, progress, on_event: As in `quantize`.

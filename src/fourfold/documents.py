@@ -390,7 +390,7 @@ class EvaluationDocument(Document):
 
 
 class OptionFiguresEntry(_Part):
-    """A part of the model in one format, beside the source."""
+    """A component of the model in one format, beside the source."""
 
     option: str
     """As a recipe's `budget` names it; `recipe` for what its own rules say."""
@@ -399,15 +399,16 @@ class OptionFiguresEntry(_Part):
     bits: float
     """Bits for each weight, scales included."""
     kl: float
-    """Mean KL(source ‖ source with this part in this format), nats a token."""
+    """Mean KL(source ‖ source with this component in this format), nats a token."""
     kl_interval: tuple[float, float] | None
     """Its 95 % interval, by a bootstrap over windows; None for a single window."""
 
 
-class UnitFiguresEntry(_Part):
-    """What one part of the model costs: weights that engines fuse, or all experts of a layer."""
+class ComponentFiguresEntry(_Part):
+    """What one component of the model costs: weights that engines fuse, or all experts of a
+    layer."""
 
-    unit: str
+    component: str
     role: str
     layer: int
     weights: int
@@ -429,8 +430,8 @@ class SensitivityDocument(Document):
     is_estimate: bool
     """True if fewer tokens were read because the model is large."""
     together: float
-    """The KL of all parts as the recipe has them, at the same time."""
-    units: list[UnitFiguresEntry]
+    """The KL of all components as the recipe has them, at the same time."""
+    components: list[ComponentFiguresEntry]
     seconds: float
 
 

@@ -80,11 +80,12 @@ class DataLoaded(Event):
 
 @dataclass(frozen=True)
 class BudgetSpent(Event):
-    """It is chosen which parts of the model are stored otherwise than the recipe's rules say."""
+    """It is chosen which components of the model are stored otherwise than the recipe's rules
+    say."""
 
     moved: int
-    parts: int
-    """The number of all parts."""
+    components: int
+    """The number of all components."""
     bits_before: float
     """Bits for each weight, by the rules alone."""
     bits: float

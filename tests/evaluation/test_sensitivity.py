@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Proves that `fourfold sensitivity` measures what each part of a model costs: the KL of a
-transformers model in memory with that part exchanged, whatever the other variants are."""
+"""Proves that `fourfold sensitivity` measures what each component of a model costs: the KL of a
+transformers model in memory with that component exchanged, whatever the other variants are."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from fourfold.evaluation.comparison import compare
 from fourfold.evaluation.sensitivity import (
     LEAST_TOKENS,
     MOST_TOKENS,
+    ComponentFigures,
     OptionFigures,
     Sensitivity,
-    UnitFigures,
     cost_of_token,
     tokens_within,
 )
 from fourfold.evaluation.variants import Variants
 from fourfold.formats.nvfp4.activations import fake_quantize
 from fourfold.planning import Plan, make_plan
-from fourfold.planning.units import Unit, units_of
+from fourfold.planning.components import Component, components_of
 from fourfold.recipes import Recipe
 from fourfold.sources.opening import open_model
 from fourfold.storage.source import Source
@@ -124,8 +124,8 @@ def to_fp8(x: Tensor, amax: float) -> Tensor:
     return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
 
 
-def exchanged(model: Any, part: str, option: str, quantized: Any) -> Any:
-    """`model` with one part of a layer in another format."""
+def exchanged(model: Any, component: str, option: str, quantized: Any) -> Any:
+    """`model` with one component of a layer in another format."""
 
     def change(input_of: str) -> Callable[[Tensor], Tensor]:
         amax = amaxes()[input_of]
@@ -134,7 +134,7 @@ def exchanged(model: Any, part: str, option: str, quantized: Any) -> Any:
         return partial(to_fp8, amax=amax) if option == "fp8" else lambda x: x
 
     layer, theirs = model.model.layers[LAYER], quantized.model.layers[LAYER]
-    if part == "experts":
+    if component == "experts":
         experts = layer.mlp.experts
         for name in ("gate_up_proj", "down_proj"):
             weights = getattr(experts, name).data
@@ -145,19 +145,19 @@ def exchanged(model: Any, part: str, option: str, quantized: Any) -> Any:
                 weights[expert] = of_expert
         experts.forward = partial(run_experts, experts, change("gate_up"), change("down"))
         return model
-    names = ["o_proj"] if part == "o" else ["q_proj", "k_proj", "v_proj"]
+    names = ["o_proj"] if component == "o" else ["q_proj", "k_proj", "v_proj"]
     linears = [getattr(layer.self_attn, name) for name in names]
     amax = max(float(linear.weight.data.abs().max()) for linear in linears)
     for name, linear in zip(names, linears, strict=True):
         values = getattr(theirs.self_attn, name).weight.data
         linear.weight.data = to_fp8(linear.weight.data, amax) if option == "fp8" else values
-        hook_inputs(linear, change(part))
+        hook_inputs(linear, change(component))
     return model
 
 
 @pytest.mark.parametrize("option", ["recipe", "w4a16", "fp8"])
 @pytest.mark.parametrize(
-    ("part", "name"),
+    ("component", "name"),
     [
         ("qkv", f"{ATTENTION}.{{k,q,v}}_proj"),
         ("o", f"{ATTENTION}.o_proj"),
@@ -165,21 +165,23 @@ def exchanged(model: Any, part: str, option: str, quantized: Any) -> Any:
     ],
 )
 def test_a_part_is_exchanged_alone(
-    part: str, name: str, option: str, measured: Sensitivity, quantized: nn.Module
+    component: str, name: str, option: str, measured: Sensitivity, quantized: nn.Module
 ) -> None:
-    model = exchanged(reference_model(), part, option, quantized)
+    model = exchanged(reference_model(), component, option, quantized)
     wanted = compare(reference_model(), model, TOKENS, LENGTH).kl
-    [unit] = [unit for unit in measured.units if unit.unit == name]
-    [figures] = [figures for figures in unit.options if figures.option == option]
+    [component] = [component for component in measured.components if component.component == name]
+    [figures] = [figures for figures in component.options if figures.option == option]
     assert figures.kl == pytest.approx(wanted, rel=1e-3)
 
 
 def test_the_whole(measured: Sensitivity) -> None:
-    assert len(measured.units) == 12
-    assert sum(unit.weights for unit in measured.units) == 4 * (16 * 3 * 128 * 64 + 3 * 128 * 128)
-    parts = sum(unit.options[0].kl for unit in measured.units)
-    assert 0 < measured.together < parts
-    bits = {x.option: x.bits for x in measured.units[0].options}
+    assert len(measured.components) == 12
+    assert sum(component.weights for component in measured.components) == 4 * (
+        16 * 3 * 128 * 64 + 3 * 128 * 128
+    )
+    components = sum(component.options[0].kl for component in measured.components)
+    assert 0 < measured.together < components
+    bits = {x.option: x.bits for x in measured.components[0].options}
     assert bits["recipe"] == pytest.approx(4.5, abs=0.01)
     assert bits["fp8"] == pytest.approx(8, abs=0.01)
     assert not measured.is_estimate
@@ -188,21 +190,23 @@ def test_the_whole(measured: Sensitivity) -> None:
 # --- variants that share layers -----------------------------------------------------------
 
 
-def variants_of(source: Source, plan: Plan, units: list[Unit], **options: Any) -> Variants:
+def variants_of(
+    source: Source, plan: Plan, components: list[Component], **options: Any
+) -> Variants:
     windows = torch.randint(3, 90, (2, 19), generator=torch.Generator().manual_seed(0))
-    return Variants(plan, source, units, list(windows), threads=1, **options)
+    return Variants(plan, source, components, list(windows), threads=1, **options)
 
 
-def some_variants(units: list[Unit]) -> list[dict[str, str]]:
+def some_variants(components: list[Component]) -> list[dict[str, str]]:
     """Units of the first and of the last layer alone, all of them, and none."""
-    ends = {units[0].layer, units[-1].layer}
+    ends = {components[0].layer, components[-1].layer}
     alone = [
-        {unit.name: option}
-        for unit in units
+        {component.name: option}
+        for component in components
         for option in ("recipe", "fp8", "mxfp8")
-        if unit.layer in ends and unit.has(option)
+        if component.layer in ends and component.has(option)
     ]
-    return [*alone, {unit.name: "recipe" for unit in units}, {}]
+    return [*alone, {component.name: "recipe" for component in components}, {}]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -213,12 +217,12 @@ def test_a_variant_costs_the_same_beside_others_and_alone(name: str, written: Wr
             plan = make_plan(source, W4A4)
         except fourfold.PlanError:  # its other linear layers do not divide into blocks
             plan = make_plan(source, Recipe(weights={"scale": "mse"}, quantize=["experts"]))
-        units = units_of(plan)
-        assert len({unit.name for unit in units}) == len(units)
-        variants = some_variants(units)
-        sharing = variants_of(source, plan, units)
+        components = components_of(plan)
+        assert len({component.name for component in components}) == len(components)
+        variants = some_variants(components)
+        sharing = variants_of(source, plan, components)
         beside = sharing.measure(variants, "beside")
-        alone = variants_of(source, plan, units, shares=False).measure(variants, "alone")
+        alone = variants_of(source, plan, components, shares=False).measure(variants, "alone")
     assert sharing.shares
     for one, other in zip(beside, alone, strict=True):
         assert one.kl_of_windows.tolist() == other.kl_of_windows.tolist()
@@ -232,15 +236,15 @@ def test_layers_that_change_something_else_are_not_shared() -> None:
     def measure(**options: Any) -> tuple[bool, list[float]]:
         with closing(open_model(model_dir())) as source:
             plan = make_plan(source, W4A4)
-            units = units_of(plan)
-            variants = variants_of(source, plan, units, **options)
+            components = components_of(plan)
+            variants = variants_of(source, plan, components, **options)
             first, second = variants.opened.streamed.layers[:2]
             left: list[float] = []
             first.mlp.register_forward_hook(lambda *_: left.append(1.5))
             second.register_forward_pre_hook(
                 lambda _, args: (args[0] * (left.pop() if left else 1.0), *args[1:])
             )
-            last = [{unit.name: "recipe"} for unit in units if unit.layer == 3]
+            last = [{component.name: "recipe"} for component in components if component.layer == 3]
             return variants.shares, [
                 float(x.kl_of_windows.mean()) for x in variants.measure(last, "last")
             ]
@@ -252,10 +256,12 @@ def test_layers_that_change_something_else_are_not_shared() -> None:
 def test_the_tokens_that_are_read() -> None:
     with closing(open_model(model_dir())) as source:
         plan = make_plan(source, W4A4)
-        units = units_of(plan)
+        components = components_of(plan)
         layer = 3 * 128 * 128 + 3 * 128 * 64 * 2  # two of 16 experts
         assert cost_of_token(plan, source, []) == 4 * layer
-        assert cost_of_token(plan, source, [units[0], units[-1]]) == (2 + 2 + 2 + 3) * layer
+        assert (
+            cost_of_token(plan, source, [components[0], components[-1]]) == (2 + 2 + 2 + 3) * layer
+        )
     assert tokens_within(1) == MOST_TOKENS
     assert tokens_within(1e10, limit=1e13) == 1000
     assert tokens_within(1e18) == LEAST_TOKENS
@@ -292,7 +298,7 @@ def test_figures_as_text_and_as_json(run: Run, measured: Sensitivity, tmp_path: 
     assert (code, err) == (0, "")
     values = json.loads(text)
     assert DOCUMENTS["sensitivity"](**values).model_dump(mode="json") == values
-    assert values["units"] == json.loads(json.dumps(measured.to_dict()["units"]))
+    assert values["components"] == json.loads(json.dumps(measured.to_dict()["components"]))
 
 
 @pytest.mark.parametrize(
@@ -318,17 +324,17 @@ def test_the_text() -> None:
         OptionFigures("recipe", "NVFP4 W4A4", 4.5, 0.02, (0.01, 0.03)),
         OptionFigures("fp8", "FP8", 8.0, 0.001, None),
     )
-    units = (
-        UnitFigures("layers.0.mlp.experts", "experts", 0, 393_216, options),
-        UnitFigures("layers.0.o_proj", "attention", 0, 4096, options[:1]),
+    components = (
+        ComponentFigures("layers.0.mlp.experts", "experts", 0, 393_216, options),
+        ComponentFigures("layers.0.o_proj", "attention", 0, 4096, options[:1]),
     )
-    result = Sensitivity("model", "mine", "text.txt", "00", 1, 256, True, 0.03, units, 1.0)
+    result = Sensitivity("model", "mine", "text.txt", "00", 1, 256, True, 0.03, components, 1.0)
     assert str(result).splitlines() == [
-        "model, recipe mine: KL of each part alone on 1 windows of 256 tokens from text.txt",
-        "part                  weights  NVFP4 W4A4       FP8",
+        "model, recipe mine: KL of each component alone on 1 windows of 256 tokens from text.txt",
+        "component             weights  NVFP4 W4A4       FP8",
         "layers.0.mlp.experts  393,216    2.00e-02  1.00e-03",
         "layers.0.o_proj         4,096    2.00e-02",
         "KL in nats a token; weights that need statistics of inputs are measured with `mse`",
-        "all parts as the recipe has them: 3.000e-02 together, 4.000e-02 as a sum",
+        "all components as the recipe has them: 3.000e-02 together, 4.000e-02 as a sum",
         "an estimate: 256 tokens, because the model is large (`tokens` reads more)",
     ]

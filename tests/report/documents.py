@@ -73,10 +73,10 @@ def document(
 
 
 def with_budget(full: Mapping[str, Any]) -> dict[str, Any]:
-    """The same, with a budget that was spent on one of two parts."""
+    """The same, with a budget that was spent on one of two components."""
     first = {"moved": {}, "bits": 4.5, "kl": 0.05, "other_kl": 0.06}
     last = {"moved": {"layers.<0>.o_proj": "fp8"}, "bits": 4.625, "kl": 0.0321, "other_kl": 0.0432}
-    part = {"role": "attention", "layer": 0, "weights": 4096}
+    facts = {"role": "attention", "layer": 0, "weights": 4096}
     return {
         **full,
         "budget": {
@@ -85,10 +85,10 @@ def with_budget(full: Mapping[str, Any]) -> dict[str, Any]:
             "tokens": 8192,
             "other_tokens": 4096,
             "curve": [first, last],
-            "parts": [
-                {"name": "layers.<0>.o_proj", "option": "fp8", "format": "FP8", **part}
+            "components": [
+                {"name": "layers.<0>.o_proj", "option": "fp8", "format": "FP8", **facts}
                 | {"kl": {"fp8": 0.0321}},
-                {"name": "layers.0.experts", "option": "recipe", "format": "NVFP4 W4A4", **part}
+                {"name": "layers.0.experts", "option": "recipe", "format": "NVFP4 W4A4", **facts}
                 | {"kl": {"bf16": 0.04}},
             ],
         },

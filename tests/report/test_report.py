@@ -204,7 +204,7 @@ def test_what_a_budget_was_spent_on(calibrated, page) -> None:
         "0.06 → 0.0432 on 4,096 other tokens",
         "step bits a weight KL KL, other text the rules alone 4.500 0.05 0.06",
         "layers.<0>.o_proj → fp8 4.625 0.0321 0.0432",
-        "part stored as weights KL with fp8 KL with bf16 layers.<0>.o_proj FP8 4,096 0.0321",
+        "component stored as weights KL with fp8 KL with bf16 layers.<0>.o_proj FP8 4,096 0.0321",
         "layers.0.experts NVFP4 W4A4 4,096 0.04",
     ):
         assert words in text

@@ -179,14 +179,14 @@ def sensitivity(
     log_file: LogFile = None,
     as_json: Json = False,
 ) -> None:
-    """Measure what each part of SOURCE costs in each format.
+    """Measure what each component of SOURCE costs in each format.
 
-    A part is what engines want in one format: weights that they fuse, or all experts of a layer.
-    Its cost is the KL divergence of the model with this part alone in the format.
+    A component is what engines want in one format: weights that they fuse, or all experts of a
+    layer. Its cost is the KL divergence of the model with this component alone in the format.
     """
     memory = in_bytes("--activation-memory", activation_memory)
     config = EvaluationConfig(text, length, windows, tokens, activation_memory=memory)
-    what = f"measuring the parts of {source}, recipe {recipe}"
+    what = f"measuring the components of {source}, recipe {recipe}"
     with begun(what, quiet=quiet or as_json, log_file=log_file) as progress:
         from fourfold import api
         from fourfold.recipes.budget import CANDIDATES

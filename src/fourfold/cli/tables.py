@@ -95,7 +95,7 @@ def evaluation_table(evaluation: Evaluation) -> RenderableType:
 
 
 def sensitivity_table(sensitivity: Sensitivity) -> RenderableType:
-    """What each part of a model costs, with a column for each format."""
+    """What each component of a model costs, with a column for each format."""
     return _figures_table(sensitivity)
 
 

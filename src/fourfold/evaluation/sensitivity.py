@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fourfold sensitivity`: what each part of a model costs in each format, measured.
+"""`fourfold sensitivity`: what each component of a model costs in each format, measured.
 
-For every unit (weights that engines fuse, or all routed experts of a layer) and every option, the
-KL divergence of the source with that unit alone in that option. `variants` says what is computed.
+For every component (weights that engines fuse, or all routed experts of a layer) and every option,
+the KL divergence of the source with that component alone in that option. `variants` says what is
+computed.
 
-**Cost.** A unit's variant runs the layers from its own to the last. So a token costs, in
+**Cost.** A component's variant runs the layers from its own to the last. So a token costs, in
 multiply-adds,
 
     Σ over layers of  (1 + variants of this and all earlier layers) · weights of the layer in use
@@ -33,7 +34,7 @@ from fourfold.events import OnEvent, ignore
 from fourfold.models.names import SINGLE_EXPERT
 from fourfold.models.roles import Role
 from fourfold.planning import Plan
-from fourfold.planning.units import Unit, title_of, units_of
+from fourfold.planning.components import Component, components_of, title_of
 from fourfold.recipes.budget import AS_RECIPE, AS_SOURCE, CANDIDATES
 from fourfold.storage.source import Source
 from fourfold.storage.units import aligned, printable
@@ -50,7 +51,7 @@ _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k
 
 @dataclass(frozen=True)
 class OptionFigures:
-    """A unit in one format, beside the source. KL in nats a token."""
+    """A component in one format, beside the source. KL in nats a token."""
 
     option: str
     """As a recipe names it; `recipe` for what the recipe's own rules say."""
@@ -64,10 +65,10 @@ class OptionFigures:
 
 
 @dataclass(frozen=True)
-class UnitFigures:
-    """What one unit costs in each option."""
+class ComponentFigures:
+    """What one component costs in each option."""
 
-    unit: str
+    component: str
     role: str
     layer: int
     weights: int
@@ -76,7 +77,7 @@ class UnitFigures:
 
 @dataclass(frozen=True, repr=False)
 class Sensitivity(Shown):
-    """What each unit costs. Printing it gives what the command prints."""
+    """What each component costs. Printing it gives what the command prints."""
 
     source: str
     recipe: str
@@ -90,31 +91,37 @@ class Sensitivity(Shown):
     is_estimate: bool
     """True if fewer tokens were read because the model is large."""
     together: float
-    """The KL of all units as the recipe has them, at the same time."""
-    units: tuple[UnitFigures, ...]
+    """The KL of all components as the recipe has them, at the same time."""
+    components: tuple[ComponentFigures, ...]
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return document("sensitivity", **{**vars(self), "units": [asdict(x) for x in self.units]})
+        return document(
+            "sensitivity", **{**vars(self), "components": [asdict(x) for x in self.components]}
+        )
 
     @property
     def headline(self) -> str:
         """The source, the recipe and the text."""
         return (
-            f"{printable(self.source)}, recipe {self.recipe}: KL of each part alone on "
+            f"{printable(self.source)}, recipe {self.recipe}: KL of each component alone on "
             f"{self.windows:,} windows of {self.length:,} tokens from {printable(self.text)}"
         )
 
     @property
     def remarks(self) -> list[str]:
         """What the figures mean."""
-        parts = math.fsum(
-            option.kl for unit in self.units for option in unit.options if option.option == "recipe"
+        alone = math.fsum(
+            option.kl
+            for component in self.components
+            for option in component.options
+            if option.option == "recipe"
         )
         lines = [
             "KL in nats a token; weights that need statistics of inputs are measured with `mse`",
-            f"all parts as the recipe has them: {self.together:.3e} together, {parts:.3e} as a sum",
+            f"all components as the recipe has them: {self.together:.3e} together, {alone:.3e} "
+            "as a sum",
         ]
         if self.is_estimate:
             lines.append(
@@ -124,18 +131,18 @@ class Sensitivity(Shown):
         return lines
 
     def rows(self) -> list[list[str]]:
-        """The table: a row for each unit, a column for each option, headings first."""
+        """The table: a row for each component, a column for each option, headings first."""
         titles: dict[str, list[str]] = defaultdict(list)
-        for unit in self.units:
-            for figures in unit.options:
+        for component in self.components:
+            for figures in component.options:
                 titles[figures.option].append(figures.format)
         options = [option for option in (AS_RECIPE, *CANDIDATES) if option in titles]
         heads = [titles[x][0] if len(set(titles[x])) == 1 else "as the recipe" for x in options]
-        rows = [["part", "weights", *heads]]
-        for unit in self.units:
-            kl = {figures.option: f"{figures.kl:.2e}" for figures in unit.options}
+        rows = [["component", "weights", *heads]]
+        for component in self.components:
+            kl = {figures.option: f"{figures.kl:.2e}" for figures in component.options}
             cells = [kl.get(option, "") for option in options]
-            rows.append([printable(unit.unit), f"{unit.weights:,}", *cells])
+            rows.append([printable(component.component), f"{component.weights:,}", *cells])
         return rows
 
     def __str__(self) -> str:
@@ -152,7 +159,8 @@ def measure_sensitivity(
     threads: int = 1,
     on_event: OnEvent = ignore,
 ) -> Sensitivity:
-    """Measure what each unit of a plan costs, alone, as the recipe has it and as each candidate.
+    """Measure what each component of a plan costs, alone, as the recipe has it and as each
+    candidate.
 
     Args:
         source: The checkpoint, open.
@@ -168,34 +176,34 @@ def measure_sensitivity(
         ModelError: The model does not predict the next token, or fails.
     """
     begun = time.perf_counter()
-    units = units_of(plan)
+    components = components_of(plan)
     choices = [
-        (unit, option)
-        for unit in units
+        (component, option)
+        for component in components
         for option in (AS_RECIPE, *candidates)
-        if option != AS_SOURCE and unit.has(option)
+        if option != AS_SOURCE and component.has(option)
     ]
-    wanted = tokens_within(cost_of_token(plan, source, [unit for unit, _ in choices]))
+    wanted = tokens_within(cost_of_token(plan, source, [component for component, _ in choices]))
     windows = _windows(source, plan, config, wanted)
     variants = Variants(
         plan,
         source,
-        units,
+        components,
         list(windows.ids_NW),
         device=device,
         threads=threads,
         activation_memory=config.activation_memory,
         on_event=on_event,
     )
-    alone = [{unit.name: option} for unit, option in choices]
-    whole = {unit.name: AS_RECIPE for unit in units}
-    *measured, together = variants.measure([*alone, whole], "parts")
+    alone = [{component.name: option} for component, option in choices]
+    whole = {component.name: AS_RECIPE for component in components}
+    *measured, together = variants.measure([*alone, whole], "components")
     figures: dict[str, list[OptionFigures]] = defaultdict(list)
-    for (unit, option), of_variant in zip(choices, measured, strict=True):
+    for (component, option), of_variant in zip(choices, measured, strict=True):
         kl_N = of_variant.kl_of_windows
-        bits = 8 * unit.nbytes(option) / unit.numel
-        title = title_of(option, unit)
-        figures[unit.name].append(
+        bits = 8 * component.nbytes(option) / component.numel
+        title = title_of(option, component)
+        figures[component.name].append(
             OptionFigures(option, title, bits, float(kl_N.mean()), mean_interval(kl_N))
         )
     return Sensitivity(
@@ -207,17 +215,17 @@ def measure_sensitivity(
         length=windows.ids_NW.shape[1],
         is_estimate=config.tokens is None and config.windows is None and wanted < MOST_TOKENS,
         together=float(together.kl_of_windows.mean()),
-        units=tuple(
-            UnitFigures(x.name, x.role.value, x.layer, x.numel, tuple(figures[x.name]))
-            for x in units
+        components=tuple(
+            ComponentFigures(x.name, x.role.value, x.layer, x.numel, tuple(figures[x.name]))
+            for x in components
         ),
         seconds=time.perf_counter() - begun,
     )
 
 
-def cost_of_token(plan: Plan, source: Source, varied: Sequence[Unit]) -> float:
-    """Return the multiply-adds of a token that passes variants, each of one unit in `varied`."""
-    of_layer = Counter(unit.layer for unit in varied)
+def cost_of_token(plan: Plan, source: Source, varied: Sequence[Component]) -> float:
+    """Return the multiply-adds of a token in variants, each of one component in `varied`."""
+    of_layer = Counter(component.layer for component in varied)
     active = _active_weights(plan, source.config)
     streams, cost = 1, 0.0
     for layer in range(len(plan.inventory.layer_paths)):

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Many variants of one model beside the model itself, in one pass through its layers.
 
-A **variant** says of some units (`planning.units`) which option they have; all others are as in the
-source. Every variant reads every window, as an ordinary call of the model that pauses before each
-layer (`calibration.streaming`), so neither the model nor the layers of all variants have to fit
-into memory. Where two variants have the same options in all layers up to one, that layer computes
-once, and the other call goes on with a copy of its output:
+A **variant** says of some components (`planning.components`) which option they have; all others are
+as in the source. Every variant reads every window, as an ordinary call of the model that pauses
+before each layer (`calibration.streaming`), so neither the model nor the layers of all variants
+have to fit into memory. Where two variants have the same options in all layers up to one, that
+layer computes once, and the other call goes on with a copy of its output:
 
     layer 0    source ─┬──────────┬── …     three variants of layer 0 and the source: 4 computations
                variants of layer 0: │ │ │
@@ -16,8 +16,8 @@ order of options, and the others cost nothing. That is exact if a layer's output
 changes. It is checked: where a copy was handed on, the next layer must be called with the same
 values as in the call that computed. If not, everything is computed for every variant.
 
-**What a unit computes with.** Weights have the values of their codes, which are chosen as when they
-are written, by the recipe's algorithm if that looks at weights alone, by `mse` if it needs
+**What a component computes with.** Weights have the values of their codes, which are chosen as when
+they are written, by the recipe's algorithm if that looks at weights alone, by `mse` if it needs
 statistics. Inputs are rounded as engines round them; the largest input of a site, from which its
 scale comes, is that of the source on the same windows. Models compute in float32.
 """
@@ -58,8 +58,8 @@ from fourfold.models.experts import Projection
 from fourfold.models.internals import runnable
 from fourfold.models.inventory import LinearWeight
 from fourfold.planning import Plan, ScaleGroup
+from fourfold.planning.components import Component
 from fourfold.planning.rows import observed_site
-from fourfold.planning.units import Unit
 from fourfold.recipes.budget import AS_SOURCE
 from fourfold.sources.codecs.base import InputRounding
 from fourfold.storage.output import OutputFolder
@@ -69,10 +69,10 @@ TOP = 1024
 """How many of the source's likeliest tokens are compared one by one; the others count as one."""
 
 Variant = Mapping[str, str]
-"""By a unit's name, its option; units that are not named are as in the source."""
+"""By a component's name, its option; components that are not named are as in the source."""
 
 Choices = tuple[str, ...]
-"""Options of the units of a layer, in their order."""
+"""Options of the components of a layer, in their order."""
 
 
 class _NotSharedError(Exception):
@@ -86,7 +86,7 @@ class Variants:
         self,
         plan: Plan,
         source: Source,
-        units: Sequence[Unit],
+        components: Sequence[Component],
         windows: Sequence[Tensor],
         *,
         device: str = "cpu",
@@ -101,7 +101,7 @@ class Variants:
         Args:
             plan: How the recipe quantizes the source.
             source: The checkpoint.
-            units: The plan's units.
+            components: The plan's components.
             windows: The token ids that are read, each int64 [W].
             device: The device that the model runs on.
             threads: Threads that quantize.
@@ -110,15 +110,15 @@ class Variants:
             shares: False computes every layer for every variant.
             on_event: Called with a `WindowEvaluated` for windows that have passed a layer.
         """
-        self.plan, self.units, self.windows = plan, units, windows
+        self.plan, self.components, self.windows = plan, components, windows
         self.device, self.scratch, self.on_event = device, scratch, on_event
         self.activation_memory, self.shares = activation_memory, shares
         self.opened = OpenedModel(source, dtype=DTYPE, device=device, reads_text_once=True)
         check_predicts_text(runnable(self.opened.model))
         held = self.opened.streamed.held  # the present layer's tensors are in memory
         context = ExecutionContext(plan, held, OutputFolder(Path()), threads)
-        self.exchange = _Exchange(self.opened, context, units)
-        self.inputs = _Inputs(plan, units)
+        self.exchange = _Exchange(self.opened, context, components)
+        self.inputs = _Inputs(plan, components)
         self.source_predictions: dict[int, Prediction] = {}
         """By window, once the source has run."""
 
@@ -140,10 +140,10 @@ class Variants:
         return [measured[self._choices(variant)] for variant in variants]
 
     def _choices(self, variant: Variant) -> tuple[Choices, ...]:
-        """The options of all units, layer by layer."""
+        """The options of all components, layer by layer."""
         options: dict[int, list[str]] = defaultdict(list)
-        for unit in self.units:
-            options[unit.layer].append(variant.get(unit.name, AS_SOURCE))
+        for component in self.components:
+            options[component.layer].append(variant.get(component.name, AS_SOURCE))
         return tuple(tuple(options[layer]) for layer in range(len(self.opened.streamed.layers)))
 
     def _run(self, distinct: list[tuple[Choices, ...]], what: str) -> dict[Any, Measured]:
@@ -274,11 +274,11 @@ class _Run:
 
 @dataclass
 class _Exchange:
-    """The weights of the layer that is loaded, as the options of its units want them."""
+    """The weights of the layer that is loaded, as the options of its components want them."""
 
     opened: OpenedModel
     context: ExecutionContext
-    units: Sequence[Unit]
+    components: Sequence[Component]
     layer: int = field(default=-1, init=False)
     used: Choices = field(default=(), init=False)
     kept: dict[Choices, LayerWeights] = field(default_factory=dict, init=False)
@@ -303,15 +303,15 @@ class _Exchange:
 
     def groups(self, layer: int, choices: Choices) -> list[ScaleGroup]:
         """The scale groups of a layer that options quantize, with schemes for measuring."""
-        units = [unit for unit in self.units if unit.layer == layer]
+        components = [component for component in self.components if component.layer == layer]
         return [
             replace(group, scheme=_measuring(group.scheme))
-            for unit, option in zip(units, choices, strict=True)
-            for group in unit.groups_in(option)
+            for component, option in zip(components, choices, strict=True)
+            for group in component.groups_in(option)
         ]
 
     def use(self, choices: Choices) -> None:
-        """Give the layer the weights of its units' options."""
+        """Give the layer the weights of its components' options."""
         if choices == self.used:
             return
         if choices not in self.kept:
@@ -344,9 +344,9 @@ def _measuring(scheme: Scheme) -> Scheme:
 class _Inputs:
     """The scales of rounded inputs, from the largest inputs that the source has."""
 
-    def __init__(self, plan: Plan, units: Sequence[Unit]) -> None:
+    def __init__(self, plan: Plan, components: Sequence[Component]) -> None:
         self.statistics = Statistics(DataSummary("", "", 0, 0, 0))
-        self.linears = [linear for unit in units for linear in unit.linears]
+        self.linears = [linear for component in components for linear in component.linears]
         self.amaxes: dict[str, float] = {}
         """By input site, once it is known."""
         self.readers: dict[str, list[LinearWeight]] = defaultdict(list)

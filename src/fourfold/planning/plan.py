@@ -61,8 +61,8 @@ FLOAT32_ELEMENTS = 1 << 28
 """Elements of a decoder layer up to which sequential calibration computes in float32."""
 
 BUDGET = (
-    "the recipe has a budget: quantize measures what parts cost, and stores some of them otherwise "
-    "than its rules say. This is the plan of the rules alone"
+    "the recipe has a budget: quantize measures what the model's components cost, and stores some "
+    "otherwise than the rules say. This is the plan of the rules alone"
 )
 
 NO_KV_SCALES = (

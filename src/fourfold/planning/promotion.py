@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choose which parts of a model are stored in a larger format: greedily, by KL for each byte.
+"""Choose which components of a model are stored in a larger format: greedily, by KL for each byte.
 
-A **move** stores one part as another option. In a round, moves are measured: the KL of the whole
-model after each of them alone. Then the moves that save most KL for each byte they add are made,
-one for every sixteen parts. Parts do not add up (their sum is half as much again as the whole), so
-what is left is measured again in the next round: of all moves those that looked best when they were
-measured last, and all of them where none of these helps any more.
+A **move** stores one component as another option. In a round, moves are measured: the KL of the
+whole model after each of them alone. Then the moves that save most KL for each byte they add are
+made, one for every sixteen components. Components do not add up (their sum is half as much again as
+the whole), so what is left is measured again in the next round: of all moves those that looked best
+when they were measured last, and all of them where none of these helps any more.
 
 A move adds bytes, but for those from the recipe's own option to `w4a16`, which are free and come
 first where they help.
@@ -21,19 +21,20 @@ from typing import Protocol
 from fourfold.recipes.budget import AS_RECIPE
 
 Options = Mapping[str, str]
-"""By a part's name, its option."""
+"""By a component's name, its option."""
 
 Measure = Callable[[Sequence[Options]], Sequence[float]]
-"""Returns the KL of the whole model where parts have these options, for each of several choices."""
+"""Returns the KL of the whole model with components in these options, for each of several
+choices."""
 
-PARTS_A_MOVE = 16
-"""A round makes one move for every so many parts, and at least one."""
+COMPONENTS_A_MOVE = 16
+"""A round makes one move for every so many components, and at least one."""
 
 LEAST_MEASURED = 8
 """The moves that a round measures, at least: twice as many as it makes, if that is more."""
 
 
-class Part(Protocol):
+class Promotable(Protocol):
     """What is stored in one format."""
 
     @property
@@ -59,9 +60,9 @@ class Step:
     """A point of the curve."""
 
     moved: Options
-    """The parts that have another option than in the step before."""
+    """The components that have another option than in the step before."""
     bits: float
-    """Bits for each weight of all parts, scales included."""
+    """Bits for each weight of all components, scales included."""
     kl: float
     """KL of the whole model."""
 
@@ -70,7 +71,7 @@ class Step:
 class Promotion:
     """The choice while it is made."""
 
-    parts: Sequence[Part]
+    components: Sequence[Promotable]
     candidates: Sequence[str]
     measure: Measure
     bits_per_weight: float | None = None
@@ -80,16 +81,16 @@ class Promotion:
     steps: list[Step] = field(default_factory=list, init=False)
     """The curve, from the recipe's own options on."""
     first: dict[tuple[str, str], float] = field(default_factory=dict, init=False)
-    """By part and option, the KL of the whole model after this move alone: the first round."""
+    """By component and option, the KL of the whole model after this move alone: the first round."""
     _options: dict[str, str] = field(default_factory=dict, init=False)
     _gains: dict[tuple[str, str], float] = field(default_factory=dict, init=False)
     """By move, the KL that it saved when it was measured last."""
 
     def __post_init__(self) -> None:
-        self._parts = {part.name: part for part in self.parts}
-        self._options = dict.fromkeys(self._parts, AS_RECIPE)
-        self._numel = sum(part.numel for part in self.parts)
-        self._a_round = max(1, len(self.parts) // PARTS_A_MOVE)
+        self._components = {component.name: component for component in self.components}
+        self._options = dict.fromkeys(self._components, AS_RECIPE)
+        self._numel = sum(component.numel for component in self.components)
+        self._a_round = max(1, len(self.components) // COMPONENTS_A_MOVE)
 
     def run(self) -> list[Step]:
         """Make moves until the budget is spent, or the KL is reached, or none helps."""
@@ -110,8 +111,8 @@ class Promotion:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all parts now."""
-        return sum(part.nbytes(self._options[part.name]) for part in self.parts)
+        """Bytes of all components now."""
+        return sum(component.nbytes(self._options[component.name]) for component in self.components)
 
     @property
     def bits(self) -> float:
@@ -122,14 +123,14 @@ class Promotion:
         return self.max_kl is not None and kl <= self.max_kl
 
     def _moves(self) -> list[tuple[str, str]]:
-        """The moves that are possible now: part and option."""
+        """The moves that are possible now: component and option."""
         moves = []
-        for part in self.parts:
-            now = self._options[part.name]
+        for component in self.components:
+            now = self._options[component.name]
             for option in self.candidates:
-                is_larger = now == AS_RECIPE or part.nbytes(option) > part.nbytes(now)
-                if option != now and part.has(option) and is_larger:
-                    moves.append((part.name, option))
+                is_larger = now == AS_RECIPE or component.nbytes(option) > component.nbytes(now)
+                if option != now and component.has(option) and is_larger:
+                    moves.append((component.name, option))
         return [
             move for move in moves if self._fits(self._added(*move)) and self._has_nvfp4([move])
         ]
@@ -137,7 +138,7 @@ class Promotion:
     def _has_nvfp4(self, moves: Iterable[tuple[str, str]]) -> bool:
         """True if some weights are NVFP4 after these moves, which engines expect."""
         options = self._options | dict(moves)
-        return any(part.is_nvfp4(options[part.name]) for part in self.parts)
+        return any(component.is_nvfp4(options[component.name]) for component in self.components)
 
     def _fits(self, added: int) -> bool:
         if self.bits_per_weight is None:
@@ -146,8 +147,8 @@ class Promotion:
 
     def _added(self, name: str, option: str) -> int:
         """Bytes that a move adds; the scale of an input that is not rounded any more is none."""
-        part = self._parts[name]
-        return max(0, part.nbytes(option) - part.nbytes(self._options[name]))
+        component = self._components[name]
+        return max(0, component.nbytes(option) - component.nbytes(self._options[name]))
 
     def _after(self, move: tuple[str, str]) -> Options:
         return self._options | dict([move])

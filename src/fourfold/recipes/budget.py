@@ -3,8 +3,8 @@
 
     budget: {bits_per_weight: 4.8, candidates: [fp8, bf16]}
 
-What the rules of the recipe quantize is measured part by part, and the parts that cost most are
-stored as one of the candidates (`run.budget`).
+What the rules of the recipe quantize is measured component by component, and the components that
+cost most are stored as one of the candidates (`run.budget`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ W4A16 = "w4a16"
 """NVFP4 weights as the rules say, and inputs in 16 bits."""
 
 CANDIDATES = (W4A16, "fp8", "fp8_channel", "fp8_block", "mxfp8", AS_SOURCE)
-"""Everything that a part may be stored as instead."""
+"""Everything that a component may be stored as instead."""
 
 
 def check_candidates(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -57,7 +57,7 @@ class Budget(BaseModel):
     candidates: Annotated[
         tuple[str, ...], Field(strict=False), AfterValidator(check_candidates)
     ] = ("fp8", AS_SOURCE)
-    """What parts may become. `w4a16` costs no bytes, and speed where W4A4 would be faster."""
+    """What components may become. `w4a16` costs no bytes, and speed where W4A4 would be faster."""
     tokens: Annotated[int, Field(ge=16)] | None = None
     """Tokens of calibration text that each measurement reads; by default up to 8,192, and fewer
     where the model is large."""

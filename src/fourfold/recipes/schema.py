@@ -307,7 +307,7 @@ class Recipe(_Strict):
     rules: Annotated[tuple[Rule, ...], Field(strict=False)] = ()
     layout: Annotated[str, _known(LAYOUTS)] = DEFAULT_LAYOUT
     budget: Budget | None = None
-    """Parts that are stored otherwise than the rules say, by what they cost."""
+    """Components that are stored otherwise than the rules say, by what they cost."""
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:

@@ -15,8 +15,8 @@ def budget_text(entry: BudgetEntry) -> str:
     """Return what was measured and what it led to, in a few sentences."""
     first, last = entry.curve[0], entry.curve[-1]
     return (
-        "Parts were stored otherwise than the rules say in the order of KL saved for each byte, as "
-        f"measured on {integer(entry.tokens)} tokens of {clipped(entry.text)}: "
+        "Components were stored otherwise than the rules say, in the order of KL saved for each "
+        f"byte, as measured on {integer(entry.tokens)} tokens of {clipped(entry.text)}: "
         f"{first.bits:.2f} → {last.bits:.2f} bits a weight, KL {figure(first.kl, 3)} → "
         f"{figure(last.kl, 3)} nats a token; {figure(first.other_kl, 3)} → "
         f"{figure(last.other_kl, 3)} on {integer(entry.other_tokens)} other tokens. Weights whose "
@@ -37,18 +37,20 @@ def _moved(step: BudgetStep) -> str:
     return ", ".join(moves) or "the rules alone"
 
 
-def parts_table(entry: BudgetEntry) -> tuple[Sequence[str], list[list[str]]]:
-    """Return headings and rows: for each part its format, and the KL of the whole model with this
-    part alone moved to each candidate."""
-    options = list(dict.fromkeys(option for part in entry.parts for option in part.kl))
-    heads = ("part", "stored as", "weights", *(f"KL with {option}" for option in options))
+def components_table(entry: BudgetEntry) -> tuple[Sequence[str], list[list[str]]]:
+    """Return headings and rows: for each component its format, and the KL of the whole model with
+    this component alone moved to each candidate."""
+    options = list(
+        dict.fromkeys(option for component in entry.components for option in component.kl)
+    )
+    heads = ("component", "stored as", "weights", *(f"KL with {option}" for option in options))
     rows = [
         [
-            clipped(part.name, 80),
-            part.format,
-            integer(part.weights),
-            *(figure(part.kl.get(option), 3) for option in options),
+            clipped(component.name, 80),
+            component.format,
+            integer(component.weights),
+            *(figure(component.kl.get(option), 3) for option in options),
         ]
-        for part in entry.parts
+        for component in entry.components
     ]
     return heads, rows

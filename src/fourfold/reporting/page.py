@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fourfold.errors import OutputError
-from fourfold.reporting.budget import CURVE, budget_text, curve_rows, parts_table
+from fourfold.reporting.budget import CURVE, budget_text, components_table, curve_rows
 from fourfold.reporting.quality import quality_rows, quality_text
 from fourfold.reporting.serving import Served, serve_commands
 from fourfold.reporting.table import select
@@ -266,10 +266,10 @@ def _quality(summary: QuantSummary) -> tuple[str, Table] | None:
 
 
 def _budget(summary: QuantSummary) -> tuple[str, Table, Table] | None:
-    """What the recipe's budget was spent on: in words, the curve, and the parts."""
+    """What the recipe's budget was spent on: in words, the curve, and the components."""
     if (entry := summary.budget) is None:
         return None
-    heads, rows = parts_table(entry)
+    heads, rows = components_table(entry)
     return budget_text(entry), Table(CURVE, curve_rows(entry)), Table(heads, rows, texts=2)
 
 

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Spend the budget of a recipe: measure its parts, and give rules to those that are promoted.
+"""Spend the budget of a recipe: measure its components, and give rules to those that are promoted.
 
-    recipe with a budget ─▶ plan ─▶ units ─▶ rounds of `planning.promotion`, each measured by
+    recipe with a budget ─▶ plan ─▶ components ─▶ rounds of `planning.promotion`, each measured by
                                              `evaluation.variants` ─▶ recipe with rules by name
 
-The calibration text is read in two parts, one sample after the other in turn. The choice is made on
-the one, and the curve is measured again on the other. Ranks share the variants of each round, and
-all make the same choice from the figures of all. A run that resumes takes the choice of the run
-that it resumes.
+The calibration text is read in two halves, sample by sample in turn. The choice is
+made on the one, and the curve is measured again on the other. Ranks share the variants of each
+round, and all make the same choice from the figures of all. A run that resumes takes the choice of
+the run that it resumes.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from fourfold.evaluation.sensitivity import MULTIPLY_ADDS, cost_of_token, tokens
 from fourfold.evaluation.variants import Variants
 from fourfold.events import BudgetSpent, OnEvent, ignore
 from fourfold.planning import Plan, make_plan
+from fourfold.planning.components import Component, components_of, promoted, title_of
 from fourfold.planning.promotion import Options, Promotion, Step
-from fourfold.planning.units import Unit, promoted, title_of, units_of
 from fourfold.recipes import Budget, Recipe
 from fourfold.recipes.budget import AS_RECIPE
 from fourfold.run.resume import calibration_threads
 from fourfold.run.strategies import Observation, calibration_data
 from fourfold.storage.output import OutputFolder
-from fourfold.storage.quant_summary import BudgetEntry, BudgetPart, BudgetStep
+from fourfold.storage.quant_summary import BudgetComponent, BudgetEntry, BudgetStep
 from fourfold.storage.source import Source
 
 PASSES = 3
@@ -66,7 +66,7 @@ def spend_budget(
     threads: int | None,
     on_event: OnEvent = ignore,
 ) -> Spent:
-    """Return the recipe with rules for the parts that its budget is spent on.
+    """Return the recipe with rules for the components that its budget is spent on.
 
     Args:
         recipe: What the caller asked for; returned as it is if it has no budget.
@@ -97,27 +97,27 @@ def spend_budget(
             "not on `statistics`. Give `calib` instead, or leave it out."
         )
     plan = make_plan(source, recipe)
-    units = units_of(plan)
-    _check_bits(plan, units, budget)
+    components = components_of(plan)
+    _check_bits(plan, components, budget)
     data = calibration_data(plan, source, replace(observation, on_event=ignore))
-    tokens = budget.tokens or _affordable(plan, source, units, budget)
+    tokens = budget.tokens or _affordable(plan, source, components, budget)
     texts = split_texts(data, tokens)
     entry = _of_earlier_run(folder, ranks, recipe, texts)
     if entry is None:
         with _threads(calibration_threads(folder, ranks, threads)):
-            measuring = _Measuring(plan, source, units, texts, ranks, observation, on_event)
+            measuring = _Measuring(plan, source, components, texts, ranks, observation, on_event)
             entry = measuring.choose(budget, data.origin)
-    options = {part.name: part.option for part in entry.parts}
+    options = {component.name: component.option for component in entry.components}
     first, last = entry.curve[0], entry.curve[-1]
     moved = sum(option != AS_RECIPE for option in options.values())
-    on_event(BudgetSpent(moved, len(units), first.bits, last.bits, first.kl, last.kl))
-    return Spent(promoted(plan, options, units), entry)
+    on_event(BudgetSpent(moved, len(components), first.bits, last.bits, first.kl, last.kl))
+    return Spent(promoted(plan, options, components), entry)
 
 
-def _check_bits(plan: Plan, units: Sequence[Unit], budget: Budget) -> None:
+def _check_bits(plan: Plan, components: Sequence[Component], budget: Budget) -> None:
     """Raise `RecipeError` if the recipe's own rules take more than the budget."""
-    numel = sum(unit.numel for unit in units)
-    bits = 8 * sum(unit.nbytes(AS_RECIPE) for unit in units) / max(numel, 1)
+    numel = sum(component.numel for component in components)
+    bits = 8 * sum(component.nbytes(AS_RECIPE) for component in components) / max(numel, 1)
     if budget.bits_per_weight is not None and bits > budget.bits_per_weight:
         raise RecipeError(
             f"recipe {plan.recipe.name}: budget.bits_per_weight: {budget.bits_per_weight:g} is "
@@ -125,9 +125,14 @@ def _check_bits(plan: Plan, units: Sequence[Unit], budget: Budget) -> None:
         )
 
 
-def _affordable(plan: Plan, source: Source, units: Sequence[Unit], budget: Budget) -> int:
+def _affordable(plan: Plan, source: Source, components: Sequence[Component], budget: Budget) -> int:
     """How many tokens each measurement reads, by what it costs."""
-    varied = [unit for unit in units for option in budget.candidates if unit.has(option)]
+    varied = [
+        component
+        for component in components
+        for option in budget.candidates
+        if component.has(option)
+    ]
     return tokens_within(cost_of_token(plan, source, varied), MULTIPLY_ADDS / PASSES)
 
 
@@ -221,25 +226,25 @@ def _count(windows: Sequence[Tensor]) -> int:
 
 
 class _Measuring:
-    """Measures the choices of a model's parts, on all ranks."""
+    """Measures the choices of a model's components, on all ranks."""
 
     def __init__(
         self,
         plan: Plan,
         source: Source,
-        units: Sequence[Unit],
+        components: Sequence[Component],
         texts: Texts,
         ranks: Ranks,
         observation: Observation,
         on_event: OnEvent,
     ) -> None:
-        self.plan, self.units, self.texts, self.ranks = plan, units, texts, ranks
+        self.plan, self.components, self.texts, self.ranks = plan, components, texts, ranks
         self.round = 0
         self._on, self._beside = (
             Variants(
                 plan,
                 source,
-                units,
+                components,
                 windows,
                 device=observation.device,
                 threads=torch.get_num_threads(),
@@ -252,7 +257,7 @@ class _Measuring:
     def choose(self, budget: Budget, origin: str) -> BudgetEntry:
         """Spend the budget; `origin` names the text."""
         promotion = Promotion(
-            self.units,
+            self.components,
             budget.candidates,
             self._measure,
             budget.bits_per_weight,
@@ -272,21 +277,21 @@ class _Measuring:
                 BudgetStep(moved=dict(step.moved), bits=step.bits, kl=step.kl, other_kl=other)
                 for step, other in zip(steps, others, strict=True)
             ),
-            parts=tuple(
-                BudgetPart(
-                    name=unit.name,
-                    role=unit.role.value,
-                    layer=unit.layer,
-                    weights=unit.numel,
-                    option=points[-1][unit.name],
-                    format=title_of(points[-1][unit.name], unit),
+            components=tuple(
+                BudgetComponent(
+                    name=component.name,
+                    role=component.role.value,
+                    layer=component.layer,
+                    weights=component.numel,
+                    option=points[-1][component.name],
+                    format=title_of(points[-1][component.name], component),
                     kl={
-                        option: promotion.first[unit.name, option]
+                        option: promotion.first[component.name, option]
                         for option in budget.candidates
-                        if (unit.name, option) in promotion.first
+                        if (component.name, option) in promotion.first
                     },
                 )
-                for unit in self.units
+                for component in self.components
             ),
         )
 
@@ -300,8 +305,8 @@ class _Measuring:
             )
 
     def _points(self, steps: Sequence[Step]) -> Iterator[Options]:
-        """The options of all parts at each step."""
-        options = {unit.name: AS_RECIPE for unit in self.units}
+        """The options of all components at each step."""
+        options = {component.name: AS_RECIPE for component in self.components}
         for step in steps:
             options |= step.moved
             yield dict(options)

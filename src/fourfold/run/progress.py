@@ -150,7 +150,7 @@ def sentence(event: DataLoaded | Resumed | BudgetSpent) -> str:
     """An event as a line for people."""
     if isinstance(event, BudgetSpent):
         return (
-            f"budget: {event.moved:,} of {event.parts:,} parts are stored otherwise, "
+            f"budget: {event.moved:,} of {event.components:,} components are stored otherwise, "
             f"{event.bits_before:.2f} → {event.bits:.2f} bits a weight, KL {event.kl_before:.2e} → "
             f"{event.kl:.2e} on calibration text"
         )

@@ -239,16 +239,16 @@ class BudgetStep(_Entry):
     """A point of the curve that a budget was spent along."""
 
     moved: dict[str, str]
-    """The parts that have another option than in the step before, by name."""
+    """The components that have another option than in the step before, by name."""
     bits: float
-    """Bits for each weight of all parts."""
+    """Bits for each weight of all components."""
     kl: float
     """On the text that the choice was made on, nats a token."""
     other_kl: float
     """On other calibration text."""
 
 
-class BudgetPart(_Entry):
+class BudgetComponent(_Entry):
     """Weights that are stored in one format."""
 
     name: str
@@ -260,15 +260,16 @@ class BudgetPart(_Entry):
     format: str
     """For people: "NVFP4 W4A4"."""
     kl: dict[str, float]
-    """By option, the KL of the whole model with this part alone changed, all others as the rules
-    say: what the first choice was made by."""
+    """By option, the KL of the whole model with this component alone changed, all others as the
+    rules say: what the first choice was made by."""
 
 
 class BudgetEntry(_Entry):
     """What a recipe's budget was spent on."""
 
     recipe: dict[str, Any]
-    """The recipe as it was given; `recipe` of the summary has a rule for every part that moved."""
+    """The recipe as it was given; `recipe` of the summary has a rule for every component that
+    moved."""
     text: str
     """The names of the files or datasets."""
     tokens: Count
@@ -276,7 +277,7 @@ class BudgetEntry(_Entry):
     other_tokens: Count
     curve: tuple[BudgetStep, ...]
     """From the recipe's own rules on."""
-    parts: tuple[BudgetPart, ...]
+    components: tuple[BudgetComponent, ...]
 
 
 class QuantSummary(_Entry):

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What mixed precision may store in another format: units, and their options.
+"""What mixed precision may store in another format: components, and their options.
 
-A **unit** is what engines want in one format: the linear weights that they fuse (q, k and v; gate
-and up), or all routed experts of a layer. An **option** is the name of a way to store it:
+A **component** is what engines want in one format: the linear weights that they fuse (q, k and v;
+gate and up), or all routed experts of a layer. An **option** is the name of a way to store it:
 
     recipe      as the rules of the recipe say
     w4a16       NVFP4 weights of the same algorithm, inputs in 16 bits
     fp8, …      FP8 weights in the format of that name, and inputs in the same
     bf16        as the source has it
 
-Only units inside decoder layers are listed: what lies outside of them (a head, MTP layers) stays as
-the recipe says.
+Only components inside decoder layers are listed: what lies outside of them (a head, MTP layers)
+stays as the recipe says.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from fourfold.storage.safetensors_header import BITS, nbytes_of
 
 
 @dataclass(frozen=True)
-class Unit:
+class Component:
     """Linear weights that are stored in one format."""
 
     name: str
-    """The names of its weights, with the parts that differ in braces; for experts, of the module
-    that holds them."""
+    """The names of its weights, with what differs in braces; for experts, that of the module which
+    holds them."""
     role: Role
     layer: int
     groups: tuple[ScaleGroup, ...]
@@ -60,7 +60,7 @@ class Unit:
         return sum(math.prod(linear.shape) for linear in self.linears)
 
     def has(self, option: str) -> bool:
-        """True if the unit can be stored so, and the option is another than the recipe's."""
+        """True if the component can be stored so, and the option is another than the recipe's."""
         if option in (AS_RECIPE, AS_SOURCE):
             return True
         if all(_scheme(option, group.scheme) == group.scheme for group in self.groups):
@@ -73,7 +73,7 @@ class Unit:
         )
 
     def groups_in(self, option: str) -> tuple[ScaleGroup, ...]:
-        """Return the unit's scale groups with the schemes of an option; none if the source's."""
+        """Return its scale groups with the schemes of an option; none for the source's."""
         if option == AS_SOURCE:
             return ()
         return tuple(replace(group, scheme=_scheme(option, group.scheme)) for group in self.groups)
@@ -83,7 +83,7 @@ class Unit:
         return any(group.scheme.weights == "nvfp4" for group in self.groups_in(option))
 
     def nbytes(self, option: str) -> int:
-        """Return the bytes that the unit takes in a checkpoint."""
+        """Return the bytes that the component takes in a checkpoint."""
         if option == AS_SOURCE:
             return sum(math.prod(x.shape) * BITS[x.dtype] // 8 for x in self.linears)
         return sum(
@@ -103,36 +103,36 @@ def _scheme(option: str, scheme: Scheme) -> Scheme:
     return Scheme(option, "max", option)
 
 
-def title_of(option: str, unit: Unit) -> str:
-    """Return how an option of a unit is called in tables: "NVFP4 W4A4", "FP8", "BF16"."""
+def title_of(option: str, component: Component) -> str:
+    """Return how an option of a component is called in tables: "NVFP4 W4A4", "FP8", "BF16"."""
     if option == AS_SOURCE:
-        return "/".join(sorted({linear.dtype for linear in unit.linears}))
-    scheme = unit.groups_in(option)[0].scheme
+        return "/".join(sorted({linear.dtype for linear in component.linears}))
+    scheme = component.groups_in(option)[0].scheme
     title = FORMATS[scheme.weights].title
     if scheme.weights != "nvfp4":
         return title
     return f"{title} {'W4A16' if scheme.activations is None else 'W4A4'}"
 
 
-def units_of(plan: Plan) -> list[Unit]:
-    """Return the units of a plan, layer after layer."""
+def components_of(plan: Plan) -> list[Component]:
+    """Return the components of a plan, layer after layer."""
     members: dict[str, list[ScaleGroup]] = defaultdict(list)
     for group in plan.groups:
         linear = group.linears[0]
         if linear.layer is not None and linear.role is not Role.MTP:
             members[_key(linear)].append(group)
-    units = []
+    components = []
     for groups in members.values():
         linears = [linear for group in groups for linear in group.linears]
         layer = linears[0].layer
         assert layer is not None
         name = _name_of([_pattern(linear) for linear in linears])
-        units.append(Unit(name, linears[0].role, layer, tuple(groups), plan.layout))
-    return sorted(units, key=lambda unit: (unit.layer, natural(unit.name)))
+        components.append(Component(name, linears[0].role, layer, tuple(groups), plan.layout))
+    return sorted(components, key=lambda component: (component.layer, natural(component.name)))
 
 
 def _key(linear: LinearWeight) -> str:
-    """A name that all weights of a unit share. One name may stand for several experts modules."""
+    """A name that all weights of a component share; it may stand for several experts modules."""
     if expert := SINGLE_EXPERT.search(linear.name):
         return linear.name[: expert.start()]
     return linear.scale_group if linear.expert is None else linear.module
@@ -158,22 +158,22 @@ def _name_of(patterns: Iterable[str]) -> str:
     return f"{parent}.{{{','.join(leaves)}}}"
 
 
-def promoted(plan: Plan, options: Mapping[str, str], units: Sequence[Unit]) -> Recipe:
-    """Return a plan's recipe with rules by name for units that are stored otherwise.
+def promoted(plan: Plan, options: Mapping[str, str], components: Sequence[Component]) -> Recipe:
+    """Return a plan's recipe with rules by name for components that are stored otherwise.
 
     Args:
         plan: The plan of the recipe itself.
-        options: By the names of units, the option of each that is not `recipe`.
-        units: The plan's units.
+        options: By the names of components, the option of each that is not `recipe`.
+        components: The plan's components.
     """
     recipe = plan.recipe
     rules_of = rules_of_linears(recipe, plan.inventory)
     promotions: list[Rule] = []
-    for unit in units:
-        option = options.get(unit.name, AS_RECIPE)
+    for component in components:
+        option = options.get(component.name, AS_RECIPE)
         if option != AS_RECIPE:
             patterns: dict[Rule, dict[str, None]] = defaultdict(dict)
-            for linear in unit.linears:
+            for linear in component.linears:
                 patterns[rules_of.pop(linear.name)][_pattern(linear)] = None
             promotions += [_rule(option, rule, tuple(names)) for rule, names in patterns.items()]
     if not promotions:
