@@ -153,6 +153,7 @@ def test_the_first_figures_are_those_of_the_checkpoint(tmp_path: Path) -> None:
     assert (first.kl + first.other_kl) / 2 == pytest.approx(wanted, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_kl_that_is_to_be_reached(run: tuple[fourfold.Result, Events], tmp_path: Path) -> None:
     """With as few moves as possible."""
     curve = budget_of(run[0].out).curve
@@ -163,6 +164,7 @@ def test_kl_that_is_to_be_reached(run: tuple[fourfold.Result, Events], tmp_path:
     assert reached[-1].kl <= wanted < reached[-2].kl
 
 
+@pytest.mark.slow
 def test_inputs_in_16_bits_cost_no_bytes(tmp_path: Path) -> None:
     budget = "{bits_per_weight: 4.52, candidates: [w4a16], tokens: 512}"
     recipe = write_recipe(tmp_path, budget, ATTENTION)
@@ -177,9 +179,8 @@ def test_inputs_in_16_bits_cost_no_bytes(tmp_path: Path) -> None:
         assert (None if component.option == "w4a16" else "nvfp4") in inputs
 
 
-@pytest.mark.parametrize(
-    "layout", ["modelopt", pytest.param("compressed-tensors", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
 def test_16_bits_and_sequential_quantization(layout: str, tmp_path: Path) -> None:
     rules = SEQUENTIAL.replace("experts, ", "") + f"layout: {layout}\n"
     budget = "{bits_per_weight: 9, candidates: [bf16, mxfp8], tokens: 512}"

@@ -182,9 +182,7 @@ def quantize(
             observation = observation.checked(chosen, source)
             check_preview(output.preview, source)
             with source.agreeing():
-                spent = spend_budget(
-                    chosen, source, folder, ranks, observation, runtime.threads, run
-                )
+                spent = spend_budget(chosen, source, folder, ranks, observation, runtime, run)
                 work, backend, observation = prepare(
                     source, spent.recipe, folder, ranks, observation, runtime, output, run
                 )

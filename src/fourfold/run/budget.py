@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fourfold.calibration.data import CalibrationData
+from fourfold.config import Runtime
 from fourfold.distributed.ranks import Ranks
 from fourfold.errors import RecipeError, UsageError
 from fourfold.evaluation.sensitivity import MULTIPLY_ADDS, cost_of_token, tokens_within
@@ -63,7 +64,7 @@ def spend_budget(
     folder: OutputFolder,
     ranks: Ranks,
     observation: Observation,
-    threads: int | None,
+    runtime: Runtime,
     on_event: OnEvent = ignore,
 ) -> Spent:
     """Return the recipe with rules for the components that its budget is spent on.
@@ -74,12 +75,13 @@ def spend_budget(
         folder: OUT, which may hold a run that is resumed.
         ranks: All of them call this.
         observation: The calibration text, and the device.
-        threads: As the caller asked for.
+        runtime: The threads, and whether shards of a model on the hub are kept.
         on_event: Called with `WindowEvaluated`, and with `BudgetSpent` in the end.
 
     Raises:
         RecipeError: The budget is less than the recipe takes, or its KL is not reached.
-        UsageError: The model is in memory, or there is no calibration text to measure on.
+        UsageError: The model is in memory, its shards are deleted once they are quantized, or there
+            is no calibration text to measure on.
         FourfoldError: The model cannot be read, planned or run.
     """
     budget = recipe.budget
@@ -97,6 +99,7 @@ def spend_budget(
             "not on `statistics`. Give `calib` instead, or leave it out."
         )
     plan = make_plan(source, recipe)
+    _check_stays(source, plan, folder, runtime.keep_source)
     components = components_of(plan)
     _check_bits(plan, components, budget)
     data = calibration_data(plan, source, replace(observation, on_event=ignore))
@@ -104,7 +107,7 @@ def spend_budget(
     texts = split_texts(data, tokens)
     entry = _of_earlier_run(folder, ranks, recipe, texts)
     if entry is None:
-        with _threads(calibration_threads(folder, ranks, threads)):
+        with _threads(calibration_threads(folder, ranks, runtime.threads)):
             measuring = _Measuring(plan, source, components, texts, ranks, observation, on_event)
             entry = measuring.choose(budget, data.origin)
     options = {component.name: component.option for component in entry.components}
@@ -112,6 +115,16 @@ def spend_budget(
     moved = sum(option != AS_RECIPE for option in options.values())
     on_event(BudgetSpent(moved, len(components), first.bits, last.bits, first.kl, last.kl))
     return Spent(promoted(plan, options, components), entry)
+
+
+def _check_stays(source: Source, plan: Plan, folder: OutputFolder, keep: bool | None) -> None:
+    """Raise `UsageError` for a model on the hub whose shards will be there only once."""
+    source.fetching.settle(folder.folder, plan.nbytes_after + plan.side_files.nbytes, keep)
+    if source.fetching.is_transient:
+        raise UsageError(
+            f"recipe {plan.recipe.name}: its budget is spent by running the model several times, "
+            "and its shards would be deleted once they are quantized. Give `keep_source=True`."
+        )
 
 
 def _check_bits(plan: Plan, components: Sequence[Component], budget: Budget) -> None:
