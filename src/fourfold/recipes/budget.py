@@ -60,7 +60,7 @@ class Budget(BaseModel):
     """What components may become. `w4a16` costs no bytes, and speed where W4A4 would be faster."""
     tokens: Annotated[int, Field(ge=16)] | None = None
     """Tokens of calibration text that each measurement reads; by default up to 8,192, and fewer
-    where the model is large."""
+    where the model is large, but at least 1,024."""
 
     @model_validator(mode="after")
     def _check(self) -> Budget:

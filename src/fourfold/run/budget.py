@@ -43,6 +43,9 @@ from fourfold.storage.source import Source
 PASSES = 3
 """How often as much as the first round all rounds together cost, about."""
 
+LEAST_TOKENS = 1024
+"""Beside the errors of all other components, a few hundred tokens say nothing of one of them."""
+
 
 @dataclass(frozen=True)
 class Spent:
@@ -146,7 +149,8 @@ def _affordable(plan: Plan, source: Source, components: Sequence[Component], bud
         for option in budget.candidates
         if component.has(option)
     ]
-    return tokens_within(cost_of_token(plan, source, varied), MULTIPLY_ADDS / PASSES)
+    affordable = tokens_within(cost_of_token(plan, source, varied), MULTIPLY_ADDS / PASSES)
+    return max(LEAST_TOKENS, affordable)
 
 
 Texts = tuple[Sequence[Tensor], Sequence[Tensor]]
