@@ -60,6 +60,8 @@ RECIPES = (
     "nvfp4_experts_only_best",
     "nvfp4_default_gptq",
     "nvfp4_default_best",
+    "nvfp4_default_budget",
+    "w4a16_nvfp4_default_budget",
     "nvfp4_default_mse-fp8_kv",
 )
 _INPUTS = ("activations: none", "activations: {format: nvfp4}")

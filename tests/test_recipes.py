@@ -27,8 +27,8 @@ BUILTIN = [
 
 
 def test_builtin_recipes() -> None:
-    # The others: tests/test_mixed.py and tests/calibration/test_sequential.py.
-    others = ("_rest", "_gptq", "_best")
+    # The others: tests/test_mixed.py, tests/calibration/test_sequential.py, tests/test_budget.py.
+    others = ("_rest", "_gptq", "_best", "_budget")
     assert [name for name in builtin_names() if not name.endswith(others)] == BUILTIN
     for name in BUILTIN:
         recipe = fourfold.Recipe.load(name)

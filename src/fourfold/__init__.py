@@ -35,11 +35,22 @@ from fourfold.errors import (
 )
 
 if TYPE_CHECKING:
-    from fourfold.api import convert, evaluate, generate, load, merge, plan, quantize, verify
+    from fourfold.api import (
+        convert,
+        evaluate,
+        generate,
+        load,
+        merge,
+        plan,
+        quantize,
+        sensitivity,
+        verify,
+    )
     from fourfold.calibration.statistics import Statistics
     from fourfold.config import CalibrationConfig, EvaluationConfig, OutputConfig, Runtime
     from fourfold.evaluation.evaluated import Evaluation
     from fourfold.evaluation.generation import Generation
+    from fourfold.evaluation.sensitivity import Sensitivity
     from fourfold.events import Event
     from fourfold.planning import Plan
     from fourfold.recipes import Recipe
@@ -63,6 +74,7 @@ _LAZY = {
     "Report": "fourfold.verification",
     "Result": "fourfold.run.result",
     "Runtime": "fourfold.config",
+    "Sensitivity": "fourfold.evaluation.sensitivity",
     "Statistics": "fourfold.calibration.statistics",
     "convert": "fourfold.api",
     "evaluate": "fourfold.api",
@@ -71,6 +83,7 @@ _LAZY = {
     "merge": "fourfold.api",
     "plan": "fourfold.api",
     "quantize": "fourfold.api",
+    "sensitivity": "fourfold.api",
     "verify": "fourfold.api",
 }
 
@@ -99,6 +112,7 @@ __all__ = [
     "ResourceError",
     "Result",
     "Runtime",
+    "Sensitivity",
     "SourceError",
     "Statistics",
     "UnreadableError",
@@ -112,6 +126,7 @@ __all__ = [
     "merge",
     "plan",
     "quantize",
+    "sensitivity",
     "verify",
 ]
 

@@ -26,20 +26,23 @@ from fourfold.config import (
     check_type,
     output_folder,
 )
-from fourfold.distributed.machine import choose_device, peak_resident
+from fourfold.distributed.machine import choose_device, peak_resident, threads_available
 from fourfold.errors import ResourceError, UsageError
 from fourfold.evaluation import evaluator, generation
 from fourfold.evaluation.continuation import Sampling
 from fourfold.evaluation.evaluated import Evaluation
 from fourfold.evaluation.generation import Generation
 from fourfold.evaluation.loading import load
+from fourfold.evaluation.sensitivity import Sensitivity, measure_sensitivity
 from fourfold.events import OnEvent
 from fourfold.layouts import marker_files
 from fourfold.planning import Plan, make_plan
 from fourfold.recipes import DEFAULT_RECIPE, Recipe
+from fourfold.recipes.budget import CANDIDATES, check_candidates
 from fourfold.reporting.recording import entry_of, note_evaluation
 from fourfold.run import convert as conversion
 from fourfold.run import merge as merging
+from fourfold.run.budget import spend_budget
 from fourfold.run.convert import Converted
 from fourfold.run.job import Job, write_own_files
 from fourfold.run.merge import Merged
@@ -60,7 +63,12 @@ from fourfold.verification import Report, verifier
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["convert", "evaluate", "generate", "load", "merge", "plan", "quantize", "verify"]
+COMPONENTS_RECIPE = "nvfp4_default_best"
+"""The recipe whose components `sensitivity` measures by default."""
+
+__all__ = [
+    "convert", "evaluate", "generate", "load", "merge", "plan", "quantize", "sensitivity", "verify",
+]  # fmt: skip
 
 
 def plan(
@@ -174,12 +182,19 @@ def quantize(
             observation = observation.checked(chosen, source)
             check_preview(output.preview, source)
             with source.agreeing():
+                spent = spend_budget(chosen, source, folder, ranks, observation, runtime, run)
                 work, backend, observation = prepare(
-                    source, chosen, folder, ranks, observation, runtime, output, run
+                    source, spent.recipe, folder, ranks, observation, runtime, output, run
                 )
             strategy = choose_run(work, source, observation, folder, ranks)
+            strategy = replace(strategy, identity={**strategy.identity, **spent.identity})
             own_files = partial(
-                write_own_files, plan=work, source=source, scales=strategy.scales, warn=run.warn
+                write_own_files,
+                plan=work,
+                source=source,
+                scales=strategy.scales,
+                warn=run.warn,
+                budget=spent.entry,
             )
             job = Job(
                 work,
@@ -475,6 +490,64 @@ def evaluate(
             for folder, figures in zip(folders, evaluation.models, strict=True):
                 note_evaluation(Path(folder).expanduser(), entry_of(evaluation, figures), run)
         return evaluation
+
+
+def sensitivity(
+    source: str | Path | Source,
+    text: str | Path | EvaluationConfig,
+    recipe: str | Path | Recipe = COMPONENTS_RECIPE,
+    *,
+    candidates: Sequence[str] = CANDIDATES,
+    device: str = "auto",
+    threads: int | None = None,
+    hf_config: str | Path | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    progress: bool | None = None,
+    on_event: OnEvent | None = None,
+) -> Sensitivity:
+    """Measure what each component of a model costs in each format: its KL to the source, alone.
+
+    A component is what engines want in one format: weights that they fuse, or all experts of a
+    layer. The model runs layer by layer, so it need not fit into memory.
+
+    Args:
+        source: The checkpoint, as in `evaluate`.
+        text: A file or dataset to measure on; or an `EvaluationConfig`. By default up to 8,192
+            tokens in windows of 512, and fewer where the model is large.
+        recipe: As in `plan`: what is quantized, and how in the first place.
+        candidates: What components may become instead, as in a recipe's `budget`.
+        device: cpu, cuda, cuda:N or auto.
+        threads: Threads that quantize; by default one for each core.
+        hf_config, dtype, trust_remote_code, progress, on_event: As in `quantize`.
+
+    Raises:
+        RecipeError, PlanError: The recipe does not fit the model.
+        UsageError: The options make no sense, or the text is too short.
+        SourceError, ModelError: The checkpoint cannot be read or run.
+    """
+    config = text if isinstance(text, EvaluationConfig) else EvaluationConfig(text)
+    check_type("candidates", candidates, list | tuple, f"a list of {', '.join(CANDIDATES)}")
+    try:
+        names = check_candidates(tuple(candidates))
+    except ValueError as error:
+        raise UsageError(f"`candidates`: {error}.") from None
+    Runtime(threads=threads)
+    with session(progress, on_event) as run:
+        chosen = _load_recipe(recipe)
+        with opened(
+            source, hf_config, trust_remote_code=trust_remote_code, dtype=dtype
+        ) as original:
+            work = make_plan(original, chosen)
+            return measure_sensitivity(
+                original,
+                work,
+                config,
+                names,
+                device=choose_device(device),
+                threads=threads or threads_available(),
+                on_event=run,
+            )
 
 
 def _load_recipe(recipe: str | Path | Recipe) -> Recipe:

@@ -389,6 +389,52 @@ class EvaluationDocument(Document):
     seconds: float
 
 
+class OptionFiguresEntry(_Part):
+    """A component of the model in one format, beside the source."""
+
+    option: str
+    """As a recipe's `budget` names it; `recipe` for what its own rules say."""
+    format: str
+    """For people: "NVFP4 W4A4"."""
+    bits: float
+    """Bits for each weight, scales included."""
+    kl: float
+    """Mean KL(source ‖ source with this component in this format), nats a token."""
+    kl_interval: tuple[float, float] | None
+    """Its 95 % interval, by a bootstrap over windows; None for a single window."""
+
+
+class ComponentFiguresEntry(_Part):
+    """What one component of the model costs: weights that engines fuse, or all experts of a
+    layer."""
+
+    component: str
+    role: str
+    layer: int
+    weights: int
+    options: list[OptionFiguresEntry]
+
+
+class SensitivityDocument(Document):
+    """The result of `fourfold sensitivity --json`, `Sensitivity.to_dict()`."""
+
+    kind: Literal["sensitivity"] = "sensitivity"
+    source: str
+    recipe: str
+    text: str
+    text_digest: str
+    """SHA-256 of the token ids."""
+    windows: int
+    length: int
+    """Tokens of a window."""
+    is_estimate: bool
+    """True if fewer tokens were read because the model is large."""
+    together: float
+    """The KL of all components as the recipe has them, at the same time."""
+    components: list[ComponentFiguresEntry]
+    seconds: float
+
+
 class RecipesDocument(Document):
     """The built-in recipes by name, `fourfold recipes --json`; or one of them."""
 
@@ -444,6 +490,7 @@ DOCUMENTS: Mapping[str, type[Document]] = {
         InspectionDocument,
         GenerationDocument,
         EvaluationDocument,
+        SensitivityDocument,
         RecipesDocument,
         GuideDocument,
         ErrorDocument,

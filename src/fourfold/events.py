@@ -8,11 +8,12 @@
 
     fourfold.quantize(model, out, recipe, on_event=on_event)
 
-The order in `quantize`: `PlanMade`, `BackendChosen`, `DataLoaded` where the recipe calibrates,
-`WritingBegan`, `Resumed` where an earlier run has finished some shards, then `BatchCalibrated`,
-`LayerCalibrated`, `BytesQuantized` and `ShardWritten` until `OutputComplete`, and `BytesVerified`
-after it. A `WarningIssued` can come at any time. `BytesQuantized` and `ShardWritten` come from
-worker threads. Events come one at a time.
+The order in `quantize`: `BudgetSpent` where the recipe has a budget, after `WindowEvaluated`;
+`PlanMade`, `BackendChosen`, `DataLoaded` where the recipe calibrates, `WritingBegan`, `Resumed`
+where an earlier run has finished some shards, then `BatchCalibrated`, `LayerCalibrated`,
+`BytesQuantized` and `ShardWritten` until `OutputComplete`, and `BytesVerified` after it. A
+`WarningIssued` can come at any time. `BytesQuantized` and `ShardWritten` come from worker threads.
+Events come one at a time.
 
 Amounts that are done are those of the whole job: a run that resumes begins where the earlier one
 ended, and its first event says so before anything is done.
@@ -75,6 +76,22 @@ class DataLoaded(Event):
     """True if it is the text that comes with fourfold."""
     beginning: str
     """The beginning of the first sample."""
+
+
+@dataclass(frozen=True)
+class BudgetSpent(Event):
+    """It is chosen which components of the model are stored otherwise than the recipe's rules
+    say."""
+
+    moved: int
+    components: int
+    """The number of all components."""
+    bits_before: float
+    """Bits for each weight, by the rules alone."""
+    bits: float
+    kl_before: float
+    """KL to the source on calibration text, nats a token, by the rules alone."""
+    kl: float
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,29 @@ def document(
     }
 
 
+def with_budget(full: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, with a budget that was spent on one of two components."""
+    first = {"moved": {}, "bits": 4.5, "kl": 0.05, "other_kl": 0.06}
+    last = {"moved": {"layers.<0>.o_proj": "fp8"}, "bits": 4.625, "kl": 0.0321, "other_kl": 0.0432}
+    facts = {"role": "attention", "layer": 0, "weights": 4096}
+    return {
+        **full,
+        "budget": {
+            "recipe": RECIPE,
+            "text": "mine.jsonl",
+            "tokens": 8192,
+            "other_tokens": 4096,
+            "curve": [first, last],
+            "components": [
+                {"name": "layers.<0>.o_proj", "option": "fp8", "format": "FP8", **facts}
+                | {"kl": {"fp8": 0.0321}},
+                {"name": "layers.0.experts", "option": "recipe", "format": "NVFP4 W4A4", **facts}
+                | {"kl": {"bf16": 0.04}},
+            ],
+        },
+    }
+
+
 def weights_only(full: Mapping[str, Any]) -> dict[str, Any]:
     """The same as W4A16: nothing was calibrated."""
     bare = {**full, "calibration": None, "experts": [], "kv_cache": []}

@@ -24,7 +24,7 @@ from fourfold.reporting.page import color_of, draw_report, note_in_report
 from fourfold.reporting.text import figure, runs
 from fourfold.verification.rules import Severity
 
-from .documents import document, weights_only
+from .documents import document, weights_only, with_budget
 
 UNREACHED = {(0, 2): 0, (1, 9): 0, (1, 10): 0, (2, 11): 40, (3, 5): 0}
 """What five experts of the calibrated model saw; an even share is about 30,000 tokens."""
@@ -195,6 +195,20 @@ def test_layers_with_different_numbers_of_experts(calibrated) -> None:
     assert [title.split(",")[0] for _, title in cells] == (
         ["layer 0"] * 4 + ["layer 1"] * 2 + ["layer mtp.experts"]
     )
+
+
+def test_what_a_budget_was_spent_on(calibrated, page) -> None:
+    text = Page(with_budget(calibrated)).text
+    for words in (
+        "measured on 8,192 tokens of mine.jsonl: 4.50 → 4.62 bits a weight, KL 0.05 → 0.0321 nats",
+        "0.06 → 0.0432 on 4,096 other tokens",
+        "step bits a weight KL KL, other text the rules alone 4.500 0.05 0.06",
+        "layers.<0>.o_proj → fp8 4.625 0.0321 0.0432",
+        "component stored as weights KL with fp8 KL with bf16 layers.<0>.o_proj FP8 4,096 0.0321",
+        "layers.0.experts NVFP4 W4A4 4,096 0.04",
+    ):
+        assert words in text
+    assert "Budget" not in page.text
 
 
 def test_weights_only(calibrated) -> None:

@@ -184,7 +184,7 @@ def plan(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Show what quantize would do to every tensor, and what it takes."""
+    """Show what quantize would do to every tensor, and its cost."""
     say_at_once(f"planning {model}, recipe {recipe}", quiet=as_json)
     from fourfold import api
     from fourfold.cli.tables import plain_text, plan_text
@@ -261,7 +261,7 @@ def convert(
     log_file: LogFile = None,
     as_json: Json = False,
 ) -> None:
-    """Write MODEL as an unquantized checkpoint, or in another layout.
+    """Write MODEL without quantization, or in another layout.
 
     Quantized weights are decoded; with --layout, those in NVFP4 keep their codes and scales.
     What was written is compared with MODEL, byte for byte. If a run was stopped, the same command
@@ -305,7 +305,7 @@ def merge(
     log_file: LogFile = None,
     as_json: Json = False,
 ) -> None:
-    """Join the parts that nodes wrote, or re-shard a checkpoint.
+    """Join the parts that nodes wrote, or cut a checkpoint again.
 
     The nodes need no shared file system.
     """
@@ -336,6 +336,7 @@ def _conclude(result: Result | Merged, as_json: bool) -> None:
 
 
 command("eval")(evaluating.evaluate)
+command()(evaluating.sensitivity)
 for shows in (showing.inspect, showing.summary, showing.report, showing.recipes, showing.schema):
     command()(shows)
 

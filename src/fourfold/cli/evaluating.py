@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fourfold eval`."""
+"""`fourfold eval` and `fourfold sensitivity`."""
 
 from __future__ import annotations
 
@@ -18,12 +18,36 @@ from fourfold.cli.options import (
     Model,
     Quiet,
     Simulate,
+    Threads,
     Trust,
     in_bytes,
 )
 from fourfold.cli.terminal import show
 from fourfold.config import EvaluationConfig
 from fourfold.errors import UsageError
+
+Text = Annotated[
+    str,
+    typer.Option(
+        "--text",
+        "-t",
+        help="What the models read: a text, JSON or Parquet file, or a dataset on the hub.",
+    ),
+]
+ActivationMemory = Annotated[
+    float | None,
+    typer.Option(
+        help="GB of hidden states to keep in memory; the rest waits in a file.",
+        min=0,
+        rich_help_panel=MACHINE,
+    ),
+]
+EvaluationDevice = Annotated[
+    str,
+    typer.Option(
+        help="Where to run the models: cpu, cuda, cuda:N or auto.", rich_help_panel=MACHINE
+    ),
+]
 
 
 def evaluate(
@@ -36,14 +60,7 @@ def evaluate(
             "compared with.",
         ),
     ],
-    text: Annotated[
-        str,
-        typer.Option(
-            "--text",
-            "-t",
-            help="What the models read: a text, JSON or Parquet file, or a dataset on the hub.",
-        ),
-    ],
+    text: Text,
     length: Annotated[
         int | None, typer.Option(help="Tokens of a window; by default up to 2048.")
     ] = None,
@@ -79,20 +96,8 @@ def evaluate(
             help="Write the figures into OUT's quant_summary.json, report.html and README.md.",
         ),
     ] = False,
-    device: Annotated[
-        str,
-        typer.Option(
-            help="Where to run the models: cpu, cuda, cuda:N or auto.", rich_help_panel=MACHINE
-        ),
-    ] = "auto",
-    activation_memory: Annotated[
-        float | None,
-        typer.Option(
-            help="GB of hidden states to keep in memory; the rest waits in a file.",
-            min=0,
-            rich_help_panel=MACHINE,
-        ),
-    ] = None,
+    device: EvaluationDevice = "auto",
+    activation_memory: ActivationMemory = None,
     hf_config: HfConfig = None,
     dtype: Dtype = None,
     trust_remote_code: Trust = False,
@@ -134,3 +139,70 @@ def evaluate(
     from fourfold.cli.tables import evaluation_table
 
     show(evaluation, as_json, evaluation_table)
+
+
+def sensitivity(
+    source: Model,
+    text: Text,
+    recipe: Annotated[
+        str,
+        typer.Option(
+            "--recipe",
+            "-r",
+            help="What is quantized, and how in the first place: a name or a file.",
+        ),
+    ] = "nvfp4_default_best",
+    candidates: Annotated[
+        str | None,
+        typer.Option(
+            help="Formats to measure besides the recipe's, with commas: w4a16, fp8, fp8_channel, "
+            "fp8_block, mxfp8; by default all of them."
+        ),
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of a window; by default up to 512.")
+    ] = None,
+    windows: Annotated[int | None, typer.Option(help="How many windows to read.")] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="How many tokens to read; by default up to 8192, and fewer for a large model."
+        ),
+    ] = None,
+    device: EvaluationDevice = "auto",
+    activation_memory: ActivationMemory = None,
+    threads: Threads = None,
+    hf_config: HfConfig = None,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+    quiet: Quiet = False,
+    log_file: LogFile = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what each component of SOURCE costs in each format.
+
+    A component is what engines want in one format: weights that they fuse, or all experts of a
+    layer. Its cost is the KL divergence of the model with this component alone in the format.
+    """
+    memory = in_bytes("--activation-memory", activation_memory)
+    config = EvaluationConfig(text, length, windows, tokens, activation_memory=memory)
+    what = f"measuring the components of {source}, recipe {recipe}"
+    with begun(what, quiet=quiet or as_json, log_file=log_file) as progress:
+        from fourfold import api
+        from fourfold.recipes.budget import CANDIDATES
+
+        measured = api.sensitivity(
+            source,
+            config,
+            recipe,
+            candidates=CANDIDATES if candidates is None else candidates.split(","),
+            device=device,
+            threads=threads,
+            hf_config=hf_config,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            **progress,
+        )
+    from fourfold.cli.tables import sensitivity_table
+
+    show(measured, as_json, sensitivity_table)

@@ -43,6 +43,10 @@ _EXAMPLES: Mapping[str, Sequence[str]] = {
         "fourfold eval MODEL OUT --text wiki.test.raw",
         "fourfold eval MODEL OUT OUT2 --text chats.jsonl --length 4096 --windows 64",
     ),
+    "sensitivity": (
+        "fourfold sensitivity MODEL --text wiki.test.raw",
+        "fourfold sensitivity MODEL -t chats.jsonl --candidates w4a16,fp8 --tokens 4096",
+    ),
     "generate": ('fourfold generate OUT --prompt "import os" --source MODEL',),
 }
 """By command."""

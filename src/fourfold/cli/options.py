@@ -226,7 +226,7 @@ _ARGUMENTS = (
         for config in (CalibrationConfig, EvaluationConfig, Runtime, OutputConfig)
         for field in fields(config)
     ),
-    *("hf_config", "recipe", "source", "trust_remote_code", "dtype"),
+    *("hf_config", "recipe", "source", "trust_remote_code", "dtype", "candidates"),
 )
 _OPTIONS = {name: f"--{name.replace('_', '-')}" for name in _ARGUMENTS} | {
     "statistics": "--calibration",

@@ -42,7 +42,7 @@ def summary(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show each linear weight's scales, input amax, tokens and error."""
+    """Show scales, input amax, tokens and error of linear weights."""
     from fourfold.reporting import read_summary, select, table_of
 
     record = read_summary(out)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fourfold.evaluation.evaluated import Evaluation
     from fourfold.evaluation.generation import Generation
     from fourfold.evaluation.inspection import Inspection
+    from fourfold.evaluation.sensitivity import Sensitivity
     from fourfold.planning import Plan
     from fourfold.recipes import Recipe
     from fourfold.run.convert import Converted
@@ -90,17 +91,27 @@ def generation_table(generation: Generation) -> RenderableType:
 
 def evaluation_table(evaluation: Evaluation) -> RenderableType:
     """The figures of all checkpoints, each in a column."""
+    return _figures_table(evaluation, bold="KL")
+
+
+def sensitivity_table(sensitivity: Sensitivity) -> RenderableType:
+    """What each component of a model costs, with a column for each format."""
+    return _figures_table(sensitivity)
+
+
+def _figures_table(result: Evaluation | Sensitivity, bold: str | None = None) -> RenderableType:
+    """A result's table between its headline and its remarks; the row called `bold` stands out."""
     if not has_width():
-        return Text(str(evaluation))
+        return Text(str(result))
     table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="bold")
-    heads, *rows = evaluation.rows()
+    heads, *rows = result.rows()
     for number, head in enumerate(heads):
         justify: JustifyMethod = "right" if number else "left"
         table.add_column(Text(head), overflow="fold", justify=justify)
     for row in rows:
-        table.add_row(*map(Text, row), style="bold" if row[0] == "KL" else None)
-    remarks = Text(as_options("\n".join(evaluation.remarks)), style="dim")
-    return Group(Text(evaluation.headline), Text(), table, Text(), remarks)
+        table.add_row(*map(Text, row), style="bold" if row[0] == bold else None)
+    remarks = Text(as_options("\n".join(result.remarks)), style="dim")
+    return Group(Text(result.headline), Text(), table, Text(), remarks)
 
 
 def recipes_entry(recipe: Recipe) -> Text:

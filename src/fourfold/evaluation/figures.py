@@ -91,6 +91,11 @@ class Measured:
         """The mean of each window: [N]."""
         return np.array([kl.mean() for kl in self.kl])
 
+    @property
+    def kl_mean(self) -> float:
+        """The mean over all positions."""
+        return float(np.concatenate(self.kl).mean())
+
     def percentiles(self, *ranks: float) -> list[float]:
         """Percentiles of KL over all positions."""
         return [float(x) for x in np.percentile(np.concatenate(self.kl), ranks)]

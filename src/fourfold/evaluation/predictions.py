@@ -61,7 +61,7 @@ class Predictor:
             ModelError: The model does not predict the next token, or fails.
         """
         model = runnable(opened.model)
-        _check_predicts_text(model)
+        check_predicts_text(model)
         layers, count = len(opened.streamed.layers), len(self.ids_NW)
         total, begun = layers * count, self._models_done * layers * count
         layer_now: list[int] = []
@@ -109,7 +109,8 @@ class Predictor:
         return Parking(limit=limit, folder=self.scratch)
 
 
-def _check_predicts_text(model: Any) -> None:
+def check_predicts_text(model: Any) -> None:
+    """Raise `ModelError` for a model that has no next token to predict."""
     if not (hasattr(model, "can_generate") and model.can_generate()):
         raise ModelError(
             f"{type(model).__name__}: does not predict the next token. Only models that write text "

@@ -49,6 +49,8 @@ class GroupsAhead:
 
     context: ExecutionContext
     ranks: Ranks
+    in_float32: bool
+    """True if the values of weights are handed to the model unrounded, in float32."""
     _groups: dict[str, _Quantized] = field(default_factory=dict)
     _schemes: dict[str, ScaleGroup] = field(default_factory=dict)
     """By linear weight, the group that it belongs to."""
@@ -147,11 +149,6 @@ class GroupsAhead:
         return _Replaced(source, self, self._plan.inventory.linears_by_key)
 
     @property
-    def computes_in_float32(self) -> bool:
-        """True if calibration runs the model in float32."""
-        return self._plan.computes_in_float32
-
-    @property
     def _plan(self) -> Plan:
         assert isinstance(self.context.plan, Plan)
         return self.context.plan
@@ -195,7 +192,7 @@ class _Replaced(SourceView):
         if not linears:
             return tensor
         # 16 bits round the values, which a model that computes in them does anyway.
-        dtype = torch.float32 if self._ahead.computes_in_float32 else tensor.dtype
+        dtype = torch.float32 if self._ahead.in_float32 else tensor.dtype
         tensor = tensor.to(dtype, copy=True)
         for linear in linears:
             start, stop = linear.region.slab

@@ -60,6 +60,11 @@ from fourfold.storage.units import size
 FLOAT32_ELEMENTS = 1 << 28
 """Elements of a decoder layer up to which sequential calibration computes in float32."""
 
+BUDGET = (
+    "the recipe has a budget: quantize measures what the model's components cost, and stores some "
+    "otherwise than the rules say. This is the plan of the rules alone"
+)
+
 NO_KV_SCALES = (
     "no attention layer here has a k_proj that engines know a KV scale for (MLA's latent cache, "
     "Wqkv): they take 1.0, and there is nothing to calibrate"
@@ -460,6 +465,7 @@ def make_plan(
         side_files=side_files,
         notes=(
             *source.notes,
+            *([BUDGET] if recipe.budget is not None else ()),
             *([NO_KV_SCALES] if recipe.calibrates_kv and not kv_scales else ()),
             *placement,
             *_notes(inventory, groups, side_files),

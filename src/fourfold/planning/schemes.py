@@ -142,6 +142,11 @@ def check_blocks_of_rows(linears: Iterable[LinearWeight], schemes: Mapping[str, 
             )
 
 
+def blocks_reach_over(linears: Iterable[LinearWeight], row_block: int) -> bool:
+    """True if blocks of rows would reach over two weights that engines fuse."""
+    return bool(_uneven(linears, row_block))
+
+
 def _uneven(
     linears: Iterable[LinearWeight], row_block: int
 ) -> dict[str, tuple[LinearWeight, LinearWeight]]:

@@ -11,6 +11,7 @@
     quantize:    [experts]                     # roles that the model must have
     quantize_if_present: [shared_experts]      # roles that it may lack
     keep:        ["*.layers.0.*"]              # name patterns that stay as they are
+    budget:      {bits_per_weight: 4.8}        # or {max_kl: 0.01}: store what costs most otherwise
 
 These keys give one scheme to everything that is quantized. `rules` replaces `weights`,
 `activations`, `quantize`, `quantize_if_present` and `keep` by a list, of which the first rule that
@@ -52,6 +53,7 @@ from fourfold.formats.base import FORMATS
 from fourfold.formats.kv_cache import KVFormat
 from fourfold.formats.scheme import InputAmax, Scheme
 from fourfold.layouts.base import LAYOUTS
+from fourfold.recipes.budget import Budget
 from fourfold.recipes.foreign import Translation, translate, translate_name
 
 DEFAULT_RECIPE = "w4a16_nvfp4_experts_only_mse"
@@ -304,6 +306,8 @@ class Recipe(_Strict):
     keep: Names = ()
     rules: Annotated[tuple[Rule, ...], Field(strict=False)] = ()
     layout: Annotated[str, _known(LAYOUTS)] = DEFAULT_LAYOUT
+    budget: Budget | None = None
+    """Components that are stored otherwise than the rules say, by what they cost."""
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
@@ -336,6 +340,7 @@ class Recipe(_Strict):
         data: dict[str, Any] = handler(self)
         unused = _RULE_KEYS if self.rules else ("rules",)
         unused = unused if self.layout != DEFAULT_LAYOUT else (*unused, "layout")
+        unused = unused if self.budget is not None else (*unused, "budget")
         return {key: value for key, value in data.items() if key not in unused}
 
     @property
@@ -379,7 +384,7 @@ class Recipe(_Strict):
     @property
     def needs_calibration(self) -> bool:
         """True if the model must be run."""
-        return self.observes_inputs or self.calibrates_kv
+        return self.observes_inputs or self.calibrates_kv or self.budget is not None
 
     @classmethod
     def load(cls, name: str | Path) -> Recipe:
@@ -485,7 +490,15 @@ def _explain(error: ValidationError) -> str:
     ranks = {"extra_forbidden": 2, "value_error": 1, "less_than_equal": 1, "greater_than_equal": 1}
     first = max(same, key=lambda entry: (len(entry["loc"]), ranks.get(entry["type"], 0)))
     # Of unions, and validated models: not keys.
-    branches = ("KVCache", "Activations", "Headroom", "literal[", "function-after[", "constrained-")
+    branches = (
+        "KVCache",
+        "Activations",
+        "Budget",
+        "Headroom",
+        "literal[",
+        "function-after[",
+        "constrained-",
+    )
     parts = [part for part in map(str, first["loc"]) if not part.startswith(branches)]
     where, value = ".".join(parts), first.get("input")
     match first["type"]:
@@ -508,7 +521,7 @@ def _shown(value: object) -> str:
 
 _SECTIONS: dict[str, type[BaseModel]] = {
     "weights": Weights, "activations": Activations, "amax": Headroom, "kv_cache": KVCache,
-    "calibration": Calibration,
+    "calibration": Calibration, "budget": Budget,
 }  # fmt: skip
 
 

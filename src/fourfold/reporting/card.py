@@ -203,7 +203,8 @@ def _cost(summary: QuantSummary) -> str:
     name = summary.recipe_name
     if name not in builtin_names():
         return ""
-    is_builtin = Recipe.load(name).model_dump(mode="json") == dict(summary.recipe)
+    given = summary.recipe if summary.budget is None else summary.budget.recipe
+    is_builtin = Recipe.load(name).model_dump(mode="json") == dict(given)
     return cost_of(name) if is_builtin and cost_of(name) != NOT_MEASURED else ""
 
 

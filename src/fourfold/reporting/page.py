@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fourfold.errors import OutputError
+from fourfold.reporting.budget import CURVE, budget_text, components_table, curve_rows
 from fourfold.reporting.quality import quality_rows, quality_text
 from fourfold.reporting.serving import Served, serve_commands
 from fourfold.reporting.table import select
@@ -199,6 +200,7 @@ def render_report(summary: QuantSummary, *, verified: str | None = None) -> str:
         tiles=_tiles(summary),
         roles=_roles(summary.roles),
         quality=_quality(summary),
+        budget=_budget(summary),
         errors=_spreads("role", linears, attrgetter("role"), attrgetter("relative_error")),
         error_map=_error_map(linears),
         tokens_map=_tokens_map(summary.experts),
@@ -261,6 +263,14 @@ def _quality(summary: QuantSummary) -> tuple[str, Table] | None:
     if (entry := summary.evaluation) is None:
         return None
     return quality_text(entry), Table(("figure", "value"), quality_rows(entry))
+
+
+def _budget(summary: QuantSummary) -> tuple[str, Table, Table] | None:
+    """What the recipe's budget was spent on: in words, the curve, and the components."""
+    if (entry := summary.budget) is None:
+        return None
+    heads, rows = components_table(entry)
+    return budget_text(entry), Table(CURVE, curve_rows(entry)), Table(heads, rows, texts=2)
 
 
 def _roles(entries: Sequence[RoleEntry]) -> Table:

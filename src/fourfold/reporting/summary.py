@@ -21,6 +21,7 @@ from fourfold.storage.non_finite import NonFinite
 from fourfold.storage.quant_summary import (
     SCHEMA_VERSION,
     BiasEntry,
+    BudgetEntry,
     CalibrationEntry,
     DecodedEntry,
     ExpertsEntry,
@@ -42,6 +43,7 @@ def summarize(
     linears: Sequence[LinearResult],
     scales: ActivationScales | None = None,
     non_finite: Sequence[NonFinite] = (),
+    budget: BudgetEntry | None = None,
 ) -> QuantSummary:
     """Return the summary of a run.
 
@@ -52,6 +54,7 @@ def summarize(
         linears: The result of every linear weight, sorted by name.
         scales: The calibrated scales, if the recipe needed any.
         non_finite: The NaN and Inf in copied tensors.
+        budget: What the recipe's budget was spent on, if it has one.
     """
     calibration = None
     if scales is not None:
@@ -65,6 +68,7 @@ def summarize(
         "decoded_from": tuple(
             DecodedEntry(form=form, tensors=count) for form, count in plan.decoded_from.items()
         ),
+        "budget": budget,
     }
     return QuantSummary(
         **{name: entries for name, entries in if_any.items() if entries},

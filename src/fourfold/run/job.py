@@ -37,6 +37,7 @@ from fourfold.storage.fingerprints import reading
 from fourfold.storage.names import CARD, CONFIG, INDEX, REPORT, SOURCE_CARD, STATISTICS, SUMMARY
 from fourfold.storage.non_finite import NonFinite, merge
 from fourfold.storage.output import OutputFolder
+from fourfold.storage.quant_summary import BudgetEntry
 from fourfold.storage.run_state import OTHER_FILES
 from fourfold.storage.shard_file import index_of
 from fourfold.storage.source import Source
@@ -311,6 +312,7 @@ def write_own_files(
     source: Source,
     scales: ActivationScales | None,
     warn: Callable[[str], None],
+    budget: BudgetEntry | None = None,
 ) -> dict[str, Any]:
     """Write statistics, summary, report, card and configuration files of a quantized checkpoint.
 
@@ -323,7 +325,7 @@ def write_own_files(
         )
     if scales is not None and plan.needs_calibration:
         files.write_bytes(STATISTICS, scales.statistics.to_bytes())
-    summary = summarize(plan, results, scales, non_finite)
+    summary = summarize(plan, results, scales, non_finite, budget)
     files.write_text(SUMMARY, summary.to_json())
     if (report := draw_report(summary, warn)) is not None:
         files.write_text(REPORT, report)

@@ -19,7 +19,7 @@ from rich.live import Live
 from rich.text import Text
 
 from fourfold.distributed.launcher import launch
-from fourfold.events import DataLoaded, Event, Resumed, WarningIssued
+from fourfold.events import BudgetSpent, DataLoaded, Event, Resumed, WarningIssued
 from fourfold.run.stages import Stage, Stages, duration
 from fourfold.storage.units import size
 
@@ -108,7 +108,7 @@ class ProgressDisplay:
         match event:
             case WarningIssued(text):
                 self.say(f"warning: {text}")
-            case DataLoaded() | Resumed():
+            case DataLoaded() | Resumed() | BudgetSpent():
                 self.say(sentence(event))
         stage = self.stages.see(event, self._clock())
         if stage is not None:
@@ -146,8 +146,14 @@ def _figures(stages: Stages) -> str:
     return f"about {duration(left)} left · {memory}" if left else memory
 
 
-def sentence(event: DataLoaded | Resumed) -> str:
+def sentence(event: DataLoaded | Resumed | BudgetSpent) -> str:
     """An event as a line for people."""
+    if isinstance(event, BudgetSpent):
+        return (
+            f"budget: {event.moved:,} of {event.components:,} components are stored otherwise, "
+            f"{event.bits_before:.2f} → {event.bits:.2f} bits a weight, KL {event.kl_before:.2e} → "
+            f"{event.kl:.2e} on calibration text"
+        )
     if isinstance(event, Resumed):
         return (
             f"resuming an unfinished run: {event.finished:,} of {event.shards:,} shards are "

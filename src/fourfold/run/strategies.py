@@ -141,7 +141,7 @@ def streamed(plan: Plan, calibration: Calibration, *, strict: bool = False) -> R
 
     def quantizes_ahead(context: ExecutionContext) -> None:
         assert calibration.sequential is not None
-        context.ahead = GroupsAhead(context, calibration.ranks)
+        context.ahead = GroupsAhead(context, calibration.ranks, plan.computes_in_float32)
         calibration.sequential.quantizer = context.ahead
 
     sample = calibration.data.first
@@ -198,7 +198,7 @@ def _choose_run(
     if source.model is not None and plan.needs_calibration and scales is None:
         _check_propagation(plan)
         with source.agreeing():
-            loop = observation.forward_loop or _data(plan, source, observation)
+            loop = observation.forward_loop or calibration_data(plan, source, observation)
         scales = observe_live(plan, source, loop, observation.on_event)
         sample = loop.first if isinstance(loop, CalibrationData) else ()
     if scales is not None and observation.strict:
@@ -211,7 +211,7 @@ def _choose_run(
     if limit is None:
         available = memory_available() // ranks.local_size
         limit = max((available - plan.calibration_memory) // 2, LEAST_ACTIVATION_MEMORY)
-    data, device = _data(plan, source, observation), observation.device
+    data, device = calibration_data(plan, source, observation), observation.device
     beside = source.fetching.scratch_bytes
     has_room = _check_spill(plan, data, limit, out.folder, ranks, beside)
     streams = range(plan.recipe.calibration.streams)
@@ -269,7 +269,8 @@ def _check_spill(
     return needed + saved <= free
 
 
-def _data(plan: Plan, source: Source, observation: Observation) -> CalibrationData:
+def calibration_data(plan: Plan, source: Source, observation: Observation) -> CalibrationData:
+    """Read the calibration data, and say so."""
     data = load_calibration(
         source.folder,
         observation.config,

@@ -41,6 +41,10 @@ Span = Annotated[tuple[int, int, int], AfterValidator(_check_span)]
 class _Entry(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", frozen=True)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON: exactly the keys that were read or set."""
+        return self.model_dump(exclude_unset=True)
+
 
 class Ledger(_Entry):
     """Totals: what was planned must be what was quantized."""
@@ -231,6 +235,51 @@ class EvaluationEntry(_Entry):
     perplexity: float
 
 
+class BudgetStep(_Entry):
+    """A point of the curve that a budget was spent along."""
+
+    moved: dict[str, str]
+    """The components that have another option than in the step before, by name."""
+    bits: float
+    """Bits for each weight of all components."""
+    kl: float
+    """On the text that the choice was made on, nats a token."""
+    other_kl: float
+    """On other calibration text."""
+
+
+class BudgetComponent(_Entry):
+    """Weights that are stored in one format."""
+
+    name: str
+    role: str
+    layer: Count
+    weights: Count
+    option: str
+    """As the recipe's `budget` names it; `recipe` for what its rules say."""
+    format: str
+    """For people: "NVFP4 W4A4"."""
+    kl: dict[str, float]
+    """By option, the KL of the whole model with this component alone changed, all others as the
+    rules say: what the first choice was made by."""
+
+
+class BudgetEntry(_Entry):
+    """What a recipe's budget was spent on."""
+
+    recipe: dict[str, Any]
+    """The recipe as it was given; `recipe` of the summary has a rule for every component that
+    moved."""
+    text: str
+    """The names of the files or datasets."""
+    tokens: Count
+    """Tokens of the text that the choice was made on."""
+    other_tokens: Count
+    curve: tuple[BudgetStep, ...]
+    """From the recipe's own rules on."""
+    components: tuple[BudgetComponent, ...]
+
+
 class QuantSummary(_Entry):
     """The contents of `quant_summary.json`, its keys in the order in which they are written."""
 
@@ -249,6 +298,8 @@ class QuantSummary(_Entry):
     non_finite: tuple[NonFiniteEntry, ...] = ()
     decoded_from: tuple[DecodedEntry, ...] = ()
     """These three are written only if there are any."""
+    budget: BudgetEntry | None = None
+    """Written only if the recipe has a budget."""
     evaluation: EvaluationEntry | None = None
     """Written by `fourfold eval --record`."""
     files: tuple[str, ...] = ()
@@ -277,10 +328,6 @@ class QuantSummary(_Entry):
 
     def __repr__(self) -> str:
         return f"<QuantSummary: {self.title}, recipe {self.recipe_name}>"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON: exactly the keys that were read or set."""
-        return self.model_dump(exclude_unset=True)
 
     def to_json(self) -> str:
         """Return the file's text. The same summary gives the same bytes.
