@@ -41,6 +41,7 @@ from fourfold.reporting.recording import entry_of, note_evaluation
 from fourfold.run import convert as conversion
 from fourfold.run import merge as merging
 from fourfold.run.convert import Converted
+from fourfold.run.folding import fold
 from fourfold.run.job import Job, write_own_files
 from fourfold.run.merge import Merged
 from fourfold.run.preflight import check_placed, prepare
@@ -177,6 +178,7 @@ def quantize(
                 work, backend, observation = prepare(
                     source, chosen, folder, ranks, observation, runtime, output, run
                 )
+                source, observation = fold(work, source, observation, folder, ranks)
             strategy = choose_run(work, source, observation, folder, ranks)
             own_files = partial(
                 write_own_files, plan=work, source=source, scales=strategy.scales, warn=run.warn

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -36,7 +36,7 @@ from fourfold.models.internals import runnable
 from fourfold.models.inventory import LinearWeight
 from fourfold.planning import Plan
 from fourfold.planning.rows import observed_site
-from fourfold.sources.folded import FoldedSource
+from fourfold.sources.folded import Factors, FoldedSource
 from fourfold.storage.source import Source
 
 T = TypeVar("T")
@@ -76,14 +76,20 @@ class FoldChoice:
         """True if the factors are used."""
         return self.folds > 0 and self.is_exact and self.smoothing.is_kept
 
-
-@dataclass
-class ChosenFolds:
-    """The factors of a model, and the choices that led to them."""
-
-    exponents: dict[str, Tensor] = field(default_factory=dict)
-    """By name of the fold, int8 `[channels]`."""
-    choices: list[FoldChoice] = field(default_factory=list)
+    def to_dict(self) -> dict[str, Any]:
+        """Return the choice as plain data, which the summary holds."""
+        return {
+            "name": self.name,
+            "layer": self.layer,
+            "kind": self.kind.value,
+            "a": self.smoothing.a,
+            "b": self.smoothing.b,
+            "loss_before": self.smoothing.before,
+            "loss_after": self.smoothing.after,
+            "folds": self.folds,
+            "exact": self.is_exact,
+            "kept": self.is_kept,
+        }
 
 
 def texts_of(batches: Sequence[Batch]) -> list[Batch]:
@@ -114,7 +120,6 @@ class Folding:
         self,
         plan: Plan,
         source: Source,
-        folds: Mapping[str, Fold],
         batches: Sequence[Batch],
         *,
         device: str = "cpu",
@@ -123,18 +128,16 @@ class Folding:
         """Build the model; nothing is read or run yet.
 
         Args:
-            plan, source: What is quantized, in which checkpoint.
-            folds: The model's folds, by name. Those that no quantized weight reads are left out.
+            plan, source: What is quantized and folded, in which checkpoint.
             batches: The calibration data, of which some is used.
             device: The device that the model runs on.
             on_event: Called with a `LayerFolded` for every layer.
         """
         self.plan, self.source, self.on_event = plan, source, on_event
-        self.folds = {
-            name: fold
-            for name, fold in folds.items()
-            if any(linear.name in plan.schemes for linear in fold.linears)
-        }
+        self.folds = plan.folds
+        self.exponents: dict[str, Tensor] = {}
+        """The factors that are kept, by name of the fold."""
+        self.choices: list[FoldChoice] = []
         self.texts = texts_of(batches)
         self.held_out = set(range(len(self.texts))[HELD_OUT - 1 :: HELD_OUT]) or {1}
         self.streamed = StreamedModel(source, device=device, head=False)
@@ -148,12 +151,9 @@ class Folding:
         """Return the source's parameters of a layer."""
         return self.streamed.weights(layer)
 
-    def choose(self) -> ChosenFolds:
+    def choose(self) -> Factors:
         """Run the texts through all layers, and return the factors."""
-        chosen = ChosenFolds()
         layers = {fold.layer for fold in self.folds.values()}
-        if not layers:
-            return chosen
         model, tree = self.streamed.model, self.streamed.tree
         modules = {self._reader(fold).module for fold in self.folds.values()}
         experts = {path: tree.experts[path] for path in sorted(modules & tree.experts.keys())}
@@ -183,13 +183,13 @@ class Folding:
                 self._harvest(observers)
                 observers.stream, observers.ignored = None, tree.layers[layer]
                 if layer in layers:
-                    self._choose_layer(layer, chosen)
+                    self._choose_layer(layer)
                 self._rows.clear()
                 self.on_event(LayerFolded(layer, len(tree.layers)))
                 layers.discard(layer)
                 if not layers:
                     break
-        return chosen
+        return Factors(self.exponents, choices=[choice.to_dict() for choice in self.choices])
 
     def _call(self, text: Batch, model: Any) -> None:
         read_batch(runnable(model), text, self.streamed.device)
@@ -240,7 +240,7 @@ class Folding:
 
     # ------------------------------------------------------------------------------ the choice
 
-    def _choose_layer(self, layer: int, chosen: ChosenFolds) -> None:
+    def _choose_layer(self, layer: int) -> None:
         groups: dict[str, list[Fold]] = defaultdict(list)
         for fold in self.folds.values():
             if fold.layer == layer:
@@ -256,10 +256,10 @@ class Folding:
             if smoothing.is_kept:
                 of_layer |= factors
         if of_layer and not self._is_exact(layer, of_layer):
-            choices = [FoldChoice(**(vars(choice) | {"is_exact": False})) for choice in choices]
+            choices = [replace(choice, is_exact=False) for choice in choices]
             of_layer.clear()
-        chosen.choices += choices
-        chosen.exponents |= of_layer
+        self.choices += choices
+        self.exponents |= of_layer
 
     def _choose_group(self, folds: Sequence[Fold]) -> tuple[Smoothing | None, dict[str, Tensor]]:
         """Choose for one norm, or for all ups of an experts module."""
@@ -290,7 +290,7 @@ class Folding:
             for name in factors
             for region in (*self.folds[name].writers, *self.folds[name].readers)
         }
-        folded = FoldedSource(self.streamed.held, self.folds, factors)
+        folded = FoldedSource(self.streamed.held, self.folds, Factors(factors))
         self.streamed.load(layer, folded, self._with_siblings(layer, keys))
         result = self._output(layer)
         self.streamed.use(source)

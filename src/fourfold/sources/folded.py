@@ -14,19 +14,22 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fourfold.errors import SourceError
-from fourfold.models.folds import Fold
+from fourfold.models.folds import Fold, find_folds
+from fourfold.models.inventory import Inventory
 from fourfold.models.regions import Region, as_slice
 from fourfold.storage.fingerprints import reading
-from fourfold.storage.names import FOLDS
+from fourfold.storage.names import FOLDS, SUMMARY
+from fourfold.storage.run_state import read_record
 from fourfold.storage.source import (
     Bytes,
     FP8Weight,
@@ -41,8 +44,51 @@ FORMAT = "fourfold folds 1"
 MOST = 16
 """The largest exponent, and the smallest times -1, that a file may hold."""
 
-Exponents = Mapping[str, Tensor]
-"""By name of the fold, int8 `[channels]`: what is written is divided by 2 to the power of these."""
+
+@dataclass(frozen=True)
+class Factors:
+    """The factors of a model, as a file holds them.
+
+    Attributes:
+        exponents: By name of the fold, int8 `[channels]`: what writes the activation is divided by
+            2 to the power of these.
+        origin: A digest of what they were chosen from, which a run that resumes compares.
+        texts: The calibration data that they were chosen on, and
+        choices: how, as plain data for the summary.
+    """
+
+    exponents: Mapping[str, Tensor] = field(default_factory=dict)
+    origin: str = ""
+    texts: Mapping[str, Any] = field(default_factory=dict)
+    choices: Sequence[Mapping[str, Any]] = ()
+
+    def to_bytes(self) -> bytes:
+        """Return the contents of the file; the same factors give the same bytes."""
+        from safetensors.torch import save
+
+        head = {"origin": self.origin, "texts": dict(self.texts), "choices": list(self.choices)}
+        metadata = {FORMAT: json.dumps(head)}
+        return bytes(save(dict(sorted(self.exponents.items())), metadata=metadata))
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Factors:
+        """Parse what `to_bytes` returned. Raises many kinds of errors for anything else."""
+        from safetensors.torch import load
+
+        exponents: dict[str, Tensor] = load(data)
+        size = int.from_bytes(data[:8], "little")
+        head = json.loads(data[8 : 8 + size]).get("__metadata__", {}).get(FORMAT)
+        if head is None:
+            raise ValueError(f"it is no {FORMAT!r}")
+        for name, tensor in exponents.items():
+            if tensor.dtype != torch.int8 or tensor.ndim != 1 or bool((tensor.abs() > MOST).any()):
+                raise ValueError(f"{name} holds other numbers than exponents")
+        return cls(exponents, **json.loads(head))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the file."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,21 +104,21 @@ class _Scaling:
 class FoldedSource(SourceView):
     """Another source on disk, with some of its weights scaled. Safe for many threads."""
 
-    def __init__(self, source: Source, folds: Mapping[str, Fold], exponents: Exponents) -> None:
+    def __init__(self, source: Source, folds: Mapping[str, Fold], factors: Factors) -> None:
         """Present `source`.
 
         Args:
             source: A checkpoint whose inventory was taken.
             folds: Its folds, by name; those without exponents are not used.
-            exponents: The factors.
+            factors: The factors.
 
         Raises:
             SourceError: The factors are those of another model.
         """
         super().__init__(source)
-        self.exponents = exponents
+        self.factors = factors
         self._scalings: dict[str, list[_Scaling]] = defaultdict(list)
-        for name, of_fold in exponents.items():
+        for name, of_fold in factors.exponents.items():
             fold = folds.get(name)
             if fold is None or of_fold.shape != (fold.channels,):
                 raise SourceError(
@@ -130,14 +176,7 @@ def _scale(rows: Tensor, scaling: _Scaling, start: int, stop: int) -> None:
     part.mul_(factors[:, None] if along_rows and part.ndim == 2 else factors)
 
 
-def to_bytes(exponents: Exponents) -> bytes:
-    """Return the contents of the file that holds factors; the same factors give the same bytes."""
-    from safetensors.torch import save
-
-    return bytes(save(dict(sorted(exponents.items())), metadata={FORMAT: ""}))
-
-
-def read_folds(folder: Path) -> dict[str, Tensor] | None:
+def read_factors(folder: Path) -> Factors | None:
     """Return the factors that lie beside a checkpoint's weights; None if there are none.
 
     Raises:
@@ -149,27 +188,27 @@ def read_folds(folder: Path) -> dict[str, Tensor] | None:
     with reading(file):
         data = file.read_bytes()
     try:
-        return from_bytes(data)
+        return Factors.from_bytes(data)
     except Exception as error:  # safetensors raises several kinds for a damaged file
         raise SourceError(
-            f"{file}: not the factors of a quantization: {error}. Copy it from the run's OUT again."
+            f"{file}: not the factors of a quantization: {error}. Quantize the model again."
         ) from None
 
 
-def from_bytes(data: bytes) -> dict[str, Tensor]:
-    """Parse what `to_bytes` returned. Raises many kinds of errors for anything else."""
-    from safetensors.torch import load
+def folded_as(source: Source, inventory: Inventory, folder: Path) -> Source:
+    """Return a source as the checkpoint in a folder was made from it: folded, if that was.
 
-    exponents: dict[str, Tensor] = load(data)
-    size = int.from_bytes(data[:8], "little")
-    if FORMAT not in json.loads(data[8 : 8 + size]).get("__metadata__", {}):
-        raise ValueError(f"it is no {FORMAT!r}")
-    for name, tensor in exponents.items():
-        if tensor.dtype != torch.int8 or tensor.ndim != 1 or bool((tensor.abs() > MOST).any()):
-            raise ValueError(f"{name} holds other numbers than exponents")
-    return exponents
-
-
-def digest_of(exponents: Exponents) -> str:
-    """Return the SHA-256 of the file that holds factors."""
-    return hashlib.sha256(to_bytes(exponents)).hexdigest()
+    Raises:
+        SourceError: The factors are missing, damaged, or those of another model.
+    """
+    factors = read_factors(folder)
+    noted = (read_record(folder / SUMMARY) or {}).get("folds")
+    if isinstance(noted, dict) and (factors is None or noted.get("digest") != factors.digest):
+        what = "is missing" if factors is None else f"is not the file that {SUMMARY} means"
+        raise SourceError(
+            f"{folder / FOLDS}: {what}, and nothing can be compared with the source without it. "
+            "Copy it from where the run wrote it."
+        )
+    if factors is None:
+        return source
+    return FoldedSource(source, find_folds(inventory, source.config).folds, factors)
