@@ -7,6 +7,7 @@ were chosen from what is given now; whatever they are, the run's identity has th
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from contextlib import ExitStack
@@ -53,8 +54,9 @@ def fold(
             texts = asdict(data_summary(observation.data, all_experts=False))
             factors = replace(factors, origin=origin, texts=texts)
         _warn_of_inexact(factors, observation.on_event)
-    data = ranks.gather(None if factors is None else factors.to_bytes())[0]
-    return FoldedSource(source, plan.folds, Factors.from_bytes(data)), observation
+    text = "" if factors is None else base64.b64encode(factors.to_bytes()).decode()
+    factors = Factors.from_bytes(base64.b64decode(ranks.gather(text)[0]))
+    return FoldedSource(source, plan.folds, factors), observation
 
 
 def _warn_of_inexact(factors: Factors, on_event: OnEvent) -> None:
