@@ -237,7 +237,7 @@ def test_family_without_folds_is_left_alone(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"calib_size": 1}, "`folds`: one calibration sample"),
+        ({"calib_size": 1}, "`folds`: at least 4 calibration samples .* there are 1"),
         ({"calibration": "statistics"}, "texts, of which the statistics of an earlier run"),
         ({"model": "live"}, "not possible with a model in memory"),
     ],

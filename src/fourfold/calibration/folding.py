@@ -44,14 +44,17 @@ T = TypeVar("T")
 TEXTS = 8
 """Batches that are read at most."""
 
-HELD_OUT = 4
-"""One of so many is held out."""
+LEAST_TEXTS = 4
+"""Batches are split into samples where they are fewer."""
 
-ROWS = 512
+PARTS = ("fit", "choose", "fit", "judge")
+"""What texts are for, in turn."""
+
+ROWS: Mapping[str, int] = {"fit": 1024, "choose": 512, "judge": 512}
 """Rows of an activation that are kept of each part, at most."""
 
-LEAST_ROWS = 32
-"""An expert with fewer rows is left alone."""
+LEAST_ROWS = 24
+"""An expert with fewer rows of a part is left alone."""
 
 EXPERTS = 8
 """Experts of a layer that a choice looks at."""
@@ -99,16 +102,16 @@ def texts_of(batches: Sequence[Batch]) -> list[Batch]:
         UsageError: There is only one sample.
     """
     texts = list(batches[:TEXTS])
-    if len(texts) < HELD_OUT:
+    if len(texts) < LEAST_TEXTS:
         texts = [
             Batch(batch.input_ids[row : row + 1], batch.attention_mask[row : row + 1])
             for batch in texts
             for row in range(len(batch.input_ids))
-        ][: TEXTS * HELD_OUT]
-    if len(texts) < 2:
+        ][: TEXTS * LEAST_TEXTS]
+    if len(texts) < LEAST_TEXTS:
         raise UsageError(
-            "`folds`: one calibration sample, where some must be held out to judge by. Give more "
-            "`calib_size`."
+            f"`folds`: at least {LEAST_TEXTS} calibration samples are needed, some of them to "
+            f"choose and to judge by; there are {len(texts)}. Give more `calib_size`."
         )
     return texts
 
@@ -139,12 +142,12 @@ class Folding:
         """The factors that are kept, by name of the fold."""
         self.choices: list[FoldChoice] = []
         self.texts = texts_of(batches)
-        self.held_out = set(range(len(self.texts))[HELD_OUT - 1 :: HELD_OUT]) or {1}
+        self.parts = [PARTS[number % len(PARTS)] for number in range(len(self.texts))]
         self.streamed = StreamedModel(source, device=device, head=False)
         self.calls = range(0)
         """The calls of a second stream: none."""
-        self._rows: dict[tuple[str, int | None, bool], list[Tensor]] = defaultdict(list)
-        """By site, expert and whether they are held out."""
+        self._rows: dict[tuple[str, int | None, str], list[Tensor]] = defaultdict(list)
+        """By site, expert and part."""
         self._text = 0
 
     def weights(self, layer: int) -> LayerWeights:
@@ -208,13 +211,12 @@ class Folding:
         """Keep some of the rows that the text which ran last has shown."""
         if observers.stream is None:
             return
-        is_held_out = self._text in self.held_out
-        parts = len(self.held_out) if is_held_out else len(self.texts) - len(self.held_out)
+        part = self.parts[self._text]
+        count = -(-ROWS[part] // self.parts.count(part))
         for site, recorded in observers.stream.recorded.items():
             is_down = recorded[0].experts is not None and site.endswith(".down")
             for expert, rows_RI in _by_expert(recorded) if is_down else [(None, _joined(recorded))]:
-                few_RI = _spread(rows_RI, -(-ROWS // parts)).float().cpu()
-                self._rows[site, expert, is_held_out].append(few_RI)
+                self._rows[site, expert, part].append(_spread(rows_RI, count).float().cpu())
         observers.stream.recorded.clear()
 
     def _site_of(self, fold: Fold, linears: Sequence[LinearWeight]) -> Site | None:
@@ -222,17 +224,17 @@ class Folding:
         reader = self._reader(fold)
         expert = reader.expert if fold.kind is Kind.UP else None
         empty_RI = torch.empty(0, fold.channels)
-        train_RI, held_out_RI = (
-            torch.cat(self._rows.get((observed_site(reader), expert, part), [empty_RI]))
-            for part in (False, True)
-        )
-        if min(len(train_RI), len(held_out_RI)) < LEAST_ROWS:
+        rows = {
+            part: torch.cat(self._rows.get((observed_site(reader), expert, part), [empty_RI]))
+            for part in ROWS
+        }
+        if min(map(len, rows.values())) < LEAST_ROWS:
             return None
         readers = [
             Reader(self._values(linear), self.plan.schemes[linear.name], linear.scale_group)
             for linear in linears
         ]
-        return Site(train_RI, held_out_RI, readers)
+        return Site(rows["fit"], rows["choose"], rows["judge"], readers)
 
     def _values(self, linear: LinearWeight) -> Tensor:
         region = linear.region

@@ -7,12 +7,15 @@ a = ½, b = ½ is SmoothQuant's balance, b = 0 is AWQ's protection of the channe
 x. Neither is always right, so both exponents are searched, on a grid that holds (0, 0), by what
 counts: the error of the outputs of the quantized layers,
 
-    loss(k) = mean over readers of ‖Q(x')·Q(W')ᵀ − x·Wᵀ‖² / ‖x·Wᵀ‖²,
+    loss(k) = mean over readers of ‖Q(x')·Q(W')ᵀ − x·Wᵀ‖² / ‖x·Wᵀ‖².
 
-on one part of the rows. The factors are kept if they lower it on the other part, too.
+Rows are of three parts: some to fit s and what algorithms read of inputs, some to choose by, and
+some to judge by. The factors are kept if they lower the loss on the last.
 
-Q rounds weights with scales of least squared error, whatever algorithm the recipe names:
-second-order algorithms would take hours here, and profit from the same factors.
+Q is what the recipe does. Algorithms that read second moments are slow, and make up themselves for
+much of what smoothing is for: what helps rounding to nearest may harm them. So rounding with scales
+of least squared error names the most promising few of the grid, and the recipe's own algorithm
+chooses from them, and judges.
 
 Shapes: R rows, I channels (inputs of the readers), O outputs.
 """
@@ -27,13 +30,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fourfold.algorithms.base import ALGORITHMS, Weight
+from fourfold.algorithms.base import ALGORITHMS, Algorithm, Weight, algorithm_of
 from fourfold.formats.base import FORMATS
 from fourfold.formats.scheme import Scheme
+from fourfold.statistics import STATISTICS
+from fourfold.statistics import Site as StatisticSite
 from fourfold.storage.safetensors_header import nbytes_of
 
 POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """The values of a and b that are tried."""
+
+NONE = 0.0, 0.0
+"""The powers that leave everything as it is."""
+
+PROMISING = 4
+"""Points of the grid that a slow algorithm is tried with."""
 
 MOST = 8
 """The largest exponent k, and the smallest times -1: FP8 block scales of up's rows must hold it."""
@@ -51,16 +62,18 @@ class Reader:
 
 @dataclass(frozen=True)
 class Site:
-    """An activation: rows to choose by, rows to judge by, and what reads it."""
+    """An activation, and what reads it. Rows are float32 `[R, I]`."""
 
-    train_RI: Tensor
-    held_out_RI: Tensor
+    fit_RI: Tensor
+    """What statistics are of."""
+    choose_RI: Tensor
+    judge_RI: Tensor
     readers: Sequence[Reader]
 
 
 @dataclass(frozen=True)
 class Smoothing:
-    """The best factors for some sites, and the loss on held-out rows without and with them."""
+    """The best factors for some sites, and the loss on rows to judge by without and with them."""
 
     a: float
     b: float
@@ -75,24 +88,38 @@ class Smoothing:
 
 def smooth(sites: Sequence[Site]) -> Smoothing:
     """Choose a and b for sites that share them, such as the experts of a layer."""
-    losses = {
-        (a, b): sum(_loss(site, site.train_RI, exponents(site, a, b)) for site in sites)
-        for a in POWERS
-        for b in POWERS
-    }
-    a, b = min(losses, key=lambda powers: losses[powers])
-    before, after = (
-        sum(_loss(site, site.held_out_RI, exponents(site, *powers)) for site in sites) / len(sites)
-        for powers in ((0.0, 0.0), (a, b))
-    )
-    return Smoothing(a, b, before, after)
+
+    def loss(powers: tuple[float, float], *, judges: bool = False, is_quick: bool = False) -> float:
+        return math.fsum(
+            loss_of(
+                site,
+                site.judge_RI if judges else site.choose_RI,
+                exponents(site, *powers),
+                is_quick=is_quick,
+            )
+            for site in sites
+        ) / len(sites)
+
+    def quick(powers: tuple[float, float]) -> float:
+        return loss(powers, is_quick=True)
+
+    grid = sorted(((a, b) for a in POWERS for b in POWERS), key=quick)
+    best = grid[0]
+    if any(algorithm_of(reader.scheme).needs for site in sites for reader in site.readers):
+        best = min(dict.fromkeys([*grid[:PROMISING], NONE]), key=loss)
+    return Smoothing(*best, loss(NONE, judges=True), loss(best, judges=True))
 
 
 def exponents(site: Site, a: float, b: float) -> Tensor:
     """Return k of a site, int8 `[I]`, about as many above 0 as below."""
+    return logarithms(site, a, b).round().clamp(-MOST, MOST).to(torch.int8)
+
+
+def logarithms(site: Site, a: float, b: float) -> Tensor:
+    """Return log₂ s of a site, float64 `[I]`, less its median."""
     weights = torch.cat([reader.weight_OI for reader in site.readers])
-    logs = a * _log2(_rms(site.train_RI)) - b * _log2(_rms(weights))
-    return (logs - logs.median()).round().clamp(-MOST, MOST).to(torch.int8)
+    logs = a * _log2(_rms(site.fit_RI)) - b * _log2(_rms(weights))
+    return logs - logs.median()
 
 
 def _rms(rows: Tensor) -> Tensor:
@@ -105,17 +132,26 @@ def _log2(sizes: Tensor) -> Tensor:
     return sizes.clamp(min=float(positive.min()) if len(positive) else 1.0).log2()
 
 
-def _loss(site: Site, rows_RI: Tensor, exponents_I: Tensor) -> float:
+def loss_of(site: Site, rows_RI: Tensor, exponents_I: Tensor, *, is_quick: bool = False) -> float:
+    """Return the loss of a site on some rows.
+
+    Args:
+        site: The activation and its readers.
+        rows_RI: The rows.
+        exponents_I: k. Real numbers, too, though they cannot be folded without rounding.
+        is_quick: True rounds with scales of least squared error instead of the readers' algorithm,
+            if that is slow.
+    """
     factors_I = torch.exp2(exponents_I.float())
-    scaled_RI = rows_RI / factors_I
-    amax = float((site.train_RI / factors_I).abs().max())
+    scaled_RI, fit_RI = rows_RI / factors_I, site.fit_RI / factors_I
     groups: dict[str, list[Reader]] = defaultdict(list)
     for reader in site.readers:
         groups[reader.group].append(reader)
     losses: list[float] = []
     for readers in groups.values():
-        rounded_RI = _rounded(scaled_RI, amax, readers[0].scheme)
-        for reader, w_OI in zip(readers, _quantized(readers, factors_I), strict=True):
+        rounded_RI = _rounded(scaled_RI, fit_RI, readers[0].scheme)
+        weights = _quantized(readers, factors_I, fit_RI, is_quick=is_quick)
+        for reader, w_OI in zip(readers, weights, strict=True):
             expected_RO = rows_RI @ reader.weight_OI.T
             energy = float(expected_RO.square().sum())
             if energy:
@@ -124,20 +160,26 @@ def _loss(site: Site, rows_RI: Tensor, exponents_I: Tensor) -> float:
     return math.fsum(losses) / max(1, len(losses))
 
 
-def _rounded(x_RI: Tensor, amax: float, scheme: Scheme) -> Tensor:
+def _rounded(x_RI: Tensor, fit_RI: Tensor, scheme: Scheme) -> Tensor:
+    """Inputs as engines round them, with a scale of the rows to fit."""
     if scheme.activations is None:
         return x_RI
     fmt = FORMATS[scheme.activations]
     if not fmt.rounds_activations:
         return x_RI
-    scale = fmt.input_scale(amax) if fmt.input_parts() else None
+    scale = fmt.input_scale(float(fit_RI.abs().max())) if fmt.input_parts() else None
     return fmt.round_activations(x_RI.contiguous(), scale)
 
 
-def _quantized(readers: Sequence[Reader], factors_I: Tensor) -> list[Tensor]:
+def _quantized(
+    readers: Sequence[Reader], factors_I: Tensor, fit_RI: Tensor, *, is_quick: bool
+) -> list[Tensor]:
     """The scaled weights of a scale group, float32, as quantization leaves them."""
-    fmt = FORMATS[readers[0].scheme.weights]
-    algorithm = next(x for x in (ALGORITHMS["mse"], ALGORITHMS["max"]) if x.supports(fmt))
+    scheme = readers[0].scheme
+    fmt, algorithm = FORMATS[scheme.weights], algorithm_of(scheme)
+    if is_quick and algorithm.needs:
+        algorithm = next(x for x in (ALGORITHMS["mse"], ALGORITHMS["max"]) if x.supports(fmt))
+    statistics = _statistics(algorithm, _rounded(fit_RI, fit_RI, scheme))
     weights = []
     for number, reader in enumerate(readers):
         matrix_OI = (reader.weight_OI * factors_I).contiguous()
@@ -146,9 +188,19 @@ def _quantized(readers: Sequence[Reader], factors_I: Tensor) -> list[Tensor]:
             part: torch.empty(shape[0], nbytes_of(dtype, shape[1:]), dtype=torch.uint8)
             for part, (dtype, shape) in specs.items()
         }
-        weights.append(Weight(f"reader {number}", matrix_OI, parts))
+        weights.append(Weight(f"reader {number}", matrix_OI, parts, statistics))
     scale, _ = algorithm.quantize(weights, fmt)
     results = [torch.empty_like(weight.matrix_OI) for weight in weights]
     for weight, result in zip(weights, results, strict=True):
         fmt.dequantize(weight.out, scale, result)
     return results
+
+
+def _statistics(algorithm: Algorithm, rows_RI: Tensor) -> dict[str, Tensor]:
+    """What an algorithm reads of the inputs."""
+    site, tensors = StatisticSite("rows", rows_RI.shape[1]), dict[str, Tensor]()
+    for name in sorted(algorithm.needs):
+        state = STATISTICS[name].new(site)
+        STATISTICS[name].update(state, rows_RI, None)
+        tensors |= STATISTICS[name].finish(state)
+    return tensors
