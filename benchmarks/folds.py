@@ -78,7 +78,7 @@ def outliers(activations: str | None, balance: float) -> None:
         for a in POWERS
         for b in POWERS
     )[1]
-    before = smoothing.loss_of(site, site.judge_RI, smoothing.exponents(site, *NONE))
+    before = smoothing.loss_of(site, site.judge_RI, site.sizes.exponents(*NONE))
     print(
         f"{'W4A4' if activations else 'W4A16':6} weights / size^{balance:<4} loss {before:.5f} "
         f"powers of two {powers.after / before:.3f} real {real / before:.3f}"
@@ -86,7 +86,7 @@ def outliers(activations: str | None, balance: float) -> None:
 
 
 def _real_loss(site: Site, a: float, b: float, rows_RI: torch.Tensor) -> float:
-    return smoothing.loss_of(site, rows_RI, smoothing.logarithms(site, a, b))
+    return smoothing.loss_of(site, rows_RI, site.sizes.logarithms(a, b))
 
 
 def main() -> None:

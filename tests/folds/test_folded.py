@@ -5,6 +5,7 @@ file of factors comes back as it was written, or is refused."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from families import LAYOUTS, Truth
 from fourfold.errors import SourceError
 from fourfold.models.folds import Fold, find_folds
 from fourfold.models.inventory_builder import take_inventory
-from fourfold.sources.folded import FoldedSource, from_bytes, read_folds, to_bytes
+from fourfold.sources.folded import Factors, FoldedSource, read_factors
 from fourfold.sources.safetensors import open_source
 from fourfold.storage.names import FOLDS
 from fourfold.storage.source import Source
@@ -32,13 +33,13 @@ def folded(folder: Path) -> tuple[Source, FoldedSource, dict[str, Fold]]:
         name: torch.randint(-3, 4, (fold.channels,), generator=random).to(torch.int8)
         for name, fold in folds.items()
     }
-    return source, FoldedSource(source, folds, exponents), folds
+    return source, FoldedSource(source, folds, Factors(exponents)), folds
 
 
 def multiplied(source: Source, view: FoldedSource, folds: dict[str, Fold]) -> dict[str, Tensor]:
     """The reference: whole tensors, region by region."""
     tensors = {key: source.read(key).clone() for key in source.tensors}
-    for name, exponents in view.exponents.items():
+    for name, exponents in view.factors.exponents.items():
         factors = 2.0 ** exponents.double()
         for region in folds[name].writers:
             part = region.view(tensors[region.key][slice(*region.slab)])
@@ -70,15 +71,17 @@ def test_every_slab(name: str, written: Written) -> None:
 
 def test_file_of_factors(tmp_path: Path) -> None:
     exponents = {"b": torch.tensor([1, -2, 0], dtype=torch.int8), "a": torch.ones(2).to(torch.int8)}
-    data = to_bytes(exponents)
-    assert data == to_bytes(dict(reversed(exponents.items())))
-    assert {name: x.tolist() for name, x in from_bytes(data).items()} == {
-        "b": [1, -2, 0],
-        "a": [1, 1],
-    }
-    assert read_folds(tmp_path) is None
-    (tmp_path / FOLDS).write_bytes(data)
-    assert (read_folds(tmp_path) or {}).keys() == {"a", "b"}
+    factors = Factors(exponents, "origin", {"tokens": 5}, [{"name": "b", "kept": True}])
+    again = replace(factors, exponents=dict(reversed(exponents.items())))
+    assert factors.to_bytes() == again.to_bytes()
+    assert read_factors(tmp_path) is None
+    (tmp_path / FOLDS).write_bytes(factors.to_bytes())
+    read = read_factors(tmp_path)
+    assert read is not None
+    numbers = {name: tensor.tolist() for name, tensor in read.exponents.items()}
+    assert numbers == {"a": [1, 1], "b": [1, -2, 0]}
+    assert (read.origin, read.texts, read.choices) == ("origin", {"tokens": 5}, factors.choices)
+    assert read.digest == factors.digest
 
 
 @pytest.mark.parametrize(
@@ -87,19 +90,20 @@ def test_file_of_factors(tmp_path: Path) -> None:
         b"",
         b"\0" * 20,
         save({"a": torch.ones(2).to(torch.int8)}),
-        save({"a": torch.ones(2)}, metadata={"fourfold folds 1": ""}),
-        save({"a": torch.full((2,), 99, dtype=torch.int8)}, metadata={"fourfold folds 1": ""}),
+        save({"a": torch.ones(2)}, metadata={"fourfold folds 1": "{}"}),
+        save({"a": torch.ones(2).to(torch.int8)}, metadata={"fourfold folds 1": '{"x": 1}'}),
+        save({"a": torch.full((2,), 99, dtype=torch.int8)}, metadata={"fourfold folds 1": "{}"}),
     ],
-    ids=["empty", "zeros", "no metadata", "floats", "too large"],
+    ids=["empty", "zeros", "no metadata", "floats", "unknown key", "too large"],
 )
 def test_damaged_file_is_refused(data: bytes, tmp_path: Path) -> None:
     (tmp_path / FOLDS).write_bytes(data)
     with pytest.raises(SourceError, match=f"{FOLDS}: not the factors"):
-        read_folds(tmp_path)
+        read_factors(tmp_path)
 
 
 def test_factors_of_another_model_are_refused(written: Written) -> None:
     source, _, folds = folded(written("qwen3_moe")[0])
     for name, size in (("model.layers.9.norm", 64), (next(iter(folds)), 32)):
         with pytest.raises(SourceError, match=f"{name}: {FOLDS} has"):
-            FoldedSource(source, folds, {name: torch.zeros(size, dtype=torch.int8)})
+            FoldedSource(source, folds, Factors({name: torch.zeros(size, dtype=torch.int8)}))

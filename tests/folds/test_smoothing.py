@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fourfold.calibration.smoothing import MOST, Reader, Site, exponents, smooth
+from fourfold.calibration.smoothing import MOST, Reader, Site, smooth
 from fourfold.formats.scheme import Scheme
 
 W4A4 = Scheme("nvfp4", "mse", "nvfp4")
@@ -76,7 +76,7 @@ def test_factors_of_zero_channels() -> None:
     x_RI[:, 3], w_OI[:, 5] = 0, 0
     zeros = replace(plain, fit_RI=x_RI, readers=[replace(plain.readers[0], weight_OI=w_OI)])
     for a, b in ((0.0, 0.0), (1.0, 0.0), (0.5, 0.5), (1.0, 1.0)):
-        k_I = exponents(zeros, a, b)
+        k_I = zeros.sizes.exponents(a, b)
         assert k_I.dtype == torch.int8
         assert int(k_I.abs().max()) <= MOST
         assert int(k_I.median()) == 0
@@ -87,6 +87,6 @@ def test_exponents_are_those_of_the_formula() -> None:
     x_RI: Tensor = torch.tensor([[1.0, 2.0, 4.0, 16.0], [1.0, -2.0, -4.0, 16.0]])
     w_OI = torch.tensor([[2.0, 2.0, 2.0, 1 / 8]])
     own = Site(x_RI, x_RI, x_RI, [Reader(w_OI, W4A16, "group")])
-    assert exponents(own, 1.0, 0.0).tolist() == [-1, 0, 1, 3]
-    assert exponents(own, 0.0, 1.0).tolist() == [0, 0, 0, 4]
-    assert exponents(own, 0.5, 0.5).tolist() == [0, 0, 0, 4]
+    assert own.sizes.exponents(1.0, 0.0).tolist() == [-1, 0, 1, 3]
+    assert own.sizes.exponents(0.0, 1.0).tolist() == [0, 0, 0, 4]
+    assert own.sizes.exponents(0.5, 0.5).tolist() == [0, 0, 0, 4]

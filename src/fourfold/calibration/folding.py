@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from fourfold.calibration.data import Batch
 from fourfold.calibration.observers import Observers
 from fourfold.calibration.reading import ending_at_the_head, read_batch, reads_text_twice
-from fourfold.calibration.smoothing import Reader, Site, Smoothing, exponents, smooth
+from fourfold.calibration.smoothing import Reader, Site, Sizes, Smoothing, rms, smooth
 from fourfold.calibration.stream import RecordedRows, Stream
 from fourfold.calibration.streaming import LayerWeights, Pass, StreamedModel
 from fourfold.errors import UsageError
@@ -147,7 +147,10 @@ class Folding:
         self.calls = range(0)
         """The calls of a second stream: none."""
         self._rows: dict[tuple[str, int | None, str], list[Tensor]] = defaultdict(list)
-        """By site, expert and part."""
+        """By site, expert and part; of a few experts."""
+        self._squares: dict[tuple[str, int | None], tuple[Tensor, int]] = {}
+        """Sums of squares, float64 `[channels]`, and the number of rows, of those to fit by."""
+        self._looked_at = self._experts_to_look_at()
         self._text = 0
 
     def weights(self, layer: int) -> LayerWeights:
@@ -188,6 +191,7 @@ class Folding:
                 if layer in layers:
                     self._choose_layer(layer)
                 self._rows.clear()
+                self._squares.clear()
                 self.on_event(LayerFolded(layer, len(tree.layers)))
                 layers.discard(layer)
                 if not layers:
@@ -216,23 +220,49 @@ class Folding:
         for site, recorded in observers.stream.recorded.items():
             is_down = recorded[0].experts is not None and site.endswith(".down")
             for expert, rows_RI in _by_expert(recorded) if is_down else [(None, _joined(recorded))]:
-                self._rows[site, expert, part].append(_spread(rows_RI, count).float().cpu())
+                if part == "fit":
+                    squares, number = self._squares.get((site, expert), (0.0, 0))
+                    added = rows_RI.double().square().sum(dim=0).cpu()
+                    self._squares[site, expert] = squares + added, number + len(rows_RI)
+                if expert is None or expert in self._looked_at[site]:
+                    self._rows[site, expert, part].append(_spread(rows_RI, count).float().cpu())
         observers.stream.recorded.clear()
 
-    def _site_of(self, fold: Fold, linears: Sequence[LinearWeight]) -> Site | None:
-        """The rows of a fold's activation, and what reads it; None if there are too few rows."""
+    def _experts_to_look_at(self) -> Mapping[str, set[int]]:
+        """Some experts of each site of downs."""
+        experts: dict[str, list[int]] = defaultdict(list)
+        for fold in self.folds.values():
+            site, expert = self._place(fold)
+            if expert is not None:
+                experts[site].append(expert)
+        return {site: set(_spread_items(sorted(of), EXPERTS)) for site, of in experts.items()}
+
+    def _place(self, fold: Fold) -> tuple[str, int | None]:
+        """The site where a fold's activation is recorded, and its expert, if it is of one."""
         reader = self._reader(fold)
-        expert = reader.expert if fold.kind is Kind.UP else None
-        empty_RI = torch.empty(0, fold.channels)
-        rows = {
-            part: torch.cat(self._rows.get((observed_site(reader), expert, part), [empty_RI]))
-            for part in ROWS
-        }
+        return observed_site(reader), reader.expert if fold.kind is Kind.UP else None
+
+    def _quantized(self, fold: Fold) -> list[LinearWeight]:
+        """The quantized weights of a fold that are looked at."""
+        return _some([linear for linear in fold.linears if linear.name in self.plan.schemes])
+
+    def _sizes_of(self, fold: Fold) -> Sizes | None:
+        """The sizes of a fold's channels; None if there are too few rows."""
+        squares, count = self._squares.get(self._place(fold), (None, 0))
+        if squares is None or count < LEAST_ROWS:
+            return None
+        weights = torch.cat([self._values(linear) for linear in self._quantized(fold)])
+        return Sizes((squares / count).sqrt(), rms(weights))
+
+    def _site_of(self, fold: Fold) -> Site | None:
+        """The rows of a fold's activation, and what reads it; None if there are too few rows."""
+        place, empty_RI = self._place(fold), torch.empty(0, fold.channels)
+        rows = {part: torch.cat(self._rows.get((*place, part), [empty_RI])) for part in ROWS}
         if min(map(len, rows.values())) < LEAST_ROWS:
             return None
         readers = [
             Reader(self._values(linear), self.plan.schemes[linear.name], linear.scale_group)
-            for linear in linears
+            for linear in self._quantized(fold)
         ]
         return Site(rows["fit"], rows["choose"], rows["judge"], readers)
 
@@ -265,22 +295,14 @@ class Folding:
 
     def _choose_group(self, folds: Sequence[Fold]) -> tuple[Smoothing | None, dict[str, Tensor]]:
         """Choose for one norm, or for all ups of an experts module."""
-        quantized = {
-            fold.name: _some(
-                [linear for linear in fold.linears if linear.name in self.plan.schemes]
-            )
-            for fold in folds
-        }
-        sites: dict[str, Site] = {}
-        for fold in folds:
-            site = self._site_of(fold, quantized[fold.name])
-            if site is not None:
-                sites[fold.name] = site
+        sites = [site for fold in folds if (site := self._site_of(fold)) is not None]
         if not sites:
             return None, {}
-        looked_at = _spread_items(list(sites.values()), EXPERTS)
-        smoothing = smooth(looked_at)
-        factors = {name: exponents(site, smoothing.a, smoothing.b) for name, site in sites.items()}
+        smoothing, factors = smooth(sites), dict[str, Tensor]()
+        for fold in folds:
+            sizes = self._sizes_of(fold)
+            if sizes is not None:
+                factors[fold.name] = sizes.exponents(smoothing.a, smoothing.b)
         return smoothing, {name: k for name, k in factors.items() if bool(k.any())}
 
     def _is_exact(self, layer: int, factors: Mapping[str, Tensor]) -> bool:

@@ -27,6 +27,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -66,6 +67,25 @@ class Reader:
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """Root mean squares by channel, float64 `[I]`: all that factors are made of."""
+
+    x_I: Tensor
+    """Of the activation."""
+    w_I: Tensor
+    """Of the columns of all readers."""
+
+    def logarithms(self, a: float, b: float) -> Tensor:
+        """Return log₂ s, less its median."""
+        logs = a * _log2(self.x_I) - b * _log2(self.w_I)
+        return logs - logs.median()
+
+    def exponents(self, a: float, b: float) -> Tensor:
+        """Return k, int8, about as many above 0 as below."""
+        return self.logarithms(a, b).round().clamp(-MOST, MOST).to(torch.int8)
+
+
+@dataclass(frozen=True)
 class Site:
     """An activation, and what reads it. Rows are float32 `[R, I]`."""
 
@@ -74,6 +94,12 @@ class Site:
     choose_RI: Tensor
     judge_RI: Tensor
     readers: Sequence[Reader]
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """The sizes of its channels."""
+        weights = torch.cat([reader.weight_OI for reader in self.readers])
+        return Sizes(rms(self.fit_RI), rms(weights))
 
 
 @dataclass(frozen=True)
@@ -99,7 +125,7 @@ def smooth(sites: Sequence[Site]) -> Smoothing:
             loss_of(
                 site,
                 site.judge_RI if judges else site.choose_RI,
-                exponents(site, *powers),
+                site.sizes.exponents(*powers),
                 is_quick=is_quick,
             )
             for site in sites
@@ -115,19 +141,8 @@ def smooth(sites: Sequence[Site]) -> Smoothing:
     return Smoothing(*best, loss(NONE, judges=True), loss(best, judges=True))
 
 
-def exponents(site: Site, a: float, b: float) -> Tensor:
-    """Return k of a site, int8 `[I]`, about as many above 0 as below."""
-    return logarithms(site, a, b).round().clamp(-MOST, MOST).to(torch.int8)
-
-
-def logarithms(site: Site, a: float, b: float) -> Tensor:
-    """Return log₂ s of a site, float64 `[I]`, less its median."""
-    weights = torch.cat([reader.weight_OI for reader in site.readers])
-    logs = a * _log2(_rms(site.fit_RI)) - b * _log2(_rms(weights))
-    return logs - logs.median()
-
-
-def _rms(rows: Tensor) -> Tensor:
+def rms(rows: Tensor) -> Tensor:
+    """Return the root mean square of each column."""
     return rows.double().square().mean(dim=0).sqrt()
 
 
