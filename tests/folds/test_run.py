@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,14 @@ from transformers import AutoModelForCausalLM
 
 import fourfold
 from families import Truth
-from fourfold.events import LayerFolded, Resumed
+from fourfold import Recipe
+from fourfold.calibration.data import load_calibration
+from fourfold.calibration.folding import Folding
+from fourfold.config import CalibrationConfig
+from fourfold.events import Event, LayerFolded, Resumed
 from fourfold.models.folds import Kind, find_folds
 from fourfold.models.inventory_builder import take_inventory
+from fourfold.planning import make_plan
 from fourfold.sources.folded import read_factors
 from fourfold.sources.safetensors import open_source
 from fourfold.storage.names import FOLDS as FILE
@@ -148,6 +154,35 @@ def test_verify_finds_what_is_not_folded(model: Path, folded: Path, tmp_path: Pa
     assert [finding.tensor for finding in report.errors] == [key]
 
 
+def test_errors_against_a_reference_are_those_of_the_folded_one(model: Path, folded: Path) -> None:
+    report = fourfold.verify(folded, source=model, reference=model)
+    assert report.clean
+    errors = {error.name: error.relative_error for error in report.reference_errors}
+    assert errors == {error.name: error.relative_error for error in report.relative_errors}
+    assert len(errors) > 30
+
+
+def test_layer_that_would_compute_something_else_is_left_alone(
+    model: Path, options: Options, tmp_path: Path
+) -> None:
+    """Folds that miss a reader, as rules would that are wrong for a model."""
+    recipe = Recipe.load(recipe_file(tmp_path, W4A4 + FOLDS))
+    source = open_source(model)
+    plan = make_plan(source, recipe)
+    router = "model.layers.1.mlp.gate.weight"
+    folds = {
+        name: replace(fold, readers=tuple(x for x in fold.readers if x.key != router))
+        for name, fold in plan.folds.items()
+    }
+    config = CalibrationConfig(calib=options["calib"], calib_size=20, calib_seq=30, batch_size=3)
+    data = load_calibration(model, config, vocab_size=plan.inventory.vocab_size)
+    factors = Folding(replace(plan, folds=folds), source, data.batches).choose()
+    exact = {choice["layer"]: choice["exact"] for choice in factors.choices}
+    assert exact == {0: True, 1: False, 2: True}
+    assert not any(choice["kept"] for choice in factors.choices if choice["layer"] == 1)
+    assert {name.split(".")[2] for name in factors.exponents} == {"0", "2"}
+
+
 def test_weights_alone(model: Path, options: Options, tmp_path: Path) -> None:
     """A recipe that needs no calibration but for its folds."""
     out = tmp_path / "out"
@@ -174,26 +209,22 @@ def test_killed_run_resumes_with_the_same_bytes(
     model: Path, folded: Path, options: Options, tmp_path: Path
 ) -> None:
     recipe, out = recipe_file(tmp_path, W4A4 + FOLDS), tmp_path / "out"
-    for kill_at in (100, 30):
-        process = start(model, out, recipe, kill_at=kill_at, **options)
-        process.join()
-        assert process.exitcode
-    events: list[Any] = []
-    on_event = lambda event: events.append(type(event))  # noqa: E731
-    fourfold.quantize(model, out, recipe, on_event=on_event, **flat(**options))
-    assert Resumed in events
-    assert LayerFolded not in events  # the factors are those of the run before
-    assert_same(out, folded)
-
-
-def test_other_texts_do_not_resume(model: Path, options: Options, tmp_path: Path) -> None:
-    recipe, out = recipe_file(tmp_path, W4A4 + FOLDS), tmp_path / "out"
     process = start(model, out, recipe, kill_at=100, **options)
     process.join()
+    assert process.exitcode
     before = files_of(out)
     with pytest.raises(fourfold.OutputError, match="unfinished run of something else"):
         fourfold.quantize(model, out, recipe, **flat(**options | {"calib_size": 15}))
     assert files_of(out) == before
+    kinds: list[type[Event]] = []
+
+    def note(event: Event) -> None:
+        kinds.append(type(event))
+
+    fourfold.quantize(model, out, recipe, on_event=note, **flat(**options))
+    assert Resumed in kinds
+    assert LayerFolded not in kinds  # the factors are those of the run before
+    assert_same(out, folded)
 
 
 def test_ranks(model: Path, folded: Path, options: Options, tmp_path: Path) -> None:

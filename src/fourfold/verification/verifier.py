@@ -80,6 +80,7 @@ def verify(
                     report = _verify(checkpoint, original, inventory, workers, evidence or {})
             if reference_source is None:
                 return report
+            reference_source = folded_as(reference_source, reference_inventory, checkpoint.folder)
             errors = reference_errors(checkpoint, reference_source, reference_inventory, workers)
             place = str(reference_source.place)
             findings = [*report.findings, *judge_reference(errors, place)]
