@@ -41,11 +41,14 @@ from fourfold.storage.source import Source
 
 T = TypeVar("T")
 
-TEXTS = 8
-"""Batches that are read at most."""
+TEXTS = 64
+"""Samples that are read at most."""
+
+TOKENS = 1 << 15
+"""Tokens that they have at most, if there are more than the fewest that are needed."""
 
 LEAST_TEXTS = 4
-"""Batches are split into samples where they are fewer."""
+"""The fewest samples: one for each of `PARTS`."""
 
 PARTS = ("fit", "choose", "fit", "judge")
 """What texts are for, in turn."""
@@ -96,24 +99,23 @@ class FoldChoice:
 
 
 def texts_of(batches: Sequence[Batch]) -> list[Batch]:
-    """Return the batches that folds are chosen and judged on, split where they are few.
+    """Return the samples that folds are chosen and judged on, each as a batch of its own.
 
     Raises:
-        UsageError: There is only one sample.
+        UsageError: There are too few.
     """
-    texts = list(batches[:TEXTS])
-    if len(texts) < LEAST_TEXTS:
-        texts = [
-            Batch(batch.input_ids[row : row + 1], batch.attention_mask[row : row + 1])
-            for batch in texts
-            for row in range(len(batch.input_ids))
-        ][: TEXTS * LEAST_TEXTS]
-    if len(texts) < LEAST_TEXTS:
+    samples = [
+        Batch(batch.input_ids[row : row + 1].clone(), batch.attention_mask[row : row + 1].clone())
+        for batch in batches
+        for row in range(len(batch.input_ids))
+    ]
+    if len(samples) < LEAST_TEXTS:
         raise UsageError(
             f"`folds`: at least {LEAST_TEXTS} calibration samples are needed, some of them to "
-            f"choose and to judge by; there are {len(texts)}. Give more `calib_size`."
+            f"choose and to judge by; there are {len(samples)}. Give more `calib_size`."
         )
-    return texts
+    longest = max(sample.input_ids.numel() for sample in samples)
+    return samples[: max(LEAST_TEXTS, min(TEXTS, TOKENS // longest))]
 
 
 class Folding:
