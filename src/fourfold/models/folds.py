@@ -24,6 +24,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
 from fourfold.models.experts import Projection
@@ -212,6 +213,12 @@ class _Layer:
     gains: Mapping[str, Gain]
     """By path in the layer."""
 
+    @cached_property
+    def biases(self) -> Sequence[tuple[str, RawTensor]]:
+        """The biases, by their names in memory."""
+        named = ((name, raw) for raw in self.raws.values() for name in raw.parameters)
+        return [(name, raw) for name, raw in named if name.endswith("bias")]
+
     def norms(self, why_not: str | None) -> Iterator[Fold | str]:
         """Yield the fold of each norm of the hidden states, or why there is none."""
         names = {path for path in self.gains if "norm" in path.split(".")[0]}
@@ -232,6 +239,8 @@ class _Layer:
             raise _NoFoldError("multiplies by 1 + weight" if offset else "is no plain norm")
         parts = (f"{norm}.weight", f"{norm}.bias")
         vectors = [raw for part in parts for raw in self.parameters.get(part, ())]
+        if not vectors or any(len(raw.info.shape) != 1 for raw in vectors):
+            raise _NoFoldError("its weight is no vector of its own")
         channels = vectors[0].info.shape[0]
         is_read = re.compile(rf"({modules})\.(?P<rest>.+)")
         readers: dict[str, tuple[RawTensor, ...]] = {}
@@ -299,7 +308,7 @@ class _Layer:
         if up.shape[0] != down.shape[1]:
             raise _NoFoldError("their outputs are not what down reads")
         writers = [up.region]
-        own = [raw for raw in self.raws.values() if _is_bias_of(raw, up)]
+        own = [raw for name, raw in self.biases if name.startswith(f"{up.module}.")]
         if own and up.expert is not None:
             raise _NoFoldError("experts with biases")
         writers += [Region(raw.info.key, None, range(up.shape[0]), None) for raw in own]
@@ -312,13 +321,6 @@ class _Layer:
             dtype = self.raws[region.key].info.dtype
             if dtype not in FOLDABLE:
                 raise _NoFoldError(f"{dtype} has no room for factors in its exponent")
-
-
-def _is_bias_of(raw: RawTensor, up: LinearWeight) -> bool:
-    """True for a bias of an up, or of the experts module that it is in."""
-    return any(
-        name.startswith(f"{up.module}.") and name.endswith("bias") for name in raw.parameters
-    )
 
 
 def _layers_of(inventory: Inventory) -> Iterator[_Layer]:
