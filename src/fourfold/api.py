@@ -44,6 +44,7 @@ from fourfold.run import convert as conversion
 from fourfold.run import merge as merging
 from fourfold.run.budget import spend_budget
 from fourfold.run.convert import Converted
+from fourfold.run.folding import fold
 from fourfold.run.job import Job, write_own_files
 from fourfold.run.merge import Merged
 from fourfold.run.preflight import check_placed, prepare
@@ -186,6 +187,7 @@ def quantize(
                 work, backend, observation = prepare(
                     source, spent.recipe, folder, ranks, observation, runtime, output, run
                 )
+                source, observation = fold(work, source, observation, folder, ranks)
             strategy = choose_run(work, source, observation, folder, ranks)
             strategy = replace(strategy, identity={**strategy.identity, **spent.identity})
             own_files = partial(

@@ -138,6 +138,15 @@ class LayerCalibrated(Event):
 
 
 @dataclass(frozen=True)
+class LayerFolded(Event):
+    """The factors that are folded into a decoder layer are chosen."""
+
+    layer: int
+    """From 0."""
+    layers: int
+
+
+@dataclass(frozen=True)
 class BytesQuantized(Event):
     """Some tensors were quantized or copied, and handed to the disk."""
 

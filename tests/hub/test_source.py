@@ -212,4 +212,10 @@ def test_options_that_have_no_effect(hub: Hub, sharded: Path, tmp_path: Path) ->
         lambda: fourfold.quantize(NAME, tmp_path / "out", W4A16, runtime=runtime, output=output)
     )
     assert "`preview`" in message
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("quantize: [experts]\nfolds: {smooth: auto}\n")
+    message = message_of(
+        lambda: fourfold.quantize(NAME, tmp_path / "out", recipe, runtime=runtime), UsageError
+    )
+    assert "reads the source twice" in message
     assert not (tmp_path / "out").exists()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from fourfold.models.experts import Projection
+from fourfold.models.norms import Gain
 from fourfold.models.regions import Region
 from fourfold.models.roles import MAY_LACK, Role
 from fourfold.models.ties import Tie
@@ -66,6 +67,8 @@ class RawTensor:
     layer: int | None
     is_matrix: bool
     """True if an engine may build it as a linear layer, so that ignore lists must name it."""
+    parameters: tuple[str, ...] = ()
+    """The parameters and buffers in memory that it becomes; empty if there are none."""
 
     @property
     def stem(self) -> str:
@@ -102,6 +105,8 @@ class Inventory:
     """Raw keys under which no published checkpoint holds anything: names in memory."""
     layer_paths: tuple[str, ...]
     """Decoder layers, named as in memory."""
+    norms: Mapping[str, Gain]
+    """How the weight of each norm scales its outputs, by module path in memory."""
     vocab_size: int
     hidden_size: int
     max_positions: int | None

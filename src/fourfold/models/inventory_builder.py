@@ -112,6 +112,7 @@ class _Builder:
             denied=tuple(self._denied()),
             unpublished=tuple(unpublished(self.tree, self.infos)),
             layer_paths=self.tree.layers,
+            norms=self.tree.norms,
             vocab_size=self.tree.vocab_size,
             hidden_size=self.tree.hidden_size,
             max_positions=self.tree.max_positions,
@@ -348,7 +349,8 @@ class _Builder:
                 or is_stack(stem)
             )
         )
-        return RawTensor(info, role, self._layer_of(place.target or ""), is_matrix)
+        parameters = () if place.target is None else tuple(self.tree.conversion.targets(place))
+        return RawTensor(info, role, self._layer_of(place.target or ""), is_matrix, parameters)
 
 
 def _role_in_engines(key: str, role: Role) -> Role:

@@ -26,6 +26,7 @@ from fourfold.models.internals import (
     ties_between,
     unsplit_classes,
 )
+from fourfold.models.norms import Gain, gains_of
 from fourfold.models.roles import EXPERTS_CLASS, Role, role_of_linear
 
 
@@ -62,6 +63,8 @@ class ModuleTree:
     """The parameter that each of these computes with, and each that a configuration could tie."""
     layers: tuple[str, ...]
     """Paths of the decoder layers, in order."""
+    norms: Mapping[str, Gain]
+    """How the weight of each norm scales its outputs."""
     num_hidden_layers: int
     vocab_size: int
     """Rows of the text model's embedding; 0 if neither it nor the config states them."""
@@ -120,6 +123,7 @@ def describe(model: Any) -> ModuleTree:
         tied=tied_parameters(model),
         ties=ties_between(model),
         layers=_layers(model, modules),
+        norms=gains_of(modules),
         num_hidden_layers=int(getattr(text_config, "num_hidden_layers", 0)),
         vocab_size=rows or int(getattr(text_config, "vocab_size", 0) or 0),
         hidden_size=columns or int(getattr(text_config, "hidden_size", 0) or 0),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from fourfold.layouts.base import LAYOUTS, CheckpointContents, Layout
 from fourfold.layouts.recognition import check_not_quantized
 from fourfold.models.agreement import agreement_notes
 from fourfold.models.families import family_of
+from fourfold.models.folds import Fold
 from fourfold.models.inventory import Inventory, LinearWeight, RawTensor
 from fourfold.models.inventory_builder import take_inventory
 from fourfold.models.names import SINGLE_EXPERT
@@ -33,6 +34,7 @@ from fourfold.models.roles import Role
 from fourfold.planning.activations import input_notes, kv_cache_notes
 from fourfold.planning.copy_plan import CopyPlan
 from fourfold.planning.exact_casts import exact_cast_notes
+from fourfold.planning.folding import plan_folds
 from fourfold.planning.limits import DEFAULT_LIMITS, Limits
 from fourfold.planning.placement import placement_notes
 from fourfold.planning.rows import (
@@ -52,7 +54,7 @@ from fourfold.recipes import Recipe
 from fourfold.sources.rounded import is_rounded
 from fourfold.statistics import BLOCK_AMAXES, KEPT, SMALL, PooledMoment, SecondMoment, Site
 from fourfold.statistics import STATISTICS as ALL_STATISTICS
-from fourfold.storage.names import CARD, REPORT, SOURCE_CARD, STATISTICS, SUMMARY
+from fourfold.storage.names import CARD, FOLDS, REPORT, SOURCE_CARD, STATISTICS, SUMMARY
 from fourfold.storage.side_files import SideFiles, describe
 from fourfold.storage.source import Source
 from fourfold.storage.units import size
@@ -84,6 +86,8 @@ class Plan(Shown, CopyPlan):
     """Why a checkpoint does not load, by tensor-parallel size; empty if it does."""
     is_live: bool = False
     """True if the source is a model in memory: calibration observes all layers at a time."""
+    folds: Mapping[str, Fold] = field(default_factory=dict)
+    """The folds that factors are searched for, by name; empty unless the recipe folds."""
 
     @cached_property
     def layout(self) -> Layout:
@@ -290,7 +294,7 @@ class Plan(Shown, CopyPlan):
         holds it, and in between while it is loaded), and the statistics. Where quantized layers
         are run, too, transformers holds a layer twice. A model in memory is there already.
         """
-        if not self.needs_calibration:
+        if not (self.needs_calibration or self.folds):
             return 0
         if self.is_live:
             return self.statistics_memory()
@@ -336,7 +340,8 @@ class Plan(Shown, CopyPlan):
     @property
     def _reports(self) -> Sequence[str]:
         statistics = (STATISTICS,) if self.needs_calibration else ()
-        return (*statistics, SUMMARY, REPORT, CARD, *self.config_files)
+        factors = (FOLDS,) if self.folds else ()
+        return (*statistics, *factors, SUMMARY, REPORT, CARD, *self.config_files)
 
     def name_in_output(self, side_file: Path) -> str:
         """As its path in the source, but for the model card: the output has its own."""
@@ -455,6 +460,11 @@ def make_plan(
     check_names(shards, selection.layout)
     check_kept(kept, selection.layout)
     side_files = _side_files(source)
+    folds: Mapping[str, Fold] = {}
+    fold_notes: list[str] = []
+    if recipe.folds != "none":
+        folds, note = plan_folds(source, inventory, groups)
+        fold_notes.append(note)
     return Plan(
         source=source.place,
         recipe=recipe,
@@ -467,6 +477,7 @@ def make_plan(
             *source.notes,
             *([BUDGET] if recipe.budget is not None else ()),
             *([NO_KV_SCALES] if recipe.calibrates_kv and not kv_scales else ()),
+            *fold_notes,
             *placement,
             *_notes(inventory, groups, side_files),
             *input_notes(groups),
@@ -476,6 +487,7 @@ def make_plan(
             *_architecture_note(inventory, source.config),
         ),
         decoded_from=Counter(decoded.values()),
+        folds=folds,
         tensor_parallel=tensor_parallel(quantized, selection.schemes, source.config),
         parts=parts,
         fetches=not source.fetching.is_here,
@@ -486,7 +498,7 @@ def make_plan(
 
 def _side_files(source: Source) -> SideFiles:
     """The files beside the weights, without those that the output has of its own."""
-    side_files = source.side_files().without({SUMMARY, REPORT, STATISTICS})
+    side_files = source.side_files().without({SUMMARY, REPORT, STATISTICS, FOLDS})
     if Path(CARD) in side_files.copied:
         side_files = side_files.without({SOURCE_CARD})
     return side_files

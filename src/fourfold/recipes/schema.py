@@ -8,6 +8,7 @@
     kv_cache:    none                          # or {format: fp8, scale: cast | calibrated},
                                                # or {format: nvfp4}
     calibration: {all_experts: false}          # true: every expert sees every token
+    folds:       none                          # or {smooth: auto}
     quantize:    [experts]                     # roles that the model must have
     quantize_if_present: [shared_experts]      # roles that it may lack
     keep:        ["*.layers.0.*"]              # name patterns that stay as they are
@@ -190,6 +191,14 @@ class KVCache(_Strict):
         return self
 
 
+class Folds(_Strict):
+    """Changes of the model that leave what it computes as it is, before it is quantized."""
+
+    smooth: Literal["auto"]
+    """Move factors per channel from activations into the weights that read them: `auto` chooses
+    them on calibration data, and keeps those that lower the error on other data."""
+
+
 class Calibration(_Strict):
     """The settings for observing activations."""
 
@@ -301,6 +310,7 @@ class Recipe(_Strict):
     activations: Literal["none"] | Activations = "none"
     kv_cache: Literal["none"] | KVCache = "none"
     calibration: Calibration = Calibration()
+    folds: Literal["none"] | Folds = "none"
     quantize: Roles = ()
     quantize_if_present: Roles = ()
     keep: Names = ()
@@ -341,6 +351,7 @@ class Recipe(_Strict):
         unused = _RULE_KEYS if self.rules else ("rules",)
         unused = unused if self.layout != DEFAULT_LAYOUT else (*unused, "layout")
         unused = unused if self.budget is not None else (*unused, "budget")
+        unused = unused if self.folds != "none" else (*unused, "folds")
         return {key: value for key, value in data.items() if key not in unused}
 
     @property
@@ -384,7 +395,12 @@ class Recipe(_Strict):
     @property
     def needs_calibration(self) -> bool:
         """True if the model must be run."""
-        return self.observes_inputs or self.calibrates_kv or self.budget is not None
+        return (
+            self.observes_inputs
+            or self.calibrates_kv
+            or self.budget is not None
+            or self.folds != "none"
+        )
 
     @classmethod
     def load(cls, name: str | Path) -> Recipe:
@@ -494,6 +510,7 @@ def _explain(error: ValidationError) -> str:
         "KVCache",
         "Activations",
         "Budget",
+        "Folds",
         "Headroom",
         "literal[",
         "function-after[",
@@ -521,7 +538,7 @@ def _shown(value: object) -> str:
 
 _SECTIONS: dict[str, type[BaseModel]] = {
     "weights": Weights, "activations": Activations, "amax": Headroom, "kv_cache": KVCache,
-    "calibration": Calibration, "budget": Budget,
+    "calibration": Calibration, "budget": Budget, "folds": Folds,
 }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from fourfold.models.names import natural
 from fourfold.models.regions import Region, whole
 from fourfold.planning import Plan, Scheme, outputs_of
 from fourfold.planning.text import by_role
+from fourfold.sources.folded import Factors
 from fourfold.storage.names import storable
 from fourfold.storage.non_finite import NonFinite
 from fourfold.storage.quant_summary import (
@@ -25,6 +26,8 @@ from fourfold.storage.quant_summary import (
     CalibrationEntry,
     DecodedEntry,
     ExpertsEntry,
+    FoldEntry,
+    FoldsEntry,
     KVCacheEntry,
     Ledger,
     LinearEntry,
@@ -44,6 +47,7 @@ def summarize(
     scales: ActivationScales | None = None,
     non_finite: Sequence[NonFinite] = (),
     budget: BudgetEntry | None = None,
+    factors: Factors | None = None,
 ) -> QuantSummary:
     """Return the summary of a run.
 
@@ -55,12 +59,15 @@ def summarize(
         scales: The calibrated scales, if the recipe needed any.
         non_finite: The NaN and Inf in copied tensors.
         budget: What the recipe's budget was spent on, if it has one.
+        factors: What the source is folded with, if the recipe folds.
     """
     calibration = None
     if scales is not None:
         unreached = sum(map(len, scales.unreached().values()))
         data = asdict(scales.statistics.data)
         calibration = CalibrationEntry(**data, unreached_experts=unreached)
+    elif factors is not None:
+        calibration = CalibrationEntry(**factors.texts)
     planned = {linear.name: linear for linear in plan.linears}
     if_any: dict[str, Any] = {
         "repairs": tuple(RepairEntry(name=x.name, repair=x.repair) for x in linears if x.repair),
@@ -70,6 +77,10 @@ def summarize(
         ),
         "budget": budget,
     }
+    if factors is not None:
+        if_any["folds"] = FoldsEntry(
+            digest=factors.digest, choices=tuple(map(FoldEntry.model_validate, factors.choices))
+        )
     return QuantSummary(
         **{name: entries for name, entries in if_any.items() if entries},
         producer=f"fourfold {__version__}",

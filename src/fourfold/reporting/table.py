@@ -160,6 +160,9 @@ def _head(summary: QuantSummary) -> Iterator[str]:
         line += f" · {len(summary.repairs):,} repaired"
     if summary.non_finite:
         line += f" · NaN or Inf in {plural(len(summary.non_finite), 'copied tensor')}"
+    if summary.folds is not None:
+        count = len(summary.folds.choices)
+        line += f" · factors of {summary.folds.kept:,} of {plural(count, 'activation')} folded"
     yield line if calibration is None else f"{line} · calibrated on {calibration.tokens:,} tokens"
 
 

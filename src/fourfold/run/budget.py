@@ -35,7 +35,7 @@ from fourfold.planning.promotion import Options, Promotion, Step
 from fourfold.recipes import Budget, Recipe
 from fourfold.recipes.budget import AS_RECIPE
 from fourfold.run.resume import calibration_threads
-from fourfold.run.strategies import Observation, calibration_data
+from fourfold.run.strategies import Observation, load_data
 from fourfold.storage.output import OutputFolder
 from fourfold.storage.quant_summary import BudgetComponent, BudgetEntry, BudgetStep
 from fourfold.storage.source import Source
@@ -105,7 +105,7 @@ def spend_budget(
     _check_stays(source, plan, folder, runtime.keep_source)
     components = components_of(plan)
     _check_bits(plan, components, budget)
-    data = calibration_data(plan, source, replace(observation, on_event=ignore))
+    data = load_data(plan, source, replace(observation, on_event=ignore))
     tokens = budget.tokens or _affordable(plan, source, components, budget)
     texts = split_texts(data, tokens)
     entry = _of_earlier_run(folder, ranks, recipe, texts)

@@ -31,10 +31,20 @@ from fourfold.reporting.page import draw_report
 from fourfold.reporting.summary import summarize
 from fourfold.run.resume import Assignment, assign_shards, check_all_written, identity_of
 from fourfold.run.strategies import Run
+from fourfold.sources.folded import FoldedSource
 from fourfold.storage.atomic import FileWriter
 from fourfold.storage.disk import writing
 from fourfold.storage.fingerprints import reading
-from fourfold.storage.names import CARD, CONFIG, INDEX, REPORT, SOURCE_CARD, STATISTICS, SUMMARY
+from fourfold.storage.names import (
+    CARD,
+    CONFIG,
+    FOLDS,
+    INDEX,
+    REPORT,
+    SOURCE_CARD,
+    STATISTICS,
+    SUMMARY,
+)
 from fourfold.storage.non_finite import NonFinite, merge
 from fourfold.storage.output import OutputFolder
 from fourfold.storage.quant_summary import BudgetEntry
@@ -128,6 +138,8 @@ class Job:
                     threads=self.backend.threads,
                 )
 
+        if isinstance(self.source, FoldedSource) and self.is_leader:
+            self.folder.state.save_folds(self.source.factors.to_bytes())
         if self._repeats_layers:
             self.assignment = self._without_unfinished_layers()
 
@@ -325,7 +337,10 @@ def write_own_files(
         )
     if scales is not None and plan.needs_calibration:
         files.write_bytes(STATISTICS, scales.statistics.to_bytes())
-    summary = summarize(plan, results, scales, non_finite, budget)
+    factors = source.factors if isinstance(source, FoldedSource) else None
+    if factors is not None:
+        files.write_bytes(FOLDS, factors.to_bytes())
+    summary = summarize(plan, results, scales, non_finite, budget, factors)
     files.write_text(SUMMARY, summary.to_json())
     if (report := draw_report(summary, warn)) is not None:
         files.write_text(REPORT, report)

@@ -26,6 +26,7 @@ from fourfold.errors import FourfoldError
 from fourfold.planning import CopyPlan, Shard, deal, slabs_of
 from fourfold.reporting.summary import versions
 from fourfold.run.strategies import Run
+from fourfold.sources.folded import FoldedSource
 from fourfold.sources.opening import Model
 from fourfold.storage.output import OutputFolder
 from fourfold.storage.safetensors_header import read_header
@@ -81,6 +82,7 @@ def identity_of(plan: CopyPlan, source: Source, run: Run) -> dict[str, Any] | No
         "recipe": plan.settings,
         "calibration": run.identity,
         "shards": {"for each layer": plan.parts, "plan": plan.digest},
+        **({"folds": source.factors.digest} if isinstance(source, FoldedSource) else {}),
     }
     as_json: dict[str, Any] = json.loads(json.dumps(identity))  # it is compared with stored JSON
     return as_json

@@ -16,6 +16,7 @@ from fourfold.events import (
     BytesQuantized,
     BytesVerified,
     Event,
+    LayerFolded,
     TokenGenerated,
     WindowEvaluated,
 )
@@ -85,6 +86,9 @@ class Stages:
                 stage.unit, stage.passes = "tokens", max(1, layers)
                 where = f"layer {layer + 1}/{layers} · " if layers else ""
                 stage.position = f"{where}batch {batch}/{batches}"
+            case LayerFolded(layer, layers):
+                stage = self._stage("folding", layer + 1, layers)
+                stage.unit, stage.position = "layers", f"layer {layer + 1}/{layers}"
             case BytesQuantized(done, total):
                 stage = self._stage("quantizing", done, total)
             case BytesCopied(done, total):

@@ -58,6 +58,8 @@ class Observation:
     on_event: OnEvent = ignore
     strict: bool = False
     """True if an expert that no token reached is an error."""
+    data: CalibrationData | None = None
+    """The calibration data, once it is read."""
 
     def checked(self, recipe: Recipe, source: Source) -> Observation:
         """Return these settings with the statistics loaded, if a file of them is given.
@@ -198,7 +200,7 @@ def _choose_run(
     if source.model is not None and plan.needs_calibration and scales is None:
         _check_propagation(plan)
         with source.agreeing():
-            loop = observation.forward_loop or calibration_data(plan, source, observation)
+            loop = observation.forward_loop or load_data(plan, source, observation)
         scales = observe_live(plan, source, loop, observation.on_event)
         sample = loop.first if isinstance(loop, CalibrationData) else ()
     if scales is not None and observation.strict:
@@ -211,7 +213,7 @@ def _choose_run(
     if limit is None:
         available = memory_available() // ranks.local_size
         limit = max((available - plan.calibration_memory) // 2, LEAST_ACTIVATION_MEMORY)
-    data, device = calibration_data(plan, source, observation), observation.device
+    data, device = load_data(plan, source, observation), observation.device
     beside = source.fetching.scratch_bytes
     has_room = _check_spill(plan, data, limit, out.folder, ranks, beside)
     streams = range(plan.recipe.calibration.streams)
@@ -269,8 +271,10 @@ def _check_spill(
     return needed + saved <= free
 
 
-def calibration_data(plan: Plan, source: Source, observation: Observation) -> CalibrationData:
-    """Read the calibration data, and say so."""
+def load_data(plan: Plan, source: Source, observation: Observation) -> CalibrationData:
+    """Read the calibration data, unless that is done."""
+    if observation.data is not None:
+        return observation.data
     data = load_calibration(
         source.folder,
         observation.config,

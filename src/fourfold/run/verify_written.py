@@ -13,7 +13,9 @@ from fourfold.planning import KVScales, Plan, ScaleGroup
 from fourfold.reporting.card import note_verification
 from fourfold.reporting.page import note_in_report
 from fourfold.run.job import Job
+from fourfold.sources.folded import FoldedSource
 from fourfold.storage.output import OutputFolder
+from fourfold.storage.source import Source
 from fourfold.verification import Report, verify
 
 
@@ -39,7 +41,7 @@ def verify_written(
         threads = min(threads * job.ranks.local_size, threads_available())
     report = verify(
         job.folder.folder,
-        source=job.source if is_readable else None,
+        source=_original(job.source) if is_readable else None,
         reference=reference,
         trust_remote_code=job.source.trust_remote_code,
         threads=threads,
@@ -51,6 +53,11 @@ def verify_written(
     note_verification(job.folder.folder, report)
     note_in_report(job.folder.folder, report)
     return report
+
+
+def _original(source: Source) -> Source:
+    """The source as it was given: `verify` folds it again, by the file in OUT."""
+    return source.source if isinstance(source, FoldedSource) else source
 
 
 def check_ledger(

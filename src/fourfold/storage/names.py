@@ -25,6 +25,10 @@ SUMMARY = "quant_summary.json"
 STATISTICS = "calibration.safetensors"
 """The statistics of calibration. Engines ignore the file, as the index does not name it."""
 
+FOLDS = "folds.fourfold"
+"""The factors that were moved between a checkpoint's weights before they were quantized, in
+safetensors' format. Engines take every `*.safetensors` for a shard, so it is not called so."""
+
 REPORT = "report.html"
 
 CARD = "README.md"

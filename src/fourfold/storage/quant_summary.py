@@ -199,6 +199,44 @@ class DecodedEntry(_Entry):
     tensors: Count
 
 
+class FoldEntry(_Entry):
+    """What was decided about factors of a norm, or of the ups of a layer's experts.
+
+    Factors are rms(x)^a / ‖W column‖^b, rounded to powers of two.
+    """
+
+    name: str
+    """The norm, or the input site of the downs."""
+    layer: Count
+    kind: str
+    """"norm" or "up"."""
+    a: float
+    b: float
+    loss_before: float
+    """The relative squared error of the readers' outputs on held-out rows, without factors."""
+    loss_after: float
+    """The same with them."""
+    folds: Count
+    """The number of activations with factors: 1 for a norm, else of experts."""
+    exact: bool
+    """False if the folded layer computed something else than the source's."""
+    kept: bool
+    """True if the factors are used."""
+
+
+class FoldsEntry(_Entry):
+    """The factors that were folded into the source before it was quantized."""
+
+    digest: str
+    """SHA-256 of the file that holds them."""
+    choices: tuple[FoldEntry, ...]
+
+    @property
+    def kept(self) -> int:
+        """The number of choices whose factors are used."""
+        return sum(choice.kept for choice in self.choices)
+
+
 class EvaluationEntry(_Entry):
     """The checkpoint beside its source on a text, as `fourfold eval --record` measured it.
 
@@ -300,6 +338,8 @@ class QuantSummary(_Entry):
     """These three are written only if there are any."""
     budget: BudgetEntry | None = None
     """Written only if the recipe has a budget."""
+    folds: FoldsEntry | None = None
+    """Written only if the recipe folds."""
     evaluation: EvaluationEntry | None = None
     """Written by `fourfold eval --record`."""
     files: tuple[str, ...] = ()

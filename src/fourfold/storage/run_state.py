@@ -5,6 +5,7 @@
     OUT/.fourfold/shards/NAME.json        digest and figures of a finished shard
     OUT/.fourfold/statistics/…            statistics of observed layers
     OUT/.fourfold/activations/…           outputs of the last observed layer
+    OUT/.fourfold/folds                   the factors that the source is folded with
     OUT/.fourfold/rank-00000.lock         locked by rank 0 while it is alive; every rank has one
     OUT/.fourfold/rank-00000.json         the process of rank 0
 
@@ -46,6 +47,7 @@ class RunState:
         self.shards = self.folder / "shards"
         self.statistics = self.folder / "statistics"
         self.activations = self.folder / "activations"
+        self.folds = self.folder / "folds"
         self._lock = FileLock(self.folder / f"rank-{rank:05d}.lock", thread_local=False)
         self._token: str | None = None
 
@@ -108,10 +110,16 @@ class RunState:
         for folder in (self.shards, self.statistics, self.activations, self.folder / OTHER_FILES):
             with suppress(FileNotFoundError):
                 shutil.rmtree(folder)
+        self.folds.unlink(missing_ok=True)
         self.shards.mkdir()
         self.statistics.mkdir()
         self._write(self.folder / RUN, run)
         sync(self.folder)
+
+    def save_folds(self, data: bytes) -> None:
+        """Store the factors that the source is folded with."""
+        with replacing(self.folds) as handle:
+            handle.write(data)
 
     def add_shard(self, name: str, record: Mapping[str, Any]) -> None:
         """Record that the shard `name` is finished."""

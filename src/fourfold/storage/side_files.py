@@ -22,7 +22,7 @@ from pathlib import Path
 from fourfold.storage.fingerprints import Stamps, reading
 from fourfold.storage.git_lfs import check_no_pointer, is_pointer
 from fourfold.storage.json_files import list_folder
-from fourfold.storage.names import OWN_FILES, WEIGHT_SUFFIXES
+from fourfold.storage.names import FOLDS, OWN_FILES, WEIGHT_SUFFIXES
 
 TOKENIZERS = (
     "tokenizer.json", "*.model", "*.tiktoken", "tekken.json", "vocab.json", "vocab.txt",
@@ -33,9 +33,9 @@ TOKENIZERS = (
 NEEDED = (
     *TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "merges.txt", "generation_config.json", "preprocessor_config.json", "processor_config.json",
-    "video_preprocessor_config.json", "chat_template.*",
+    "video_preprocessor_config.json", "chat_template.*", FOLDS,
 )  # fmt: skip
-"""Files that running the model needs, of any size."""
+"""Files that running the model needs, of any size; and the factors that verifying it needs."""
 
 SMALL_TEXT_BYTES = 1 << 20
 """Other texts are copied up to this size."""

@@ -22,6 +22,7 @@ from fourfold.events import OnEvent, ignore
 from fourfold.models.inventory import Inventory
 from fourfold.models.inventory_builder import take_inventory
 from fourfold.models.roles import Role
+from fourfold.sources.folded import folded_as
 from fourfold.sources.opening import opened
 from fourfold.storage.names import CONFIG
 from fourfold.storage.source import Source
@@ -75,9 +76,11 @@ def verify(
             else:
                 with opened(source, hf_config, trust_remote_code=trusted, dtype=dtype) as original:
                     inventory = take_inventory(original)
+                    original = folded_as(original, inventory, checkpoint.folder)
                     report = _verify(checkpoint, original, inventory, workers, evidence or {})
             if reference_source is None:
                 return report
+            reference_source = folded_as(reference_source, reference_inventory, checkpoint.folder)
             errors = reference_errors(checkpoint, reference_source, reference_inventory, workers)
             place = str(reference_source.place)
             findings = [*report.findings, *judge_reference(errors, place)]
