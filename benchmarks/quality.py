@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What quantization does to the embedded model, by recipe: KL with intervals, agreement, time.
 
-    python benchmarks/quality.py [--seeds N] [NAME …]
+    python benchmarks/quality.py [--seeds N] [--base NAME] [NAME …]
 
 Each recipe is carried out as `fourfold quantize` does, and the output compared with its source on
 held-out text as `fourfold eval` does: weights dequantized, for W4A4 inputs rounded as engines round
 them, and keys and values where the recipe has a quantized KV cache. A recipe that calibrates is
 carried out with several seeds, which choose and order the samples of the embedded mixed text. Shown
 are the mean over seeds, the smallest and largest KL among them, the 95 % interval over windows of
-text (the mean of its ends over seeds), the ratio to the same recipe with `mse`, with its paired
-interval, and CPU seconds of a run.
+text (the mean of its ends over seeds), the ratio to the same recipe with `mse`, or to `--base`, with
+its paired interval, and CPU seconds of a run.
 
 Prints the tables of the README and of docs/recipes.md; with names, those rows alone. One thread, so
 that the figures are the same everywhere.
@@ -119,8 +119,8 @@ def base_of(name: str) -> str:
 class Bench:
     """Outputs of recipes in a folder."""
 
-    def __init__(self, folder: Path, seeds: int) -> None:
-        self.folder, self.seeds = folder, seeds
+    def __init__(self, folder: Path, seeds: int, base: str | None) -> None:
+        self.folder, self.seeds, self.base = folder, seeds, base
         text = folder / "heldout.txt"
         text.write_text(heldout_text(), encoding="utf-8")
         windows = len(heldout_text().encode()) // WINDOW
@@ -149,7 +149,7 @@ class Bench:
                 return
 
     def row(self, name: str) -> Row:
-        base, (outs, seconds) = base_of(name), self.quantized(name)
+        base, (outs, seconds) = self.base or base_of(name), self.quantized(name)
         result = evaluate(model_dir(), [self.quantized(base)[0][0], *outs], self.text)
         self.source_bits = math.log2(result.perplexity)
         return Row(list(result.models[1:]), seconds)
@@ -168,16 +168,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--base", metavar="NAME", help="what KL is divided by")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), options.seeds)
+        bench = Bench(Path(folder), options.seeds, options.base)
         rows = {}
         for name in options.names or (*RECIPES, *ALGORITHMS):
             rows[name] = bench.row(name).cells()
             print(f"{name}: KL {rows[name][0]}", flush=True)
     print()
-    heads = ["recipe", "KL, nats a byte", "95 %", "seeds", "KL / `mse`", "top-1 agreement"]
+    heads = [
+        "recipe",
+        "KL, nats a byte",
+        "95 %",
+        "seeds",
+        f"KL / `{options.base or 'mse'}`",
+        "top-1 agreement",
+    ]
     heads += [f"bits a byte (source {bench.source_bits:.4f})", "CPU s"]
     for cells in (heads, ["---"] * len(heads), *([f"`{x}`", *row] for x, row in rows.items())):
         print(f"| {' | '.join(cells)} |")
