@@ -8,7 +8,7 @@ held-out text as `fourfold eval` does: weights dequantized, for W4A4 inputs roun
 them, and keys and values where the recipe has a quantized KV cache. A recipe that calibrates is
 carried out with several seeds, which choose and order the samples of the embedded mixed text. Shown
 are the mean over seeds, the smallest and largest KL among them, the 95 % interval over windows of
-text (the mean of its ends over seeds), the ratio to the same recipe with `mse`, or to `--base`, with
+text (the mean of its ends over seeds), the ratio to the recipe with `mse`, or to `--base`, with
 its paired interval, and CPU seconds of a run.
 
 Prints the tables of the README and of docs/recipes.md; with names, those rows alone. One thread, so
