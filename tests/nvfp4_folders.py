@@ -83,17 +83,19 @@ BOUND = 0.2
 """Relative Frobenius error: NVFP4 of Gaussian weights gives 0.08 to 0.1, a stranger's 1.4."""
 
 
-def resembles(found: Tensor, truth: Tensor) -> bool:
+def resembles(found: Tensor, truth: Tensor, bound: float = BOUND) -> bool:
     if found.shape != truth.shape:
         return False
-    return float((found - truth.float()).norm() / truth.float().norm()) < BOUND
+    return float((found - truth.float()).norm() / truth.float().norm()) < bound
 
 
-def match(linears: Tensors, truth: dict[object, Tensor]) -> dict[str, object]:
+def match(
+    linears: Tensors, truth: dict[object, Tensor], bound: float = BOUND
+) -> dict[str, object]:
     """Each dequantized linear and the one matrix of the truth that it resembles."""
     matches: dict[str, object] = {}
     for name, matrix in linears.items():
-        near = [key for key, value in truth.items() if resembles(matrix, value)]
+        near = [key for key, value in truth.items() if resembles(matrix, value, bound)]
         assert len(near) == 1, f"{name} resembles {near}"
         matches[name] = near[0]
     return matches

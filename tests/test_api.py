@@ -45,9 +45,9 @@ def test_public_names() -> None:
         "Event", "Finding", "FourfoldError", "FourfoldWarning",
         "Generation", "Merged", "ModelError", "NonFiniteError", "ObservationError", "OutputConfig",
         "OutputError", "Plan", "PlanError", "Recipe", "RecipeError", "Report", "ResourceError",
-        "Result", "Runtime", "SourceError", "Statistics", "UnreadableError", "UsageError",
-        "WeightLostError", "__version__", "convert", "evaluate", "generate", "load", "merge",
-        "plan", "quantize", "verify",
+        "Result", "Runtime", "Sensitivity", "SourceError", "Statistics", "UnreadableError",
+        "UsageError", "WeightLostError", "__version__", "convert", "evaluate", "generate", "load",
+        "merge", "plan", "quantize", "sensitivity", "verify",
     }  # fmt: skip
     for name in fourfold.__all__:
         assert getattr(fourfold, name) is not None

@@ -30,6 +30,7 @@ from fourfold.planning import Plan
 from fourfold.sources.safetensors import open_source
 from jobs import flat, ids_file, only
 from nvfp4_folders import (
+    BOUND,
     Tensors,
     dequantized,
     linears_in,
@@ -122,7 +123,9 @@ def check_weights(name: str, written: Written, out: Path, recipe: str) -> Invent
     return plans[0].inventory
 
 
-def check_output(name: str, written: Written, out: Path, result: fourfold.Result) -> None:
+def check_output(
+    name: str, written: Written, out: Path, result: fourfold.Result, bound: float = BOUND
+) -> None:
     alone, truth = fourfold.verify(out), written(name)[1]
     assert alone.clean or name in UNEVEN, str(alone)
     tensors = tensors_of(out)
@@ -130,12 +133,12 @@ def check_output(name: str, written: Written, out: Path, result: fourfold.Result
     linears = {linear: dequantized(tensors, linear) for linear in linears_in(tensors)}
     of_experts = {linear.name for linear in result.linears if linear.role == "experts"}
     text = {key: value for key, value in truth.experts.items() if not is_tower(key[0])}
-    matches = match({key: linears[key] for key in of_experts}, dict(text))
+    matches = match({key: linears[key] for key in of_experts}, dict(text), bound)
     assert sorted(matches.values(), key=str) == sorted(text, key=str)
     for linear, expert in matches.items():
         check_name(linear, expert)
     for linear in linears.keys() - of_experts:
-        assert resembles(linears[linear], truth.raw[f"{linear}.weight"]), linear
+        assert resembles(linears[linear], truth.raw[f"{linear}.weight"], bound), linear
     check_ledger(truth, tensors, linears)
 
 
@@ -269,7 +272,8 @@ def test_codes_by_calibration(name: str, written: Written, calib: Path, tmp_path
         return
     result = fourfold.quantize(written(name)[0], out, recipe, **flat(**options))
     assert result.clean, str(result.report)
-    check_output(name, written, out, result)
+    # Codes that make up for others' errors are farther from the weights, but not farther than this.
+    check_output(name, written, out, result, bound=0.35)
     check_scales(plans[0], out, recipe, result)
 
 

@@ -61,6 +61,7 @@ class TimeEntry(_Part):
     threads: int
     weights_per_second: int | None
     bytes_per_second: int | None
+    calibration_seconds: float | None
     without_calibration: bool
     """True if calibration, which no estimate covers, comes on top."""
     without_fetching: bool
