@@ -89,9 +89,7 @@ def resembles(found: Tensor, truth: Tensor, bound: float = BOUND) -> bool:
     return float((found - truth.float()).norm() / truth.float().norm()) < bound
 
 
-def match(
-    linears: Tensors, truth: dict[object, Tensor], bound: float = BOUND
-) -> dict[str, object]:
+def match(linears: Tensors, truth: dict[object, Tensor], bound: float = BOUND) -> dict[str, object]:
     """Each dequantized linear and the one matrix of the truth that it resembles."""
     matches: dict[str, object] = {}
     for name, matrix in linears.items():

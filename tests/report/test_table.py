@@ -18,7 +18,7 @@ from fourfold.errors import UsageError
 from fourfold.reporting import LinearTable, QuantSummary
 from fourfold.reporting import table_of as table_of_summary
 
-from .documents import document, weights_only
+from .documents import document, weights_only, with_budget
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +50,13 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys) -> Callable[..., tuple[int, str
 
 def table_of(summary: dict[str, Any], **options: Any) -> LinearTable:
     return table_of_summary(QuantSummary.model_validate_json(json.dumps(summary)), **options)
+
+
+def test_what_a_budget_was_spent_on(calibrated) -> None:
+    assert str(table_of(with_budget(calibrated))).splitlines()[2] == (
+        "  budget: 4.50 → 4.62 bits a weight · KL 0.05 → 0.0321, other text 0.06 → 0.0432"
+    )
+    assert "budget" not in str(table_of(calibrated))
 
 
 def printed(table: object, width: int) -> list[str]:

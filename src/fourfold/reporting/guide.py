@@ -34,6 +34,7 @@ COSTS: Mapping[str, Cost] = {
     "w4a16_nvfp4_default_best": Cost(3.54e-3, 0.978),
     "nvfp4_experts_only_best": Cost(7.86e-3, 0.965),
     "nvfp4_default_best": Cost(1.69e-2, 0.949),
+    "nvfp4_default_budget": Cost(8.96e-3, 0.964),
 }
 """By recipe, as benchmarks/quality.py measures them."""
 
@@ -81,6 +82,11 @@ _FP4_UNITS = (
         "the MLPs are most of it, and attention stays as it is",
     ),
     Advice("the smallest files", "nvfp4_default_mse-fp8_kv", "everything in 4 bits; check quality"),
+    Advice(
+        "small files, better",
+        "nvfp4_default_budget",
+        "components that cost most in FP8, as measured on your model: much slower",
+    ),
     Advice(
         "the best quality",
         "nvfp4_experts_only_best",

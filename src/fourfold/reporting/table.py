@@ -164,6 +164,13 @@ def _head(summary: QuantSummary) -> Iterator[str]:
         count = len(summary.folds.choices)
         line += f" · factors of {summary.folds.kept:,} of {plural(count, 'activation')} folded"
     yield line if calibration is None else f"{line} · calibrated on {calibration.tokens:,} tokens"
+    if summary.budget is not None:
+        first, last = summary.budget.curve[0], summary.budget.curve[-1]
+        yield (
+            f"  budget: {first.bits:.2f} → {last.bits:.2f} bits a weight · KL "
+            f"{figure(first.kl, 3)} → {figure(last.kl, 3)}, other text "
+            f"{figure(first.other_kl, 3)} → {figure(last.other_kl, 3)}"
+        )
 
 
 def _cells(
