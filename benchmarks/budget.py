@@ -30,7 +30,7 @@ from fourfold.storage.quant_summary import read_summary
 WINDOW, WINDOWS = 512, 64
 CURVES = {
     "w4a4": ("nvfp4_default_best", ("fp8", "bf16"), (None, 4.7, 4.9)),
-    "w4a4-w4a16": ("nvfp4_default_best", ("w4a16", "fp8", "bf16"), (4.52, 4.9)),
+    "w4a4-w4a16": ("nvfp4_default_best", ("w4a16", "fp8", "bf16"), (4.52,)),
     "w4a16": ("w4a16_nvfp4_default_best", ("fp8", "bf16"), (None, 4.7, 4.9)),
 }
 """Of each curve the recipe, the candidates and the budgets; None for none."""
