@@ -240,6 +240,7 @@ def test_ranks_and_kills_leave_the_same_bytes(rules: str, tmp_path: Path) -> Non
     assert_same(tmp_path / "ranks", whole)
 
 
+@pytest.mark.slow
 def test_a_run_that_resumes_does_not_measure_again(tmp_path: Path) -> None:
     """Another budget does not resume it."""
     rules = ATTENTION.replace("activations", "# activations")

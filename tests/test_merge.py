@@ -21,7 +21,11 @@ from fourfold.storage.run_state import RunState
 from jobs import W4A16, assert_same, files_of
 
 Written = Callable[[str], tuple[Path, Truth]]
-FAMILIES = ["qwen3_moe", "gpt_oss", "qwen3_5_moe_vl", "mixtral"]
+FAMILIES = [
+    "qwen3_moe",
+    "gpt_oss",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3_5_moe_vl", "mixtral")),
+]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -108,7 +108,7 @@ def needed_room(expected: Path, model: Path, shards: int = WINDOW) -> int:
     return output + shards * max(sizes_of(model).values()) + (2 << 20)
 
 
-@pytest.mark.parametrize("recipe", [W4A16, W4A4, SEQUENTIAL])
+@pytest.mark.parametrize("recipe", [W4A16, W4A4, pytest.param(SEQUENTIAL, marks=pytest.mark.slow)])
 def test_three_shards_at_a_time(
     recipe: str, hub: Hub, forty: Path, expected: Any, tmp_path: Path
 ) -> None:
@@ -229,7 +229,8 @@ def test_codes_that_are_kept_after_calibration(hub: Hub, tmp_path: Path) -> None
 # ----------------------------------------------------------------------------- little room
 
 
-@pytest.mark.parametrize("recipe", [W4A16, pytest.param(W4A4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [W4A16, W4A4])
 def test_a_small_disk_a_kill_and_broken_transfers(
     recipe: str,
     hub: Hub,

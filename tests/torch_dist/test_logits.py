@@ -220,9 +220,8 @@ def _fused(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return made
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("hybrid, grouped", marks=pytest.mark.slow), "Mamba, latent experts"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hybrid, grouped", "Mamba, latent experts"])
 def test_a_hybrid_of_two_ranks(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     check(case, run(case, [Ranks(tp=2, ep=2)], tmp_path), tmp_path)
