@@ -41,6 +41,31 @@ def test_builtin_recipes() -> None:
         assert recipe.description
 
 
+def test_other_rules_leave_everything_else(tmp_path: Path) -> None:
+    """What a budget is spent on becomes rules; the recipe stays what it was otherwise."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        "description: all keys\n"
+        "weights: {scale: gptq_joint}\n"
+        "quantize: [experts]\n"
+        "kv_cache: {format: fp8}\n"
+        "calibration: {propagate: quantized, all_experts: true}\n"
+        "folds: {smooth: auto}\n"
+        "layout: compressed-tensors\n"
+        "budget: {bits_per_weight: 5}\n"
+    )
+    recipe = Recipe.load(file)
+    changed = recipe.with_rules(recipe.all_rules)
+    before, after = (x.model_dump(exclude={"budget"}) for x in (recipe, changed))
+    assert after.pop("rules")
+    for key in ("weights", "activations", "quantize", "quantize_if_present", "keep"):
+        assert key not in after
+        before.pop(key)
+    assert after == before
+    assert changed.budget is None
+    assert (changed.all_rules, changed.name) == (recipe.all_rules, recipe.name)
+
+
 @pytest.mark.parametrize("name", BUILTIN)
 def test_yaml_comes_back(name: str, tmp_path: Path) -> None:
     recipe = Recipe.load(name)

@@ -179,14 +179,7 @@ def promoted(plan: Plan, options: Mapping[str, str], components: Sequence[Compon
     if not promotions:
         return recipe.model_copy(update={"budget": None})
     needed = set(rules_of.values())  # a rule that matches nothing more would be an error
-    return Recipe(
-        name=recipe.name,
-        description=recipe.description,
-        kv_cache=recipe.kv_cache,
-        calibration=recipe.calibration,
-        layout=recipe.layout,
-        rules=(*promotions, *(rule for rule in recipe.all_rules if rule in needed)),
-    )
+    return recipe.with_rules([*promotions, *(x for x in recipe.all_rules if x in needed)])
 
 
 def _rule(option: str, rule: Rule, names: tuple[str, ...]) -> Rule:

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -401,6 +401,14 @@ class Recipe(_Strict):
             or self.budget is not None
             or self.folds != "none"
         )
+
+    def with_rules(self, rules: Iterable[Rule]) -> Recipe:
+        """Return this recipe with these rules, and without a budget."""
+        replaced = {*_RULE_KEYS, "rules", "budget"}
+        kept = {
+            name: getattr(self, name) for name in type(self).model_fields if name not in replaced
+        }
+        return Recipe(**kept, rules=tuple(rules))
 
     @classmethod
     def load(cls, name: str | Path) -> Recipe:
