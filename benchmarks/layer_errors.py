@@ -26,7 +26,7 @@ from torch import Tensor
 from fourfold.algorithms.base import ALGORITHMS, Algorithm, Weight
 from fourfold.embedded import calibration_records
 from fourfold.formats.base import FORMATS
-from fourfold.statistics import STATISTICS, Site
+from fourfold.statistics import Site, statistics_of_rows
 
 NAMES = {"query": "q", "intermediate.dense": "up", "output.dense": "down"}
 """The linear layers, by the end of their path. (attention.output.dense is left out.)"""
@@ -79,12 +79,8 @@ def layer_inputs(folder: Path) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
 def statistics_of(x_RI: Tensor) -> dict[str, Tensor]:
     """Return all statistics that an algorithm may read."""
     site = Site("a layer", x_RI.shape[1])
-    state: dict[str, Tensor] = {}
-    for name in frozenset().union(*(ALGORITHMS[name].needs_at(site) for name in ALGORITHMS)):
-        sums = STATISTICS[name].new(site)
-        STATISTICS[name].update(sums, x_RI, None)
-        state |= STATISTICS[name].finish(sums)
-    return state
+    needs = (ALGORITHMS[name].needs_at(site) for name in ALGORITHMS)
+    return statistics_of_rows(frozenset().union(*needs), x_RI)
 
 
 def error(

@@ -37,6 +37,7 @@ from fourfold.models.inventory import LinearWeight
 from fourfold.planning import Plan
 from fourfold.planning.rows import observed_site
 from fourfold.sources.folded import Factors, FoldedSource
+from fourfold.statistics.second_moment import by_expert
 from fourfold.storage.source import Source
 
 T = TypeVar("T")
@@ -360,14 +361,13 @@ def _joined(recorded: Sequence[RecordedRows]) -> Tensor:
 
 def _by_expert(recorded: Sequence[RecordedRows]) -> Iterator[tuple[int, Tensor]]:
     """Each expert and its rows."""
-    by_expert: dict[int, list[Tensor]] = defaultdict(list)
+    of_expert: dict[int, list[Tensor]] = defaultdict(list)
     for rows in recorded:
         assert rows.experts is not None
-        for expert in {number for number in rows.experts.flatten().tolist() if number >= 0}:
-            is_own = rows.experts == expert
-            is_own_R = is_own if is_own.ndim == 1 else is_own.any(dim=1)
-            by_expert[expert].append(rows.rows_RI[is_own_R])
-    for expert, parts in by_expert.items():
+        number_R, row_R = by_expert(rows.experts)
+        for expert in torch.unique(number_R).tolist():
+            of_expert[expert].append(rows.rows_RI[row_R[number_R == expert]])
+    for expert, parts in of_expert.items():
         yield expert, torch.cat(parts)
 
 

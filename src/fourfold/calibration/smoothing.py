@@ -32,11 +32,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fourfold.algorithms.base import ALGORITHMS, Algorithm, Weight, algorithm_of
+from fourfold.algorithms.base import ALGORITHMS, Weight, algorithm_of
 from fourfold.formats.base import FORMATS
 from fourfold.formats.scheme import Scheme
-from fourfold.statistics import STATISTICS
-from fourfold.statistics import Site as StatisticSite
+from fourfold.statistics import statistics_of_rows
 from fourfold.storage.safetensors_header import nbytes_of
 
 POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -199,7 +198,7 @@ def _quantized(
     fmt, algorithm = FORMATS[scheme.weights], algorithm_of(scheme)
     if is_quick and algorithm.needs:
         algorithm = next(x for x in (ALGORITHMS["mse"], ALGORITHMS["max"]) if x.supports(fmt))
-    statistics = _statistics(algorithm, _rounded(fit_RI, fit_RI, scheme))
+    statistics = statistics_of_rows(algorithm.needs, _rounded(fit_RI, fit_RI, scheme))
     weights = []
     for number, reader in enumerate(readers):
         matrix_OI = (reader.weight_OI * factors_I).contiguous()
@@ -214,13 +213,3 @@ def _quantized(
     for weight, result in zip(weights, results, strict=True):
         fmt.dequantize(weight.out, scale, result)
     return results
-
-
-def _statistics(algorithm: Algorithm, rows_RI: Tensor) -> dict[str, Tensor]:
-    """What an algorithm reads of the inputs."""
-    site, tensors = StatisticSite("rows", rows_RI.shape[1]), dict[str, Tensor]()
-    for name in sorted(algorithm.needs):
-        state = STATISTICS[name].new(site)
-        STATISTICS[name].update(state, rows_RI, None)
-        tensors |= STATISTICS[name].finish(state)
-    return tensors

@@ -83,7 +83,9 @@ class Predictor:
         calls = [partial(self._call, number, on_logits) for number in range(count)]
         steps = opened.streamed.run(
             calls,
-            store=self._store(opened),
+            store=state_store(
+                opened, self.ids_NW.numel(), self.device, self.activation_memory, self.scratch
+            ),
             on_resume=resume,
             on_layer=enter,
             keep_embeddings=False,
@@ -98,15 +100,25 @@ class Predictor:
         ids_BW = self.ids_NW[number][None].to(self.device)
         on_logits(number, runnable(model)(input_ids=ids_BW, use_cache=False).logits[0])
 
-    def _store(self, opened: OpenedModel) -> ActivationStore:
-        """Keep hidden states in memory if they surely fit there."""
-        limit = self.activation_memory
-        if limit is None:
-            limit = max(memory_available() // 2, 1 << 28)
-        likely = STATE_BYTES * self.ids_NW.numel() * opened.streamed.tree.hidden_size
-        if self.device == "cpu" and likely <= limit:
-            return ActivationStore()
-        return Parking(limit=limit, folder=self.scratch)
+
+def state_store(
+    opened: OpenedModel, tokens: int, device: str, limit: int | None, scratch: Path | None
+) -> ActivationStore:
+    """Return where hidden states of so many tokens wait: in memory, if they surely fit there.
+
+    Args:
+        opened: The model.
+        tokens: The number of tokens of all calls together.
+        device: The device that the model runs on.
+        limit: Bytes of memory for them; None for half of what is free.
+        scratch: The folder of a file for those beyond that.
+    """
+    if limit is None:
+        limit = max(memory_available() // 2, 1 << 28)
+    likely = STATE_BYTES * tokens * opened.streamed.tree.hidden_size
+    if device == "cpu" and likely <= limit:
+        return ActivationStore()
+    return Parking(limit=limit, folder=scratch)
 
 
 def check_predicts_text(model: Any) -> None:

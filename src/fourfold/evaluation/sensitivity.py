@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -31,10 +31,9 @@ from fourfold.evaluation.figures import Interval, mean_interval
 from fourfold.evaluation.variants import Variants
 from fourfold.evaluation.windows import Windows, read_windows
 from fourfold.events import OnEvent, ignore
-from fourfold.models.names import SINGLE_EXPERT
-from fourfold.models.roles import Role
 from fourfold.planning import Plan
 from fourfold.planning.components import Component, components_of, title_of
+from fourfold.planning.work import active_weights
 from fourfold.recipes.budget import AS_RECIPE, AS_SOURCE, CANDIDATES
 from fourfold.storage.source import Source
 from fourfold.storage.units import aligned, printable
@@ -44,9 +43,6 @@ LENGTH = 512
 """Tokens of a window, by default."""
 MULTIPLY_ADDS = 2e14
 """About an hour of two CPU cores."""
-
-_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts")
-"""Keys of a config.json for the number of routed experts that a token uses."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +179,7 @@ def measure_sensitivity(
         for option in (AS_RECIPE, *candidates)
         if option != AS_SOURCE and component.has(option)
     ]
-    wanted = tokens_within(cost_of_token(plan, source, [component for component, _ in choices]))
+    wanted = tokens_within(cost_of_token(plan, [component for component, _ in choices]))
     windows = _windows(source, plan, config, wanted)
     variants = Variants(
         plan,
@@ -223,44 +219,20 @@ def measure_sensitivity(
     )
 
 
-def cost_of_token(plan: Plan, source: Source, varied: Sequence[Component]) -> float:
+def cost_of_token(plan: Plan, varied: Sequence[Component]) -> float:
     """Return the multiply-adds of a token in variants, each of one component in `varied`."""
     of_layer = Counter(component.layer for component in varied)
-    active = _active_weights(plan, source.config)
+    active = active_weights(plan)
     streams, cost = 1, 0.0
     for layer in range(len(plan.inventory.layer_paths)):
         streams += of_layer[layer]
-        cost += streams * active[layer]
+        cost += streams * active.get(layer, 0.0)
     return cost
 
 
 def tokens_within(cost: float, limit: float = MULTIPLY_ADDS) -> int:
     """Return how many tokens are read if each costs so many multiply-adds."""
     return int(min(MOST_TOKENS, max(LEAST_TOKENS, limit / max(cost, 1.0))))
-
-
-def _active_weights(plan: Plan, config: Mapping[str, Any]) -> Mapping[int, float]:
-    """By layer, the weights that a token is multiplied by; all experts, if it is not known how many
-    of them it uses."""
-    text = config.get("text_config", config)
-    top_k = next((x for key in _TOP_K if isinstance(x := text.get(key), int)), None)
-    weights: dict[int, float] = defaultdict(float)
-    experts: dict[int, set[str]] = defaultdict(set)
-    routed: dict[int, float] = defaultdict(float)
-    for linear in plan.inventory.linears:
-        if linear.layer is None or linear.role is Role.MTP:
-            continue
-        if linear.role is Role.EXPERTS:
-            number = linear.expert
-            expert = SINGLE_EXPERT.search(linear.name)
-            experts[linear.layer].add(expert["number"] if expert else str(number))
-            routed[linear.layer] += math.prod(linear.shape)
-        else:
-            weights[linear.layer] += math.prod(linear.shape)
-    for layer, size in routed.items():
-        count = len(experts[layer])
-        weights[layer] += size * min(top_k or count, count) / count
-    return weights
 
 
 def _windows(source: Source, plan: Plan, config: EvaluationConfig, tokens: int) -> Windows:

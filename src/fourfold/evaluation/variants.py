@@ -37,17 +37,15 @@ from torch import Tensor
 from fourfold.algorithms.base import algorithm_of
 from fourfold.calibration.activations import ActivationStore
 from fourfold.calibration.observers import Observers
-from fourfold.calibration.parking import Parking
 from fourfold.calibration.saved_activations import digest_of
 from fourfold.calibration.scales import CONSTANT_INPUT_SCALE
 from fourfold.calibration.statistics import DataSummary, Statistics
 from fourfold.calibration.stream import Stream
 from fourfold.calibration.streaming import LayerWeights, Pass, copied
-from fourfold.distributed.machine import memory_available
 from fourfold.distributed.ranks import Ranks
 from fourfold.evaluation.figures import Measured
 from fourfold.evaluation.loading import OpenedModel
-from fourfold.evaluation.predictions import DTYPE, STATE_BYTES, check_predicts_text
+from fourfold.evaluation.predictions import DTYPE, check_predicts_text, state_store
 from fourfold.evaluation.reference import Prediction, predict
 from fourfold.events import OnEvent, WindowEvaluated, ignore
 from fourfold.execution import ExecutionContext
@@ -159,15 +157,9 @@ class Variants:
         return dict(zip(ordered, run.measured, strict=True))
 
     def store(self, calls: int) -> ActivationStore:
-        """Keep hidden states in memory if they surely fit there."""
-        limit = self.activation_memory
-        if limit is None:
-            limit = max(memory_available() // 2, 1 << 28)
+        """Return where the hidden states of so many calls wait."""
         tokens = sum(map(len, self.windows)) * calls // len(self.windows)
-        likely = STATE_BYTES * tokens * self.opened.streamed.tree.hidden_size
-        if self.device == "cpu" and likely <= limit:
-            return ActivationStore()
-        return Parking(limit=limit, folder=self.scratch)
+        return state_store(self.opened, tokens, self.device, self.activation_memory, self.scratch)
 
 
 class _Run:
@@ -317,11 +309,11 @@ class _Exchange:
         if choices not in self.kept:
             source = (AS_SOURCE,) * len(choices)
             self.kept = {x: w for x, w in self.kept.items() if x in (source, self.often)}
-            self.kept[choices] = self._made(choices, source)
+            self.kept[choices] = self._quantized(choices, source)
         self.opened.streamed.use(self.kept[choices])
         self.used = choices
 
-    def _made(self, choices: Choices, source: Choices) -> LayerWeights:
+    def _quantized(self, choices: Choices, source: Choices) -> LayerWeights:
         streamed = self.opened.streamed
         streamed.use(self.kept[source])
         groups = self.groups(self.layer, choices)

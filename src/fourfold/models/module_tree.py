@@ -133,8 +133,15 @@ def describe(model: Any) -> ModuleTree:
     )
 
 
+_EXPERTS_PER_TOKEN = (
+    "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts",
+    "moe_k",
+)  # fmt: skip
+"""Names of a configuration for the number of routed experts that read a token."""
+
+
 def _experts_per_token(text_config: Any) -> int:
-    for name in ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts", "moe_k"):
+    for name in _EXPERTS_PER_TOKEN:
         count = getattr(text_config, name, None)
         if isinstance(count, int):
             return count

@@ -22,7 +22,7 @@ def plan_folds(
 
     Weights whose codes a quantized source has already are not scaled: they are kept exactly.
     """
-    found = find_folds(inventory, source.config)
+    all_folds = find_folds(inventory, source.config)
     quantized = {linear.name for group in groups for linear in group.linears}
     stored = {
         linear.region.key
@@ -31,8 +31,8 @@ def plan_folds(
         for linear in group.linears
     }
     folds: dict[str, Fold] = {}
-    left_alone = Counter(found.left_alone)
-    for name, fold in found.folds.items():
+    left_alone = Counter(all_folds.left_alone)
+    for name, fold in all_folds.folds.items():
         if not any(linear.name in quantized for linear in fold.linears):
             continue
         if stored.intersection(region.key for region in (*fold.writers, *fold.readers)):

@@ -14,7 +14,8 @@ Attention over a text, the head and everything that is not a matrix product are 
 
 from __future__ import annotations
 
-from collections import Counter
+import math
+from collections import Counter, defaultdict
 
 from fourfold.models.inventory import LinearWeight
 from fourfold.models.names import SINGLE_EXPERT
@@ -36,7 +37,7 @@ def calibration_operations(plan: Plan, tokens: int) -> float:
         return 0.0
     shares, asymmetric = _Shares(plan), plan.recipe.calibration.asymmetric
     runs = 1.0 if not plan.is_sequential else 4.0 if asymmetric else 2.5
-    total = runs * tokens * _model_operations(plan, shares)
+    total = 2 * runs * tokens * math.fsum(active_weights(plan).values())
     moments = {}
     for linear in plan.observed:
         for name in plan.algorithm_needs(linear):
@@ -56,15 +57,17 @@ def calibration_operations(plan: Plan, tokens: int) -> float:
     return total
 
 
-def _model_operations(plan: Plan, shares: _Shares) -> float:
-    """Operations of one token in one run of all decoder layers."""
-    operations = 0.0
+def active_weights(plan: Plan) -> dict[int, float]:
+    """Return the number of weights that a token is multiplied by, by decoder layer."""
+    shares = _Shares(plan)
+    weights: dict[int, float] = defaultdict(float)
     for key, raw in plan.inventory.tensors.items():
         is_run = raw.layer is not None and raw.role not in {Role.VISION, Role.MTP}
         if is_run and len(raw.info.shape) > 1:
+            assert raw.layer is not None
             linears = plan.inventory.linears_by_key.get(key)
-            operations += 2 * raw.info.numel * (shares.of(linears[0]) if linears else 1.0)
-    return operations
+            weights[raw.layer] += raw.info.numel * (shares.of(linears[0]) if linears else 1.0)
+    return weights
 
 
 class _Shares:

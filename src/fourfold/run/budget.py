@@ -106,7 +106,7 @@ def spend_budget(
     components = components_of(plan)
     _check_bits(plan, components, budget)
     data = load_data(plan, source, replace(observation, on_event=ignore))
-    tokens = budget.tokens or _affordable(plan, source, components, budget)
+    tokens = budget.tokens or _affordable(plan, components, budget)
     texts = split_texts(data, tokens)
     entry = _of_earlier_run(folder, ranks, recipe, texts)
     if entry is None:
@@ -141,7 +141,7 @@ def _check_bits(plan: Plan, components: Sequence[Component], budget: Budget) -> 
         )
 
 
-def _affordable(plan: Plan, source: Source, components: Sequence[Component], budget: Budget) -> int:
+def _affordable(plan: Plan, components: Sequence[Component], budget: Budget) -> int:
     """How many tokens each measurement reads, by what it costs."""
     varied = [
         component
@@ -149,7 +149,7 @@ def _affordable(plan: Plan, source: Source, components: Sequence[Component], bud
         for option in budget.candidates
         if component.has(option)
     ]
-    affordable = tokens_within(cost_of_token(plan, source, varied), MULTIPLY_ADDS / PASSES)
+    affordable = tokens_within(cost_of_token(plan, varied), MULTIPLY_ADDS / PASSES)
     return max(LEAST_TOKENS, affordable)
 
 
@@ -217,9 +217,9 @@ def _of_earlier_run(
         folder.check_resumable(identity)
     for entry in ranks.gather(stored):
         if entry is not None:
-            found = BudgetEntry.model_validate_json(json.dumps(entry))
-            if (found.tokens, found.other_tokens) == tuple(map(_count, texts)):
-                return found
+            earlier = BudgetEntry.model_validate_json(json.dumps(entry))
+            if (earlier.tokens, earlier.other_tokens) == tuple(map(_count, texts)):
+                return earlier
     return None
 
 

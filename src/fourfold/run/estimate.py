@@ -28,7 +28,7 @@ from fourfold.formats.base import FORMATS
 from fourfold.formats.scheme import Scheme
 from fourfold.planning import Plan
 from fourfold.planning.work import calibration_operations
-from fourfold.statistics import STATISTICS, Site
+from fourfold.statistics import Site, statistics_of_rows
 from fourfold.storage.safetensors_header import TORCH_DTYPES, nbytes_of
 from fourfold.storage.units import size
 
@@ -182,13 +182,7 @@ def _sample_statistics(algorithm: Algorithm, width: int) -> dict[str, torch.Tens
     time for its factor, which is counted by itself, is spent once."""
     site = Site("a sample.gate_up", width, experts=1 << 20)
     rows_RI = torch.randn(2 * width, width, generator=torch.Generator().manual_seed(1))
-    state: dict[str, torch.Tensor] = {}
-    for name in algorithm.needs_at(site):
-        statistic = STATISTICS[name]
-        sums = statistic.new(Site("a sample", width))
-        statistic.update(sums, rows_RI, None)
-        state |= statistic.finish(sums)
-    return state
+    return statistics_of_rows(algorithm.needs_at(site), rows_RI)
 
 
 def _product_speed(plan: Plan, threads: int) -> float | None:

@@ -8,6 +8,11 @@ of its own and add it to `STATISTICS`.
 This package lies below `planning`, which counts the memory that statistics take.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
 from fourfold.statistics.amax import Amax
 from fourfold.statistics.base import Reduction, Site, State, Statistic
 from fourfold.statistics.block_amaxes import BlockAmaxes
@@ -19,6 +24,9 @@ from fourfold.statistics.second_moment import (
     SecondMoment,
 )
 from fourfold.statistics.tokens import Tokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 STATISTICS: dict[str, Statistic] = {
     statistic.name: statistic
@@ -48,6 +56,21 @@ def statistic_of(tensor: str) -> Statistic:
     return STATISTICS[tensor.partition(".")[0]]
 
 
+def statistics_of_rows(names: Iterable[str], rows: Tensor) -> State:
+    """Return finished statistics of the inputs of one linear layer.
+
+    Args:
+        names: Those that are wanted, as `Algorithm.needs` names them.
+        rows: The inputs, `[R, I]`.
+    """
+    site, finished = Site("rows", rows.shape[1]), State()
+    for name in sorted(names):
+        state = STATISTICS[name].new(site, rows.device)
+        STATISTICS[name].update(state, rows, None)
+        finished |= STATISTICS[name].finish(state)
+    return finished
+
+
 __all__ = [
     "BLOCK_AMAXES",
     "KEPT",
@@ -66,4 +89,5 @@ __all__ = [
     "Statistic",
     "Tokens",
     "statistic_of",
+    "statistics_of_rows",
 ]
