@@ -70,7 +70,7 @@ def outliers(activations: str | None, balance: float) -> None:
     sizes_I = torch.ones(256)
     sizes_I[torch.randperm(256, generator=random)[:6]] = torch.logspace(1.301, 2, 6)
     x_RI, w_OI = x_RI * sizes_I, w_OI / sizes_I**balance
-    reader = Reader(w_OI, Scheme("nvfp4", "mse", activations), "group")
+    reader = Reader("w", w_OI, Scheme("nvfp4", "mse", activations), "group")
     site = Site(x_RI[:256], x_RI[256:512], x_RI[512:], [reader])
     powers = smoothing.smooth([site])
     real = min(

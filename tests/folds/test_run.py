@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import fourfold
@@ -251,6 +251,19 @@ def test_merged_and_converted(model: Path, folded: Path, tmp_path: Path) -> None
     fourfold.convert(folded, tmp_path / "converted", layout="compressed-tensors")
     for name in ("merged", "converted"):
         assert fourfold.verify(tmp_path / name, source=model).clean, name
+
+
+def test_weight_that_is_not_finite_is_named(model: Path, options: Options, tmp_path: Path) -> None:
+    """The search meets it before anything is written."""
+    source, out = shutil.copytree(model, tmp_path / "source"), tmp_path / "out"
+    file = source / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.0.self_attn.k_proj"
+    tensors[f"{name}.weight"][1, 2] = torch.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(fourfold.NonFiniteError, match=rf"^{re.escape(name)}: nan at \[1, 2\]"):
+        fourfold.quantize(source, out, recipe_file(tmp_path, W4A4 + FOLDS), **flat(**options))
+    assert not out.exists()
 
 
 def test_family_without_folds_is_left_alone(

@@ -30,7 +30,7 @@ def site(scheme: Scheme = W4A4, *, outliers: bool, balance: float = 0.5, seed: i
         sizes_I = torch.ones(256)
         sizes_I[torch.randperm(256, generator=random)[:6]] = torch.logspace(1.301, 2, 6)
         x_RI, w_OI = x_RI * sizes_I, w_OI / sizes_I**balance
-    return Site(x_RI[:256], x_RI[256:512], x_RI[512:], [Reader(w_OI, scheme, "group")])
+    return Site(x_RI[:256], x_RI[256:512], x_RI[512:], [Reader("w", w_OI, scheme, "group")])
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -86,7 +86,7 @@ def test_factors_of_zero_channels() -> None:
 def test_exponents_are_those_of_the_formula() -> None:
     x_RI: Tensor = torch.tensor([[1.0, 2.0, 4.0, 16.0], [1.0, -2.0, -4.0, 16.0]])
     w_OI = torch.tensor([[2.0, 2.0, 2.0, 1 / 8]])
-    own = Site(x_RI, x_RI, x_RI, [Reader(w_OI, W4A16, "group")])
+    own = Site(x_RI, x_RI, x_RI, [Reader("w", w_OI, W4A16, "group")])
     assert own.sizes.exponents(1.0, 0.0).tolist() == [-1, 0, 1, 3]
     assert own.sizes.exponents(0.0, 1.0).tolist() == [0, 0, 0, 4]
     assert own.sizes.exponents(0.5, 0.5).tolist() == [0, 0, 0, 4]

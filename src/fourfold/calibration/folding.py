@@ -264,8 +264,8 @@ class Folding:
         if min(map(len, rows.values())) < LEAST_ROWS:
             return None
         readers = [
-            Reader(self._values(linear), self.plan.schemes[linear.name], linear.scale_group)
-            for linear in self._quantized(fold)
+            Reader(x.name, self._values(x), self.plan.schemes[x.name], x.scale_group)
+            for x in self._quantized(fold)
         ]
         return Site(rows["fit"], rows["choose"], rows["judge"], readers)
 

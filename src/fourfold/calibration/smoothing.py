@@ -59,6 +59,7 @@ MOST = 8
 class Reader:
     """A linear weight that is quantized and reads the activation."""
 
+    name: str
     weight_OI: Tensor
     scheme: Scheme
     group: str
@@ -200,14 +201,14 @@ def _quantized(
         algorithm = next(x for x in (ALGORITHMS["mse"], ALGORITHMS["max"]) if x.supports(fmt))
     statistics = statistics_of_rows(algorithm.needs, _rounded(fit_RI, fit_RI, scheme))
     weights = []
-    for number, reader in enumerate(readers):
+    for reader in readers:
         matrix_OI = (reader.weight_OI * factors_I).contiguous()
         specs = fmt.row_parts((matrix_OI.shape[0], matrix_OI.shape[1]))
         parts = {
             part: torch.empty(shape[0], nbytes_of(dtype, shape[1:]), dtype=torch.uint8)
             for part, (dtype, shape) in specs.items()
         }
-        weights.append(Weight(f"reader {number}", matrix_OI, parts, statistics))
+        weights.append(Weight(reader.name, matrix_OI, parts, statistics))
     scale, _ = algorithm.quantize(weights, fmt)
     results = [torch.empty_like(weight.matrix_OI) for weight in weights]
     for weight, result in zip(weights, results, strict=True):
