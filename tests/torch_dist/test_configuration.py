@@ -255,7 +255,7 @@ class Rope(enum.Enum):
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("position_embedding_type", Rope.YARN, r"is Rope\(7\), and"),
+        ("position_embedding_type", Rope.YARN, r"is Rope(\(7\)|\.YARN), and"),
         ("hidden_size", torch.tensor(64), r"is _rebuild_tensor_v2\("),
         ("hidden_size", np.int64(64), r"is scalar\("),
         ("normalization", "a\n\x1b[31m", r"is 'a\\n\\x1b\[31m', and"),

@@ -28,6 +28,7 @@ from fourfold.sources.megatron import MegatronCheckpoint
 from fourfold.sources.megatron.families import rename
 from fourfold.sources.megatron.parameters import Parameter
 from fourfold.sources.megatron.rules import RuleBook, Section
+from fourfold.sources.megatron.safe_pickle import METADATA, read_pickle
 from fourfold.sources.megatron.sizes import Sizes
 from jobs import flat, only
 
@@ -548,6 +549,28 @@ def test_arguments_run_nothing(
     checkpoint, hf = made(common={"args": argparse.Namespace(**ARGS), "x": Harmful()})
     fourfold.plan(checkpoint, W4A16, hf_config=hf)
     assert not (tmp_path / "harmed").exists()
+
+
+class Member:
+    """A member of an enumeration, as some releases of Python 3.11 pickle it."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.parts = owner, name
+
+    def __reduce__(self) -> Any:
+        return getattr, self.parts
+
+
+def test_members_of_enumerations_are_not_looked_up() -> None:
+    from torch.distributed.checkpoint.metadata import Metadata
+
+    owned = [(Metadata, "__init__"), (Metadata, "no such name"), (3, "x")]
+    data = pickle.dumps([Member(owner, name) for owner, name in owned])
+    members = read_pickle(data, Path("a file"), METADATA)
+    shown = ["Metadata.__init__", "Metadata.no such name", "Member(3, 'x')"]
+    assert [*map(repr, members)] == shown
+    with pytest.raises(fourfold.SourceError, match=r"names 'posix\.system'"):
+        read_pickle(pickle.dumps(Member(os.system, "__call__")), Path("a file"), METADATA)
 
 
 def test_a_damaged_common_file_is_named(made: Callable[..., tuple[Path, Path]]) -> None:

@@ -51,6 +51,17 @@ class Stored:
         """Ignore the items of a subclass of dict."""
 
 
+class Member(Stored):
+    """A member of an enumeration. Some releases of Python 3.11 pickle it as a call of `getattr`;
+    this records class and name, and looks nothing up."""
+
+    def __repr__(self) -> str:
+        match self.args:
+            case (type() as owner, name):
+                return f"{owner.__name__}.{name}"
+        return super().__repr__()  # of a damaged pickle
+
+
 def _stand_in(name: str) -> type[Stored]:
     return type(name, (Stored,), {})
 
@@ -64,6 +75,8 @@ _PATHS = "PosixPath WindowsPath PurePosixPath Path"
 
 COMMON: Mapping[str, Any] = {
     "collections OrderedDict": dict,
+    "builtins getattr": Member,
+    "__builtin__ getattr": Member,
     "torch Size": tuple,
     "torch.serialization _get_layout": _stand_in("layout"),
     **{str(dtype).replace(".", " "): name for name, dtype in TORCH_DTYPES.items()},
