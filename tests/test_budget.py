@@ -18,7 +18,7 @@ import fourfold
 from fourfold.calibration.data import Batch, CalibrationData
 from fourfold.config import CalibrationConfig, EvaluationConfig
 from fourfold.embedded import heldout_text, model_dir
-from fourfold.errors import RecipeError, UsageError
+from fourfold.errors import RecipeError, ResourceError, UsageError
 from fourfold.events import BudgetSpent, Event, WindowEvaluated
 from fourfold.recipes import Recipe
 from fourfold.run.budget import split_texts
@@ -103,6 +103,17 @@ def test_what_is_chosen_is_what_is_written(run: tuple[fourfold.Result, Events]) 
     nbytes = sum(stored[name].nbytes for name in quantized)
     assert budget.curve[-1].bits == pytest.approx(8 * nbytes / numel)
     assert 4.6 < budget.curve[-1].bits <= 4.66
+
+
+def test_a_disk_that_is_too_small_ends_it_before_it_measures(
+    small_disk: Callable[[int], Path], tmp_path: Path
+) -> None:
+    events, out = Events(), small_disk(1 << 16) / "out"
+    recipe = write_recipe(tmp_path, "{bits_per_weight: 4.7}")
+    with pytest.raises(ResourceError, match=r"are needed, .* are free on that disk\. Free some"):
+        fourfold.quantize(model_dir(), out, recipe, calibration=CALIBRATION, on_event=events)
+    assert not events.of(WindowEvaluated)
+    assert not out.exists()
 
 
 def test_the_curve(run: tuple[fourfold.Result, Events]) -> None:

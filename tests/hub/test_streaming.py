@@ -4,13 +4,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import socket
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
@@ -61,25 +59,6 @@ def expected(forty: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
         return done[recipe]
 
     return run
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """Mounts a file system of so many bytes in memory, for root alone."""
-    mounted: list[Path] = []
-
-    def mount(nbytes: int) -> Path:
-        folder = tmp_path / f"disk{len(mounted)}"
-        folder.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", f"size={nbytes}", "tmpfs", str(folder)]
-        if os.getuid() or subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("only root can mount a file system")
-        mounted.append(folder)
-        return folder
-
-    yield mount
-    for folder in mounted:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def asking(hub: Hub, home: Path) -> str:

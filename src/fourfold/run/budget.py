@@ -34,6 +34,7 @@ from fourfold.planning.components import Component, components_of, promoted, tit
 from fourfold.planning.promotion import Options, Promotion, Step
 from fourfold.recipes import Budget, Recipe
 from fourfold.recipes.budget import AS_RECIPE
+from fourfold.run.preflight import check_output_fits
 from fourfold.run.resume import calibration_threads
 from fourfold.run.strategies import Observation, load_data
 from fourfold.storage.output import OutputFolder
@@ -83,6 +84,7 @@ def spend_budget(
 
     Raises:
         RecipeError: The budget is less than the recipe takes, or its KL is not reached.
+        ResourceError: The disk has no room even for what the rules alone write.
         UsageError: The model is in memory, its shards are deleted once they are quantized, or there
             is no calibration text to measure on.
         FourfoldError: The model cannot be read, planned or run.
@@ -103,6 +105,7 @@ def spend_budget(
         )
     plan = make_plan(source, recipe)
     _check_stays(source, plan, folder, runtime.keep_source)
+    check_output_fits(plan, folder)  # what is chosen takes no less, and choosing may take hours
     components = components_of(plan)
     _check_bits(plan, components, budget)
     data = load_data(plan, source, replace(observation, on_event=ignore))

@@ -143,6 +143,11 @@ def check_moments(
     )
 
 
+def check_output_fits(work: CopyPlan, folder: OutputFolder) -> None:
+    """Raise `ResourceError` if the disk is too small for what a plan writes."""
+    check_disk(folder.folder, work.nbytes_after + work.side_files.nbytes - folder.nbytes_present())
+
+
 def check_room(
     work: CopyPlan,
     folder: OutputFolder,
@@ -156,7 +161,7 @@ def check_room(
     Args:
         runs_model: True if calibration runs the model layer by layer, should the plan need it.
     """
-    check_disk(folder.folder, work.nbytes_after + work.side_files.nbytes - folder.nbytes_present())
+    check_output_fits(work, folder)
     memory = backend.memory(work) + (work.calibration_memory if runs_model else 0)
     memory, available = memory * ranks.local_size, memory_available()
     if memory > available:
