@@ -114,9 +114,10 @@ def test_the_page_says_what_the_guide_says() -> None:
         ("w4a16_nvfp4_default_mse", 7),
         ("w4a16_nvfp4_default_best", 8),
         ("nvfp4_default_best", 11),
-        ("nvfp4_experts_only_mse-constant_inputs", 12),
-        ("nvfp4_experts_only_mse-fp8_cast_kv", 13),
-        ("nvfp4_default_mse-fp8_kv", 14),
+        ("nvfp4_default_budget", 12),
+        ("nvfp4_experts_only_mse-constant_inputs", 13),
+        ("nvfp4_experts_only_mse-fp8_cast_kv", 14),
+        ("nvfp4_default_mse-fp8_kv", 15),
     ],
 )
 def test_costs_are_those_of_the_readme(recipe: str, row: int) -> None:
