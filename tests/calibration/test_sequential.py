@@ -21,8 +21,9 @@ import fourfold
 from families import FAMILIES, Truth, quiet, read_back
 from fourfold.algorithms import ALGORITHMS, Figures, Weight
 from fourfold.algorithms.gptq_joint import GPTQJoint
+from fourfold.calibration.asymmetry import confirmed_part, energies, predictor
 from fourfold.calibration.data import load_calibration
-from fourfold.calibration.sequential import confirmed_part, stages_of
+from fourfold.calibration.sequential import stages_of
 from fourfold.calibration.stream import RecordedRows, differences
 from fourfold.errors import FourfoldError, RecipeError, UsageError
 from fourfold.formats.base import FORMATS, WeightFormat
@@ -300,16 +301,35 @@ def test_the_part_is_what_the_prediction_is_worth(confirmed: float, part: float)
     change = torch.randn(32, 32, generator=generator) / 50
     train = moments(x, x @ change)
     # The ridge takes 1/1.05 of the prediction, so the best part is 1.05 times as large.
-    held_out = moments(x, confirmed / 1.05 * (x @ change))
-    assert confirmed_part(["second_moment"], train, held_out) == part
+    k = predictor(STATISTIC, train)
+    moved = confirmed / 1.05 * (x @ change)
+    halves = [slice(0, 1000), slice(1000, None)]
+    found = [energies(STATISTIC, k, x[half], moved[half], None) for half in halves]
+    assert confirmed_part(found) == confirmed_part(found[::-1]) == part
 
 
 def test_inputs_that_do_not_move_have_no_part() -> None:
     x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
-    still = moments(x, torch.zeros_like(x))
-    assert confirmed_part(["second_moment"], still, still) == 0
-    nothing = moments(x[:0], x[:0])
-    assert confirmed_part(["second_moment"], nothing, nothing) == 0
+    still = predictor(STATISTIC, moments(x, torch.zeros_like(x)))
+    assert confirmed_part([energies(STATISTIC, still, x, torch.zeros_like(x), None)]) == 0
+    nothing = predictor(STATISTIC, moments(x[:0], x[:0]))
+    assert confirmed_part([energies(STATISTIC, nothing, x, x, None)]) == 0
+    assert confirmed_part([]) == 0
+
+
+def test_each_expert_has_a_prediction_of_its_own() -> None:
+    """The inputs of one expert are doubled, those of the other are halved; a third has no rows."""
+    x = torch.randn(4096, 32, generator=torch.Generator().manual_seed(0))
+    experts = torch.arange(4096) % 2
+    moved = torch.where(experts[:, None] == 0, x, -x / 2)
+    state = STATISTIC.new(site := Site("experts.down", 32, 3)) | STATISTIC.new_cross(site)
+    STATISTIC.update(state, x, experts)
+    STATISTIC.update_cross(state, x, moved, experts)
+    k = predictor(STATISTIC, state)
+    assert torch.allclose(k[0], torch.eye(32), atol=0.15)
+    assert torch.allclose(k[1], -torch.eye(32) / 2, atol=0.15)
+    assert confirmed_part([energies(STATISTIC, k, x, moved, experts)]) == 1
+    assert confirmed_part([energies(STATISTIC, k, x, moved, 1 - experts)]) == 0
 
 
 def test_a_weight_keeps_most_of_itself() -> None:

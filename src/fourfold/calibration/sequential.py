@@ -20,18 +20,20 @@ not depend on how ranks share out the batches.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Protocol
 
 from torch import Tensor
 
-from fourfold.algorithms.second_order import prediction
+from fourfold.calibration.asymmetry import Energies, confirmed_part, energies, predictor
 from fourfold.calibration.observers import Observers
 from fourfold.calibration.scales import ActivationScales
 from fourfold.calibration.statistics import Sites, reduced
 from fourfold.calibration.stream import RecordedRows, Stream, differences
 from fourfold.calibration.streaming import LayerWeights, StreamedModel
+from fourfold.distributed.machine import give_back_memory
 from fourfold.distributed.ranks import Ranks
 from fourfold.models.inventory import LinearWeight
 from fourfold.models.names import SINGLE_EXPERT
@@ -43,11 +45,11 @@ from fourfold.statistics import STATISTICS, Site, State
 from fourfold.statistics.second_moment import SecondMoment
 from fourfold.storage.source import Source
 
-PARTS = (0.0, 0.25, 0.5, 1.0)
-"""The parts of the change of inputs that `asymmetric: auto` chooses from."""
-
 HELD_OUT = 8
 """One of so many batches is held out for that choice."""
+
+SiteRows = Sequence[tuple[RecordedRows, Tensor | None]]
+"""Rows of the quantized stream at a site, and how each differs from the source's, if known."""
 
 MLP_ROLES = frozenset({Role.EXPERTS, Role.SHARED_EXPERTS, Role.MLP})
 
@@ -124,6 +126,7 @@ class SequentialLayers:
         if not raw.fetching.is_transient:  # they are on the disk; memory is for moments
             self.streamed.held.release()
             raw = self.streamed.held.source
+            give_back_memory()
         source = quantized = self.streamed.weights(layer)
         orders = self.ranks.gather(observers.order)  # a rank may lack sites that no token reached
         order = list(dict.fromkeys(site for of_rank in orders for site in of_rank))
@@ -167,34 +170,56 @@ class SequentialLayers:
                 sites[self.plan.site(linear, name)].add(name)
         if not sites:
             return {}
-        names = frozenset(site.name for site in sites)
-        source, quantized = weights
+        states = {site: self._new(site, needs) for site, needs in sites.items()}
+        shown = count()
+
+        def rows_of(calls: Iterable[int]) -> Iterator[tuple[Site, SiteRows]]:
+            for call in calls:
+                yield from self._rows_of(call, layer, observers, weights, sites, later)
+                self.on_batch(layer, next(shown))
+
         is_split = self.asymmetric == "auto"
-        halves = [
-            {site: self._new(site, sites[site]) for site in sites} for _ in range(1 + is_split)
-        ]
-        for call, batch in enumerate(self.batches):
-            stream = Stream(self._roundings(layer), names, later)
-            self._run(layer, len(self.batches) + call, observers, stream, quantized)
-            twin = Stream({}, names, later)
-            if self.asymmetric:
-                self._run(layer, call, observers, twin, source)
-            states = halves[-1 if batch in self.held_out else 0]
-            for site, needs in sites.items():
-                of_source = twin.recorded[site.name]
-                self._add(states[site], site, needs, stream.recorded[site.name], of_source)
-            self.on_batch(layer, call)
-        sums = [
-            reduced(self.ranks, {site.name: on_cpu(state) for site, state in states.items()})
-            for states in halves
-        ]
-        del halves, states
-        for site, needs in sites.items() if is_split else ():
-            train, held_out = sums[0][site.name], sums[1].pop(site.name)
-            self.scales.asymmetry[site.name] = confirmed_part(needs, train, held_out)
-            for name, tensor in train.items():
-                tensor += held_out[name]
-        return sums[0]
+        held_out = self.held_out if is_split else ()
+        training, checks = (
+            [call for call, batch in enumerate(self.batches) if (batch in held_out) == is_check]
+            for is_check in (False, True)
+        )
+        for site, rows in rows_of(training):
+            self._add(states[site], sites[site], rows)
+        if is_split:
+            predictors = self._predictors(sites, states)
+            found: dict[str, list[Energies]] = {site.name: [] for site in sites}
+            for site, rows in rows_of(checks):
+                self._add(states[site], sites[site], rows)
+                for statistic, k in predictors[site]:
+                    found[site.name] += [
+                        energies(statistic, k, recorded.rows_RI, moved, recorded.experts)
+                        for recorded, moved in rows
+                        if moved is not None
+                    ]
+            of_ranks = self.ranks.gather(found)
+            for site in sites:
+                of_site = [x for of_rank in of_ranks for x in of_rank[site.name]]
+                self.scales.asymmetry[site.name] = confirmed_part(of_site)
+        return self._reduced(states)
+
+    def _predictors(
+        self, sites: Mapping[Site, set[str]], states: Mapping[Site, State]
+    ) -> dict[Site, list[tuple[SecondMoment, Tensor]]]:
+        """What predicts the change of inputs at each site, given this rank's sums."""
+        sums, device = self._reduced(states), self.streamed.device
+        return {
+            site: [
+                (statistic, predictor(statistic, sums[site.name]).to(device))
+                for statistic in map(STATISTICS.__getitem__, needs)
+                if isinstance(statistic, SecondMoment)
+            ]
+            for site, needs in sites.items()
+        }
+
+    def _reduced(self, states: Mapping[Site, State]) -> Sites:
+        """The sums of all ranks, on the CPU."""
+        return reduced(self.ranks, {site.name: on_cpu(state) for site, state in states.items()})
 
     def _new(self, site: Site, needs: set[str]) -> State:
         state: State = {}
@@ -205,25 +230,37 @@ class SequentialLayers:
                 state |= statistic.new_cross(site, self.streamed.device)
         return state
 
-    def _add(
+    def _rows_of(
         self,
-        state: State,
-        site: Site,
-        needs: set[str],
-        rows: list[RecordedRows],
-        of_source: list[RecordedRows],
-    ) -> None:
-        moved: Sequence[Tensor | None] = [None] * len(rows)
-        if SINGLE_EXPERT.search(site.name):  # the streams may route other tokens to it
-            of_source = []
+        call: int,
+        layer: int,
+        observers: Observers,
+        weights: tuple[LayerWeights, LayerWeights],
+        sites: Iterable[Site],
+        later: Collection[str],
+    ) -> Iterator[tuple[Site, SiteRows]]:
+        """Run one batch through a layer, in both streams; yield the rows of each site."""
+        source, quantized = weights
+        names = frozenset(site.name for site in sites)
+        stream, twin = Stream(self._roundings(layer), names, later), Stream({}, names, later)
+        self._run(layer, len(self.batches) + call, observers, stream, quantized)
         if self.asymmetric:
-            moved = differences(rows, of_source, by_expert=site.name.endswith(".down"))
-        for name in needs:
-            statistic = STATISTICS[name]
-            for recorded, difference in zip(rows, moved, strict=True):
+            self._run(layer, call, observers, twin, source)
+        for site in sites:
+            rows, of_source = stream.recorded[site.name], twin.recorded[site.name]
+            moved: Sequence[Tensor | None] = [None] * len(rows)
+            if SINGLE_EXPERT.search(site.name):  # the streams may route other tokens to it
+                of_source = []
+            if self.asymmetric:
+                moved = differences(rows, of_source, by_expert=site.name.endswith(".down"))
+            yield site, list(zip(rows, moved, strict=True))
+
+    def _add(self, state: State, needs: Iterable[str], rows: SiteRows) -> None:
+        for statistic in map(STATISTICS.__getitem__, needs):
+            for recorded, moved in rows:
                 statistic.update(state, recorded.rows_RI, recorded.experts)
-                if difference is not None and isinstance(statistic, SecondMoment):
-                    statistic.update_cross(state, recorded.rows_RI, difference, recorded.experts)
+                if moved is not None and isinstance(statistic, SecondMoment):
+                    statistic.update_cross(state, recorded.rows_RI, moved, recorded.experts)
 
     def _run(
         self, layer: int, call: int, observers: Observers, stream: Stream, weights: LayerWeights
@@ -249,40 +286,6 @@ class SequentialLayers:
 def on_cpu(state: State) -> State:
     """Return a state whose tensors are on the CPU."""
     return {name: tensor.cpu() for name, tensor in state.items()}
-
-
-def confirmed_part(needs: Iterable[str], train: State, held_out: State) -> float:
-    """Return how much of the change of its inputs the weights of a site are to make up for.
-
-    The change x − x̂ is predicted as K·x̂, K = C·H⁻¹ of the training texts. On held-out texts the
-    squared error of α·K·x̂ is smallest at α = tr(C·Kᵀ)/tr(K·H·Kᵀ), with their C and H. The largest
-    of 0, ¼, ½ and 1 that is not above it is returned: below it the error falls as α grows, so the
-    part is never worse than 0 there.
-
-    Args:
-        needs: The statistics of the site.
-        train, held_out: Their sums over both parts of the texts, with cross moments.
-    """
-    confirmed = predicted = 0.0
-    for name in needs:
-        statistic = STATISTICS[name]
-        if not isinstance(statistic, SecondMoment):
-            continue
-        rows = held_out[f"{name}.rows"]
-        pool = statistic.pool(train) if rows.ndim else {}
-        for number in range(rows.numel()):
-            mine, theirs = (  # of one expert after the other: all of them take much memory
-                statistic.finish({x: y[number] if rows.ndim else y for x, y in state.items()})
-                for state in (train, held_out)
-            )
-            k_II = prediction(mine | pool, name)
-            if k_II is None:
-                continue
-            weight = float(rows.flatten()[number])
-            confirmed += weight * float((theirs[f"{name}.cross"] * k_II).sum())
-            predicted += weight * float(((k_II @ theirs[name]) * k_II).sum())
-    part = confirmed / predicted if predicted > 0 else 0.0
-    return max(x for x in PARTS if x <= max(part, 0.0))
 
 
 def stages_of(groups: Sequence[ScaleGroup], order: Sequence[str]) -> list[Stage]:

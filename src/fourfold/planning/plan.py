@@ -238,11 +238,10 @@ class Plan(Shown, CopyPlan):
     @property
     def _copies_of_large(self) -> float:
         """How often large statistics are in memory, in float64. In sequential calibration there are
-        cross moments, held-out sums, and means in float32 beside the sums."""
-        asymmetric = self.recipe.calibration.asymmetric
+        cross moments, and means in float32 beside the sums."""
         if not self.is_sequential:
             return 1
-        return 4 if asymmetric == "auto" else 3 if asymmetric else 1.5
+        return 3 if self.recipe.calibration.asymmetric else 1.5
 
     @property
     def needs_calibration(self) -> bool:

@@ -20,7 +20,8 @@ Shapes: R rows, I input features, B blocks of them, K features of a block, E exp
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,17 +87,20 @@ class Moments(Statistic):
     def of_expert(self, state: State, expert: int) -> State:
         return {name: x if name.endswith(".pool") else x[expert] for name, x in state.items()}
 
-    def update(self, state: State, rows: Tensor, experts: Tensor | None) -> None:
-        moment, count = state[self.name], state[f"{self.name}.rows"]
+    def parts(self, experts: Tensor | None) -> Iterator[tuple[Any, Any]]:
+        """Yield indices of a sum and of the rows that it is of, given the experts of each row."""
         if experts is None:
-            self.add(moment, rows)
-            count += len(rows)
+            yield ..., slice(None)
             return
         number_R, row_R = by_expert(experts)
         for number in torch.unique(number_R).tolist():
-            chosen = rows[row_R[number_R == number]]
-            self.add(moment[number], chosen)
-            count[number] += len(chosen)
+            yield number, row_R[number_R == number]
+
+    def update(self, state: State, rows: Tensor, experts: Tensor | None) -> None:
+        moment, count = state[self.name], state[f"{self.name}.rows"]
+        for part, chosen in self.parts(experts):
+            self.add(moment[part], rows[chosen])
+            count[part] += len(rows[chosen])
 
 
 class SecondMoment(Moments):
@@ -142,13 +146,8 @@ class SecondMoment(Moments):
     ) -> None:
         """Accumulate Σ (x − x̂)·x̂ᵀ, given rows x̂ as `update` is, and the differences x − x̂."""
         cross = state[f"{self.name}.cross"]
-        if experts is None:
-            _add_cross(cross, differences, rows)
-            return
-        number_R, row_R = by_expert(experts)
-        for number in torch.unique(number_R).tolist():
-            chosen = row_R[number_R == number]
-            _add_cross(cross[number], differences[chosen], rows[chosen])
+        for part, chosen in self.parts(experts):
+            _add_cross(cross[part], differences[chosen], rows[chosen])
 
 
 class PooledMoment(SecondMoment):
@@ -162,18 +161,11 @@ class PooledMoment(SecondMoment):
     def of_expert(self, state: State, expert: int) -> State:
         return state
 
-    def update_cross(
-        self, state: State, rows: Tensor, differences: Tensor, experts: Tensor | None
-    ) -> None:
-        if experts is not None and experts.ndim == 1:
-            row_R = by_expert(experts)[1]
-            rows, differences = rows[row_R], differences[row_R]
-        super().update_cross(state, rows, differences, None)
-
-    def update(self, state: State, rows: Tensor, experts: Tensor | None) -> None:
-        if experts is not None:
-            rows = rows[by_expert(experts)[1]] if experts.ndim == 1 else rows
-        super().update(state, rows, None)
+    def parts(self, experts: Tensor | None) -> Iterator[tuple[Any, Any]]:
+        if experts is None or experts.ndim == 2:
+            yield ..., slice(None)
+        else:
+            yield ..., by_expert(experts)[1]
 
 
 class MomentBlocks(Moments):
