@@ -40,9 +40,11 @@ Written = Callable[[str], tuple[Path, Truth]]
 RECIPE = """
 weights: {{scale: {scale}, descent: 1}}
 activations: {activations}
+kv_cache: {kv_cache}
 calibration: {{propagate: quantized, asymmetric: {asymmetric}}}
 quantize_if_present: [experts, shared_experts, mlp, attention, linear_attention]
 """
+DEFAULTS = {"scale": "gptq_joint", "asymmetric": 0.5, "kv_cache": "none"}
 W4A4 = "{format: nvfp4}"
 STATISTIC: Any = STATISTICS["second_moment"]
 
@@ -68,7 +70,7 @@ def options_of(folder: Path) -> dict[str, Any]:
 
 def recipe_in(folder: Path, **values: Any) -> Path:
     file = folder / "recipe.yaml"
-    file.write_text(RECIPE.format(**({"scale": "gptq_joint", "asymmetric": 0.5} | values)))
+    file.write_text(RECIPE.format(**(DEFAULTS | values)))
     return file
 
 
@@ -112,11 +114,21 @@ def place_of(linear: LinearWeight) -> str:
     return f"{linear.module}.{linear.expert}.{observed_site(linear).rpartition('.')[2]}"
 
 
-@pytest.mark.parametrize("activations", ["none", W4A4])
-@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize(
+    ("name", "activations", "kv_cache"),
+    [
+        ("qwen3_moe", "none", "none"),
+        ("qwen3_moe", W4A4, "none"),
+        ("qwen3_moe", "none", "{format: fp8}"),
+        ("qwen3_moe", W4A4, "{format: fp8, scale: cast}"),
+        ("deepseek_v3", "none", "none"),
+        ("deepseek_v3", W4A4, "none"),
+    ],
+)
 def test_weights_are_quantized_for_the_inputs_that_they_will_have(
     name: str,
     activations: str,
+    kv_cache: str,
     written: Written,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -124,7 +136,7 @@ def test_weights_are_quantized_for_the_inputs_that_they_will_have(
     algorithm = Recording()
     monkeypatch.setitem(ALGORITHMS, "recording", algorithm)
     model, options = written(name)[0], options_of(tmp_path)
-    recipe = recipe_in(tmp_path, scale="recording", activations=activations)
+    recipe = recipe_in(tmp_path, scale="recording", activations=activations, kv_cache=kv_cache)
     result = fourfold.quantize(model, tmp_path / "out", recipe, **options)
     assert result.clean, result.report
     plan = result.plan
@@ -145,7 +157,9 @@ def test_weights_are_quantized_for_the_inputs_that_they_will_have(
         )
     with quiet():
         quantized = fourfold.load(
-            tmp_path / "out", dtype=torch.float32, simulate_activations=bool(rounded)
+            tmp_path / "out",
+            dtype=torch.float32,
+            simulate_activations=bool(rounded) or kv_cache != "none",
         )
         source, _ = read_back(FAMILIES[name], model)
     wanted = inputs_of(quantized, data.batches, rounded)

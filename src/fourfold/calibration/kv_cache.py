@@ -11,18 +11,57 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from fourfold.calibration.reading import reads_text_twice
+from fourfold.formats.kv_cache import KVFormat, round_states
+from fourfold.models.internals import runnable
+from fourfold.models.inventory import Inventory
+from fourfold.planning.activations import is_latent
 
-States = tuple[torch.Tensor, torch.Tensor]
-Record = Callable[[torch.Tensor, torch.Tensor], States | None]
+States = tuple[Tensor, Tensor]
+Record = Callable[[Tensor, Tensor], States | None]
 """Called with the keys and the values of one update; returns those that enter the cache instead, or
 None for the same ones."""
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """The format of a KV cache, and its scales."""
+
+    format: KVFormat
+    scales: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """The scales of keys and values by path of the decoder layer; 1 where there are none."""
+
+    def round(self, layer: str, keys: Tensor, values: Tensor) -> States:
+        """Return keys and values `[B, heads, S, head size]` of a layer as they are read again."""
+        k_scale, v_scale = self.scales.get(layer, (1.0, 1.0))
+        return round_states(keys, self.format, k_scale), round_states(values, self.format, v_scale)
+
+
+def why_exact(
+    model: Any, kv_cache: KVCache, inventory: Inventory, config: Mapping[str, Any]
+) -> str | None:
+    """Return why a model's KV cache keeps its precision; None if it can be rounded.
+
+    MLA caches latent vectors where transformers caches the keys and values made of them, and models
+    with an encoder have caches of two kinds.
+    """
+    if kv_cache.format == "nvfp4" and any(x != (1.0, 1.0) for x in kv_cache.scales.values()):
+        return "engines disagree about the scales of its NVFP4 KV cache, which is not simulated"
+    part = runnable(model)
+    if is_latent(inventory, config):
+        return "the latent cache of MLA is not simulated"
+    if part.config.is_encoder_decoder:
+        return "the KV cache of a model with an encoder is not simulated"
+    if "past_key_values" not in inspect.signature(part.forward).parameters:
+        return f"{type(part).__name__} has no KV cache that could be simulated"
+    return None
 
 
 def recording_cache(model: Any, record: Record) -> Any:
@@ -71,9 +110,7 @@ class _Recording:
     remembers: bool
     layers: Any  # of the cache class
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kw: Any
-    ) -> Any:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kw: Any) -> Any:
         states = self.record(key_states, value_states)
         key_states, value_states = states or (key_states, value_states)
         if self.remembers:
@@ -81,26 +118,24 @@ class _Recording:
             return cache.update(key_states, value_states, *args, **kw)
         return key_states, value_states
 
-    def update_indexer(self, indexer_key_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    def update_indexer(self, indexer_key_states: Tensor, *_: Any, **__: Any) -> Tensor:
         return indexer_key_states
 
-    def update_conv_state(
-        self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kw: Any
-    ) -> Any:
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kw: Any) -> Any:
         cache: Any = super()
         states = cache.update_conv_state(conv_states, layer_idx, *args, **kw)
         _forget(self.layers[layer_idx].conv_states)
         return states
 
     def update_recurrent_state(
-        self, recurrent_states: torch.Tensor, layer_idx: int, *args: Any, **kw: Any
+        self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kw: Any
     ) -> Any:
         cache: Any = super()
         states = cache.update_recurrent_state(recurrent_states, layer_idx, *args, **kw)
         _forget(self.layers[layer_idx].recurrent_states)
         return states
 
-    def set_linear_cache(self, layer_idx: int, linear_cache: torch.Tensor) -> None:
+    def set_linear_cache(self, layer_idx: int, linear_cache: Tensor) -> None:
         """Drop MiniMax's recurrent states, which are large and not read in a single pass."""
         cache: Any = super()
         cache.set_linear_cache(layer_idx, linear_cache.new_empty(0))
@@ -108,7 +143,7 @@ class _Recording:
 
 def _forget(states: Any) -> None:
     for index in states if isinstance(states, dict) else range(len(states)):
-        if isinstance(states[index], torch.Tensor):
+        if isinstance(states[index], Tensor):
             states[index] = states[index].new_empty(0)
 
 
@@ -121,7 +156,7 @@ def record_updates(cache: Any, record: Record) -> Callable[[], None]:
         return lambda: None
     update = cache.update
 
-    def recorded(keys: torch.Tensor, values: torch.Tensor, *args: Any, **kw: Any) -> Any:
+    def recorded(keys: Tensor, values: Tensor, *args: Any, **kw: Any) -> Any:
         keys, values = record(keys, values) or (keys, values)
         return update(keys, values, *args, **kw)
 

@@ -20,7 +20,7 @@ import torch
 
 from fourfold.calibration.activations import ActivationStore
 from fourfold.calibration.data import Batch, CalibrationData
-from fourfold.calibration.kv_cache import recording_cache
+from fourfold.calibration.kv_cache import States, recording_cache
 from fourfold.calibration.observers import Observers
 from fourfold.calibration.parking import Parking
 from fourfold.calibration.reading import (
@@ -293,10 +293,12 @@ class Calibration:
 
     def _call(self, observers: Observers, batch: Batch, model: Any) -> None:
         cache = None
-        if self.plan.kv_scales:
+        rounds_states = self.sequential is not None and self.sequential.kv_format is not None
+        if self.plan.kv_scales or rounds_states:
 
-            def record(keys: torch.Tensor, values: torch.Tensor) -> None:
-                observers.see_kv(self.streamed.tree.layers[self._layer], keys, values)
+            def record(keys: torch.Tensor, values: torch.Tensor) -> States | None:
+                path = self.streamed.tree.layers[self._layer]
+                return observers.see_kv(path, keys, values)
 
             cache = recording_cache(runnable(model), record)
         read_batch(runnable(model), batch, self.streamed.device, cache)

@@ -147,13 +147,16 @@ class Observers:
             return rows[self.mask_T.to(x.device)]
         return rows
 
-    def see_kv(self, layer: str, keys: Tensor, values: Tensor) -> None:
+    def see_kv(self, layer: str, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor] | None:
         """Observe keys and values `[B, heads, S, width]` that a decoder layer puts into its cache.
 
-        Keys are those after rotary embedding; the width of values may be another.
+        Keys are those after rotary embedding; the width of values may be another. Returns what
+        attention shall read instead, if a stream rounds them.
         """
         if self._is_ignored(layer):
-            return
+            return None
+        if self.stream is not None:
+            return self.stream.round_states and self.stream.round_states(keys, values)
         for expert, states in enumerate((keys, values)):
             x = states.transpose(1, 2).flatten(2)
             rows = self._without_padding(x)
@@ -161,6 +164,7 @@ class Observers:
             for statistic, state in self._states_of(site, x.device, "kv"):
                 numbers = torch.full((len(rows),), expert, device=x.device)
                 statistic.update(state, rows, numbers)
+        return None
 
     def _states_of(
         self, site: Site, device: torch.device, product: str | None = None

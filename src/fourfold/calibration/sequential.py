@@ -5,8 +5,8 @@
 
 Each of these is a **stage**: weights that read activations which no other weight of the stage has
 changed. Before a stage is quantized, the texts run through the layer twice: as the source computes,
-and as the layers and stages that are quantized already do, with inputs rounded as engines round
-them. From both come, for inputs x of the source and x̂ of the quantized stream,
+and as the layers and stages that are quantized already do, with inputs, keys and values rounded as
+engines round them. From both come, for inputs x of the source and x̂ of the quantized stream,
 
     H = Σ x̂·x̂ᵀ    and    C = Σ (x − x̂)·x̂ᵀ,
 
@@ -22,12 +22,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import Protocol
 
 from torch import Tensor
 
 from fourfold.calibration.asymmetry import Energies, confirmed_part, energies, predictor
+from fourfold.calibration.kv_cache import KVCache, States, why_exact
 from fourfold.calibration.observers import Observers
 from fourfold.calibration.scales import ActivationScales
 from fourfold.calibration.statistics import Sites, reduced
@@ -104,6 +106,12 @@ class SequentialLayers:
         )
         self.calls = range(len(self.batches), 2 * len(self.batches))
         self.asymmetric = plan.recipe.calibration.asymmetric
+        self.kv_format = plan.recipe.kv_format
+        """The format of keys and values in the quantized stream; None if they are not rounded."""
+        if self.kv_format is not None:
+            facts = KVCache(self.kv_format), plan.inventory, streamed.held.config
+            if why_exact(streamed.model, *facts) is not None:
+                self.kv_format = None
         self.quantizer: Quantizer | None = None
         """Set before the first layer."""
         self._groups: dict[int | None, list[ScaleGroup]] = defaultdict(list)
@@ -113,7 +121,7 @@ class SequentialLayers:
 
     def stream(self, layer: int) -> Stream:
         """Return what rounds the inputs of a layer in the quantized stream."""
-        return Stream(self._roundings(layer))
+        return Stream(self._roundings(layer), round_states=self._round_states(layer))
 
     def weights(self, layer: int) -> LayerWeights:
         """Return the parameters of a layer with its quantized values, and forget them."""
@@ -242,7 +250,9 @@ class SequentialLayers:
         """Run one batch through a layer, in both streams; yield the rows of each site."""
         source, quantized = weights
         names = frozenset(site.name for site in sites)
-        stream, twin = Stream(self._roundings(layer), names, later), Stream({}, names, later)
+        round_states = self._round_states(layer)
+        stream = Stream(self._roundings(layer), names, later, round_states)
+        twin = Stream({}, names, later)
         self._run(layer, len(self.batches) + call, observers, stream, quantized)
         if self.asymmetric:
             self._run(layer, call, observers, twin, source)
@@ -269,6 +279,18 @@ class SequentialLayers:
         observers.stream = stream
         self.streamed.run_again(layer, call)
         observers.stream = None
+
+    def _round_states(self, layer: int) -> Callable[[Tensor, Tensor], States] | None:
+        """What rounds keys and values in a layer, as the KV cache of an engine does."""
+        if self.kv_format is None:
+            return None
+        path = self.streamed.tree.layers[layer]
+        scales = {
+            self.streamed.tree.layers[job.layer]: self.scales.kv(job)
+            for job in self.plan.kv_scales
+            if job.layer == layer
+        }
+        return partial(KVCache(self.kv_format, scales).round, path)
 
     def _roundings(self, layer: int) -> Mapping[str, InputRounding]:
         """How inputs are rounded in a layer, by site."""

@@ -12,7 +12,7 @@ Shapes: R rows, I input features, K experts of a row.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -47,6 +47,8 @@ class Stream:
     """The sites whose rows are kept."""
     later_sites: Collection[str] = ()
     """Linear layers that run only after all of these."""
+    round_states: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    """Returns what attention reads for keys and values; None leaves them as they are."""
     recorded: dict[str, list[RecordedRows]] = field(default_factory=lambda: defaultdict(list))
 
     def round(self, site: str, x: Tensor) -> Tensor:

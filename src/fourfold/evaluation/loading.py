@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from fourfold.calibration.kv_cache import why_exact
 from fourfold.calibration.streaming import StreamedModel
 from fourfold.config import check_type
 from fourfold.distributed.machine import choose_device, memory_available
 from fourfold.errors import ModelError, ResourceError, SourceError, UsageError
 from fourfold.evaluation.simulated_activations import Simulation, find_sites
-from fourfold.evaluation.simulated_kv_cache import why_exact
 from fourfold.models.agreement import agreement_notes
 from fourfold.models.internals import quiet
 from fourfold.models.inventory import Inventory

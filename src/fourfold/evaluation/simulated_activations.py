@@ -25,8 +25,9 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
+from fourfold.calibration.kv_cache import KVCache
 from fourfold.errors import ModelError, SourceError, UsageError
-from fourfold.evaluation.simulated_kv_cache import KVCache, RoundedCaches, find_kv_cache
+from fourfold.evaluation.simulated_kv_cache import RoundedCaches, find_kv_cache
 from fourfold.formats.base import FORMATS
 from fourfold.models.expert_hooks import Product, Rows, watch_experts
 from fourfold.models.experts import ExpertsModule, Projection

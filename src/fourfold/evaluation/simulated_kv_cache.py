@@ -5,9 +5,6 @@ Attention gives its cache the keys after rotary embedding, and the values, and c
 the cache returns. Here every call of the model has a cache that rounds what it is given, before it
 stores it: the caller's own cache, or a new one. So the tokens of a prompt attend to rounded keys
 and values, too, as in vLLM, which writes into its cache before it reads.
-
-MLA caches latent vectors where transformers caches the keys and values made of them, and models
-with an encoder have caches of two kinds: their KV cache keeps its precision.
 """
 
 from __future__ import annotations
@@ -17,27 +14,15 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from fourfold.calibration.kv_cache import record_updates, recording_cache, usual_cache
-from fourfold.formats.kv_cache import KVFormat, round_states
+from fourfold.calibration.kv_cache import KVCache, record_updates, recording_cache, usual_cache
 from fourfold.models.internals import runnable
 from fourfold.models.inventory import Inventory
-from fourfold.planning.activations import is_latent
 from fourfold.sources.decoded import DecodedSource
-
-
-@dataclass(frozen=True)
-class KVCache:
-    """The format of a KV cache, and its scales."""
-
-    format: KVFormat
-    scales: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    """The scales of keys and values by path of the decoder layer; 1 where there are none."""
 
 
 def find_kv_cache(checkpoint: DecodedSource, inventory: Inventory) -> KVCache | None:
@@ -53,22 +38,6 @@ def find_kv_cache(checkpoint: DecodedSource, inventory: Inventory) -> KVCache | 
             stored.setdefault(inventory.layer_paths[layers[module]], {})[leaf] = scale
     scales = {path: (x.get("k_scale", 1.0), x.get("v_scale", 1.0)) for path, x in stored.items()}
     return KVCache(checkpoint.kv_cache, scales)
-
-
-def why_exact(
-    model: Any, kv_cache: KVCache, inventory: Inventory, config: Mapping[str, Any]
-) -> str | None:
-    """Return why a model's KV cache keeps its precision; None if it can be rounded."""
-    if kv_cache.format == "nvfp4" and any(x != (1.0, 1.0) for x in kv_cache.scales.values()):
-        return "engines disagree about the scales of its NVFP4 KV cache, which is not simulated"
-    part = runnable(model)
-    if is_latent(inventory, config):
-        return "the latent cache of MLA is not simulated"
-    if part.config.is_encoder_decoder:
-        return "the KV cache of a model with an encoder is not simulated"
-    if "past_key_values" not in inspect.signature(part.forward).parameters:
-        return f"{type(part).__name__} has no KV cache that could be simulated"
-    return None
 
 
 _LAYER: ContextVar[str] = ContextVar("layer")
@@ -99,9 +68,7 @@ class RoundedCaches(ExitStack):
         """Return what enters a cache for keys and values `[B, heads, S, head size]`."""
         layer = _LAYER.get()
         self.calls[f"{layer}.kv"] += 1
-        k_scale, v_scale = self.kv_cache.scales.get(layer, (1.0, 1.0))
-        fmt = self.kv_cache.format
-        return round_states(keys, fmt, k_scale), round_states(values, fmt, v_scale)
+        return self.kv_cache.round(layer, keys, values)
 
     def _before(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
         arguments = self.signature.bind_partial(*args, **kwargs).arguments
