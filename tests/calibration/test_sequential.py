@@ -31,6 +31,7 @@ from fourfold.models.inventory import LinearWeight
 from fourfold.planning import make_plan
 from fourfold.planning.rows import observed_site
 from fourfold.recipes import Recipe
+from fourfold.reporting import read_summary, table_of
 from fourfold.sources.opening import open_model
 from fourfold.statistics import STATISTICS, Site
 from jobs import assert_same, flat, ids_file, start
@@ -292,6 +293,11 @@ def test_the_part_that_held_out_batches_confirm(written: Written, tmp_path: Path
     assert set(parts.values()) <= {0.0, 0.25, 0.5, 1.0}
     summary = json.loads((tmp_path / "out" / "quant_summary.json").read_text())
     assert {entry["name"]: entry["asymmetric"] for entry in summary["linears"]} == parts
+    for entry in summary["linears"]:
+        assert ("asymmetric_gain" in entry) == (entry["asymmetric"] > 0), entry["name"]
+        assert 0 < entry.get("asymmetric_gain", 1) <= 1, entry["name"]
+    is_printed, text = any(parts.values()), str(table_of(read_summary(tmp_path / "out")))
+    assert ("% of what quantized layers change" in text) == is_printed
     by_site: dict[str, set[float | None]] = {}
     for linear in result.plan.linears:
         by_site.setdefault(observed_site(linear), set()).add(parts[linear.name])
@@ -319,16 +325,20 @@ def test_the_part_is_what_the_prediction_is_worth(confirmed: float, part: float)
     moved = confirmed / 1.05 * (x @ change)
     halves = [slice(0, 1000), slice(1000, None)]
     found = [energies(STATISTIC, k, x[half], moved[half], None) for half in halves]
-    assert confirmed_part(found) == confirmed_part(found[::-1]) == part
+    assert confirmed_part(found) == confirmed_part(found[::-1])
+    assert confirmed_part(found).part == part
+    residual = moved - part * x @ k.mT
+    gain = 1 - float(residual.square().sum() / moved.square().sum())
+    assert confirmed_part(found).gain == pytest.approx(gain, abs=1e-5)
 
 
 def test_inputs_that_do_not_move_have_no_part() -> None:
     x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
     still = predictor(STATISTIC, moments(x, torch.zeros_like(x)))
-    assert confirmed_part([energies(STATISTIC, still, x, torch.zeros_like(x), None)]) == 0
+    assert confirmed_part([energies(STATISTIC, still, x, torch.zeros_like(x), None)]) == (0, 0)
     nothing = predictor(STATISTIC, moments(x[:0], x[:0]))
-    assert confirmed_part([energies(STATISTIC, nothing, x, x, None)]) == 0
-    assert confirmed_part([]) == 0
+    assert confirmed_part([energies(STATISTIC, nothing, x, x, None)]) == (0, 0)
+    assert confirmed_part([]) == (0, 0)
 
 
 def test_each_expert_has_a_prediction_of_its_own() -> None:
@@ -342,8 +352,8 @@ def test_each_expert_has_a_prediction_of_its_own() -> None:
     k = predictor(STATISTIC, state)
     assert torch.allclose(k[0], torch.eye(32), atol=0.15)
     assert torch.allclose(k[1], -torch.eye(32) / 2, atol=0.15)
-    assert confirmed_part([energies(STATISTIC, k, x, moved, experts)]) == 1
-    assert confirmed_part([energies(STATISTIC, k, x, moved, 1 - experts)]) == 0
+    assert confirmed_part([energies(STATISTIC, k, x, moved, experts)]).part == 1
+    assert confirmed_part([energies(STATISTIC, k, x, moved, 1 - experts)]).part == 0
 
 
 def test_a_weight_keeps_most_of_itself() -> None:

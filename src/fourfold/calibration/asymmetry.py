@@ -7,7 +7,7 @@ The change x − x̂ of the inputs of a site is predicted as K·x̂, with K = C�
     α = Σ (x − x̂)·K·x̂ / Σ |K·x̂|².
 
 The largest of 0, ¼, ½ and 1 that is not above it is taken: below it the error falls as α grows, so
-the part is never worse than 0 there.
+the part is never worse than 0 there. What it gains is what that error lacks of Σ |x − x̂|².
 
 Shapes: R rows, I input features, E experts.
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +28,25 @@ from fourfold.statistics.second_moment import SecondMoment
 PARTS = (0.0, 0.25, 0.5, 1.0)
 """The parts of the change that `auto` chooses from."""
 
-Energies = tuple[float, float]
-"""Both sums of α over some rows."""
+
+class Energies(NamedTuple):
+    """Sums over some rows."""
+
+    confirmed: float
+    """Σ (x − x̂)·K·x̂."""
+    predicted: float
+    """Σ |K·x̂|²."""
+    moved: float
+    """Σ |x − x̂|²."""
+
+
+class Asymmetry(NamedTuple):
+    """What the weights of a site make up for."""
+
+    part: float
+    """α."""
+    gain: float
+    """The part of the squared change of their inputs that α·K·x̂ takes away on held-out rows."""
 
 
 def predictor(statistic: SecondMoment, state: State) -> Tensor:
@@ -52,7 +70,7 @@ def predictor(statistic: SecondMoment, state: State) -> Tensor:
 def energies(
     statistic: SecondMoment, k: Tensor, rows: Tensor, moved: Tensor, experts: Tensor | None
 ) -> Energies:
-    """Return both sums of α over held-out rows.
+    """Return the sums over held-out rows.
 
     Args:
         statistic: The second moment that `k` was made of.
@@ -62,15 +80,19 @@ def energies(
         experts: The experts of each row, as `statistic` is given them.
     """
     confirmed = predicted = 0.0
+    changed = float(moved.double().square().sum())
     for part, chosen in statistic.parts(experts):
         predicted_RI = rows[chosen].float() @ k[part].mT
         confirmed += float((predicted_RI * moved[chosen]).sum(dtype=torch.float64))
         predicted += float(predicted_RI.double().square().sum())
-    return confirmed, predicted
+    return Energies(confirmed, predicted, changed)
 
 
-def confirmed_part(of_rows: Sequence[Energies]) -> float:
+def confirmed_part(of_rows: Sequence[Energies]) -> Asymmetry:
     """Return the part that held-out rows confirm, given their sums, in any order."""
-    confirmed, predicted = (math.fsum(x[number] for x in of_rows) for number in (0, 1))
-    part = confirmed / predicted if predicted > 0 else 0.0
-    return max(x for x in PARTS if x <= max(part, 0.0))
+    columns = zip(*of_rows, strict=True) if of_rows else [(), (), ()]
+    confirmed, predicted, moved = map(math.fsum, columns)
+    best = confirmed / predicted if predicted > 0 else 0.0
+    part = max(x for x in PARTS if x <= max(best, 0.0))
+    gain = part * (2 * confirmed - part * predicted) / moved if part else 0.0
+    return Asymmetry(part, gain)

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fourfold.calibration.asymmetry import Asymmetry
 from fourfold.calibration.statistics import ModelSummary, Statistics
 from fourfold.errors import CalibrationError, ObservationError
 from fourfold.formats.base import FORMATS
@@ -57,7 +58,7 @@ class ActivationScales:
 
     def __init__(self, plan: Plan, statistics: Statistics) -> None:
         self.plan, self.statistics = plan, statistics
-        self.asymmetry: dict[str, float] = {}
+        self.asymmetry: dict[str, Asymmetry] = {}
         """The part of the change of its inputs that the weights of a site make up for, where it
         was chosen by what held-out texts confirm."""
         self._lock = threading.Lock()
@@ -157,7 +158,14 @@ class ActivationScales:
         if stated != "auto":
             return stated
         sites = (self.plan.site(linear, name).name for name in self.plan.algorithm_needs(linear))
-        return max((self.asymmetry.get(site, 0.0) for site in sites), default=0.0)
+        return max((self.asymmetry[x].part for x in sites if x in self.asymmetry), default=0.0)
+
+    def asymmetric_gain_of(self, linear: LinearWeight) -> float | None:
+        """Return the part of the squared change of a weight's inputs that it makes up for on
+        held-out texts; None if that was not measured."""
+        sites = (self.plan.site(linear, name).name for name in self.plan.algorithm_needs(linear))
+        gains = [self.asymmetry[site].gain for site in sites if site in self.asymmetry]
+        return max(gains, default=None)
 
     def _finished(self, linear: LinearWeight, name: str) -> State:
         """A statistic's finished state at the site of a linear weight."""

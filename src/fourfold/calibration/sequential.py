@@ -207,7 +207,7 @@ class SequentialLayers:
                     ]
             of_ranks = self.ranks.gather(found)
             for site in sites:
-                of_site = [x for of_rank in of_ranks for x in of_rank[site.name]]
+                of_site = [Energies(*x) for of_rank in of_ranks for x in of_rank[site.name]]
                 self.scales.asymmetry[site.name] = confirmed_part(of_site)
         return self._reduced(states)
 

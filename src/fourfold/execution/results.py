@@ -53,6 +53,8 @@ class LinearResult:
     """True if the weight was cast without loss: the codes are those of the source."""
     asymmetric: float | None = None
     """The part of the change of its inputs that it makes up for; None if that is not known."""
+    asymmetric_gain: float | None = None
+    """The part of the squared change of its inputs that this takes away on held-out texts."""
     damping: float | None = None
     """The damping of its inputs' second moment, where it had to be more than the recipe's."""
 
@@ -125,10 +127,17 @@ def finish_group(
                 repair=FLOOR_SCALES if linear.name in lost else inputs.repair,
                 exact=exact,
                 asymmetric=of_weight.asymmetric,
+                asymmetric_gain=_gain(context, linear, of_weight),
                 damping=of_weight.damping,
             )
         )
     return results
+
+
+def _gain(context: ExecutionContext, linear: LinearWeight, figures: Figures) -> float | None:
+    if not figures.asymmetric or context.scales is None:
+        return None
+    return context.scales.asymmetric_gain_of(linear)
 
 
 class _Inputs(NamedTuple):

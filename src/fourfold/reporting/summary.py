@@ -177,9 +177,11 @@ def _linear(result: LinearResult, linear: LinearWeight, scheme: Scheme) -> Linea
     place = {} if _is_whole(linear) else {"raw": _raw(linear.region)}
     figures = asdict(result)
     del figures["sum_sq_err"], figures["sum_sq_w"], figures["repair"]
-    for name in ("exact", "asymmetric", "damping"):
+    for name in ("exact", "asymmetric", "asymmetric_gain", "damping"):
         if figures[name] is None or figures[name] is False:
             del figures[name]
+    if result.asymmetric_gain is not None:
+        figures["asymmetric_gain"] = float(f"{result.asymmetric_gain:.4g}")
     figures |= {"format": scheme.weights, "dtype": linear.dtype}
     figures["relative_error"] = float(f"{result.relative_error:.4g}")
     return LinearEntry.model_validate({**figures, **place})

@@ -164,6 +164,12 @@ def _head(summary: QuantSummary) -> Iterator[str]:
         count = len(summary.folds.choices)
         line += f" · factors of {summary.folds.kept:,} of {plural(count, 'activation')} folded"
     yield line if calibration is None else f"{line} · calibrated on {calibration.tokens:,} tokens"
+    gains = [x.asymmetric_gain or 0.0 for x in summary.linears if x.asymmetric is not None]
+    if any(gains):
+        yield (
+            f"  weights make up for {100 * sum(gains) / len(gains):.0f} % of what quantized layers "
+            "change in their inputs (squared, held-out texts, mean of the weights)"
+        )
     if summary.budget is not None:
         first, last = summary.budget.curve[0], summary.budget.curve[-1]
         yield (

@@ -185,6 +185,9 @@ class LinearEntry(_Entry):
     asymmetric: float | None = None
     """The part of the change of its inputs that the weight makes up for. Written only where layers
     were quantized on what quantized layers compute."""
+    asymmetric_gain: float | None = None
+    """The part of the squared change of its inputs that this takes away on held-out texts. Written
+    only where `asymmetric: auto` found one above 0."""
     damping: float | None = None
     """The damping of its inputs' second moment. Written only where it had to be more than the
     recipe's, because the weight would have lost more than 30 % of itself."""
