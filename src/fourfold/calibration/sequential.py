@@ -154,6 +154,7 @@ class SequentialLayers:
             self.streamed.use(quantized)
             keys = {linear.region.key for linear in stage.linears}
             self.streamed.load(layer, self.quantizer.source(raw), keys)
+            give_back_memory()  # the values of experts, one by one
             quantized = self.streamed.weights(layer)
         self.streamed.use(source)
         self._quantized[layer] = quantized
