@@ -158,6 +158,16 @@ def test_calibration_and_quantization_have_rates_of_their_own() -> None:
     assert stages.unfinished == []
 
 
+def test_the_first_bytes_give_no_rate() -> None:
+    stages = Stages(0.0)
+    stages.see(BytesQuantized(0, 2 * GB), 0)
+    stages.see(BytesQuantized(64, 2 * GB), 80)  # a norm, after a layer's codes were chosen
+    assert stages.stages["quantizing"].text == "64 B of 2.0 GB"
+    assert stages.seconds_left is None
+    stages.see(BytesQuantized(GB, 2 * GB), 100)
+    assert stages.seconds_left == pytest.approx(100)
+
+
 def test_a_resumed_run_stands_in_the_whole() -> None:
     stages = Stages(0.0)
     stages.see(BytesQuantized(30 * GB, 40 * GB), 0)

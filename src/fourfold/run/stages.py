@@ -22,8 +22,8 @@ from fourfold.events import (
 )
 from fourfold.storage.units import size
 
-LEAST_SECONDS = 0.5
-"""A step that has taken less has no rate yet."""
+LEAST_SECONDS, LEAST_PART = 0.5, 1e-3
+"""A step that has taken less, or has done a smaller part of what it has to do, has no rate yet."""
 
 
 @dataclass
@@ -52,8 +52,13 @@ class Stage:
     @property
     def rate(self) -> float | None:
         """Amount per second; None if it is not known yet."""
-        is_known = self.moved and self.seconds >= LEAST_SECONDS
+        is_known = self.has_moved and self.seconds >= LEAST_SECONDS
         return self.moved / self.seconds if is_known else None
+
+    @property
+    def has_moved(self) -> bool:
+        """True if this run has done enough for an estimate from it."""
+        return self.moved > LEAST_PART * self.total
 
     @property
     def moved(self) -> int:
@@ -131,7 +136,7 @@ class Stages:
             return None
         left = 0.0
         for stage in self.unfinished:
-            if not stage.moved:
+            if not stage.has_moved:
                 return None
             left += (stage.total - stage.done) * stage.seconds / stage.moved
         return left
