@@ -527,6 +527,7 @@ def sensitivity(
         RecipeError, PlanError: The recipe does not fit the model.
         UsageError: The options make no sense, or the text is too short.
         SourceError, ModelError: The checkpoint cannot be read or run.
+        ResourceError: A layer in several formats does not fit into memory.
     """
     config = text if isinstance(text, EvaluationConfig) else EvaluationConfig(text)
     check_type("candidates", candidates, list | tuple, f"a list of {', '.join(CANDIDATES)}")

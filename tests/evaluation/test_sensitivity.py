@@ -23,6 +23,7 @@ from families import mostly_slow, quiet
 from fourfold.config import EvaluationConfig
 from fourfold.documents import DOCUMENTS
 from fourfold.embedded import heldout_text, model_dir
+from fourfold.errors import ResourceError
 from fourfold.evaluation.comparison import compare
 from fourfold.evaluation.sensitivity import (
     LEAST_TOKENS,
@@ -33,7 +34,7 @@ from fourfold.evaluation.sensitivity import (
     cost_of_token,
     tokens_within,
 )
-from fourfold.evaluation.variants import Variants
+from fourfold.evaluation.variants import Variants, check_memory
 from fourfold.formats.nvfp4.activations import fake_quantize
 from fourfold.planning import Plan, make_plan
 from fourfold.planning.components import Component, components_of
@@ -273,6 +274,24 @@ Run = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys) -> Run:
     return partial(in_process, monkeypatch, capsys, "sensitivity")
+
+
+def test_memory_is_checked_before_anything_is_read() -> None:
+    """A layer in BF16 and three in float32, and what is outside of layers, counted by hand."""
+    with closing(open_model(model_dir())) as source:
+        plan = make_plan(source, W4A4)
+        layers = [0] * len(plan.inventory.layer_paths)
+        outside = 0
+        for raw in plan.inventory.tensors.values():
+            if raw.layer is None:
+                outside += raw.info.numel
+            else:
+                layers[raw.layer] += raw.info.numel
+        needed = 4 * outside + (2 + 3 * 4) * max(layers)
+        check_memory(plan, available=needed)
+        with pytest.raises(ResourceError, match=r"are needed on 2 ranks to measure .* are avail"):
+            check_memory(plan, processes=2, available=2 * needed - 1)
+        check_memory(plan, "cuda:0", available=0)
 
 
 def test_options() -> None:

@@ -28,7 +28,7 @@ from fourfold.calibration.padding import pad_ids
 from fourfold.config import EvaluationConfig
 from fourfold.documents import Shown, document
 from fourfold.evaluation.figures import Interval, mean_interval
-from fourfold.evaluation.variants import Variants
+from fourfold.evaluation.variants import Variants, check_memory
 from fourfold.evaluation.windows import Windows, read_windows
 from fourfold.events import OnEvent, ignore
 from fourfold.planning import Plan
@@ -170,8 +170,10 @@ def measure_sensitivity(
     Raises:
         CalibrationError, UsageError: The text cannot be read, or is too short.
         ModelError: The model does not predict the next token, or fails.
+        ResourceError: The variants of a layer do not fit into memory.
     """
     begun = time.perf_counter()
+    check_memory(plan, device)
     components = components_of(plan)
     choices = [
         (component, option)

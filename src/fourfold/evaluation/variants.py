@@ -42,7 +42,9 @@ from fourfold.calibration.scales import CONSTANT_INPUT_SCALE
 from fourfold.calibration.statistics import DataSummary, Statistics
 from fourfold.calibration.stream import Stream
 from fourfold.calibration.streaming import LayerWeights, Pass, copied
+from fourfold.distributed.machine import memory_available
 from fourfold.distributed.ranks import Ranks
+from fourfold.errors import ResourceError
 from fourfold.evaluation.figures import Measured
 from fourfold.evaluation.loading import OpenedModel
 from fourfold.evaluation.predictions import DTYPE, check_predicts_text, state_store
@@ -62,6 +64,7 @@ from fourfold.recipes.budget import AS_SOURCE
 from fourfold.sources.codecs.base import InputRounding
 from fourfold.storage.output import OutputFolder
 from fourfold.storage.source import Source
+from fourfold.storage.units import size
 
 TOP = 1024
 """How many of the source's likeliest tokens are compared one by one; the others count as one."""
@@ -75,6 +78,28 @@ Choices = tuple[str, ...]
 
 class _NotSharedError(Exception):
     """A layer changes more than what it returns, so that its output cannot stand for it."""
+
+
+def check_memory(
+    plan: Plan, device: str = "cpu", *, processes: int = 1, available: int | None = None
+) -> None:
+    """Raise `ResourceError` if variants of a layer do not fit into memory.
+
+    Args:
+        plan: How the recipe quantizes the source.
+        device: Where the model runs. The memory of a GPU is not checked.
+        processes: The number of processes of this machine that measure.
+        available: Bytes of free memory; by default those of this machine.
+    """
+    needed = processes * plan.variants_memory
+    available = memory_available() if available is None else available
+    if device == "cpu" and needed > available:
+        among = f" on {processes} ranks" if processes > 1 else ""
+        raise ResourceError(
+            f"recipe {plan.recipe.name}: {size(needed)} of memory are needed{among} to measure "
+            f"components in several formats, {size(available)} are available. Measure on a machine "
+            "with more memory, or on a GPU."
+        )
 
 
 class Variants:

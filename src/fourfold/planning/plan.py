@@ -10,7 +10,7 @@ express, an ignore list that some engine would misread.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -297,15 +297,21 @@ class Plan(Shown, CopyPlan):
             return 0
         if self.is_live:
             return self.statistics_memory()
-        sizes: Counter[int | None] = Counter()
-        for raw in self.inventory.tensors.values():
-            if raw.role not in {Role.VISION, Role.MTP}:
-                sizes[raw.layer] += raw.info.nbytes
-        layer = max((size for layer, size in sizes.items() if layer is not None), default=0)
+        outside, layer = self._largest_parts(_nbytes)
         copies = 3 * layer
         if self.is_sequential:
             copies = layer + 2 * (self._layer_elements * 4 if self.computes_in_float32 else layer)
-        return sizes[None] + copies + self.statistics_memory()
+        return outside + copies + self.statistics_memory()
+
+    @cached_property
+    def variants_memory(self) -> int:
+        """Bytes that measuring a component in several formats takes besides hidden states.
+
+        They are the non-layer tensors, a layer as it lies on disk, and in float32 that of the
+        source, the one that most variants have, and that of one more.
+        """
+        outside, elements = self._largest_parts(_numel)
+        return 4 * (outside + 3 * elements) + self._largest_parts(_nbytes)[1]
 
     @cached_property
     def repeats_layers(self) -> bool:
@@ -330,11 +336,16 @@ class Plan(Shown, CopyPlan):
     @cached_property
     def _layer_elements(self) -> int:
         """The number of elements of the largest decoder layer."""
+        return self._largest_parts(_numel)[1]
+
+    def _largest_parts(self, measure: Callable[[RawTensor], int]) -> tuple[int, int]:
+        """The bytes, or elements, of the non-layer tensors and of the largest decoder layer."""
         sizes: Counter[int | None] = Counter()
         for raw in self.inventory.tensors.values():
-            if raw.layer is not None and raw.role not in {Role.VISION, Role.MTP}:
-                sizes[raw.layer] += raw.info.numel
-        return max(sizes.values(), default=0)
+            if raw.role not in {Role.VISION, Role.MTP}:
+                sizes[raw.layer] += measure(raw)
+        layers = (size for layer, size in sizes.items() if layer is not None)
+        return sizes[None], max(layers, default=0)
 
     @property
     def _reports(self) -> Sequence[str]:
@@ -547,3 +558,11 @@ def _notes(
             "the source has no tokenizer, so the output has none either. Copy its files into OUT, "
             "or name another folder to the engine"
         )
+
+
+def _nbytes(raw: RawTensor) -> int:
+    return raw.info.nbytes
+
+
+def _numel(raw: RawTensor) -> int:
+    return raw.info.numel

@@ -27,7 +27,7 @@ from fourfold.config import Runtime
 from fourfold.distributed.ranks import Ranks
 from fourfold.errors import RecipeError, UsageError
 from fourfold.evaluation.sensitivity import MULTIPLY_ADDS, cost_of_token, tokens_within
-from fourfold.evaluation.variants import Variants
+from fourfold.evaluation.variants import Variants, check_memory
 from fourfold.events import BudgetSpent, OnEvent, ignore
 from fourfold.planning import Plan, make_plan
 from fourfold.planning.components import Component, components_of, promoted, title_of
@@ -84,7 +84,8 @@ def spend_budget(
 
     Raises:
         RecipeError: The budget is less than the recipe takes, or its KL is not reached.
-        ResourceError: The disk has no room even for what the rules alone write.
+        ResourceError: The disk has no room even for what the rules alone write, or the variants
+            of a layer do not fit into memory.
         UsageError: The model is in memory, its shards are deleted once they are quantized, or there
             is no calibration text to measure on.
         FourfoldError: The model cannot be read, planned or run.
@@ -106,6 +107,7 @@ def spend_budget(
     plan = make_plan(source, recipe)
     _check_stays(source, plan, folder, runtime.keep_source)
     check_output_fits(plan, folder)  # what is chosen takes no less, and choosing may take hours
+    check_memory(plan, observation.device, processes=ranks.local_size)
     components = components_of(plan)
     _check_bits(plan, components, budget)
     data = load_data(plan, source, replace(observation, on_event=ignore))
