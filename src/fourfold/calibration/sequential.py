@@ -146,9 +146,7 @@ class SequentialLayers:
                 for linear in other.linears
                 if linear.expert is None
             }
-            states = self._measure(stage, later, layer, observers, (source, quantized))
-            for site, state in states.items():
-                self.scales.statistics.sites.setdefault(site, {}).update(state)
+            self._measure(stage, later, layer, observers, (source, quantized))
             self.quantizer.quantize(stage.groups)
             self.scales.drop_large(self.streamed.tree.layers[layer])
             self.streamed.use(quantized)
@@ -171,14 +169,17 @@ class SequentialLayers:
         layer: int,
         observers: Observers,
         weights: tuple[LayerWeights, LayerWeights],
-    ) -> Sites:
-        """The moments that the algorithms of a stage need, of all ranks."""
+    ) -> None:
+        """Add the moments that the algorithms of a stage need, of all ranks, to the statistics.
+
+        Nothing else refers to them, so that their memory is free once they are not needed.
+        """
         sites: dict[Site, set[str]] = defaultdict(set)
         for linear in stage.linears:
             for name in self.plan.algorithm_needs(linear):
                 sites[self.plan.site(linear, name)].add(name)
         if not sites:
-            return {}
+            return
         states = {site: self._new(site, needs) for site, needs in sites.items()}
         shown = count()
 
@@ -210,7 +211,8 @@ class SequentialLayers:
             for site in sites:
                 of_site = [Energies(*x) for of_rank in of_ranks for x in of_rank[site.name]]
                 self.scales.asymmetry[site.name] = confirmed_part(of_site)
-        return self._reduced(states)
+        for name, sums in self._reduced(states).items():
+            self.scales.statistics.sites.setdefault(name, {}).update(sums)
 
     def _predictors(
         self, sites: Mapping[Site, set[str]], states: Mapping[Site, State]
