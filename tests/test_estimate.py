@@ -12,7 +12,9 @@ import pytest
 import fourfold
 from fourfold.embedded import model_dir
 from fourfold.planning.work import calibration_operations
-from fourfold.run.estimate import Estimate, estimate
+from fourfold.recipes import Recipe
+from fourfold.run.budget import budget_operations
+from fourfold.run.estimate import Estimate, estimate, seconds_by_width
 from test_cli import run  # noqa: F401  # a fixture
 
 BILLION = 10**9
@@ -47,6 +49,43 @@ def test_calibration_is_counted_beside_the_search() -> None:
     assert "calibration on 65,536 tokens is about 10 min of it, with 100 GFLOP/s" in str(counted)
     assert counted.to_dict()["calibration_seconds"] == 600
     assert not counted.to_dict()["without_calibration"]
+
+
+def test_a_budget_is_counted_beside_the_rest() -> None:
+    plain = Estimate(100 * BILLION, 100 * BILLION, 2, 2e6, 1.0 * BILLION)
+    counted = replace(plain, budget_operations=60e12, operations_per_second=100e9)
+    assert counted.seconds == plain.seconds + 600
+    assert "to choose what the budget buys takes about 10 min of it" in str(counted)
+    assert "2.0 million weights a second" in str(counted)
+    assert counted.to_dict()["budget_seconds"] == 600
+    unknown = replace(plain, budget_operations=60e12)
+    assert "calibration, which runs the model, comes on top" in str(unknown)
+
+
+def test_a_plan_with_a_budget_is_measured() -> None:
+    """It reads what the choice reads: as many tokens, of all variants of the first round."""
+    values = Recipe.load("w4a16_nvfp4_default_mse").model_dump(mode="json", exclude_defaults=True)
+    recipe = Recipe.model_validate({**values, "budget": {"bits_per_weight": 4.8, "tokens": 2048}})
+    plan = fourfold.plan(model_dir(), recipe)
+    measured = estimate(plan, threads=1)
+    assert measured.budget_operations == budget_operations(plan)
+    assert measured.budget_seconds is not None
+    assert measured.calibration_seconds is None
+    twice = recipe.model_copy(
+        update={"budget": recipe.budget.model_copy(update={"tokens": 4096})}  # type: ignore[union-attr]
+    )
+    assert budget_operations(fourfold.plan(model_dir(), twice)) == 2 * budget_operations(plan)
+    assert budget_operations(fourfold.plan(model_dir())) == 0
+
+
+def test_wide_inputs_take_longer() -> None:
+    """A matrix of second moments is as wide as the inputs, and multiplies each weight."""
+    narrow, wide = 0.5e-6, 0.75e-6  # seconds at 512 and at 1024 inputs
+    assert seconds_by_width([(1000, 512)], narrow, wide) == pytest.approx(512_000 * 0.5e-6)
+    assert seconds_by_width([(1000, 1024)], narrow, wide) == pytest.approx(1_024_000 * 0.75e-6)
+    assert seconds_by_width([(10, 7168)], narrow, wide) == pytest.approx(71_680 * 3.75e-6)
+    assert seconds_by_width([(10, 16)], narrow, wide) == pytest.approx(160 * 0.2578e-6, rel=1e-3)
+    assert seconds_by_width([(10, 7168)], 1e-6, 0.9e-6) == pytest.approx(71_680 * 0.9e-6)
 
 
 def test_a_plan_is_measured(written, tmp_path: Path) -> None:

@@ -62,6 +62,8 @@ class TimeEntry(_Part):
     weights_per_second: int | None
     bytes_per_second: int | None
     calibration_seconds: float | None
+    budget_seconds: float | None
+    """The time to measure what a budget is spent on; None if there is none, or not measured."""
     without_calibration: bool
     """True if calibration, which no estimate covers, comes on top."""
     without_fetching: bool

@@ -111,7 +111,7 @@ def spend_budget(
     components = components_of(plan)
     _check_bits(plan, components, budget)
     data = load_data(plan, source, replace(observation, on_event=ignore))
-    tokens = budget.tokens or _affordable(plan, components, budget)
+    tokens = budget.tokens or _affordable(_cost_of_token(plan, components, budget))
     texts = split_texts(data, tokens)
     entry = _of_earlier_run(folder, ranks, recipe, texts)
     if entry is None:
@@ -146,16 +146,30 @@ def _check_bits(plan: Plan, components: Sequence[Component], budget: Budget) -> 
         )
 
 
-def _affordable(plan: Plan, components: Sequence[Component], budget: Budget) -> int:
-    """How many tokens each measurement reads, by what it costs."""
+def budget_operations(plan: Plan) -> float:
+    """Return about how many operations of matrix products the choice for a budget takes, two for a
+    multiplication and an addition; 0 without a budget."""
+    budget = plan.recipe.budget
+    if budget is None:
+        return 0.0
+    cost = _cost_of_token(plan, components_of(plan), budget)
+    return 2 * PASSES * cost * (budget.tokens or _affordable(cost))
+
+
+def _cost_of_token(plan: Plan, components: Sequence[Component], budget: Budget) -> float:
+    """The multiply-adds of a token in the first round."""
     varied = [
         component
         for component in components
         for option in budget.candidates
         if component.has(option)
     ]
-    affordable = tokens_within(cost_of_token(plan, varied), MULTIPLY_ADDS / PASSES)
-    return max(LEAST_TOKENS, affordable)
+    return cost_of_token(plan, varied)
+
+
+def _affordable(cost: float) -> int:
+    """How many tokens each measurement reads, by what one costs in the first round."""
+    return max(LEAST_TOKENS, tokens_within(cost, MULTIPLY_ADDS / PASSES))
 
 
 Texts = tuple[Sequence[Tensor], Sequence[Tensor]]
