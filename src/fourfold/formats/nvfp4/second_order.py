@@ -122,6 +122,8 @@ class Rounded:
     """uint8, E4M3."""
     values_OI: Tensor = field(init=False)
     """float32: what codes and scales stand for."""
+    gradient_OI: Tensor | None = field(init=False, default=None)
+    """(Q − T)·H' of these values, if `quick_loss` was the last to look at them; for `improve`."""
 
     def __post_init__(self) -> None:
         self.target_OI = self.target_OI[:, self.moment.order_I].contiguous()
@@ -167,7 +169,9 @@ class Rounded:
 
     def improve(self, group_scale: float) -> int:
         """Sweep once over all blocks; return how many blocks of rows changed."""
-        gradient_OI = (self.values_OI - self.target_OI) @ self.moment.h_II
+        gradient_OI, self.gradient_OI = self.gradient_OI, None
+        if gradient_OI is None:
+            gradient_OI = (self.values_OI - self.target_OI) @ self.moment.h_II
         changed, width = 0, gradient_OI.shape[1]
         for start in range(0, width, TILE):
             stop = min(start + TILE, width)
@@ -216,7 +220,8 @@ class Rounded:
         """Return L from a product in float32, and a bound that its rounding hardly reaches:
         4·2⁻²⁴·(Σ |q − t|·√H'_ii)², summed over rows."""
         d_OI, h_II = self.values_OI - self.target_OI, self.moment.h_II
-        loss = float(((d_OI @ h_II) * d_OI).sum(dtype=torch.float64))
+        self.gradient_OI = d_OI @ h_II
+        loss = float((self.gradient_OI * d_OI).sum(dtype=torch.float64))
         sizes_O = d_OI.abs() @ h_II.diagonal().sqrt()
         return loss, 2.0**-22 * float(sizes_O.double().square().sum())
 
@@ -233,6 +238,7 @@ class Rounded:
     def choose_again(self, chosen: tuple[Tensor, Tensor, Tensor]) -> None:
         """Take codes, scales and values that `chosen` has returned."""
         self.codes_OI, self.scales_OB, self.values_OI = chosen
+        self.gradient_OI = None
 
     def products(self) -> tuple[float, float]:
         """Return ⟨T, Q⟩ and ⟨Q, Q⟩ under the damped moment."""
@@ -246,6 +252,7 @@ class Rounded:
         """Let codes and scales stand for what they do under another group scale."""
         step_OB = self.scales_OB.view(torch.float8_e4m3fn).float() * group_scale
         self.values_OI = e2m1.decode(self.codes_OI) * step_OB.repeat_interleave(BLOCK, dim=1)
+        self.gradient_OI = None
 
     def pack(self, codes: Tensor, block_scale: Tensor) -> None:
         """Fill the buffers of the row parts, uint8 `[O, I/2]` and `[O, B]`, in the weight's own
